@@ -1,0 +1,51 @@
+# Everything runs in .venv, which the first target makes; no system packages beyond python3, g++, make.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+TORCH := torch==2.13.0
+SOURCES := aapt aapt_kernels tests benchmarks tools setup.py
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-all lint bench wheel clean
+
+demo: $(VENV)/.installed
+	@echo "== demo: a ten-second walk through the bundled world"
+	$(VENV)/bin/aapt generate --seconds 10 --out demo.mp4
+	@echo "The video: $(CURDIR)/demo.mp4"
+
+test: lint
+	@echo "== tests"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: lint
+	@echo "== tests, full sweeps included"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed
+	@echo "== lint: ruff and clang-format"
+	$(PYTHON) -m ruff check $(wildcard $(SOURCES))
+	$(PYTHON) -m ruff format --check $(wildcard $(SOURCES))
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+
+bench: $(VENV)/.installed
+	@echo "== benchmarks on this machine"
+	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+wheel: $(VENV)/.installed
+	@echo "== wheel"
+	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist
+
+clean:
+	rm -rf build dist *.egg-info aapt_kernels/lib $(VENV)/.installed
+
+# PyTorch first and by itself: the build below compiles against it.
+$(VENV)/.torch:
+	@echo "== $(VENV): a virtual environment with $(TORCH)"
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet $(TORCH) "setuptools>=77" "cmake>=3.26" ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	@echo "== building the operators and installing aapt (editable)"
+	$(PYTHON) -m pip install --quiet --no-build-isolation -e ".[test]"
+	@touch $@

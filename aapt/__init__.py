@@ -1,0 +1,20 @@
+"""Autoregressive adversarial post-training: real-time, interactive video generation."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .conditioning import Control
+    from .generator import StreamingGenerator
+
+__all__ = ["Control", "StreamingGenerator"]
+__version__ = "0.1.0"
+
+_HOMES = {"Control": ".conditioning", "StreamingGenerator": ".generator"}
+
+
+def __getattr__(name: str):
+    # torch takes seconds to import; `aapt --help` should not wait for it.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

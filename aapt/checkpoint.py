@@ -1,0 +1,100 @@
+"""Checkpoints: a folder with `config.json` and one safetensors file per network."""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, and why."""
+
+
+def save_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json`, versioned, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format_version": FORMAT_VERSION, **config}, indent=2)
+    partial = folder / "config.json.partial"
+    partial.write_text(text + "\n")
+    os.replace(partial, folder / "config.json")
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: expected a checkpoint folder with config.json")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got {error}") from None
+    version = config.pop("format_version", None) if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, got {version}")
+    return config
+
+
+def save_module(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Write a module's parameters and persistent buffers, floating ones as `dtype`, whole or not
+    at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        cast = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().cpu().to(cast).contiguous()
+    partial = path.with_suffix(path.suffix + ".partial")
+    save_file(tensors, partial)
+    os.replace(partial, path)
+
+
+def load_module(path: Path, module: nn.Module) -> None:
+    """Fill a module from `path`; every tensor must be there, and be of the module's shape.
+
+    Raises CheckpointError naming the file and the first tensor that is truncated, missing,
+    unexpected or of another shape; the module is then unchanged.
+    """
+    tensors = read_tensors(path)
+    wanted = module.state_dict()
+    for name, tensor in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: expected tensor {name}, which is missing")
+        if tensors[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}"
+            )
+    for name in tensors:
+        if name not in wanted:
+            raise CheckpointError(f"{path}: tensor {name} belongs to no parameter of the model")
+    module.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, after checking that the file holds all their bytes."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a safetensors file, which is missing")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(header_size, size)))
+    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(
+            f"{path}: expected a safetensors header, got a truncated or foreign file of "
+            f"{size} bytes"
+        ) from None
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        end = 8 + header_size + entry["data_offsets"][1]
+        if end > size:
+            raise CheckpointError(
+                f"{path}: {name}: expected {end} bytes up to its end, got a file of {size} bytes"
+            )
+    return load_file(path)

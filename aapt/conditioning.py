@@ -1,0 +1,80 @@
+"""Controls and camera motion as condition channels (SPEC 10)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import CameraConfig
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the user asks of one step: each axis a deflection in [-1, 1].
+
+    `yaw` > 0 turns right, `forward` > 0 walks ahead.
+    """
+
+    yaw: float = 0.0
+    forward: float = 0.0
+
+    def __post_init__(self):
+        for name in ("yaw", "forward"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and abs(value) <= 1):
+                raise ValueError(f"{name}: expected a number in [-1, 1], got {value!r}")
+
+
+def relative_poses(controls: Tensor, camera: CameraConfig) -> Tensor:
+    """Camera-to-previous-camera transforms of one video frame under each control.
+
+    controls: (..., 2) of (yaw, forward). Returns (..., 4, 4) in OpenCV axes (x right, y down,
+    z forward): the camera turns first and then walks along its new heading.
+    """
+    yaw = controls[..., 0] * camera.yaw_step
+    walk = controls[..., 1] * camera.forward_step
+    cos, sin = yaw.cos(), yaw.sin()
+    zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
+    rows = [cos, zero, sin, walk * sin]
+    rows += [zero, one, zero, zero]
+    rows += [-sin, zero, cos, walk * cos]
+    rows += [zero, zero, zero, one]
+    return torch.stack(rows, dim=-1).unflatten(-1, (4, 4))
+
+
+def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) -> Tensor:
+    """Rays through latent-pixel centres, relative to the previous video frame.
+
+    poses: (B, T, frames, 4, 4), the relative pose of each video frame of each latent frame.
+    Returns (B, 6 frames, T, height, width): per video frame the ray's origin, and its direction
+    less the direction of a resting camera, so that standing still is zero and both can be brought
+    to unit deviation.
+    """
+    if poses.shape[2:] != (camera.frames, 4, 4):
+        raise ValueError(
+            f"poses: expected (batch, time, {camera.frames}, 4, 4), got {tuple(poses.shape)}"
+        )
+    half = math.tan(camera.field_of_view / 2)
+    pixel = 2 * half / width  # square latent pixels
+    x = (torch.arange(width, device=poses.device) + 0.5 - width / 2) * pixel
+    y = (torch.arange(height, device=poses.device) + 0.5 - height / 2) * pixel
+    rest = torch.stack(
+        [x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x + y[:, None])]
+    ).to(poses)  # (3, H, W)
+    rotation, origin = poses[..., :3, :3], poses[..., :3, 3]
+    turned = torch.einsum("btfij,jhw->btfihw", rotation - torch.eye(3).to(rotation), rest)
+    rays = torch.cat(
+        [
+            (origin / camera.origin_deviation)[..., None, None].expand_as(turned),
+            turned / camera.direction_deviation,
+        ],
+        dim=3,
+    )
+    return rays.flatten(2, 3).transpose(1, 2)  # (B, 6 frames, T, H, W)
+
+
+def control_rays(controls: Tensor, camera: CameraConfig, height: int, width: int) -> Tensor:
+    """Condition channels of controls (B, T, 2), each held for one latent frame."""
+    poses = relative_poses(controls, camera)[:, :, None].expand(-1, -1, camera.frames, -1, -1)
+    return camera_rays(poses, camera, height, width)

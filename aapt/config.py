@@ -1,0 +1,75 @@
+"""Model configurations: frozen dataclasses that say everything a network needs to be built."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A causal video transformer (SPEC 2-4).
+
+    Sizes are in tokens, latent pixels or latent frames; `window_frames` is N of SPEC 3.
+    """
+
+    width: int
+    heads: int
+    head_dim: int
+    depth: int
+    text_width: int
+    text_tokens: int
+    window_frames: int
+    reference_grid: tuple[int, int]  # token grid (rows, columns) that positions are stretched onto
+    rope_axes: tuple[int, int, int]  # rotated channels of a head for time, rows, columns
+    rope_theta: float = 10_000.0
+    latent_channels: int = 16
+    condition_channels: int = 0
+    patch: int = 2  # latent pixels along each side of a token
+    mlp_ratio: int = 4
+    sink_distance: Literal["absolute", "clamped"] = "absolute"
+    recycle: bool = True  # False: the ablation of SPEC 12 without recycled frames
+    residual_head: bool = False  # v = x_t - x_prev - net instead of v = net
+    output_clamp: float | None = None  # c: the one-step output is c tanh(x / c)
+
+    def __post_init__(self):
+        if self.heads * self.head_dim != self.width:
+            raise ValueError(
+                f"width: expected heads * head_dim = {self.heads * self.head_dim}, got {self.width}"
+            )
+        if sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes):
+            raise ValueError(
+                f"rope_axes: expected three even numbers that sum to {self.head_dim}, "
+                f"got {self.rope_axes}"
+            )
+
+    @property
+    def input_channels(self) -> int:
+        """Noise, recycled frame and conditions, concatenated on channels."""
+        return 2 * self.latent_channels + self.condition_channels
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a latent frame of `height` x `width` latent pixels."""
+        if height % self.patch or width % self.patch:
+            raise ValueError(
+                f"latent size: expected multiples of {self.patch}, got {height} x {width}"
+            )
+        return height // self.patch, width // self.patch
+
+
+@dataclass(frozen=True)
+class CameraConfig:
+    """How controls move the camera, and how its rays are scaled (SPEC 10).
+
+    `yaw_step` (radians) and `forward_step` (world units) are the motion of one *video frame* at
+    full deflection; the two deviations bring the ray channels to about unit deviation.
+    """
+
+    field_of_view: float  # horizontal, radians
+    yaw_step: float
+    forward_step: float
+    origin_deviation: float
+    direction_deviation: float
+    frames: int = 4  # video frames per latent frame
+
+    @property
+    def channels(self) -> int:
+        return 6 * self.frames

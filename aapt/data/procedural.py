@@ -1,0 +1,95 @@
+"""Training data from the tiny world: rendered clips, and the latents of many of them."""
+
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..vae import CausalVAE
+from .clips import LatentClips
+from .world import THEMES, Clip, sample_clip
+
+
+@dataclass(frozen=True)
+class ProceduralData:
+    """How much of the world is rendered. Clip i of a set has seed `first_seed + i`."""
+
+    height: int
+    width: int
+    clips: int
+    latent_frames: int
+    autoencoder_clips: int  # the first of them, kept as pixels for the autoencoder
+    first_seed: int = 1_000
+
+
+def render_clips(data: ProceduralData, count: int, workers: int) -> Iterator[Clip]:
+    """The first `count` clips in order, rendered by `workers` processes."""
+    seeds = range(data.first_seed, data.first_seed + count)
+    render = partial(
+        sample_clip,
+        latent_frames=data.latent_frames,
+        height=data.height,
+        width=data.width,
+    )
+    # Fork would copy torch's threads in an unknown state.
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=_single_thread) as pool:
+        yield from pool.imap(render, seeds, chunksize=4)
+
+
+def _single_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class VideoClips:
+    """Rendered clips as pixels: uint8 (clips, F, H, W, 3)."""
+
+    def __init__(self, clips: Iterable[Clip]):
+        self.videos = torch.stack([clip.video for clip in clips])
+
+    def sample(self, batch: int, frames: int, generator: torch.Generator) -> Tensor:
+        """Random windows (B, 3, frames, H, W) in [-1, 1]."""
+        count, length = self.videos.shape[:2]
+        if frames > length:
+            raise ValueError(f"frames: expected at most {length}, got {frames}")
+        clips = torch.randint(count, (batch,), generator=generator).tolist()
+        starts = torch.randint(length - frames + 1, (batch,), generator=generator).tolist()
+        windows = [self.videos[c, s : s + frames] for c, s in zip(clips, starts, strict=True)]
+        return to_video(torch.stack(windows))
+
+
+def to_video(pixels: Tensor) -> Tensor:
+    """uint8 (B, F, H, W, 3) as (B, 3, F, H, W) in [-1, 1]."""
+    return pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+@torch.inference_mode()
+def encode_clips(vae: CausalVAE, clips: Iterable[Clip], batch: int = 4) -> dict[str, Tensor]:
+    """Latents (clips, C, T, h, w) float16, controls (clips, T - 1, 2) and themes (clips,)."""
+    latents, controls, themes, pending = [], [], [], []
+
+    def flush():
+        if pending:
+            latents.append(vae.encode(to_video(torch.stack(pending))).half())
+            pending.clear()
+
+    for clip in clips:
+        pending.append(clip.video)
+        controls.append(clip.controls)
+        themes.append(clip.theme)
+        if len(pending) == batch:
+            flush()
+    flush()
+    return {
+        "latents": torch.cat(latents),
+        "controls": torch.stack(controls).float(),
+        "themes": torch.tensor(themes),
+    }
+
+
+def latent_clips(tensors: dict[str, Tensor]) -> LatentClips:
+    """What `encode_clips` returned, or its saved form, with each theme's phrasings."""
+    phrasings = [THEMES[theme].prompts for theme in tensors["themes"].tolist()]
+    return LatentClips(tensors["latents"], tensors["controls"], phrasings)

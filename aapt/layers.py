@@ -1,0 +1,158 @@
+"""The transformer block: two streams, joint attention, adaLN-single modulation (SPEC 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aapt_kernels import (
+    FrameLayout,
+    KVCache,
+    block_causal_attention,
+    cached_attention,
+    kv_append,
+    qk_norm_rope,
+)
+
+from .config import ModelConfig
+from .rope import Rotation
+
+NORM_EPS = 1e-6
+
+
+class Stream(nn.Module):
+    """The weights of one stream (video or text) in one block.
+
+    A `keys_only` stream feeds nothing but keys and values: the text of the last block.
+    """
+
+    def __init__(self, config: ModelConfig, keys_only: bool = False):
+        super().__init__()
+        width, hidden = config.width, config.mlp_ratio * config.width
+        self.heads = config.heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        # What this block adds to the shared modulation; the gates start open.
+        bias = torch.zeros(6, width)
+        bias[2::3] = 1
+        self.modulation_bias = nn.Parameter(bias)
+        if not keys_only:
+            self.out = nn.Linear(width, width)
+            self.mlp_up = nn.Linear(width, hidden)
+            self.mlp_down = nn.Linear(hidden, width)
+
+    def modulation(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """shared (B, 6, width) -> six (B, 1, width): shift, scale, gate, twice."""
+        return (shared + self.modulation_bias).unsqueeze(2).unbind(1)
+
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """Normed, modulated, projected: q, k, v, each (B, L, heads, head_dim)."""
+        qkv = self.qkv(modulated_norm(x, shift, scale))
+        return qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+
+    def mix(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """The residual updates after attention: attended (B, L, heads, head_dim), then MLP."""
+        _, _, gate_attention, shift, scale, gate_mlp = modulation
+        x = x + gate_attention * self.out(attended.flatten(2))
+        hidden = F.gelu(self.mlp_up(modulated_norm(x, shift, scale)), approximate="tanh")
+        return x + gate_mlp * self.mlp_down(hidden)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Joint attention of the text and video streams, in parallel or one frame at a time."""
+
+    def __init__(self, config: ModelConfig, last: bool):
+        super().__init__()
+        self.video = Stream(config)
+        self.text = Stream(config, keys_only=last)
+        self.last = last
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        modulation: tuple[Tensor, Tensor],
+        rotation: Rotation,
+        layout: FrameLayout,
+        text_lens: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """All frames in parallel. video (B, frames x tokens, width), text (B, text, width),
+        modulation: the shared (B, 6, width) of video and text, prefix: keys and values of
+        [first frame | past] from an earlier segment, detached."""
+        video_modulation = self.video.modulation(modulation[0])
+        text_modulation = self.text.modulation(modulation[1])
+        q, k, v = self.video.project(video, *video_modulation[:2])
+        text_q, text_k, text_v = self.text.project(text, *text_modulation[:2])
+        q, k, *q_sink = qk_norm_rope(
+            q,
+            k,
+            self.video.q_norm,
+            self.video.k_norm,
+            rotation.cos,
+            rotation.sin,
+            eps=NORM_EPS,
+            cos_sink=rotation.cos_sink,
+            sin_sink=rotation.sin_sink,
+        )
+        text_q, text_k = qk_norm_rope(
+            text_q, text_k, self.text.q_norm, self.text.k_norm, None, None, eps=NORM_EPS
+        )
+        past_k, past_v = ([past.to(k.dtype)] for past in prefix) if prefix else ([], [])
+        attended = block_causal_attention(
+            torch.cat([text_q, q], dim=1),
+            torch.cat([text_k, *past_k, k], dim=1),
+            torch.cat([text_v, *past_v, v], dim=1),
+            layout,
+            text_lens=text_lens,
+            q_sink=q_sink[0] if q_sink else None,
+            prefix_grad=prefix is None,
+        )
+        text_attended, video_attended = attended.split([text.shape[1], video.shape[1]], dim=1)
+        video = self.video.mix(video, video_attended, video_modulation)
+        if not self.last:
+            text = self.text.mix(text, text_attended, text_modulation)
+        return video, text
+
+    def encode_text(
+        self, text: Tensor, modulation: Tensor, text_lens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The text stream alone: the next text, and the keys and values video will attend to."""
+        text_modulation = self.text.modulation(modulation)
+        q, k, v = self.text.project(text, *text_modulation[:2])
+        q, k = qk_norm_rope(q, k, self.text.q_norm, self.text.k_norm, None, None, eps=NORM_EPS)
+        if not self.last:
+            layout = FrameLayout(
+                text_tokens=text.shape[1], tokens_per_frame=1, frames=0, window_frames=None
+            )
+            attended = block_causal_attention(q, k, v, layout, text_lens=text_lens)
+            text = self.text.mix(text, attended, text_modulation)
+        return text, k, v
+
+    def step(
+        self, video: Tensor, modulation: Tensor, rotation: Rotation, cache: KVCache, layer: int
+    ) -> Tensor:
+        """One new frame (B, tokens, width) against the cache, which it is appended to."""
+        video_modulation = self.video.modulation(modulation)
+        q, k, v = self.video.project(video, *video_modulation[:2])
+        appended = kv_append(
+            q,
+            k,
+            v,
+            cache,
+            layer,
+            self.video.q_norm,
+            self.video.k_norm,
+            rotation.cos,
+            rotation.sin,
+            eps=NORM_EPS,
+            cos_sink=rotation.cos_sink,
+            sin_sink=rotation.sin_sink,
+        )
+        q, q_sink = appended if isinstance(appended, tuple) else (appended, None)
+        attended = cached_attention(q, cache, layer, q_sink=q_sink)
+        return self.video.mix(video, attended, video_modulation)

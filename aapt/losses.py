@@ -1,0 +1,38 @@
+"""The losses of the three stages, as pure functions (SPEC 6-8, 12)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c over each latent frame, c = 0.00054 sqrt(dim) (SPEC 12).
+
+    a, b: (B, C, T, H, W). Returns (B, T).
+    """
+    squared = (a - b).square().sum(dim=(1, 3, 4))
+    dim = a.shape[1] * a.shape[3] * a.shape[4]
+    c = 0.00054 * dim**0.5
+    return (squared + c**2).sqrt() - c
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Relativistic pairing: softplus(delta), delta = D(fake) - D(real), mean over frames."""
+    return F.softplus(fake - real).mean()
+
+
+def generator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """softplus(-delta), delta = D(fake) - D(real), mean over judged frames and batch."""
+    return F.softplus(real - fake).mean()
+
+
+def approximate_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
+    """aR1 on real frames, aR2 on fake: |D(x) - D(x + sigma n)|^2, to be weighted by lambda."""
+    return (logits - perturbed).square().mean()
+
+
+def sharpness_loss(error: Tensor) -> Tensor:
+    """Mean absolute spatial difference of an error image (..., H, W): edges must match."""
+    across = torch.diff(error, dim=-1).abs().mean()
+    down = torch.diff(error, dim=-2).abs().mean()
+    return across + down

@@ -1,0 +1,219 @@
+"""The causal video transformer: many frames in parallel, or one frame against the cache."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aapt_kernels import FrameLayout, KVCache
+
+from .config import ModelConfig
+from .layers import Block, modulated_norm
+from .rope import RotaryPositions
+
+TIME_FREQUENCIES = 256
+KeysValues = list[tuple[Tensor, Tensor]]  # per block, each (B, L, heads, head_dim)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t in [0, 1], then an MLP: (B,) -> (B, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(TIME_FREQUENCIES, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = TIME_FREQUENCIES // 2
+        frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+        angles = 1000 * t[:, None] * frequency
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.up.weight.dtype)
+        return self.down(F.silu(self.up(waves)))
+
+
+class VideoTransformer(nn.Module):
+    """MMDiT over [text | frames] with the block-causal mask of SPEC 3.
+
+    Latents are (B, channels, T, height, width). Token-frame i carries the noise of latent frame
+    i + 1, the recycled latent frame i and the conditions of frame i + 1 (SPEC 2).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        area = config.patch**2
+        self.video_in = nn.Linear(config.input_channels * area, config.width)
+        self.text_in = nn.Linear(config.text_width, config.width)
+        self.time = TimeEmbedding(config.width)
+        self.video_modulation = nn.Linear(config.width, 6 * config.width)
+        self.text_modulation = nn.Linear(config.width, 6 * config.width)
+        self.blocks = nn.ModuleList(
+            Block(config, last=index == config.depth - 1) for index in range(config.depth)
+        )
+        self.out_modulation = nn.Linear(config.width, 2 * config.width)
+        self.video_out = nn.Linear(config.width, config.latent_channels * area)
+        self.positions = RotaryPositions(config)
+        self.checkpoint_blocks = False
+        for layer in (self.video_modulation, self.text_modulation, self.out_modulation):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.video_out.weight, std=0.01)
+        nn.init.zeros_(self.video_out.bias)
+
+    def patchify(
+        self, x: Tensor, recycled: Tensor, condition: Tensor | None, frames: Tensor
+    ) -> Tensor:
+        """Latents to embedded tokens (B, T rows columns, width); `frames`: their indices (T,)."""
+        if not self.config.recycle:
+            recycled = recycled * (frames == 0)[:, None, None]
+        channels = [x, recycled] if condition is None else [x, recycled, condition]
+        stacked = torch.cat(channels, dim=1)
+        if stacked.shape[1] != self.config.input_channels:
+            raise ValueError(
+                f"x, recycled, condition: expected {self.config.input_channels} channels together, "
+                f"got {stacked.shape[1]}"
+            )
+        patch = self.config.patch
+        tokens = rearrange(stacked, "b c t (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
+        return self.video_in(tokens)
+
+    def unpatchify(self, tokens: Tensor, time: Tensor, size: Sequence[int]) -> Tensor:
+        """Tokens to the network's output (B, latent_channels, T, H, W), `size` = (H, W)."""
+        patch = self.config.patch
+        shift, scale = self.out_modulation(time)[:, None].chunk(2, dim=-1)
+        patches = self.video_out(modulated_norm(tokens, shift, scale))
+        height, width = size
+        return rearrange(
+            patches,
+            "b (t h w) (p q c) -> b c t (h p) (w q)",
+            h=height // patch,
+            w=width // patch,
+            p=patch,
+            q=patch,
+        )
+
+    def modulations(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The activated time embedding and the shared modulation of the video and text streams."""
+        time = F.silu(self.time(t))
+        video = self.video_modulation(time).unflatten(-1, (6, -1))
+        text = self.text_modulation(time).unflatten(-1, (6, -1))
+        return time, video, text
+
+    def features(
+        self,
+        x: Tensor,
+        recycled: Tensor,
+        condition: Tensor | None,
+        text: Tensor,
+        text_lens: Tensor,
+        t: Tensor,
+        *,
+        prefix: KeysValues | None = None,
+        start_frame: int = 0,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Tokens after the last block, the time embedding, and tokens after the `taps` blocks.
+
+        x, recycled: (B, C, T, H, W); condition: (B, condition_channels, T, H, W); text:
+        (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. `prefix` holds
+        each block's keys and values of [first frame | past] when the frames continue a sequence
+        at token-frame `start_frame` > 0.
+        """
+        frames = x.shape[2]
+        grid = self.config.token_grid(*x.shape[-2:])
+        tokens_per_frame = grid[0] * grid[1]
+        if (start_frame > 0) != (prefix is not None):
+            raise ValueError(
+                f"prefix: expected keys and values exactly when start_frame > 0, got "
+                f"start_frame {start_frame} {'without' if prefix is None else 'with'} a prefix"
+            )
+        past = prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None
+        layout = FrameLayout(
+            text_tokens=text.shape[1],
+            tokens_per_frame=tokens_per_frame,
+            frames=frames,
+            window_frames=self.config.window_frames,
+            past_frames=past,
+        )
+        indices = torch.arange(start_frame, start_frame + frames, device=x.device)
+        rotation = self.positions(indices, grid)
+        time, *modulation = self.modulations(t)
+        video, words = self.patchify(x, recycled, condition, indices), self.text_in(text)
+        tapped = []
+        for index, block in enumerate(self.blocks):
+            block_prefix = prefix[index] if prefix else None
+            inputs = (video, words, modulation, rotation, layout, text_lens, block_prefix)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                video, words = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                video, words = block(*inputs)
+            if index in taps:
+                tapped.append(video)
+        return video, time, tapped
+
+    def forward(self, x: Tensor, recycled: Tensor, condition: Tensor | None, *args, **kwargs):
+        """The network's raw output (B, latent_channels, T, H, W); arguments as `features`."""
+        video, time, _ = self.features(x, recycled, condition, *args, **kwargs)
+        return self.unpatchify(video, time, x.shape[-2:])
+
+    def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
+        """Every block's text keys and values at time t: once per prompt when streaming."""
+        _, _, modulation = self.modulations(t)
+        words, pairs = self.text_in(text), []
+        for block in self.blocks:
+            words, k, v = block.encode_text(words, modulation, text_lens)
+            pairs.append((k, v))
+        return pairs
+
+    def step(
+        self,
+        x: Tensor,
+        recycled: Tensor,
+        condition: Tensor | None,
+        t: Tensor,
+        cache: KVCache,
+    ) -> Tensor:
+        """One frame against the cache (SPEC 5), which then holds it too.
+
+        x, recycled, condition: one frame each, (B, C, 1, H, W). Returns the raw output.
+        """
+        grid = self.config.token_grid(*x.shape[-2:])
+        index = cache.step[None]
+        rotation = self.positions(index, grid)
+        time, modulation, _ = self.modulations(t)
+        video = self.patchify(x, recycled, condition, index)
+        for layer, block in enumerate(self.blocks):
+            video = block.step(video, modulation, rotation, cache, layer)
+        cache.advance()
+        return self.unpatchify(video, time, x.shape[-2:])
+
+    def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
+        """An empty cache for latents of `size` = (height, width)."""
+        rows, columns = self.config.token_grid(*size)
+        return KVCache(
+            batch,
+            self.config.depth,
+            self.config.heads,
+            self.config.head_dim,
+            text_tokens=self.config.text_tokens,
+            tokens_per_frame=rows * columns,
+            window_frames=self.config.window_frames,
+            dtype=dtype,
+            device=self.video_in.weight.device,
+        )
+
+
+def velocity(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor) -> Tensor:
+    """The network's output as v = e - x_0 (SPEC 2; `residual_head` of SPEC 12)."""
+    return x_t - recycled - output if config.residual_head else output
+
+
+def clean(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor, t: Tensor) -> Tensor:
+    """f(x, t) = x - t v, softly clamped where the config says so (SPEC 7, 12)."""
+    x_0 = x_t - t[:, None, None, None, None] * velocity(config, output, x_t, recycled)
+    limit = config.output_clamp
+    return x_0 if limit is None else limit * torch.tanh(x_0 / limit)

@@ -1,0 +1,80 @@
+"""What the stages share about taking a step: schedules, moving averages, mixed precision."""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate over `steps` updates: linear warm-up, then constant or cosine decay to a
+    hundredth."""
+
+    learning_rate: float
+    steps: int
+    warmup: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+
+    def __call__(self, step: int) -> float:
+        ramp = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.decay == "constant":
+            return self.learning_rate * ramp
+        falling = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.steps))
+        return self.learning_rate * ramp * max(falling, 0.01)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    parameters: Iterable[Tensor],
+    max_norm: float | None,
+) -> float:
+    """Clip, step, clear. Returns the gradient norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+class MovingAverage:
+    """An exponential moving average of a module's parameters, kept for export.
+
+    Its first steps average faster, so that the start does not linger.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 10))
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        torch._foreach_lerp_([self.shadow[name] for name in names], parameters, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.shadow[name])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, value in state["shadow"].items():
+            self.shadow[name].copy_(value)
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager:
+    """bfloat16 matrix products with float32 parameters."""
+    return torch.autocast(device.type, torch.bfloat16)

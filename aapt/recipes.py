@@ -1,0 +1,126 @@
+"""Complete named configurations, as functions."""
+
+from dataclasses import dataclass
+
+from .config import CameraConfig, ModelConfig
+from .data.procedural import ProceduralData
+from .data.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
+from .optimization import Schedule
+from .stages.adversarial import AdversarialConfig
+from .stages.autoencoder import AutoencoderConfig
+from .stages.consistency_distillation import ConsistencyConfig
+from .stages.diffusion_adaptation import DiffusionConfig
+from .stages.rollout_regression import Corruption, RolloutRegressionConfig
+from .vae import VAEConfig, tiny
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `aapt train` needs to make a model from nothing."""
+
+    name: str
+    seed: int
+    model: ModelConfig
+    camera: CameraConfig
+    vae: VAEConfig
+    data: ProceduralData
+    autoencoder: AutoencoderConfig
+    diffusion: DiffusionConfig
+    consistency: ConsistencyConfig
+    regression: RolloutRegressionConfig
+    adversarial: AdversarialConfig
+
+
+def aapt_8b() -> ModelConfig:
+    """The paper's generator (SPEC 2): 736x416, N = 30."""
+    return ModelConfig(
+        width=3072,
+        heads=24,
+        head_dim=128,
+        depth=36,
+        text_width=4096,
+        text_tokens=512,
+        window_frames=30,
+        reference_grid=(26, 46),
+        rope_axes=(16, 56, 56),
+    )
+
+
+def tiny_world() -> Recipe:
+    """The bundled model: 128x80, made on two CPU cores in about two hours."""
+    camera = CameraConfig(
+        field_of_view=FIELD_OF_VIEW,
+        yaw_step=YAW_STEP,
+        forward_step=FORWARD_STEP,
+        origin_deviation=0.05,
+        direction_deviation=0.025,
+    )
+    model = ModelConfig(
+        width=192,
+        heads=6,
+        head_dim=32,
+        depth=6,
+        text_width=64,
+        text_tokens=25,
+        window_frames=8,
+        reference_grid=(5, 8),
+        rope_axes=(12, 10, 10),
+        rope_theta=100.0,
+        condition_channels=camera.channels,
+        sink_distance="clamped",
+        residual_head=True,
+        output_clamp=4.0,
+    )
+    return Recipe(
+        name="tiny-world",
+        seed=0,
+        model=model,
+        camera=camera,
+        vae=tiny(),
+        data=ProceduralData(
+            height=80, width=128, clips=2000, latent_frames=17, autoencoder_clips=300
+        ),
+        autoencoder=AutoencoderConfig(
+            schedule=Schedule(2e-3, steps=1400, warmup=50, decay="cosine"),
+            batch=4,
+            video_frames=9,
+        ),
+        diffusion=DiffusionConfig(
+            schedule=Schedule(1e-3, steps=2200, warmup=100, decay="cosine"),
+            batch=16,
+            frames=10,
+            shift=6.0,
+            betas=(0.9, 0.95),
+            average=0.999,
+            max_norm=1.0,
+        ),
+        consistency=ConsistencyConfig(
+            schedule=Schedule(2e-4, steps=300, warmup=30, decay="cosine"),
+            batch=16,
+            frames=10,
+            shift=6.0,
+            betas=(0.9, 0.95),
+            max_norm=1.0,
+        ),
+        regression=RolloutRegressionConfig(
+            schedule=Schedule(5e-4, steps=700, warmup=30, decay="cosine"),
+            batch=8,
+            segment_frames=8,
+            segments=2,
+        ),
+        adversarial=AdversarialConfig(
+            generator_schedule=Schedule(1e-5, steps=400, warmup=30),
+            discriminator_schedule=Schedule(1e-4, steps=500),
+            batch=8,
+            segment_frames=8,
+            segments=2,
+            penalty=100.0,
+            discriminator_warmup=100,
+            average=0.99,
+            max_norm=100.0,
+            corruption=Corruption(),
+        ),
+    )
+
+
+RECIPES = {"tiny-world": tiny_world}

@@ -1,0 +1,76 @@
+"""3D rotary positions (SPEC 4): angles in float64, stretched in space, unbounded in time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines (tokens, head_dim / 2) of queries and keys.
+
+    The `sink` pair rotates queries for the first frame's clamped distance (SPEC 12); it is None
+    where the distance is absolute.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cos_sink: Tensor | None = None
+    sin_sink: Tensor | None = None
+
+
+class RotaryPositions(nn.Module):
+    """Angles of every token of a frame grid, for any frame index.
+
+    Row i of a grid of h rows sits at i * h0 / h of the reference grid, columns likewise, so that
+    a trained grid maps onto a new one. Time is the frame index itself.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.reference_grid = config.reference_grid
+        self.clamp_distance = (
+            config.window_frames + 1 if config.sink_distance == "clamped" else None
+        )
+        for name, channels in zip(("time", "rows", "columns"), config.rope_axes, strict=True):
+            exponent = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+            self.register_buffer(
+                f"{name}_frequency", config.rope_theta**-exponent, persistent=False
+            )
+
+    def _apply(self, fn, recurse=True):
+        # Frequencies stay float64 whatever the model's dtype: an angle at frame 5000 would lose
+        # three digits in float32. They only follow the device.
+        device = fn(torch.empty(0, device=self.time_frequency.device)).device
+        for name in ("time", "rows", "columns"):
+            key = f"{name}_frequency"
+            self._buffers[key] = self._buffers[key].to(device)
+        return self
+
+    def forward(self, frames: Tensor, grid: tuple[int, int]) -> Rotation:
+        """`frames`: indices (T,) of any integer type; `grid`: rows and columns of tokens."""
+        cos, sin = self._table(frames, grid)
+        if self.clamp_distance is None:
+            return Rotation(cos, sin)
+        return Rotation(cos, sin, *self._table(frames.clamp(max=self.clamp_distance), grid))
+
+    def _table(self, frames: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        device = self.time_frequency.device
+        rows, columns = (
+            torch.arange(size, dtype=torch.float64, device=device) * (reference / size)
+            for size, reference in zip(grid, self.reference_grid, strict=True)
+        )
+        time = frames.to(device, torch.float64)
+        shape = (len(time), len(rows), len(columns), -1)
+        angles = torch.cat(
+            [
+                (time[:, None] * self.time_frequency)[:, None, None].expand(shape),
+                (rows[:, None] * self.rows_frequency)[None, :, None].expand(shape),
+                (columns[:, None] * self.columns_frequency)[None, None].expand(shape),
+            ],
+            dim=-1,
+        ).flatten(0, 2)
+        return angles.cos().float(), angles.sin().float()

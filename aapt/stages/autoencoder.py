@@ -1,0 +1,75 @@
+"""The autoencoder stage: a causal video VAE by reconstruction (SPEC 9)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.procedural import VideoClips
+from ..losses import sharpness_loss
+from ..optimization import MovingAverage, Schedule, mixed_precision, update
+from ..vae import CausalVAE
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """`latent_noise` (in deviations) keeps the decoder calm under a generator's small errors;
+    `latent_penalty` keeps latents bounded."""
+
+    schedule: Schedule
+    batch: int
+    video_frames: int
+    edges: float = 0.5
+    squares: float = 1.0
+    latent_noise: float = 0.05
+    latent_penalty: float = 1e-4
+    average: float = 0.995
+    max_norm: float = 1.0
+
+
+class Autoencoder:
+    """Absolute error, squared error and edges between a clip and its reconstruction."""
+
+    def __init__(self, config: AutoencoderConfig, vae: CausalVAE, seed: int):
+        self.config = config
+        self.vae = vae
+        self.random = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
+        self.average = MovingAverage(vae, config.average)
+
+    def step(self, clips: VideoClips, step: int) -> dict[str, float]:
+        config, vae = self.config, self.vae
+        video = clips.sample(config.batch, config.video_frames, self.random)
+        with mixed_precision(video.device):
+            latent = vae.encode(video)
+            deviation = latent.detach().float().std().clamp(min=0.3)
+            noise = torch.randn(latent.shape, generator=self.random)
+            decoded = vae.decode(latent + config.latent_noise * deviation * noise)
+        error = decoded.float() - video
+        loss = (
+            error.abs().mean()
+            + config.squares * error.square().mean()
+            + config.edges * sharpness_loss(error)
+            + config.latent_penalty * latent.float().square().mean()
+        )
+        loss.backward()
+        norm = update(self.optimizer, config.schedule(step), vae.parameters(), config.max_norm)
+        self.average.update(vae)
+        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
+        return {"loss": loss.item(), "psnr": psnr.item(), "gradient": norm}
+
+    def export(self) -> CausalVAE:
+        self.average.copy_to(self.vae)
+        return self.vae
+
+
+@torch.no_grad()
+def measure_latents(vae: CausalVAE, videos: Iterable[Tensor]) -> None:
+    """Set the VAE's latent mean and deviation from `videos`, each (B, 3, F, H, W)."""
+    vae.latent_mean.zero_()
+    vae.latent_std.fill_(1)
+    latents = torch.cat([vae.encode(video).transpose(0, 1).flatten(1) for video in videos], dim=1)
+    deviation, mean = torch.std_mean(latents, dim=1)
+    vae.latent_mean.copy_(mean.view_as(vae.latent_mean))
+    vae.latent_std.copy_(deviation.view_as(vae.latent_std))

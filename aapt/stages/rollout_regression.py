@@ -1,0 +1,94 @@
+"""Student-forced regression: a warm-up between stages 2 and 3 for small models (ours).
+
+Not part of AAPT. A tiny generator drifts before a discriminator can teach it not to; a few
+hundred updates of plain regression on its own rollouts, with the first recycled frame corrupted,
+bring it to a start from which the adversarial stage is stable (SPEC 12, stabilisers).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.clips import LatentClips
+from ..optimization import MovingAverage, Schedule, mixed_precision, update
+from ..student_forcing import StudentRollout, parallel_pass
+from ..world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """White noise plus a constant offset per channel, each up to `strength`, with a chance of
+    `clip_chance` per clip, on the first recycled frame of a segment; the user's frame itself is
+    corrupted only in `first_chance` of the updates."""
+
+    strength: float = 0.35
+    clip_chance: float = 0.6
+    first_chance: float = 0.3
+
+    def __call__(self, frame: Tensor, first: bool, random: torch.Generator) -> Tensor:
+        """frame (B, C, 1, H, W), `first`: whether it is the user's own."""
+        if first and torch.rand((), generator=random) >= self.first_chance:
+            return frame
+        batch, channels = frame.shape[:2]
+
+        def strength():
+            return self.strength * torch.rand(batch, 1, 1, 1, 1, generator=random)
+
+        white = strength() * torch.randn(frame.shape, generator=random)
+        offset = strength() * torch.randn(batch, channels, 1, 1, 1, generator=random)
+        chosen = torch.rand(batch, 1, 1, 1, 1, generator=random) < self.clip_chance
+        return torch.where(chosen, frame + white + offset, frame)
+
+
+@dataclass(frozen=True)
+class RolloutRegressionConfig:
+    schedule: Schedule
+    batch: int
+    segment_frames: int
+    segments: int
+    corruption: Corruption = Corruption()
+    betas: tuple[float, float] = (0.9, 0.95)
+    average: float = 0.98
+    max_norm: float | None = 1.0
+
+    @property
+    def frames(self) -> int:
+        return self.segments * self.segment_frames
+
+
+class RolloutRegression:
+    """MSE between the generator's own rollout and the real clip under the same controls."""
+
+    def __init__(self, config: RolloutRegressionConfig, model: WorldModel, seed: int):
+        self.config = config
+        self.model = model
+        self.random = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=config.betas)
+        self.average = MovingAverage(model, config.average)
+
+    def step(self, clips: LatentClips, step: int) -> dict[str, float]:
+        config, model = self.config, self.model
+        batch = clips.sample(config.batch, config.frames, self.random)
+        noise = torch.randn(batch.targets.shape, generator=self.random)
+        total = 0.0
+        with mixed_precision(noise.device):
+            with torch.no_grad():
+                rays, text, text_lens = model.conditions(batch.controls, batch.prompts, batch.size)
+            rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
+            for index in range(config.segments):
+                frames = slice(index * config.segment_frames, (index + 1) * config.segment_frames)
+                start = config.corruption(rollout.last, index == 0, self.random)
+                segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
+                text, text_lens = model.text_encoder(batch.prompts)
+                fake = parallel_pass(model.transformer, segment, text, text_lens)
+                loss = (fake - batch.targets[:, :, frames]).square().mean() / config.segments
+                loss.backward()
+                total += loss.item()
+        norm = update(self.optimizer, config.schedule(step), model.parameters(), config.max_norm)
+        self.average.update(model)
+        return {"loss": total, "gradient": norm}
+
+    def export(self) -> WorldModel:
+        self.average.copy_to(self.model)
+        return self.model

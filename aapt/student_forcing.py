@@ -1,0 +1,98 @@
+"""Two-pass student forcing (SPEC 8): roll out on the streaming path, then one parallel pass.
+
+Recycled inputs are detached, so between steps the graph runs through keys and values alone. The
+rollout without gradient only has to find the recycled inputs; one block-causal pass on exactly
+those inputs then has the same value and the same gradient as back-propagating through the cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .model import KeysValues, VideoTransformer, clean
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The inputs of one rolled-out segment, latents (B, C, T, H, W), all without gradient."""
+
+    noise: Tensor
+    recycled: Tensor
+    condition: Tensor | None
+    output: Tensor
+    start_frame: int
+    prefix: KeysValues | None
+
+
+class StudentRollout:
+    """A batch of streams that are rolled out segment by segment.
+
+    text (B, text_tokens, text_width) and text_lens (B,) are the prompts' embeddings; the first
+    segment starts at the user's frame, each later one at the last output.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: VideoTransformer, text: Tensor, text_lens: Tensor, first: Tensor):
+        self.model = model
+        self.last = first
+        self.time = first.new_ones(len(first))
+        pairs = model.encode_text(text, text_lens, self.time)
+        self.cache = model.new_cache(len(first), first.shape[-2:], dtype=pairs[0][0].dtype)
+        for layer, (k, v) in enumerate(pairs):
+            self.cache.write_text(layer, k, v, text_lens)
+        self.frames = 0
+
+    @torch.no_grad()
+    def roll(self, noise: Tensor, condition: Tensor | None, start: Tensor | None = None) -> Segment:
+        """Generate noise.shape[2] frames. `start` replaces the first recycled frame (corruption
+        of SPEC 12)."""
+        prefix = None
+        if self.frames:
+            prefix = [self.cache.prefix(layer) for layer in range(self.model.config.depth)]
+        start_frame = self.frames
+        recycled, outputs = [], []
+        latent = self.last if start is None else start
+        for index in range(noise.shape[2]):
+            frame = slice(index, index + 1)
+            recycled.append(latent)
+            latent = self.step(
+                noise[:, :, frame], latent, None if condition is None else condition[:, :, frame]
+            )
+            outputs.append(latent)
+        return Segment(
+            noise,
+            torch.cat(recycled, dim=2),
+            condition,
+            torch.cat(outputs, dim=2),
+            start_frame,
+            prefix,
+        )
+
+    @torch.no_grad()
+    def step(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
+        """One autoregressive step, 1 NFE at t = 1: the next latent frame (B, C, 1, H, W)."""
+        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
+        self.last = clean(self.model.config, output, noise, recycled, self.time)
+        self.frames += 1
+        return self.last
+
+
+def parallel_pass(
+    model: VideoTransformer, segment: Segment, text: Tensor, text_lens: Tensor
+) -> Tensor:
+    """The segment's frames once more, in parallel and with gradient: (B, C, T, H, W)."""
+    time = segment.noise.new_ones(len(segment.noise))
+    output = model(
+        segment.noise,
+        segment.recycled,
+        segment.condition,
+        text,
+        text_lens,
+        time,
+        prefix=segment.prefix,
+        start_frame=segment.start_frame,
+    )
+    return clean(
+        model.config, output.to(segment.noise.dtype), segment.noise, segment.recycled, time
+    )

@@ -1,0 +1,38 @@
+"""Prompts as tokens: a byte-level encoder small enough to be trained with the model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+BEGIN = 256  # starts every prompt, so that an empty one is still a token to attend to
+
+
+class ByteTextEncoder(nn.Module):
+    """UTF-8 bytes to embeddings.
+
+    The text stream of the transformer does the reading; this only embeds bytes and positions.
+    """
+
+    def __init__(self, tokens: int, width: int):
+        super().__init__()
+        self.tokens = tokens
+        self.embedding = nn.Embedding(257, width)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, tokens) and lengths (B,). Longer prompts are cut at the last whole byte
+        that fits."""
+        device = self.position.device
+        ids = torch.full((len(prompts), self.tokens), BEGIN)
+        lengths = torch.empty(len(prompts), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            encoded = prompt.lower().encode()[: self.tokens - 1]
+            ids[row, 1 : 1 + len(encoded)] = torch.tensor(list(encoded), dtype=torch.int64)
+            lengths[row] = 1 + len(encoded)
+        return ids.to(device), lengths.to(device)
+
+    def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, tokens, width) and lengths (B,)."""
+        ids, lengths = self.tokenize(prompts)
+        return self.embedding(ids) + self.position, lengths

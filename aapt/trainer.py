@@ -1,0 +1,203 @@
+"""Runs a recipe: one folder per stage, one loop for all of them."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import nn
+
+from .checkpoint import load_module, read_tensors, save_config, save_module
+from .data.clips import LatentClips
+from .data.procedural import (
+    VideoClips,
+    encode_clips,
+    latent_clips,
+    render_clips,
+    to_video,
+)
+from .data.world import THEMES
+from .optimization import mixed_precision
+from .recipes import Recipe
+from .stages.adversarial import Adversarial
+from .stages.autoencoder import Autoencoder, measure_latents
+from .stages.consistency_distillation import ConsistencyDistillation
+from .stages.diffusion_adaptation import DiffusionAdaptation
+from .stages.rollout_regression import RolloutRegression
+from .vae import CausalVAE
+from .world_model import WorldModel
+
+SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
+SAMPLE_PROMPT = "desert dunes at sunset"
+STAGES = ("autoencoder", "encode", "diffusion", "consistency", "regression", "adversarial")
+
+
+class Stage(Protocol):
+    """What the loop asks of a stage."""
+
+    def step(self, data, step: int) -> dict[str, float]:
+        """One update; returns its metrics."""
+
+    def export(self) -> nn.Module:
+        """The network to keep."""
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on, and why."""
+
+
+class Run:
+    """One recipe in one folder. A stage whose result is in the folder is not run again."""
+
+    def __init__(self, recipe: Recipe, out: Path, workers: int):
+        self.recipe, self.out, self.workers = recipe, out, workers
+
+    def result(self, stage: str) -> Path:
+        return self.out / stage / "weights.safetensors"
+
+    def vae(self) -> CausalVAE:
+        vae = CausalVAE(self.recipe.vae)
+        load_module(self.result("autoencoder"), vae)
+        return vae.eval().requires_grad_(False)
+
+    def model(self, stage: str | None) -> WorldModel:
+        """A new model, with the weights that `stage` has made."""
+        model = WorldModel(self.recipe.model, self.recipe.camera)
+        if stage is not None:
+            load_module(self.result(stage), model)
+        return model
+
+    def clips(self) -> LatentClips:
+        return latent_clips(read_tensors(self.result("encode")))
+
+    def autoencoder(self) -> None:
+        recipe = self.recipe
+        data = VideoClips(render_clips(recipe.data, recipe.data.autoencoder_clips, self.workers))
+        stage = Autoencoder(recipe.autoencoder, CausalVAE(recipe.vae), recipe.seed)
+        config = recipe.autoencoder
+        vae = self.loop("autoencoder", stage, data, config.schedule.steps)
+        with mixed_precision(data.videos.device):
+            measure_latents(vae, (to_video(video[None]) for video in data.videos[::4]))
+        save_module(self.result("autoencoder"), vae)
+
+    def encode(self) -> None:
+        recipe = self.recipe
+        tensors = encode_clips(
+            self.vae(), render_clips(recipe.data, recipe.data.clips, self.workers)
+        )
+        path = self.result("encode")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        os.replace(partial, path)
+
+    def diffusion(self) -> None:
+        config = self.recipe.diffusion
+        stage = DiffusionAdaptation(config, self.model(None), self.recipe.seed)
+        self.train("diffusion", stage, config.schedule.steps)
+
+    def consistency(self) -> None:
+        config = self.recipe.consistency
+        stage = ConsistencyDistillation(config, self.model("diffusion"), self.recipe.seed)
+        self.train("consistency", stage, config.schedule.steps)
+
+    def regression(self) -> None:
+        config = self.recipe.regression
+        stage = RolloutRegression(config, self.model("consistency"), self.recipe.seed)
+        self.train("regression", stage, config.schedule.steps)
+
+    def adversarial(self) -> None:
+        config = self.recipe.adversarial
+        stage = Adversarial(
+            config, self.model("regression"), self.model("diffusion"), self.recipe.seed
+        )
+        self.train("adversarial", stage, config.discriminator_schedule.steps)
+
+    def train(self, name: str, stage: Stage, steps: int) -> None:
+        save_module(self.result(name), self.loop(name, stage, self.clips(), steps))
+
+    def loop(self, name: str, stage: Stage, data, steps: int) -> nn.Module:
+        """`steps` updates, each a line of metrics in the stage's folder."""
+        folder = self.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+        )
+        with Progress(*columns) as progress, (folder / "metrics.jsonl").open("w") as log:
+            task = progress.add_task(name, total=steps, metrics="")
+            start = time.perf_counter()
+            for step in range(steps):
+                metrics = stage.step(data, step)
+                elapsed = time.perf_counter() - start
+                log.write(
+                    json.dumps({"step": step, "seconds": round(elapsed, 2), **metrics}) + "\n"
+                )
+                log.flush()
+                if not all(torch.isfinite(torch.tensor(value)) for value in metrics.values()):
+                    raise TrainingError(f"{name}: step {step}: expected finite metrics: {metrics}")
+                shown = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+                progress.update(task, advance=1, metrics=shown)
+        return stage.export()
+
+    def export(self, stage: str) -> Path:
+        """A checkpoint folder that StreamingGenerator loads, in bfloat16."""
+        recipe = self.recipe
+        folder = self.out / recipe.name
+        save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
+        save_module(folder / "vae.safetensors", self.vae(), torch.bfloat16)
+        shutil.copyfile(SAMPLE_IMAGE, folder / SAMPLE_IMAGE.name)
+        save_config(
+            folder,
+            {
+                "name": recipe.name,
+                "stage": stage,
+                "height": recipe.data.height,
+                "width": recipe.data.width,
+                "fps": 24,
+                "prompts": [theme.prompts[0] for theme in THEMES],
+                "sample": {"image": SAMPLE_IMAGE.name, "prompt": SAMPLE_PROMPT},
+                "model": asdict(recipe.model),
+                "camera": asdict(recipe.camera),
+                "vae": asdict(recipe.vae),
+            },
+        )
+        return folder
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    stages: Sequence[str] = STAGES,
+    *,
+    workers: int = 2,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Run `stages` of a recipe in `out`, skipping those already done, and export a checkpoint.
+
+    Returns the checkpoint's folder. Raises TrainingError when a metric is not finite.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise ValueError(f"stages: expected some of {', '.join(STAGES)}, got {stage}")
+    run_ = Run(recipe, out, workers)
+    for stage in stages:
+        if run_.result(stage).is_file():
+            report(f"{stage}: already done")
+            continue
+        torch.manual_seed(recipe.seed)
+        start = time.perf_counter()
+        getattr(run_, stage)()
+        report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
+    done = [s for s in STAGES if s not in ("autoencoder", "encode") and run_.result(s).is_file()]
+    return run_.export(done[-1]) if done else out

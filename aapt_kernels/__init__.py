@@ -1,0 +1,49 @@
+"""Drop-in PyTorch ops for autoregressive video: a sequence of latent frames, each a block of
+tokens, that grows frame by frame.
+
+Training sees all frames at once, under a mask that is a handful of integers:
+
+    from aapt_kernels import FrameLayout, block_causal_attention, qk_norm_rope
+
+    layout = FrameLayout(text_tokens=24, tokens_per_frame=40, frames=8, window_frames=6)
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin)   # (batch, length, heads, head_dim)
+    out = block_causal_attention(q, k, v, layout)
+
+Streaming sees one frame at a time, gives the same numbers and costs the same at every step:
+
+    from aapt_kernels import KVCache, cached_attention, kv_append
+
+    cache = KVCache(1, layers, heads, head_dim, text_tokens=24, tokens_per_frame=40,
+                    window_frames=6)
+    q = kv_append(q, k, v, cache, layer, q_weight, k_weight, cos, sin)
+    out = cached_attention(q, cache, layer)
+    cache.advance()                                           # after the last layer
+
+`causal_conv3d` is the VAE's convolution. Each is a real torch op, `torch.ops.aapt.<name>`, that
+compiles without graph breaks; `use_backend` chooses its implementation, `backends` lists them.
+"""
+
+from . import _library
+
+_library.load()
+
+from .backend import backends, use_backend  # noqa: E402  the schemas come first
+from .block_causal_attention import block_causal_attention  # noqa: E402
+from .cached_attention import cached_attention  # noqa: E402
+from .causal_conv3d import causal_conv3d  # noqa: E402
+from .kv_append import kv_append  # noqa: E402
+from .kv_cache import KVCache  # noqa: E402
+from .layout import FrameLayout  # noqa: E402
+from .qk_norm_rope import qk_norm_rope  # noqa: E402
+
+__all__ = [
+    "FrameLayout",
+    "KVCache",
+    "backends",
+    "block_causal_attention",
+    "cached_attention",
+    "causal_conv3d",
+    "kv_append",
+    "qk_norm_rope",
+    "use_backend",
+]

@@ -1,0 +1,143 @@
+"""Which implementation of an op runs: one table, resolved by name, visible in `backends()`.
+
+`auto` takes, on a CUDA device, the sm_90a kernel, else the Triton kernel, else plain PyTorch; on
+the CPU the fast PyTorch composition. A backend that was asked for by name never falls back.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "cuda", "triton", "cpu", "reference")
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_library = torch.library.Library("aapt", "FRAGMENT")
+_implementations: dict[str, dict[str, Callable]] = {}
+_forced = "auto"
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run; the message says why."""
+
+
+class Choice(NamedTuple):
+    """One row of `backends()`: what `auto` runs, and why nothing it prefers to that."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def implement(op: str, **implementations: Callable) -> None:
+    """Give the schema `aapt::<op>` its implementations, by backend name. Each takes the schema's
+    arguments. The sm_90a kernels are not named here: they are `torch.ops.aapt_sm90.<op>`."""
+    _implementations[op] = implementations
+
+    def dispatch(*args):
+        return resolve(op, args[0])(*args)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(op, dispatch, key)
+
+
+def register_fake(op: str) -> Callable:
+    """Decorator: the shapes and dtypes that `aapt::<op>` returns."""
+    return torch.library.register_fake(f"aapt::{op}", lib=_library)
+
+
+def register_autograd(op: str, backward: Callable, setup_context: Callable) -> None:
+    torch.library.register_autograd(
+        f"aapt::{op}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def resolve(op: str, tensor: Tensor) -> Callable:
+    """The implementation that runs `op` on this tensor's device, or BackendError."""
+    device = tensor.device.type
+    if _forced != "auto":
+        reason = obstacle(op, _forced, device)
+        if reason:
+            raise BackendError(
+                f"backend '{_forced}' cannot run {op} on a {device} tensor: {reason}"
+            )
+        return implementation(op, _forced)
+    for name in PREFERENCE[device]:
+        if not obstacle(op, name, device):
+            return implementation(op, name)
+    raise BackendError(f"no backend runs {op} on a {device} tensor")
+
+
+def implementation(op: str, name: str) -> Callable | None:
+    """The function behind one cell of the table, None where nobody has written it."""
+    if name == "cuda":
+        return getattr(torch.ops.aapt_sm90, op, None)
+    return _implementations[op].get(name)
+
+
+def obstacle(op: str, name: str, device: str) -> str | None:
+    """Why this backend cannot run this op on this kind of device; None if it can."""
+    if name == "cuda" and (reason := no_sm90()):
+        return reason
+    if name == "triton" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if name in ("cuda", "triton") and device != "cuda":
+        return "it takes CUDA tensors"
+    if name == "cpu" and device != "cpu":
+        return "it takes CPU tensors"
+    if implementation(op, name) is None:
+        return "no kernel for this op yet"
+    return None
+
+
+def no_sm90() -> str | None:
+    """Why no sm_90a kernel can run here at all; None if one can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"the device is not sm_90 but {torch.cuda.get_device_capability()}"
+    if not any(implementation(op, "cuda") for op in _implementations):
+        return "the library was built without sm_90a kernels"
+    return None
+
+
+class use_backend:
+    """Choose the backend of every op: `use_backend("reference")`, or as a context manager that
+    restores what was chosen before. Names: auto, cuda, triton, cpu, reference.
+
+    The choice is global and holds for the backward pass too. ValueError for another name;
+    BackendError, here or at the op, where the backend cannot run.
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        if name not in NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+        if name in ("cuda", "triton") and not torch.cuda.is_available():
+            raise BackendError(f"backend '{name}' cannot run: no CUDA device")
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *error) -> None:
+        global _forced
+        _forced = self._before
+
+
+def backends() -> list[Choice]:
+    """What `auto` runs for each op on the CPU and, if there is one, on the CUDA device."""
+    rows = []
+    for op in sorted(_implementations):
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            reasons = []
+            for name in PREFERENCE[device]:
+                reason = obstacle(op, name, device)
+                if not reason:
+                    rows.append(Choice(op, device, name, "; ".join(reasons)))
+                    break
+                reasons.append(f"{name}: {reason}")
+    return rows

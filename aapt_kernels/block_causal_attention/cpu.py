@@ -1,0 +1,227 @@
+"""Fast on a CPU: tiles of query rows against the keys they see, gathered by interval.
+
+A tile is a chunk of (batch, head) pairs times the rows of one frame, or of several where a frame
+is small. All its keys fit one softmax, so nothing is merged; the backward recomputes the
+probabilities. Half precision is computed in float32: the products are bound by memory at these
+sizes, and the scores keep their accuracy. Every large temporary is scratch that all tiles share,
+because fresh pages cost more than the arithmetic.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import FrameLayout, Interval
+from ..precision import wide
+
+TILE_ROWS = 64  # group small frames up to about this many rows,
+MAX_TILE_ROWS = 512  # and split large ones
+TILE_SCORES = 1 << 21  # scores per tile: 8 MB in float32, a share of the last-level cache
+
+
+class Tile(NamedTuple):
+    rows: Interval
+    keys: tuple[Interval, Interval, Interval]  # text, sink, window
+    hidden: Tensor | None  # (rows, keys) bool; None where every row sees every key
+
+    @property
+    def sizes(self) -> list[int]:
+        return [end - start for start, end in self.keys]
+
+
+def tiles(layout: FrameLayout) -> Iterator[Tile]:
+    """Cover the query: text, then frames."""
+    text, tokens = layout.text_tokens, layout.tokens_per_frame
+    if text:
+        yield Tile((0, text), ((0, text), (0, 0), (0, 0)), None)
+    group = max(1, TILE_ROWS // tokens)
+    for first in range(0, layout.frames, group):
+        last = min(first + group, layout.frames) - 1
+        _, sink, window = layout.intervals(last)
+        oldest = max(sink[1], min(layout.intervals(first)[2][0], window[0]))
+        keys = ((0, text), sink, (oldest, window[1]))
+        start, end = text + first * tokens, text + (last + 1) * tokens
+        hidden = None
+        if last > first:
+            query = torch.arange(start, end)[:, None]
+            key = torch.cat([torch.arange(*interval) for interval in keys])
+            hidden = ~layout.mask_mod(key, key, query, key)
+        elif tokens > MAX_TILE_ROWS:
+            for row in range(start, end, MAX_TILE_ROWS):
+                yield Tile((row, min(row + MAX_TILE_ROWS, end)), keys, None)
+            continue
+        yield Tile((start, end), keys, hidden)
+
+
+class Scratch:
+    """Buffers that grow to the largest tile and are handed out as contiguous views."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        size = shape[0] * shape[1] * shape[2]
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name] = torch.empty(size, dtype=self.dtype)
+        return buffer[:size].view(shape)
+
+
+class Problem:
+    """The inputs head-major, (batch x heads, length, head_dim), and the steps both passes share."""
+
+    def __init__(self, q, k, v, text_lens, q_sink, arguments):
+        *integers, scale, self.prefix_grad = arguments
+        self.layout = FrameLayout(*integers)
+        self.dtype = wide(q.dtype)
+        self.batch, _, self.heads, self.head_dim = q.shape
+        self.scale = scale
+        self.q = self.head_major(q).mul_(scale)
+        self.k, self.v = self.head_major(k), self.head_major(v)
+        self.q_sink = None if q_sink is None else self.head_major(q_sink).mul_(scale)
+        self.scratch = Scratch(self.dtype)
+        self.hidden_text = self.no_text = None
+        if text_lens is not None:
+            lens = text_lens.repeat_interleave(self.heads)[:, None, None]
+            self.hidden_text = torch.arange(self.layout.text_tokens) >= lens
+            self.no_text = lens == 0
+
+    def head_major(self, x: Tensor) -> Tensor:
+        """A copy (B x H, L, D) in the dtype of the computation."""
+        x = x.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+        return x.flatten(0, 1)
+
+    def token_major(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B x H, L, D) back to a contiguous (B, L, H, D) of the given dtype."""
+        x = x.unflatten(0, (self.batch, self.heads)).transpose(1, 2)
+        return x.to(dtype, memory_format=torch.contiguous_format)
+
+    def chunks(self, tile: Tile) -> Iterator[slice]:
+        """Slices of the (batch, head) pairs that keep the scores of a tile in the cache."""
+        pairs = self.batch * self.heads
+        scores = (tile.rows[1] - tile.rows[0]) * sum(tile.sizes)
+        step = min(pairs, max(1, TILE_SCORES // max(1, scores)))
+        for start in range(0, pairs, step):
+            yield slice(start, min(start + step, pairs))
+
+    def gather(self, name: str, x: Tensor, pairs: slice, tile: Tile) -> Tensor:
+        """The tile's keys (or values) side by side; a view where they are one interval."""
+        keys = [x[pairs, start:end] for start, end in tile.keys if end > start]
+        if len(keys) == 1:
+            return keys[0]
+        out = self.scratch.take(name, keys[0].shape[0], sum(tile.sizes), self.head_dim)
+        return torch.cat(keys, dim=1, out=out)
+
+    def uses_q_sink(self, tile: Tile) -> bool:
+        return self.q_sink is not None and tile.sizes[1] > 0
+
+    def sink_queries(self, pairs: slice, tile: Tile) -> Tensor:
+        text = self.layout.text_tokens
+        return self.q_sink[pairs, tile.rows[0] - text : tile.rows[1] - text]
+
+    def scores(self, pairs: slice, tile: Tile, k: Tensor) -> Tensor:
+        """Masked scores of the tile, in scratch."""
+        q = self.q[pairs, slice(*tile.rows)]
+        s = self.scratch.take("scores", q.shape[0], q.shape[1], k.shape[1])
+        torch.bmm(q, k.transpose(1, 2), out=s)
+        text, sink, _ = tile.sizes
+        if self.uses_q_sink(tile):
+            sink_k = self.k[pairs, slice(*tile.keys[1])].transpose(1, 2)
+            s[:, :, text : text + sink] = torch.bmm(self.sink_queries(pairs, tile), sink_k)
+        if tile.hidden is not None:
+            s.masked_fill_(tile.hidden, -torch.inf)
+        if self.hidden_text is not None:
+            s[:, :, :text].masked_fill_(self.hidden_text[pairs], -torch.inf)
+        return s
+
+    def softmax_(self, s: Tensor, pairs: slice, tile: Tile) -> Tensor:
+        """In place; zero in rows that see nothing, which only text queries can."""
+        torch.softmax(s, dim=-1, out=s)
+        if self.no_text is not None and sum(tile.sizes[1:]) == 0:
+            s.masked_fill_(self.no_text[pairs], 0)
+        return s
+
+
+def forward(q, k, v, text_lens, q_sink, *arguments):
+    problem = Problem(q, k, v, text_lens, q_sink, arguments)
+    out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[:2])
+    for tile in tiles(problem.layout):
+        rows = slice(*tile.rows)
+        for pairs in problem.chunks(tile):
+            s = problem.scores(pairs, tile, problem.gather("k", problem.k, pairs, tile))
+            largest = s.amax(-1)
+            p = problem.softmax_(s, pairs, tile)
+            # The largest probability is exp(largest - lse).
+            lse[pairs, rows] = torch.sub(largest, p.amax(-1).log_())
+            part = problem.scratch.take("out", p.shape[0], p.shape[1], problem.head_dim)
+            values = problem.gather("v", problem.v, pairs, tile)
+            out[pairs, rows] = torch.bmm(p, values, out=part)
+    if text_lens is not None:
+        empty = problem.no_text[..., 0].expand(-1, problem.layout.text_tokens)
+        lse[:, : problem.layout.text_tokens].masked_fill_(empty, -torch.inf)
+    return problem.token_major(out, q.dtype), lse.unflatten(0, (problem.batch, problem.heads))
+
+
+def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
+    problem = Problem(q, k, v, text_lens, q_sink, arguments)
+    douts = problem.head_major(dout)
+    dlse = None if dlse is None else dlse.to(problem.dtype).flatten(0, 1)[..., None]
+    dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
+    dq_sink = None if q_sink is None else torch.zeros_like(problem.q_sink)
+    take = problem.scratch.take
+    for tile in tiles(problem.layout):
+        rows = slice(*tile.rows)
+        for pairs in problem.chunks(tile):
+            keys = problem.gather("k", problem.k, pairs, tile)
+            values = problem.gather("v", problem.v, pairs, tile)
+            p = problem.softmax_(problem.scores(pairs, tile, keys), pairs, tile)
+            tile_dout, tile_q = douts[pairs, rows], problem.q[pairs, rows]
+            accumulate(problem, dv, p, tile_dout, tile_dout, pairs, tile)
+
+            ds = torch.bmm(tile_dout, values.transpose(1, 2), out=take("ds", *p.shape))
+            torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+            if dlse is not None:
+                ds.addcmul_(p, dlse[pairs, rows])
+            sink_q = tile_q
+            if problem.uses_q_sink(tile):
+                text, sink, _ = tile.sizes
+                sink_q = problem.sink_queries(pairs, tile)
+                sink_ds = ds[:, :, text : text + sink].contiguous()
+                start = tile.rows[0] - problem.layout.text_tokens
+                stop = tile.rows[1] - problem.layout.text_tokens
+                sink_keys = problem.k[pairs, slice(*tile.keys[1])]
+                dq_sink[pairs, start:stop] = torch.bmm(sink_ds, sink_keys)
+            accumulate(problem, dk, ds, tile_q, sink_q, pairs, tile)
+            if problem.uses_q_sink(tile):
+                ds[:, :, text : text + sink] = 0
+            part = take("dq", p.shape[0], p.shape[1], problem.head_dim)
+            dq[pairs, rows] = torch.bmm(ds, keys, out=part)
+    dq = problem.token_major(dq.mul_(problem.scale), q.dtype)
+    if q_sink is None:
+        dq_sink = q.new_empty(0)
+    else:
+        dq_sink = problem.token_major(dq_sink.mul_(problem.scale), q.dtype)
+    return dq, problem.token_major(dk, k.dtype), problem.token_major(dv, v.dtype), dq_sink
+
+
+def accumulate(
+    problem: Problem, total: Tensor, weights: Tensor, x: Tensor, x_sink: Tensor, pairs, tile: Tile
+) -> None:
+    """total[keys of the tile] += weights^T x, with x_sink in place of x for the sink keys.
+
+    Nothing is added, nor computed, for prefix keys that take no gradient.
+    """
+    column = 0
+    for index, (start, end) in enumerate(tile.keys):
+        first, column = column, column + end - start
+        if not problem.prefix_grad and start >= problem.layout.prefix[0]:
+            start = max(start, min(problem.layout.prefix[1], end))
+        if start == end:
+            continue
+        columns = weights[:, :, column - (end - start) : column].transpose(1, 2)
+        part = problem.scratch.take("dkv", x.shape[0], end - start, problem.head_dim)
+        torch.bmm(columns, x_sink if index == 1 else x, out=part)
+        total[pairs, start:end] += part

@@ -1,0 +1,62 @@
+"""Fast on a CPU: flash attention on views of the cache, which is never copied.
+
+Text that fills its slot, the sink and the ring lie side by side, so in the usual case one call
+sees exactly what the frame sees. Shorter texts and q_sink are calls of their own, whose results
+are merged by their log-sum-exp.
+"""
+
+import torch
+from torch import Tensor
+
+Part = tuple[Tensor, Tensor]  # out (B, H, L, D), lse (B, H, L)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
+    """All of them (B, L, H, D)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
+    )
+
+
+def merge(parts: list[Part]) -> Part:
+    """One attention from parts that saw disjoint keys."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    weights = lses.softmax(0)[..., None]
+    out = sum(weight * out for weight, (out, _) in zip(weights, parts, strict=True))
+    return out, lses.logsumexp(0)
+
+
+def attend(q, k, v, intervals, q_sink, sink, scale) -> Part:
+    """q against key intervals, and q_sink against the interval `sink`."""
+    parts = [flash(q, k[:, a:b], v[:, a:b], scale) for a, b in intervals if b > a]
+    if q_sink is not None:
+        a, b = sink
+        parts.append(flash(q_sink, k[:, a:b], v[:, a:b], scale))
+    return merge(parts)
+
+
+def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
+    text_tokens, tokens_per_frame, window_frames, sink_frames, scale = arguments
+    frames = min(int(step) + 1, sink_frames + window_frames + 1)
+    sink_end = text_tokens + min(sink_frames, frames) * tokens_per_frame
+    end = text_tokens + frames * tokens_per_frame
+    if sink_end == text_tokens:
+        q_sink = None
+    start = text_tokens if q_sink is None else sink_end
+    lens = [min(length, text_tokens) for length in text_lens.tolist()]
+
+    def part(samples: slice, length: int) -> Part:
+        whole = length == start
+        intervals = [(0, end)] if whole else [(0, length), (start, end)]
+        rows = (q[samples], k_cache[samples], v_cache[samples])
+        sink_rows = None if q_sink is None else q_sink[samples]
+        return attend(*rows, intervals, sink_rows, (text_tokens, sink_end), scale)
+
+    if len(set(lens)) == 1:
+        out, lse = part(slice(None), lens[0])
+    else:
+        parts = [part(slice(i, i + 1), length) for i, length in enumerate(lens)]
+        out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+    return out.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse

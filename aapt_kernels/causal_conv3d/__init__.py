@@ -1,0 +1,142 @@
+"""Causal 3D convolution with a fused prologue and a streaming state (SPEC 9)."""
+
+import torch
+from torch import Tensor
+
+from ..backend import implement
+from ..checks import check_device, check_dtype, check_shape
+from . import cpu, ref
+
+PADDINGS = ("zeros", "replicate")
+
+
+def causal_conv3d(
+    x: Tensor,  # (batch, in_channels, time, height, width)
+    weight: Tensor,  # (out_channels, in_channels, kt, kh, kw), kh and kw odd
+    bias: Tensor | None = None,  # (out_channels,)
+    *,
+    state: Tensor | None = None,  # (batch, in_channels, kt - 1, height, width)
+    norm_weight: Tensor | None = None,  # (in_channels,)
+    eps: float = 1e-6,
+    silu: bool = False,
+    residual: Tensor | None = None,  # like the output
+    stride: tuple[int, int, int] = (1, 1, 1),
+    padding: str = "zeros",
+) -> tuple[Tensor, Tensor]:
+    """conv3d(silu(rms_norm(x) * norm_weight)) + bias + residual, and the state for the next chunk.
+
+    Output frame t reads input frames up to t * stride[0] only. The norm takes the root mean square
+    over the channels of each pixel; without `norm_weight` there is none. In space the output has
+    ceil(size / stride) pixels.
+
+    `state` holds the last kt - 1 normed and activated input frames of the chunk before. None
+    starts the stream: then, and beyond the edges of a frame, `padding` decides between zeros and
+    replicating the first frame or the edge. Chunks of any length add up to the whole clip; a
+    stream with a stride in time would not, so that takes no state.
+
+    Differentiable in x, weight, bias, norm_weight and residual, once; neither the given nor the
+    returned state carries a gradient. Under autocast all tensors are cast to its dtype; otherwise
+    they share one. Raises ValueError, or TypeError for a dtype, naming the input that breaks this
+    contract.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias, state, norm_weight, residual = (
+            None if t is None else t.to(dtype) for t in (bias, state, norm_weight, residual)
+        )
+    _check(x, weight, bias, state, norm_weight, residual, stride, padding)
+    return torch.ops.aapt.causal_conv3d(
+        x, weight, bias, state, norm_weight, eps, silu, residual, stride, padding
+    )
+
+
+def _check(x, weight, bias, state, norm_weight, residual, stride, padding) -> None:
+    if padding not in PADDINGS:
+        raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
+    if len(stride) != 3 or min(stride) < 1:
+        raise ValueError(f"stride: expected three integers >= 1, got {tuple(stride)}")
+    check_shape("x", x, ("batch", "in_channels", "time", "height", "width"))
+    batch, channels, frames, height, width = x.shape
+    if frames < 1:
+        raise ValueError(f"x: expected at least one frame, got {tuple(x.shape)}")
+    check_shape("weight", weight, ("out_channels", channels, "kt", "kh", "kw"), "the channels of x")
+    out_channels, _, kt, kh, kw = weight.shape
+    if kh % 2 == 0 or kw % 2 == 0:
+        raise ValueError(f"weight: expected odd kh and kw, got {tuple(weight.shape)}")
+
+    optional = {
+        "bias": (bias, (out_channels,)),
+        "state": (state, (batch, channels, kt - 1, height, width)),
+        "norm_weight": (norm_weight, (channels,)),
+        "residual": (residual, (batch, out_channels, *_out_size(x, stride))),
+    }
+    given = {name: pair for name, pair in optional.items() if pair[0] is not None}
+    why = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and stride {tuple(stride)}"
+    for name, (tensor, shape) in given.items():
+        check_shape(name, tensor, shape, why)
+    tensors = {"x": x, "weight": weight} | {name: tensor for name, (tensor, _) in given.items()}
+    check_dtype(tensors)
+    check_device(tensors)
+    if state is not None and stride[0] > 1:
+        raise ValueError(f"state: expected None with a stride in time, got stride {tuple(stride)}")
+    if state is not None and state.requires_grad:
+        raise ValueError("state: expected a tensor without gradient, got requires_grad=True")
+
+
+def _out_size(x: Tensor, stride: tuple[int, int, int]) -> tuple[int, ...]:
+    """Time, height and width of the output."""
+    return tuple((size - 1) // step + 1 for size, step in zip(x.shape[2:], stride, strict=True))
+
+
+def _fake(x, weight, bias, state, norm_weight, eps, silu, residual, stride, padding):
+    out = x.new_empty(x.shape[0], weight.shape[0], *_out_size(x, stride))
+    return out, x.new_empty(*x.shape[:2], weight.shape[2] - 1, *x.shape[3:])
+
+
+def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, padding):
+    dnorm_weight = x.new_empty(0 if norm_weight is None else x.shape[1])
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        weight.new_empty(len(weight)),
+        dnorm_weight,
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, state, norm_weight, eps, silu, residual, stride, padding = inputs
+    ctx.save_for_backward(x, weight, state, norm_weight)
+    ctx.options = eps, silu, stride, padding
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dout, _):
+    saved = ctx.saved_tensors  # read once: checkpointing hands it out no second time
+    dx, dweight, dbias, dnorm_weight = torch.ops.aapt.causal_conv3d_backward(
+        dout, *saved, *ctx.options
+    )
+    return (
+        dx,
+        dweight,
+        dbias if ctx.has_bias else None,
+        None,
+        None if saved[3] is None else dnorm_weight,
+        None,
+        None,
+        dout if ctx.has_residual else None,
+        None,
+        None,
+    )
+
+
+implement("causal_conv3d", cpu=cpu.causal_conv3d, reference=ref.causal_conv3d)
+implement(
+    "causal_conv3d_backward",
+    cpu=cpu.causal_conv3d_backward,
+    reference=ref.causal_conv3d_backward,
+)
+torch.library.register_fake("aapt::causal_conv3d", _fake)
+torch.library.register_fake("aapt::causal_conv3d_backward", _fake_backward)
+torch.library.register_autograd("aapt::causal_conv3d", _backward, setup_context=_setup_context)

@@ -1,0 +1,129 @@
+"""FrameLayout: the block-causal mask as a handful of integers (SPEC 3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Interval = tuple[int, int]  # half-open
+
+
+@dataclass(frozen=True)
+class FrameLayout:
+    """Which tokens there are, and which of them see which.
+
+    The query is `[text | frames]`. With `past_frames=None` the key is `[text | frames]` and the
+    sequence starts at frame 0; with an integer the frames continue an earlier segment and the key
+    is `[text | sink | past | frames]`, where `past` never holds a sink frame.
+
+    A query in frame i sees all text, the sink frames (the first `sink_frames` of the sequence) up
+    to i, and frames i - window_frames ... i; `window_frames=None` is no limit. Text sees text only.
+
+    text_tokens: text rows, padding included; tokens_per_frame: tokens of one latent frame;
+    frames: new frames in the query; past_frames: earlier non-sink frames given as keys.
+    """
+
+    text_tokens: int
+    tokens_per_frame: int
+    frames: int
+    window_frames: int | None
+    sink_frames: int = 1
+    past_frames: int | None = None
+
+    def __post_init__(self):
+        for name, least in (
+            ("text_tokens", 0),
+            ("tokens_per_frame", 1),
+            ("frames", 0),
+            ("window_frames", 0),
+            ("sink_frames", 0),
+            ("past_frames", 0),
+        ):
+            value = getattr(self, name)
+            optional = name in ("window_frames", "past_frames")
+            if not (optional and value is None) and value < least:
+                raise ValueError(
+                    f"{name}: expected an integer >= {least}"
+                    f"{' or None' if optional else ''}, got {value}"
+                )
+
+    @property
+    def integers(self) -> tuple[int, int, int, int | None, int, int | None]:
+        """The fields in order, as the ops' schemas take them."""
+        return (
+            self.text_tokens,
+            self.tokens_per_frame,
+            self.frames,
+            self.window_frames,
+            self.sink_frames,
+            self.past_frames,
+        )
+
+    @property
+    def query_length(self) -> int:
+        return self.text_tokens + self.frames * self.tokens_per_frame
+
+    @property
+    def key_frames(self) -> int:
+        """Frames in the key: `[sink | past | frames]`, or `[frames]` from the start."""
+        before = 0 if self.past_frames is None else self.sink_frames + self.past_frames
+        return before + self.frames
+
+    @property
+    def key_length(self) -> int:
+        return self.text_tokens + self.key_frames * self.tokens_per_frame
+
+    def __str__(self) -> str:
+        """In words, for errors."""
+        before = ""
+        if self.past_frames is not None:
+            before = f"{self.sink_frames} sink + {self.past_frames} past + "
+        return (
+            f"{self.text_tokens} text tokens + {before}{self.frames} frames "
+            f"of {self.tokens_per_frame} tokens"
+        )
+
+    @property
+    def sink(self) -> Interval:
+        """The key tokens of the sink frames."""
+        given = self.past_frames is not None
+        frames = self.sink_frames if given else min(self.sink_frames, self.frames)
+        return self.text_tokens, self.text_tokens + frames * self.tokens_per_frame
+
+    @property
+    def prefix(self) -> Interval:
+        """The key tokens of `[sink | past]`; empty when the sequence starts here."""
+        given = self.key_frames - self.frames
+        return self.text_tokens, self.text_tokens + given * self.tokens_per_frame
+
+    def intervals(self, frame: int) -> tuple[Interval, Interval, Interval]:
+        """What a query in this frame (0 is the first of the query) sees: the key tokens of text,
+        sink and window. They do not overlap and may be empty."""
+        first_frame, tokens = self.text_tokens, self.tokens_per_frame
+        position = self.key_frames - self.frames + frame  # of its own frame among the key frames
+        oldest = 0 if self.window_frames is None else position - self.window_frames
+        sink = min(self.sink_frames, position + 1)
+        window = max(oldest, sink)
+        return (
+            (0, self.text_tokens),
+            (first_frame, first_frame + sink * tokens),
+            (first_frame + window * tokens, first_frame + (position + 1) * tokens),
+        )
+
+    def mask_mod(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """The mask as FlexAttention wants it: `create_block_mask(layout.mask_mod, ...)`."""
+        text, tokens = self.text_tokens, self.tokens_per_frame
+        before = self.key_frames - self.frames
+        query_frame = torch.div(query - text, tokens, rounding_mode="floor") + before
+        key_frame = torch.div(key - text, tokens, rounding_mode="floor")
+        seen = key_frame <= query_frame
+        if self.window_frames is not None:
+            recent = key_frame >= query_frame - self.window_frames
+            seen = seen & (recent | (key_frame < self.sink_frames))
+        return (key < text) | ((query >= text) & seen)
+
+    def dense_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """(query_length, key_length) bool, True where seen: for references and small problems."""
+        query = torch.arange(self.query_length, device=device)[:, None]
+        key = torch.arange(self.key_length, device=device)
+        return self.mask_mod(torch.zeros_like(key), torch.zeros_like(key), query, key)

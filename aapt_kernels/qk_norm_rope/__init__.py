@@ -1,0 +1,113 @@
+"""QK-RMSNorm and rotary position in one op: the functional form of what `kv_append` fuses.
+
+q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
+"""
+
+import torch
+from torch import Tensor
+
+from ..backend import implement, register_autograd, register_fake
+from ..checks import check_dense_rows, check_device, check_dtype, check_shape
+from . import cpu, ref
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    cos_sink: Tensor | None = None,
+    sin_sink: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """RMSNorm q and k over head_dim, per head, then rotate them by their positions.
+
+    q and k (B, L, H, D); weights (D,), or None for no norm; cos and sin (L, D / 2) float32 (or
+    float64), or None for no rotation, as text wants it. A row x = [x1 | x2], split in halves, turns
+    into [x1 cos - x2 sin | x1 sin + x2 cos]. Computed in float32 (float64 for float64), cast back
+    at the end. Returns (q, k); with cos_sink and sin_sink, (L, D / 2), also q_sink: the normed q
+    rotated by those (SPEC 12). Differentiable in q, k and the weights.
+
+    Raises ValueError or TypeError where the arguments do not fit each other.
+    """
+    check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink)
+    q, k, q_sink = torch.ops.aapt.qk_norm_rope(
+        q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps
+    )
+    return (q, k) if cos_sink is None else (q, k, q_sink)
+
+
+def check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink) -> None:
+    """What `qk_norm_rope` and `kv_append` ask of the arguments they share."""
+    batch, length, heads, head_dim = check_shape("q", q, ("batch", "length", "heads", "head_dim"))
+    check_shape("k", k, (batch, length, heads, head_dim))
+    check_dense_rows({"q": q, "k": k})
+    check_dtype({"q": q, "k": k})
+    tensors = {"q": q, "k": k}
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_shape(name, weight, (head_dim,))
+            check_dtype({name: weight})
+            tensors[name] = weight
+    for (cos_name, cosines), (sin_name, sines) in (
+        (("cos", cos), ("sin", sin)),
+        (("cos_sink", cos_sink), ("sin_sink", sin_sink)),
+    ):
+        if (cosines is None) != (sines is None):
+            given = sin_name if cosines is None else cos_name
+            raise ValueError(f"{cos_name}, {sin_name}: expected both or neither, got {given} only")
+        if cosines is None:
+            continue
+        if head_dim % 2:
+            raise ValueError(f"q: expected an even head_dim to rotate, got {head_dim}")
+        for name, table in ((cos_name, cosines), (sin_name, sines)):
+            check_shape(name, table, (length, head_dim // 2))
+            check_dtype({name: table}, (torch.float32, torch.float64))
+            tensors[name] = table
+    if cos_sink is not None and cos is None:
+        raise ValueError("cos_sink: expected cos and sin with it, got cos=None")
+    check_device(tensors)
+
+
+def dense_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@register_fake("qk_norm_rope")
+def _(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps):
+    q_sink = q.new_empty(0 if cos_sink is None else q.shape)
+    return dense_like(q), dense_like(k), q_sink
+
+
+@register_fake("qk_norm_rope_backward")
+def _(dq, dk, dq_sink, q, k, q_weight, k_weight, *_):
+    weights = [q.new_empty(0) if w is None else torch.empty_like(w) for w in (q_weight, k_weight)]
+    return dense_like(q), dense_like(k), *weights
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dq, dk, dq_sink):
+    saved = ctx.saved_tensors  # read once: checkpointing hands it out no second time
+    q, k, q_weight, k_weight, *tables = saved
+    dq = torch.zeros_like(q) if dq is None else dq
+    dk = torch.zeros_like(k) if dk is None else dk
+    has_sink = tables[2] is not None
+    dq, dk, dq_weight, dk_weight = torch.ops.aapt.qk_norm_rope_backward(
+        dq, dk, dq_sink if has_sink else None, *saved, ctx.eps
+    )
+    dq_weight = None if q_weight is None else dq_weight
+    dk_weight = None if k_weight is None else dk_weight
+    return dq, dk, dq_weight, dk_weight, *[None] * (len(tables) + 1)
+
+
+register_autograd("qk_norm_rope", _backward, _save)
+implement("qk_norm_rope", reference=ref.reference_forward, cpu=cpu.forward)
+implement("qk_norm_rope_backward", reference=ref.reference_backward, cpu=cpu.backward)

@@ -1,0 +1,54 @@
+// Every operator schema and nothing else: the table of contents of the library.
+// Implementations live with their op: CUDA in csrc/<op>/, the rest in aapt_kernels/<op>/.
+#include <torch/csrc/stable/library.h>
+
+namespace {
+constexpr const char* KV_APPEND =
+    "kv_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
+    "Tensor? cos_sink, Tensor? sin_sink, float eps, int text_tokens, int tokens_per_frame, "
+    "int window_frames, int sink_frames) -> (Tensor q, Tensor q_sink)";
+}  // namespace
+
+STABLE_TORCH_LIBRARY(aapt, m) {
+  // The layout integers are FrameLayout's; q, k, v are (batch, length, heads, head_dim).
+  m.def(
+      "block_causal_attention(Tensor q, Tensor k, Tensor v, Tensor? text_lens, Tensor? q_sink, "
+      "int text_tokens, int tokens_per_frame, int frames, int? window_frames, int sink_frames, "
+      "int? past_frames, float scale, bool prefix_grad) -> (Tensor out, Tensor lse)");
+  m.def(
+      "block_causal_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor? text_lens, Tensor? q_sink, int text_tokens, "
+      "int tokens_per_frame, int frames, int? window_frames, int sink_frames, int? past_frames, "
+      "float scale, bool prefix_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_sink)");
+
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+      "Tensor? sin, Tensor? cos_sink, Tensor? sin_sink, float eps) "
+      "-> (Tensor q, Tensor k, Tensor q_sink)");
+  m.def(
+      "qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor? dq_sink, Tensor q, Tensor k, "
+      "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? cos_sink, "
+      "Tensor? sin_sink, float eps) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)");
+
+  // One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter.
+  m.def(KV_APPEND);
+  m.def(
+      "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
+      "Tensor? q_sink, int text_tokens, int tokens_per_frame, int window_frames, int sink_frames, "
+      "float scale) -> (Tensor out, Tensor lse)");
+
+  m.def(
+      "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
+      "float eps, bool silu, Tensor? residual, int[3] stride, str padding) "
+      "-> (Tensor out, Tensor state)");
+  m.def(
+      "causal_conv3d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? state, "
+      "Tensor? norm_weight, float eps, bool silu, int[3] stride, str padding) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)");
+}
+
+// The hand-written kernels of this build, under the schema of their op.
+#ifdef AAPT_SM90
+STABLE_TORCH_LIBRARY(aapt_sm90, m) { m.def(KV_APPEND); }
+#endif

@@ -1,0 +1,53 @@
+"""Small models and clips that several tests build."""
+
+import dataclasses
+
+import torch
+
+from aapt.config import CameraConfig, ModelConfig
+from aapt.data.clips import LatentClips
+from aapt.world_model import WorldModel
+
+CAMERA = CameraConfig(1.5, 0.04, 0.07, 0.05, 0.025)
+
+CONFIG = ModelConfig(
+    width=32,
+    heads=2,
+    head_dim=16,
+    depth=3,
+    text_width=8,
+    text_tokens=6,
+    window_frames=2,
+    reference_grid=(2, 3),
+    rope_axes=(4, 6, 6),
+    latent_channels=4,
+    condition_channels=CAMERA.channels,
+)
+SIZE = (4, 6)  # latent height and width
+PROMPTS = ["ab", "abcdefgh"]
+
+
+def tiny_model(**changes) -> WorldModel:
+    """A random model whose modulation is not zero, so that every path matters."""
+    torch.manual_seed(0)
+    model = WorldModel(dataclasses.replace(CONFIG, **changes), CAMERA)
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or "video_out" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.double()
+
+
+def latents(frames: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, CONFIG.latent_channels, frames, *SIZE, dtype=torch.float64)
+
+
+def controls(frames: int, batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, frames, 2, dtype=torch.float64) * 2 - 1
+
+
+def clips(count: int = 6, length: int = 9) -> LatentClips:
+    return LatentClips(
+        torch.randn(count, CONFIG.latent_channels, length, *SIZE),
+        torch.rand(count, length - 1, 2) * 2 - 1,
+        [("ab", "abc")] * count,
+    )

@@ -1,0 +1,255 @@
+"""The autoencoder: shapes, streaming equal to the whole clip, published sizes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aapt.vae import CausalVAE, VAEConfig, flops_per_latent_frame, light, original, tiny
+from aapt_kernels import causal_conv3d
+
+
+def shrunken(config: VAEConfig) -> VAEConfig:
+    """The same network with a sixteenth of the channels."""
+    return replace(
+        config,
+        encoder_channels=tuple(c // 16 for c in config.encoder_channels),
+        decoder_channels=tuple(c // 16 for c in config.decoder_channels),
+    )
+
+
+CONFIGS = {
+    "tiny": tiny(),
+    "light": shrunken(light()),
+    "original": shrunken(original()),
+    "replicate": replace(shrunken(light()), padding="replicate"),
+}
+
+
+def make_vae(config: VAEConfig, dtype: torch.dtype = torch.float32) -> CausalVAE:
+    """Every weight drawn afresh: at initialisation the residual branches are zero."""
+    torch.manual_seed(0)
+    vae = CausalVAE(config).to(dtype)
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.normal_(std=p[0].numel() ** -0.5) if p.ndim == 5 else p.normal_(p.mean().item(), 0.2)
+        vae.latent_mean.normal_()
+        vae.latent_std.uniform_(0.5, 2)
+    return vae.requires_grad_(False)
+
+
+def decode_chunks(vae: CausalVAE, latent: torch.Tensor, plan) -> torch.Tensor:
+    video, state = [], None
+    for chunk in latent.split(list(plan), dim=2):
+        frames, state = vae.decode_frame(chunk, state)
+        video.append(frames)
+    return torch.cat(video, dim=2)
+
+
+@pytest.mark.parametrize("plan", [(1, 1, 1, 1), (1, 3), (1, 2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunked_decoding_equals_the_whole_clip(name, plan):
+    vae = make_vae(CONFIGS[name])
+    latent = torch.randn(1, 16, 4, 3, 5)
+    whole = vae.decode(latent)
+    chunked = decode_chunks(vae, latent, plan)
+    exact = make_vae(CONFIGS[name], torch.float64)
+    exact.load_state_dict(vae.state_dict())
+    error = (whole - exact.decode(latent.double())).abs().max()
+    # Both round on the way, independently: as far from each other as each is from the truth.
+    assert (chunked - whole).abs().max() <= 4 * error
+    assert error <= 1e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_latent_frame_reaches_the_video(name):
+    """An output that ignored the state, or the latent, would pass the chunking test."""
+    vae = make_vae(CONFIGS[name], torch.float64)
+    latent = torch.randn(1, 16, 3, 3, 5, dtype=torch.float64)
+    before = vae.decode(latent)
+    latent[:, :, 1] += 1
+    change = (vae.decode(latent) - before).abs().amax((0, 1, 3, 4))
+    assert (change[:1] == 0).all() and (change[1:] > 0).all()
+
+
+def test_interleaved_streams_equal_each_alone():
+    vae = make_vae(tiny())
+    latents = torch.randn(2, 1, 16, 3, 4, 5)
+    alone = [decode_chunks(vae, latent, (1, 1, 1)) for latent in latents]
+    states, videos = [None, None], ([], [])
+    for frame in range(3):
+        for stream in (0, 1):
+            chunk = latents[stream][:, :, frame : frame + 1]
+            video, states[stream] = vae.decode_frame(chunk, states[stream])
+            videos[stream].append(video)
+    for stream in (0, 1):
+        assert torch.equal(torch.cat(videos[stream], dim=2), alone[stream])
+
+
+def test_old_state_can_be_resumed():
+    vae = make_vae(tiny())
+    first, second = torch.randn(2, 1, 16, 1, 4, 5)
+    _, state = vae.decode_frame(first)
+    once, _ = vae.decode_frame(second, state)
+    again, _ = vae.decode_frame(second, state)
+    assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("frames, height, width", [(1, 3, 5), (2, 1, 3), (4, 5, 2)])
+def test_shapes(name, frames, height, width):
+    vae = make_vae(CONFIGS[name])
+    video = torch.randn(2, 3, 1 + 4 * (frames - 1), 8 * height, 8 * width)
+    latent = vae.encode(video)
+    assert latent.shape == (2, 16, frames, height, width)
+    assert vae.decode(latent).shape == video.shape
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_first_frame_is_encoded_on_its_own(name):
+    vae = make_vae(CONFIGS[name], torch.float64)
+    video = torch.randn(1, 3, 9, 16, 24, dtype=torch.float64)
+    latent = vae.encode(video)
+    torch.testing.assert_close(vae.encode(video[:, :, :1]), latent[:, :, :1])
+    video[:, :, 5:] = 0  # the last latent frame's own four video frames
+    changed = (vae.encode(video) - latent).abs().amax((0, 1, 3, 4))
+    assert (changed[:2] == 0).all() and changed[2] > 0
+
+
+def test_first_step_gives_one_frame_and_later_steps_four():
+    vae = make_vae(tiny())
+    latent = torch.randn(1, 16, 1, 10, 16)
+    video, state = vae.decode_frame(latent)
+    assert video.shape == (1, 3, 1, 80, 128)
+    video, _ = vae.decode_frame(latent, state)
+    assert video.shape == (1, 3, 4, 80, 128)
+
+
+def test_latents_are_normalised():
+    vae = make_vae(shrunken(light()))
+    video = torch.randn(1, 3, 5, 16, 16)
+    latent = vae.encode(video)
+    vae.latent_mean.zero_()
+    vae.latent_std.fill_(1)
+    raw = vae.encode(video)
+    vae.latent_mean += 2
+    vae.latent_std *= 3
+    torch.testing.assert_close(vae.encode(video), (raw - 2) / 3)
+    torch.testing.assert_close(vae.decode((raw - 2) / 3), vae.decoder(raw, None)[0])
+    assert not torch.allclose(latent, raw)
+
+
+def test_a_few_steps_of_training_reduce_the_error():
+    torch.manual_seed(0)
+    vae = CausalVAE(shrunken(light()))
+    optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
+    video = torch.rand(1, 3, 1, 1, 1).expand(2, 3, 5, 16, 16) - torch.rand(2, 1, 5, 1, 1)
+    errors = []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            reconstruction = vae.decode(vae.encode(video))
+        error = (reconstruction.float() - video).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert all(p.grad is not None for p in vae.parameters())
+    assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "config, height, width, tflop",
+    [
+        (light(), 416, 736, 4.9),
+        (light(), 720, 1280, 15.1),
+        (original(), 416, 736, 20.7),
+        (original(), 720, 1280, 62.5),
+    ],
+)
+def test_decoder_flops_are_the_published_ones(config, height, width, tflop):
+    _, decoder = flops_per_latent_frame(config, height, width)
+    assert decoder / 1e12 == pytest.approx(tflop, rel=0.05)
+
+
+@pytest.mark.parametrize("config, millions", [(light(), 80), (original(), 150)])
+def test_decoder_parameters_are_the_published_ones(config, millions):
+    with torch.device("meta"):
+        decoder = CausalVAE(config).decoder
+    assert sum(p.numel() for p in decoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_count_what_runs(name, monkeypatch):
+    """Against a count of the multiplications of every call, steady step minus first step."""
+    config = CONFIGS[name]
+    vae = make_vae(config)
+    count = 0
+
+    def counted(function, cost):
+        def call(*args, **kwargs):
+            nonlocal count
+            out = function(*args, **kwargs)
+            count += cost(out, *args)
+            return out
+
+        return call
+
+    def conv_cost(out, x, weight, *_):
+        pixels = out[0].shape[2:].numel()
+        return 2 * weight.numel() * pixels
+
+    def attention_cost(out, q, k, v):
+        return 4 * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+
+    monkeypatch.setattr("aapt.vae.causal_conv3d", counted(causal_conv3d, conv_cost))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", counted(attention, attention_cost)
+    )
+
+    def run(function, *args):
+        nonlocal count
+        count = 0
+        out = function(*args)
+        return out, count
+
+    _, short = run(vae.encode, torch.randn(1, 3, 5, 24, 40))
+    _, long = run(vae.encode, torch.randn(1, 3, 9, 24, 40))
+    (_, state), _ = run(vae.decode_frame, torch.randn(1, 16, 1, 3, 5))
+    _, steady = run(vae.decode_frame, torch.randn(1, 16, 1, 3, 5), state)
+    assert (long - short, steady) == flops_per_latent_frame(config, 24, 40)
+
+
+def test_tiny_fits_its_budget():
+    encoder, decoder = flops_per_latent_frame(tiny(), 80, 128)
+    assert (encoder + decoder) / 4 < 450e6 and encoder < decoder
+    assert sum(p.numel() for p in CausalVAE(tiny()).parameters()) < 2e6
+
+
+def test_compiles_without_graph_breaks():
+    vae = make_vae(tiny())
+    latent = torch.randn(1, 16, 1, 3, 4)
+    _, state = vae.decode_frame(latent)
+    compiled = torch.compile(vae.decode_frame, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(latent, state), vae.decode_frame(latent, state))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 16, 16), (1, 3, 5, 12, 16), (1, 1, 5, 16, 16)])
+def test_bad_video_is_named(shape):
+    with pytest.raises(ValueError) as error:
+        make_vae(tiny()).encode(torch.zeros(shape))
+    message = "video: expected (batch, 3, 1 + 4n, height, width) with height and width multiples"
+    assert message in str(error.value) and str(shape) in str(error.value)
+
+
+def test_bad_latent_state_and_config_are_named():
+    vae = make_vae(tiny())
+    with pytest.raises(ValueError, match=r"latent: expected \(batch, 16, time, .*got \(1, 4, 1"):
+        vae.decode(torch.zeros(1, 4, 1, 2, 2))
+    _, state = vae.decode_frame(torch.zeros(1, 16, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"state: expected \(2, 16, 2, 2, 2\).*got \(1, 16"):
+        vae.decode_frame(torch.zeros(2, 16, 1, 2, 2), state)
+    with pytest.raises(ValueError, match="decoder_blocks: expected 3 scales for 2 strides, got"):
+        replace(tiny(), decoder_blocks=(1, 2))
+    with pytest.raises(ValueError, match="upsample: expected 'nearest' or 'shuffle', got 'cubic'"):
+        replace(tiny(), upsample="cubic")

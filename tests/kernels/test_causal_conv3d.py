@@ -1,0 +1,237 @@
+"""`causal_conv3d` against an independent float64 loop, its gradients and its streaming contract."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aapt_kernels import causal_conv3d, use_backend
+from aapt_kernels.causal_conv3d import ref
+from aapt_kernels.causal_conv3d.cases import ACTIVE, CASES, Case, make_inputs
+
+BACKENDS = ("cpu", "reference")
+
+
+def oracle(
+    x,
+    weight,
+    bias,
+    *,
+    state=None,
+    norm_weight=None,
+    silu=False,
+    residual=None,
+    stride=(1, 1, 1),
+    padding="zeros",
+    eps=1e-6,
+):
+    """Frame by frame, tap by tap: every tap is a 2D convolution of one earlier frame."""
+    if norm_weight is not None:
+        x = F.rms_norm(x.movedim(1, -1), norm_weight.shape, norm_weight, eps).movedim(-1, 1)
+    if silu:
+        x = x * torch.sigmoid(x)
+    kt, kh, kw = weight.shape[2:]
+    mode = "replicate" if padding == "replicate" else "constant"
+
+    def frame(t):
+        if t >= 0:
+            return x[:, :, t]
+        if state is not None:
+            return state[:, :, t]
+        return x[:, :, 0] if padding == "replicate" else torch.zeros_like(x[:, :, 0])
+
+    outs = []
+    for t in range(0, x.shape[2], stride[0]):
+        out = 0
+        for tap in range(kt):
+            image = frame(t - (kt - 1) + tap)
+            image = F.pad(image, (kw // 2, kw // 2, kh // 2, kh // 2), mode=mode)
+            out = out + F.conv2d(image, weight[:, :, tap], stride=stride[1:])
+        outs.append(out)
+    out = torch.stack(outs, dim=2)
+    if bias is not None:
+        out = out + bias.view(1, -1, 1, 1, 1)
+    last = [frame(t) for t in range(x.shape[2] - (kt - 1), x.shape[2])]
+    new_state = torch.stack(last, dim=2) if last else x[:, :, :0]
+    return out if residual is None else out + residual, new_state
+
+
+def specification(x, weight, bias, **options):
+    """The reference under autograd: what plain PyTorch makes of it at the same precision."""
+    options = dict(state=None, norm_weight=None, eps=1e-6, residual=None) | options
+    return ref.causal_conv3d(x, weight, bias, **options)
+
+
+def differentiable(inputs, options):
+    """The tensors that get a gradient, as fresh leaves in the two argument containers."""
+    leaf = lambda t: None if t is None else t.detach().clone().requires_grad_()  # noqa: E731
+    inputs = [leaf(t) for t in inputs]
+    options = {k: leaf(v) if k in ("norm_weight", "residual") else v for k, v in options.items()}
+    leaves = [*inputs, options.get("norm_weight"), options.get("residual")]
+    return inputs, options, [t for t in leaves if t is not None]
+
+
+def cast(value, dtype):
+    return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+
+def outputs_and_gradients(function, inputs, options):
+    inputs, options, leaves = differentiable(inputs, options)
+    out, state = function(*inputs, **options)
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return [out.detach(), state.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_float64_oracle(name, backend):
+    inputs, options = make_inputs(CASES[name], torch.float64)
+    expected = outputs_and_gradients(oracle, inputs, options)
+    with use_backend(backend):
+        actual = outputs_and_gradients(causal_conv3d, inputs, options)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_at_most_twice_plain_pytorch(name, dtype):
+    """Against float64 of the same rounded inputs; outputs and every gradient."""
+    inputs, options = make_inputs(CASES[name], dtype)
+    exact = outputs_and_gradients(
+        oracle,
+        [cast(t, torch.float64) for t in inputs],
+        {k: cast(v, torch.float64) for k, v in options.items()},
+    )
+    plain = outputs_and_gradients(specification, inputs, options)
+    actual = outputs_and_gradients(causal_conv3d, inputs, options)
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert a.dtype == dtype and a.shape == e.shape
+        if e.numel():
+            rounding = torch.finfo(dtype).eps * e.abs().max()
+            assert (a - e).abs().max() <= 2 * (p - e).abs().max() + rounding
+
+
+@pytest.mark.parametrize("name", ["norm-silu", "chunk", "down-both", "replicate"])
+def test_gradcheck(name):
+    inputs, options = make_inputs(CASES[name], torch.float64)
+    inputs, options, leaves = differentiable(inputs, options)
+    assert torch.autograd.gradcheck(
+        lambda *_: causal_conv3d(*inputs, **options)[0], leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "norm", "one-frame", "replicate-down"])
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+def test_opcheck(name, grad):
+    (x, weight, bias), options = make_inputs(CASES[name], torch.float32)
+    if grad:
+        (x, weight, bias), options, _ = differentiable([x, weight, bias], options)
+    args = (
+        x,
+        weight,
+        bias,
+        options.get("state"),
+        options.get("norm_weight"),
+        1e-6,
+        options["silu"],
+        options.get("residual"),
+        list(options["stride"]),
+        options["padding"],
+    )
+    torch.library.opcheck(torch.ops.aapt.causal_conv3d.default, args)
+
+
+def test_opcheck_backward():
+    (x, weight, bias), options = make_inputs(CASES["chunk"], torch.float32)
+    dout = torch.randn_like(options["residual"])
+    state, norm_weight = options["state"], options["norm_weight"]
+    args = (dout, x, weight, state, norm_weight, 1e-6, True, [1, 1, 1], "zeros")
+    torch.library.opcheck(torch.ops.aapt.causal_conv3d_backward.default, args)
+
+
+@pytest.mark.parametrize("name", ["norm-silu", "one-frame"])
+def test_compiles_without_graph_breaks(name):
+    inputs, options = make_inputs(CASES[name], torch.float32)
+    compiled = torch.compile(causal_conv3d, fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(causal_conv3d, inputs, options)
+    actual = outputs_and_gradients(compiled, inputs, options)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("plan", [(1, 1, 1, 1), (1, 3), (1, 2, 1), (3, 1)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (2, 3, 3), (5, 1, 1), (1, 3, 3)], ids=str)
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+def test_chunks_equal_whole_clip(plan, kernel, padding):
+    case = Case((4, 5, 6), (4, 3), kernel=kernel, padding=padding, **ACTIVE)
+    (x, weight, bias), options = make_inputs(case, torch.float64)
+    whole, last = causal_conv3d(x, weight, bias, **options)
+    outs, state = [], None
+    for chunk in x.split(plan, dim=2):
+        out, state = causal_conv3d(chunk, weight, bias, state=state, **options)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, dim=2), whole, rtol=0, atol=1e-13)
+    torch.testing.assert_close(state, last, rtol=0, atol=1e-13)
+
+
+def test_future_does_not_leak():
+    (x, weight, bias), options = make_inputs(CASES["norm-silu"], torch.float32)
+    before, _ = causal_conv3d(x, weight, bias, **options)
+    x[:, :, 2:] = torch.nan
+    after, _ = causal_conv3d(x, weight, bias, **options)
+    torch.testing.assert_close(after[:, :, :2], before[:, :, :2])
+    assert after[:, :, 2:].isnan().all()
+
+
+def test_given_and_returned_state_are_left_alone():
+    (x, weight, bias), options = make_inputs(CASES["chunk"], torch.float32)
+    given = options["state"].clone()
+    x.requires_grad_()
+    _, state = causal_conv3d(x, weight, bias, **options)
+    torch.testing.assert_close(options["state"], given, rtol=0, atol=0)
+    assert not state.requires_grad
+
+
+def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
+    inputs, options = make_inputs(CASES["norm-silu"], torch.float32)
+    inputs, options, leaves = differentiable(inputs, options)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, state = causal_conv3d(*inputs, **options)
+    assert out.dtype == state.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
+
+
+BAD = [
+    (dict(x=(2, 3, 6, 7)), "x: expected (batch, in_channels, time, height, width), got"),
+    (dict(x=(2, 3, 0, 6, 7)), "x: expected at least one frame, got (2, 3, 0, 6, 7)"),
+    (dict(weight=(5, 4, 3, 3, 3)), "weight: expected (out_channels, 3, kt, kh, kw)"),
+    (dict(weight=(5, 3, 3, 2, 3)), "weight: expected odd kh and kw, got (5, 3, 3, 2, 3)"),
+    (dict(bias=(4,)), "bias: expected (5,) for x (2, 3, 4, 6, 7), weight (5, 3, 3, 3, 3)"),
+    (dict(state=(2, 3, 3, 6, 7)), "state: expected (2, 3, 2, 6, 7)"),
+    (dict(norm_weight=(5,)), "norm_weight: expected (3,)"),
+    (dict(residual=(2, 3, 4, 6, 7)), "residual: expected (2, 5, 4, 6, 7)"),
+    (dict(residual=(2, 5, 4, 6, 7), stride=(2, 2, 2)), "residual: expected (2, 5, 2, 3, 4)"),
+    (dict(state=(2, 3, 2, 6, 7), stride=(2, 1, 1)), "state: expected None with a stride in time"),
+    (dict(stride=(1, 0, 1)), "stride: expected three integers >= 1, got (1, 0, 1)"),
+    (dict(padding="reflect"), "padding: expected one of zeros, replicate, got 'reflect'"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(change, message):
+    arguments = dict(x=(2, 3, 4, 6, 7), weight=(5, 3, 3, 3, 3), bias=(5,)) | change
+    tensors = {"x", "weight", "bias", "state", "norm_weight", "residual"}
+    arguments = {k: torch.zeros(v) if k in tensors else v for k, v in arguments.items()}
+    with pytest.raises(ValueError) as error:
+        causal_conv3d(**arguments)
+    assert message in str(error.value)
+
+
+def test_mixed_dtypes_and_gradient_in_state_are_refused():
+    (x, weight, bias), options = make_inputs(CASES["chunk"], torch.float32)
+    with pytest.raises(TypeError, match="weight: expected torch.float32 like x, got torch.bfl"):
+        causal_conv3d(x, weight.bfloat16(), bias, **options)
+    options["state"].requires_grad_()
+    with pytest.raises(ValueError, match="state: expected a tensor without gradient"):
+        causal_conv3d(x, weight, bias, **options)

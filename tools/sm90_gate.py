@@ -1,0 +1,88 @@
+"""Compiles a CUDA source and refuses it unless every kernel in it is clean.
+
+    python tools/sm90_gate.py -- nvcc -Xptxas=-v ... -c kernel_sm90.cu -o kernel.o
+    python tools/sm90_gate.py library.so          # only the table
+
+The build runs nvcc through this file (CMake's compiler launcher). A compile fails on a ptxas
+C75xx or C76xx message (wgmma serialised, setmaxnreg ignored, ...), a register spill, a stack
+frame, or an instruction of REQUIRED missing from the machine code. Instructions are read with
+cuobjdump; where there is none, that one check is left to the tests.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from cubin import Kernel, find_failures, format_table, read_instructions, read_kernels
+
+# Opcodes a kernel exists for, by a part of its name: without them it would be right, but slow.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "kv_append_kernel": ("LDG.E.128", "STG.E.128"),
+}
+
+
+def parse_ptxas(log: str) -> tuple[list[Kernel], list[str]]:
+    """Kernels and C75xx/C76xx messages of a `ptxas -v` log."""
+    kernels = []
+    for block in log.split("Compiling entry function")[1:]:
+        name = re.search(r"'(\w+)'", block)[1]
+        frame = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        )
+        stack, stores, loads = (int(number) for number in frame.groups())
+        used = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)
+        kernels.append(
+            Kernel(
+                name,
+                registers=int(used[1]),
+                shared=int(shared[1]) if shared else 0,
+                stack=stack,
+                spills=stores + loads,
+            )
+        )
+    messages = [line.strip() for line in log.splitlines() if re.search(r"\(C7[56]\d\d\)", line)]
+    return kernels, messages
+
+
+def compile_checked(
+    command: list[str], required: dict[str, tuple[str, ...]] | None = None
+) -> tuple[list[Kernel], list[str]]:
+    """Runs a compile command with `-o object` and `-Xptxas=-v`; returns kernels and failures.
+
+    Raises SystemExit with the compiler's own words and status where it fails.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    log = done.stdout + done.stderr
+    if done.returncode:
+        sys.stderr.write(log)
+        raise SystemExit(done.returncode)
+    kernels, messages = parse_ptxas(log)
+    if "-c" not in command or not kernels:
+        sys.stderr.write(log)
+        return kernels, messages
+    instructions = read_instructions(command[command.index("-o") + 1])
+    if instructions is not None:
+        for kernel in kernels:
+            kernel.instructions = instructions[kernel.name]
+    return kernels, messages + find_failures(kernels, REQUIRED if required is None else required)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[0] != "--":
+        print(format_table(read_kernels(arguments[0])))
+        return 0
+    command = arguments[1:]
+    kernels, failures = compile_checked(command)
+    if kernels:
+        print(format_table(kernels))
+    for failure in failures:
+        print(f"sm_90a gate: {failure}", file=sys.stderr)
+    if failures:
+        Path(command[command.index("-o") + 1]).unlink()
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

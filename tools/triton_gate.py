@@ -1,0 +1,57 @@
+"""Compiles a Triton kernel ahead of time, with no GPU, and says what the machine code is like.
+
+kernels = compile_ahead(my_kernel, {"x": "*bf16", "n": "i32"}, {"BLOCK": 128}, capability=90)
+assert not find_failures(kernels, {"my_kernel": ("HGMMA",)})
+"""
+
+import tempfile
+from pathlib import Path
+
+import triton
+from cubin import Kernel, read_kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+def compile_ahead(
+    kernel: triton.JITFunction,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    *,
+    capability: int,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> list[Kernel]:
+    """Resources and instruction counts of `kernel` for sm_80, sm_90, ...
+
+    signature: Triton types of the run-time arguments; constants: the tl.constexpr ones. Pointers
+    are taken to be 16-byte aligned, as PyTorch allocates them.
+
+    Raises TypeError for a kernel made under TRITON_INTERPRET=1, which has nothing to compile.
+    """
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError(f"kernel: expected a compiled triton.jit function, got {type(kernel)}")
+    types = signature | dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if types[name].startswith("*")
+        },
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        kernels = read_kernels(cubin)
+    for one in kernels:
+        one.shared = compiled.metadata.shared  # dynamic, so the file does not tell
+    return kernels
