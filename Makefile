@@ -5,12 +5,14 @@ TORCH := torch==2.13.0
 SOURCES := aapt aapt_kernels tests benchmarks tools setup.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint bench wheel clean
+.PHONY: demo build test test-all lint bench wheel clean
 
 demo: $(VENV)/.installed
 	@echo "== demo: a ten-second walk through the bundled world"
 	$(VENV)/bin/aapt generate --seconds 10 --out demo.mp4
 	@echo "The video: $(CURDIR)/demo.mp4"
+
+build: $(VENV)/.installed
 
 test: lint
 	@echo "== tests"
@@ -32,6 +34,7 @@ bench: $(VENV)/.installed
 
 wheel: $(VENV)/.installed
 	@echo "== wheel"
+	rm -rf build/lib*
 	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist
 

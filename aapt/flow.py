@@ -10,7 +10,7 @@ def shift(t: Tensor, factor: float) -> Tensor:
 
 
 def schedule(steps: int, factor: float) -> Tensor:
-    """The fixed times t_k = shift(k / steps), k = 0..steps, of consistency distillation (SPEC 7)."""
+    """The fixed times t_k = shift(k / steps), k = 0..steps (SPEC 7)."""
     return shift(torch.linspace(0, 1, steps + 1), factor)
 
 

@@ -7,8 +7,8 @@ from .data.procedural import ProceduralData
 from .data.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
 from .optimization import Schedule
 from .stages.adversarial import AdversarialConfig
-from .stages.autoencoder import AutoencoderConfig
 from .stages.consistency_distillation import ConsistencyConfig
+from .stages.decoder import DecoderConfig
 from .stages.diffusion_adaptation import DiffusionConfig
 from .stages.rollout_regression import Corruption, RolloutRegressionConfig
 from .vae import VAEConfig, tiny
@@ -24,7 +24,7 @@ class Recipe:
     camera: CameraConfig
     vae: VAEConfig
     data: ProceduralData
-    autoencoder: AutoencoderConfig
+    decoder: DecoderConfig
     diffusion: DiffusionConfig
     consistency: ConsistencyConfig
     regression: RolloutRegressionConfig
@@ -52,8 +52,8 @@ def tiny_world() -> Recipe:
         field_of_view=FIELD_OF_VIEW,
         yaw_step=YAW_STEP,
         forward_step=FORWARD_STEP,
-        origin_deviation=0.05,
-        direction_deviation=0.025,
+        origin_deviation=0.03,
+        direction_deviation=0.022,
     )
     model = ModelConfig(
         width=192,
@@ -77,17 +77,15 @@ def tiny_world() -> Recipe:
         model=model,
         camera=camera,
         vae=tiny(),
-        data=ProceduralData(
-            height=80, width=128, clips=2000, latent_frames=17, autoencoder_clips=300
-        ),
-        autoencoder=AutoencoderConfig(
-            schedule=Schedule(2e-3, steps=1400, warmup=50, decay="cosine"),
+        data=ProceduralData(height=80, width=128, clips=2000, latent_frames=17, video_clips=300),
+        decoder=DecoderConfig(
+            schedule=Schedule(1e-3, steps=3000, warmup=50, decay="cosine"),
             batch=4,
             video_frames=9,
         ),
         diffusion=DiffusionConfig(
-            schedule=Schedule(1e-3, steps=2200, warmup=100, decay="cosine"),
-            batch=16,
+            schedule=Schedule(1e-3, steps=1700, warmup=100, decay="cosine"),
+            batch=8,
             frames=10,
             shift=6.0,
             betas=(0.9, 0.95),
@@ -95,8 +93,8 @@ def tiny_world() -> Recipe:
             max_norm=1.0,
         ),
         consistency=ConsistencyConfig(
-            schedule=Schedule(2e-4, steps=300, warmup=30, decay="cosine"),
-            batch=16,
+            schedule=Schedule(2e-4, steps=150, warmup=30, decay="cosine"),
+            batch=8,
             frames=10,
             shift=6.0,
             betas=(0.9, 0.95),

@@ -24,11 +24,10 @@ from .data.procedural import (
     to_video,
 )
 from .data.world import THEMES
-from .optimization import mixed_precision
 from .recipes import Recipe
 from .stages.adversarial import Adversarial
-from .stages.autoencoder import Autoencoder, measure_latents
 from .stages.consistency_distillation import ConsistencyDistillation
+from .stages.decoder import DecoderTraining, measure_latents
 from .stages.diffusion_adaptation import DiffusionAdaptation
 from .stages.rollout_regression import RolloutRegression
 from .vae import CausalVAE
@@ -36,7 +35,17 @@ from .world_model import WorldModel
 
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
-STAGES = ("autoencoder", "encode", "diffusion", "consistency", "regression", "adversarial")
+FIT_CLIPS = 60  # a linear map needs no more
+STAGES = (
+    "encoder",
+    "encode",
+    "decoder",
+    "diffusion",
+    "consistency",
+    "regression",
+    "adversarial",
+)
+MODELS = STAGES[3:]  # the stages that make a generator
 
 
 class Stage(Protocol):
@@ -62,10 +71,10 @@ class Run:
     def result(self, stage: str) -> Path:
         return self.out / stage / "weights.safetensors"
 
-    def vae(self) -> CausalVAE:
+    def vae(self, stage: str) -> CausalVAE:
         vae = CausalVAE(self.recipe.vae)
-        load_module(self.result("autoencoder"), vae)
-        return vae.eval().requires_grad_(False)
+        load_module(self.result(stage), vae)
+        return vae
 
     def model(self, stage: str | None) -> WorldModel:
         """A new model, with the weights that `stage` has made."""
@@ -77,26 +86,33 @@ class Run:
     def clips(self) -> LatentClips:
         return latent_clips(read_tensors(self.result("encode")))
 
-    def autoencoder(self) -> None:
-        recipe = self.recipe
-        data = VideoClips(render_clips(recipe.data, recipe.data.autoencoder_clips, self.workers))
-        stage = Autoencoder(recipe.autoencoder, CausalVAE(recipe.vae), recipe.seed)
-        config = recipe.autoencoder
-        vae = self.loop("autoencoder", stage, data, config.schedule.steps)
-        with mixed_precision(data.videos.device):
-            measure_latents(vae, (to_video(video[None]) for video in data.videos[::4]))
-        save_module(self.result("autoencoder"), vae)
+    def encoder(self) -> None:
+        """A linear encoder in closed form, and the scale of its latents."""
+        data = VideoClips(render_clips(self.recipe.data, FIT_CLIPS, self.workers))
+        vae = CausalVAE(self.recipe.vae)
+        vae.linear.fit(to_video(data.videos))
+        measure_latents(vae, (to_video(video[None]) for video in data.videos))
+        save_module(self.result("encoder"), vae)
 
     def encode(self) -> None:
         recipe = self.recipe
         tensors = encode_clips(
-            self.vae(), render_clips(recipe.data, recipe.data.clips, self.workers)
+            self.vae("encoder"), render_clips(recipe.data, recipe.data.clips, self.workers)
         )
         path = self.result("encode")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file(tensors, partial)
         os.replace(partial, path)
+
+    def decoder(self) -> None:
+        recipe = self.recipe
+        data = VideoClips(render_clips(recipe.data, recipe.data.video_clips, self.workers))
+        stage = DecoderTraining(recipe.decoder, self.vae("encoder"), recipe.seed)
+        save_module(
+            self.result("decoder"),
+            self.loop("decoder", stage, data, recipe.decoder.schedule.steps),
+        )
 
     def diffusion(self) -> None:
         config = self.recipe.diffusion
@@ -155,7 +171,8 @@ class Run:
         recipe = self.recipe
         folder = self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
-        save_module(folder / "vae.safetensors", self.vae(), torch.bfloat16)
+        vae = "decoder" if self.result("decoder").is_file() else "encoder"
+        save_module(folder / "vae.safetensors", self.vae(vae), torch.bfloat16)
         shutil.copyfile(SAMPLE_IMAGE, folder / SAMPLE_IMAGE.name)
         save_config(
             folder,
@@ -199,5 +216,5 @@ def run(
         start = time.perf_counter()
         getattr(run_, stage)()
         report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
-    done = [s for s in STAGES if s not in ("autoencoder", "encode") and run_.result(s).is_file()]
+    done = [stage for stage in MODELS if run_.result(stage).is_file()]
     return run_.export(done[-1]) if done else out

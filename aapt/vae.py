@@ -21,7 +21,10 @@ DecoderState = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of a `CausalVAE`. Per-scale tuples are listed from the finest scale (SPEC 9)."""
+    """Shape of a `CausalVAE`. Per-scale tuples are listed from the finest scale (SPEC 9).
+
+    With `linear_skip`, empty encoder tuples leave the linear map as the whole encoder.
+    """
 
     encoder_channels: tuple[int, ...]
     decoder_channels: tuple[int, ...]
@@ -34,11 +37,14 @@ class VAEConfig:
     upsample: str = "nearest"  # "nearest": repeat, then convolve; "shuffle": convolve, then unfold
     mid_attention: bool = False  # attention within each frame at the coarsest scale
     padding: str = "zeros"  # of convolutions, in space and before the first frame
+    linear_skip: bool = False  # a linear autoencoder beside the network (see `LinearSkip`)
 
     def __post_init__(self):
         scales = len(self.strides) + 1
         for name in ("encoder_channels", "decoder_channels", "encoder_blocks", "decoder_blocks"):
             value = getattr(self, name)
+            if self.linear_skip and name.startswith("encoder") and value == ():
+                continue
             if len(value) != scales:
                 raise ValueError(
                     f"{name}: expected {scales} scales for {scales - 1} strides, got {value}"
@@ -88,16 +94,21 @@ def light() -> VAEConfig:
 
 
 def tiny() -> VAEConfig:
-    """The bundled world's autoencoder: real time on two CPU cores at 128x80."""
+    """The bundled world's autoencoder: real time on two CPU cores at 128x80.
+
+    Its encoder is linear, the principal components of the world's patches; the decoder's network
+    adds what neighbours and the past tell.
+    """
     return VAEConfig(
-        encoder_channels=(32, 48, 64),
+        encoder_channels=(),
         decoder_channels=(48, 64, 96),
-        encoder_blocks=(1, 1, 1),
+        encoder_blocks=(),
         decoder_blocks=(1, 2, 1),
         strides=((2, 2), (2, 1)),
         patch_size=4,
         time_kernels=(3, 1),
         upsample="shuffle",
+        linear_skip=True,
     )
 
 
@@ -348,6 +359,53 @@ class Decoder(nn.Module):
         return video, tuple(stream.new_states)
 
 
+class LinearSkip(nn.Module):
+    """A linear map between a latent pixel and its patch of video, beside the network.
+
+    `fit` makes it the best linear autoencoder there is, so that a small network starts from there
+    and only learns what is not linear. The first frame fills its patch in time by repetition.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.time, self.space = config.time_factor, config.space_factor
+        patch = VIDEO_CHANNELS * self.time * self.space**2
+        self.encode = CausalConv3d(patch, config.latent_channels, (1, 1, 1))
+        self.decode = CausalConv3d(config.latent_channels, patch, (1, 1, 1))
+
+    def patches(self, video: Tensor) -> Tensor:
+        """(B, 3, 1 + 4n, H, W) -> (B, patch, 1 + n, H/8, W/8)."""
+        first = video[:, :, :1].expand(-1, -1, self.time - 1, -1, -1)
+        x = torch.cat([first, video], dim=2).unflatten(2, (-1, self.time))  # (B, 3, 1+n, 4, H, W)
+        x = fold_pixels(x.transpose(2, 3).flatten(1, 2), self.space)  # (space^2 * 3 * time)
+        x = x.unflatten(1, (self.space**2, VIDEO_CHANNELS, self.time))
+        return x.permute(0, 3, 1, 2, 4, 5, 6).flatten(1, 3)  # in the order of `unfold_channels`
+
+    def to_latent(self, video: Tensor) -> Tensor:
+        return self.encode(self.patches(video), Stream(None))
+
+    def to_video(self, latent: Tensor, starts: bool) -> Tensor:
+        patches = self.decode(latent, Stream(None))
+        video = unfold_channels(patches, self.time, self.space)
+        return video[:, :, self.time - 1 :] if starts else video
+
+    @torch.no_grad()
+    def fit(self, videos: Tensor) -> None:
+        """Principal components of the patches of videos (B, 3, 1 + 4n, H, W), whitened."""
+        patches = self.patches(videos).transpose(0, 1).flatten(1).double()  # (patch, samples)
+        mean = patches.mean(dim=1, keepdim=True)
+        covariance = (patches - mean) @ (patches - mean).T / patches.shape[1]
+        variance, vectors = torch.linalg.eigh(covariance)
+        channels = len(self.encode.weight)
+        deviation = variance[-channels:].clamp(min=1e-8).sqrt()
+        vectors = vectors[:, -channels:]
+        to_latent = (vectors / deviation).T
+        self.encode.weight.copy_(to_latent[:, :, None, None, None])
+        self.encode.bias.copy_(-(to_latent @ mean).squeeze(1))
+        self.decode.weight.copy_((vectors * deviation)[:, :, None, None, None])
+        self.decode.bias.copy_(mean.squeeze(1))
+
+
 class CausalVAE(nn.Module):
     """Video in [-1, 1], (B, 3, 1 + 4n, H, W) <-> normalised latent, (B, 16, 1 + n, H/8, W/8).
 
@@ -359,8 +417,14 @@ class CausalVAE(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config) if config.encoder_channels else None
         self.decoder = Decoder(config)
+        self.linear = None
+        if config.linear_skip:
+            self.linear = LinearSkip(config)
+            for network in (self.encoder, self.decoder):  # at first, the linear map alone
+                if network is not None:
+                    nn.init.zeros_(network.conv_out.weight)
         shape = (config.latent_channels, 1, 1, 1)
         self.register_buffer("latent_mean", torch.zeros(shape))
         self.register_buffer("latent_std", torch.ones(shape))
@@ -375,7 +439,12 @@ class CausalVAE(nn.Module):
                 f"video: expected (batch, {VIDEO_CHANNELS}, 1 + {time}n, height, width) with "
                 f"height and width multiples of {space}, got {shape}"
             )
-        return (self.encoder(video) - self.latent_mean) / self.latent_std
+        parts = []
+        if self.encoder is not None:
+            parts.append(self.encoder(video))
+        if self.linear is not None:
+            parts.append(self.linear.to_latent(video))
+        return (sum(parts) - self.latent_mean) / self.latent_std
 
     def decode(self, latent: Tensor) -> Tensor:
         """Whole clip: the first latent frame gives one video frame, each later one four."""
@@ -395,7 +464,11 @@ class CausalVAE(nn.Module):
                 f"latent: expected (batch, {channels}, time, height, width) with at least one "
                 f"frame, got {tuple(latent.shape)}"
             )
-        return self.decoder(latent * self.latent_std + self.latent_mean, state)
+        latent = latent * self.latent_std + self.latent_mean
+        video, new_state = self.decoder(latent, state)
+        if self.linear is not None:
+            video = video + self.linear.to_video(latent, starts=state is None)
+        return video, new_state
 
 
 def flops_per_latent_frame(config: VAEConfig, height: int, width: int) -> tuple[int, int]:
@@ -404,22 +477,29 @@ def flops_per_latent_frame(config: VAEConfig, height: int, width: int) -> tuple[
     Convolutions and attention only; a multiplication and an addition count as two.
     """
     with torch.device("meta"):
-        encoder, decoder = Encoder(config), Decoder(config)
+        vae = CausalVAE(config)
+    encoder, decoder = vae.encoder, vae.decoder
     h, w = height // config.patch_size, width // config.patch_size
     frames = config.time_factor
 
-    strides = iter(config.strides)
-    encode = encoder.conv_in.flops(frames * h * w)
-    for layer in encoder.layers:
-        if isinstance(layer, Downsample):
-            time, space = next(strides)
-            frames, h, w = frames // time, h // space, w // space
-            encode += layer.conv.flops(frames * h * w)
-        else:
-            encode += layer.flops(frames, h, w)
-    encode += encoder.conv_out.flops(frames * h * w)
+    encode = decode = 0
+    if encoder is not None:
+        strides = iter(config.strides)
+        encode += encoder.conv_in.flops(frames * h * w)
+        for layer in encoder.layers:
+            if isinstance(layer, Downsample):
+                time, space = next(strides)
+                frames, h, w = frames // time, h // space, w // space
+                encode += layer.conv.flops(frames * h * w)
+            else:
+                encode += layer.flops(frames, h, w)
+        encode += encoder.conv_out.flops(frames * h * w)
+    frames, h, w = 1, height // config.space_factor, width // config.space_factor
+    if vae.linear is not None:
+        encode += vae.linear.encode.flops(h * w)
+        decode += vae.linear.decode.flops(h * w)
 
-    decode = decoder.conv_in.flops(frames * h * w)
+    decode += decoder.conv_in.flops(frames * h * w)
     for layer in decoder.layers:
         decode += layer.flops(frames, h, w)
         if isinstance(layer, Upsample):

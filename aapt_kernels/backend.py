@@ -15,6 +15,7 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 _library = torch.library.Library("aapt", "FRAGMENT")
 _implementations: dict[str, dict[str, Callable]] = {}
+_limits: dict[str, dict[str, Callable[[Tensor], str | None]]] = {}
 _forced = "auto"
 
 
@@ -31,10 +32,19 @@ class Choice(NamedTuple):
     reason: str
 
 
-def implement(op: str, **implementations: Callable) -> None:
+def implement(
+    op: str,
+    *,
+    limits: dict[str, Callable[[Tensor], str | None]] | None = None,
+    **implementations: Callable,
+) -> None:
     """Give the schema `aapt::<op>` its implementations, by backend name. Each takes the schema's
-    arguments. The sm_90a kernels are not named here: they are `torch.ops.aapt_sm90.<op>`."""
+    arguments. The sm_90a kernels are not named here: they are `torch.ops.aapt_sm90.<op>`.
+
+    `limits`: by backend, why it does not take this first argument; None if it does.
+    """
     _implementations[op] = implementations
+    _limits[op] = limits or {}
 
     def dispatch(*args):
         return resolve(op, args[0])(*args)
@@ -55,19 +65,19 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable) -> N
 
 
 def resolve(op: str, tensor: Tensor) -> Callable:
-    """The implementation that runs `op` on this tensor's device, or BackendError."""
+    """The implementation that runs `op` on this, its first argument, or BackendError."""
     device = tensor.device.type
-    if _forced != "auto":
-        reason = obstacle(op, _forced, device)
-        if reason:
-            raise BackendError(
-                f"backend '{_forced}' cannot run {op} on a {device} tensor: {reason}"
-            )
-        return implementation(op, _forced)
-    for name in PREFERENCE[device]:
-        if not obstacle(op, name, device):
+    reasons = []
+    for name in PREFERENCE.get(device, ()) if _forced == "auto" else (_forced,):
+        reason = obstacle(op, name, device) or _limits[op].get(name, _no_limit)(tensor)
+        if not reason:
             return implementation(op, name)
-    raise BackendError(f"no backend runs {op} on a {device} tensor")
+        reasons.append(f"backend '{name}' cannot run {op} on a {device} tensor: {reason}")
+    raise BackendError("; ".join(reasons) or f"no backend runs {op} on a {device} tensor")
+
+
+def _no_limit(tensor: Tensor) -> None:
+    return None
 
 
 def implementation(op: str, name: str) -> Callable | None:

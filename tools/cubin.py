@@ -38,19 +38,29 @@ def find_cuobjdump() -> str | None:
     return str(bundled) if bundled.exists() else None
 
 
-def read_instructions(path: Path | str) -> dict[str, Counter] | None:
+def run_cuobjdump(option: str, path: Path | str) -> str:
+    """What cuobjdump prints; nothing for a file without device code.
+
+    Raises FileNotFoundError without cuobjdump, RuntimeError with its words where it fails.
+    """
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise FileNotFoundError("cuobjdump: expected on PATH or in an installed Triton wheel")
+    done = subprocess.run([cuobjdump, option, str(path)], capture_output=True, text=True)
+    if "does not contain device code" in done.stderr:
+        return ""
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {option} {path}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def read_instructions(path: Path | str) -> dict[str, Counter]:
     """Opcode counts per kernel of an object, library or cubin.
 
     Every instruction counts twice: as written (`LDG.E.128`) and without modifiers (`LDG`).
     """
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
-        return None
-    sass = subprocess.run(
-        [cuobjdump, "-sass", str(path)], check=True, capture_output=True, text=True
-    ).stdout
     kernels: dict[str, Counter] = {}
-    for line in sass.splitlines():
+    for line in run_cuobjdump("-sass", path).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
             counts = kernels.setdefault(match[1], Counter())
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
@@ -62,16 +72,9 @@ def read_kernels(path: Path | str) -> list[Kernel]:
     """Resources and instructions of every kernel, from the compiled file alone.
 
     Spilled registers live in the stack frame, so here a spill shows as `stack`.
-
-    Raises FileNotFoundError without cuobjdump.
     """
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
-        raise FileNotFoundError("cuobjdump: expected on PATH or in an installed Triton wheel")
-    usage = subprocess.run(
-        [cuobjdump, "-res-usage", str(path)], check=True, capture_output=True, text=True
-    ).stdout
-    instructions = read_instructions(path) or {}
+    usage = run_cuobjdump("-res-usage", path)
+    instructions = read_instructions(path)
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     return [
         Kernel(

@@ -14,7 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cubin import Kernel, find_failures, format_table, read_instructions, read_kernels
+from cubin import (
+    Kernel,
+    find_cuobjdump,
+    find_failures,
+    format_table,
+    read_instructions,
+    read_kernels,
+)
 
 # Opcodes a kernel exists for, by a part of its name: without them it would be right, but slow.
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -62,8 +69,8 @@ def compile_checked(
     if "-c" not in command or not kernels:
         sys.stderr.write(log)
         return kernels, messages
-    instructions = read_instructions(command[command.index("-o") + 1])
-    if instructions is not None:
+    if find_cuobjdump() is not None:
+        instructions = read_instructions(command[command.index("-o") + 1])
         for kernel in kernels:
             kernel.instructions = instructions[kernel.name]
     return kernels, messages + find_failures(kernels, REQUIRED if required is None else required)

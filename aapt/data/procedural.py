@@ -21,7 +21,7 @@ class ProceduralData:
     width: int
     clips: int
     latent_frames: int
-    autoencoder_clips: int  # the first of them, kept as pixels for the autoencoder
+    video_clips: int  # the first of them, kept as pixels for the decoder
     first_seed: int = 1_000
 
 

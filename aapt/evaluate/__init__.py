@@ -1,0 +1,6 @@
+"""Evaluation on held-out worlds: does a video stay sharp, keep its theme and obey the controls?"""
+
+from .evaluation import evaluate
+from .report import Measurement, Report
+
+__all__ = ["Measurement", "Report", "evaluate"]

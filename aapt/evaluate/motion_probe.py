@@ -1,11 +1,12 @@
-"""Reads the motion of the camera off a video: a small regressor trained on rendered clips only.
+"""Reads the motion of the camera off a video: block matching and a small regressor on top.
 
 It sees pixels and never a generator's weights or latents, so what it says of a generated video is
-what the picture shows. Generated video is softer than rendered video; training therefore blurs,
-dims and dusts its clips, each differently.
+what the picture shows. It is trained on rendered clips; generated video is softer, so each training
+clip is blurred, dimmed and dusted differently.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ from .metrics import correlation
 FIRST_SEED = 5_000_000  # of the worlds it learns from: no other part of the project uses them
 HELD_OUT_SEED = 5_500_000  # of the worlds it is validated on
 CLIP_STEPS = 24  # latent frames per clip
+CELL = 8  # side of a matched cell in shrunk pixels
+REACH = 2, 6  # furthest shift down and across: a full turn moves the edge of 64 columns by 5
+FLAT = 0.02  # differences below are noise: a cell without structure matches everywhere alike
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class ProbeConfig:
 
     clips: int = 300
     held_out_clips: int = 24
-    steps: int = 1200
+    steps: int = 1500
     batch: int = 64
     learning_rate: float = 2e-3
     shrink: int = 2  # pixels averaged along each side before it looks
@@ -64,25 +68,22 @@ class MotionProbe(nn.Module):
     def __init__(self, height: int, width: int, shrink: int):
         super().__init__()
         self.height, self.width, self.shrink = height, width, shrink
-        rows, columns = (-(-size // shrink // 8) for size in (height, width))
+        shifts = 2 * len(_shifts())
+        cells = (height // shrink // CELL) * (width // shrink // CELL)
         self.layers = nn.Sequential(
-            nn.Conv2d(9, 24, 5, stride=2, padding=2),
+            nn.Conv2d(shifts, 48, 1),
             nn.SiLU(),
-            nn.Conv2d(24, 48, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(48, 64, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
+            nn.Conv2d(48, 48, 3, padding=1),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(64 * rows * columns, 128),
+            nn.Linear(48 * cells, 64),
             nn.SiLU(),
-            nn.Linear(128, 2),
+            nn.Linear(64, 2),
         )
 
-    def forward(self, triples: Tensor) -> Tensor:
-        """triples (B, 9, h, w) as `shrink_triples` makes them; returns (B, 2)."""
-        return self.layers(triples)
+    def forward(self, costs: Tensor) -> Tensor:
+        """costs as `matching_costs` makes them; returns (B, 2)."""
+        return self.layers(costs)
 
     @torch.no_grad()
     def estimate(self, video: Tensor) -> Tensor:
@@ -93,7 +94,37 @@ class MotionProbe(nn.Module):
                 f"video: expected (1 + {FRAMES_PER_LATENT}n, {self.height}, {self.width}, 3), "
                 f"got {tuple(video.shape)}"
             )
-        return self(shrink_triples(video[:: FRAMES_PER_LATENT // 2], self.shrink))
+        return self(matching_costs(shrink_triples(video[:: FRAMES_PER_LATENT // 2], self.shrink)))
+
+
+def matching_costs(triples: Tensor) -> Tensor:
+    """How badly each cell of the picture matches the next frame under each shift.
+
+    triples (B, 9, h, w). Returns (B, 2 shifts, h / CELL, w / CELL): mean absolute differences of
+    start and middle, then of middle and end, relative to their mean over the shifts, so that
+    brightness and contrast cancel.
+    """
+    start, middle, end = triples.chunk(3, dim=1)
+    return torch.cat([_costs(start, middle), _costs(middle, end)], dim=1)
+
+
+def _costs(here: Tensor, there: Tensor) -> Tensor:
+    height, width = here.shape[-2:]
+    reach_y, reach_x = REACH
+    padded = F.pad(there, (reach_x, reach_x, reach_y, reach_y), mode="replicate")
+    costs = torch.stack(
+        [
+            F.avg_pool2d((here - padded[..., y : y + height, x : x + width]).abs().mean(1), CELL)
+            for y, x in _shifts()
+        ],
+        dim=1,
+    )
+    return costs / (costs.mean(dim=1, keepdim=True) + FLAT) - 1
+
+
+def _shifts() -> list[tuple[int, int]]:
+    """Offsets (y, x) into a picture padded by REACH."""
+    return list(itertools.product(*(range(2 * reach + 1) for reach in REACH)))
 
 
 def shrink_triples(frames: Tensor, shrink: int) -> Tensor:
@@ -103,18 +134,26 @@ def shrink_triples(frames: Tensor, shrink: int) -> Tensor:
     return torch.cat([small[:-2:2], small[1:-1:2], small[2::2]], dim=1)
 
 
-def render_triples(
-    seeds: Iterable[int], height: int, width: int, shrink: int
+def render_costs(
+    seeds: Iterable[int],
+    height: int,
+    width: int,
+    shrink: int,
+    random: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Random walks through random worlds: triples (N, 9, h, w) and their controls (N, 2)."""
-    triples, controls = [], []
+    """Matching costs (N, ...) of random walks through random worlds, and their controls (N, 2);
+    augmented where a generator is given."""
+    costs, controls = [], []
     for seed in seeds:
         world = make_world(seed, seed % len(THEMES))
         walk, poses = sample_trajectory(world, CLIP_STEPS, np.random.default_rng(seed))
         frames = render(world, poses[:: FRAMES_PER_LATENT // 2], height, width)
-        triples.append(shrink_triples(frames, shrink))
+        triples = shrink_triples(frames, shrink)
+        if random is not None:
+            triples, walk = augment(triples, walk, random)
+        costs.append(matching_costs(triples))
         controls.append(walk)
-    return torch.cat(triples), torch.cat(controls)
+    return torch.cat(costs), torch.cat(controls)
 
 
 def augment(triples: Tensor, controls: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -139,7 +178,7 @@ def train_probe(config: ProbeConfig, height: int, width: int) -> tuple[MotionPro
     """A probe for videos of `height` x `width`, the same for the same arguments."""
     random = torch.Generator().manual_seed(config.seed)
     seeds = range(FIRST_SEED, FIRST_SEED + config.clips)
-    triples, controls = render_triples(seeds, height, width, config.shrink)
+    costs, controls = render_costs(seeds, height, width, config.shrink, random)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         probe = MotionProbe(height, width, config.shrink)
@@ -148,17 +187,16 @@ def train_probe(config: ProbeConfig, height: int, width: int) -> tuple[MotionPro
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
     )
     for _ in range(config.steps):
-        chosen = torch.randint(len(triples), (config.batch,), generator=random)
-        inputs, wanted = augment(triples[chosen], controls[chosen], random)
-        loss = (probe(inputs) - wanted).square().mean()
+        chosen = torch.randint(len(costs), (config.batch,), generator=random)
+        loss = (probe(costs[chosen]) - controls[chosen]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     probe.eval().requires_grad_(False)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + config.held_out_clips)
-    triples, controls = render_triples(seeds, height, width, config.shrink)
-    yaw, forward = (correlation(a, b) for a, b in zip(probe(triples).T, controls.T))
+    costs, controls = render_costs(seeds, height, width, config.shrink)
+    yaw, forward = (correlation(a, b) for a, b in zip(probe(costs).T, controls.T))
     return probe, ProbeQuality(yaw, forward)
 
 

@@ -18,13 +18,27 @@ from ..precision import wide
 
 TILE_ROWS = 64  # group small frames up to about this many rows,
 MAX_TILE_ROWS = 512  # and split large ones
-TILE_SCORES = 1 << 21  # scores per tile: 8 MB in float32, a share of the last-level cache
+TILE_SCORES = 1 << 19  # scores per tile: 2 MB in float32, so a tile stays in the cache
 
 
 class Tile(NamedTuple):
     rows: Interval
     keys: tuple[Interval, Interval, Interval]  # text, sink, window
     hidden: Tensor | None  # (rows, keys) bool; None where every row sees every key
+
+    def pieces(self, unwanted: Interval = (0, 0)) -> list[tuple[int, int, int]]:
+        """(column, start, end) of the keys but the unwanted ones, neighbours joined."""
+        pieces, column = [], 0
+        for start, end in self.keys:
+            for a, b in ((start, min(end, unwanted[0])), (max(start, unwanted[1]), end)):
+                if b <= a:
+                    continue
+                if pieces and pieces[-1][2] == a:
+                    pieces[-1] = (*pieces[-1][:2], b)
+                else:
+                    pieces.append((column + a - start, a, b))
+            column += end - start
+        return pieces
 
     @property
     def sizes(self) -> list[int]:
@@ -74,8 +88,9 @@ class Problem:
     """The inputs head-major, (batch x heads, length, head_dim), and the steps both passes share."""
 
     def __init__(self, q, k, v, text_lens, q_sink, arguments):
-        *integers, scale, self.prefix_grad = arguments
+        *integers, scale, prefix_grad = arguments
         self.layout = FrameLayout(*integers)
+        self.no_gradient = (0, 0) if prefix_grad else self.layout.prefix
         self.dtype = wide(q.dtype)
         self.batch, _, self.heads, self.head_dim = q.shape
         self.scale = scale
@@ -109,32 +124,43 @@ class Problem:
 
     def gather(self, name: str, x: Tensor, pairs: slice, tile: Tile) -> Tensor:
         """The tile's keys (or values) side by side; a view where they are one interval."""
-        keys = [x[pairs, start:end] for start, end in tile.keys if end > start]
+        keys = [x[pairs, start:end] for _, start, end in tile.pieces()]
         if len(keys) == 1:
             return keys[0]
         out = self.scratch.take(name, keys[0].shape[0], sum(tile.sizes), self.head_dim)
         return torch.cat(keys, dim=1, out=out)
 
+    def scatter_add(self, total: Tensor, weights: Tensor, x: Tensor, pairs: slice, tile: Tile):
+        """total[keys of the tile] += weights^T x; nothing for keys that take no gradient."""
+        for column, start, end in tile.pieces(unwanted=self.no_gradient):
+            columns = weights[:, :, column : column + end - start].transpose(1, 2)
+            part = self.scratch.take("part", x.shape[0], end - start, self.head_dim)
+            total[pairs, start:end] += torch.bmm(columns, x, out=part)
+
     def uses_q_sink(self, tile: Tile) -> bool:
         return self.q_sink is not None and tile.sizes[1] > 0
 
-    def sink_queries(self, pairs: slice, tile: Tile) -> Tensor:
-        text = self.layout.text_tokens
-        return self.q_sink[pairs, tile.rows[0] - text : tile.rows[1] - text]
+    def sink_rows(self, tile: Tile) -> slice:
+        """The tile's rows in q_sink, which has none for text."""
+        return slice(*(row - self.layout.text_tokens for row in tile.rows))
+
+    def sink_columns(self, tile: Tile) -> slice:
+        text, sink, _ = tile.sizes
+        return slice(text, text + sink)
 
     def scores(self, pairs: slice, tile: Tile, k: Tensor) -> Tensor:
         """Masked scores of the tile, in scratch."""
         q = self.q[pairs, slice(*tile.rows)]
         s = self.scratch.take("scores", q.shape[0], q.shape[1], k.shape[1])
         torch.bmm(q, k.transpose(1, 2), out=s)
-        text, sink, _ = tile.sizes
         if self.uses_q_sink(tile):
-            sink_k = self.k[pairs, slice(*tile.keys[1])].transpose(1, 2)
-            s[:, :, text : text + sink] = torch.bmm(self.sink_queries(pairs, tile), sink_k)
+            columns = self.sink_columns(tile)
+            sink_q = self.q_sink[pairs, self.sink_rows(tile)]
+            s[:, :, columns] = torch.bmm(sink_q, k[:, columns].transpose(1, 2))
         if tile.hidden is not None:
             s.masked_fill_(tile.hidden, -torch.inf)
         if self.hidden_text is not None:
-            s[:, :, :text].masked_fill_(self.hidden_text[pairs], -torch.inf)
+            s[:, :, : tile.sizes[0]].masked_fill_(self.hidden_text[pairs], -torch.inf)
         return s
 
     def softmax_(self, s: Tensor, pairs: slice, tile: Tile) -> Tensor:
@@ -178,50 +204,26 @@ def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
             keys = problem.gather("k", problem.k, pairs, tile)
             values = problem.gather("v", problem.v, pairs, tile)
             p = problem.softmax_(problem.scores(pairs, tile, keys), pairs, tile)
-            tile_dout, tile_q = douts[pairs, rows], problem.q[pairs, rows]
-            accumulate(problem, dv, p, tile_dout, tile_dout, pairs, tile)
+            tile_dout = douts[pairs, rows]
+            problem.scatter_add(dv, p, tile_dout, pairs, tile)
 
             ds = torch.bmm(tile_dout, values.transpose(1, 2), out=take("ds", *p.shape))
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
             if dlse is not None:
                 ds.addcmul_(p, dlse[pairs, rows])
-            sink_q = tile_q
             if problem.uses_q_sink(tile):
-                text, sink, _ = tile.sizes
-                sink_q = problem.sink_queries(pairs, tile)
-                sink_ds = ds[:, :, text : text + sink].contiguous()
-                start = tile.rows[0] - problem.layout.text_tokens
-                stop = tile.rows[1] - problem.layout.text_tokens
-                sink_keys = problem.k[pairs, slice(*tile.keys[1])]
-                dq_sink[pairs, start:stop] = torch.bmm(sink_ds, sink_keys)
-            accumulate(problem, dk, ds, tile_q, sink_q, pairs, tile)
-            if problem.uses_q_sink(tile):
-                ds[:, :, text : text + sink] = 0
-            part = take("dq", p.shape[0], p.shape[1], problem.head_dim)
-            dq[pairs, rows] = torch.bmm(ds, keys, out=part)
+                sink, sink_rows = slice(*tile.keys[1]), problem.sink_rows(tile)
+                sink_ds = ds[:, :, problem.sink_columns(tile)]
+                dq_sink[pairs, sink_rows] = torch.bmm(sink_ds, problem.k[pairs, sink])
+                if problem.no_gradient == (0, 0):
+                    sink_q = problem.q_sink[pairs, sink_rows]
+                    dk[pairs, sink] += torch.bmm(sink_ds.transpose(1, 2), sink_q)
+                sink_ds.zero_()
+            problem.scatter_add(dk, ds, problem.q[pairs, rows], pairs, tile)
+            dq[pairs, rows] = torch.bmm(ds, keys, out=take("out", *tile_dout.shape))
     dq = problem.token_major(dq.mul_(problem.scale), q.dtype)
     if q_sink is None:
         dq_sink = q.new_empty(0)
     else:
         dq_sink = problem.token_major(dq_sink.mul_(problem.scale), q.dtype)
     return dq, problem.token_major(dk, k.dtype), problem.token_major(dv, v.dtype), dq_sink
-
-
-def accumulate(
-    problem: Problem, total: Tensor, weights: Tensor, x: Tensor, x_sink: Tensor, pairs, tile: Tile
-) -> None:
-    """total[keys of the tile] += weights^T x, with x_sink in place of x for the sink keys.
-
-    Nothing is added, nor computed, for prefix keys that take no gradient.
-    """
-    column = 0
-    for index, (start, end) in enumerate(tile.keys):
-        first, column = column, column + end - start
-        if not problem.prefix_grad and start >= problem.layout.prefix[0]:
-            start = max(start, min(problem.layout.prefix[1], end))
-        if start == end:
-            continue
-        columns = weights[:, :, column - (end - start) : column].transpose(1, 2)
-        part = problem.scratch.take("dkv", x.shape[0], end - start, problem.head_dim)
-        torch.bmm(columns, x_sink if index == 1 else x, out=part)
-        total[pairs, start:end] += part

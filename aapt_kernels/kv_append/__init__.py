@@ -75,4 +75,10 @@ def _(q, k, v, k_cache, v_cache, step, q_weight, k_weight, cos, sin, cos_sink, *
     return torch.empty_like(q, memory_format=torch.contiguous_format), q_sink
 
 
-implement("kv_append", reference=ref.forward, cpu=cpu.forward)
+def sm90_limit(q: Tensor) -> str | None:
+    if q.dtype == torch.bfloat16 and q.shape[-1] in (64, 128):
+        return None
+    return f"it takes bfloat16 with head_dim 64 or 128, got {q.dtype} with {q.shape[-1]}"
+
+
+implement("kv_append", limits={"cuda": sm90_limit}, reference=ref.forward, cpu=cpu.forward)

@@ -1,4 +1,8 @@
-"""The autoencoder stage: a causal video VAE by reconstruction (SPEC 9)."""
+"""The decoder stage: a causal video VAE's decoder by reconstruction (SPEC 9).
+
+The encoder is fitted in closed form or given, and stays: latents are then final, and a generator
+can be trained on them while the decoder learns.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +17,8 @@ from ..vae import CausalVAE
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """`latent_noise` (in deviations) keeps the decoder calm under a generator's small errors;
-    `latent_penalty` keeps latents bounded."""
+class DecoderConfig:
+    """`latent_noise` (in deviations) keeps the decoder calm under a generator's small errors."""
 
     schedule: Schedule
     batch: int
@@ -23,44 +26,45 @@ class AutoencoderConfig:
     edges: float = 0.5
     squares: float = 1.0
     latent_noise: float = 0.05
-    latent_penalty: float = 1e-4
     average: float = 0.995
     max_norm: float = 1.0
 
 
-class Autoencoder:
+class DecoderTraining:
     """Absolute error, squared error and edges between a clip and its reconstruction."""
 
-    def __init__(self, config: AutoencoderConfig, vae: CausalVAE, seed: int):
+    def __init__(self, config: DecoderConfig, vae: CausalVAE, seed: int):
         self.config = config
         self.vae = vae
         self.random = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
-        self.average = MovingAverage(vae, config.average)
+        vae.requires_grad_(False)
+        self.decoder = vae.decoder.requires_grad_(True)
+        self.optimizer = torch.optim.Adam(self.decoder.parameters(), betas=(0.9, 0.99))
+        self.average = MovingAverage(self.decoder, config.average)
 
     def step(self, clips: VideoClips, step: int) -> dict[str, float]:
         config, vae = self.config, self.vae
         video = clips.sample(config.batch, config.video_frames, self.random)
         with mixed_precision(video.device):
             latent = vae.encode(video)
-            deviation = latent.detach().float().std().clamp(min=0.3)
             noise = torch.randn(latent.shape, generator=self.random)
-            decoded = vae.decode(latent + config.latent_noise * deviation * noise)
+            decoded = vae.decode(latent + config.latent_noise * noise)
         error = decoded.float() - video
         loss = (
             error.abs().mean()
             + config.squares * error.square().mean()
             + config.edges * sharpness_loss(error)
-            + config.latent_penalty * latent.float().square().mean()
         )
         loss.backward()
-        norm = update(self.optimizer, config.schedule(step), vae.parameters(), config.max_norm)
-        self.average.update(vae)
+        norm = update(
+            self.optimizer, config.schedule(step), self.decoder.parameters(), config.max_norm
+        )
+        self.average.update(self.decoder)
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)
         return {"loss": loss.item(), "psnr": psnr.item(), "gradient": norm}
 
     def export(self) -> CausalVAE:
-        self.average.copy_to(self.vae)
+        self.average.copy_to(self.decoder)
         return self.vae
 
 

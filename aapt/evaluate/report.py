@@ -1,0 +1,114 @@
+"""What an evaluation found: as numbers for machines and as a table for people."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .motion_probe import ProbeQuality
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One video source in one time window, over all starts; None where it does not apply.
+
+    Attributes:
+        latent_deviation: Mean standard deviation of a latent frame; of real latents, about 1.
+        sharpness: Mean horizontal gradient over that of the truth.
+        palette_error: Of sky and ground against the truth, over the window, in 0 to 1.
+        theme_kept: Share of starts whose palette is nearest to their own theme.
+        psnr: Against the truth, in dB. Past the first second only chance and theme are in it.
+        yaw_correlation, forward_correlation: Of commanded and realised motion.
+        yaw_gain, forward_gain: Realised over commanded motion.
+    """
+
+    latent_deviation: float | None
+    sharpness: float | None
+    palette_error: float | None
+    theme_kept: float | None
+    psnr: float | None
+    yaw_correlation: float | None
+    forward_correlation: float | None
+    yaw_gain: float | None
+    forward_gain: float | None
+
+
+COLUMNS = (
+    ("latent std", "latent_deviation", "{:.3f}"),
+    ("sharpness", "sharpness", "{:.2f}"),
+    ("palette error", "palette_error", "{:.3f}"),
+    ("theme kept", "theme_kept", "{:.0%}"),
+    ("PSNR dB", "psnr", "{:.1f}"),
+    ("yaw corr", "yaw_correlation", "{:.3f}"),
+    ("forward corr", "forward_correlation", "{:.3f}"),
+    ("yaw gain", "yaw_gain", "{:.2f}"),
+    ("forward gain", "forward_gain", "{:.2f}"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Measurements of every source in every window, and what they must be read against.
+
+    Attributes:
+        checkpoints: Folders by source name.
+        settings: Starts, seconds and seed.
+        windows: Window name, then source name ("truth", "autoencoder", then the generators).
+        same_theme, other_theme: Palette error between real videos of two places of one theme, and
+            of two themes: a perfect generator that forgot the place, and one that forgot the theme.
+        probe: How well the motion probe reads held-out real clips.
+        timelines: Per generator, the latent deviation at every second.
+        seconds_taken: Wall time of each part.
+        environment: Versions and hardware.
+    """
+
+    checkpoints: dict[str, str]
+    settings: dict[str, Any]
+    windows: dict[str, dict[str, Measurement]]
+    same_theme: float | None
+    other_theme: float | None
+    probe: ProbeQuality
+    timelines: dict[str, list[float | None]]
+    seconds_taken: dict[str, float]
+    environment: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON; a number that is infinite or none at all is null."""
+        path.write_text(json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n")
+
+    def table(self) -> Table:
+        """One line per source and window."""
+        notes = [f"real places of one theme {_shown(self.same_theme, '{:.3f}')} apart"]
+        notes.append(f"of two themes {_shown(self.other_theme, '{:.3f}')}")
+        caption = (
+            f"palette error: {', '.join(notes)}; motion probe on held-out real clips: "
+            f"yaw {_shown(self.probe.yaw, '{:.3f}')}, "
+            f"forward {_shown(self.probe.forward, '{:.3f}')}"
+        )
+        title = ", ".join(f"{name} {folder}" for name, folder in self.checkpoints.items())
+        table = Table(title=title, caption=caption)
+        table.add_column("window")
+        table.add_column("source")
+        for heading, _, _ in COLUMNS:
+            table.add_column(heading, justify="right")
+        for window, sources in self.windows.items():
+            for place, (source, measurement) in enumerate(sources.items()):
+                cells = (_shown(getattr(measurement, field), form) for _, field, form in COLUMNS)
+                last = place == len(sources) - 1
+                table.add_row("" if place else window, source, *cells, end_section=last)
+        return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,345 @@
+"""Metrics on videos with known answers, the motion probe, and a whole evaluation in small."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from aapt.checkpoint import CheckpointError, save_config, save_module
+from aapt.config import CameraConfig, ModelConfig
+from aapt.data.world import FIELD_OF_VIEW, FORWARD_STEP, THEMES, YAW_STEP, sample_clip
+from aapt.evaluate import evaluate
+from aapt.evaluate.__main__ import main
+from aapt.evaluate.contact_sheet import contact_sheet
+from aapt.evaluate.evaluation import WINDOWS, measure
+from aapt.evaluate.footage import (
+    film_rollout,
+    film_truth,
+    held_out_starts,
+    theme_footage,
+    to_pixels,
+)
+from aapt.evaluate.metrics import (
+    correlation,
+    gain,
+    palette,
+    palette_distance,
+    palette_error,
+    psnr,
+    sharpness,
+    theme_kept,
+)
+from aapt.evaluate.motion_probe import (
+    MotionProbe,
+    ProbeConfig,
+    augment,
+    load_probe,
+    shrink_triples,
+    train_probe,
+)
+from aapt.generator import StreamingGenerator
+from aapt.vae import CausalVAE, tiny
+from aapt.world_model import WorldModel
+
+HEIGHT, WIDTH = 32, 64
+SMALL_PROBE = ProbeConfig(clips=6, held_out_clips=2, steps=2, batch=8)
+
+
+def plain(sky, ground, starts=1, frames=2):
+    """Videos of two colours, the sky above the middle."""
+    video = torch.empty(starts, frames, HEIGHT, WIDTH, 3, dtype=torch.uint8)
+    video[:, :, : HEIGHT // 2] = torch.tensor(sky, dtype=torch.uint8)
+    video[:, :, HEIGHT // 2 :] = torch.tensor(ground, dtype=torch.uint8)
+    return video
+
+
+def noise(starts=2, frames=3):
+    random = torch.Generator().manual_seed(0)
+    shape = (starts, frames, HEIGHT, WIDTH, 3)
+    return torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random generator of 64x32, saved as a checkpoint folder."""
+    return save_checkpoint(tmp_path_factory.mktemp("random"))
+
+
+def save_checkpoint(folder, height=HEIGHT, yaw_step=YAW_STEP, seed=0):
+    torch.manual_seed(seed)
+    camera = CameraConfig(FIELD_OF_VIEW, yaw_step, FORWARD_STEP, 0.05, 0.025)
+    config = ModelConfig(
+        width=32,
+        heads=2,
+        head_dim=16,
+        depth=2,
+        text_width=16,
+        text_tokens=25,
+        window_frames=3,
+        reference_grid=(2, 4),
+        rope_axes=(4, 6, 6),
+        condition_channels=camera.channels,
+        sink_distance="clamped",
+        output_clamp=4.0,
+    )
+    save_module(folder / "model.safetensors", WorldModel(config, camera))
+    save_module(folder / "vae.safetensors", CausalVAE(tiny()))
+    facts = {"height": height, "width": WIDTH, "fps": 24, "prompts": ["a sunny green meadow"]}
+    parts = {"model": asdict(config), "camera": asdict(camera), "vae": asdict(tiny())}
+    save_config(folder, facts | parts)
+    return folder
+
+
+# Metrics.
+
+
+def test_sharpness_of_stripes_is_their_mean_step():
+    video = torch.zeros(1, 2, 4, 5, 3, dtype=torch.uint8)
+    video[..., 2:, :] = 51  # one step of 0.2 between five columns
+    assert sharpness(video) == pytest.approx(0.2 / 4)
+
+
+def test_blur_lowers_sharpness_and_a_shift_does_not():
+    video = noise()
+    flat = video.flatten(0, 1).permute(0, 3, 1, 2).float()
+    blurred = F.avg_pool2d(flat, 3, 1, 1).permute(0, 2, 3, 1).to(torch.uint8).view_as(video)
+    assert sharpness(blurred) < 0.5 * sharpness(video)
+    assert sharpness(video.roll(1, dims=2)) == pytest.approx(sharpness(video))
+
+
+def test_psnr_of_a_known_error():
+    video = torch.full((2, 3, 4, 4, 3), 100, dtype=torch.uint8)
+    assert psnr(video, video) == math.inf
+    assert psnr(video + 51, video) == pytest.approx(20 * math.log10(5))
+    assert psnr(noise(), noise().roll(1, dims=3)) < 10  # as bad as independent noise
+    with pytest.raises(ValueError, match="one shape, got .* and "):
+        psnr(video, video[:1])
+
+
+def test_swapping_sky_and_ground_gives_their_difference_as_palette_error():
+    day = palette(plain((0, 51, 102), (255, 204, 153)))
+    swapped = palette(plain((255, 204, 153), (0, 51, 102)))
+    assert day[0].tolist() == pytest.approx([0, 0.2, 0.4, 1, 0.8, 0.6])
+    assert palette_error(day, day) == 0
+    assert palette_error(day, swapped) == pytest.approx((1 + 0.6 + 0.2) / 3)
+
+
+def test_chance_palette_errors_come_from_pairs_of_starts():
+    palettes = torch.tensor([0.0, 0.1, 0.5])[:, None].expand(3, 6)
+    themes = torch.tensor([0, 0, 1])
+    assert palette_distance(palettes, themes, same_theme=True) == pytest.approx(0.1)
+    assert palette_distance(palettes, themes, same_theme=False) == pytest.approx(0.45)
+    assert palette_distance(palettes[1:], themes[1:], same_theme=True) is None
+
+
+def test_theme_kept_counts_the_nearest_references():
+    references = torch.tensor([0.0, 0.5, 1.0])[:, None].expand(3, 6)
+    palettes = torch.tensor([0.1, 0.6, 0.4, 0.9])[:, None].expand(4, 6)
+    assert theme_kept(palettes, references, torch.tensor([0, 1, 2, 2])) == 0.75
+
+
+def test_real_clips_keep_their_theme():
+    themes = torch.arange(len(THEMES))
+    clips = [sample_clip(40 + t, 3, theme=t, height=HEIGHT, width=WIDTH).video for t in range(6)]
+    references = palette(theme_footage(HEIGHT, WIDTH))
+    assert theme_kept(palette(torch.stack(clips)), references, themes) == 1.0
+
+
+def test_correlation_and_gain_against_numpy():
+    commanded = torch.linspace(-1, 1, 40).view(2, 20)
+    realised = 0.5 * commanded + 0.3 + 0.1 * torch.sin(37 * commanded)
+    expected = np.corrcoef(realised.flatten(), commanded.flatten())[0, 1]
+    slope = np.polyfit(commanded.flatten().double(), realised.flatten().double(), 1)[0]
+    assert correlation(realised, commanded) == pytest.approx(expected, abs=1e-6)
+    assert gain(realised, commanded) == pytest.approx(slope, abs=1e-6)
+    assert correlation(-realised, commanded) == pytest.approx(-expected, abs=1e-6)
+    still = torch.zeros(2, 20)
+    assert correlation(realised, still) is None and gain(realised, still) is None
+    assert correlation(still, commanded) is None and gain(still, commanded) == 0
+
+
+# The motion probe.
+
+
+def test_triples_are_start_middle_and_end_of_each_latent_frame():
+    frames = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 4, 8, 3)
+    triples = shrink_triples(frames, 2)
+    assert triples.shape == (2, 9, 2, 4)
+    seen = (triples[:, ::3, 0, 0] + 1) * 127.5
+    assert torch.allclose(seen, torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]]), atol=1e-4)
+
+
+def test_a_mirrored_triple_turns_the_other_way():
+    random = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(-1, 1, 16).expand(64, 9, 8, 16)
+    triples, controls = augment(ramp, torch.tensor([[0.5, 0.7]]).expand(64, 2), random)
+    falling = triples[..., 0].mean(dim=(1, 2)) > triples[..., -1].mean(dim=(1, 2))
+    assert 10 < falling.sum() < 54
+    assert torch.equal(controls[:, 0] < 0, falling)
+    assert torch.equal(controls[:, 1], torch.full((64,), 0.7))
+
+
+def test_a_short_training_already_reads_which_way_the_camera_turns():
+    config = ProbeConfig(clips=24, held_out_clips=6, steps=100, batch=32)
+    _, quality = train_probe(config, HEIGHT, WIDTH)
+    assert quality.yaw > 0.8
+
+
+def test_a_probe_is_trained_once_per_configuration(tmp_path, monkeypatch):
+    probe, quality = load_probe(tmp_path, SMALL_PROBE, HEIGHT, WIDTH)
+    monkeypatch.setattr("aapt.evaluate.motion_probe.train_probe", lambda *_: pytest.fail("again"))
+    again, same = load_probe(tmp_path, SMALL_PROBE, HEIGHT, WIDTH)
+    assert same == quality
+    video = noise(1, 9)[0]
+    assert torch.equal(again.estimate(video), probe.estimate(video))
+    with pytest.raises(pytest.fail.Exception, match="again"):
+        load_probe(tmp_path, SMALL_PROBE, HEIGHT, 2 * WIDTH)
+
+
+def test_the_probe_refuses_other_videos():
+    probe = MotionProbe(HEIGHT, WIDTH, 2)
+    for shape in ((8, HEIGHT, WIDTH, 3), (9, WIDTH, HEIGHT, 3), (HEIGHT, WIDTH, 3)):
+        with pytest.raises(ValueError, match=r"video: expected \(1 \+ 4n, 32, 64, 3\), got"):
+            probe.estimate(torch.zeros(shape, dtype=torch.uint8))
+
+
+# Starts and footage.
+
+
+def test_starts_take_turns_in_the_themes_and_do_not_depend_on_their_number():
+    starts = held_out_starts(8, 5, seed=0)
+    assert [start.world.theme for start in starts] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert starts[0].prompt in THEMES[0].prompts and starts[0].prompt != starts[6].prompt
+    alone = held_out_starts(1, 3, seed=0)[0]
+    assert torch.equal(alone.poses, starts[0].poses[:13])
+    assert not torch.equal(held_out_starts(1, 5, seed=1)[0].poses, starts[0].poses)
+
+
+def test_footage_gives_frames_by_their_number():
+    starts = held_out_starts(2, 3, seed=0)
+    film = film_truth(starts, [0, 4, 9], HEIGHT, WIDTH)
+    whole = film_truth(starts, range(13), HEIGHT, WIDTH)
+    assert torch.equal(film[[9, 0]], whole.pixels[:, [9, 0]])
+    with pytest.raises(ValueError, match=r"kept, got \[5\]"):
+        film[[4, 5]]
+
+
+def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint):
+    """The batched rollout of a start against `StreamingGenerator` on the same noise."""
+    generator = StreamingGenerator.from_pretrained(checkpoint)
+    starts = held_out_starts(2, 6, seed=0)
+    first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
+    film, deviations = film_rollout(generator, starts, first, range(25), seed=0)
+    assert film.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and deviations.shape == (2, 7)
+
+    from aapt.conditioning import Control
+
+    stream = generator.open(first[1].numpy(), starts[1].prompt, seed=1)
+    frames = [stream.first_frame]
+    for yaw, forward in starts[1].controls.tolist():
+        frames.append(stream.step(Control(yaw, forward)))
+    expected = torch.from_numpy(np.concatenate(frames))
+    assert (film.pixels[1].int() - expected.int()).abs().max() <= 1
+
+
+def test_pixels_that_are_not_numbers_are_black():
+    video = torch.tensor([math.nan, math.inf, -math.inf, 0.0]).view(1, 1, 1, 1, 4)
+    pixels = to_pixels(video.expand(1, 3, 1, 1, 4))
+    assert pixels[0, 0, 0, :, 0].tolist() == [0, 255, 0, 128]
+
+
+# The sheet and the whole.
+
+
+def test_the_sheet_shows_enlarged_frames_in_their_places():
+    red, blue = (plain(colour, colour)[0] for colour in ((255, 0, 0), (0, 0, 255)))
+    sheet = contact_sheet([[("model", red), ("truth", blue)]], ["0 s", "1 s"])
+    pixels = np.asarray(sheet)
+    assert (pixels == (255, 0, 0)).all(-1).sum() == 2 * (2 * HEIGHT) * (2 * WIDTH)
+    assert (pixels == (0, 0, 255)).all(-1).sum() == 2 * (2 * HEIGHT) * (2 * WIDTH)
+    with pytest.raises(ValueError, match="'model': expected 1 frames, got 2"):
+        contact_sheet([[("model", red)]], ["0 s"])
+
+
+def test_measuring_the_truth_finds_no_fault():
+    starts = held_out_starts(2, 8, seed=0)
+    window = WINDOWS[0]
+    truth = film_truth(starts, window.frames, HEIGHT, WIDTH).pixels
+    controls = torch.stack([start.controls for start in starts])
+    themes = torch.tensor([0, 1])
+    references = palette(theme_footage(HEIGHT, WIDTH))
+    probe = MotionProbe(HEIGHT, WIDTH, 2)
+    found = measure(truth, truth, None, controls, themes, references, probe)
+    assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
+    assert found.psnr is None and found.latent_deviation is None
+    swapped = measure(truth.flip(0), truth, None, controls, themes, references, probe)
+    assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
+    assert swapped.sharpness == pytest.approx(1.0) and swapped.psnr < 25
+
+
+def test_evaluate_end_to_end(checkpoint, tmp_path):
+    lines = []
+    report = evaluate(
+        checkpoint,
+        tmp_path,
+        baseline=save_checkpoint(tmp_path / "baseline", seed=1),
+        starts=2,
+        seconds=8 / 6,
+        probe=SMALL_PROBE,
+        log=lines.append,
+    )
+    assert [line.split(":")[0] for line in lines][-3:] == [
+        "model rollout",
+        "baseline rollout",
+        "metrics",
+    ]
+    saved = json.loads((tmp_path / "report.json").read_text())
+    sources = saved["windows"]["0-1.3 s"]
+    assert list(saved["windows"]) == ["0-1.3 s"]
+    assert list(sources) == ["truth", "autoencoder", "model", "baseline"]
+    assert sources["truth"]["sharpness"] == 1.0 and sources["truth"]["palette_error"] == 0.0
+    assert sources["model"]["psnr"] == pytest.approx(report.windows["0-1.3 s"]["model"].psnr)
+    assert sources["model"] != sources["baseline"]
+    assert saved["same_theme"] is None and saved["other_theme"] > 0.05
+    assert len(saved["timelines"]["model"]) == 2  # second 0 and second 1
+    assert report.table().row_count == 4
+
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width > 2 * 2 * WIDTH and sheet.height > 2 * 3 * 2 * HEIGHT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"starts": 0}, "starts: expected 1 to 1000, got 0"),
+        ({"seconds": 1.0}, r"seconds: expected at least 1\.33, got 1\.0"),
+        ({"seconds": math.nan}, "seconds: expected at least .*, got nan"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
+    ],
+)
+def test_bad_settings_are_refused(checkpoint, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(checkpoint, tmp_path, **{"starts": 1, "seconds": 2.0} | arguments)
+
+
+def test_bad_checkpoints_are_refused(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: expected a checkpoint folder"):
+        evaluate(tmp_path / "nowhere", tmp_path, starts=1, seconds=2.0)
+    quick = save_checkpoint(tmp_path / "quick", yaw_step=2 * YAW_STEP)
+    with pytest.raises(ValueError, match=r"quick: expected the world's yaw step.*got \(0\.08"):
+        evaluate(quick, tmp_path, starts=1, seconds=2.0)
+    tall = save_checkpoint(tmp_path / "tall", height=2 * HEIGHT)
+    with pytest.raises(ValueError, match="baseline: expected the picture size of the model"):
+        evaluate(checkpoint, tmp_path, baseline=tall, starts=1, seconds=2.0)
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    code = main([str(tmp_path / "nowhere"), "--out", str(tmp_path), "--seconds", "2"])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "nowhere: expected a checkpoint folder" in error

@@ -1,0 +1,82 @@
+"""The sm_90a gate: it passes a clean kernel, refuses a bad one, and every built kernel is clean."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sm90_gate
+from cubin import find_cuobjdump, find_failures, read_kernels
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GATE = Path(sm90_gate.__file__)
+LIBRARY = Path(__file__).parents[2] / "aapt_kernels" / "lib" / "libaapt_ops.so"
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
+needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="cuobjdump not found")
+
+
+def compile_command(name: str, folder: Path) -> list[str]:
+    flags = ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-c"]
+    return ["nvcc", *flags, str(FIXTURES / name), "-o", str(folder / "kernel.o")]
+
+
+@needs_nvcc
+def test_clean_kernel_passes(tmp_path):
+    kernels, failures = sm90_gate.compile_checked(compile_command("clean_sm90.cu", tmp_path))
+    assert len(kernels) == 1 and "scale_kernel" in kernels[0].name and kernels[0].registers > 0
+    assert failures == []
+
+
+@needs_nvcc
+def test_spilling_kernel_fails(tmp_path):
+    _, failures = sm90_gate.compile_checked(compile_command("spilling_sm90.cu", tmp_path))
+    assert len(failures) == 2
+    assert "spills" in failures[0] and "stack frame" in failures[1]
+
+
+@needs_nvcc
+def test_ptxas_warning_fails(tmp_path):
+    _, failures = sm90_gate.compile_checked(compile_command("warning_sm90.cu", tmp_path))
+    assert len(failures) == 1 and "(C7508)" in failures[0]
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_missing_instruction_fails(tmp_path):
+    command = compile_command("clean_sm90.cu", tmp_path)
+    required = {"scale_kernel": ("LDG.E.128", "HGMMA")}
+    kernels, failures = sm90_gate.compile_checked(command, required)
+    assert failures == [f"{kernels[0].name}: no HGMMA in its SASS"]
+
+
+@needs_nvcc
+def test_build_step_fails_and_leaves_no_object(tmp_path):
+    command = [sys.executable, str(GATE), "--", *compile_command("spilling_sm90.cu", tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "sm_90a gate:" in done.stderr
+    assert not (tmp_path / "kernel.o").exists()
+
+
+@needs_nvcc
+def test_compiler_errors_come_through(tmp_path):
+    command = [sys.executable, str(GATE), "--", *compile_command("no_such_file.cu", tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "no_such_file.cu" in done.stderr
+
+
+@needs_cuobjdump
+def test_built_kernels_are_clean():
+    kernels = [kernel for kernel in read_kernels(LIBRARY) if "aapt" in kernel.name]
+    if not kernels:
+        pytest.skip("this build has no sm_90a kernels")
+    assert find_failures(kernels, sm90_gate.REQUIRED) == []
+    for part in sm90_gate.REQUIRED:
+        assert any(part in kernel.name for kernel in kernels), f"{part}: not in the library"
+
+
+@needs_cuobjdump
+def test_a_file_without_kernels_is_read_as_empty():
+    assert read_kernels(sys.executable) == []

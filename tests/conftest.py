@@ -1,0 +1,16 @@
+"""The same random numbers in every test, and no more threads than there are cores."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,41 @@
+"""Oracles that share no code with the package."""
+
+import torch
+
+
+def spec_mask(layout, text_lens=None):
+    """(batch or 1, query, key) bool, one pair at a time from the words of SPEC 3.
+
+    The whole sequence of an integer `past_frames` is sink frames 0 ... S-1, some frames that fell
+    out of the window, the past, and the new frames; indices are counted so that the first past
+    frame comes right after the sink, which hides nothing: the window is counted backwards.
+    """
+    text, tokens = layout.text_tokens, layout.tokens_per_frame
+    sink = layout.sink_frames
+    if layout.past_frames is None:
+        query_frames = key_frames = list(range(layout.frames))
+    else:
+        first_new = sink + layout.past_frames
+        query_frames = [first_new + f for f in range(layout.frames)]
+        key_frames = list(range(first_new)) + query_frames
+    queries = [None] * text + [f for f in query_frames for _ in range(tokens)]
+    keys = [None] * text + [f for f in key_frames for _ in range(tokens)]
+
+    def sees(query_frame, key_index, key_frame, length):
+        if key_frame is None:
+            return key_index < length
+        if query_frame is None:
+            return False
+        if key_frame > query_frame:
+            return False
+        if key_frame < sink or layout.window_frames is None:
+            return True
+        return query_frame - key_frame <= layout.window_frames
+
+    lengths = [text] if text_lens is None else text_lens.tolist()
+    return torch.tensor(
+        [
+            [[sees(q, index, k, length) for index, k in enumerate(keys)] for q in queries]
+            for length in lengths
+        ]
+    ).reshape(len(lengths), len(queries), len(keys))
