@@ -45,10 +45,10 @@ clean:
 $(VENV)/.torch:
 	@echo "== $(VENV): a virtual environment with $(TORCH)"
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet $(TORCH) "setuptools>=77" "cmake>=3.26" ninja
+	$(PYTHON) -m pip install --quiet --no-compile $(TORCH) "setuptools>=77" "cmake>=3.26" ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@echo "== building the operators and installing aapt (editable)"
-	$(PYTHON) -m pip install --quiet --no-build-isolation -e ".[test]"
+	$(PYTHON) -m pip install --quiet --no-compile --no-build-isolation -e ".[test]"
 	@touch $@

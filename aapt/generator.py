@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import nvtx
 import torch
 from torch import Tensor
 
@@ -146,14 +147,18 @@ class Stream:
         """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3)."""
         model, config = self.generator.model, self.generator.model.config
         latent = self._latent
-        controls = torch.tensor([[[control.yaw, control.forward]]], device=latent.device)
-        rays = control_rays(controls, model.camera, *latent.shape[-2:])
-        noise = torch.randn(latent.shape, generator=self._random, device=latent.device)
-        output = model.transformer.step(noise, latent, rays, self._time, self._cache)
-        self._latent = clean(config, output, noise, latent, self._time)
-        video, self._decoder = self.generator.vae.decode_frame(self._latent, self._decoder)
+        with nvtx.annotate("condition"):
+            controls = torch.tensor([[[control.yaw, control.forward]]], device=latent.device)
+            rays = control_rays(controls, model.camera, *latent.shape[-2:])
+            noise = torch.randn(latent.shape, generator=self._random, device=latent.device)
+        with nvtx.annotate("generate"):
+            output = model.transformer.step(noise, latent, rays, self._time, self._cache)
+            self._latent = clean(config, output, noise, latent, self._time)
+        with nvtx.annotate("decode"):
+            video, self._decoder = self.generator.vae.decode_frame(self._latent, self._decoder)
+            frames = to_pixels(video)
         self.steps += 1
-        return to_pixels(video)
+        return frames
 
 
 def to_pixels(video: Tensor) -> np.ndarray:

@@ -46,20 +46,21 @@ def update(
 class MovingAverage:
     """An exponential moving average of a module's parameters, kept for export.
 
-    Its first steps average faster, so that the start does not linger.
+    With `from_scratch` its first steps average faster, so that random weights do not linger.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, from_scratch: bool = False):
+        self.decay, self.from_scratch = decay, from_scratch
         self.updates = 0
         self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 10))
+        ramp = self.updates / (self.updates + 10) if self.from_scratch else 1.0
         names, parameters = zip(*module.named_parameters(), strict=True)
-        torch._foreach_lerp_([self.shadow[name] for name in names], parameters, 1 - decay)
+        shadow = [self.shadow[name] for name in names]
+        torch._foreach_lerp_(shadow, parameters, 1 - min(self.decay, ramp))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -69,7 +69,7 @@ def tiny_world() -> Recipe:
         condition_channels=camera.channels,
         sink_distance="clamped",
         residual_head=True,
-        output_clamp=4.0,
+        output_clamp=8.0,
     )
     return Recipe(
         name="tiny-world",
@@ -79,9 +79,9 @@ def tiny_world() -> Recipe:
         vae=tiny(),
         data=ProceduralData(height=80, width=128, clips=2000, latent_frames=17, video_clips=300),
         decoder=DecoderConfig(
-            schedule=Schedule(1e-3, steps=3000, warmup=50, decay="cosine"),
-            batch=4,
-            video_frames=9,
+            schedule=Schedule(1e-3, steps=2000, warmup=50, decay="cosine"),
+            batch=2,
+            video_frames=25,
         ),
         diffusion=DiffusionConfig(
             schedule=Schedule(1e-3, steps=1700, warmup=100, decay="cosine"),
@@ -101,19 +101,19 @@ def tiny_world() -> Recipe:
             max_norm=1.0,
         ),
         regression=RolloutRegressionConfig(
-            schedule=Schedule(5e-4, steps=700, warmup=30, decay="cosine"),
+            schedule=Schedule(5e-4, steps=400, warmup=30, decay="cosine"),
             batch=8,
             segment_frames=8,
             segments=2,
         ),
         adversarial=AdversarialConfig(
-            generator_schedule=Schedule(1e-5, steps=400, warmup=30),
-            discriminator_schedule=Schedule(1e-4, steps=500),
-            batch=8,
+            generator_schedule=Schedule(1e-5, steps=200, warmup=30),
+            discriminator_schedule=Schedule(1e-4, steps=280),
+            batch=4,
             segment_frames=8,
             segments=2,
             penalty=100.0,
-            discriminator_warmup=100,
+            discriminator_warmup=80,
             average=0.99,
             max_norm=100.0,
             corruption=Corruption(),

@@ -14,3 +14,8 @@ def widen(*arguments) -> list:
         x.to(wide(x.dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
         for x in arguments
     ]
+
+
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x contiguous in this dtype; itself if it is that already."""
+    return x.to(dtype).contiguous()

@@ -1,7 +1,7 @@
 """Stage 3: adversarial training with student forcing, segment by segment (SPEC 8)."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class AdversarialConfig:
     discriminator_warmup: int = 0
     average: float = 0.995
     max_norm: float | None = None
-    corruption: Corruption | None = field(default=None)
+    corruption: Corruption | None = None
 
     @property
     def frames(self) -> int:
@@ -41,16 +41,22 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class Judged:
-    """Frames before the discriminator: x and the frame before each, (B, C, T, H, W), with what
-    conditions them. The first `known` frames carry no loss."""
+    """Frames before the discriminator: latents (B, C, 1 + T, H, W), the frame before the first
+    and then the frames to judge, with what conditions those. The first `known` of them carry no
+    loss."""
 
-    x: Tensor
-    previous: Tensor
+    latents: Tensor
     conditions: Conditions
     known: int = 0
 
-    def perturbed(self, noise: Tensor) -> "Judged":
-        return Judged(self.x + noise, self.previous, self.conditions, self.known)
+    def detach(self) -> "Judged":
+        return replace(self, latents=self.latents.detach())
+
+    def perturbed(self, deviation: float, random: torch.Generator) -> "Judged":
+        """N(x, sigma): both what is judged and, as the frame before the next, what it follows."""
+        noise = deviation * torch.randn(self.latents.shape, generator=random)
+        noise[:, :, : 1 + self.known] = 0
+        return replace(self, latents=self.latents + noise)
 
 
 class Adversarial:
@@ -92,8 +98,9 @@ class Adversarial:
                 if config.corruption:
                     start = config.corruption(start, index == 0, self.random)
                 segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
-                text, text_lens = model.text_encoder(batch.prompts)
-                with torch.set_grad_enabled(not warming):
+                fake = segment.output
+                if not warming:
+                    text, text_lens = model.text_encoder(batch.prompts)
                     fake = parallel_pass(model.transformer, segment, text, text_lens)
 
                 known = min(config.overlap_frames, index * config.segment_frames)
@@ -127,25 +134,21 @@ class Adversarial:
     def judged(self, latents: Tensor, controls: Tensor, prompts, known: int) -> Judged:
         """latents (B, C, 1 + T, H, W): the frame before the first, then the frames to judge."""
         conditions = self.judge_inputs.conditions(controls, prompts, latents.shape[-2:])
-        return Judged(latents[:, :, 1:], latents[:, :, :-1], conditions, known)
+        return Judged(latents, conditions, known)
 
     def logits(self, judged: Judged, t: Tensor) -> Tensor:
         """One logit per frame that carries a loss, (B, T - known)."""
-        all_frames = self.discriminator(judged.x, judged.previous, *judged.conditions, t)
-        return all_frames[:, judged.known :]
+        x, previous = judged.latents[:, :, 1:], judged.latents[:, :, :-1]
+        return self.discriminator(x, previous, *judged.conditions, t)[:, judged.known :]
 
     def train_discriminator(self, real: Judged, fake: Judged, t: Tensor) -> dict[str, float]:
         config = self.config
-        fake = Judged(fake.x.detach(), fake.previous.detach(), fake.conditions, fake.known)
-        shake = [
-            config.perturbation * torch.randn(x.shape, generator=self.random)
-            for x in (real.x, fake.x)
-        ]
-        together = [real, fake, real.perturbed(shake[0]), fake.perturbed(shake[1])]
+        fake = fake.detach()
+        together = [real, fake]
+        together += [judged.perturbed(config.perturbation, self.random) for judged in together]
         joined = Judged(
-            torch.cat([j.x for j in together]),
-            torch.cat([j.previous for j in together]),
-            Conditions(*(torch.cat(c) for c in zip(*(j.conditions for j in together)))),
+            torch.cat([judged.latents for judged in together]),
+            Conditions(*map(torch.cat, zip(*(judged.conditions for judged in together)))),
             real.known,
         )
         on_real, on_fake, on_real_shaken, on_fake_shaken = self.logits(joined, t.repeat(4)).chunk(4)

@@ -40,7 +40,7 @@ class DecoderTraining:
         vae.requires_grad_(False)
         self.decoder = vae.decoder.requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), betas=(0.9, 0.99))
-        self.average = MovingAverage(self.decoder, config.average)
+        self.average = MovingAverage(self.decoder, config.average, from_scratch=True)
 
     def step(self, clips: VideoClips, step: int) -> dict[str, float]:
         config, vae = self.config, self.vae

@@ -34,7 +34,9 @@ class DiffusionAdaptation:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), betas=config.betas, weight_decay=config.weight_decay
         )
-        self.average = MovingAverage(model, config.average) if config.average else None
+        self.average = None
+        if config.average is not None:
+            self.average = MovingAverage(model, config.average, from_scratch=True)
 
     def step(self, clips: LatentClips, step: int) -> dict[str, float]:
         config, model = self.config, self.model

@@ -112,7 +112,7 @@ class Problem:
     def token_major(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(B x H, L, D) back to a contiguous (B, L, H, D) of the given dtype."""
         x = x.unflatten(0, (self.batch, self.heads)).transpose(1, 2)
-        return x.to(dtype, memory_format=torch.contiguous_format)
+        return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
     def chunks(self, tile: Tile) -> Iterator[slice]:
         """Slices of the (batch, head) pairs that keep the scores of a tile in the cache."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import FrameLayout
-from ..precision import widen
+from ..precision import dense, widen
 
 
 def scores(
@@ -79,8 +79,8 @@ def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
 
 def reference_forward(q, *arguments):
     out, lse = forward(*widen(q, *arguments))
-    return out.to(q.dtype), lse
+    return dense(out, q.dtype), lse
 
 
 def reference_backward(dout, *arguments):
-    return tuple(gradient.to(dout.dtype) for gradient in backward(*widen(dout, *arguments)))
+    return tuple(dense(gradient, dout.dtype) for gradient in backward(*widen(dout, *arguments)))

@@ -8,6 +8,8 @@ are merged by their log-sum-exp.
 import torch
 from torch import Tensor
 
+from ..precision import dense
+
 Part = tuple[Tensor, Tensor]  # out (B, H, L, D), lse (B, H, L)
 
 
@@ -59,4 +61,4 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
     else:
         parts = [part(slice(i, i + 1), length) for i, length in enumerate(lens)]
         out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-    return out.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse
+    return dense(out.transpose(1, 2), q.dtype), lse

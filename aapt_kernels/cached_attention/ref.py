@@ -6,7 +6,7 @@ waiting for it.
 
 import torch
 
-from ..precision import widen
+from ..precision import dense, widen
 
 
 def visible(step, text_lens, capacity, text_tokens, tokens_per_frame, window_frames, sink_frames):
@@ -33,4 +33,4 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
 
 def reference_forward(q, *arguments):
     out, lse = forward(*widen(q, *arguments))
-    return out.to(q.dtype), lse
+    return dense(out, q.dtype), lse

@@ -7,7 +7,7 @@ a and b; the norm is one factor per row, applied last.
 import torch
 from torch import Tensor
 
-from ..precision import wide
+from ..precision import dense, wide
 
 
 def tables(weight, cos, sin, like: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -43,7 +43,7 @@ def norm_rope(x, weight, rotations, eps, dtype) -> list[Tensor]:
     for cos, sin in rotations:
         y = rotate(x, *tables(weight, cos, sin, x))
         y = y if factor is None else y.mul_(factor)
-        turned.append(y.to(dtype, memory_format=torch.contiguous_format))
+        turned.append(dense(y, dtype))
     return turned
 
 
@@ -80,10 +80,9 @@ def backward(dq, dk, dq_sink, q, k, q_weight, k_weight, cos, sin, cos_sink, sin_
         rotations.append((cos_sink, sin_sink))
     dq, dq_weight = norm_rope_backward(gradients, q.to(precise), q_weight, rotations, eps)
     dk, dk_weight = norm_rope_backward([dk.to(precise)], k.to(precise), k_weight, [(cos, sin)], eps)
-    dense = torch.contiguous_format
     return (
-        dq.to(dtype, memory_format=dense),
-        dk.to(dtype, memory_format=dense),
+        dense(dq, dtype),
+        dense(dk, dtype),
         dq_weight.to(dtype if q_weight is None else q_weight.dtype),
         dk_weight.to(dtype if k_weight is None else k_weight.dtype),
     )

@@ -62,13 +62,20 @@ def backward(dq, dk, dq_sink, q, k, q_weight, k_weight, cos, sin, cos_sink, sin_
 
 
 def reference_forward(q, *arguments):
-    return tuple(x.to(q.dtype, copy=True) for x in forward(*widen(q, *arguments)))
+    return tuple(_fresh(x, q.dtype) for x in forward(*widen(q, *arguments)))
 
 
 def reference_backward(dq, *arguments):
-    q_weight, k_weight = arguments[4:6]
-    outputs = backward(*widen(dq, *arguments))
-    dtypes = [dq.dtype, dq.dtype] + [
-        dq.dtype if weight is None else weight.dtype for weight in (q_weight, k_weight)
-    ]
-    return tuple(x.to(dtype, copy=True) for x, dtype in zip(outputs, dtypes, strict=True))
+    dtype, (q_weight, k_weight) = dq.dtype, arguments[4:6]
+    dq, dk, dq_weight, dk_weight = backward(*widen(dq, *arguments))
+    return (
+        _fresh(dq, dtype),
+        _fresh(dk, dtype),
+        dq_weight.to(dtype if q_weight is None else q_weight.dtype),
+        dk_weight.to(dtype if k_weight is None else k_weight.dtype),
+    )
+
+
+def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy: an op never returns its input, which x is without norm and rotation."""
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True)

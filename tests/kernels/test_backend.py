@@ -1,0 +1,84 @@
+"""Choosing a backend: what auto takes, what a name refuses, and that nobody falls back."""
+
+import re
+
+import pytest
+import torch
+
+from aapt_kernels import backends, qk_norm_rope, use_backend
+from aapt_kernels.backend import BackendError, obstacle, resolve
+from aapt_kernels.qk_norm_rope import cpu, ref
+
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+X = torch.zeros(1, 1, 1, 2)
+
+
+def test_auto_is_cpu_on_cpu_tensors():
+    assert resolve("qk_norm_rope", X) is cpu.forward
+
+
+def test_a_name_holds_until_the_context_ends():
+    with use_backend("reference"):
+        assert resolve("qk_norm_rope", X) is ref.reference_forward
+        with use_backend("cpu"):
+            assert resolve("qk_norm_rope", X) is cpu.forward
+        assert resolve("qk_norm_rope", X) is ref.reference_forward
+    assert resolve("qk_norm_rope", X) is cpu.forward
+
+
+def test_a_plain_call_holds_until_the_next():
+    use_backend("reference")
+    assert resolve("qk_norm_rope", X) is ref.reference_forward
+    use_backend("auto")
+    assert resolve("qk_norm_rope", X) is cpu.forward
+
+
+def test_an_unknown_name_is_refused():
+    words = "backend: expected one of auto, cuda, triton, cpu, reference, got 'fast'"
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        use_backend("fast")
+    assert resolve("qk_norm_rope", X) is cpu.forward
+
+
+@WITHOUT_CUDA
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backend_that_needs_a_device_says_so(name):
+    words = f"backend '{name}' cannot run: no CUDA device"
+    with pytest.raises(BackendError, match=f"^{words}$"):
+        use_backend(name)
+    assert obstacle("qk_norm_rope", name, "cuda") == "no CUDA device"
+
+
+def test_a_forced_backend_that_cannot_run_the_op_raises(monkeypatch):
+    monkeypatch.setattr("aapt_kernels.backend._forced", "triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    words = "backend 'triton' cannot run qk_norm_rope on a cpu tensor: it takes CUDA tensors"
+    with pytest.raises(BackendError, match=f"^{words}$"):
+        qk_norm_rope(X, X, None, None, None, None)
+    assert obstacle("cached_attention", "triton", "cuda") == "no kernel for this op yet"
+
+
+def test_the_fast_cpu_code_is_for_cpu_tensors_only():
+    assert obstacle("qk_norm_rope", "cpu", "cuda") == "it takes CPU tensors"
+    assert obstacle("qk_norm_rope", "reference", "cuda") is None
+
+
+def test_the_sm90_kernel_is_for_other_devices_no_option(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    assert obstacle("kv_append", "cuda", "cuda") == "the device is not sm_90 but (8, 0)"
+
+
+def test_a_limit_of_a_kernel_makes_auto_go_on_and_a_name_fail(monkeypatch):
+    limits = {"qk_norm_rope": {"cpu": lambda q: "not this one"}}
+    monkeypatch.setattr("aapt_kernels.backend._limits", limits)
+    assert resolve("qk_norm_rope", X) is ref.reference_forward
+    words = "backend 'cpu' cannot run qk_norm_rope on a cpu tensor: not this one"
+    with use_backend("cpu"), pytest.raises(BackendError, match=f"^{words}$"):
+        resolve("qk_norm_rope", X)
+
+
+def test_backends_lists_every_op():
+    rows = {(row.op, row.device): row for row in backends()}
+    for op in ("block_causal_attention", "cached_attention", "causal_conv3d", "kv_append"):
+        assert rows[op, "cpu"].backend == "cpu"

@@ -1,0 +1,151 @@
+"""Each op is a real torch op: opcheck passes, and a compiled graph has no break."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from aapt_kernels import (
+    FrameLayout,
+    KVCache,
+    block_causal_attention,
+    cached_attention,
+    kv_append,
+    qk_norm_rope,
+)
+from aapt_kernels.block_causal_attention.cases import make_inputs
+
+LAYOUT = FrameLayout(2, 3, 3, 1, past_frames=1)
+OPS = torch.ops.aapt
+
+
+def attention_arguments(optional):
+    inputs = make_inputs(LAYOUT, batch=1, heads=2, head_dim=4, dtype=torch.float32)
+    q, k, v, q_sink = (inputs[name].requires_grad_() for name in ("q", "k", "v", "q_sink"))
+    extras = (torch.tensor([1]), q_sink) if optional else (None, None)
+    return (q, k, v, *extras, *LAYOUT.integers, 0.5, not optional)
+
+
+def norm_rope_arguments(optional, requires_grad=True):
+    q, k = torch.randn(2, 1, 3, 2, 4).unbind()
+    if requires_grad:
+        q, k = q.requires_grad_(), k.requires_grad_()
+    if not optional:
+        return (q, k, *[None] * 6, 1e-6)
+    weights = [torch.ones(4, requires_grad=requires_grad) for _ in range(2)]
+    return (q, k, *weights, *torch.rand(4, 3, 2), 1e-6)
+
+
+def make_cache():
+    sizes = dict(batch=1, layers=2, heads=2, head_dim=4)
+    return KVCache(**sizes, text_tokens=2, tokens_per_frame=3, window_frames=1)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_block_causal_attention(optional):
+    opcheck(OPS.block_causal_attention.default, attention_arguments(optional))
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_block_causal_attention_backward(optional):
+    arguments = [x.detach() if torch.is_tensor(x) else x for x in attention_arguments(optional)]
+    out, lse = OPS.block_causal_attention(*arguments)
+    dlse = torch.randn_like(lse) if optional else None
+    backward = (torch.randn_like(out), dlse, *arguments[:3], out, lse, *arguments[3:])
+    opcheck(OPS.block_causal_attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_qk_norm_rope(optional):
+    opcheck(OPS.qk_norm_rope.default, norm_rope_arguments(optional))
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_qk_norm_rope_backward(optional):
+    arguments = norm_rope_arguments(optional, requires_grad=False)
+    gradients = [torch.randn_like(arguments[0]) for _ in range(3)]
+    if not optional:
+        gradients[2] = None
+    opcheck(OPS.qk_norm_rope_backward.default, (*gradients, *arguments))
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_kv_append(optional):
+    cache = make_cache()
+    q, k, *rest = norm_rope_arguments(optional, requires_grad=False)
+    cached = (torch.randn_like(q), cache.k[1], cache.v[1], cache.step)
+    opcheck(OPS.kv_append.default, (q, k, *cached, *rest, *cache.integers))
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_cached_attention(optional):
+    cache = make_cache()
+    q = torch.randn(1, 3, 2, 4)
+    arguments = (q, cache.k[1], cache.v[1], cache.step, cache.text_lens, q if optional else None)
+    opcheck(OPS.cached_attention.default, (*arguments, *cache.integers, 0.5))
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def test_training_compiles_without_a_break(backend):
+    x = torch.randn(1, LAYOUT.query_length, 2, 4)
+    prefix = torch.randn(1, LAYOUT.key_length - LAYOUT.query_length, 2, 4)
+    cos, sin = torch.rand(2, LAYOUT.query_length, 2)
+
+    def function(x, weight):
+        q, k = qk_norm_rope(x, x, weight, weight, cos, sin)
+        k = torch.cat([k[:, :2], prefix, k[:, 2:]], dim=1)
+        out, lse = block_causal_attention(q, k, k, LAYOUT, prefix_grad=False, return_lse=True)
+        return out.square().sum() + lse.sum()
+
+    results = []
+    for run in (function, compiled(function)):
+        leaves = [x.clone().requires_grad_(), torch.ones(4, requires_grad=True)]
+        loss = run(*leaves)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_streaming_compiles_once_for_all_steps(backend):
+    frames = torch.randn(7, 1, 3, 2, 4)
+    cos, sin = torch.rand(2, 3, 2)
+    weight = torch.ones(4)
+    outputs = []
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for compile in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend=count)):
+        cache = make_cache()
+
+        @compile
+        def step(x, cache=cache):
+            for layer in range(2):
+                q, q_sink = kv_append(
+                    x, x, x, cache, layer, weight, weight, cos, sin, cos_sink=sin, sin_sink=cos
+                )
+                x = x + cached_attention(q, cache, layer, q_sink=q_sink)
+            cache.advance()
+            return x
+
+        outputs.append([step(frame) for frame in frames])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert len(graphs) == 1
+
+
+def test_mutation_survives_functionalisation():
+    cache, twin = make_cache(), make_cache()
+    frame = torch.randn(1, 3, 2, 4)
+
+    def step(x, cache):
+        q = kv_append(x, x, x, cache, 1, None, None, None, None)
+        out = cached_attention(q, cache, 1)
+        cache.advance()
+        return out
+
+    torch.testing.assert_close(compiled(step)(frame, cache), step(frame, twin))
+    assert torch.equal(cache.k, twin.k) and int(cache.step) == 1
