@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ def save_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json`, less its version. CheckpointError if there is none that fits."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: expected a checkpoint folder with config.json")
@@ -44,11 +46,16 @@ def load_config(folder: Path) -> dict[str, Any]:
 def save_module(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Write a module's parameters and persistent buffers, floating ones as `dtype`, whole or not
     at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in module.state_dict().items():
         cast = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         tensors[name] = tensor.detach().cpu().to(cast).contiguous()
+    save_tensors(path, tensors)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     save_file(tensors, partial)
     os.replace(partial, path)
@@ -84,17 +91,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(header_size, size)))
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
+        ends = {
+            name: 8 + header_size + entry["data_offsets"][1]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        for name, end in ends.items():
+            if end > size:
+                raise CheckpointError(
+                    f"{path}: {name}: expected {end} bytes up to its end, got a file of {size} "
+                    "bytes"
+                )
+        return load_file(path)
+    except CheckpointError:
+        raise
+    except (struct.error, SafetensorError, LookupError, TypeError, AttributeError, ValueError):
         raise CheckpointError(
             f"{path}: expected a safetensors header, got a truncated or foreign file of "
             f"{size} bytes"
         ) from None
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        end = 8 + header_size + entry["data_offsets"][1]
-        if end > size:
-            raise CheckpointError(
-                f"{path}: {name}: expected {end} bytes up to its end, got a file of {size} bytes"
-            )
-    return load_file(path)

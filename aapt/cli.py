@@ -388,7 +388,11 @@ def train(
                 )
     try:
         folder = out or Path("runs") / recipe
-        print(trainer.run(RECIPES[recipe](), folder, stages, workers=workers, report=_say))
+        with _bad_input():
+            checkpoint = trainer.run(
+                RECIPES[recipe](), folder, stages, workers=workers, report=_say
+            )
+        print(checkpoint)
     except (trainer.TrainingError, CheckpointError, OSError) as error:
         _say(f"aapt: {error}")
         raise typer.Exit(1) from None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ class Control:
     def __post_init__(self):
         for name in ("yaw", "forward"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and abs(value) <= 1):
+            if not (isinstance(value, Real) and math.isfinite(value) and abs(value) <= 1):
                 raise ValueError(f"{name}: expected a number in [-1, 1], got {value!r}")
+            object.__setattr__(self, name, float(value))
 
 
 def relative_poses(controls: Tensor, camera: CameraConfig) -> Tensor:

@@ -31,11 +31,23 @@ class ModelConfig:
     output_clamp: float | None = None  # c: the one-step output is c tanh(x / c)
 
     def __post_init__(self):
+        for name in ("width", "heads", "head_dim", "depth", "text_width", "text_tokens", "patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        if self.window_frames < 0:
+            raise ValueError(f"window_frames: expected 0 or more, got {self.window_frames}")
+        if self.sink_distance not in ("absolute", "clamped"):
+            raise ValueError(
+                f"sink_distance: expected 'absolute' or 'clamped', got {self.sink_distance!r}"
+            )
+        if self.residual_head and not self.recycle:
+            raise ValueError("residual_head: expected False without recycled frames, got True")
         if self.heads * self.head_dim != self.width:
             raise ValueError(
                 f"width: expected heads * head_dim = {self.heads * self.head_dim}, got {self.width}"
             )
-        if sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes):
+        axes = self.rope_axes
+        if len(axes) != 3 or sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
             raise ValueError(
                 f"rope_axes: expected three even numbers that sum to {self.head_dim}, "
                 f"got {self.rope_axes}"
@@ -60,7 +72,8 @@ class CameraConfig:
     """How controls move the camera, and how its rays are scaled (SPEC 10).
 
     `yaw_step` (radians) and `forward_step` (world units) are the motion of one *video frame* at
-    full deflection; the two deviations bring the ray channels to about unit deviation.
+    full deflection; the two deviations bring the ray channels to about unit deviation. `frames`
+    is the VAE's time factor.
     """
 
     field_of_view: float  # horizontal, radians

@@ -58,7 +58,7 @@ class Discriminator(nn.Module):
         prefix: KeysValues | None = None,
         start_frame: int = 0,
     ) -> Tensor:
-        """Logits (B, T) float32 of frames x (B, C, T, H, W), each after `previous` alike."""
+        """Logits (B, T) of frames x (B, C, T, H, W), each after `previous` alike."""
         _, _, tapped = self.backbone.features(
             x,
             previous,
@@ -75,4 +75,7 @@ class Discriminator(nn.Module):
             head(tokens.unflatten(1, (frames, -1)))
             for head, tokens in zip(self.heads, tapped, strict=True)
         ]
-        return self.logit(self.norm(torch.cat(pooled, dim=-1))).squeeze(-1).float()
+        # The penalty multiplies differences of logits by lambda: half precision would drown them.
+        with torch.autocast(x.device.type, enabled=False):
+            joined = torch.cat(pooled, dim=-1).to(self.logit.weight.dtype)
+            return self.logit(self.norm(joined)).squeeze(-1)

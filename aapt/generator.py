@@ -11,7 +11,7 @@ from torch import Tensor
 from .checkpoint import CheckpointError, load_config, load_module
 from .conditioning import Control, control_rays
 from .config import CameraConfig, ModelConfig
-from .model import clean
+from .student_forcing import StudentRollout
 from .vae import CausalVAE, VAEConfig
 from .world_model import WorldModel
 
@@ -19,7 +19,7 @@ BUNDLED = Path(__file__).parent / "assets"
 
 
 class StreamingGenerator:
-    """A world model with its VAE, ready to open streams.
+    """A world model with its VAE, ready to open streams of `height` x `width` pixels.
 
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
@@ -43,6 +43,17 @@ class StreamingGenerator:
         self.themes = tuple(prompts)
         self._sample = sample
         factor = vae.config.space_factor
+        granularity = factor * model.config.patch
+        if height % granularity or width % granularity:
+            raise ValueError(
+                f"height, width: expected multiples of {granularity}, got {height} x {width}"
+            )
+        for name, ours, vaes in (
+            ("latent_channels", model.config.latent_channels, vae.config.latent_channels),
+            ("camera.frames", model.camera.frames, vae.config.time_factor),
+        ):
+            if ours != vaes:
+                raise ValueError(f"{name}: expected {vaes}, as the VAE has it, got {ours}")
         self.latent_size = (height // factor, width // factor)
 
     @classmethod
@@ -52,7 +63,7 @@ class StreamingGenerator:
         Raises CheckpointError, naming what was expected and what is there.
         """
         folder = Path(name)
-        if not folder.is_dir():
+        if not (folder / "config.json").is_file():
             folder = BUNDLED / str(name)
         if not (folder / "config.json").is_file():
             raise CheckpointError(
@@ -60,18 +71,21 @@ class StreamingGenerator:
             )
         config = load_config(folder)
         try:
-            model_config = ModelConfig(**_tuples(config["model"]))
-            camera = CameraConfig(**_tuples(config["camera"]))
-            vae_config = VAEConfig(**_tuples(config["vae"]))
+            model = WorldModel(
+                ModelConfig(**_tuples(config["model"])), CameraConfig(**_tuples(config["camera"]))
+            )
+            vae = CausalVAE(VAEConfig(**_tuples(config["vae"])))
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
-                picture["sample"] = (folder / sample["image"], sample["prompt"])
-        except (KeyError, TypeError) as error:
+                picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
+            generator = cls(model, vae, **picture)
+        except KeyError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: expected key {error}") from None
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-        model, vae = WorldModel(model_config, camera), CausalVAE(vae_config)
         load_module(folder / "model.safetensors", model)
         load_module(folder / "vae.safetensors", vae)
-        return cls(model, vae, **picture)
+        return generator
 
     def sample_image(self) -> Path:
         """A picture to start from that ships with the model. ValueError if none does."""
@@ -81,8 +95,8 @@ class StreamingGenerator:
 
     @property
     def sample_prompt(self) -> str:
-        """The prompt that fits the sample picture, or the first theme."""
-        return self._sample[1] if self._sample else self.themes[0]
+        """The prompt that fits the sample picture, else the first theme, else none."""
+        return self._sample[1] if self._sample else next(iter(self.themes), "")
 
     @property
     def frames_per_step(self) -> int:
@@ -102,6 +116,8 @@ class StreamingGenerator:
                 f"first_frame: expected uint8 {expected}, "
                 f"got {first_frame.dtype} {first_frame.shape}"
             )
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
         return Stream(self, first_frame, prompt, seed)
 
 
@@ -113,17 +129,26 @@ class Stream:
         self, generator: StreamingGenerator, first_frame: np.ndarray, prompt: str, seed: int
     ):
         self.generator = generator
-        self.steps = 0
-        self._random = torch.Generator(generator.device).manual_seed(seed)
-        self._time = torch.ones(1, device=generator.device)
-        transformer = generator.model.transformer
-        self._cache = transformer.new_cache(1, generator.latent_size, dtype=torch.float32)
-        pixels = torch.from_numpy(first_frame.copy()).to(generator.device)
+        model, device = generator.model, generator.device
+        self._random = torch.Generator(device).manual_seed(seed)
+        pixels = torch.from_numpy(first_frame.copy()).to(device)
         video = pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
-        self._latent = generator.vae.encode(video)
-        decoded, self._decoder = generator.vae.decode_frame(self._latent)
+        latent = generator.vae.encode(video.to(generator.vae.latent_mean.dtype))
+        decoded, self._decoder = generator.vae.decode_frame(latent)
         self.first_frame = to_pixels(decoded)
-        self.prompt = prompt
+        latent = latent.to(model.transformer.video_in.weight.dtype)
+        self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent)
+        self._prompt = prompt
+
+    def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt: expected a string, got {prompt!r}")
+        return self.generator.model.text_encoder([prompt])
+
+    @property
+    def steps(self) -> int:
+        """Latent frames made so far."""
+        return self._rollout.frames
 
     @property
     def prompt(self) -> str:
@@ -133,32 +158,25 @@ class Stream:
     @prompt.setter
     @torch.inference_mode()
     def prompt(self, prompt: str) -> None:
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt: expected a string, got {prompt!r}")
-        model = self.generator.model
-        text, text_lens = model.text_encoder([prompt])
-        keys_values = model.transformer.encode_text(text, text_lens, self._time)
-        for layer, (k, v) in enumerate(keys_values):
-            self._cache.write_text(layer, k, v, text_lens)
+        self._rollout.set_text(*self._embed(prompt))
         self._prompt = prompt
 
     @torch.inference_mode()
     def step(self, control: Control) -> np.ndarray:
         """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3)."""
-        model, config = self.generator.model, self.generator.model.config
-        latent = self._latent
+        if not isinstance(control, Control):
+            raise ValueError(f"control: expected a Control, got {control!r}")
+        vae, recycled = self.generator.vae, self._rollout.last
         with nvtx.annotate("condition"):
-            controls = torch.tensor([[[control.yaw, control.forward]]], device=latent.device)
-            rays = control_rays(controls, model.camera, *latent.shape[-2:])
-            noise = torch.randn(latent.shape, generator=self._random, device=latent.device)
+            controls = recycled.new_tensor([[[control.yaw, control.forward]]])
+            rays = control_rays(controls, self.generator.model.camera, *recycled.shape[-2:])
+            noise = recycled.new_empty(recycled.shape).normal_(generator=self._random)
         with nvtx.annotate("generate"):
-            output = model.transformer.step(noise, latent, rays, self._time, self._cache)
-            self._latent = clean(config, output, noise, latent, self._time)
+            latent = self._rollout.step(noise, recycled, rays)
         with nvtx.annotate("decode"):
-            video, self._decoder = self.generator.vae.decode_frame(self._latent, self._decoder)
-            frames = to_pixels(video)
-        self.steps += 1
-        return frames
+            latent = latent.to(vae.latent_mean.dtype)
+            video, self._decoder = vae.decode_frame(latent, self._decoder)
+            return to_pixels(video)
 
 
 def to_pixels(video: Tensor) -> np.ndarray:

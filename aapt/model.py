@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from aapt_kernels import FrameLayout, KVCache
 
 from .config import ModelConfig
+from .flow import to_clean
 from .layers import Block, modulated_norm
 from .rope import RotaryPositions
 
@@ -214,6 +215,6 @@ def velocity(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor)
 
 def clean(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor, t: Tensor) -> Tensor:
     """f(x, t) = x - t v, softly clamped where the config says so (SPEC 7, 12)."""
-    x_0 = x_t - t[:, None, None, None, None] * velocity(config, output, x_t, recycled)
+    x_0 = to_clean(x_t, velocity(config, output, x_t, recycled), t)
     limit = config.output_clamp
     return x_0 if limit is None else limit * torch.tanh(x_0 / limit)

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over `steps` updates: linear warm-up, then constant or cosine decay to a
+    """A learning rate over `steps` updates: linear warm-up, times constant or cosine decay to a
     hundredth."""
 
     learning_rate: float
     steps: int
     warmup: int = 0
     decay: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self):
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"decay: expected 'constant' or 'cosine', got {self.decay!r}")
+        if self.steps < 1 or self.warmup < 0:
+            raise ValueError(
+                f"steps, warmup: expected at least 1 and 0, got {self.steps} and {self.warmup}"
+            )
 
     def __call__(self, step: int) -> float:
         ramp = min(1.0, (step + 1) / (self.warmup + 1))
@@ -34,10 +42,14 @@ def update(
     parameters: Iterable[Tensor],
     max_norm: float | None,
 ) -> float:
-    """Clip, step, clear. Returns the gradient norm before clipping."""
+    """Clip, step, clear. Returns the gradient norm before clipping.
+
+    RuntimeError, before anything has moved, if the norm is not finite.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    limit = math.inf if max_norm is None else max_norm
+    norm = nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
@@ -66,14 +78,6 @@ class MovingAverage:
     def copy_to(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             parameter.copy_(self.shadow[name])
-
-    def state_dict(self) -> dict:
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
-        for name, value in state["shadow"].items():
-            self.shadow[name].copy_(value)
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:

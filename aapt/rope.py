@@ -35,19 +35,21 @@ class RotaryPositions(nn.Module):
         self.clamp_distance = (
             config.window_frames + 1 if config.sink_distance == "clamped" else None
         )
-        for name, channels in zip(("time", "rows", "columns"), config.rope_axes, strict=True):
-            exponent = torch.arange(0, channels, 2, dtype=torch.float64) / channels
-            self.register_buffer(
-                f"{name}_frequency", config.rope_theta**-exponent, persistent=False
-            )
+        self.axes = dict(zip(("time", "rows", "columns"), config.rope_axes, strict=True))
+        self.theta = config.rope_theta
+        for name in self.axes:
+            self.register_buffer(f"{name}_frequency", self._frequencies(name), persistent=False)
+
+    def _frequencies(self, name: str) -> Tensor:
+        exponent = torch.arange(0, self.axes[name], 2, dtype=torch.float64) / self.axes[name]
+        return self.theta**-exponent
 
     def _apply(self, fn, recurse=True):
         # Frequencies stay float64 whatever the model's dtype: an angle at frame 5000 would lose
-        # three digits in float32. They only follow the device.
+        # three digits in float32. They follow the device alone, and leave `meta` with values.
         device = fn(torch.empty(0, device=self.time_frequency.device)).device
-        for name in ("time", "rows", "columns"):
-            key = f"{name}_frequency"
-            self._buffers[key] = self._buffers[key].to(device)
+        for name in self.axes:
+            self._buffers[f"{name}_frequency"] = self._frequencies(name).to(device)
         return self
 
     def forward(self, frames: Tensor, grid: tuple[int, int]) -> Rotation:

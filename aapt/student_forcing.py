@@ -37,16 +37,24 @@ class StudentRollout:
         self.model = model
         self.last = first
         self.time = first.new_ones(len(first))
-        pairs = model.encode_text(text, text_lens, self.time)
-        self.cache = model.new_cache(len(first), first.shape[-2:], dtype=pairs[0][0].dtype)
-        for layer, (k, v) in enumerate(pairs):
-            self.cache.write_text(layer, k, v, text_lens)
+        self.cache = None
+        self.set_text(text, text_lens)
         self.frames = 0
 
     @torch.no_grad()
+    def set_text(self, text: Tensor, text_lens: Tensor) -> None:
+        """Change the prompts from the next step on; the past keeps what made it (SPEC 2)."""
+        pairs = self.model.encode_text(text, text_lens, self.time)
+        if self.cache is None:
+            size, dtype = self.last.shape[-2:], pairs[0][0].dtype
+            self.cache = self.model.new_cache(len(self.last), size, dtype=dtype)
+        for layer, (k, v) in enumerate(pairs):
+            self.cache.write_text(layer, k, v, text_lens)
+
+    @torch.no_grad()
     def roll(self, noise: Tensor, condition: Tensor | None, start: Tensor | None = None) -> Segment:
-        """Generate noise.shape[2] frames. `start` replaces the first recycled frame (corruption
-        of SPEC 12)."""
+        """Generate T frames from noise (B, C, T, H, W) and condition channels of the same T.
+        `start` (B, C, 1, H, W) replaces the first recycled frame (corruption of SPEC 12)."""
         prefix = None
         if self.frames:
             prefix = [self.cache.prefix(layer) for layer in range(self.model.config.depth)]
@@ -81,7 +89,10 @@ class StudentRollout:
 def parallel_pass(
     model: VideoTransformer, segment: Segment, text: Tensor, text_lens: Tensor
 ) -> Tensor:
-    """The segment's frames once more, in parallel and with gradient: (B, C, T, H, W)."""
+    """The segment's frames once more, in parallel and with gradient: (B, C, T, H, W).
+
+    text (B, text_tokens, text_width) is embedded anew, with gradient, in every segment (SPEC 8).
+    """
     time = segment.noise.new_ones(len(segment.noise))
     output = model(
         segment.noise,

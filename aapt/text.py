@@ -21,13 +21,13 @@ class ByteTextEncoder(nn.Module):
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, tokens) and lengths (B,). Longer prompts are cut at the last whole byte
-        that fits."""
+        """Token ids (B, tokens) and lengths (B,). Case is ignored; a prompt of more than
+        tokens - 1 bytes is cut there."""
         device = self.position.device
         ids = torch.full((len(prompts), self.tokens), BEGIN)
         lengths = torch.empty(len(prompts), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            encoded = prompt.lower().encode()[: self.tokens - 1]
+            encoded = prompt.lower().encode(errors="replace")[: self.tokens - 1]
             ids[row, 1 : 1 + len(encoded)] = torch.tensor(list(encoded), dtype=torch.int64)
             lengths[row] = 1 + len(encoded)
         return ids.to(device), lengths.to(device)

@@ -1,7 +1,7 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
 import json
-import os
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +11,9 @@ from typing import Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import nn
 
-from .checkpoint import load_module, read_tensors, save_config, save_module
+from .checkpoint import load_module, read_tensors, save_config, save_module, save_tensors
 from .data.clips import LatentClips
 from .data.procedural import (
     VideoClips,
@@ -68,6 +67,25 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, workers: int):
         self.recipe, self.out, self.workers = recipe, out, workers
 
+    def claim(self) -> None:
+        """Write the recipe into the folder, or check that it is the one already there.
+
+        ValueError naming the first part that differs: results of two recipes never mix.
+        """
+        ours = json.loads(json.dumps(asdict(self.recipe)))
+        path = self.out / "recipe.json"
+        if not path.is_file():
+            self.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(ours, indent=2) + "\n")
+            return
+        theirs = json.loads(path.read_text())
+        for part in ours:
+            if theirs.get(part) != ours[part]:
+                raise ValueError(
+                    f"{path}: {part}: expected {ours[part]}, got {theirs.get(part)}; "
+                    "train another recipe in another folder"
+                )
+
     def result(self, stage: str) -> Path:
         return self.out / stage / "weights.safetensors"
 
@@ -99,11 +117,7 @@ class Run:
         tensors = encode_clips(
             self.vae("encoder"), render_clips(recipe.data, recipe.data.clips, self.workers)
         )
-        path = self.result("encode")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        save_tensors(self.result("encode"), tensors)
 
     def decoder(self) -> None:
         recipe = self.recipe
@@ -126,7 +140,8 @@ class Run:
 
     def regression(self) -> None:
         config = self.recipe.regression
-        stage = RolloutRegression(config, self.model("consistency"), self.recipe.seed)
+        deviation = self.vae("encoder").pixel_deviation()
+        stage = RolloutRegression(config, self.model("consistency"), deviation, self.recipe.seed)
         self.train("regression", stage, config.schedule.steps)
 
     def adversarial(self) -> None:
@@ -154,13 +169,16 @@ class Run:
             task = progress.add_task(name, total=steps, metrics="")
             start = time.perf_counter()
             for step in range(steps):
-                metrics = stage.step(data, step)
+                try:
+                    metrics = stage.step(data, step)
+                except RuntimeError as error:
+                    raise TrainingError(f"{name}: step {step}: {error}") from error
                 elapsed = time.perf_counter() - start
                 log.write(
                     json.dumps({"step": step, "seconds": round(elapsed, 2), **metrics}) + "\n"
                 )
                 log.flush()
-                if not all(torch.isfinite(torch.tensor(value)) for value in metrics.values()):
+                if not all(map(math.isfinite, metrics.values())):
                     raise TrainingError(f"{name}: step {step}: expected finite metrics: {metrics}")
                 shown = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
                 progress.update(task, advance=1, metrics=shown)
@@ -202,12 +220,14 @@ def run(
 ) -> Path:
     """Run `stages` of a recipe in `out`, skipping those already done, and export a checkpoint.
 
-    Returns the checkpoint's folder. Raises TrainingError when a metric is not finite.
+    Returns the checkpoint's folder. Raises TrainingError when a metric or a gradient is not
+    finite, ValueError for an unknown stage or a folder that holds another recipe.
     """
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(f"stages: expected some of {', '.join(STAGES)}, got {stage}")
     run_ = Run(recipe, out, workers)
+    run_.claim()
     for stage in stages:
         if run_.result(stage).is_file():
             report(f"{stage}: already done")

@@ -429,6 +429,13 @@ class CausalVAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(shape))
         self.register_buffer("latent_std", torch.ones(shape))
 
+    def pixel_deviation(self) -> Tensor:
+        """How far a unit of each latent channel moves its pixels through the linear map, (C,)."""
+        if self.linear is None:
+            raise ValueError("linear_skip: expected True, there is no linear map to ask")
+        columns = self.linear.decode.weight.detach().flatten(1)
+        return columns.norm(dim=0) * self.latent_std.flatten()
+
     def encode(self, video: Tensor) -> Tensor:
         """Whole clip; its first frame alone gives the first latent frame."""
         time, space = self.config.time_factor, self.config.space_factor

@@ -124,12 +124,12 @@ class Adversarial:
                     known,
                 )
                 t = torch.rand(config.batch, generator=self.random)
-                add(metrics, self.train_discriminator(real, faked, t), config.segments)
+                on_real, seen = self.train_discriminator(real, faked, t)
+                add(metrics, seen, config.segments)
                 if not warming:
-                    add(metrics, self.train_generator(real, faked, t), config.segments)
+                    add(metrics, self.train_generator(on_real, faked, t), config.segments)
                 history = torch.cat([history, fake.detach()], dim=2)
-        self.update(step, warming)
-        return metrics
+        return {**metrics, **self.update(step, warming)}
 
     def judged(self, latents: Tensor, controls: Tensor, prompts, known: int) -> Judged:
         """latents (B, C, 1 + T, H, W): the frame before the first, then the frames to judge."""
@@ -141,7 +141,10 @@ class Adversarial:
         x, previous = judged.latents[:, :, 1:], judged.latents[:, :, :-1]
         return self.discriminator(x, previous, *judged.conditions, t)[:, judged.known :]
 
-    def train_discriminator(self, real: Judged, fake: Judged, t: Tensor) -> dict[str, float]:
+    def train_discriminator(
+        self, real: Judged, fake: Judged, t: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Accumulates the discriminator's gradients; returns its logits on real frames too."""
         config = self.config
         fake = fake.detach()
         together = [real, fake]
@@ -156,37 +159,38 @@ class Adversarial:
         r1 = approximate_penalty(on_real, on_real_shaken)
         r2 = approximate_penalty(on_fake, on_fake_shaken)
         ((loss + config.penalty * (r1 + r2)) / config.segments).backward(inputs=self.judging)
-        return {
+        return on_real.detach(), {
             "discriminator": loss.item(),
             "r1": config.penalty * r1.item(),
             "r2": config.penalty * r2.item(),
             "accuracy": (on_real > on_fake).float().mean().item(),
         }
 
-    def train_generator(self, real: Judged, fake: Judged, t: Tensor) -> dict[str, float]:
-        with torch.no_grad():
-            on_real = self.logits(real, t)
+    def train_generator(self, on_real: Tensor, fake: Judged, t: Tensor) -> dict[str, float]:
+        """Accumulates the generator's gradients. The discriminator has not moved in between."""
         loss = generator_loss(on_real, self.logits(fake, t))
         (loss / self.config.segments).backward(inputs=list(self.model.parameters()))
         return {"generator": loss.item()}
 
-    def update(self, step: int, warming: bool) -> None:
+    def update(self, step: int, warming: bool) -> dict[str, float]:
         config = self.config
-        update(
-            self.discriminator_optimizer,
-            config.discriminator_schedule(step),
-            self.judging,
-            config.max_norm,
-        )
-        if warming:
-            return
-        update(
-            self.generator_optimizer,
-            config.generator_schedule(step - config.discriminator_warmup),
-            self.model.parameters(),
-            config.max_norm,
-        )
-        self.average.update(self.model)
+        norms = {
+            "discriminator_gradient": update(
+                self.discriminator_optimizer,
+                config.discriminator_schedule(step),
+                self.judging,
+                config.max_norm,
+            )
+        }
+        if not warming:
+            norms["generator_gradient"] = update(
+                self.generator_optimizer,
+                config.generator_schedule(step - config.discriminator_warmup),
+                self.model.parameters(),
+                config.max_norm,
+            )
+            self.average.update(self.model)
+        return norms
 
     def export(self) -> WorldModel:
         self.average.copy_to(self.model)

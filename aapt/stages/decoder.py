@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.procedural import VideoClips
+from ..flow import per_clip
 from ..losses import sharpness_loss
 from ..optimization import MovingAverage, Schedule, mixed_precision, update
 from ..vae import CausalVAE
@@ -18,14 +19,15 @@ from ..vae import CausalVAE
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """`latent_noise` (in deviations) keeps the decoder calm under a generator's small errors."""
+    """`latent_noise`: white noise on the latents, of a strength (in deviations) drawn for each
+    clip from 0 up to this, so that the decoder also cleans what a generator gets wrong."""
 
     schedule: Schedule
     batch: int
     video_frames: int
     edges: float = 0.5
     squares: float = 1.0
-    latent_noise: float = 0.05
+    latent_noise: float = 0.4
     average: float = 0.995
     max_norm: float = 1.0
 
@@ -47,8 +49,9 @@ class DecoderTraining:
         video = clips.sample(config.batch, config.video_frames, self.random)
         with mixed_precision(video.device):
             latent = vae.encode(video)
+            strength = config.latent_noise * torch.rand(len(latent), generator=self.random)
             noise = torch.randn(latent.shape, generator=self.random)
-            decoded = vae.decode(latent + config.latent_noise * noise)
+            decoded = vae.decode(latent + per_clip(strength) * noise)
         error = decoded.float() - video
         loss = (
             error.abs().mean()

@@ -58,11 +58,23 @@ class RolloutRegressionConfig:
 
 
 class RolloutRegression:
-    """MSE between the generator's own rollout and the real clip under the same controls."""
+    """Squared error between the generator's own rollout and the real clip, same controls.
 
-    def __init__(self, config: RolloutRegressionConfig, model: WorldModel, seed: int):
+    Latents are whitened, but a unit of one channel moves the picture twenty times as far as a unit
+    of another: errors are weighted by `pixel_deviation` (C,), between what whitened latents and
+    what pixels would ask for.
+    """
+
+    def __init__(
+        self,
+        config: RolloutRegressionConfig,
+        model: WorldModel,
+        pixel_deviation: Tensor,
+        seed: int,
+    ):
         self.config = config
         self.model = model
+        self.weight = (pixel_deviation / pixel_deviation.mean())[:, None, None, None]
         self.random = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=config.betas)
         self.average = MovingAverage(model, config.average)
@@ -82,7 +94,8 @@ class RolloutRegression:
                 segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
                 text, text_lens = model.text_encoder(batch.prompts)
                 fake = parallel_pass(model.transformer, segment, text, text_lens)
-                loss = (fake - batch.targets[:, :, frames]).square().mean() / config.segments
+                error = (fake - batch.targets[:, :, frames]).square() * self.weight
+                loss = error.mean() / config.segments
                 loss.backward()
                 total += loss.item()
         norm = update(self.optimizer, config.schedule(step), model.parameters(), config.max_norm)

@@ -21,7 +21,7 @@ LAYOUTS = {
     "long-past": FrameLayout(3, 7, 4, 2, past_frames=5),
     "past-unlimited": FrameLayout(3, 7, 3, None, past_frames=4),
     "past-two-sinks": FrameLayout(0, 40, 2, 1, sink_frames=2, past_frames=1),
-    "large-frames": FrameLayout(4, 600, 2, 0),
+    "large-frames": FrameLayout(4, 520, 1, 0),
 }
 
 

@@ -36,7 +36,7 @@ def cached_attention(
     check_no_grad("cached_attention", tensors)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    out, lse = torch.ops.aapt.cached_attention(
+    out, lse = torch.ops.aapt.cached_attention.default(
         q,
         cache.k[layer],
         cache.v[layer],

@@ -11,13 +11,12 @@ from torch import Tensor
 from ..precision import dense
 
 Part = tuple[Tensor, Tensor]  # out (B, H, L, D), lse (B, H, L)
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
     """All of them (B, L, H, D)."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
-    )
+    return FLASH(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
 
 
 def merge(parts: list[Part]) -> Part:
@@ -32,6 +31,8 @@ def merge(parts: list[Part]) -> Part:
 
 def attend(q, k, v, intervals, q_sink, sink, scale) -> Part:
     """q against key intervals, and q_sink against the interval `sink`."""
+    if intervals == [(0, k.shape[1])]:  # the steady state: not even a slice
+        return flash(q, k, v, scale)
     parts = [flash(q, k[:, a:b], v[:, a:b], scale) for a, b in intervals if b > a]
     if q_sink is not None:
         a, b = sink
@@ -49,16 +50,18 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
     start = text_tokens if q_sink is None else sink_end
     lens = [min(length, text_tokens) for length in text_lens.tolist()]
 
-    def part(samples: slice, length: int) -> Part:
+    def part(length: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> Part:
         whole = length == start
         intervals = [(0, end)] if whole else [(0, length), (start, end)]
-        rows = (q[samples], k_cache[samples], v_cache[samples])
-        sink_rows = None if q_sink is None else q_sink[samples]
-        return attend(*rows, intervals, sink_rows, (text_tokens, sink_end), scale)
+        return attend(q, k, v, intervals, q_sink, (text_tokens, sink_end), scale)
 
+    batch = (q, k_cache, v_cache, q_sink)
     if len(set(lens)) == 1:
-        out, lse = part(slice(None), lens[0])
+        out, lse = part(lens[0], *batch)
     else:
-        parts = [part(slice(i, i + 1), length) for i, length in enumerate(lens)]
+        parts = [
+            part(length, *(None if x is None else x[i : i + 1] for x in batch))
+            for i, length in enumerate(lens)
+        ]
         out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-    return dense(out.transpose(1, 2), q.dtype), lse
+    return dense(out.transpose(1, 2), q.dtype), lse.contiguous()

@@ -39,7 +39,7 @@ def kv_append(
     check_frame(tensors, cache, layer)
     check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink)
     check_no_grad("kv_append", {**tensors, "q_weight": q_weight, "k_weight": k_weight})
-    q, q_sink = torch.ops.aapt.kv_append(
+    q, q_sink = torch.ops.aapt.kv_append.default(
         q,
         k,
         v,

@@ -58,6 +58,18 @@ def test_foreign_files(tmp_path, content):
         load_module(path, Net())
 
 
+@pytest.mark.parametrize(
+    "header",
+    [[], {"w": {}}, {"w": 5}, {"w": {"data_offsets": ["a", "b"]}}, {"w": {"data_offsets": [0, 0]}}],
+)
+def test_malformed_headers(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match="expected a safetensors header, got"):
+        load_module(path, Net())
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match="which is missing"):
         load_module(tmp_path / "no.safetensors", Net())

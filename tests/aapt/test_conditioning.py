@@ -62,6 +62,20 @@ def test_controls_are_bounded(bad):
         Control(forward=bad)
 
 
+def test_controls_take_any_real_number():
+    import numpy as np
+
+    control = Control(yaw=np.float32(0.5), forward=1)
+    assert control == Control(0.5, 1.0) and isinstance(control.yaw, float)
+
+
+def test_positions_leave_meta_with_values():
+    with torch.device("meta"):
+        positions = RotaryPositions(CONFIG)
+    expected = RotaryPositions(CONFIG).time_frequency
+    assert torch.equal(positions.to_empty(device="cpu").time_frequency, expected)
+
+
 def test_positions_stretch_in_space_and_not_in_time():
     positions = RotaryPositions(CONFIG)
     time, rows, columns = (axis // 2 for axis in CONFIG.rope_axes)

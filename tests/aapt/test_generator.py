@@ -91,10 +91,10 @@ def test_streaming_decode_equals_whole_clip(generator, picture):
     from aapt.generator import to_pixels
 
     stream = generator.open(picture, "ab", seed=0)
-    latents, frames = [stream._latent], [stream.first_frame]
+    latents, frames = [stream._rollout.last], [stream.first_frame]
     for control in WALK:
         frames.append(stream.step(control))
-        latents.append(stream._latent)
+        latents.append(stream._rollout.last)
     whole = to_pixels(generator.vae.decode(torch.cat(latents, dim=2)))
     difference = np.abs(whole.astype(int) - np.concatenate(frames).astype(int))
     assert difference.max() <= 1  # rounding to uint8
@@ -116,12 +116,12 @@ def test_memory_does_not_grow_with_the_stream(generator, picture):
     stream = generator.open(picture, "ab", seed=0)
     for _ in range(40):
         stream.step(Control(forward=1.0))
-    cache = stream._cache.k.data_ptr()
+    cache = stream._rollout.cache.k.data_ptr()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(300):
         stream.step(Control(forward=1.0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
-    assert stream._cache.k.data_ptr() == cache
+    assert stream._rollout.cache.k.data_ptr() == cache
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,34 @@ def test_first_frame_must_fit(generator, bad):
 def test_prompt_must_be_text(generator, picture):
     with pytest.raises(ValueError, match="prompt: expected a string, got 7"):
         generator.open(picture, 7)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "a"])
+def test_seeds_are_checked(generator, picture, seed):
+    with pytest.raises(ValueError, match="seed: expected an integer from 0 to"):
+        generator.open(picture, "ab", seed)
+
+
+def test_controls_are_controls(generator, picture):
+    with pytest.raises(ValueError, match=r"control: expected a Control, got \(0, 1\)"):
+        generator.open(picture, "ab").step((0, 1))
+
+
+def test_half_precision_models_stream(picture):
+    model, vae = build()
+    half = StreamingGenerator(model.bfloat16(), vae, height=HEIGHT, width=WIDTH, prompts=["ab"])
+    stream = half.open(picture, "ab")
+    assert stream._rollout.cache.k.dtype == torch.bfloat16
+    assert play(stream, WALK[:3]).shape == (12, HEIGHT, WIDTH, 3)
+
+
+def test_parts_must_fit():
+    model, vae = build()
+    with pytest.raises(ValueError, match="height, width: expected multiples of 16, got 40 x 48"):
+        StreamingGenerator(model, vae, height=40, width=48)
+    other = CausalVAE(dataclasses.replace(VAE, latent_channels=8))
+    with pytest.raises(ValueError, match="latent_channels: expected 8, as the VAE has it, got 4"):
+        StreamingGenerator(model, other, height=HEIGHT, width=WIDTH)
 
 
 def test_unknown_models_are_listed():
@@ -157,7 +185,7 @@ def test_broken_checkpoints_name_what_is_wrong(folder, tmp_path):
         StreamingGenerator.from_pretrained(tmp_path)
     del config["camera"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="config.json: 'camera'"):
+    with pytest.raises(CheckpointError, match="config.json: expected key 'camera'"):
         StreamingGenerator.from_pretrained(tmp_path)
 
 

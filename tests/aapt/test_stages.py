@@ -67,7 +67,7 @@ def test_consistency_target_at_zero_is_the_teachers_step():
 
 def test_rollout_regression_runs_segments():
     config = RolloutRegressionConfig(Schedule(1e-3, 40), batch=2, segment_frames=3, segments=2)
-    stage = RolloutRegression(config, model(), seed=0)
+    stage = RolloutRegression(config, model(), torch.ones(4), seed=0)
     losses = [m["loss"] for m in train(stage, 40, clips(count=1, length=7))]
     assert sum(losses[-8:]) < sum(losses[:8])
 
@@ -97,7 +97,8 @@ def test_adversarial_moves_both_networks():
     stage = adversarial(segments=2, overlap_frames=1, corruption=Corruption())
     before = copy.deepcopy((stage.model, stage.discriminator))
     metrics = train(stage, 2)
-    assert set(metrics[0]) == {"discriminator", "r1", "r2", "accuracy", "generator"}
+    losses = {"discriminator", "r1", "r2", "accuracy", "generator"}
+    assert set(metrics[0]) == losses | {"discriminator_gradient", "generator_gradient"}
     assert not torch.equal(
         before[0].transformer.video_in.weight, stage.model.transformer.video_in.weight
     )
