@@ -389,10 +389,10 @@ def train(
     try:
         folder = out or Path("runs") / recipe
         with _bad_input():
-            checkpoint = trainer.run(
+            made = trainer.run(
                 RECIPES[recipe](), folder, stages, workers=workers, report=_say
             )
-        print(checkpoint)
+        print(made)
     except (trainer.TrainingError, CheckpointError, OSError) as error:
         _say(f"aapt: {error}")
         raise typer.Exit(1) from None
