@@ -20,7 +20,8 @@ from .checks import check_device, check_dtype, check_shape
 
 
 class KVCache:
-    """Keys and values of every layer: k and v (layers, batch, capacity, heads, head_dim).
+    """Keys and values of every layer: k and v (layers, batch, capacity, heads, head_dim), views
+    of a head-major buffer.
 
     capacity = `[text | sink | ring of window_frames + 1]`, in tokens. `step` is a () int64 tensor
     on the device: how many frames the finished steps have appended, which is the index of the
@@ -59,9 +60,10 @@ class KVCache:
         self.tokens_per_frame = tokens_per_frame
         self.window_frames = window_frames
         self.sink_frames = sink_frames
-        shape = (layers, batch, self.capacity, heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        # Head-major in memory: a head's keys lie in one piece, as every attention reads them.
+        shape = (layers, batch, heads, self.capacity, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+        self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.text_lens = torch.zeros(batch, dtype=torch.int64, device=device)
 

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
+import aapt.layers
 from aapt.config import ModelConfig
-from aapt.model import VideoTransformer
+from aapt.model import VideoTransformer, clean, velocity
 from aapt.recipes import aapt_8b
 from aapt.student_forcing import StudentRollout, parallel_pass
 
@@ -78,17 +80,33 @@ def test_text_lens_hide_the_padding():
     )
 
 
-def test_text_stream_alone_gives_the_joint_pass_its_keys():
-    """The streaming path computes text once; a prompt must act as it does in training."""
+def test_text_stream_alone_gives_the_joint_pass_its_keys(monkeypatch):
+    """The streaming path computes text once: block for block what the joint pass attends to."""
+    model = tiny_model()
+    conditions = model.conditions(controls(3), PROMPTS, SIZE)
+    time = torch.full((2,), 0.7).double()
+    pairs = model.transformer.encode_text(conditions.text, conditions.text_lens, time)
+    attended, attend = [], aapt.layers.block_causal_attention
+
+    def record(q, k, v, layout, **options):
+        attended.append((k[:, : layout.text_tokens], v[:, : layout.text_tokens]))
+        return attend(q, k, v, layout, **options)
+
+    monkeypatch.setattr(aapt.layers, "block_causal_attention", record)
+    run_parallel(model, latents(3), latents(3), conditions, time)
+    assert len(pairs) == len(attended) == CONFIG.depth
+    for alone, joint in zip(pairs, attended, strict=True):
+        torch.testing.assert_close(alone, joint, rtol=1e-12, atol=1e-12)
+
+
+def test_prompts_matter():
     model = tiny_model()
     conditions = model.conditions(controls(1), PROMPTS, SIZE)
     x, recycled = latents(1), latents(1)
-    other = model.conditions(controls(1) * 0, ["zz", "y"], SIZE)
+    _, text, text_lens = model.conditions(controls(1), ["zz", "y"], SIZE)
     out = run_parallel(model, x, recycled, conditions)
-    swapped = run_parallel(
-        model, x, recycled, conditions._replace(text=other.text, text_lens=other.text_lens)
-    )
-    assert (out - swapped).abs().max() > 1e-5
+    other = run_parallel(model, x, recycled, conditions._replace(text=text, text_lens=text_lens))
+    assert (out - other).flatten(1).abs().amax(1).min() > 1e-5
 
 
 def test_no_recycling_uses_the_user_frame_alone():
@@ -104,64 +122,109 @@ def test_no_recycling_uses_the_user_frame_alone():
     assert (before - run_parallel(model, x, first, conditions)).abs().max() > 1e-4
 
 
-def test_student_forcing_gradient_equals_the_recurrent_one():
-    """SPEC 8: two passes give the gradient of back-propagating through the cached rollout.
+def test_outputs_become_velocities_and_clean_frames():
+    """v = net, or x_t - x_prev - net; x_0 = x_t - t v, softly clamped (SPEC 2, 7, 12)."""
+    output, x_t, recycled = latents(3), latents(3), latents(3)
+    t = torch.tensor([0.25, 1.0]).double()
+    plain, residual = CONFIG, dataclasses.replace(CONFIG, residual_head=True)
+    torch.testing.assert_close(velocity(plain, output, x_t, recycled), output)
+    torch.testing.assert_close(velocity(residual, output, x_t, recycled), x_t - recycled - output)
+    x_0 = clean(plain, output, x_t, recycled, t)
+    torch.testing.assert_close(x_0[0], x_t[0] - 0.25 * output[0])
+    torch.testing.assert_close(x_0[1], x_t[1] - output[1])
+    x_0 = clean(residual, output, x_t, recycled, t)
+    torch.testing.assert_close(x_0[0], 0.75 * x_t[0] + 0.25 * (recycled + output)[0])
+    torch.testing.assert_close(x_0[1], (recycled + output)[1])
+    clamped = clean(dataclasses.replace(plain, output_clamp=2.0), output, x_t, recycled, t)
+    torch.testing.assert_close(clamped, 2 * torch.tanh(clean(plain, output, x_t, recycled, t) / 2))
 
-    The recurrent reference is written out here: each step is a parallel pass over all frames so
-    far whose recycled inputs are the detached outputs; its last frame is the step's output.
+
+def norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+    (a, b), cos, sin = x.chunk(2, dim=-1), cos[:, None].double(), sin[:, None].double()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def recurrent_frame(net, x, recycled, condition, index, words, text_lens, past) -> Tensor:
+    """Frame `index` against the text `words` (pairs of every block) and the frames in `past`
+    (pairs of every block of every frame), which it is appended to. The raw output."""
+    frame = torch.tensor([index])
+    at = net.positions(frame, net.config.token_grid(*SIZE))
+    time, modulation, _ = net.modulations(torch.ones(2).double())
+    video = net.patchify(x, recycled, condition, frame)
+    past.append([])
+    recent = range(max(1, index - net.config.window_frames), index + 1) if index else ()
+    for layer, block in enumerate(net.blocks):
+        weights = block.video
+        shared = weights.modulation(modulation)
+        q, k, v = weights.project(video, *shared[:2])
+        past[index].append((norm_and_rotate(k, weights.k_norm, at.cos, at.sin), v))
+        sink_cos, sink_sin = (at.cos, at.sin) if at.cos_sink is None else (at.cos_sink, at.sin_sink)
+        q_sink = norm_and_rotate(q, weights.q_norm, sink_cos, sink_sin)
+        q = norm_and_rotate(q, weights.q_norm, at.cos, at.sin)
+        text_k, text_v = words[layer]
+        scores = [torch.einsum("bqhd,bkhd->bhqk", q, text_k)]
+        hidden = torch.arange(text_k.shape[1]) >= text_lens[:, None]
+        scores[0] = scores[0].masked_fill(hidden[:, None, None], -torch.inf)
+        scores.append(torch.einsum("bqhd,bkhd->bhqk", q_sink, past[0][layer][0]))
+        scores += [torch.einsum("bqhd,bkhd->bhqk", q, past[i][layer][0]) for i in recent]
+        values = torch.cat([text_v, past[0][layer][1], *(past[i][layer][1] for i in recent)], 1)
+        share = (torch.cat(scores, -1) / net.config.head_dim**0.5).softmax(-1)
+        video = weights.mix(video, torch.einsum("bhqk,bkhd->bqhd", share, values), shared)
+    return net.unpatchify(video, time, SIZE)
+
+
+def gradients(model) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize(
+    ("segments", "sink_distance"),
+    [((6,), "clamped"), ((4, 3), "clamped"), ((4, 1, 3), "absolute")],
+)
+def test_student_forcing_gradient_equals_the_recurrent_one(segments, sink_distance):
+    """SPEC 8: two passes give the value and the gradient of back-propagating through the cached
+    rollout, in one segment and over several with the visual past detached in between.
+
+    The recurrent reference is written out here, frame by frame with plain softmax. Text is
+    embedded anew with gradient in every segment, and every recycled frame is detached.
     """
-    frames = 6
-    model = tiny_model(sink_distance="clamped", residual_head=True, output_clamp=4.0)
+    model = tiny_model(sink_distance=sink_distance, residual_head=True, output_clamp=4.0)
+    net, frames = model.transformer, sum(segments)
     first, noise, weight = latents(1), latents(frames), latents(frames)
-    motion = controls(frames)
+    rays = model.conditions(controls(frames), PROMPTS, SIZE).condition
+    time = torch.ones(2).double()
 
-    conditions = model.conditions(motion, PROMPTS, SIZE)
-    outputs, recycled = [], [first]
-    time = torch.ones(2, dtype=first.dtype)
-    from aapt.model import clean
-
-    for i in range(frames):
-        inputs = torch.cat(recycled, dim=2)
-        x = noise[:, :, : i + 1]
-        seen = conditions._replace(condition=conditions.condition[:, :, : i + 1])
-        output = clean(model.config, run_parallel(model, x, inputs, seen), x, inputs, time)
-        outputs.append(output[:, :, -1:])
-        recycled.append(outputs[-1].detach())
-    (torch.cat(outputs, dim=2) * weight).sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    outputs, past, last = [], [], first
+    for count in segments:
+        past = [[(k.detach(), v.detach()) for k, v in frame] for frame in past]
+        text, text_lens = model.text_encoder(PROMPTS)
+        words = net.encode_text(text, text_lens, time)
+        loss = 0.0
+        for i in range(len(past), len(past) + count):
+            x = noise[:, :, i : i + 1]
+            raw = recurrent_frame(net, x, last, rays[:, :, i : i + 1], i, words, text_lens, past)
+            outputs.append(clean(model.config, raw, x, last, time))
+            loss = loss + (outputs[-1] * weight[:, :, i : i + 1]).sum()
+            last = outputs[-1].detach()
+        loss.backward()
+    expected = gradients(model)
     model.zero_grad()
 
-    conditions = model.conditions(motion, PROMPTS, SIZE)
-    rollout = StudentRollout(model.transformer, conditions.text, conditions.text_lens, first)
-    segment = rollout.roll(noise, conditions.condition)
-    fake = parallel_pass(model.transformer, segment, conditions.text, conditions.text_lens)
-    torch.testing.assert_close(fake, torch.cat(outputs, dim=2), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(fake, segment.output, rtol=1e-9, atol=1e-10)
-    (fake * weight).sum().backward()
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            scale = expected[name].norm().clamp(min=1e-12)
-            assert (parameter.grad - expected[name]).norm() / scale < 1e-9, name
-        else:
-            assert parameter.grad is None or parameter.grad.abs().max() == 0, name
-
-
-def test_later_segments_continue_from_the_cache():
-    """Rolled in two segments, the parallel passes give what one long rollout gives."""
-    model = tiny_model(sink_distance="clamped")
-    frames = 8
-    noise, first = latents(frames), latents(1)
-    conditions = model.conditions(controls(frames), PROMPTS, SIZE)
-    rays, text, text_lens = conditions
-    with torch.no_grad():
-        whole = StudentRollout(model.transformer, text, text_lens, first).roll(noise, rays).output
-    rollout = StudentRollout(model.transformer, text, text_lens, first)
-    for frames_of in (slice(0, 5), slice(5, 8)):
-        segment = rollout.roll(noise[:, :, frames_of], rays[:, :, frames_of])
-        fake = parallel_pass(model.transformer, segment, text, text_lens)
-        torch.testing.assert_close(fake, whole[:, :, frames_of], rtol=1e-9, atol=1e-10)
-    fake.sum().backward()
-    assert model.transformer.video_in.weight.grad.abs().max() > 0
+    text, text_lens = model.text_encoder(PROMPTS)
+    rollout = StudentRollout(net, text, text_lens, first)
+    start = 0
+    for count in segments:
+        part = slice(start, start := start + count)
+        segment = rollout.roll(noise[:, :, part], rays[:, :, part])
+        fake = parallel_pass(net, segment, *model.text_encoder(PROMPTS))
+        torch.testing.assert_close(fake, torch.cat(outputs[part], dim=2), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(fake, segment.output, rtol=1e-9, atol=1e-10)
+        (fake * weight[:, :, part]).sum().backward()
+    actual = gradients(model)
+    assert set(actual) == set(expected) and "text_encoder.position" in actual
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() < 1e-9 * gradient.norm(), name
 
 
 def test_checkpointing_changes_nothing():
