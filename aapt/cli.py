@@ -389,9 +389,7 @@ def train(
     try:
         folder = out or Path("runs") / recipe
         with _bad_input():
-            made = trainer.run(
-                RECIPES[recipe](), folder, stages, workers=workers, report=_say
-            )
+            made = trainer.run(RECIPES[recipe](), folder, stages, workers=workers, report=_say)
         print(made)
     except (trainer.TrainingError, CheckpointError, OSError) as error:
         _say(f"aapt: {error}")

@@ -107,16 +107,17 @@ def tiny_world() -> Recipe:
             segments=2,
         ),
         adversarial=AdversarialConfig(
-            generator_schedule=Schedule(1e-5, steps=180, warmup=20),
+            generator_schedule=Schedule(6e-5, steps=200, warmup=20),
             discriminator_schedule=Schedule(1e-4, steps=240),
             batch=4,
             segment_frames=8,
             segments=2,
             penalty=100.0,
-            discriminator_warmup=60,
-            average=0.99,
+            discriminator_warmup=40,
+            average=0.98,
             max_norm=100.0,
             corruption=Corruption(),
+            regression=1.0,
         ),
     )
 

@@ -147,7 +147,11 @@ class Run:
     def adversarial(self) -> None:
         config = self.recipe.adversarial
         stage = Adversarial(
-            config, self.model("regression"), self.model("diffusion"), self.recipe.seed
+            config,
+            self.model("regression"),
+            self.model("diffusion"),
+            self.vae("encoder").pixel_deviation(),
+            self.recipe.seed,
         )
         self.train("adversarial", stage, config.discriminator_schedule.steps)
 

@@ -8,7 +8,8 @@ import torch
 
 def pytest_configure(config):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    share = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,9 @@ from .rollout_regression import Corruption
 @dataclass(frozen=True)
 class AdversarialConfig:
     """`overlap_frames` known frames precede each later segment before the discriminator, and
-    carry no loss. `discriminator_warmup` updates come before the generator's first."""
+    carry no loss. `discriminator_warmup` updates come before the generator's first. `regression`
+    weighs a squared error against the real clip, beside the adversarial loss (ours, for small
+    models; 0 in the paper)."""
 
     generator_schedule: Schedule
     discriminator_schedule: Schedule
@@ -33,6 +35,7 @@ class AdversarialConfig:
     average: float = 0.995
     max_norm: float | None = None
     corruption: Corruption | None = None
+    regression: float = 0.0
 
     @property
     def frames(self) -> int:
@@ -68,10 +71,16 @@ class Adversarial:
     """
 
     def __init__(
-        self, config: AdversarialConfig, model: WorldModel, diffusion: WorldModel, seed: int
+        self,
+        config: AdversarialConfig,
+        model: WorldModel,
+        diffusion: WorldModel,
+        pixel_deviation: Tensor,
+        seed: int,
     ):
         self.config = config
         self.model = model
+        self.weight = (pixel_deviation / pixel_deviation.mean())[:, None, None, None]
         self.random = torch.Generator().manual_seed(seed)
         self.judge_inputs = copy.deepcopy(diffusion)
         self.discriminator = Discriminator(self.judge_inputs.transformer)
@@ -127,7 +136,9 @@ class Adversarial:
                 on_real, seen = self.train_discriminator(real, faked, t)
                 add(metrics, seen, config.segments)
                 if not warming:
-                    add(metrics, self.train_generator(on_real, faked, t), config.segments)
+                    error = (fake - batch.targets[:, :, frames]).square() * self.weight
+                    seen = self.train_generator(on_real, faked, error.mean(), t)
+                    add(metrics, seen, config.segments)
                 history = torch.cat([history, fake.detach()], dim=2)
         return {**metrics, **self.update(step, warming)}
 
@@ -166,11 +177,14 @@ class Adversarial:
             "accuracy": (on_real > on_fake).float().mean().item(),
         }
 
-    def train_generator(self, on_real: Tensor, fake: Judged, t: Tensor) -> dict[str, float]:
+    def train_generator(
+        self, on_real: Tensor, fake: Judged, error: Tensor, t: Tensor
+    ) -> dict[str, float]:
         """Accumulates the generator's gradients. The discriminator has not moved in between."""
         loss = generator_loss(on_real, self.logits(fake, t))
-        (loss / self.config.segments).backward(inputs=list(self.model.parameters()))
-        return {"generator": loss.item()}
+        total = loss + self.config.regression * error
+        (total / self.config.segments).backward(inputs=list(self.model.parameters()))
+        return {"generator": loss.item(), "error": error.item()}
 
     def update(self, step: int, warming: bool) -> dict[str, float]:
         config = self.config
