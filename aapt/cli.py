@@ -388,12 +388,12 @@ def train(
                 )
     try:
         folder = out or Path("runs") / recipe
-        with _bad_input():
-            made = trainer.run(RECIPES[recipe](), folder, stages, workers=workers, report=_say)
-        print(made)
+        print(trainer.run(RECIPES[recipe](), folder, stages, workers=workers, report=_say))
     except (trainer.TrainingError, CheckpointError, OSError) as error:
         _say(f"aapt: {error}")
         raise typer.Exit(1) from None
+    except ValueError as error:  # the folder holds another recipe
+        raise InputError(str(error)) from None
 
 
 def _load(model: str):

@@ -24,7 +24,7 @@ from .data.procedural import (
 )
 from .data.world import THEMES
 from .recipes import Recipe
-from .stages.adversarial import Adversarial
+from .stages.adversarial import Adversarial, AdversarialConfig
 from .stages.consistency_distillation import ConsistencyDistillation
 from .stages.decoder import DecoderTraining, measure_latents
 from .stages.diffusion_adaptation import DiffusionAdaptation
@@ -43,6 +43,7 @@ STAGES = (
     "consistency",
     "regression",
     "adversarial",
+    "extension",
 )
 MODELS = STAGES[3:]  # the stages that make a generator
 
@@ -145,15 +146,21 @@ class Run:
         self.train("regression", stage, config.schedule.steps)
 
     def adversarial(self) -> None:
-        config = self.recipe.adversarial
+        self.compete("adversarial", self.recipe.adversarial, "regression")
+
+    def extension(self) -> None:
+        """Stage 3 again, from its own result and with a new discriminator (SPEC 8)."""
+        self.compete("extension", self.recipe.extension, "adversarial")
+
+    def compete(self, name: str, config: AdversarialConfig, generator: str) -> None:
         stage = Adversarial(
             config,
-            self.model("regression"),
+            self.model(generator),
             self.model("diffusion"),
             self.vae("encoder").pixel_deviation(),
             self.recipe.seed,
         )
-        self.train("adversarial", stage, config.discriminator_schedule.steps)
+        self.train(name, stage, config.discriminator_schedule.steps)
 
     def train(self, name: str, stage: Stage, steps: int) -> None:
         save_module(self.result(name), self.loop(name, stage, self.clips(), steps))

@@ -287,7 +287,7 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
     for arguments, code, message in [
         (["huge"], 2, "aapt: recipe: expected one of tiny-world, got 'huge'"),
-        (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of autoencoder, encode,"),
+        (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, encode,"),
         (
             ["tiny-world", "--stage", "diffusion"],
             1,

@@ -18,24 +18,26 @@ def small_recipe():
     model = dataclasses.replace(
         recipe.model, width=32, heads=2, head_dim=16, depth=3, rope_axes=(4, 6, 6)
     )
+    adversarial = dataclasses.replace(
+        recipe.adversarial,
+        generator_schedule=Schedule(1e-4, steps=2),
+        discriminator_schedule=Schedule(1e-4, steps=2),
+        discriminator_warmup=1,
+        batch=2,
+        segment_frames=2,
+    )
     return dataclasses.replace(
         recipe,
         model=model,
         data=dataclasses.replace(
             recipe.data, height=48, width=64, clips=3, latent_frames=6, video_clips=2
         ),
-        decoder=dataclasses.replace(recipe.decoder, **brief),
+        decoder=dataclasses.replace(recipe.decoder, video_frames=9, **brief),
         diffusion=dataclasses.replace(recipe.diffusion, frames=4, **brief),
         consistency=dataclasses.replace(recipe.consistency, frames=4, **brief),
         regression=dataclasses.replace(recipe.regression, segment_frames=2, **brief),
-        adversarial=dataclasses.replace(
-            recipe.adversarial,
-            generator_schedule=Schedule(1e-4, steps=2),
-            discriminator_schedule=Schedule(1e-4, steps=2),
-            discriminator_warmup=1,
-            batch=2,
-            segment_frames=2,
-        ),
+        adversarial=adversarial,
+        extension=adversarial,
     )
 
 
