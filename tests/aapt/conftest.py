@@ -1,0 +1,19 @@
+"""What several tests of the stages watch."""
+
+import pytest
+
+from aapt.stages import adversarial, rollout_regression
+
+
+@pytest.fixture
+def made_segments(monkeypatch):
+    """The segments that a student-forced stage runs in parallel, as it makes them."""
+    segments, pass_again = [], adversarial.parallel_pass
+
+    def record(net, segment, *text):
+        segments.append(segment)
+        return pass_again(net, segment, *text)
+
+    for stage in (adversarial, rollout_regression):
+        monkeypatch.setattr(stage, "parallel_pass", record)
+    return segments

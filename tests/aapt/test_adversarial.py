@@ -1,0 +1,362 @@
+"""Stage 3: what the discriminator is shown, what each loss moves, and what must not leak."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aapt.discriminator import Discriminator
+from aapt.model import VideoTransformer
+from aapt.optimization import Schedule, mixed_precision
+from aapt.recipes import aapt_8b
+from aapt.stages.adversarial import Adversarial, Judged
+from aapt.stages.rollout_regression import (
+    Corruption,
+)
+
+from .counting import (
+    adversarial_stage,
+    assert_drives,
+    counting_clips,
+    counting_model,
+    model,
+    prompted,
+    train,
+    value,
+)
+from .helpers import PROMPTS, SIZE, clips, controls, latents, tiny_model
+
+
+@dataclasses.dataclass
+class Judgement:
+    """One call of the discriminator: its arguments, its logits (B, T) and their gradient."""
+
+    arguments: tuple[Tensor, ...]
+    logits: Tensor
+    gradient: Tensor | None = None
+
+
+@contextmanager
+def recording(stage: Adversarial) -> Iterator[list[Judgement]]:
+    judgements, judge = [], stage.discriminator.forward
+
+    def record(*arguments):
+        logits = judge(*arguments)
+        judgement = Judgement(arguments, logits.detach())
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: setattr(judgement, "gradient", gradient))
+        judgements.append(judgement)
+        return logits
+
+    stage.discriminator.forward = record
+    yield judgements
+    stage.discriminator.forward = judge
+
+
+def test_adversarial_wiring(made_segments):
+    """What is judged, under which conditions, and the gradient every logit gets (SPEC 8).
+
+    The generator adds 1.25 per step, so its frame n after latent s of a clip is s + 1.25 n.
+    """
+    batch, sigma, penalty = 8, 0.1, 50.0
+    stage = adversarial_stage(
+        counting_model(*[1.25] * 4),
+        batch=batch,
+        segments=2,
+        overlap_frames=1,
+        penalty=penalty,
+        perturbation=sigma,
+    )
+    embed = copy.deepcopy(stage.judge_inputs.text_encoder)
+    with recording(stage) as judgements:
+        (metrics,) = train(stage, 1, counting_clips())
+
+    assert len(judgements) == 4  # discriminator, generator, twice
+    names = ("discriminator", "r1", "r2", "generator", "accuracy", "error")
+    expected = dict.fromkeys(names, 0.0)
+    starts, times = None, []
+    for index in range(2):
+        known, frames = index, 3 + index
+        for_d, for_g = judgements[2 * index : 2 * index + 2]
+        x, previous, condition, text, text_lens, t = (a.chunk(4) for a in for_d.arguments)
+        real, fake, real_shaken, fake_shaken = range(4)
+        steps = torch.arange(frames)
+
+        # Fake: the overlap and the segment, each after the frame before it.
+        if index == 0:
+            starts = value(previous[fake])[:, :1]
+        first = 0 if index == 0 else 2  # steps behind the first judged frame
+        torch.testing.assert_close(value(x[fake]), starts + 1.25 * (first + 1 + steps))
+        torch.testing.assert_close(value(previous[fake]), starts + 1.25 * (first + steps))
+        fake_rows = starts + first + 1 + steps
+        assert_drives(condition[fake], fake_rows)
+        made = made_segments[index]
+        assert_drives(made.condition, starts + 3 * index + 1 + torch.arange(3))
+        assert made.start_frame == 3 * index
+
+        # Real: the same clip at first, then windows of their own that leave out latent 0.
+        real_rows = value(x[real])
+        torch.testing.assert_close(value(previous[real]), real_rows - 1)
+        torch.testing.assert_close(real_rows, real_rows[:, :1] + steps)
+        assert_drives(condition[real], real_rows)
+        if index == 0:
+            torch.testing.assert_close(real_rows, fake_rows)
+            assert (starts % 100 == 0).any() and (starts % 100 > 0).any()
+        else:
+            assert (real_rows % 100 >= 2).all() and (real_rows != fake_rows).any()
+
+        for rows, which in ((real_rows, (real, real_shaken)), (fake_rows, (fake, fake_shaken))):
+            expected_text, expected_lens = embed(prompted(rows))
+            for i in which:
+                torch.testing.assert_close(text[i], expected_text)
+                assert torch.equal(text_lens[i], expected_lens)
+                assert_drives(condition[i], rows)
+
+        # The perturbed copies: sigma on what carries a loss, also where it comes before the next.
+        shaken = []
+        for plain, perturbed in ((real, real_shaken), (fake, fake_shaken)):
+            noise = x[perturbed] - x[plain]
+            assert not noise[:, :, :known].any()
+            assert noise[:, :, known:].std().item() == pytest.approx(sigma, rel=0.1)
+            before = previous[perturbed] - previous[plain]
+            assert not before[:, :, :1].any()
+            torch.testing.assert_close(before[:, :, 1:], noise[:, :, :-1])
+            shaken.append(noise)
+        assert not torch.equal(*shaken)
+
+        # One t per pair, shared with the copies and with the generator's turn.
+        assert t[0].shape == (batch,) and all(torch.equal(t[0], other) for other in t)
+        times.append(t[0])
+        fakes = (a[fake] for a in (x, previous, condition, text, text_lens, t))
+        for mine, theirs in zip(for_g.arguments, fakes, strict=True):
+            torch.testing.assert_close(mine, theirs)
+        assert not for_d.arguments[0].requires_grad and not for_d.arguments[1].requires_grad
+        assert for_g.arguments[0].requires_grad and for_g.arguments[1].requires_grad
+
+        # SPEC 8's losses on these logits, means over clips, judged frames and segments.
+        logits = for_d.logits.clone().requires_grad_()
+        on_real, on_fake, on_real_shaken, on_fake_shaken = logits[:, known:].chunk(4)
+        relative = F.softplus(on_fake - on_real).mean()
+        r1 = penalty * (on_real - on_real_shaken).square().mean()
+        r2 = penalty * (on_fake - on_fake_shaken).square().mean()
+        ((relative + r1 + r2) / 2).backward()
+        torch.testing.assert_close(for_d.gradient, logits.grad)
+        assert not for_d.gradient[:, :known].any()
+        logits = for_g.logits.clone().requires_grad_()
+        generated = F.softplus(on_real.detach() - logits[:, known:]).mean()
+        (generated / 2).backward()
+        torch.testing.assert_close(for_g.gradient, logits.grad)
+        # The clip goes on from s in steps of 1: 0.25 n off at frame n, on all channels alike.
+        error = (0.25 * (3 * index + 1 + torch.arange(3))).square().mean()
+        seen = (relative, r1, r2, generated, (on_real > on_fake).float().mean(), error)
+        for name, loss in zip(expected, seen, strict=True):
+            expected[name] += loss.item() / 2
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert not torch.equal(*times)
+    uniform = torch.cat(times)  # not shifted
+    assert 0.25 < uniform.mean() < 0.75 and 0 <= uniform.min() and uniform.max() < 1
+
+
+def test_the_discriminator_knows_the_frame_that_was_corrupted(made_segments):
+    """Corruption is for the generator alone: what it continues from is judged as it was."""
+    stage = adversarial_stage(
+        counting_model(*[1.25] * 4),
+        segments=2,
+        overlap_frames=1,
+        corruption=Corruption(clip_chance=1.0, first_chance=0.0),
+    )
+    with recording(stage) as judgements:
+        train(stage, 1, counting_clips())
+    first, later = made_segments
+    starts = value(first.recycled)[:, :1]
+    assert torch.equal(starts, starts.round())
+    assert (later.recycled[:, :, 0] - (starts + 3.75)[..., None, None]).std() > 0.01
+    _, fake, _, _ = judgements[2].arguments[0].chunk(4)
+    _, previous, _, _ = judgements[2].arguments[1].chunk(4)
+    torch.testing.assert_close(value(previous[:, :, :2]), starts + torch.tensor([2.5, 3.75]))
+    torch.testing.assert_close(fake[:, :, 1], later.recycled[:, :, 0] + 1.25)
+
+
+@pytest.mark.parametrize(
+    ("moving", "penalty"), [("generator", 0.0), ("discriminator", 0.0), ("discriminator", 1e4)]
+)
+def test_one_adversarial_update_goes_the_right_way(moving, penalty):
+    """With the other network held, one update of the generator raises D(fake) - D(real), one of
+    the discriminator lowers it, or what perturbation does to the logits under a heavy penalty."""
+    still = "generator" if moving == "discriminator" else "discriminator"
+    stage = adversarial_stage(batch=4, penalty=penalty, **{f"{still}_schedule": Schedule(0.0, 1)})
+    before = copy.deepcopy((stage.model, stage.discriminator, stage.judge_inputs))
+    draws, gaps, shaken = stage.random.get_state(), [], []
+    for _ in range(2):  # the same clips, noise, t and perturbation again
+        stage.random.set_state(draws)
+        with recording(stage) as judgements:
+            train(stage, 1)
+        on_real, on_fake, *copies = judgements[0].logits.chunk(4)
+        gaps.append((judgements[1].logits - on_real).mean().item())
+        shaken.append(
+            sum((a - b).square().mean() for a, b in zip((on_real, on_fake), copies, strict=True))
+        )
+        if len(gaps) == 1:
+            held = stage.model if moving == "discriminator" else stage.discriminator
+            was = before[0] if moving == "discriminator" else before[1]
+            for a, b in zip(held.parameters(), was.parameters(), strict=True):
+                assert torch.equal(a, b)
+    if penalty:
+        assert shaken[1] < shaken[0]
+    elif moving == "generator":
+        assert gaps[1] > gaps[0]
+    else:
+        assert gaps[1] < gaps[0]
+
+
+def test_regression_pulls_the_generator_to_the_clip():
+    """Beside the adversarial loss, and by as much as the configuration says: on a generator that
+    overshoots in channel 0 alone, which counts 1.5 fold, it pushes that channel back."""
+    gradients = []
+    for weight in (0.0, 2.0):
+        stage = adversarial_stage(
+            counting_model(1.25, 1.0, 1.0, 1.0), batch=4, segments=2, regression=weight
+        )
+        bias = stage.model.transformer.video_out.bias
+        stage.generator_optimizer.register_step_pre_hook(
+            lambda *_, bias=bias: gradients.append(bias.grad.view(4, 4).sum(0))
+        )
+        train(stage, 1, counting_clips())
+    # Steps are independent: recycled frames are detached. d/d increment of 1.5 (0.25 n)^2 / 4.
+    expected = 2.0 * 1.5 / 4 * 2 * sum(0.25 * n for n in range(1, 7)) / 6
+    difference = gradients[1] - gradients[0]
+    torch.testing.assert_close(difference, torch.tensor([expected, 0, 0, 0]), rtol=0.02, atol=0.02)
+
+
+def test_adversarial_gradients_do_not_leak():
+    """The discriminator's turn leaves nothing on the generator, and the other way round."""
+    stage = adversarial_stage(segments=2, overlap_frames=1)
+    own = {"train_generator": list(stage.model.parameters()), "train_discriminator": stage.judging}
+    turns = []
+
+    def watch(name: str, other: str) -> None:
+        take_turn = getattr(stage, name)
+
+        def turn(*arguments):
+            before = {key: gradients_of(parameters) for key, parameters in own.items()}
+            result = take_turn(*arguments)
+            after = {key: gradients_of(parameters) for key, parameters in own.items()}
+            assert before[other].keys() == after[other].keys()
+            for key, gradient in before[other].items():
+                assert torch.equal(gradient, after[other][key])
+            assert after[name] and any(
+                key not in before[name] or not torch.equal(gradient, before[name][key])
+                for key, gradient in after[name].items()
+            )
+            turns.append(name)
+            return result
+
+        setattr(stage, name, turn)
+
+    watch("train_discriminator", "train_generator")
+    watch("train_generator", "train_discriminator")
+    frozen = [p for p in stage.discriminator.parameters() if not p.requires_grad]
+    train(stage, 1)
+    assert turns == ["train_discriminator", "train_generator"] * 2
+    everything = [*stage.model.parameters(), *stage.judging, *frozen]
+    assert all(p.grad is None for p in everything)
+    assert not {id(p) for p in stage.model.parameters()} & {id(p) for p in stage.judging}
+    assert {id(p) for p in frozen} == {
+        id(p)
+        for layer in (
+            stage.discriminator.backbone.out_modulation,
+            stage.discriminator.backbone.video_out,
+        )
+        for p in layer.parameters()
+    }
+
+
+def gradients_of(parameters: list[Tensor]) -> dict[int, Tensor]:
+    return {i: p.grad.clone() for i, p in enumerate(parameters) if p.grad is not None}
+
+
+def test_perturbation_spares_what_is_known():
+    latent = torch.arange(6.0)[:, None, None].expand(8, 4, 6, 5, 5)
+    judged = Judged(latent, None, known=2)
+    shaken = judged.perturbed(0.3, torch.Generator().manual_seed(0))
+    assert torch.equal(judged.latents, latent) and shaken.known == 2
+    noise = shaken.latents - latent
+    assert not noise[:, :, :3].any()  # the frame before, and the two known ones
+    assert noise[:, :, 3:].std().item() == pytest.approx(0.3, rel=0.05)
+    assert noise[:, :, 3:].mean().item() == pytest.approx(0, abs=0.02)
+    frames = noise[:, :, 3:].transpose(0, 2).flatten(1)
+    assert (torch.corrcoef(frames) - torch.eye(3)).abs().max() < 0.15
+
+
+def test_adversarial_moves_both_networks():
+    stage = adversarial_stage(segments=2, overlap_frames=1, corruption=Corruption())
+    before = copy.deepcopy((stage.model, stage.discriminator))
+    metrics = train(stage, 2)
+    losses = {"discriminator", "r1", "r2", "accuracy", "generator", "error"}
+    assert set(metrics[0]) == losses | {"discriminator_gradient", "generator_gradient"}
+    assert not torch.equal(
+        before[0].transformer.video_in.weight, stage.model.transformer.video_in.weight
+    )
+    assert not torch.equal(before[1].logit.weight, stage.discriminator.logit.weight)
+    assert torch.equal(
+        before[1].backbone.video_out.weight, stage.discriminator.backbone.video_out.weight
+    )
+
+
+def test_warmup_freezes_the_generator():
+    stage = adversarial_stage(discriminator_warmup=2)
+    before = copy.deepcopy(stage.model)
+    metrics = train(stage, 2)
+    for a, b in zip(before.parameters(), stage.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert "generator" not in metrics[0]
+
+
+def test_gradients_that_are_not_finite_stop_the_stage():
+    stage = adversarial_stage()
+    networks = nn.ModuleList([stage.model, stage.discriminator, stage.judge_inputs])
+    before = copy.deepcopy(networks.state_dict())
+    data = clips()
+    data.latents[:] = torch.nan
+    with pytest.raises(RuntimeError, match="non-finite"):
+        train(stage, 1, data)
+    for name, tensor in networks.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_discriminator_gives_a_causal_logit_per_frame():
+    net = tiny_model()
+    judge = Discriminator(net.transformer).double()
+    conditions = net.conditions(controls(5), PROMPTS, SIZE)
+    x, previous, t = latents(5), latents(5), torch.full((2,), 0.3).double()
+    before = judge(x, previous, *conditions, t)
+    assert before.shape == (2, 5)
+    x = x.clone()
+    x[:, :, 3] += 1
+    after = judge(x, previous, *conditions, t)
+    torch.testing.assert_close(before[:, :3], after[:, :3], rtol=0, atol=1e-6)
+    assert (before[:, 3:] - after[:, 3:]).abs().min() > 0
+    assert judge.taps == [0, 1, 2]
+
+
+def test_logits_keep_single_precision():
+    """A heavy penalty multiplies differences of logits: they must not be rounded to bfloat16."""
+    net = model()
+    judge = Discriminator(net.transformer)
+    conditions = net.conditions(controls(5).float(), PROMPTS, SIZE)
+    with torch.no_grad(), mixed_precision(torch.device("cpu")):
+        logits = judge(latents(5).float(), latents(5).float(), *conditions, torch.rand(2))
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16()).any()
+
+
+def test_taps_sit_at_the_papers_depths():
+    """16, 26 and 36 of 36 blocks (SPEC 12)."""
+    with torch.device("meta"):
+        backbone = VideoTransformer(dataclasses.replace(aapt_8b(), width=128, heads=1))
+        assert Discriminator(backbone).taps == [15, 25, 35]
