@@ -1,6 +1,6 @@
 """Complete named configurations, as functions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .config import CameraConfig, ModelConfig
 from .data.procedural import ProceduralData
@@ -29,7 +29,6 @@ class Recipe:
     consistency: ConsistencyConfig
     regression: RolloutRegressionConfig
     adversarial: AdversarialConfig
-    extension: AdversarialConfig
 
 
 def aapt_8b() -> ModelConfig:
@@ -72,19 +71,6 @@ def tiny_world() -> Recipe:
         residual_head=True,
         output_clamp=8.0,
     )
-    adversarial = AdversarialConfig(
-        generator_schedule=Schedule(6e-5, steps=200, warmup=20),
-        discriminator_schedule=Schedule(1e-4, steps=240),
-        batch=4,
-        segment_frames=8,
-        segments=2,
-        penalty=100.0,
-        discriminator_warmup=40,
-        average=0.98,
-        max_norm=100.0,
-        corruption=Corruption(),
-        regression=1.0,
-    )
     return Recipe(
         name="tiny-world",
         seed=0,
@@ -120,12 +106,18 @@ def tiny_world() -> Recipe:
             segment_frames=8,
             segments=2,
         ),
-        adversarial=adversarial,
-        extension=replace(
-            adversarial,
-            generator_schedule=Schedule(6e-5, steps=140, warmup=20),
-            discriminator_schedule=Schedule(1e-4, steps=170),
-            discriminator_warmup=30,
+        adversarial=AdversarialConfig(
+            generator_schedule=Schedule(6e-5, steps=200, warmup=20),
+            discriminator_schedule=Schedule(1e-4, steps=240),
+            batch=4,
+            segment_frames=8,
+            segments=2,
+            penalty=100.0,
+            discriminator_warmup=40,
+            average=0.98,
+            max_norm=100.0,
+            corruption=Corruption(),
+            regression=1.0,
         ),
     )
 

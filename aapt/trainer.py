@@ -24,7 +24,7 @@ from .data.procedural import (
 )
 from .data.world import THEMES
 from .recipes import Recipe
-from .stages.adversarial import Adversarial, AdversarialConfig
+from .stages.adversarial import Adversarial
 from .stages.consistency_distillation import ConsistencyDistillation
 from .stages.decoder import DecoderTraining, measure_latents
 from .stages.diffusion_adaptation import DiffusionAdaptation
@@ -43,7 +43,6 @@ STAGES = (
     "consistency",
     "regression",
     "adversarial",
-    "extension",
 )
 MODELS = STAGES[3:]  # the stages that make a generator
 
@@ -146,21 +145,15 @@ class Run:
         self.train("regression", stage, config.schedule.steps)
 
     def adversarial(self) -> None:
-        self.compete("adversarial", self.recipe.adversarial, "regression")
-
-    def extension(self) -> None:
-        """Stage 3 again, from its own result and with a new discriminator (SPEC 8)."""
-        self.compete("extension", self.recipe.extension, "adversarial")
-
-    def compete(self, name: str, config: AdversarialConfig, generator: str) -> None:
+        config = self.recipe.adversarial
         stage = Adversarial(
             config,
-            self.model(generator),
+            self.model("regression"),
             self.model("diffusion"),
             self.vae("encoder").pixel_deviation(),
             self.recipe.seed,
         )
-        self.train(name, stage, config.discriminator_schedule.steps)
+        self.train("adversarial", stage, config.discriminator_schedule.steps)
 
     def train(self, name: str, stage: Stage, steps: int) -> None:
         save_module(self.result(name), self.loop(name, stage, self.clips(), steps))

@@ -37,7 +37,6 @@ def small_recipe():
         consistency=dataclasses.replace(recipe.consistency, frames=4, **brief),
         regression=dataclasses.replace(recipe.regression, segment_frames=2, **brief),
         adversarial=adversarial,
-        extension=adversarial,
     )
 
 
