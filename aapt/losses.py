@@ -31,6 +31,13 @@ def approximate_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
     return (logits - perturbed).square().mean()
 
 
+def channel_weighted_error(a: Tensor, b: Tensor, deviation: Tensor) -> Tensor:
+    """Mean squared error of latents (B, C, T, H, W), each channel weighted by its `deviation`
+    (C,) relative to the mean."""
+    weight = (deviation / deviation.mean())[:, None, None, None]
+    return ((a - b).square() * weight).mean()
+
+
 def sharpness_loss(error: Tensor) -> Tensor:
     """Mean absolute spatial difference of an error image (..., H, W): edges must match."""
     across = torch.diff(error, dim=-1).abs().mean()

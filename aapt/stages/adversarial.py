@@ -8,7 +8,12 @@ from torch import Tensor
 
 from ..data.clips import LatentClips
 from ..discriminator import Discriminator
-from ..losses import approximate_penalty, discriminator_loss, generator_loss
+from ..losses import (
+    approximate_penalty,
+    channel_weighted_error,
+    discriminator_loss,
+    generator_loss,
+)
 from ..optimization import MovingAverage, Schedule, mixed_precision, update
 from ..student_forcing import StudentRollout, parallel_pass
 from ..world_model import Conditions, WorldModel
@@ -80,7 +85,7 @@ class Adversarial:
     ):
         self.config = config
         self.model = model
-        self.weight = (pixel_deviation / pixel_deviation.mean())[:, None, None, None]
+        self.pixel_deviation = pixel_deviation
         self.random = torch.Generator().manual_seed(seed)
         self.judge_inputs = copy.deepcopy(diffusion)
         self.discriminator = Discriminator(self.judge_inputs.transformer)
@@ -136,8 +141,9 @@ class Adversarial:
                 on_real, seen = self.train_discriminator(real, faked, t)
                 add(metrics, seen, config.segments)
                 if not warming:
-                    error = (fake - batch.targets[:, :, frames]).square() * self.weight
-                    seen = self.train_generator(on_real, faked, error.mean(), t)
+                    targets = batch.targets[:, :, frames]
+                    error = channel_weighted_error(fake, targets, self.pixel_deviation)
+                    seen = self.train_generator(on_real, faked, error, t)
                     add(metrics, seen, config.segments)
                 history = torch.cat([history, fake.detach()], dim=2)
         return {**metrics, **self.update(step, warming)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.clips import LatentClips
+from ..losses import channel_weighted_error
 from ..optimization import MovingAverage, Schedule, mixed_precision, update
 from ..student_forcing import StudentRollout, parallel_pass
 from ..world_model import WorldModel
@@ -74,7 +75,7 @@ class RolloutRegression:
     ):
         self.config = config
         self.model = model
-        self.weight = (pixel_deviation / pixel_deviation.mean())[:, None, None, None]
+        self.pixel_deviation = pixel_deviation
         self.random = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=config.betas)
         self.average = MovingAverage(model, config.average)
@@ -94,8 +95,9 @@ class RolloutRegression:
                 segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
                 text, text_lens = model.text_encoder(batch.prompts)
                 fake = parallel_pass(model.transformer, segment, text, text_lens)
-                error = (fake - batch.targets[:, :, frames]).square() * self.weight
-                loss = error.mean() / config.segments
+                targets = batch.targets[:, :, frames]
+                error = channel_weighted_error(fake, targets, self.pixel_deviation)
+                loss = error / config.segments
                 loss.backward()
                 total += loss.item()
         norm = update(self.optimizer, config.schedule(step), model.parameters(), config.max_norm)
