@@ -1,11 +1,13 @@
 # Everything runs in .venv, which the first target makes; no system packages beyond python3, g++, make.
 VENV := .venv
+GPU_PYTHON := $(PYTHON)
 PYTHON := $(VENV)/bin/python
 TORCH := torch==2.13.0
 SOURCES := aapt aapt_kernels tests benchmarks tools setup.py
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt)
+FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo build test test-all lint bench wheel clean
+.PHONY: demo build test test-all lint bench gpu wheel clean
 
 demo: $(VENV)/.installed
 	@echo "== demo: a ten-second walk through the bundled world"
@@ -26,11 +28,18 @@ lint: $(VENV)/.installed
 	@echo "== lint: ruff and clang-format"
 	$(PYTHON) -m ruff check $(wildcard $(SOURCES))
 	$(PYTHON) -m ruff format --check $(wildcard $(SOURCES))
-	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 bench: $(VENV)/.installed
 	@echo "== benchmarks on this machine"
 	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+# PART=calibrate|test|kernels|stream; without it, help. PYTHON=python3 in the environment takes that
+# interpreter and its PyTorch, and builds with no network; OUT=folder takes the results elsewhere.
+GPU_VENV := $(if $(GPU_PYTHON),,$(filter calibrate test kernels stream,$(PART)))
+gpu: $(if $(GPU_VENV),$(VENV)/.installed)
+	@$(if $(GPU_VENV),$(PYTHON),$(or $(GPU_PYTHON),python3)) tools/gpu.py --part "$(PART)" \
+		$(if $(GPU_PYTHON),--build) $(if $(OUT),--out "$(OUT)")
 
 wheel: $(VENV)/.installed
 	@echo "== wheel"

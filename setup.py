@@ -16,7 +16,8 @@ LIBRARY = "aapt_kernels/lib/libaapt_ops.so"
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake with Ninja; editable installs get the library in the source tree."""
+    """Runs CMake with Ninja; editable installs get the library in the source tree, and the
+    simulator."""
 
     def run(self) -> None:
         build = ROOT / "build" / "cmake"
@@ -27,6 +28,8 @@ class CMakeBuild(build_ext):
         configure = [program, "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        simulator = os.environ.get("AAPT_SIM", "on") if self.inplace else "off"
+        configure += [f"-DAAPT_SIM={simulator}"]
         subprocess.run(configure, check=True)
         subprocess.run([program, "--build", build], check=True)
         subprocess.run([program, "--install", build, "--prefix", prefix], check=True)

@@ -65,7 +65,9 @@ def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) ->
         [x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x + y[:, None])]
     ).to(poses)  # (3, H, W)
     rotation, origin = poses[..., :3, :3], poses[..., :3, 3]
-    turned = torch.einsum("btfij,jhw->btfihw", rotation - torch.eye(3).to(rotation), rest)
+    # A sum, not a matrix product: mixed precision would round it to the width of a pixel
+    turn = rotation - torch.eye(3).to(rotation)
+    turned = (turn[..., None, None] * rest).sum(dim=4)  # (B, T, frames, 3, H, W)
     rays = torch.cat(
         [
             (origin / camera.origin_deviation)[..., None, None].expand_as(turned),

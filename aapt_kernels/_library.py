@@ -1,5 +1,7 @@
-"""Loads the operator library, which defines every schema of `torch.ops.aapt`."""
+"""Loads the operator library, which defines every schema of `torch.ops.aapt`, and on demand the
+simulated one, `torch.ops.aapt_sim`."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,3 +25,16 @@ def load() -> Path:
             f"aapt_kernels: {found[0].name} does not load with PyTorch {torch.__version__}: {error}"
         ) from error
     return found[0]
+
+
+@cache
+def no_simulator() -> str | None:
+    """Load the simulated kernels; why there are none, None if there are."""
+    path = FOLDER / "libaapt_sim.so"
+    if not path.exists():
+        return "this build has no simulator: `make build` in a checkout makes it, wheels go without"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load with PyTorch {torch.__version__}: {error}"
+    return None

@@ -2,15 +2,22 @@
 
 `auto` takes, on a CUDA device, the sm_90a kernel, else the Triton kernel, else plain PyTorch; on
 the CPU the fast PyTorch composition. A backend that was asked for by name never falls back.
+
+Two more take CPU tensors, run kernels where there is no device, and only by name: `sim`, the
+sm_90a sources on a simulated device (development builds), and `triton` under its interpreter.
 """
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NAMES = ("auto", "cuda", "triton", "cpu", "reference")
+from . import _library as native
+
+NAMES = ("auto", "cuda", "triton", "cpu", "reference", "sim")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("aapt", "FRAGMENT")
@@ -69,7 +76,8 @@ def resolve(op: str, tensor: Tensor) -> Callable:
     device = tensor.device.type
     reasons = []
     for name in PREFERENCE.get(device, ()) if _forced == "auto" else (_forced,):
-        reason = obstacle(op, name, device) or _limits[op].get(name, _no_limit)(tensor)
+        limit = _limits[op].get("cuda" if name == "sim" else name, _no_limit)
+        reason = obstacle(op, name, device) or limit(tensor)
         if not reason:
             return implementation(op, name)
         reasons.append(f"backend '{name}' cannot run {op} on a {device} tensor: {reason}")
@@ -84,22 +92,45 @@ def implementation(op: str, name: str) -> Callable | None:
     """The function behind one cell of the table, None where nobody has written it."""
     if name == "cuda":
         return getattr(torch.ops.aapt_sm90, op, None)
+    if name == "sim":
+        return getattr(torch.ops.aapt_sim, op, None)
     return _implementations[op].get(name)
 
 
 def obstacle(op: str, name: str, device: str) -> str | None:
     """Why this backend cannot run this op on this kind of device; None if it can."""
-    if name == "cuda" and (reason := no_sm90()):
+    if reason := unavailable(name):
         return reason
-    if name == "triton" and not torch.cuda.is_available():
-        return "no CUDA device"
-    if name in ("cuda", "triton") and device != "cuda":
-        return "it takes CUDA tensors"
-    if name == "cpu" and device != "cpu":
-        return "it takes CPU tensors"
+    if device != takes(name, device):
+        return f"it takes {takes(name, device).upper()} tensors"
     if implementation(op, name) is None:
         return "no kernel for this op yet"
     return None
+
+
+def takes(name: str, device: str) -> str:
+    """The kind of device whose tensors this backend takes: this one, where it takes any."""
+    if name == "triton":
+        return "cpu" if interpreted() else "cuda"
+    return {"cuda": "cuda", "cpu": "cpu", "sim": "cpu"}.get(name, device)
+
+
+def unavailable(name: str) -> str | None:
+    """Why this backend can run nothing at all here; None if it can."""
+    if name == "cuda":
+        return no_sm90()
+    if name == "triton" and find_spec("triton") is None:
+        return "Triton is not installed"
+    if name == "triton" and not interpreted() and not torch.cuda.is_available():
+        return "no CUDA device"
+    if name == "sim":
+        return no_sim()
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run under Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def no_sm90() -> str | None:
@@ -113,9 +144,15 @@ def no_sm90() -> str | None:
     return None
 
 
+def no_sim() -> str | None:
+    """Why the sm_90a kernels cannot be simulated here; None if they can."""
+    return native.no_simulator()
+
+
 class use_backend:
     """Choose the backend of every op: `use_backend("reference")`, or as a context manager that
-    restores what was chosen before. Names: auto, cuda, triton, cpu, reference.
+    restores what was chosen before. Names: auto, cuda, triton, cpu, reference; to run kernels
+    without a device sim, and triton with TRITON_INTERPRET=1 in the environment.
 
     The choice is global and holds for the backward pass too. ValueError for another name;
     BackendError, here or at the op, where the backend cannot run.
@@ -125,8 +162,8 @@ class use_backend:
         global _forced
         if name not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-        if name in ("cuda", "triton") and not torch.cuda.is_available():
-            raise BackendError(f"backend '{name}' cannot run: no CUDA device")
+        if reason := unavailable(name):
+            raise BackendError(f"backend '{name}' cannot run: {reason}")
         self._before = _forced
         _forced = name
 

@@ -26,8 +26,8 @@ class KVCache:
     capacity = `[text | sink | ring of window_frames + 1]`, in tokens. `step` is a () int64 tensor
     on the device: how many frames the finished steps have appended, which is the index of the
     frame now being made. Frame i < sink_frames lives in its pinned slot, every later frame in
-    ring slot (i - sink_frames) mod (window_frames + 1). text_lens (batch,) int64: how much of the
-    text slot is text. Nothing is ever shifted, and no step reads the counter on the host.
+    ring slot (i - sink_frames) mod (window_frames + 1). text_lens (batch,) int64: how many of
+    the text slot's last rows are text. Nothing is ever shifted, and no step reads the counter on the host.
     """
 
     def __init__(
@@ -85,8 +85,9 @@ class KVCache:
     def write_text(self, layer: int, k: Tensor, v: Tensor, text_lens: Tensor | None = None) -> None:
         """Replace one layer's text by k and v (batch, length <= text_tokens, heads, head_dim).
 
-        text_lens (batch,): the rows that are text, all of them unless given; it is one for all
-        layers. The frames already in the cache stay as they were made.
+        text_lens (batch,): how many of the first rows are text, all of them unless given; it is
+        one for all layers. They go to the end of the text slot, beside the frames, so that what a
+        frame sees is one piece of memory. The frames already in the cache stay as they were made.
         """
         self.check_layer(layer)
         _, batch, _, heads, head_dim = self.k.shape
@@ -103,12 +104,17 @@ class KVCache:
             check_shape("text_lens", text_lens, (batch,))
             check_dtype({"text_lens": text_lens}, (torch.int32, torch.int64))
         with torch.no_grad():
-            self.k[layer, :, :length].copy_(k)
-            self.v[layer, :, :length].copy_(v)
+            slot = slice(self.text_tokens - length, self.text_tokens)
             if text_lens is None:
                 self.text_lens.fill_(length)
             else:
-                self.text_lens.copy_(text_lens).clamp_(max=length)
+                self.text_lens.copy_(text_lens).clamp_(0, length)
+                shift = length - self.text_lens[:, None]
+                source = (torch.arange(length, device=k.device) - shift).clamp(min=0)
+                source = source[..., None, None].expand_as(k)
+                k, v = k.gather(1, source), v.gather(1, source)
+            self.k[layer, :, slot].copy_(k)
+            self.v[layer, :, slot].copy_(v)
 
     def advance(self) -> None:
         """Finish a step: the frame that every layer has appended is now part of the past."""

@@ -1,5 +1,6 @@
 // Every operator schema and nothing else: the table of contents of the library.
-// Implementations live with their op: CUDA in csrc/<op>/, the rest in aapt_kernels/<op>/.
+// Implementations live with their op: CUDA in csrc/<op>/, the rest in aapt_kernels/<op>/. The
+// simulator's library (AAPT_SIM) has the same kernels for CPU tensors and nothing else.
 #include <torch/csrc/stable/library.h>
 
 namespace {
@@ -8,8 +9,19 @@ constexpr const char* KV_APPEND =
     "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "Tensor? cos_sink, Tensor? sin_sink, float eps, int text_tokens, int tokens_per_frame, "
     "int window_frames, int sink_frames) -> (Tensor q, Tensor q_sink)";
+constexpr const char* CACHED_ATTENTION =
+    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
+    "Tensor? q_sink, int text_tokens, int tokens_per_frame, int window_frames, int sink_frames, "
+    "float scale) -> (Tensor out, Tensor lse)";
+
+// The ops with a kernel written for sm_90a.
+[[maybe_unused]] void define_kernels(torch::stable::detail::StableLibrary& m) {
+  m.def(KV_APPEND);
+  m.def(CACHED_ATTENTION);
+}
 }  // namespace
 
+#ifndef AAPT_SIM
 STABLE_TORCH_LIBRARY(aapt, m) {
   // The layout integers are FrameLayout's; q, k, v are (batch, length, heads, head_dim).
   m.def(
@@ -33,10 +45,7 @@ STABLE_TORCH_LIBRARY(aapt, m) {
 
   // One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter.
   m.def(KV_APPEND);
-  m.def(
-      "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
-      "Tensor? q_sink, int text_tokens, int tokens_per_frame, int window_frames, int sink_frames, "
-      "float scale) -> (Tensor out, Tensor lse)");
+  m.def(CACHED_ATTENTION);
 
   m.def(
       "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
@@ -47,8 +56,11 @@ STABLE_TORCH_LIBRARY(aapt, m) {
       "Tensor? norm_weight, float eps, bool silu, int[3] stride, str padding) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)");
 }
+#endif
 
 // The hand-written kernels of this build, under the schema of their op.
-#ifdef AAPT_SM90
-STABLE_TORCH_LIBRARY(aapt_sm90, m) { m.def(KV_APPEND); }
+#if defined(AAPT_SIM)
+STABLE_TORCH_LIBRARY(aapt_sim, m) { define_kernels(m); }
+#elif defined(AAPT_SM90)
+STABLE_TORCH_LIBRARY(aapt_sm90, m) { define_kernels(m); }
 #endif

@@ -26,6 +26,7 @@ from cubin import (
 # Opcodes a kernel exists for, by a part of its name: without them it would be right, but slow.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "kv_append_kernel": ("LDG.E.128", "STG.E.128"),
+    "cached_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
 }
 
 

@@ -5,12 +5,20 @@ assert not find_failures(kernels, {"my_kernel": ("HGMMA",)})
 """
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import triton
 from cubin import Kernel, read_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+
+def launch_signature(
+    kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object]
+) -> dict[str, str]:
+    """The run-time arguments of `kernel` with their Triton types: those of `types`, else i32."""
+    return {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
 
 
 def compile_ahead(
@@ -21,11 +29,13 @@ def compile_ahead(
     capability: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    divisible: Collection[str] = (),
 ) -> list[Kernel]:
     """Resources and instruction counts of `kernel` for sm_80, sm_90, ...
 
-    signature: Triton types of the run-time arguments; constants: the tl.constexpr ones. Pointers
-    are taken to be 16-byte aligned, as PyTorch allocates them.
+    signature: Triton types of the run-time arguments; constants: the tl.constexpr ones, and the
+    optional ones that are None. Pointers are taken to be 16-byte aligned, as PyTorch allocates
+    them; divisible: integers that are multiples of 16, as Triton finds out at a launch.
 
     Raises TypeError for a kernel made under TRITON_INTERPRET=1, which has nothing to compile.
     """
@@ -40,7 +50,7 @@ def compile_ahead(
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(names)
-            if types[name].startswith("*")
+            if types[name].startswith("*") or name in divisible
         },
     )
     compiled = triton.compile(

@@ -44,8 +44,8 @@ __all__ = [
     "sample_trajectory",
 ]
 
-YAW_STEP = 0.04  # radians per video frame at yaw 1
-FORWARD_STEP = 0.07  # units per video frame at forward 1
+YAW_STEP = 0.026  # radians per video frame at yaw 1
+FORWARD_STEP = 0.05  # units per video frame at forward 1
 FRAMES_PER_LATENT = 4
 BACKWARD_LIMIT = 0.4  # the fastest way back in sampled clips
 CLEARANCE = 0.55  # sampled clips keep this far from the surface of every object

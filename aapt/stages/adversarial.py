@@ -101,62 +101,66 @@ class Adversarial:
         noise = torch.randn(batch.targets.shape, generator=self.random)
         warming = step < config.discriminator_warmup
         metrics: dict[str, float] = {}
-        with mixed_precision(noise.device):
-            with torch.no_grad():
-                rays, text, text_lens = model.conditions(batch.controls, batch.prompts, batch.size)
+        precision = mixed_precision(noise.device)
+        with precision, torch.no_grad():
+            rays, text, text_lens = model.conditions(batch.controls, batch.prompts, batch.size)
             rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
-            history = batch.recycled[:, :, :1]
-            for index in range(config.segments):
-                frames = slice(index * config.segment_frames, (index + 1) * config.segment_frames)
-                start = rollout.last
-                if config.corruption:
-                    start = config.corruption(start, index == 0, self.random)
+        history = batch.recycled[:, :, :1]
+        for index in range(config.segments):
+            frames = slice(index * config.segment_frames, (index + 1) * config.segment_frames)
+            start = rollout.last
+            if config.corruption:
+                start = config.corruption(start, index == 0, self.random)
+            with precision:
                 segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
                 fake = segment.output
                 if not warming:
                     text, text_lens = model.text_encoder(batch.prompts)
                     fake = parallel_pass(model.transformer, segment, text, text_lens)
 
-                known = min(config.overlap_frames, index * config.segment_frames)
-                shown = slice(frames.start - known, frames.stop)
-                faked = self.judged(
-                    torch.cat([history, fake], dim=2)[:, :, -(known + config.segment_frames + 1) :],
-                    batch.controls[:, shown],
-                    batch.prompts,
-                    known,
-                )
-                if index == 0:
-                    real_latents, real = batch.latents[:, :, : config.segment_frames + 1], batch
-                else:
-                    count = known + config.segment_frames
-                    real = clips.sample(config.batch, count, self.random, first_frame="never")
-                    real_latents = real.latents
-                real = self.judged(
-                    real_latents,
-                    real.controls[:, : real_latents.shape[2] - 1],
-                    real.prompts,
-                    known,
-                )
-                t = torch.rand(config.batch, generator=self.random)
-                on_real, seen = self.train_discriminator(real, faked, t)
+            known = min(config.overlap_frames, index * config.segment_frames)
+            shown = slice(frames.start - known, frames.stop)
+            faked = self.judged(
+                torch.cat([history, fake], dim=2)[:, :, -(known + config.segment_frames + 1) :],
+                batch.controls[:, shown],
+                batch.prompts,
+                known,
+            )
+            if index == 0:
+                real_latents, real = batch.latents[:, :, : config.segment_frames + 1], batch
+            else:
+                count = known + config.segment_frames
+                real = clips.sample(config.batch, count, self.random, first_frame="never")
+                real_latents = real.latents
+            real = self.judged(
+                real_latents,
+                real.controls[:, : real_latents.shape[2] - 1],
+                real.prompts,
+                known,
+            )
+            t = torch.rand(config.batch, generator=self.random)
+            on_real, seen = self.train_discriminator(real, faked, t)
+            add(metrics, seen, config.segments)
+            if not warming:
+                targets = batch.targets[:, :, frames]
+                error = channel_weighted_error(fake, targets, self.pixel_deviation)
+                seen = self.train_generator(on_real, faked, error, t)
                 add(metrics, seen, config.segments)
-                if not warming:
-                    targets = batch.targets[:, :, frames]
-                    error = channel_weighted_error(fake, targets, self.pixel_deviation)
-                    seen = self.train_generator(on_real, faked, error, t)
-                    add(metrics, seen, config.segments)
-                history = torch.cat([history, fake.detach()], dim=2)
+            history = torch.cat([history, fake.detach()], dim=2)
         return {**metrics, **self.update(step, warming)}
 
     def judged(self, latents: Tensor, controls: Tensor, prompts, known: int) -> Judged:
         """latents (B, C, 1 + T, H, W): the frame before the first, then the frames to judge."""
-        conditions = self.judge_inputs.conditions(controls, prompts, latents.shape[-2:])
+        with mixed_precision(latents.device):
+            conditions = self.judge_inputs.conditions(controls, prompts, latents.shape[-2:])
         return Judged(latents, conditions, known)
 
     def logits(self, judged: Judged, t: Tensor) -> Tensor:
         """One logit per frame that carries a loss, (B, T - known)."""
         x, previous = judged.latents[:, :, 1:], judged.latents[:, :, :-1]
-        return self.discriminator(x, previous, *judged.conditions, t)[:, judged.known :]
+        with mixed_precision(x.device):
+            logits = self.discriminator(x, previous, *judged.conditions, t)
+        return logits[:, judged.known :].float()
 
     def train_discriminator(
         self, real: Judged, fake: Judged, t: Tensor

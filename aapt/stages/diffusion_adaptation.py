@@ -7,7 +7,7 @@ import torch
 from ..data.clips import LatentClips
 from ..flow import interpolate, shift
 from ..model import velocity
-from ..optimization import MovingAverage, Schedule, mixed_precision, update
+from ..optimization import MovingAverage, Schedule, make_optimizer, mixed_precision, update
 from ..world_model import WorldModel
 
 
@@ -20,6 +20,7 @@ class DiffusionConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     caption_dropout: float = 0.1
+    muon: bool = False  # in place of AdamW (ours, for small models)
     average: float | None = None
     max_norm: float | None = None
 
@@ -31,9 +32,7 @@ class DiffusionAdaptation:
         self.config = config
         self.model = model
         self.random = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), betas=config.betas, weight_decay=config.weight_decay
-        )
+        self.optimizer = make_optimizer(model, config.betas, config.weight_decay, config.muon)
         self.average = None
         if config.average is not None:
             self.average = MovingAverage(model, config.average, from_scratch=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.clips import LatentClips
 from ..losses import channel_weighted_error
-from ..optimization import MovingAverage, Schedule, mixed_precision, update
+from ..optimization import MovingAverage, Schedule, make_optimizer, mixed_precision, update
 from ..student_forcing import StudentRollout, parallel_pass
 from ..world_model import WorldModel
 
@@ -50,6 +50,8 @@ class RolloutRegressionConfig:
     segments: int
     corruption: Corruption = Corruption()
     betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    muon: bool = False  # in place of AdamW
     average: float = 0.98
     max_norm: float | None = 1.0
 
@@ -77,7 +79,7 @@ class RolloutRegression:
         self.model = model
         self.pixel_deviation = pixel_deviation
         self.random = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(model.parameters(), betas=config.betas)
+        self.optimizer = make_optimizer(model, config.betas, config.weight_decay, config.muon)
         self.average = MovingAverage(model, config.average)
 
     def step(self, clips: LatentClips, step: int) -> dict[str, float]:
@@ -85,21 +87,21 @@ class RolloutRegression:
         batch = clips.sample(config.batch, config.frames, self.random)
         noise = torch.randn(batch.targets.shape, generator=self.random)
         total = 0.0
-        with mixed_precision(noise.device):
-            with torch.no_grad():
-                rays, text, text_lens = model.conditions(batch.controls, batch.prompts, batch.size)
+        precision = mixed_precision(noise.device)
+        with precision, torch.no_grad():
+            rays, text, text_lens = model.conditions(batch.controls, batch.prompts, batch.size)
             rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
-            for index in range(config.segments):
-                frames = slice(index * config.segment_frames, (index + 1) * config.segment_frames)
-                start = config.corruption(rollout.last, index == 0, self.random)
+        for index in range(config.segments):
+            frames = slice(index * config.segment_frames, (index + 1) * config.segment_frames)
+            start = config.corruption(rollout.last, index == 0, self.random)
+            with precision:
                 segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
                 text, text_lens = model.text_encoder(batch.prompts)
                 fake = parallel_pass(model.transformer, segment, text, text_lens)
-                targets = batch.targets[:, :, frames]
-                error = channel_weighted_error(fake, targets, self.pixel_deviation)
-                loss = error / config.segments
-                loss.backward()
-                total += loss.item()
+            error = channel_weighted_error(fake, batch.targets[:, :, frames], self.pixel_deviation)
+            loss = error / config.segments
+            loss.backward()
+            total += loss.item()
         norm = update(self.optimizer, config.schedule(step), model.parameters(), config.max_norm)
         self.average.update(model)
         return {"loss": total, "gradient": norm}

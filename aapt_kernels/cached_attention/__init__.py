@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..backend import implement, register_fake
 from ..checks import check_no_grad
-from ..kv_append import check_frame
+from ..deferred import deferred
+from ..kv_append import check_frame, sm90_limit
 from ..kv_cache import KVCache
 from ..precision import wide
 from . import cpu, ref
@@ -56,4 +57,10 @@ def _(q, *_):
     return out, q.new_empty((batch, heads, length), dtype=wide(q.dtype))
 
 
-implement("cached_attention", reference=ref.reference_forward, cpu=cpu.forward)
+implement(
+    "cached_attention",
+    limits={"cuda": sm90_limit, "sim": sm90_limit, "triton": deferred(__name__, "limit")},
+    reference=ref.reference_forward,
+    cpu=cpu.forward,
+    triton=deferred(__name__),
+)

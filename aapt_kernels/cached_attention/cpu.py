@@ -1,8 +1,7 @@
 """Fast on a CPU: flash attention on views of the cache, which is never copied.
 
-Text that fills its slot, the sink and the ring lie side by side, so in the usual case one call
-sees exactly what the frame sees. Shorter texts and q_sink are calls of their own, whose results
-are merged by their log-sum-exp.
+Text, sink and ring lie side by side, so one call sees exactly what the frame sees. With q_sink it
+takes three, whose results are merged by their log-sum-exp.
 """
 
 import torch
@@ -47,12 +46,11 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
     end = text_tokens + frames * tokens_per_frame
     if sink_end == text_tokens:
         q_sink = None
-    start = text_tokens if q_sink is None else sink_end
     lens = [min(length, text_tokens) for length in text_lens.tolist()]
 
     def part(length: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> Part:
-        whole = length == start
-        intervals = [(0, end)] if whole else [(0, length), (start, end)]
+        begin = text_tokens - length
+        intervals = [(begin, end)] if q_sink is None else [(begin, text_tokens), (sink_end, end)]
         return attend(q, k, v, intervals, q_sink, (text_tokens, sink_end), scale)
 
     batch = (q, k_cache, v_cache, q_sink)

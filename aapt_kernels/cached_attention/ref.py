@@ -15,7 +15,8 @@ def visible(step, text_lens, capacity, text_tokens, tokens_per_frame, window_fra
     slot = torch.div(key - text_tokens, tokens_per_frame, rounding_mode="floor")
     # Slots fill up in order, and a full ring holds exactly the window and the frame itself.
     seen = (key >= text_tokens) & (slot <= step)
-    return seen | (key < torch.clamp(text_lens, max=text_tokens)[:, None])
+    begin = text_tokens - torch.clamp(text_lens, max=text_tokens)[:, None]
+    return seen | ((key >= begin) & (key < text_tokens))
 
 
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backend import implement, register_fake
 from ..checks import check_dense_rows, check_device, check_dtype, check_no_grad, check_shape
+from ..deferred import deferred
 from ..kv_cache import KVCache
 from ..qk_norm_rope import check_arguments
 from . import cpu, ref
@@ -81,4 +82,10 @@ def sm90_limit(q: Tensor) -> str | None:
     return f"it takes bfloat16 with head_dim 64 or 128, got {q.dtype} with {q.shape[-1]}"
 
 
-implement("kv_append", limits={"cuda": sm90_limit}, reference=ref.forward, cpu=cpu.forward)
+implement(
+    "kv_append",
+    limits={"cuda": sm90_limit},
+    reference=ref.forward,
+    cpu=cpu.forward,
+    triton=deferred(__name__),
+)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backend import implement, register_autograd, register_fake
 from ..checks import check_dense_rows, check_device, check_dtype, check_shape
+from ..deferred import deferred
 from . import cpu, ref
 
 
@@ -23,13 +24,14 @@ def qk_norm_rope(
     cos_sink: Tensor | None = None,
     sin_sink: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """RMSNorm q and k over head_dim, per head, then rotate them by their positions.
+    """RMSNorm q and k, then rotate them by their positions (SPEC 2, 4).
 
-    q and k (B, L, H, D); weights (D,), or None for no norm; cos and sin (L, D / 2) float32 (or
-    float64), or None for no rotation, as text wants it. A row x = [x1 | x2], split in halves, turns
-    into [x1 cos - x2 sin | x1 sin + x2 cos]. Computed in float32 (float64 for float64), cast back
-    at the end. Returns (q, k); with cos_sink and sin_sink, (L, D / 2), also q_sink: the normed q
-    rotated by those (SPEC 12). Differentiable in q, k and the weights.
+    q and k (B, L, H, D). The shape of the weights says what one norm runs over: (D,) a head, as
+    SPEC 2 has it, (H, D) all heads of a token, as Wan has it, None no norm. cos and sin (L, D / 2)
+    float32 (or float64), or None for no rotation, as text wants it. A row x = [x1 | x2], split in
+    halves, turns into [x1 cos - x2 sin | x1 sin + x2 cos]. Computed in float32 (float64 for
+    float64), cast back at the end. Returns (q, k); with cos_sink and sin_sink, (L, D / 2), also
+    q_sink: the normed q rotated by those (SPEC 12). Differentiable in q, k and the weights.
 
     Raises ValueError or TypeError where the arguments do not fit each other.
     """
@@ -46,12 +48,19 @@ def check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink) -> N
     check_shape("k", k, (batch, length, heads, head_dim))
     check_dense_rows({"q": q, "k": k})
     check_dtype({"q": q, "k": k})
-    tensors = {"q": q, "k": k}
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            check_shape(name, weight, (head_dim,))
-            check_dtype({name: weight})
-            tensors[name] = weight
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    for name, weight in weights.items():
+        per_head = weight.shape == (head_dim,)
+        if not per_head and weight.shape != (heads, head_dim):
+            raise ValueError(
+                f"{name}: expected ({head_dim},) to norm each head or ({heads}, {head_dim}) to "
+                f"norm across heads, got {tuple(weight.shape)}"
+            )
+        check_dtype({name: weight})
+    if len(weights) == 2:
+        check_shape("k_weight", k_weight, q_weight.shape, "a norm like that of q_weight")
+    tensors = {"q": q, "k": k, **weights}
     for (cos_name, cosines), (sin_name, sines) in (
         (("cos", cos), ("sin", sin)),
         (("cos_sink", cos_sink), ("sin_sink", sin_sink)),
@@ -109,5 +118,12 @@ def _backward(ctx, dq, dk, dq_sink):
 
 
 register_autograd("qk_norm_rope", _backward, _save)
-implement("qk_norm_rope", reference=ref.reference_forward, cpu=cpu.forward)
-implement("qk_norm_rope_backward", reference=ref.reference_backward, cpu=cpu.backward)
+implement(
+    "qk_norm_rope", reference=ref.reference_forward, cpu=cpu.forward, triton=deferred(__name__)
+)
+implement(
+    "qk_norm_rope_backward",
+    reference=ref.reference_backward,
+    cpu=cpu.backward,
+    triton=deferred(__name__, "backward"),
+)

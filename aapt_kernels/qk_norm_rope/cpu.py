@@ -1,7 +1,7 @@
 """Fast on a CPU: few passes over memory.
 
 The weight is folded into the rotation, which becomes a x + b roll(x, D / 2) with two small tables
-a and b; the norm is one factor per row, applied last.
+a and b; the norm is one factor per head (or per token, where it runs across heads), applied last.
 """
 
 import torch
@@ -11,8 +11,8 @@ from ..precision import dense, wide
 
 
 def tables(weight, cos, sin, like: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor | None]:
-    """a (L, 1, D) and b such that rotate(weight x) = a x + b roll(x); b is None without angles.
-    `inverse`: rotate by the negative angle."""
+    """a (L, 1 or H, D) and b such that rotate(weight x) = a x + b roll(x); b is None without
+    angles. `inverse`: rotate by the negative angle."""
     weight = like.new_ones(like.shape[-1]) if weight is None else weight.to(like.dtype)
     if cos is None:
         return weight, None
@@ -20,9 +20,9 @@ def tables(weight, cos, sin, like: Tensor, inverse: bool = False) -> tuple[Tenso
     half = cos.shape[-1]
     if inverse:
         sin = -sin
-    a = torch.cat([cos, cos], dim=-1) * weight
-    b = torch.cat([-sin, sin], dim=-1) * weight.roll(half)
-    return a[:, None], b[:, None]
+    a = torch.cat([cos, cos], dim=-1)[:, None] * weight
+    b = torch.cat([-sin, sin], dim=-1)[:, None] * weight.roll(half, -1)
+    return a, b
 
 
 def rotate(x: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
@@ -31,14 +31,14 @@ def rotate(x: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
     return torch.roll(x, x.shape[-1] // 2, dims=-1).mul_(b).addcmul_(x, a)
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+def inverse_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=tuple(range(-weight.dim(), 0)), keepdim=True)
+    return norm.square_().div_(weight.numel()).add_(eps).rsqrt_()
 
 
 def norm_rope(x, weight, rotations, eps, dtype) -> list[Tensor]:
     """x normed once and rotated by each (cos, sin) of `rotations`, contiguous."""
-    factor = None if weight is None else inverse_rms(x, eps)
+    factor = None if weight is None else inverse_rms(x, weight, eps)
     turned = []
     for cos, sin in rotations:
         y = rotate(x, *tables(weight, cos, sin, x))
@@ -56,12 +56,12 @@ def norm_rope_backward(gradients, x, weight, rotations, eps) -> tuple[Tensor, Te
     if weight is None:
         return dn, x.new_empty(0)
     weight = weight.to(x.dtype)
-    factor = inverse_rms(x, eps)
+    factor = inverse_rms(x, weight, eps)
     hat = x * factor
     product = dn * hat
-    projection = (product @ weight).div_(-x.shape[-1])
-    dx = dn.mul_(weight).addcmul_(hat, projection[..., None]).mul_(factor)
-    return dx, product.sum((0, 1, 2))
+    projection = torch.tensordot(product, weight, weight.dim()).div_(-weight.numel())
+    dx = dn.mul_(weight).addcmul_(hat, projection.view_as(factor)).mul_(factor)
+    return dx, product.sum(tuple(range(x.dim() - weight.dim())))
 
 
 def forward(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps):

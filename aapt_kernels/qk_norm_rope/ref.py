@@ -1,4 +1,4 @@
-"""The specification: per-head RMSNorm, then rotary position, forward and backward.
+"""The specification: RMSNorm, then rotary position, forward and backward.
 
     x^ = x / sqrt(mean(x^2) + eps)      n = weight x^
     y1 = n1 cos - n2 sin                y2 = n1 sin + n2 cos        with n = [n1 | n2], halves of D
@@ -7,6 +7,7 @@ and backwards, with dn the rotation of dy by the negative angle and g = weight d
 
     dweight = sum dn x^                 dx = (g - x^ mean(g x^)) / sqrt(mean(x^2) + eps)
 
+A mean runs over the dimensions of the weight: (D,), one norm per head, or (H, D), one per token.
 Everything is computed in the dtype of x (see block_causal_attention/ref.py).
 """
 
@@ -19,7 +20,15 @@ from ..precision import widen
 def normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is None:
         return x
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    return x * inverse_rms(x, weight, eps) * weight.to(x.dtype)
+
+
+def inverse_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(mean(x.square(), weight) + eps)
+
+
+def mean(x: Tensor, weight: Tensor) -> Tensor:
+    return x.mean(tuple(range(-weight.dim(), 0)), keepdim=True)
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -36,11 +45,11 @@ def normalise_backward(
 ) -> tuple[Tensor, Tensor]:
     if weight is None:
         return dn, x.new_empty(0)
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    inverse = inverse_rms(x, weight, eps)
     hat = x * inverse
     g = dn * weight.to(x.dtype)
-    dx = inverse * (g - hat * (g * hat).mean(-1, keepdim=True))
-    return dx, (dn * hat).sum((0, 1, 2))
+    dx = inverse * (g - hat * mean(g * hat, weight))
+    return dx, (dn * hat).sum(tuple(range(x.dim() - weight.dim())))
 
 
 def forward(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps):

@@ -3,20 +3,18 @@
 
 #include <cstdint>
 
-namespace aapt {
+#include "strides.h"
 
-// Distances in elements between neighbours of one tensor; its head_dim is contiguous.
-struct Strides {
-  int64_t batch, token, head;
-};
+namespace aapt {
 
 struct KvAppendParams {
   // BF16, (batch, tokens, heads, head_dim); every row starts on a 16-byte boundary.
   const void *q, *k, *v;
   Strides q_strides, k_strides, v_strides;
-  // (head_dim,), BF16 or float32; null: no norm.
+  // BF16 or float32; (head_dim,): a norm per head, (heads, head_dim): one across the heads of a
+  // token; null: no norm.
   const void *q_weight, *k_weight;
-  bool float_weights;
+  bool float_weights, across_heads;
   float eps;
   // float32, (tokens, head_dim / 2), contiguous; null: no rotation.
   const float *cos, *sin;
@@ -29,10 +27,10 @@ struct KvAppendParams {
   int64_t text_tokens, sink_frames, ring_frames;
   // BF16, (batch, tokens, heads, head_dim), contiguous; q_sink_out null: not asked for.
   void *q_out, *q_sink_out;
-  int64_t batch, tokens, heads, head_dim;
+  int batch, tokens, heads, head_dim;  // fewer than 2^30 rows
 };
 
-// Enqueues the kernel. Returns null, or CUDA's words for why it did not start.
-const char* launch_kv_append_sm90(const KvAppendParams& params, void* stream);
+// Enqueues the kernel. Returns null, or words for why it did not start.
+const char* launch_kv_append_sm90(const KvAppendParams& params, int multiprocessors, void* stream);
 
 }  // namespace aapt

@@ -34,15 +34,20 @@ def test_capacity_is_text_sink_and_ring():
     assert cache.step.shape == () and cache.step.dtype == torch.int64
 
 
-def test_text_is_padded_to_its_slot():
+def test_text_fills_the_end_of_its_slot():
     cache = make_cache()
-    k, v = torch.ones(2, 3, 1, 2), torch.full((2, 3, 1, 2), 2.0)
-    cache.write_text(1, k, v)
-    assert torch.equal(cache.k[1, :, :3], k) and torch.equal(cache.v[1, :, :3], v)
-    assert not cache.k[0].any() and not cache.k[1, :, 3:].any()
+    k = torch.arange(12.0).view(2, 3, 1, 2) + 1
+    cache.write_text(1, k, 2 * k)
+    rows = slice(TEXT - 3, TEXT)
+    assert torch.equal(cache.k[1, :, rows], k) and torch.equal(cache.v[1, :, rows], 2 * k)
+    assert not cache.k[0].any() and not cache.k[1, :, TEXT:].any()
+    assert not cache.k[1, :, : TEXT - 3].any()
     assert cache.text_lens.tolist() == [3, 3]
-    cache.write_text(1, k, v, torch.tensor([1, 2], dtype=torch.int32))
+    cache.write_text(1, k, 2 * k, torch.tensor([1, 2], dtype=torch.int32))
     assert cache.text_lens.tolist() == [1, 2]
+    assert torch.equal(cache.k[1, 0, TEXT - 1], k[0, 0])
+    assert torch.equal(cache.k[1, 1, TEXT - 2 : TEXT], k[1, :2])
+    assert torch.equal(cache.v[1, 1, TEXT - 2 : TEXT], 2 * k[1, :2])
 
 
 @pytest.mark.parametrize("sink_frames", [0, 1, 2])

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
 from aapt_kernels import qk_norm_rope
 from aapt_kernels.qk_norm_rope import ref
@@ -13,11 +14,12 @@ from aapt_kernels.testing import assert_error_ratio
 EPS = 1e-3
 
 
-def make_inputs(dtype=torch.float64, batch=2, length=5, heads=3, head_dim=6):
-    """q, k as strided views of one projection, float32 weights and angles unless float64."""
+def make_inputs(dtype=torch.float64, batch=2, length=5, heads=3, head_dim=6, across=False):
+    """q, k as strided views of one projection, float32 weights and angles unless float64.
+    across: weights of one norm over all heads."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     qkv = torch.randn(batch, length, 3, heads, head_dim).to(dtype)
-    weights = 1 + 0.3 * torch.randn(2, head_dim).to(precise)
+    weights = 1 + 0.3 * torch.randn(2, *[heads] * across, head_dim).to(precise)
     angles = 6.3 * torch.rand(2, length, head_dim // 2, dtype=torch.float64)
     return *qkv.unbind(2)[:2], *weights, *angles
 
@@ -35,13 +37,14 @@ def oracle(x, weight, angle):
 
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
-def test_value_and_gradients(backend, normed, rotated, sink):
+@pytest.mark.parametrize("norm", [None, "per head", "across heads"])
+def test_value_and_gradients(backend, norm, rotated, sink):
     if sink and not rotated:
         pytest.skip("q_sink is a rotation")
-    q, k, q_weight, k_weight, angle, angle_sink = make_inputs()
+    inputs = make_inputs(across=norm == "across heads")
+    q, k, q_weight, k_weight, angle, angle_sink = inputs
     leaves = [x.detach().requires_grad_() for x in (q, k)]
-    if normed:
+    if norm:
         leaves += [q_weight.requires_grad_(), k_weight.requires_grad_()]
     q, k, q_weight, k_weight = leaves + [None] * (4 - len(leaves))
     angle = angle if rotated else None
@@ -61,8 +64,10 @@ def test_value_and_gradients(backend, normed, rotated, sink):
     )
 
 
-def test_gradcheck(backend):
-    q, k, q_weight, k_weight, angle, angle_sink = make_inputs(batch=1, heads=2)
+@pytest.mark.parametrize("across", [False, True])
+def test_gradcheck(backend, across):
+    inputs = make_inputs(batch=1, heads=2, across=across)
+    q, k, q_weight, k_weight, angle, angle_sink = inputs
     leaves = [x.detach().requires_grad_() for x in (q, k, q_weight, k_weight)]
 
     def function(*leaves):
@@ -86,9 +91,11 @@ def test_gradient_of_one_output_alone(backend, output):
     )
 
 
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype):
-    q, k, q_weight, k_weight, *angles = make_inputs(dtype, length=40, head_dim=32)
+def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, across):
+    inputs = make_inputs(dtype, length=40, head_dim=32, across=across)
+    q, k, q_weight, k_weight, *angles = inputs
     cos, sin, cos_sink, sin_sink = (
         f(angle).float() for angle in angles for f in (torch.cos, torch.sin)
     )
@@ -110,6 +117,16 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype):
     names = ("q", "k", "q_sink", "dq", "dk", "dq_weight", "dk_weight")
     for name, ours, oracle_, plain_ in zip(names, actual, exact, baseline, strict=True):
         assert_error_ratio(ours, oracle_, plain_, name)
+
+
+def test_a_norm_across_heads_is_a_torch_op(backend):
+    q, k, *rest = make_inputs(torch.float32, across=True)
+    tables = [x.float() for x in rest[2:]] * 2
+    arguments = (q.requires_grad_(), k, *(w.requires_grad_() for w in rest[:2]), *tables, EPS)
+    opcheck(torch.ops.aapt.qk_norm_rope.default, arguments)
+    detached = [x.detach() if torch.is_tensor(x) else x for x in arguments]
+    incoming = torch.randn(3, *q.shape).unbind()
+    opcheck(torch.ops.aapt.qk_norm_rope_backward.default, (*incoming, *detached))
 
 
 def test_outputs_are_contiguous_and_inputs_untouched(backend):
@@ -140,7 +157,16 @@ def test_outputs_are_contiguous_and_inputs_untouched(backend):
             TypeError,
             "k: expected torch.float32 like q, got torch.bfloat16",
         ),
-        ({"q_weight": torch.zeros(5)}, ValueError, "q_weight: expected (6,), got (5,)"),
+        (
+            {"q_weight": torch.zeros(5)},
+            ValueError,
+            "q_weight: expected (6,) to norm each head or (3, 6) to norm across heads, got (5,)",
+        ),
+        (
+            {"k_weight": torch.zeros(3, 6)},
+            ValueError,
+            "k_weight: expected (6,) for a norm like that of q_weight, got (3, 6)",
+        ),
         ({"cos": torch.zeros(5, 6)}, ValueError, "cos: expected (5, 3), got (5, 6)"),
         (
             {"sin": torch.zeros(5, 3).bfloat16()},

@@ -1,0 +1,438 @@
+"""Flash attention on the cache in place, for any GPU that Triton serves.
+
+A program takes a tile of queries of one head and a share of the key tiles; which keys there are it
+computes itself, from the counter and the text lengths on the device. Whole tiles of all intervals
+come first, in a loop without a mask, then the ragged ends. Where one pass over the queries would
+leave multiprocessors idle the keys are shared out, and a second kernel merges the parts in order.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import interpreted
+from ..qk_norm_rope.triton_kernels import multiprocessors
+
+MAX_HEAD_DIM = 128
+MAX_SPLITS = 32
+MERGE_ROWS = 16
+LOG2_E = 1.4426950408889634
+INTERPRETED = tl.constexpr(interpreted())
+
+
+class Config(NamedTuple):
+    """rows x keys: the tile; programs: how many of them one multiprocessor holds."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# By bytes per element and padded head_dim: for any number of queries, for up to 64, for up to 16.
+CONFIGS = {
+    (2, 32): (Config(128, 64, 4, 3, 2), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
+    (2, 64): (Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
+    (2, 128): (Config(128, 64, 8, 3, 1), Config(64, 64, 8, 3, 1), Config(16, 64, 4, 3, 2)),
+    (4, 32): (Config(64, 32, 4, 2, 2), Config(64, 32, 4, 2, 2), Config(16, 32, 4, 2, 4)),
+    (4, 64): (Config(64, 16, 4, 2, 2), Config(64, 16, 4, 2, 2), Config(16, 32, 4, 2, 3)),
+    (4, 128): (Config(16, 32, 8, 2, 1), Config(16, 32, 8, 2, 1), Config(16, 32, 8, 2, 1)),
+}
+
+
+@triton.jit
+def load_rows(x, row, stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, WIDTH) of one head: zero beyond head_dim, and where not active (None: all are)."""
+    column = tl.arange(0, WIDTH)[None, :]
+    at = x + row.to(tl.int64)[:, None] * stride + column
+    if HEAD_DIM < WIDTH:
+        mask = column < HEAD_DIM
+        if active is not None:
+            mask = mask & active[:, None]
+        tile = tl.load(at, mask=mask, other=0)
+    elif active is not None:
+        tile = tl.load(at, mask=active[:, None], other=0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def dot(a, b, start=None):
+    """start + a b, float32 inputs as three TF32 products. The interpreter takes the bits of BF16
+    for integers, so there it gets the same values in float32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, start, input_precision="tf32x3")
+
+
+@triton.jit
+def attend(
+    result,
+    highest,
+    total,
+    q,
+    k,
+    v,
+    key,
+    end,
+    k_stride,
+    v_stride,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One tile of keys, those below `end` (None: all). `highest` is in units of log2."""
+    seen = None
+    if end is not None:
+        seen = key < end
+    k_tile = load_rows(k, key, k_stride, seen, HEAD_DIM, WIDTH)
+    s = dot(q, tl.trans(k_tile))
+    if end is not None:
+        s = tl.where(seen[None, :], s, float("-inf"))
+    before = highest
+    highest = tl.maximum(before, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - highest[:, None])
+    decay = tl.exp2(before - highest)
+    total = total * decay + tl.sum(p, 1)
+    v_tile = load_rows(v, key, v_stride, seen, HEAD_DIM, WIDTH)
+    result = dot(p.to(v_tile.dtype), v_tile, result * decay[:, None])
+    return result, highest, total
+
+
+@triton.jit
+def sweep(
+    result,
+    highest,
+    total,
+    q,
+    k,
+    v,
+    text,
+    text_end,
+    start,
+    end,
+    first,
+    last,
+    k_stride,
+    v_stride,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Tiles first ... last of the keys [text, text_end) and [start, end): the whole ones of both,
+    then the ragged ends."""
+    lane = tl.arange(0, KEYS)
+    whole_here = (text_end - text) // KEYS
+    whole_there = (end - start) // KEYS
+    whole = whole_here + whole_there
+    for tile in range(tl.minimum(first, whole), tl.minimum(last, whole)):
+        at = tl.where(tile < whole_here, text + tile * KEYS, start + (tile - whole_here) * KEYS)
+        result, highest, total = attend(
+            result,
+            highest,
+            total,
+            q,
+            k,
+            v,
+            at + lane,
+            None,
+            k_stride,
+            v_stride,
+            scale,
+            HEAD_DIM,
+            WIDTH,
+        )
+    for tile in tl.range(tl.maximum(first, whole), tl.maximum(last, whole), num_stages=1):
+        here = (tile == whole) & (text_end > text + whole_here * KEYS)
+        at = tl.where(here, text + whole_here * KEYS, start + whole_there * KEYS)
+        result, highest, total = attend(
+            result,
+            highest,
+            total,
+            q,
+            k,
+            v,
+            at + lane,
+            tl.where(here, text_end, end),
+            k_stride,
+            v_stride,
+            scale,
+            HEAD_DIM,
+            WIDTH,
+        )
+    return result, highest, total
+
+
+@triton.jit(do_not_specialize=["length", "text_tokens", "tokens_per_frame", "slots", "sink_frames"])
+def cached_attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    step,
+    text_lens,
+    q_sink,
+    out,
+    lse,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    q_sink_batch_stride,
+    q_sink_token_stride,
+    q_sink_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    out_split_stride,
+    out_batch_stride,
+    out_token_stride,
+    out_head_stride,
+    heads,
+    length,
+    text_tokens,
+    tokens_per_frame,
+    slots,
+    sink_frames,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """scale is positive and in units of log2; lse (splits, B, H, L) is dense."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    pair = tl.program_id(2)
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    k = k_cache + batch * k_batch_stride + head * k_head_stride
+    v = v_cache + batch * v_batch_stride + head * v_head_stride
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    active = row < length
+
+    # What this frame sees: [text, end), with q_sink in three intervals
+    frames = tl.minimum(tl.load(step) + 1, slots).to(tl.int32)
+    text = text_tokens - tl.minimum(tl.maximum(tl.load(text_lens + batch), 0), text_tokens).to(
+        tl.int32
+    )
+    end = text_tokens + frames * tokens_per_frame
+    if q_sink is not None:
+        start = text_tokens + tl.minimum(frames, sink_frames) * tokens_per_frame
+        sink_tiles = tl.cdiv(start - text_tokens, KEYS)
+        text_end = text_tokens
+    else:
+        start, text_end = text, text
+        sink_tiles = 0
+    tiles = sink_tiles + tl.cdiv(text_end - text, KEYS) + tl.cdiv(end - start, KEYS)
+    first = split * tiles // splits
+    last = (split + 1) * tiles // splits
+
+    result = tl.zeros((ROWS, WIDTH), tl.float32)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    if q_sink is not None:
+        q_sink += batch * q_sink_batch_stride + head * q_sink_head_stride
+        q_tile = load_rows(q_sink, row, q_sink_token_stride, active, HEAD_DIM, WIDTH)
+        result, highest, total = sweep(
+            result,
+            highest,
+            total,
+            q_tile,
+            k,
+            v,
+            0,
+            0,
+            text_tokens,
+            start,
+            tl.minimum(first, sink_tiles),
+            tl.minimum(last, sink_tiles),
+            k_token_stride,
+            v_token_stride,
+            scale,
+            HEAD_DIM,
+            WIDTH,
+            KEYS,
+        )
+    q += batch * q_batch_stride + head * q_head_stride
+    q_tile = load_rows(q, row, q_token_stride, active, HEAD_DIM, WIDTH)
+    result, highest, total = sweep(
+        result,
+        highest,
+        total,
+        q_tile,
+        k,
+        v,
+        text,
+        text_end,
+        start,
+        end,
+        tl.maximum(first - sink_tiles, 0),
+        tl.maximum(last - sink_tiles, 0),
+        k_token_stride,
+        v_token_stride,
+        scale,
+        HEAD_DIM,
+        WIDTH,
+        KEYS,
+    )
+
+    # A split without a tile has total 0: its part is zero and weighs nothing
+    result = result / tl.where(total == 0, 1, total)[:, None]
+    out += split.to(tl.int64) * out_split_stride + batch * out_batch_stride + head * out_head_stride
+    column = tl.arange(0, WIDTH)[None, :]
+    at = row.to(tl.int64)[:, None] * out_token_stride + column
+    tl.store(out + at, result, mask=active[:, None] & (column < HEAD_DIM))
+    lse += (split.to(tl.int64) * tl.num_programs(2) + pair) * length
+    tl.store(lse + row, (highest + tl.log2(total)) * 0.6931471805599453, mask=active)
+
+
+@triton.jit(do_not_specialize=["length", "rows"])
+def merge_kernel(
+    parts,
+    part_lses,
+    out,
+    lse,
+    heads,
+    length,
+    rows,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One attention from parts that saw disjoint keys: (splits, B, H, L, D) -> (B, L, H, D); rows
+    is B H L, SPLITS a power of two."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    active = row < rows
+    split = tl.arange(0, SPLITS)[None, :]
+    given = active[:, None] & (split < splits)
+    lses = tl.load(part_lses + split * rows + row[:, None], mask=given, other=float("-inf"))
+    lses = tl.where(active[:, None], lses, 0)
+    highest = tl.max(lses, 1)
+    merged = highest + tl.log(tl.sum(tl.exp(lses - highest[:, None]), 1))
+    tl.store(lse + row, merged, mask=active)
+
+    column = tl.arange(0, WIDTH)[None, :]
+    mask = active[:, None] & (column < HEAD_DIM)
+    wide_row = row.to(tl.int64)[:, None]
+    result = tl.zeros((ROWS, WIDTH), tl.float32)
+    for i in range(splits):
+        weight = tl.exp(tl.load(part_lses + i * rows + row, mask=active, other=0) - merged)
+        at = (i * rows + wide_row) * HEAD_DIM + column
+        result += weight[:, None] * tl.load(parts + at, mask=mask, other=0)
+    batch, head, token = row // (heads * length), row // length % heads, row % length
+    at = ((batch * length + token).to(tl.int64) * heads + head)[:, None] * HEAD_DIM + column
+    tl.store(out + at, result, mask=mask)
+
+
+def limit(q: Tensor) -> str | None:
+    """What the kernel does not take. It pads a head_dim to the next of 32, 64 and 128."""
+    if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM:
+        return None
+    return (
+        f"it takes float16, bfloat16 or float32 with a head_dim up to {MAX_HEAD_DIM}, "
+        f"got {q.dtype} with {q.shape[-1]}"
+    )
+
+
+def choose_config(q: Tensor) -> Config:
+    width = max(32, triton.next_power_of_2(q.shape[-1]))
+    several, few, handful = CONFIGS[q.element_size(), width]
+    config = handful if q.shape[1] <= 16 else few if q.shape[1] <= 64 else several
+    if q.is_cuda:  # smaller devices hold fewer tiles in flight
+        shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+        row_bytes = width * q.element_size()
+        fitting = (shared - config.rows * row_bytes) // (2 * config.keys * row_bytes)
+        config = config._replace(stages=max(1, min(config.stages, fitting)))
+    return config
+
+
+@cache
+def choose_splits(tiles: int, key_tiles: int, programs: int) -> int:
+    """Shares of the keys that finish first where `programs` of them run at once, by the key tiles
+    of the longest chain; a share costs about one more to start, three if it must be merged."""
+
+    def cost(splits: int) -> int:
+        waves = -(tiles * splits // -programs)
+        return waves * (-(key_tiles // -splits) + (1 if splits == 1 else 3))
+
+    return min(range(1, min(MAX_SPLITS, key_tiles) + 1), key=cost)
+
+
+def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: int | None = None):
+    """splits: chosen unless given, from shapes alone."""
+    text_tokens, tokens_per_frame, window_frames, sink_frames, scale = arguments
+    batch, length, heads, head_dim = q.shape
+    if scale < 0:  # the running maximum is that of the scaled scores only for a scale > 0
+        q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale
+    scale = max(scale, 1e-30)
+    config = choose_config(q)
+    row_tiles = triton.cdiv(length, config.rows)
+    if splits is None:
+        key_tiles = triton.cdiv(k_cache.shape[1], config.keys)
+        splits = choose_splits(
+            row_tiles * batch * heads, key_tiles, config.programs * multiprocessors(q)
+        )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    if not q.numel():
+        return out, lse
+    if splits == 1:
+        parts, part_lses, part_strides = out, lse, (0, *out.stride()[:3])
+    else:
+        parts = q.new_empty((splits, batch, heads, length, head_dim), dtype=torch.float32)
+        part_lses = q.new_empty((splits, *lse.shape), dtype=torch.float32)
+        part_strides = parts.transpose(2, 3).stride()[:4]
+    constants = {"HEAD_DIM": head_dim, "WIDTH": max(32, triton.next_power_of_2(head_dim))}
+    with torch.cuda.device_of(q):
+        cached_attention_kernel[(row_tiles, splits, batch * heads)](
+            q,
+            k_cache,
+            v_cache,
+            step,
+            text_lens,
+            q_sink,
+            parts,
+            part_lses,
+            *q.stride()[:3],
+            *(q if q_sink is None else q_sink).stride()[:3],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            *part_strides,
+            heads,
+            length,
+            text_tokens,
+            tokens_per_frame,
+            sink_frames + window_frames + 1,
+            sink_frames,
+            scale * LOG2_E,
+            ROWS=config.rows,
+            KEYS=config.keys,
+            **constants,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        if splits > 1:
+            rows = lse.numel()
+            merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+                parts,
+                part_lses,
+                out,
+                lse,
+                heads,
+                length,
+                rows,
+                splits,
+                **constants,
+                ROWS=MERGE_ROWS,
+                SPLITS=triton.next_power_of_2(splits),
+            )
+    return out, lse

@@ -1,0 +1,95 @@
+"""What others offer for the same work. A peer that cannot be built here is the exception that says
+why, and `against` records its words."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from aapt_kernels import backend, use_backend
+
+Peer = Callable[[], object] | Exception
+
+
+def attempt(build: Callable[[], Callable[[], object]]) -> Peer:
+    """The peer that `build` makes, or why it makes none."""
+    try:
+        return build()
+    except Exception as error:
+        return error
+
+
+def compiled(function: Callable, device: str) -> Callable:
+    """torch.compile without graph breaks; a dry run only traces."""
+    torch._dynamo.reset()  # every case is a program of its own, not a recompilation
+    compiler = "inductor" if device == "cuda" else "eager"
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)
+
+
+def other_backends(op: str, x: Tensor, call: Callable[[], object]) -> dict[str, Peer]:
+    """Our own backends of an op besides the one that `auto` takes, as peers."""
+    chosen = backend.resolve(op, x)
+    peers = {}
+    for name in ("cuda", "triton"):
+        reason = backend.obstacle(op, name, x.device.type)
+        if reason is None and backend.implementation(op, name) is chosen:
+            continue
+        peers[f"ours, {name}"] = backend.BackendError(reason) if reason else forced(name, call)
+    return peers
+
+
+def forced(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run():
+        with use_backend(name):
+            return call()
+
+    return run
+
+
+def attentions(q: Tensor, k: Tensor, v: Tensor, device: str) -> dict[str, Peer]:
+    """Unmasked attention of q (B, L, H, D) against k, v that lie head-major in memory."""
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+
+    def sdpa(choice: SDPBackend):
+        def run():
+            with sdpa_kernel(choice):
+                return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+        return run
+
+    def flex():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        attend = compiled(flex_attention, device)
+        return lambda: attend(*heads_first).transpose(1, 2)
+
+    def flash(module: str):
+        attend = import_module(module).flash_attn_func
+        return lambda: first(attend(q, k, v))
+
+    return {
+        "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "SDPA flash (FA2)": sdpa(SDPBackend.FLASH_ATTENTION),
+        "FlexAttention compiled": attempt(flex),
+        "FA3": attempt(lambda: flash("flash_attn_interface")),
+        "FA4": attempt(lambda: flash("flash_attn.cute")),
+    }
+
+
+def first(result):
+    """The output, of functions that return the log-sum-exp beside it."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def plain_copy(total_bytes: int, device: torch.device) -> Callable[[], None]:
+    """A copy that reads and writes `total_bytes` together, as fast as a memory can be used."""
+    source = torch.randint(0, 127, (total_bytes // 2,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+
+    def run():
+        target.copy_(source)
+
+    return run

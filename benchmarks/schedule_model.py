@@ -1,0 +1,178 @@
+"""What the stream-K schedule of cached_attention should give on a GPU: a prediction, not a figure.
+
+    python benchmarks/schedule_model.py
+
+The work of all query tiles is laid end to end, in steps of 128 queries x 128 keys, and cut into
+equal shares, one per CTA (csrc/cached_attention/schedule.h). *Wave efficiency* is useful work,
+exact queries x exact keys, over what all multiprocessors could do until the last of them is done:
+padding, idle multiprocessors and uneven shares count against it. *Overheads* adds what a piece of a
+tile costs besides its steps.
+"""
+
+from dataclasses import dataclass
+
+MULTIPROCESSORS = 132
+TILE = 128  # queries of a tile, keys of a step
+NARROW = 64  # a last tile of at most as many queries costs half its steps
+
+PEAK_FLOPS = 989e12  # dense BF16, H100 and H200
+PEAK_BYTES = 4.8e12  # per second, H200
+TARGET_FLOPS = 620e12
+
+L2_BYTES = 2.5e12  # per second, shared by all multiprocessors: assumed
+MEETING_SECONDS = 2e-6  # the last CTA of a tile waits for the memory of the others: assumed
+PIECE_SECONDS = 1e-6  # prologue and epilogue of a piece: assumed
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One frame's queries against the cache. `intervals`: lengths of the visible intervals of
+    keys, one where the text slot is full, else text and frames."""
+
+    queries: int
+    intervals: tuple[int, ...]
+    heads: int
+    head_dim: int = 128
+    batch: int = 1
+
+    @property
+    def keys(self) -> int:
+        return sum(self.intervals)
+
+    @property
+    def key_tiles(self) -> int:
+        return sum(-(-length // TILE) for length in self.intervals)
+
+    @property
+    def tile_steps(self) -> list[int]:
+        """Steps of every query tile of one head, the narrow one last."""
+        wide = (self.queries + TILE - NARROW - 1) // TILE
+        narrow = self.queries > wide * TILE
+        return [self.key_tiles] * wide + [(self.key_tiles + 1) // 2] * narrow
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.batch * self.heads * self.queries * self.keys * self.head_dim
+
+    @property
+    def bytes(self) -> int:
+        """Every key, value and query read once, every output written once, in BF16."""
+        rows = 2 * self.keys + 2 * self.queries
+        return 2 * self.batch * self.heads * rows * self.head_dim
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one CTA does of one query tile."""
+
+    tile: int
+    steps: int
+    whole: bool  # the whole tile: nothing to meet
+    narrow: bool
+
+
+def pieces(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> list[list[Piece]]:
+    """The pieces of every CTA, in order."""
+    head = shape.tile_steps
+    has_narrow = len(head) * TILE - shape.queries >= TILE - NARROW
+    tiles = head * (shape.batch * shape.heads)
+    total = sum(tiles)
+    ctas = min(multiprocessors, total)
+    shares, tile, done = [], 0, 0
+    for cta in range(ctas):
+        left = (cta + 1) * total // ctas - cta * total // ctas
+        share = []
+        while left:
+            steps = min(left, tiles[tile] - done)
+            narrow = has_narrow and tile % len(head) == len(head) - 1
+            share.append(Piece(tile, steps, steps == tiles[tile], narrow))
+            left -= steps
+            done += steps
+            if done == tiles[tile]:
+                tile, done = tile + 1, 0
+        shares.append(share)
+    return shares
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Efficiencies are of 1, times in seconds."""
+
+    naive: float  # wave efficiency of one CTA per tile of 128 queries
+    stream_k: float
+    most_pieces: int  # of one CTA
+    fixup_bytes: int
+    overhead: float  # pieces of the busiest CTA and the fix-up
+    bytes_floor: float
+    flops_floor: float
+    at_target: float
+
+    @property
+    def main_loop_flops(self) -> float:
+        """What the inner loop has to reach for the whole to reach TARGET_FLOPS; infinite where the
+        overheads alone take longer."""
+        left = self.at_target - self.overhead
+        if left <= 0:
+            return float("inf")
+        return TARGET_FLOPS * self.at_target / (left * self.stream_k)
+
+
+def predict(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> Prediction:
+    useful = shape.batch * shape.heads * shape.queries * shape.keys / TILE**2  # steps
+    tiles = shape.batch * shape.heads * -(-shape.queries // TILE)
+    waves = -(-tiles // multiprocessors)
+    shares = pieces(shape, multiprocessors)
+    longest = max(sum(piece.steps for piece in share) for share in shares)
+    most_pieces = max(map(len, shares))
+    fixup = sum(fixup_bytes(piece, shape.head_dim) for share in shares for piece in share)
+    meeting = MEETING_SECONDS + 2 * fixup / L2_BYTES if fixup else 0.0  # written, then read
+    return Prediction(
+        naive=useful / (multiprocessors * waves * shape.key_tiles),
+        stream_k=useful / (multiprocessors * longest),
+        most_pieces=most_pieces,
+        fixup_bytes=fixup,
+        overhead=most_pieces * PIECE_SECONDS + meeting,
+        bytes_floor=shape.bytes / PEAK_BYTES,
+        flops_floor=shape.flops / PEAK_FLOPS,
+        at_target=shape.flops / TARGET_FLOPS,
+    )
+
+
+def fixup_bytes(piece: Piece, head_dim: int) -> int:
+    """A part of a tile leaves float32 sums: of 64 rows per warpgroup, whose two share the rows of
+    a narrow tile."""
+    warpgroups = 1 if piece.narrow else 2
+    return 0 if piece.whole else warpgroups * 64 * head_dim * 4
+
+
+def shapes() -> list[Shape]:
+    """The two resolutions of aapt-8b, on one GPU (24 heads) and under Ulysses."""
+    return [
+        Shape(queries, (512 + frames * queries,), heads)
+        for queries, frames in ((1196, 32), (3600, 17))
+        for heads in (3, 6, 12, 24)
+    ]
+
+
+def table() -> str:
+    rows = [
+        "PREDICTION, nothing here was measured: 132 multiprocessors, BF16, head_dim 128",
+        "",
+        "| queries x keys x heads | naive | stream-K | pieces per CTA | fix-up MB | overheads us |"
+        " bytes floor us | FLOP floor us | us at 620 TFLOP/s | main loop TFLOP/s for that |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in shapes():
+        model = predict(shape)
+        rows.append(
+            f"| {shape.queries} x {shape.keys} x {shape.heads} | {model.naive:.3f} "
+            f"| {model.stream_k:.3f} | {model.most_pieces} | {model.fixup_bytes / 1e6:.1f} "
+            f"| {1e6 * model.overhead:.1f} | {1e6 * model.bytes_floor:.0f} "
+            f"| {1e6 * model.flops_floor:.0f} | {1e6 * model.at_target:.0f} "
+            f"| {model.main_loop_flops / 1e12:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

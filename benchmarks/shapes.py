@@ -1,0 +1,87 @@
+"""The sizes that benchmarks of one-frame ops run at."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from aapt_kernels import KVCache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One new frame of `tokens` queries against a full cache of `frames` frames, sink and new
+    frame included, and `text` text tokens."""
+
+    tokens: int
+    frames: int
+    heads: int
+    head_dim: int
+    text: int
+
+    @property
+    def keys(self) -> int:
+        return self.text + self.frames * self.tokens
+
+    @property
+    def attention_flops(self) -> int:
+        """Of the two products, padding not counted."""
+        return 4 * self.tokens * self.keys * self.heads * self.head_dim
+
+    def reduced(self) -> "Shape":
+        """As odd, and small enough for a CPU in no time."""
+        return replace(
+            self, tokens=self.tokens % 128 or 8, frames=3, heads=min(self.heads, 2), text=16
+        )
+
+    def make_cache(self, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """Full of normal numbers, after several turns of the ring."""
+        cache = KVCache(
+            1,
+            1,
+            self.heads,
+            self.head_dim,
+            text_tokens=self.text,
+            tokens_per_frame=self.tokens,
+            window_frames=self.frames - 2,
+            dtype=dtype,
+            device=device,
+        )
+        cache.k.normal_()
+        cache.v.normal_()
+        cache.step.fill_(3 * self.frames + 1)
+        cache.text_lens.fill_(self.text)
+        return cache
+
+    def make_frame(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """(1, tokens, heads, head_dim)"""
+        shape = (1, self.tokens, self.heads, self.head_dim)
+        return torch.randn(shape, dtype=dtype, device=device)
+
+
+CPU = {
+    "tiny world": Shape(tokens=40, frames=8, heads=6, head_dim=32, text=24),
+    "large": Shape(tokens=440, frames=10, heads=8, head_dim=64, text=24),
+}
+
+# aapt-8b at 736x416 and 1280x720, on one GPU and under Ulysses; the bundled model.
+CUDA = {
+    f"{tokens} q x {frames} frames, {heads} heads": Shape(tokens, frames, heads, 128, 512)
+    for tokens, frames in ((1196, 32), (3600, 17))
+    for heads in (24, 12, 6, 3)
+}
+CUDA["1196 q x 32 frames, 24 heads of 64"] = Shape(1196, 32, 24, 64, 512)
+CUDA["tiny world"] = Shape(tokens=40, frames=10, heads=3, head_dim=64, text=25)
+
+
+def shapes_for(device: str) -> dict[str, Shape]:
+    """By what --device says: cpu, cuda, or dry."""
+    if device == "cpu":
+        return CPU
+    if device == "cuda":
+        return CUDA
+    smaller = {shape.reduced(): name for name, shape in CUDA.items()}
+    return {f"{name}, reduced": shape for shape, name in smaller.items()}
+
+
+def dtypes_for(device: str) -> list[torch.dtype]:
+    return [torch.float32, torch.bfloat16] if device == "cpu" else [torch.bfloat16]

@@ -1,0 +1,401 @@
+// One new frame's queries against the KV cache, in place, on sm_90a (SPEC 3, 5).
+//
+// Compute-bound: 4 head_dim FLOPs per query and key against 4 head_dim bytes per key for 1196
+// queries. So the tensor cores must never wait. One warpgroup fetches (TMA), two multiply (wgmma)
+// and take turns, so that one's softmax runs under the other's products; within a warpgroup the
+// scores of the next key tile are multiplied together with the values of this one. `schedule.h`
+// keeps every SM busy to the end.
+
+#include "attention/products.cuh"
+#include "attention/softmax.cuh"
+#include "cached_attention/params.h"
+#include "cached_attention/partials.cuh"
+#include "cached_attention/schedule.h"
+#include "hopper/hopper.cuh"
+
+namespace aapt {
+namespace {
+
+using namespace hopper;
+
+template <int kHeadDim_, int kKeyTile_, int kStages_, bool kSinkQuery_>
+struct Config {
+  static constexpr int kHeadDim = kHeadDim_, kKeyTile = kKeyTile_, kStages = kStages_;
+  static constexpr bool kSinkQuery = kSinkQuery_;
+  static constexpr int kPanels = kHeadDim / kPanel;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  // Within 65536: 128 x (40 + 2 x 232). With 24, the fetching threads spill.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+  using QueryBlock = uint16_t[kPanels][kQueryBlock * kPanel];
+  using KeyTile = uint16_t[kPanels][kKeyTile * kPanel];
+
+  struct Shared {
+    // q, and q_sink after it; once read, sums on their way to the other warpgroup, and out
+    alignas(1024) QueryBlock q[kSinkQuery ? 2 * kConsumers : kConsumers];
+    alignas(1024) KeyTile k[kStages];
+    alignas(1024) KeyTile v[kStages];
+    float4 stats[Part<kHeadDim>::kStats];
+    uint64_t q_full, q_empty;
+    uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint32_t arrived[kConsumers];
+  };
+};
+
+// Named barriers; 0 is __syncthreads.
+enum Barrier { kTurn = 1, kGroup = kTurn + kConsumers, kMerge = kGroup + kConsumers };
+
+// The stage of the n-th key tile that a CTA handles, and the parity of its barriers then.
+template <class C>
+struct Stage {
+  int index;
+  uint32_t phase;
+  HOPPER_DEVICE explicit Stage(uint32_t n) : index(n % C::kStages), phase(n / C::kStages % 2) {}
+};
+
+struct TensorMaps {
+  TensorMap q, q_sink, k, v, out;
+};
+
+template <class C>
+HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& maps,
+                                 const CachedAttentionParams& params) {
+  Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
+  Piece piece;
+  for (uint32_t n = 0; schedule.next(piece); ++n) {
+    const int blocks = piece.narrow ? 1 : kConsumers;
+    const uint32_t bytes = blocks * sizeof(typename C::QueryBlock);
+    mbar_wait(&shared.q_empty, n % 2 ^ 1);
+    mbar_arrive_expect_tx(&shared.q_full, C::kSinkQuery ? 2 * bytes : bytes);
+    for (int block = 0; block < blocks; ++block) {
+      const int row = piece.tile * kQueryTile + block * kQueryBlock;
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row,
+                    piece.head, piece.batch);
+        if constexpr (C::kSinkQuery) {
+          tma_load_4d(shared.q[kConsumers + block][panel], &maps.q_sink, &shared.q_full,
+                      panel * kPanel, row, piece.head, piece.batch);
+        }
+      }
+    }
+  }
+}
+
+template <class C>
+HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps,
+                              const CachedAttentionParams& params) {
+  Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
+  Piece piece;
+  uint32_t n = 0;
+  while (schedule.next(piece)) {
+    const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
+    for (int i = 0; i < piece.count; ++i, ++n) {
+      const Stage<C> stage(n);
+      const int row = keys.tile(piece.first + i).row;
+      const auto fetch = [&](typename C::KeyTile& tile, const TensorMap& map, uint64_t* full,
+                             uint64_t* empty) {
+        mbar_wait(empty, stage.phase ^ 1);
+        mbar_arrive_expect_tx(full, sizeof(tile));
+        for (int panel = 0; panel < C::kPanels; ++panel) {
+          tma_load_4d(tile[panel], &map, full, panel * kPanel, row, piece.head, piece.batch);
+        }
+      };
+      fetch(shared.k[stage.index], maps.k, &shared.k_full[stage.index],
+            &shared.k_empty[stage.index]);
+      fetch(shared.v[stage.index], maps.v, &shared.v_full[stage.index],
+            &shared.v_empty[stage.index]);
+    }
+  }
+}
+
+// One of the two warpgroups that multiply.
+template <class C>
+class Consumer {
+ public:
+  HOPPER_DEVICE Consumer(typename C::Shared& shared, const TensorMaps& maps,
+                         const CachedAttentionParams& params, int group)
+      : shared_(shared), maps_(maps), params_(params), group_(group) {}
+
+  HOPPER_DEVICE void run() {
+    Schedule<C::kKeyTile> schedule(params_, blockIdx.x, gridDim.x);
+    Piece piece;
+    if (group_ == 1) pass_turn();  // the first turn is the other's
+    for (uint32_t n = 0; schedule.next(piece); ++n) {
+      mbar_wait(&shared_.q_full, n % 2);
+      attend(piece);
+      before_ += piece.count;
+      finish(piece, schedule.sharers(piece));
+    }
+    if (group_ == 0) take_turn();  // leaves no barrier half full
+  }
+
+ private:
+  // The key tiles of a piece: all of them, or every other one of a narrow tile.
+  HOPPER_DEVICE void attend(const Piece& piece) {
+    const VisibleKeys<C::kKeyTile> keys(params_, piece.batch);
+    const int stride = piece.narrow ? 2 : 1, first = piece.narrow ? group_ : 0;
+    // Both take the same number of turns, even if one has a tile less
+    const int turns = (piece.count + stride - 1) / stride;
+    float scores[C::kKeyTile / 2], rescale[2];
+    uint32_t p[C::kKeyTile / kMmaDepth][4];
+
+    softmax_ = OnlineSoftmax();
+    HOPPER_UNROLL
+    for (int i = 0; i < C::kHeadDim / 2; ++i) out_[i] = 0.0f;
+
+    if (piece.narrow and group_ == 1) skip(0);
+    if (first < piece.count) {
+      const auto tile = keys.tile(piece.first + first);
+      wait_keys(first);
+      reg_fence(scores);
+      wgmma_fence();
+      multiply_qk<C::kHeadDim, C::kKeyTile>(scores, queries(piece, tile.in_sink), keys_at(first));
+      wgmma_commit();
+      wgmma_wait<0>();
+      reg_fence(scores);
+      release(&shared_.k_empty[stage(first).index]);
+      softmax_.template add<C::kKeyTile>(scores, rescale, tile.valid, params_.scale_log2);
+      pack_factor<C::kKeyTile>(scores, p);
+    }
+    for (int turn = 1; turn < turns; ++turn) {
+      const int i = first + turn * stride, before = i - stride;
+      if (i >= piece.count) {  // the other has one tile more
+        take_turn();
+        pass_turn();
+        break;
+      }
+      if (piece.narrow) skip(i - 1);
+      const auto tile = keys.tile(piece.first + i);
+      wait_keys(i);
+      wait_values(before);
+      take_turn();
+      reg_fence(scores);
+      wgmma_fence();
+      multiply_qk<C::kHeadDim, C::kKeyTile>(scores, queries(piece, tile.in_sink), keys_at(i));
+      wgmma_commit();
+      reg_fence(out_);
+      wgmma_fence();
+      multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, values_at(before));
+      wgmma_commit();
+      pass_turn();
+      wgmma_wait<1>();
+      reg_fence(scores);
+      release(&shared_.k_empty[stage(i).index]);
+      softmax_.template add<C::kKeyTile>(scores, rescale, tile.valid, params_.scale_log2);
+      wgmma_wait<0>();
+      reg_fence(out_);
+      release(&shared_.v_empty[stage(before).index]);
+      scale_rows(out_, rescale);
+      pack_factor<C::kKeyTile>(scores, p);
+    }
+    if (first < piece.count) {
+      const int last = first + (piece.count - 1 - first) / stride * stride;
+      wait_values(last);
+      reg_fence(out_);
+      wgmma_fence();
+      multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, values_at(last));
+      wgmma_commit();
+      wgmma_wait<0>();
+      reg_fence(out_);
+      release(&shared_.v_empty[stage(last).index]);
+      if (piece.narrow and last + 1 < piece.count) skip(last + 1);
+    }
+    softmax_.reduce();
+  }
+
+  // Brings the parts of the query block together and writes it out.
+  HOPPER_DEVICE void finish(const Piece& piece, const Interval& sharers) {
+    if (piece.narrow) {
+      // Neither reads its queries any more: their place is free
+      bar_sync(kMerge, 128 * kConsumers);
+      const Part<C::kHeadDim> part(reinterpret_cast<float4*>(shared_.q), shared_.stats);
+      if (group_ == 1) {
+        part.write(out_, softmax_);
+        fence_proxy_async();  // the next queries will be copied over it
+      }
+      bar_sync(kMerge, 128 * kConsumers);
+      if (group_ == 1) {
+        if (threadIdx.x % 128 == 0) mbar_arrive(&shared_.q_empty);
+        return;
+      }
+      add_part<C::kHeadDim>(out_, softmax_, part, params_.scale_log2);
+    }
+    bool complete = piece.whole;
+    if (!complete) {
+      Part<C::kHeadDim>(params_, blockIdx.x, piece.starts, group_).write(out_, softmax_);
+      complete = arrive_last(piece, sharers.end - sharers.begin + 1);
+      if (complete) {
+        add_parts<C::kHeadDim>(out_, softmax_, params_, sharers.begin, sharers.end, group_);
+      }
+    }
+    if (complete) {
+      store(piece);
+    } else if (threadIdx.x % 128 == 0) {
+      mbar_arrive(&shared_.q_empty);
+    }
+  }
+
+  // Counts this CTA's part of a query block in; true for the last of `parts`.
+  HOPPER_DEVICE bool arrive_last(const Piece& piece, uint32_t parts) {
+    const int64_t tile =
+        (static_cast<int64_t>(piece.batch) * params_.heads + piece.head) * params_.query_tiles +
+        piece.tile;
+    fence_gpu();
+    bar_sync(kGroup + group_, 128);
+    if (threadIdx.x % 128 == 0) {
+      shared_.arrived[group_] =
+          atomic_add_acq_rel(params_.arrivals + tile * kConsumers + group_, 1);
+    }
+    bar_sync(kGroup + group_, 128);
+    return shared_.arrived[group_] + 1 == parts;
+  }
+
+  HOPPER_DEVICE void store(const Piece& piece) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int first_row = piece.tile * kQueryTile + group_ * kQueryBlock;
+    float inverse[2];
+    HOPPER_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      inverse[half] = 1.0f / softmax_.sum[half];
+      const int row = first_row + warp * 16 + lane / 4 + 8 * half;
+      if (lane % 4 == 0 and row < params_.tokens) {
+        const int64_t head = static_cast<int64_t>(piece.batch) * params_.heads + piece.head;
+        constexpr float kLn2 = 0.693147180559945f;
+        params_.lse[head * params_.tokens + row] =
+            kLn2 * (softmax_.maximum[half] * params_.scale_log2 + log2_approx(softmax_.sum[half]));
+      }
+    }
+    scale_rows(out_, inverse);
+
+    // Every warp of the group has done with the queries, or the sums, that lie here
+    bar_sync(kGroup + group_, 128);
+    const uint32_t row = warp * 16 + lane % 16, half_columns = lane / 16 * 16;
+    HOPPER_UNROLL
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      auto* panel = reinterpret_cast<uint8_t*>(shared_.q[group_][i / 4]);
+      stmatrix_x4(
+          panel + sw128(row, i % 4 * 32 + half_columns), pack_bf16(out_[8 * i], out_[8 * i + 1]),
+          pack_bf16(out_[8 * i + 2], out_[8 * i + 3]), pack_bf16(out_[8 * i + 4], out_[8 * i + 5]),
+          pack_bf16(out_[8 * i + 6], out_[8 * i + 7]));
+    }
+    fence_proxy_async();
+    bar_sync(kGroup + group_, 128);
+    if (threadIdx.x % 128 == 0) {
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        tma_store_4d(&maps_.out, shared_.q[group_][panel], panel * kPanel, first_row, piece.head,
+                     piece.batch);
+      }
+      tma_store_commit();
+      tma_store_wait_read<0>();
+      mbar_arrive(&shared_.q_empty);
+    }
+  }
+
+  HOPPER_DEVICE Stage<C> stage(int i) const { return Stage<C>(before_ + i); }
+  HOPPER_DEVICE uint32_t keys_at(int i) const { return smem_u32(shared_.k[stage(i).index]); }
+  HOPPER_DEVICE uint32_t values_at(int i) const { return smem_u32(shared_.v[stage(i).index]); }
+  HOPPER_DEVICE void wait_keys(int i) {
+    mbar_wait(&shared_.k_full[stage(i).index], stage(i).phase);
+  }
+  HOPPER_DEVICE void wait_values(int i) {
+    mbar_wait(&shared_.v_full[stage(i).index], stage(i).phase);
+  }
+  HOPPER_DEVICE void release(uint64_t* empty) {
+    if (threadIdx.x % 32 == 0) mbar_arrive(empty);
+  }
+  // The other warpgroup's tile: counted in, once it is there, so that parities stay in step.
+  HOPPER_DEVICE void skip(int i) {
+    wait_keys(i);
+    release(&shared_.k_empty[stage(i).index]);
+    wait_values(i);
+    release(&shared_.v_empty[stage(i).index]);
+  }
+  HOPPER_DEVICE void take_turn() { bar_sync(kTurn + group_, 128 * kConsumers); }
+  HOPPER_DEVICE void pass_turn() { bar_arrive(kTurn + 1 - group_, 128 * kConsumers); }
+
+  HOPPER_DEVICE uint32_t queries(const Piece& piece, bool in_sink) const {
+    const int block = piece.narrow ? 0 : group_;
+    return smem_u32(shared_.q[C::kSinkQuery and in_sink ? kConsumers + block : block]);
+  }
+
+  typename C::Shared& shared_;
+  const TensorMaps& maps_;
+  const CachedAttentionParams& params_;
+  const int group_;
+  uint32_t before_ = 0;  // key tiles of finished pieces
+  float out_[C::kHeadDim / 2];
+  OnlineSoftmax softmax_;
+};
+
+template <class C>
+HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
+    cached_attention_kernel(HOPPER_GRID_CONSTANT const TensorMaps maps,
+                            HOPPER_GRID_CONSTANT const CachedAttentionParams params) {
+  HOPPER_SHARED(memory);
+  auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
+  if (threadIdx.x == 0) {
+    mbar_init(&shared.q_full, 1);
+    mbar_init(&shared.q_empty, kConsumers);
+    for (int i = 0; i < C::kStages; ++i) {
+      mbar_init(&shared.k_full[i], 1);
+      mbar_init(&shared.v_full[i], 1);
+      mbar_init(&shared.k_empty[i], 4 * kConsumers);
+      mbar_init(&shared.v_empty[i], 4 * kConsumers);
+    }
+    fence_barrier_init();
+  }
+  cta_sync();
+
+  const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
+  if (group == 0) {
+    setmaxnreg_dec<C::kProducerRegisters>();
+    // Two threads, so that the next keys are under way while queries wait for their place
+    const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
+    if (warp == 0 and elect_one()) fetch_keys<C>(shared, maps, params);
+    if (warp == 1 and elect_one()) fetch_queries<C>(shared, maps, params);
+  } else {
+    setmaxnreg_inc<C::kConsumerRegisters>();
+    Consumer<C>(shared, maps, params, group - 1).run();
+  }
+}
+
+const char* make_map(TensorMap* map, const RowBuffer& rows, const CachedAttentionParams& params,
+                     int box_rows) {
+  const uint64_t dims[] = {static_cast<uint64_t>(params.head_dim),
+                           static_cast<uint64_t>(rows.tokens), static_cast<uint64_t>(params.heads),
+                           static_cast<uint64_t>(params.batch)};
+  const uint64_t strides[] = {rows.token_stride, rows.head_stride, rows.batch_stride};
+  const uint32_t box[] = {kPanel, static_cast<uint32_t>(box_rows), 1, 1};
+  return make_tensor_map(map, rows.data, 2, 4, dims, strides, box, SW_128);
+}
+
+template <class C>
+const char* launch(const CachedAttentionParams& params, const CachedAttentionBuffers& buffers,
+                   int ctas, void* stream) {
+  TensorMaps maps{};
+  const char* error = make_map(&maps.q, buffers.q, params, kQueryBlock);
+  if (C::kSinkQuery and !error) error = make_map(&maps.q_sink, buffers.q_sink, params, kQueryBlock);
+  if (!error) error = make_map(&maps.k, buffers.k, params, C::kKeyTile);
+  if (!error) error = make_map(&maps.v, buffers.v, params, C::kKeyTile);
+  if (!error) error = make_map(&maps.out, buffers.out, params, kQueryBlock);
+  if (error) return error;
+  return HOPPER_LAUNCH(cached_attention_kernel<C>, dim3(ctas), dim3(C::kThreads),
+                       sizeof(typename C::Shared), stream, maps, params);
+}
+
+}  // namespace
+
+const char* launch_cached_attention_sm90(const CachedAttentionParams& params,
+                                         const CachedAttentionBuffers& buffers, int ctas,
+                                         void* stream) {
+  // head_dim, key tile, stages: as much as 227 KB of shared memory hold
+  if (params.head_dim == 64) {
+    return params.pinned_rotation
+               ? launch<Config<64, 128, 4, true>>(params, buffers, ctas, stream)
+               : launch<Config<64, 128, 4, false>>(params, buffers, ctas, stream);
+  }
+  return params.pinned_rotation ? launch<Config<128, 128, 2, true>>(params, buffers, ctas, stream)
+                                : launch<Config<128, 128, 3, false>>(params, buffers, ctas, stream);
+}
+
+}  // namespace aapt

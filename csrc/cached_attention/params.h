@@ -1,0 +1,49 @@
+// What the host side of cached_attention hands to its kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace aapt {
+
+struct CachedAttentionParams {
+  int batch, heads, tokens, head_dim;  // of the query: (batch, tokens, heads, head_dim)
+  int query_tiles;                     // of 128 rows, per head
+  int text_tokens, sink_frames, ring_frames;
+  bool pinned_rotation;  // the sink frames have a query of their own, q_sink
+  float scale_log2;      // softmax scale times log2(e)
+
+  // On the device, so that a captured step can be replayed.
+  const int64_t* step;       // frames in the cache besides the one being made
+  const int64_t* text_lens;  // (batch,)
+
+  float* lse;  // (batch, heads, tokens), natural logarithm
+
+  // Parts of query blocks that more than one CTA works on (see schedule.h): per CTA, begin or end
+  // of its share, and warpgroup: 64 x head_dim sums, and per row the maximum and the sum.
+  float* partial_out;
+  float* partial_stats;
+  uint32_t* arrivals;  // per query block of 64 rows, zero
+};
+
+// Device buffers of BF16 rows: distances in bytes between tokens, heads and batch entries.
+struct RowBuffer {
+  void* data;
+  uint64_t token_stride, head_stride, batch_stride;
+  int tokens;
+};
+
+struct CachedAttentionBuffers {
+  RowBuffer q, q_sink, k, v, out;  // q_sink.data is null without one
+};
+
+constexpr int kQueryBlock = 64;  // rows of one warpgroup
+constexpr int kConsumers = 2;    // warpgroups that multiply
+constexpr int kQueryTile = kConsumers * kQueryBlock;
+constexpr int kPartialsPerCta = 2 * kConsumers;
+
+// Enqueues the kernel on `ctas` CTAs. Returns null, or words for why it did not start.
+const char* launch_cached_attention_sm90(const CachedAttentionParams& params,
+                                         const CachedAttentionBuffers& buffers, int ctas,
+                                         void* stream);
+
+}  // namespace aapt

@@ -1,0 +1,58 @@
+// The Hopper intrinsics a kernel may use, as functions: inline PTX under nvcc, the host simulator
+// of csrc/sim under g++. A kernel includes this file only and is written once for both.
+//
+// What the simulator asks of a kernel, beyond what the GPU does:
+//   no asm, __shared__, <<<>>> or other CUDA builtins than threadIdx and its like;
+//   shared memory is one struct over HOPPER_SHARED;
+//   all lanes reach a warp-wide function (shuffles, elect_one, barriers, wgmma_wait) from one line;
+//   accumulators and A fragments outlive their wgmma_wait; a wgmma_fence before each commit group;
+//   a thread waits in functions of this layer only, and never for another block of its launch;
+//   two threads do not write the same global address, not even the same value.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+namespace aapt::hopper {
+// In the order of the TMA enumeration.
+enum Swizzle { SW_NONE = 0, SW_32 = 1, SW_64 = 2, SW_128 = 3 };
+}  // namespace aapt::hopper
+
+#if defined(__CUDACC__)
+#include "hopper/launch.cuh"
+// after launch.cuh, which has the macros
+#include "hopper/barrier.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/warp.cuh"
+#include "hopper/wgmma.cuh"
+#else
+#include "sim/device.h"
+#endif
+
+namespace aapt::hopper {
+
+// The descriptor's layout field counts the other way round than TMA.
+HOPPER_DEVICE constexpr uint64_t descriptor_layout(Swizzle swizzle) { return (4 - swizzle) % 4; }
+
+// Shared-memory matrix descriptor of wgmma; offsets in bytes. K-major: `sbo` from one group of 8
+// rows to the next; `lbo` between the two 16-byte halves of K, without swizzle only. MN-major:
+// `lbo` from one swizzle span along M or N to the next, `sbo` between groups of 8 in K (without
+// swizzle the two change places).
+HOPPER_DEVICE uint64_t make_desc(uint32_t address, uint32_t lbo, uint32_t sbo, Swizzle swizzle) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
+         static_cast<uint64_t>((lbo & 0x3FFFF) >> 4) << 16 |
+         static_cast<uint64_t>((sbo & 0x3FFFF) >> 4) << 32 | descriptor_layout(swizzle) << 62;
+}
+
+// Byte offset inside a 1024-byte aligned tile of 128-byte rows.
+HOPPER_DEVICE constexpr uint32_t sw128(uint32_t row, uint32_t byte) {
+  return row * 128 + (byte ^ ((row & 7) << 4));
+}
+
+// The two BF16 values of a register, low half first.
+HOPPER_DEVICE float2 unpack_bf16(uint32_t pair) {
+  return {float_from_bits(pair << 16), float_from_bits(pair & 0xFFFF0000u)};
+}
+
+}  // namespace aapt::hopper

@@ -1,0 +1,128 @@
+// What the host side of an op needs: where its tensors live, the stream, the device's size, and the
+// checks that keep a kernel inside its buffers. Shapes and dtypes have been checked in Python, with
+// the words for people.
+//
+// One source for two devices: with AAPT_SIM the kernels run on CPU tensors, under csrc/sim.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "strides.h"
+
+#ifdef AAPT_SIM
+#include "sim/control.h"
+// Registers the functions of this file: AAPT_KERNELS(m) { m.impl("op", TORCH_BOX(&op)); }
+#define AAPT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(aapt_sim, CPU, m)
+#else
+#include <cuda_runtime_api.h>
+#define AAPT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(aapt_sm90, CUDA, m)
+// NOTE: weak, because only PyTorch builds with CUDA have it; the library must load on the others.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace aapt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kRowAlignment = 16;  // bytes: vector loads and TMA
+
+#ifdef AAPT_SIM
+
+inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+inline int multiprocessors(int32_t) { return sim::options().multiprocessors; }
+inline void* current_stream(int32_t) { return nullptr; }
+
+// Kernels may touch the tensors whose `device_pointer` was taken in this scope, and nothing else.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+  ~DeviceScope() { sim::forget(); }
+};
+
+inline void* device_pointer(const Tensor& tensor) {
+  if (tensor.numel() == 0) return nullptr;
+  int64_t elements = 1;
+  for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
+  sim::allow(tensor.data_ptr(), elements * tensor.element_size());
+  return tensor.data_ptr();
+}
+
+#else
+
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+
+inline int multiprocessors(int32_t device) {
+  int count = 0;
+  const cudaError_t status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status));
+  return count;
+}
+
+inline void* current_stream(int32_t device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "this PyTorch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// Allocations and launches in this scope go to the device of the tensor.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor& tensor) : guard(tensor.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+
+inline void* device_pointer(const Tensor& tensor) { return tensor.data_ptr(); }
+
+#endif
+
+inline bool on_device_of(const Tensor& q, const Tensor& tensor) {
+  return on_device(tensor) && tensor.get_device_index() == q.get_device_index();
+}
+
+inline bool is_row_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kRowAlignment == 0;
+}
+
+// Checks a BF16 (batch, length, heads, head_dim) tensor, like q but for its length, for 16-byte
+// access to its rows.
+inline Strides check_rows(const char* name, const Tensor& tensor, const Tensor& q, int64_t length) {
+  STD_TORCH_CHECK(on_device_of(q, tensor), name, ": expected a tensor on the device of q");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, ": expected bfloat16");
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == q.size(0) && tensor.size(1) == length &&
+                      tensor.size(2) == q.size(2) && tensor.size(3) == q.size(3),
+                  name, ": expected (", q.size(0), ", ", length, ", ", q.size(2), ", ", q.size(3),
+                  ")");
+  const Strides strides{tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  const int64_t unit = kRowAlignment / tensor.element_size();
+  STD_TORCH_CHECK(tensor.stride(3) == 1 && is_row_aligned(tensor) && strides.batch % unit == 0 &&
+                      strides.token % unit == 0 && strides.head % unit == 0,
+                  name, ": expected a contiguous head_dim and rows on 16-byte boundaries");
+  return strides;
+}
+
+// Checks a contiguous tensor of this dtype and shape on the device of q; float tensors also for
+// 16-byte access. Returns its `device_pointer`.
+inline void* check_dense(const char* name, const Tensor& tensor, const Tensor& q, ScalarType dtype,
+                         std::initializer_list<int64_t> shape) {
+  bool fits = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous();
+  int64_t i = 0;
+  for (const int64_t size : shape) fits = fits && tensor.size(i++) == size;
+  STD_TORCH_CHECK(on_device_of(q, tensor) && fits && tensor.scalar_type() == dtype, name,
+                  ": expected a contiguous tensor of the shape and dtype of its contract, on the "
+                  "device of q");
+  STD_TORCH_CHECK(dtype == ScalarType::Long || is_row_aligned(tensor), name,
+                  ": expected a 16-byte boundary");
+  return device_pointer(tensor);
+}
+
+}  // namespace aapt

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "hopper/hopper.cuh"
+
+namespace aapt::sim {
+
+// Runs the block at blockIdx to its end. False: it failed, and last_report() says how.
+bool run_block(const Call& call);
+
+}  // namespace aapt::sim

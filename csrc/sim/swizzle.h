@@ -1,0 +1,16 @@
+#pragma once
+
+#include "hopper/hopper.cuh"
+
+namespace aapt::sim {
+
+// Bytes that a row of a swizzled tile spans; 16 without swizzle.
+constexpr uint32_t span_of(hopper::Swizzle swizzle) { return 16u << swizzle; }
+
+// Bits 4 to 6 of a shared-memory address are exclusive-ored with bits 7 to 9, as many as there are
+// 16-byte pieces in a span.
+constexpr uint32_t swizzle_address(uint32_t address, hopper::Swizzle swizzle) {
+  return address ^ ((address >> 7 & ((1u << swizzle) - 1)) << 4);
+}
+
+}  // namespace aapt::sim

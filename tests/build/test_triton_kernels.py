@@ -1,0 +1,121 @@
+"""The machine code of every Triton kernel, compiled ahead of time for sm_80 and sm_90: no spill,
+tensor cores where there is a matrix product, 16-byte accesses where memory is the limit."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cubin import find_cuobjdump, find_failures, format_table  # noqa: E402
+
+if find_cuobjdump() is None:
+    pytest.skip("this Triton wheel has no cuobjdump", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton_gate import compile_ahead, launch_signature  # noqa: E402
+
+from aapt_kernels.cached_attention import triton_kernels as attention  # noqa: E402
+from aapt_kernels.kv_append import triton_kernels as append  # noqa: E402
+from aapt_kernels.qk_norm_rope import triton_kernels as norm_rope  # noqa: E402
+
+SLOW = pytest.mark.slow
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+FLOAT32 = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink", "dq_weight", "dk_weight")
+FLOAT32 += ("lse", "parts", "part_lses")
+POINTERS = ("q", "k", "v", "k_cache", "v_cache", "q_sink", "q_out", "k_out", "q_sink_out", "out")
+POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out")
+
+
+def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3):
+    types = dict.fromkeys(POINTERS, TYPES[dtype]) | dict.fromkeys(FLOAT32, "*fp32")
+    types |= {"step": "*i64", "text_lens": "*i64", "scale": "fp32"}
+    signature = launch_signature(kernel, types, constants)
+    compiled = compile_ahead(
+        kernel,
+        signature,
+        constants,
+        capability=capability,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        divisible=[name for name in signature if name.endswith("_stride")],
+    )
+    print(f"sm_{capability}, {dtype}, {num_warps} warps, {constants}\n{format_table(compiled)}")
+    return compiled
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("heads", "across", "sink"),
+    [
+        (24, False, True),
+        (40, True, False),
+        pytest.param(24, False, False, marks=SLOW),
+        pytest.param(12, True, False, marks=SLOW),
+        pytest.param(24, True, True, marks=SLOW),
+    ],
+)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        norm_rope.qk_norm_rope_kernel,
+        norm_rope.qk_norm_rope_backward_kernel,
+        append.kv_append_kernel,
+    ],
+    ids=lambda kernel: kernel.__name__,
+)
+def test_memory_bound_kernels_move_16_bytes_per_access(kernel, heads, across, sink, capability):
+    q = torch.empty(1, 1196, heads, 128, dtype=torch.bfloat16)
+    weight = torch.empty(*[heads] * across, 128)
+    _, constants = norm_rope.tiling(q, weight, 1e-6)
+    num_warps = constants.pop("num_warps")
+    if not sink:
+        optional = {"cos_sink", "sin_sink", "dq_sink"}
+        constants |= dict.fromkeys(optional & set(kernel.arg_names))
+    (compiled,) = build(kernel, q.dtype, constants, capability, num_warps)
+    assert find_failures([compiled], {}) == []
+    counters = "step" in kernel.arg_names
+    assert compiled.count("LDG") == compiled.count("LDG.E.128") + counters
+    assert compiled.count("STG.E.128") >= 4 + 2 * sink * ("q_sink_out" in kernel.arg_names)
+
+
+def attention_cases():
+    """Every configuration with q_sink; BF16 at head_dim 128, long queries, without as well."""
+    for (element_size, width), configs in attention.CONFIGS.items():
+        dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
+        for config in dict.fromkeys(configs):
+            usual = element_size == 2 and width >= 64 and config == configs[0]
+            yield pytest.param(dtype, width, config, True, marks=[] if usual else SLOW)
+            if usual:
+                yield dtype, width, config, False
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "width", "config", "sink"), list(attention_cases()))
+def test_attention_uses_tensor_cores(dtype, width, config, sink, capability):
+    constants = {"HEAD_DIM": width, "WIDTH": width, "ROWS": config.rows, "KEYS": config.keys}
+    if not sink:
+        constants["q_sink"] = None
+    compiled = build(
+        attention.cached_attention_kernel, dtype, constants, capability, config.warps, config.stages
+    )
+    # A warpgroup multiplies 64 rows; keys come in asynchronously, 16 bytes at a time.
+    product = "HGMMA" if capability == 90 and config.rows >= 64 else "HMMA"
+    required = {"cached_attention": (product, "LDGSTS.E.BYPASS.128")}
+    assert find_failures(compiled, required) == []
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_merging_the_splits(capability):
+    constants = {"HEAD_DIM": 128, "WIDTH": 128, "ROWS": attention.MERGE_ROWS, "SPLITS": 8}
+    compiled = build(attention.merge_kernel, torch.bfloat16, constants, capability)
+    assert find_failures(compiled, {"merge_kernel": ("LDG.E.128", "STG.E.128")}) == []
+
+
+def test_every_kernel_of_the_package_is_here():
+    folder = Path(attention.__file__).parents[1]
+    found = {path.parent.name for path in folder.glob("*/triton_kernels.py")}
+    assert found == {"cached_attention", "kv_append", "qk_norm_rope"}

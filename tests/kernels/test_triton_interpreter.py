@@ -1,0 +1,25 @@
+"""Runs test_triton_kernels.py under Triton's interpreter where there is no CUDA device: Triton asks
+for it when it is imported, so that takes a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the device")
+def test_kernels_agree_with_float64(request):
+    tests = Path(__file__).with_name("test_triton_kernels.py")
+    chosen = ["-m", request.config.getoption("-m")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(tests)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,119 @@
+"""Builds the test kernels with the simulator and calls them through ctypes, on numpy arrays."""
+
+import ctypes
+import fcntl
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+KERNELS = Path(__file__).parent / "kernels"
+CSRC = Path(__file__).parents[2] / "csrc"
+EAGER, RANDOM, LATE = range(3)
+COMPILE = ["g++", "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}"]
+# Kernels only: their loads and stores call the simulator's hooks. -g1 for line numbers.
+INSTRUMENT = [
+    "-g1",
+    "-fsanitize=thread,alignment",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-x",
+    "c++",
+]
+
+
+def build(folder: Path) -> Path:
+    """The library of all test kernels in `folder`, built unless it is there for these sources."""
+    runtime = sorted(set((CSRC / "sim").glob("*.cpp")) - {CSRC / "sim" / "module.cpp"})
+    kernels = sorted(KERNELS.glob("*.cu"))
+    sources = [*runtime, KERNELS / "controls.cpp", *kernels]
+    headers = [*(CSRC / "sim").glob("*.h"), *(CSRC / "hopper").glob("*"), *KERNELS.glob("*.*h")]
+    digest = hashlib.sha256()
+    for path in sorted([Path(__file__), *sources, *headers]):
+        digest.update(path.read_bytes())
+    library = folder / f"libkernels-{digest.hexdigest()[:16]}.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one test process builds for all
+        if library.exists():
+            return library
+        for old in folder.glob("*.so"):
+            old.unlink()
+        objects = []
+        for source in sources:
+            objects.append(str(folder / f"{source.stem}-{source.suffix[1:]}.o"))
+            flags = INSTRUMENT if source.suffix == ".cu" else []
+            subprocess.run(
+                [*COMPILE, *flags, "-c", str(source), "-o", objects[-1]],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        # -Bsymbolic: not the functions of another simulator in the process
+        link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", str(library)]
+        subprocess.run(link, check=True, capture_output=True, text=True)
+    return library
+
+
+def read_bugs(header: str) -> dict[str, int]:
+    """The names of `enum Bug` in a kernel's header."""
+    body = re.search(r"enum Bug \{(.*?)\}", (KERNELS / header).read_text(), re.S)[1]
+    return {name: number for number, name in enumerate(re.findall(r"\w+", body))}
+
+
+class Statistics(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("blocks", "switches", "bulk_loads", "bulk_stores", "wgmmas", "accesses")
+    ]
+
+
+class Simulator:
+    e4m3_error = 1e-6  # relative
+
+    def __init__(self, library: Path):
+        self.library = ctypes.CDLL(str(library))
+        self.library.get_statistics.restype = ctypes.POINTER(Statistics)
+
+    def launch(self, name, *arguments, seed=0, tma=LATE, wgmma=LATE, races=True) -> str | None:
+        """Runs one test kernel, which may touch exactly the arrays given; returns the report."""
+        self.library.set_options(seed, tma, wgmma, races)
+        self.library.forget()
+        values = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                pointer = ctypes.c_void_p(argument.ctypes.data)
+                self.library.allow(pointer, ctypes.c_size_t(argument.nbytes))
+                values.append(pointer)
+            else:
+                kind = ctypes.c_float if isinstance(argument, float) else ctypes.c_int
+                values.append(kind(argument))
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
+        report = function(*values, None)
+        return report.decode() if report else None
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.library.get_statistics().contents
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def from_e4m3(x: np.ndarray) -> np.ndarray:
+    exponent, mantissa = x >> 3 & 15, (x & 7).astype(np.float64)
+    value = np.where(
+        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(float) - 10)
+    )
+    return np.where(x & 128, -value, value)
+
+
+def nan_filled(*shape: int) -> np.ndarray:
+    return np.full(shape, np.nan, np.float32)

@@ -1,0 +1,17 @@
+"""The same kernels compile for the GPU without a complaint: they can calibrate the model there."""
+
+import shutil
+
+import pytest
+from sm90_gate import compile_checked
+
+from .gpu import NVCC
+from .simulator import KERNELS
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted(KERNELS.glob("*.cu")), ids=lambda path: path.stem)
+def test_compiles_for_sm90a(source, tmp_path):
+    command = [*NVCC, "-Xptxas=-v", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
+    kernels, failures = compile_checked(command, required={})
+    assert kernels and not failures
