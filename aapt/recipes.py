@@ -1,6 +1,6 @@
 """Complete named configurations, as functions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import CameraConfig, ModelConfig
 from .data.procedural import ProceduralData
@@ -24,11 +24,13 @@ class Recipe:
     camera: CameraConfig
     vae: VAEConfig
     data: ProceduralData
+    long_data: ProceduralData  # for the adversarial stage
     decoder: DecoderConfig
     diffusion: DiffusionConfig
     consistency: ConsistencyConfig
     regression: RolloutRegressionConfig
     adversarial: AdversarialConfig
+    extension: AdversarialConfig
 
 
 def aapt_8b() -> ModelConfig:
@@ -71,6 +73,19 @@ def tiny_world() -> Recipe:
         residual_head=True,
         output_clamp=8.0,
     )
+    adversarial = AdversarialConfig(
+        generator_schedule=Schedule(5e-5, steps=140, warmup=20),
+        discriminator_schedule=Schedule(2e-4, steps=200),
+        batch=2,
+        segment_frames=8,
+        segments=4,
+        penalty=20.0,
+        discriminator_warmup=60,
+        average=0.98,
+        max_norm=100.0,
+        corruption=Corruption(),
+        regression=1.0,
+    )
     return Recipe(
         name="tiny-world",
         seed=0,
@@ -78,6 +93,9 @@ def tiny_world() -> Recipe:
         camera=camera,
         vae=tiny(),
         data=ProceduralData(height=80, width=128, clips=3000, latent_frames=17, video_clips=300),
+        long_data=ProceduralData(
+            height=80, width=128, clips=1200, latent_frames=33, first_seed=200_000
+        ),
         decoder=DecoderConfig(
             schedule=Schedule(1e-3, steps=1400, warmup=50, decay="cosine"),
             batch=2,
@@ -108,18 +126,13 @@ def tiny_world() -> Recipe:
             segments=2,
             muon=True,
         ),
-        adversarial=AdversarialConfig(
-            generator_schedule=Schedule(5e-5, steps=300, warmup=20),
-            discriminator_schedule=Schedule(2e-4, steps=360),
-            batch=4,
-            segment_frames=8,
-            segments=2,
-            penalty=20.0,
-            discriminator_warmup=60,
-            average=0.98,
-            max_norm=100.0,
-            corruption=Corruption(),
-            regression=0.5,
+        adversarial=adversarial,
+        extension=replace(
+            adversarial,
+            generator_schedule=Schedule(5e-5, steps=90, warmup=10),
+            discriminator_schedule=Schedule(2e-4, steps=120),
+            discriminator_warmup=30,
+            corruption=Corruption(offset=1.2),
         ),
     )
 

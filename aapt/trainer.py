@@ -16,6 +16,7 @@ from torch import nn
 from .checkpoint import load_module, read_tensors, save_config, save_module, save_tensors
 from .data.clips import LatentClips
 from .data.procedural import (
+    ProceduralData,
     VideoClips,
     encode_clips,
     latent_clips,
@@ -24,7 +25,7 @@ from .data.procedural import (
 )
 from .data.world import THEMES
 from .recipes import Recipe
-from .stages.adversarial import Adversarial
+from .stages.adversarial import Adversarial, AdversarialConfig
 from .stages.consistency_distillation import ConsistencyDistillation
 from .stages.decoder import DecoderTraining, measure_latents
 from .stages.diffusion_adaptation import DiffusionAdaptation
@@ -42,9 +43,11 @@ STAGES = (
     "diffusion",
     "consistency",
     "regression",
+    "encode_long",
     "adversarial",
+    "extension",
 )
-MODELS = STAGES[3:]  # the stages that make a generator
+MODELS = ("diffusion", "consistency", "regression", "adversarial", "extension")  # generators
 
 
 class Stage(Protocol):
@@ -101,8 +104,9 @@ class Run:
             load_module(self.result(stage), model)
         return model
 
-    def clips(self) -> LatentClips:
-        return latent_clips(read_tensors(self.result("encode")))
+    def clips(self, stage: str) -> LatentClips:
+        """The latents that one of the encoding stages has made."""
+        return latent_clips(read_tensors(self.result(stage)))
 
     def encoder(self) -> None:
         """A linear encoder in closed form, and the scale of its latents."""
@@ -113,11 +117,15 @@ class Run:
         save_module(self.result("encoder"), vae)
 
     def encode(self) -> None:
-        recipe = self.recipe
-        tensors = encode_clips(
-            self.vae("encoder"), render_clips(recipe.data, recipe.data.clips, self.workers)
-        )
-        save_tensors(self.result("encode"), tensors)
+        self.encode_data("encode", self.recipe.data)
+
+    def encode_long(self) -> None:
+        """Longer clips, for rollouts of several segments."""
+        self.encode_data("encode_long", self.recipe.long_data)
+
+    def encode_data(self, stage: str, data: ProceduralData) -> None:
+        clips = render_clips(data, data.clips, self.workers)
+        save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
 
     def decoder(self) -> None:
         recipe = self.recipe
@@ -145,18 +153,28 @@ class Run:
         self.train("regression", stage, config.schedule.steps)
 
     def adversarial(self) -> None:
-        config = self.recipe.adversarial
+        recipe = self.recipe
+        self.train_adversarial("adversarial", recipe.adversarial, "regression", recipe.seed)
+
+    def extension(self) -> None:
+        """Once more, with a discriminator that starts over."""
+        recipe = self.recipe
+        self.train_adversarial("extension", recipe.extension, "adversarial", recipe.seed + 1)
+
+    def train_adversarial(
+        self, name: str, config: AdversarialConfig, start: str, seed: int
+    ) -> None:
         stage = Adversarial(
             config,
-            self.model("regression"),
+            self.model(start),
             self.model("diffusion"),
             self.vae("encoder").pixel_deviation(),
-            self.recipe.seed,
+            seed,
         )
-        self.train("adversarial", stage, config.discriminator_schedule.steps)
+        self.train(name, stage, config.discriminator_schedule.steps, "encode_long")
 
-    def train(self, name: str, stage: Stage, steps: int) -> None:
-        save_module(self.result(name), self.loop(name, stage, self.clips(), steps))
+    def train(self, name: str, stage: Stage, steps: int, clips: str = "encode") -> None:
+        save_module(self.result(name), self.loop(name, stage, self.clips(clips), steps))
 
     def loop(self, name: str, stage: Stage, data, steps: int) -> nn.Module:
         """`steps` updates, each a line of metrics in the stage's folder."""

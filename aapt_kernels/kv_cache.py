@@ -27,7 +27,8 @@ class KVCache:
     on the device: how many frames the finished steps have appended, which is the index of the
     frame now being made. Frame i < sink_frames lives in its pinned slot, every later frame in
     ring slot (i - sink_frames) mod (window_frames + 1). text_lens (batch,) int64: how many of
-    the text slot's last rows are text. Nothing is ever shifted, and no step reads the counter on the host.
+    the text slot's last rows are text. Nothing is ever shifted, and no step reads the counter on
+    the host.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class ProceduralData:
     width: int
     clips: int
     latent_frames: int
-    video_clips: int  # the first of them, kept as pixels for the decoder
+    video_clips: int = 0  # the first of them, kept as pixels for the decoder
     first_seed: int = 1_000
 
 

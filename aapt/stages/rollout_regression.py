@@ -19,11 +19,13 @@ from ..world_model import WorldModel
 
 @dataclass(frozen=True)
 class Corruption:
-    """White noise plus a constant offset per channel, each up to `strength`, with a chance of
+    """White noise up to `white` plus a constant per channel up to `offset`, with a chance of
     `clip_chance` per clip, on the first recycled frame of a segment; the user's frame itself is
-    corrupted only in `first_chance` of the updates."""
+    corrupted only in `first_chance` of the updates. Offsets of a deviation turn a theme into
+    another one, and only the prompt and the first frame tell the way back."""
 
-    strength: float = 0.35
+    white: float = 0.35
+    offset: float = 0.35
     clip_chance: float = 0.6
     first_chance: float = 0.3
 
@@ -33,11 +35,11 @@ class Corruption:
             return frame
         batch, channels = frame.shape[:2]
 
-        def strength():
-            return self.strength * torch.rand(batch, 1, 1, 1, 1, generator=random)
+        def strength(most: float) -> Tensor:
+            return most * torch.rand(batch, 1, 1, 1, 1, generator=random)
 
-        white = strength() * torch.randn(frame.shape, generator=random)
-        offset = strength() * torch.randn(batch, channels, 1, 1, 1, generator=random)
+        white = strength(self.white) * torch.randn(frame.shape, generator=random)
+        offset = strength(self.offset) * torch.randn(batch, channels, 1, 1, 1, generator=random)
         chosen = torch.rand(batch, 1, 1, 1, 1, generator=random) < self.clip_chance
         return torch.where(chosen, frame + white + offset, frame)
 

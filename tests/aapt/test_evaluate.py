@@ -331,7 +331,7 @@ def test_bad_checkpoints_are_refused(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: expected a checkpoint folder"):
         evaluate(tmp_path / "nowhere", tmp_path, starts=1, seconds=2.0)
     quick = save_checkpoint(tmp_path / "quick", yaw_step=2 * YAW_STEP)
-    with pytest.raises(ValueError, match=r"quick: expected the world's yaw step.*got \(0\.08"):
+    with pytest.raises(ValueError, match=r"quick: expected the world's yaw step.*got \(0\.052"):
         evaluate(quick, tmp_path, starts=1, seconds=2.0)
     tall = save_checkpoint(tmp_path / "tall", height=2 * HEIGHT)
     with pytest.raises(ValueError, match="baseline: expected the picture size of the model"):

@@ -178,7 +178,7 @@ def test_corruption_spares_most_first_frames():
 
 def test_corruption_is_white_noise_and_an_offset():
     frame = torch.ones(64, 4, 1, 16, 16)
-    corrupt = Corruption(0.4, clip_chance=1.0)
+    corrupt = Corruption(0.4, 0.4, clip_chance=1.0)
     corrupted = corrupt(frame, first=False, random=torch.Generator().manual_seed(0)) - frame
     offset = corrupted.mean(dim=(3, 4), keepdim=True)
     white = corrupted - offset

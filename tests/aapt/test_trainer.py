@@ -32,11 +32,15 @@ def small_recipe():
         data=dataclasses.replace(
             recipe.data, height=48, width=64, clips=3, latent_frames=6, video_clips=2
         ),
+        long_data=dataclasses.replace(
+            recipe.long_data, height=48, width=64, clips=3, latent_frames=10
+        ),
         decoder=dataclasses.replace(recipe.decoder, video_frames=9, **brief),
         diffusion=dataclasses.replace(recipe.diffusion, frames=4, **brief),
         consistency=dataclasses.replace(recipe.consistency, frames=4, **brief),
         regression=dataclasses.replace(recipe.regression, segment_frames=2, **brief),
         adversarial=adversarial,
+        extension=adversarial,
     )
 
 

@@ -1,4 +1,4 @@
-"""The sm_90a kernel of cached_attention: simulated everywhere, and on the device where there is one.
+"""The sm_90a kernel of cached_attention: simulated everywhere, and on a device if there is one.
 
 Both run the same source through the same host code. The oracle is the reference in float64.
 """
