@@ -303,11 +303,13 @@ class Consumer {
   HOPPER_DEVICE void release(uint64_t* empty) {
     if (threadIdx.x % 32 == 0) mbar_arrive(empty);
   }
-  // The other warpgroup's tile: counted in, once it is there, so that parities stay in step.
+  // The other warpgroup's tile: counted in, once it is there, so that parities stay in step. All
+  // lanes must have seen it before one lets it be refilled.
   HOPPER_DEVICE void skip(int i) {
     wait_keys(i);
-    release(&shared_.k_empty[stage(i).index]);
     wait_values(i);
+    warp_sync();
+    release(&shared_.k_empty[stage(i).index]);
     release(&shared_.v_empty[stage(i).index]);
   }
   HOPPER_DEVICE void take_turn() { bar_sync(kTurn + group_, 128 * kConsumers); }

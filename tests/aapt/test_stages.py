@@ -152,7 +152,7 @@ def test_rollout_regression_compares_every_segment_with_its_own_frames(made_segm
     """A generator that gains 0.25 too much on channel 0 in every step is 0.25 n off at frame n;
     channels count by their deviation in pixels."""
     config = RolloutRegressionConfig(
-        Schedule(0.0, 1), batch=4, segment_frames=3, segments=2, corruption=Corruption(0.0)
+        Schedule(0.0, 1), batch=4, segment_frames=3, segments=2, corruption=Corruption(0.0, 0.0)
     )
     deviation = torch.tensor([3.0, 1.0, 2.0, 2.0])
     stage = RolloutRegression(config, counting_model(1.25, 1.0, 1.0, 1.0), deviation, seed=0)

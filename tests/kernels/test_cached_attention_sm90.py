@@ -145,6 +145,25 @@ def test_the_order_of_ctas_does_not_change_a_bit(kernel, schedule):
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_many_narrow_tiles_in_a_row(kernel, schedule, seed):
+    """A warpgroup that skips the other's key tile must not let it be refilled before all its lanes
+    have seen it come."""
+    schedule(multiprocessors=(4, 9, 17)[seed % 3], seed=seed, tma=seed % 3, wgmma=seed % 2 * 2)
+    text = (0, 0, 64, 64, 200, 200)[seed]
+    lens = [math.ceil(text * (seed + 1) / 7)]
+    Case(
+        kernel,
+        tokens=60,
+        heads=24,
+        head_dim=128,
+        text_tokens=text,
+        text_lens=lens,
+        pinned=bool(seed % 2),
+        seed=seed,
+    ).check()
+
+
 def test_large_scores_do_not_overflow(kernel, schedule):
     schedule(multiprocessors=3, seed=0)
     case = Case(kernel, tokens=70, step=3, scale=20.0)
