@@ -15,7 +15,6 @@ template <int kHeadDim>
 struct Part {
   static constexpr int kSums = kHeadDim / 8;      // float4 per thread
   static constexpr int kStats = kQueryBlock / 2;  // float4 per part: two rows of a quad
-  static constexpr int kBytes = (kSums * 128 + kStats) * sizeof(float4);
 
   float4* sums;
   float4* stats;

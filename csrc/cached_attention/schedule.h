@@ -15,8 +15,6 @@
 
 namespace aapt {
 
-using hopper::TensorMap;
-
 struct Interval {
   int begin, end;  // cache rows
 };
