@@ -49,11 +49,11 @@ STABLE_TORCH_LIBRARY(aapt, m) {
 
   m.def(
       "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
-      "float eps, bool silu, Tensor? residual, int[3] stride, str padding) "
-      "-> (Tensor out, Tensor state)");
+      "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, str padding, "
+      "bool pixels) -> (Tensor out, Tensor state)");
   m.def(
       "causal_conv3d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? state, "
-      "Tensor? norm_weight, float eps, bool silu, int[3] stride, str padding) "
+      "Tensor? norm_weight, float eps, bool silu, int[3] stride, int[2] upsample, str padding) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)");
 }
 #endif

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backend import implement
 from ..checks import check_device, check_dtype, check_shape
 from . import cpu, ref
+from .ref import layout, past_frames
 
 PADDINGS = ("zeros", "replicate")
 
@@ -15,13 +16,15 @@ def causal_conv3d(
     weight: Tensor,  # (out_channels, in_channels, kt, kh, kw), kh and kw odd
     bias: Tensor | None = None,  # (out_channels,)
     *,
-    state: Tensor | None = None,  # (batch, in_channels, kt - 1, height, width)
+    state: Tensor | None = None,  # (batch, in_channels, (kt - 1) / upsample[0], height, width)
     norm_weight: Tensor | None = None,  # (in_channels,)
     eps: float = 1e-6,
     silu: bool = False,
     residual: Tensor | None = None,  # like the output
     stride: tuple[int, int, int] = (1, 1, 1),
+    upsample: tuple[int, int] = (1, 1),
     padding: str = "zeros",
+    pixels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """conv3d(silu(rms_norm(x) * norm_weight)) + bias + residual, and the state for the next chunk.
 
@@ -29,10 +32,18 @@ def causal_conv3d(
     over the channels of each pixel; without `norm_weight` there is none. In space the output has
     ceil(size / stride) pixels.
 
-    `state` holds the last kt - 1 normed and activated input frames of the chunk before. None
-    starts the stream: then, and beyond the edges of a frame, `padding` decides between zeros and
-    replicating the first frame or the edge. Chunks of any length add up to the whole clip; a
-    stream with a stride in time would not, so that takes no state.
+    `upsample` (time, space) repeats every activated frame and pixel, nearest neighbours, before
+    the convolution; kernels fold that into the weights. A stream's first frame yields one frame,
+    that of its last copy.
+
+    `state` holds the last normed and activated input frames of the chunk before, as many as kt - 1
+    frames at the output's rate lie in. None starts the stream: then, and beyond the edges of a
+    frame, `padding` decides between zeros and replicating the first frame or the edge. Chunks of
+    any length add up to the whole clip; a stream with a stride in time would not, so that takes no
+    state.
+
+    `pixels` gives uint8, round(127.5 out + 127.5), without a gradient. Output and state have their
+    channels last in memory if x has, else they are contiguous.
 
     Differentiable in x, weight, bias, norm_weight and residual, once; neither the given nor the
     returned state carries a gradient. Under autocast all tensors are cast to its dtype; otherwise
@@ -45,17 +56,34 @@ def causal_conv3d(
         bias, state, norm_weight, residual = (
             None if t is None else t.to(dtype) for t in (bias, state, norm_weight, residual)
         )
-    _check(x, weight, bias, state, norm_weight, residual, stride, padding)
+    _check(x, weight, bias, state, norm_weight, residual, stride, upsample, padding)
     return torch.ops.aapt.causal_conv3d(
-        x, weight, bias, state, norm_weight, eps, silu, residual, stride, padding
+        x,
+        weight,
+        bias,
+        state,
+        norm_weight,
+        eps,
+        silu,
+        residual,
+        stride,
+        upsample,
+        padding,
+        pixels,
     )
 
 
-def _check(x, weight, bias, state, norm_weight, residual, stride, padding) -> None:
+def _check(x, weight, bias, state, norm_weight, residual, stride, upsample, padding) -> None:
     if padding not in PADDINGS:
         raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
     if len(stride) != 3 or min(stride) < 1:
         raise ValueError(f"stride: expected three integers >= 1, got {tuple(stride)}")
+    if len(upsample) != 2 or min(upsample) < 1:
+        raise ValueError(f"upsample: expected two integers >= 1, got {tuple(upsample)}")
+    if max(upsample) > 1 and max(stride) > 1:
+        raise ValueError(
+            f"upsample: expected (1, 1) with stride {tuple(stride)}, got {tuple(upsample)}"
+        )
     check_shape("x", x, ("batch", "in_channels", "time", "height", "width"))
     batch, channels, frames, height, width = x.shape
     if frames < 1:
@@ -67,12 +95,16 @@ def _check(x, weight, bias, state, norm_weight, residual, stride, padding) -> No
 
     optional = {
         "bias": (bias, (out_channels,)),
-        "state": (state, (batch, channels, kt - 1, height, width)),
+        "state": (state, (batch, channels, past_frames(kt, upsample[0]), height, width)),
         "norm_weight": (norm_weight, (channels,)),
-        "residual": (residual, (batch, out_channels, *_out_size(x, stride))),
+        "residual": (
+            residual,
+            (batch, out_channels, *_out_size(x, stride, upsample, state is None)),
+        ),
     }
     given = {name: pair for name, pair in optional.items() if pair[0] is not None}
-    why = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and stride {tuple(stride)}"
+    steps = f"upsample {tuple(upsample)}" if max(upsample) > 1 else f"stride {tuple(stride)}"
+    why = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and {steps}"
     for name, (tensor, shape) in given.items():
         check_shape(name, tensor, shape, why)
     tensors = {"x": x, "weight": weight} | {name: tensor for name, (tensor, _) in given.items()}
@@ -84,17 +116,38 @@ def _check(x, weight, bias, state, norm_weight, residual, stride, padding) -> No
         raise ValueError("state: expected a tensor without gradient, got requires_grad=True")
 
 
-def _out_size(x: Tensor, stride: tuple[int, int, int]) -> tuple[int, ...]:
+def _out_size(x, stride, upsample, starts: bool) -> tuple[int, ...]:
     """Time, height and width of the output."""
-    return tuple((size - 1) // step + 1 for size, step in zip(x.shape[2:], stride, strict=True))
+    time, space = upsample
+    frames, height, width = x.shape[2:]
+    repeated = (frames * time - (time - 1 if starts else 0), height * space, width * space)
+    return tuple((size - 1) // step + 1 for size, step in zip(repeated, stride, strict=True))
 
 
-def _fake(x, weight, bias, state, norm_weight, eps, silu, residual, stride, padding):
-    out = x.new_empty(x.shape[0], weight.shape[0], *_out_size(x, stride))
-    return out, x.new_empty(*x.shape[:2], weight.shape[2] - 1, *x.shape[3:])
+def _fake(
+    x,
+    weight,
+    bias,
+    state,
+    norm_weight,
+    eps,
+    silu,
+    residual,
+    stride,
+    upsample,
+    padding,
+    pixels,
+):
+    def empty(*size, dtype=x.dtype):
+        return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout(x))
+
+    size = _out_size(x, stride, upsample, state is None)
+    out = empty(x.shape[0], weight.shape[0], *size, dtype=torch.uint8 if pixels else x.dtype)
+    past = past_frames(weight.shape[2], upsample[0])
+    return out, empty(*x.shape[:2], past, *x.shape[3:])
 
 
-def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, padding):
+def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, padding):
     dnorm_weight = x.new_empty(0 if norm_weight is None else x.shape[1])
     return (
         torch.empty_like(x),
@@ -105,11 +158,11 @@ def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, paddi
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, state, norm_weight, eps, silu, residual, stride, padding = inputs
+    x, weight, bias, state, norm_weight, eps, silu, residual, *options, pixels = inputs
     ctx.save_for_backward(x, weight, state, norm_weight)
-    ctx.options = eps, silu, stride, padding
+    ctx.options = eps, silu, *options
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output if pixels else output[1:])
 
 
 def _backward(ctx, dout, _):
@@ -126,6 +179,8 @@ def _backward(ctx, dout, _):
         None,
         None,
         dout if ctx.has_residual else None,
+        None,
+        None,
         None,
         None,
     )

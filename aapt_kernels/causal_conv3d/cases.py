@@ -15,6 +15,7 @@ class Case:
     kernel: tuple[int, int, int] = (3, 3, 3)
     batch: int = 2
     stride: tuple[int, int, int] = (1, 1, 1)
+    upsample: tuple[int, int] = (1, 1)
     padding: str = "zeros"
     bias: bool = True
     norm: bool = False
@@ -40,6 +41,11 @@ CASES = {
     "replicate": Case((3, 5, 6), (4, 3), padding="replicate", **ACTIVE),
     "replicate-chunk": Case((2, 5, 6), (4, 3), padding="replicate", state=True, residual=True),
     "replicate-down": Case((5, 6, 5), (3, 4), padding="replicate", stride=(2, 2, 2)),
+    "up-space": Case((2, 3, 4), (4, 3), upsample=(1, 2), state=True, residual=True),
+    "up-both": Case((2, 4, 3), (3, 4), upsample=(2, 2), state=True, **ACTIVE),
+    "up-both-start": Case((3, 2, 3), (3, 4), upsample=(2, 2), residual=True, **ACTIVE),
+    "up-replicate": Case((2, 3, 2), (3, 4), upsample=(2, 2), padding="replicate"),
+    "up-threefold": Case((2, 2, 3), (2, 3), kernel=(5, 3, 1), upsample=(3, 3), state=True),
 }
 
 
@@ -52,15 +58,19 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[list[Ten
 
     inner, outer = case.channels
     fan_in = inner * case.kernel[0] * case.kernel[1] * case.kernel[2]
-    out_size = [(n - 1) // s + 1 for n, s in zip(case.size, case.stride, strict=True)]
+    (repeats, copies), (frames, *size) = case.upsample, case.size
+    frames = frames * repeats - (0 if case.state else repeats - 1)
+    repeated = (frames, *(copies * n for n in size))
+    out_size = [(n - 1) // s + 1 for n, s in zip(repeated, case.stride, strict=True)]
     x = normal(case.batch, inner, *case.size)
     weight = normal(outer, inner, *case.kernel, scale=fan_in**-0.5)
     bias = normal(outer) if case.bias else None
-    options = dict(silu=case.silu, stride=case.stride, padding=case.padding)
+    options = dict(silu=case.silu, stride=case.stride, upsample=case.upsample, padding=case.padding)
     if case.norm:
         options["norm_weight"] = 1 + normal(inner, scale=0.3)
     if case.state:
-        options["state"] = normal(case.batch, inner, case.kernel[0] - 1, *case.size[1:])
+        past = -(-(case.kernel[0] - 1) // repeats)
+        options["state"] = normal(case.batch, inner, past, *size)
     if case.residual:
         options["residual"] = normal(case.batch, outer, *out_size)
     return [x, weight, bias], options

@@ -1,7 +1,9 @@
-"""CPU implementation: the prologue writes straight behind the past frames, then one ATen conv.
+"""CPU implementation: the prologue writes straight behind the past frames, then ATen convolves.
 
-The prologue is memory-bound, so it works in place on one buffer of at least float32, and the
-backward pass recomputes it instead of keeping it.
+Frames lie one after another in memory, (batch, time, channels, height, width). So the kt frames
+that an output frame reads are one picture of kt * channels channels, where they lie, and a 2D
+convolution does the work: ATen's 3D convolution takes a slow path for small float32 inputs. The
+backward pass recomputes the prologue instead of keeping it.
 """
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
+from .ref import frames_to_skip, layout, past_frames, repeat, to_pixels
 
 
 def causal_conv3d(
@@ -21,19 +24,32 @@ def causal_conv3d(
     silu: bool,
     residual: Tensor | None,
     stride: list[int],
+    upsample: list[int],
     padding: str,
+    pixels: bool,
 ) -> tuple[Tensor, Tensor]:
-    past = weight.shape[2] - 1
-    buffer = _buffer(x, weight, state, norm_weight, eps, silu, padding)
-    new_state = buffer[:, :, buffer.shape[2] - past :].clone()
-    # oneDNN's float32 forward is about a quarter faster on an input padded beforehand; its
-    # bfloat16 forward and its backward passes are not.
-    beforehand = padding == "replicate" or x.dtype == torch.float32
-    padded, left = _pad_space(buffer, weight, padding, beforehand)
-    out = F.conv3d(padded, weight, bias, stride, left)
-    if residual is not None:
-        out += residual
-    return out, new_state
+    kt, kh, kw = weight.shape[2:]
+    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, padding)
+    new_state = buffer[:, :, buffer.shape[2] - past :].clone(memory_format=layout(x))
+    frames = repeat(buffer, kt, upsample, state is None).transpose(1, 2)
+    margins = [kh // 2, kw // 2]
+    if padding == "replicate" and any(margins):
+        frames, margins = F.pad(frames, _margins(weight), "replicate"), [0, 0]
+
+    flat_weight = weight.transpose(1, 2).flatten(1, 2)  # (out_channels, kt * in_channels, kh, kw)
+    starts = range(0, frames.shape[1] - kt + 1, stride[0])
+    out = None
+    for t, start in enumerate(starts):
+        window = frames[:, start : start + kt].flatten(1, 2)
+        frame = F.conv2d(window, flat_weight, bias, stride[1:], margins)
+        if out is None:
+            size = (x.shape[0], len(weight), len(starts), *frame.shape[2:])
+            out = torch.empty(size, dtype=x.dtype, memory_format=layout(x))
+        if residual is None:
+            out[:, :, t] = frame
+        else:
+            torch.add(frame, residual[:, :, t], out=out[:, :, t])
+    return to_pixels(out) if pixels else out, new_state
 
 
 def causal_conv3d_backward(
@@ -45,12 +61,16 @@ def causal_conv3d_backward(
     eps: float,
     silu: bool,
     stride: list[int],
+    upsample: list[int],
     padding: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and norm_weight (empty without one)."""
-    past = weight.shape[2] - 1
-    buffer = _buffer(x, weight, state, norm_weight, eps, silu, padding)
-    padded, left = _pad_space(buffer, weight, padding, beforehand=padding == "replicate")
+    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, padding)
+    kt, kh, kw = weight.shape[2:]
+    frames = repeat(buffer, kt, upsample, state is None)
+    padded, left = frames, [0, kh // 2, kw // 2]
+    if padding == "replicate":
+        padded, left = F.pad(frames, _margins(weight), "replicate"), [0, 0, 0]
     grad, dweight, dbias = torch.ops.aten.convolution_backward(
         dout.contiguous(),
         padded,
@@ -65,7 +85,8 @@ def causal_conv3d_backward(
         [True, True, True],
     )
     if padding == "replicate":
-        grad = torch.ops.aten.replication_pad3d_backward(grad, buffer, _margins(weight))
+        grad = torch.ops.aten.replication_pad3d_backward(grad, frames, _margins(weight))
+    grad = _sum_copies(grad, frames_to_skip(kt, upsample[0], state is None), upsample)
     dactive = grad[:, :, past:]
     if padding == "replicate" and state is None and past:
         dactive[:, :, 0] += grad[:, :, :past].sum(2)
@@ -80,14 +101,17 @@ def _buffer(
     norm_weight: Tensor | None,
     eps: float,
     silu: bool,
+    upsample: list[int],
     padding: str,
-) -> Tensor:
-    """[past frames | prologue of x] along time, in the dtype of x."""
-    past = weight.shape[2] - 1
+) -> tuple[Tensor, int]:
+    """[past frames | prologue of x] along time, in the dtype of x, frame after frame in memory; and
+    how many past frames there are."""
+    past = past_frames(weight.shape[2], upsample[0])
     identity = norm_weight is None and not silu
     if past == 0 and identity:
-        return x
-    buffer = x.new_empty(*x.shape[:2], past + x.shape[2], *x.shape[3:])
+        return x, past
+    batch, channels, time, *size = x.shape
+    buffer = x.new_empty(batch, past + time, channels, *size).transpose(1, 2)
     active = buffer[:, :, past:]
     active.copy_(x if identity else _prologue(x, norm_weight, eps, silu))
     if state is not None:
@@ -96,24 +120,23 @@ def _buffer(
         buffer[:, :, :past].copy_(active[:, :, :1])
     else:
         buffer[:, :, :past].zero_()
-    return buffer
+    return buffer, past
+
+
+def _sum_copies(grad: Tensor, skipped: int, upsample: list[int]) -> Tensor:
+    """Gradient of what `repeat` copies."""
+    time, space = upsample
+    if space > 1:
+        grad = grad.unflatten(4, (-1, space)).sum(5).unflatten(3, (-1, space)).sum(4)
+    if time > 1:
+        grad = F.pad(grad, (0, 0, 0, 0, skipped, 0)).unflatten(2, (-1, time)).sum(3)
+    return grad
 
 
 def _margins(weight: Tensor) -> list[int]:
     """Spatial padding in the order of `F.pad`, none in time."""
     kh, kw = weight.shape[3:]
     return [kw // 2, kw // 2, kh // 2, kh // 2, 0, 0]
-
-
-def _pad_space(
-    buffer: Tensor, weight: Tensor, padding: str, beforehand: bool
-) -> tuple[Tensor, list[int]]:
-    """Input of the convolution, and the zero padding that is left to it."""
-    margins = _margins(weight)
-    if not beforehand:
-        return buffer, [0, margins[2], margins[0]]
-    mode = "replicate" if padding == "replicate" else "constant"
-    return F.pad(buffer, margins, mode) if any(margins) else buffer, [0, 0, 0]
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -1,10 +1,29 @@
-"""Specification of `causal_conv3d` in plain PyTorch: concatenate the past, then convolve."""
+"""Specification of `causal_conv3d` in plain PyTorch: concatenate the past, repeat, convolve."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
+
+
+def past_frames(kt: int, repeats: int) -> int:
+    """Frames that a state holds: with `repeats` copies of each, kt - 1 frames lie in so many."""
+    return -(-(kt - 1) // repeats)
+
+
+def frames_to_skip(kt: int, repeats: int, starts: bool) -> int:
+    """Copies at the front of [state | x], repeated, that no output frame reads. At a stream's
+    start the output frames of all but the last copy of frame 0 are skipped as well."""
+    return past_frames(kt, repeats) * repeats - (kt - 1) + (repeats - 1 if starts else 0)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """Of what the op returns: channels last in memory if x has them there, else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    if channels_last and not x.is_contiguous():
+        return torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def prologue(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
@@ -18,33 +37,53 @@ def prologue(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> T
     return y.to(x.dtype)
 
 
+def repeat(x: Tensor, kt: int, upsample: list[int], starts: bool) -> Tensor:
+    """[state | x] at the rate of the output: nearest neighbours, in time and in space."""
+    time, space = upsample
+    if time > 1:
+        x = x.repeat_interleave(time, dim=2)
+    if space > 1:
+        x = x.repeat_interleave(space, dim=3).repeat_interleave(space, dim=4)
+    return x[:, :, frames_to_skip(kt, time, starts) :]
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """[-1, 1] -> uint8."""
+    return (video.to(wide(video.dtype)) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def causal_conv3d(
     x: Tensor,  # (batch, in_channels, time, height, width)
     weight: Tensor,  # (out_channels, in_channels, kt, kh, kw)
     bias: Tensor | None,
-    state: Tensor | None,  # (batch, in_channels, kt - 1, height, width)
+    state: Tensor | None,  # (batch, in_channels, past_frames, height, width)
     norm_weight: Tensor | None,
     eps: float,
     silu: bool,
     residual: Tensor | None,  # like the output
     stride: list[int],
+    upsample: list[int],
     padding: str,
+    pixels: bool,
 ) -> tuple[Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
     a = prologue(x, norm_weight, eps, silu)
-    if state is None:
+    past, starts = state, state is None
+    if starts:
         first = a[:, :, :1]
         past = first if padding == "replicate" else torch.zeros_like(first)
-        state = past.expand(-1, -1, kt - 1, -1, -1)
-    a = torch.cat([state, a], dim=2)
-    new_state = a[:, :, a.shape[2] - (kt - 1) :].clone()
+        past = past.expand(-1, -1, past_frames(kt, upsample[0]), -1, -1)
+    a = torch.cat([past, a], dim=2)
+    new_state = a[:, :, a.shape[2] - past.shape[2] :].clone(memory_format=layout(x))
 
+    a = repeat(a, kt, upsample, starts)
     mode = "replicate" if padding == "replicate" else "constant"
     a = F.pad(a, (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0), mode=mode)
     out = F.conv3d(a, weight, bias, stride)
     if residual is not None:
         out = out + residual
-    return out, new_state
+    out = to_pixels(out) if pixels else out
+    return out.contiguous(memory_format=layout(x)), new_state
 
 
 def causal_conv3d_backward(
@@ -56,14 +95,14 @@ def causal_conv3d_backward(
     eps: float,
     silu: bool,
     stride: list[int],
+    upsample: list[int],
     padding: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and norm_weight (empty without one), by differentiation."""
 
     def forward(x, weight, bias, norm_weight):
-        out, _ = causal_conv3d(
-            x, weight, bias, state, norm_weight, eps, silu, None, stride, padding
-        )
+        options = eps, silu, None, stride, upsample, padding, False
+        out, _ = causal_conv3d(x, weight, bias, state, norm_weight, *options)
         return out
 
     bias = weight.new_zeros(len(weight))

@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aapt.vae import CausalVAE, VAEConfig, flops_per_latent_frame, light, original, tiny
+from aapt.vae import (
+    CausalVAE,
+    VAEConfig,
+    decoder_work,
+    flops_per_latent_frame,
+    light,
+    original,
+    tiny,
+    total,
+    wan,
+)
 from aapt_kernels import causal_conv3d
 
 
@@ -23,6 +33,7 @@ CONFIGS = {
     "light": shrunken(light()),
     "original": shrunken(original()),
     "replicate": replace(shrunken(light()), padding="replicate"),
+    "wan": wan(6),
 }
 
 
@@ -178,46 +189,87 @@ def test_decoder_parameters_are_the_published_ones(config, millions):
     assert sum(p.numel() for p in decoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_flops_count_what_runs(name, monkeypatch):
-    """Against a count of the multiplications of every call, steady step minus first step."""
-    config = CONFIGS[name]
-    vae = make_vae(config)
-    count = 0
+class Counter:
+    """Counts what every call of the two costly functions multiplies and moves."""
 
-    def counted(function, cost):
+    def __init__(self, monkeypatch):
+        self.flops = self.bytes = self.state_bytes = 0
+        attention = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr("aapt.vae.layers.causal_conv3d", self._wrap(causal_conv3d, self._conv))
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            self._wrap(attention, self._attention),
+        )
+
+    def run(self, function, *args, **kwargs):
+        self.flops = self.bytes = self.state_bytes = 0
+        return function(*args, **kwargs)
+
+    def _wrap(self, function, count):
         def call(*args, **kwargs):
-            nonlocal count
             out = function(*args, **kwargs)
-            count += cost(out, *args)
+            count(out, *args, **kwargs)
             return out
 
         return call
 
-    def conv_cost(out, x, weight, *_):
-        pixels = out[0].shape[2:].numel()
-        return 2 * weight.numel() * pixels
+    def _conv(self, outputs, x, weight, bias, *, state, norm_weight, residual, **_):
+        out, _ = outputs
+        self.flops += 2 * weight.numel() * out.shape[2:].numel()
+        state_bytes = 2 * state.numel() if state is not None else 0
+        given = [t for t in (x, weight, bias, norm_weight, residual) if t is not None]
+        self.bytes += state_bytes + 2 * sum(t.numel() for t in given)
+        self.bytes += out.numel() * (1 if out.dtype == torch.uint8 else 2)
+        self.state_bytes += state_bytes
 
-    def attention_cost(out, q, k, v):
-        return 4 * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+    def _attention(self, out, q, k, v):
+        self.flops += 4 * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+        self.bytes += 2 * sum(t.numel() for t in (q, k, v, out))
 
-    monkeypatch.setattr("aapt.vae.causal_conv3d", counted(causal_conv3d, conv_cost))
-    attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", counted(attention, attention_cost)
-    )
 
-    def run(function, *args):
-        nonlocal count
-        count = 0
-        out = function(*args)
-        return out, count
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_count_what_runs(name, monkeypatch):
+    """Against a count of the multiplications of every call; of the encoder, long minus short."""
+    config = CONFIGS[name]
+    vae = make_vae(config)
+    counter = Counter(monkeypatch)
+    counter.run(vae.encode, torch.randn(1, 3, 5, 24, 40))
+    short = counter.flops
+    counter.run(vae.encode, torch.randn(1, 3, 9, 24, 40))
+    long = counter.flops
+    _, state = vae.decode_frame(torch.randn(1, 16, 1, 3, 5))
+    counter.run(vae.decode_frame, torch.randn(1, 16, 1, 3, 5), state)
+    assert (long - short, counter.flops) == flops_per_latent_frame(config, 24, 40)
 
-    _, short = run(vae.encode, torch.randn(1, 3, 5, 24, 40))
-    _, long = run(vae.encode, torch.randn(1, 3, 9, 24, 40))
-    (_, state), _ = run(vae.decode_frame, torch.randn(1, 16, 1, 3, 5))
-    _, steady = run(vae.decode_frame, torch.randn(1, 16, 1, 3, 5), state)
-    assert (long - short, steady) == flops_per_latent_frame(config, 24, 40)
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_work_is_what_runs(name, monkeypatch):
+    config = CONFIGS[name]
+    decoder = make_vae(config).decoder
+    counter = Counter(monkeypatch)
+    latent = torch.randn(1, 16, 1, 3, 5)
+    _, state = decoder(latent, None)
+    counter.run(decoder, latent, state, pixels=True)
+    work = total(decoder_work(config, 24, 40))
+    assert (counter.flops, counter.bytes) == (work.flops, work.bytes)
+    assert counter.state_bytes == work.state_bytes == 2 * sum(s.numel() for s in state)
+    assert work.parameters == sum(p.numel() for p in decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "config, height, width, tflop, gigabytes",
+    [
+        (light(), 416, 736, 3.62, 4.7),
+        (light(), 720, 1280, 11.18, 13.9),
+        (original(), 416, 736, 15.93, 11.7),
+        (original(), 720, 1280, 48.24, 34.5),
+    ],
+)
+def test_folded_decoder_costs_what_is_published(config, height, width, tflop, gigabytes):
+    work = total(decoder_work(config, height, width))
+    assert work.folded_flops / 1e12 == pytest.approx(tflop, rel=0.01)
+    assert work.bytes / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
 def test_tiny_fits_its_budget():
@@ -251,5 +303,7 @@ def test_bad_latent_state_and_config_are_named():
         vae.decode_frame(torch.zeros(2, 16, 1, 2, 2), state)
     with pytest.raises(ValueError, match="decoder_blocks: expected 3 scales for 2 strides, got"):
         replace(tiny(), decoder_blocks=(1, 2))
-    with pytest.raises(ValueError, match="upsample: expected 'nearest' or 'shuffle', got 'cubic'"):
+    with pytest.raises(
+        ValueError, match="upsample: expected one of nearest, shuffle, separate, got 'cubic'"
+    ):
         replace(tiny(), upsample="cubic")

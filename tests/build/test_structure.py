@@ -16,7 +16,7 @@ MAX_LINES = 600
 # down to its layers, and the command line only asks which backends there are.
 MAY_IMPORT_KERNELS = {
     "aapt/layers.py",
-    "aapt/vae.py",
+    "aapt/vae/layers.py",
     "aapt/generator.py",
     "aapt/model.py",
     "aapt/cli.py",

@@ -21,16 +21,19 @@ def oracle(
     silu=False,
     residual=None,
     stride=(1, 1, 1),
+    upsample=(1, 1),
     padding="zeros",
     eps=1e-6,
 ):
-    """Frame by frame, tap by tap: every tap is a 2D convolution of one earlier frame."""
+    """Frame by frame, tap by tap: every tap is a 2D convolution of one earlier frame. With copies,
+    output frame t is at t - (copies - 1) of an endless stream that starts with frame 0's."""
     if norm_weight is not None:
         x = F.rms_norm(x.movedim(1, -1), norm_weight.shape, norm_weight, eps).movedim(-1, 1)
     if silu:
         x = x * torch.sigmoid(x)
     kt, kh, kw = weight.shape[2:]
     mode = "replicate" if padding == "replicate" else "constant"
+    repeats, copies = upsample
 
     def frame(t):
         if t >= 0:
@@ -40,24 +43,27 @@ def oracle(
         return x[:, :, 0] if padding == "replicate" else torch.zeros_like(x[:, :, 0])
 
     outs = []
-    for t in range(0, x.shape[2], stride[0]):
+    first = repeats - 1 if state is None else 0
+    for t in range(first, x.shape[2] * repeats, stride[0]):
         out = 0
         for tap in range(kt):
-            image = frame(t - (kt - 1) + tap)
+            image = frame((t - (kt - 1) + tap) // repeats)
+            image = F.interpolate(image, scale_factor=copies, mode="nearest")
             image = F.pad(image, (kw // 2, kw // 2, kh // 2, kh // 2), mode=mode)
             out = out + F.conv2d(image, weight[:, :, tap], stride=stride[1:])
         outs.append(out)
     out = torch.stack(outs, dim=2)
     if bias is not None:
         out = out + bias.view(1, -1, 1, 1, 1)
-    last = [frame(t) for t in range(x.shape[2] - (kt - 1), x.shape[2])]
+    past = (kt - 1 + repeats - 1) // repeats
+    last = [frame(t) for t in range(x.shape[2] - past, x.shape[2])]
     new_state = torch.stack(last, dim=2) if last else x[:, :, :0]
     return out if residual is None else out + residual, new_state
 
 
 def specification(x, weight, bias, **options):
     """The reference under autograd: what plain PyTorch makes of it at the same precision."""
-    options = dict(state=None, norm_weight=None, eps=1e-6, residual=None) | options
+    options = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False) | options
     return ref.causal_conv3d(x, weight, bias, **options)
 
 
@@ -112,7 +118,7 @@ def test_error_is_at_most_twice_plain_pytorch(name, dtype):
             assert (a - e).abs().max() <= 2 * (p - e).abs().max() + rounding
 
 
-@pytest.mark.parametrize("name", ["norm-silu", "chunk", "down-both", "replicate"])
+@pytest.mark.parametrize("name", ["norm-silu", "chunk", "down-both", "replicate", "up-both"])
 def test_gradcheck(name):
     inputs, options = make_inputs(CASES[name], torch.float64)
     inputs, options, leaves = differentiable(inputs, options)
@@ -121,7 +127,7 @@ def test_gradcheck(name):
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "norm", "one-frame", "replicate-down"])
+@pytest.mark.parametrize("name", ["plain", "norm", "one-frame", "replicate-down", "up-both-start"])
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
 def test_opcheck(name, grad):
     (x, weight, bias), options = make_inputs(CASES[name], torch.float32)
@@ -137,7 +143,9 @@ def test_opcheck(name, grad):
         options["silu"],
         options.get("residual"),
         list(options["stride"]),
+        list(options["upsample"]),
         options["padding"],
+        False,
     )
     torch.library.opcheck(torch.ops.aapt.causal_conv3d.default, args)
 
@@ -146,7 +154,7 @@ def test_opcheck_backward():
     (x, weight, bias), options = make_inputs(CASES["chunk"], torch.float32)
     dout = torch.randn_like(options["residual"])
     state, norm_weight = options["state"], options["norm_weight"]
-    args = (dout, x, weight, state, norm_weight, 1e-6, True, [1, 1, 1], "zeros")
+    args = (dout, x, weight, state, norm_weight, 1e-6, True, [1, 1, 1], [1, 1], "zeros")
     torch.library.opcheck(torch.ops.aapt.causal_conv3d_backward.default, args)
 
 
@@ -162,9 +170,10 @@ def test_compiles_without_graph_breaks(name):
 
 @pytest.mark.parametrize("plan", [(1, 1, 1, 1), (1, 3), (1, 2, 1), (3, 1)], ids=str)
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (2, 3, 3), (5, 1, 1), (1, 3, 3)], ids=str)
+@pytest.mark.parametrize("upsample", [(1, 1), (2, 1), (3, 2)], ids=str)
 @pytest.mark.parametrize("padding", ["zeros", "replicate"])
-def test_chunks_equal_whole_clip(plan, kernel, padding):
-    case = Case((4, 5, 6), (4, 3), kernel=kernel, padding=padding, **ACTIVE)
+def test_chunks_equal_whole_clip(plan, kernel, padding, upsample):
+    case = Case((4, 5, 6), (4, 3), kernel=kernel, upsample=upsample, padding=padding, **ACTIVE)
     (x, weight, bias), options = make_inputs(case, torch.float64)
     whole, last = causal_conv3d(x, weight, bias, **options)
     outs, state = [], None
@@ -173,6 +182,27 @@ def test_chunks_equal_whole_clip(plan, kernel, padding):
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, dim=2), whole, rtol=0, atol=1e-13)
     torch.testing.assert_close(state, last, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["norm-silu", "one-frame", "flat-kernel", "up-both"])
+def test_channels_last_stay_last(name, backend):
+    (x, weight, bias), options = make_inputs(CASES[name], torch.float32)
+    with use_backend(backend):
+        plain = causal_conv3d(x, weight, bias, **options)
+        x = x.to(memory_format=torch.channels_last_3d)
+        for a, b in zip(causal_conv3d(x, weight, bias, **options), plain, strict=True):
+            assert b.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last_3d)
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_are_rounded_and_clamped(backend):
+    x = torch.tensor([-9.0, -1.0, 0.0, 0.1, 1.0, 9.0]).view(1, 1, 1, 1, 6).requires_grad_()
+    with use_backend(backend):
+        out, _ = causal_conv3d(x, torch.ones(1, 1, 1, 1, 1), pixels=True)
+    assert out.dtype == torch.uint8 and not out.requires_grad
+    assert out.flatten().tolist() == [0, 0, 128, 140, 255, 255]
 
 
 def test_future_does_not_leak():
@@ -214,6 +244,9 @@ BAD = [
     (dict(residual=(2, 5, 4, 6, 7), stride=(2, 2, 2)), "residual: expected (2, 5, 2, 3, 4)"),
     (dict(state=(2, 3, 2, 6, 7), stride=(2, 1, 1)), "state: expected None with a stride in time"),
     (dict(stride=(1, 0, 1)), "stride: expected three integers >= 1, got (1, 0, 1)"),
+    (dict(upsample=(2,)), "upsample: expected two integers >= 1, got (2,)"),
+    (dict(upsample=(2, 2), stride=(1, 2, 2)), "upsample: expected (1, 1) with stride (1, 2, 2)"),
+    (dict(upsample=(2, 2), state=(2, 3, 2, 6, 7)), "state: expected (2, 3, 1, 6, 7) for x"),
     (dict(padding="reflect"), "padding: expected one of zeros, replicate, got 'reflect'"),
 ]
 

@@ -1,0 +1,21 @@
+"""The causal video autoencoder: configurations, the network, what a frame costs."""
+
+from .config import VAEConfig, light, original, tiny, wan
+from .cost import Work, decoder_work, flops_per_latent_frame, total
+from .model import CausalVAE, DecoderState
+from .wan_weights import load_wan
+
+__all__ = [
+    "CausalVAE",
+    "DecoderState",
+    "VAEConfig",
+    "Work",
+    "decoder_work",
+    "flops_per_latent_frame",
+    "light",
+    "load_wan",
+    "original",
+    "tiny",
+    "total",
+    "wan",
+]

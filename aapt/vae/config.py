@@ -1,0 +1,119 @@
+"""Shapes of the autoencoder (SPEC 9): the paper's two decoders, the bundled one, Wan 2.1's."""
+
+from dataclasses import dataclass
+
+UPSAMPLES = ("nearest", "shuffle", "separate")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of a `CausalVAE`. Per-scale tuples are listed from the finest scale (SPEC 9).
+
+    With `linear_skip`, empty encoder tuples leave the linear map as the whole encoder.
+    """
+
+    encoder_channels: tuple[int, ...]
+    decoder_channels: tuple[int, ...]
+    encoder_blocks: tuple[int, ...]  # residual blocks per scale
+    decoder_blocks: tuple[int, ...]
+    strides: tuple[tuple[int, int], ...]  # (time, space) of each step from a scale to the coarser
+    latent_channels: int = 16
+    patch_size: int = 1  # square of pixels folded into channels at the finest scale
+    time_kernels: tuple[int, int] = (3, 3)  # of a residual block; the second also in/upsampling
+    upsample: str = "nearest"  # how scales follow each other, see `layers.py`
+    mid_attention: bool = False  # attention within each frame at the coarsest scale
+    padding: str = "zeros"  # of convolutions, in space and before the first frame
+    linear_skip: bool = False  # a linear autoencoder beside the network (see `LinearSkip`)
+    latent_projection: bool = False  # a 1x1x1 convolution in front of the decoder
+    norm_eps: float = 1e-6  # beside the mean square of a pixel's channels
+
+    def __post_init__(self):
+        scales = len(self.strides) + 1
+        for name in ("encoder_channels", "decoder_channels", "encoder_blocks", "decoder_blocks"):
+            value = getattr(self, name)
+            if self.linear_skip and name.startswith("encoder") and value == ():
+                continue
+            if len(value) != scales:
+                raise ValueError(
+                    f"{name}: expected {scales} scales for {scales - 1} strides, got {value}"
+                )
+        if self.upsample not in UPSAMPLES:
+            raise ValueError(
+                f"upsample: expected one of {', '.join(UPSAMPLES)}, got {self.upsample!r}"
+            )
+
+    @property
+    def time_factor(self) -> int:
+        """Video frames per latent frame after the first."""
+        factor = 1
+        for time, _ in self.strides:
+            factor *= time
+        return factor
+
+    @property
+    def space_factor(self) -> int:
+        """Video pixels per latent pixel, per axis."""
+        factor = self.patch_size
+        for _, space in self.strides:
+            factor *= space
+        return factor
+
+
+def original() -> VAEConfig:
+    """The paper's full decoder: three residual blocks per scale (SPEC 9)."""
+    return VAEConfig(
+        encoder_channels=(128, 256, 512, 512),
+        decoder_channels=(128, 256, 512, 512),
+        encoder_blocks=(2, 2, 2, 2),
+        decoder_blocks=(3, 3, 3, 3),
+        strides=((2, 2), (2, 2), (1, 2)),
+        mid_attention=True,
+    )
+
+
+def light() -> VAEConfig:
+    """The paper's light decoder behind the original encoder (SPEC 9)."""
+    return VAEConfig(
+        encoder_channels=(128, 256, 512, 512),
+        decoder_channels=(64, 128, 256, 512),
+        encoder_blocks=(2, 2, 2, 2),
+        decoder_blocks=(2, 2, 2, 2),
+        strides=((2, 2), (2, 2), (1, 2)),
+        mid_attention=True,
+    )
+
+
+def wan(base: int = 96) -> VAEConfig:
+    """Wan 2.1's autoencoder (arXiv 2503.20314), as its published weights need it (`load_wan`);
+    `base`: channels at the finest scale."""
+    channels = (base, 2 * base, 4 * base, 4 * base)
+    return VAEConfig(
+        encoder_channels=channels,
+        decoder_channels=channels,
+        encoder_blocks=(2, 2, 2, 2),
+        decoder_blocks=(3, 3, 3, 3),
+        strides=((1, 2), (2, 2), (2, 2)),
+        upsample="separate",
+        mid_attention=True,
+        latent_projection=True,
+        norm_eps=1e-24,
+    )
+
+
+def tiny() -> VAEConfig:
+    """The bundled world's autoencoder: real time on two CPU cores at 128x80.
+
+    Its encoder is linear, the principal components of the world's patches; the decoder's network
+    adds what neighbours and the past tell.
+    """
+    return VAEConfig(
+        encoder_channels=(),
+        decoder_channels=(48, 64, 96),
+        encoder_blocks=(),
+        decoder_blocks=(1, 2, 1),
+        strides=((2, 2), (2, 1)),
+        patch_size=4,
+        time_kernels=(3, 1),
+        upsample="shuffle",
+        linear_skip=True,
+    )

@@ -1,0 +1,290 @@
+"""Layers of the autoencoder, and the stream of states that runs through them.
+
+Everything that looks back in time is a `causal_conv3d`, whose state is the last frames it has
+read; norms and attention act within one frame.
+
+Three ways lead from a scale to the finer one, each with its way back:
+"nearest": repeat frames and pixels, then convolve;
+"shuffle": convolve, then unfold channels into frames and pixels;
+"separate": time by a convolution into the channels of every new frame, then space as "nearest"; the
+first frame of a stream passes by time (Wan's).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aapt_kernels import causal_conv3d
+
+from .config import VAEConfig
+
+# What a decoder remembers between chunks: one tensor per convolution, in the order they run.
+DecoderState = tuple[Tensor, ...]
+
+
+class Stream:
+    """The states of one pass through the convolutions: read and replaced in running order."""
+
+    def __init__(self, states: DecoderState | None):
+        self.states = states
+        self.new_states: list[Tensor] = []
+
+    @property
+    def starts(self) -> bool:
+        """Whether this pass holds the first frame."""
+        return self.states is None
+
+    def pop(self) -> Tensor | None:
+        return None if self.states is None else self.states[len(self.new_states)]
+
+    def push(self, state: Tensor) -> None:
+        self.new_states.append(state)
+
+
+class CausalConv3d(nn.Module):
+    """`causal_conv3d` with its parameters; `norm` puts an RMS norm and SiLU in front."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int],
+        *,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        upsample: tuple[int, int] = (1, 1),
+        norm: bool = False,
+        silu: bool = False,
+        eps: float = 1e-6,
+        padding: str = "zeros",
+    ):
+        super().__init__()
+        kt, *space = kernel
+        fan_in = in_channels * kt * space[0] * space[1]
+        # In memory the taps in time come before the channels, as the CPU's convolution reads them.
+        weight = torch.empty(out_channels, kt, in_channels, *space).transpose(1, 2)
+        self.weight = nn.Parameter(weight)
+        nn.init.normal_(self.weight, std=fan_in**-0.5)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.norm_weight = nn.Parameter(torch.ones(in_channels)) if norm else None
+        self.silu, self.eps = silu, eps
+        self.stride, self.upsample, self.padding = stride, upsample, padding
+
+    def forward(
+        self, x: Tensor, stream: Stream, residual: Tensor | None = None, pixels: bool = False
+    ) -> Tensor:
+        out, state = causal_conv3d(
+            x,
+            self.weight,
+            self.bias,
+            state=stream.pop(),
+            norm_weight=self.norm_weight,
+            eps=self.eps,
+            silu=self.silu,
+            residual=residual,
+            stride=self.stride,
+            upsample=self.upsample,
+            padding=self.padding,
+            pixels=pixels,
+        )
+        stream.push(state)
+        return out
+
+
+class Call(NamedTuple):
+    """One convolution of a pass, with the size of its input."""
+
+    conv: CausalConv3d
+    frames: int
+    height: int
+    width: int
+    residual: bool = False
+
+
+def active(config: VAEConfig) -> dict:
+    """Options of a convolution behind a norm and SiLU."""
+    return dict(norm=True, silu=True, eps=config.norm_eps, padding=config.padding)
+
+
+class ResidualBlock(nn.Module):
+    """(norm, SiLU, convolution) twice, added to the input."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig):
+        super().__init__()
+        first, second = config.time_kernels
+        self.conv1 = CausalConv3d(in_channels, out_channels, (first, 3, 3), **active(config))
+        self.conv2 = CausalConv3d(out_channels, out_channels, (second, 3, 3), **active(config))
+        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
+        self.shortcut = None
+        if in_channels != out_channels:
+            self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        residual = x if self.shortcut is None else self.shortcut(x, stream)
+        return self.conv2(self.conv1(x, stream), stream, residual)
+
+    def calls(self, *size: int) -> list[Call]:
+        shortcut = [] if self.shortcut is None else [Call(self.shortcut, *size)]
+        return [*shortcut, Call(self.conv1, *size), Call(self.conv2, *size, residual=True)]
+
+
+class FrameAttention(nn.Module):
+    """Single-head self-attention within each frame, added to the input."""
+
+    def __init__(self, channels: int, config: VAEConfig):
+        super().__init__()
+        self.qkv = CausalConv3d(channels, 3 * channels, (1, 1, 1), norm=True, eps=config.norm_eps)
+        self.proj = CausalConv3d(channels, channels, (1, 1, 1))
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        qkv = self.qkv(x, stream).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, H*W, 3C)
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        out = out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
+        return self.proj(out, stream, residual=x)
+
+    def calls(self, *size: int) -> list[Call]:
+        return [Call(self.qkv, *size), Call(self.proj, *size, residual=True)]
+
+
+class Downsample(nn.Module):
+    """Strided convolution. Frame 0 stays on its own: 1 + s*n frames become 1 + n."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, int], padding: str):
+        super().__init__()
+        time, space = self.stride = stride
+        self.conv = CausalConv3d(
+            in_channels, out_channels, (3, 3, 3), stride=(time, space, space), padding=padding
+        )
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv(x, stream)
+
+    def calls(self, *size: int) -> list[Call]:
+        return [Call(self.conv, *size)]
+
+
+class SeparateDownsample(nn.Module):
+    """Space, then time, each by a strided convolution of its own, which frame 0 passes by."""
+
+    def __init__(self, channels: int, stride: tuple[int, int], padding: str):
+        super().__init__()
+        time, space = self.stride = stride
+        self.conv = CausalConv3d(
+            channels, channels, (1, 3, 3), stride=(1, space, space), padding=padding
+        )
+        self.time_conv = None
+        if time > 1:
+            self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride=(time, 1, 1))
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv(x, stream)
+        if self.time_conv is None:
+            return x
+        return torch.cat([x[:, :, :1], self.time_conv(x, stream)[:, :, 1:]], dim=2)
+
+    def calls(self, frames: int, height: int, width: int) -> list[Call]:
+        space = self.stride[1]
+        calls = [Call(self.conv, frames, height, width)]
+        if self.time_conv is not None:
+            calls.append(Call(self.time_conv, frames, height // space, width // space))
+        return calls
+
+
+class Upsample(nn.Module):
+    """Inverse of `Downsample` in shape, "nearest" or "shuffle": 1 + n frames become 1 + s*n.
+
+    The first frame of a stream yields one frame: the last of its copies.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: tuple[int, int], config: VAEConfig
+    ):
+        super().__init__()
+        time, space = self.stride = stride
+        self.shuffle = config.upsample == "shuffle"
+        copies = time * space**2 if self.shuffle else 1
+        self.conv = CausalConv3d(
+            in_channels,
+            out_channels * copies,
+            (config.time_kernels[1], 3, 3),
+            upsample=(1, 1) if self.shuffle else stride,
+            padding=config.padding,
+        )
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv(x, stream)
+        if not self.shuffle:
+            return x
+        time, space = self.stride
+        x = unfold_channels(x, time, space)
+        return x[:, :, time - 1 :] if stream.starts else x
+
+    def calls(self, *size: int) -> list[Call]:
+        return [Call(self.conv, *size)]
+
+
+class SeparateUpsample(nn.Module):
+    """Inverse of `SeparateDownsample` in shape. Time begins with the second frame of a stream."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: tuple[int, int], config: VAEConfig
+    ):
+        super().__init__()
+        time, space = self.stride = stride
+        self.time_conv = None
+        if time > 1:
+            self.time_conv = CausalConv3d(in_channels, time * in_channels, (3, 1, 1))
+        self.conv = CausalConv3d(
+            in_channels, out_channels, (1, 3, 3), upsample=(1, space), padding=config.padding
+        )
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        if self.time_conv is not None:
+            x = self._upsample_time(x, stream)
+        return self.conv(x, stream)
+
+    def _upsample_time(self, x: Tensor, stream: Stream) -> Tensor:
+        time = self.stride[0]
+        if not stream.starts:
+            return unfold_channels(self.time_conv(x, stream), time, 1)
+        first, later = x[:, :, :1], x[:, :, 1:]
+        if later.shape[2] == 0:
+            past = self.time_conv.weight.shape[2] - 1
+            stream.push(torch.zeros_like(first).repeat(1, 1, past, 1, 1))
+            return first
+        return torch.cat([first, unfold_channels(self.time_conv(later, stream), time, 1)], dim=2)
+
+    def calls(self, frames: int, height: int, width: int) -> list[Call]:
+        if self.time_conv is None:
+            return [Call(self.conv, frames, height, width)]
+        return [
+            Call(self.time_conv, frames, height, width),
+            Call(self.conv, frames * self.stride[0], height, width),
+        ]
+
+
+def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:
+    """(B, time*space*space*C, T, H, W) -> (B, C, time*T, space*H, space*W)."""
+    batch, channels, frames, height, width = x.shape
+    x = x.unflatten(1, (time, space, space, channels // (time * space * space)))
+    x = x.permute(0, 4, 5, 1, 6, 2, 7, 3)  # (B, C, T, time, H, space, W, space)
+    return x.reshape(batch, -1, frames * time, height * space, width * space)
+
+
+def fold_pixels(x: Tensor, space: int) -> Tensor:
+    """(B, C, T, space*H, space*W) -> (B, space*space*C, T, H, W): undoes `unfold_channels`."""
+    x = x.unflatten(4, (-1, space)).unflatten(3, (-1, space))  # (B, C, T, H, space, W, space)
+    return x.permute(0, 4, 6, 1, 2, 3, 5).flatten(1, 3)
+
+
+def middle(channels: int, config: VAEConfig) -> list[nn.Module]:
+    """Layers at the coarsest scale on both sides of the latent."""
+    if not config.mid_attention:
+        return []
+    return [
+        ResidualBlock(channels, channels, config),
+        FrameAttention(channels, config),
+        ResidualBlock(channels, channels, config),
+    ]
