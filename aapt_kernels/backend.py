@@ -22,7 +22,7 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 _library = torch.library.Library("aapt", "FRAGMENT")
 _implementations: dict[str, dict[str, Callable]] = {}
-_limits: dict[str, dict[str, Callable[[Tensor], str | None]]] = {}
+_limits: dict[str, dict[str, Callable[..., str | None]]] = {}
 _forced = "auto"
 
 
@@ -42,19 +42,19 @@ class Choice(NamedTuple):
 def implement(
     op: str,
     *,
-    limits: dict[str, Callable[[Tensor], str | None]] | None = None,
+    limits: dict[str, Callable[..., str | None]] | None = None,
     **implementations: Callable,
 ) -> None:
     """Give the schema `aapt::<op>` its implementations, by backend name. Each takes the schema's
     arguments. The sm_90a kernels are not named here: they are `torch.ops.aapt_sm90.<op>`.
 
-    `limits`: by backend, why it does not take this first argument; None if it does.
+    `limits`: by backend, why it does not take these arguments; None if it does.
     """
     _implementations[op] = implementations
     _limits[op] = limits or {}
 
     def dispatch(*args):
-        return resolve(op, args[0])(*args)
+        return resolve(op, *args)(*args)
 
     for key in ("CPU", "CUDA"):
         _library.impl(op, dispatch, key)
@@ -71,20 +71,21 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable) -> N
     )
 
 
-def resolve(op: str, tensor: Tensor) -> Callable:
-    """The implementation that runs `op` on this, its first argument, or BackendError."""
+def resolve(op: str, tensor: Tensor, *rest) -> Callable:
+    """The implementation that runs `op` on these arguments, or BackendError; without `rest`, on
+    some arguments of which `tensor` is the first."""
     device = tensor.device.type
     reasons = []
     for name in PREFERENCE.get(device, ()) if _forced == "auto" else (_forced,):
         limit = _limits[op].get("cuda" if name == "sim" else name, _no_limit)
-        reason = obstacle(op, name, device) or limit(tensor)
+        reason = obstacle(op, name, device) or limit(tensor, *rest)
         if not reason:
             return implementation(op, name)
         reasons.append(f"backend '{name}' cannot run {op} on a {device} tensor: {reason}")
     raise BackendError("; ".join(reasons) or f"no backend runs {op} on a {device} tensor")
 
 
-def _no_limit(tensor: Tensor) -> None:
+def _no_limit(tensor: Tensor, *rest) -> None:
     return None
 
 

@@ -7,9 +7,12 @@ add), "cpu" the one `auto` takes. Run with `pytest benchmarks/bench_causal_conv3
 import pytest
 import torch
 
-from aapt.vae import CausalVAE, tiny
+from aapt.vae import CausalVAE, layers, tiny
 from aapt_kernels import causal_conv3d, use_backend
 from aapt_kernels.causal_conv3d.cases import ACTIVE, Case, make_inputs
+from aapt_kernels.testing import time_by_turns
+
+from .compositions import concatenating_conv3d
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -25,6 +28,33 @@ def test_decode_frame(benchmark, dtype, backend):
         benchmark.pedantic(
             vae.decode_frame, (latent, state), rounds=30, warmup_rounds=5, iterations=1
         )
+
+
+def test_decode_frame_against_concatenation(monkeypatch, record_property):
+    """The same network, float32, in one process and by turns, over `concatenating_conv3d`."""
+    torch.manual_seed(0)
+    vae = CausalVAE(tiny()).requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.2)
+    latent = torch.randn(1, 16, 1, 10, 16)
+    _, state = vae.decode_frame(latent)
+
+    def decode(convolution):
+        def run():
+            monkeypatch.setattr(layers, "causal_conv3d", convolution)
+            return vae.decode_frame(latent, state)
+
+        return run
+
+    steps = {"ours": decode(causal_conv3d), "concatenated": decode(concatenating_conv3d)}
+    with torch.inference_mode():
+        for ours, plain in zip(steps["ours"]()[0], steps["concatenated"]()[0], strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+        times = time_by_turns(steps, torch.device("cpu"), rounds=40)
+    ratio = times["concatenated"].median / times["ours"].median
+    words = ", ".join(f"{name} {1e3 * t.median:.1f} ms" for name, t in times.items())
+    print(f"\n{torch.get_num_threads()} threads: {words}: {ratio:.2f} times as fast")
+    record_property("result", {"summary": f"{words}: {ratio:.2f} times as fast"})
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -30,3 +30,45 @@ def make_tables(shape, device) -> tuple[Tensor, Tensor, Tensor]:
 def in_dtype(dtype: torch.dtype, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """The tables as the compositions take them."""
     return weight.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
+def concatenating_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    state: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    silu: bool,
+    residual: Tensor | None,
+    stride: tuple[int, int, int],
+    upsample: tuple[int, int],
+    padding: str,
+    pixels: bool,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv3d` as public video autoencoders write it: norm and SiLU by themselves, past
+    frames concatenated in front, padding made around that, a copy of the last frames kept."""
+    if stride != (1, 1, 1) or padding != "zeros" or pixels:
+        raise ValueError("concatenating_conv3d: expected no stride, zeros and no pixels")
+    if norm_weight is not None:
+        x = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * norm_weight.view(-1, 1, 1, 1)
+    if silu:
+        x = F.silu(x)
+    kt, kh, kw = weight.shape[2:]
+    time, space = upsample
+    if time > 1:
+        x = x.repeat_interleave(time, dim=2)
+    past = kt - 1
+    last = x[:, :, -past:].clone() if past else x[:, :, :0]
+    if state is not None and last.shape[2] < past:
+        last = torch.cat([state[:, :, last.shape[2] - past :], last], dim=2)
+    if state is not None and past:
+        x = torch.cat([state, x], dim=2)
+        past = 0
+    if space > 1:
+        size = (x.shape[2], space * x.shape[3], space * x.shape[4])
+        x = F.interpolate(x, size=size, mode="nearest-exact")
+    x = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, past, 0))
+    out = F.conv3d(x, weight, bias)
+    return (out if residual is None else out + residual), last

@@ -13,11 +13,16 @@ constexpr const char* CACHED_ATTENTION =
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
     "Tensor? q_sink, int text_tokens, int tokens_per_frame, int window_frames, int sink_frames, "
     "float scale) -> (Tensor out, Tensor lse)";
+constexpr const char* CAUSAL_CONV3D =
+    "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
+    "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, bool replicate, "
+    "bool pixels) -> (Tensor out, Tensor state)";
 
 // The ops with a kernel written for sm_90a.
 [[maybe_unused]] void define_kernels(torch::stable::detail::StableLibrary& m) {
   m.def(KV_APPEND);
   m.def(CACHED_ATTENTION);
+  m.def(CAUSAL_CONV3D);
 }
 }  // namespace
 
@@ -47,13 +52,10 @@ STABLE_TORCH_LIBRARY(aapt, m) {
   m.def(KV_APPEND);
   m.def(CACHED_ATTENTION);
 
-  m.def(
-      "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
-      "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, str padding, "
-      "bool pixels) -> (Tensor out, Tensor state)");
+  m.def(CAUSAL_CONV3D);
   m.def(
       "causal_conv3d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? state, "
-      "Tensor? norm_weight, float eps, bool silu, int[3] stride, int[2] upsample, str padding) "
+      "Tensor? norm_weight, float eps, bool silu, int[3] stride, int[2] upsample, bool replicate) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)");
 }
 #endif

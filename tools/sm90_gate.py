@@ -27,6 +27,8 @@ from cubin import (
 REQUIRED: dict[str, tuple[str, ...]] = {
     "kv_append_kernel": ("LDG.E.128", "STG.E.128"),
     "cached_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "causal_conv3d_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "activate_kernel": ("LDG.E.128", "STG.E.128"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a steady step costs: operations, bytes and parameters of every layer, from the configuration.
+"""What a steady step costs, layer by layer, from the configuration: operations, bytes, parameters.
 
 Bytes are the least a kernel can move with norms, upsampling and bias fused: each input and its past
 frames once, each output and residual once, weights once.

@@ -107,6 +107,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, DecoderState]:
         stream = Stream(state)
         x = latent
+        if x.dtype == torch.bfloat16:  # as the tensor cores want it, from here to the video
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         if self.projection is not None:
             x = self.projection(x, stream)
         x = self.conv_in(x, stream)

@@ -333,7 +333,7 @@ def merge_kernel(
     tl.store(out + at, result, mask=mask)
 
 
-def limit(q: Tensor) -> str | None:
+def limit(q: Tensor, *_) -> str | None:
     """What the kernel does not take. It pads a head_dim to the next of 32, 64 and 128."""
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM:
         return None

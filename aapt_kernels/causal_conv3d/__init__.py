@@ -68,7 +68,7 @@ def causal_conv3d(
         residual,
         stride,
         upsample,
-        padding,
+        padding == "replicate",
         pixels,
     )
 
@@ -135,7 +135,7 @@ def _fake(
     residual,
     stride,
     upsample,
-    padding,
+    replicate,
     pixels,
 ):
     def empty(*size, dtype=x.dtype):
@@ -147,7 +147,7 @@ def _fake(
     return out, empty(*x.shape[:2], past, *x.shape[3:])
 
 
-def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, padding):
+def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, replicate):
     dnorm_weight = x.new_empty(0 if norm_weight is None else x.shape[1])
     return (
         torch.empty_like(x),
@@ -186,7 +186,32 @@ def _backward(ctx, dout, _):
     )
 
 
-implement("causal_conv3d", cpu=cpu.causal_conv3d, reference=ref.causal_conv3d)
+def sm90_limit(x, weight=None, bias=None, state=None, norm_weight=None, *options) -> str | None:
+    """Why the sm_90a kernel does not take these arguments; None if it does."""
+    if x.dtype != torch.bfloat16:
+        return f"it takes bfloat16, got {x.dtype}"
+    if layout(x) != torch.channels_last_3d:
+        return "it takes channels last in memory (torch.channels_last_3d)"
+    if x.shape[1] % 8 or x.shape[1] > 1024:
+        return f"it takes a multiple of 8 input channels, at most 1024, got {x.shape[1]}"
+    if weight is None:
+        return None
+    _, _, residual, stride, upsample, _, pixels = options
+    if max(weight.shape[3:]) > 3:
+        return f"it takes kh and kw of 1 or 3, got {tuple(weight.shape)}"
+    if max(stride) > 1 or max(upsample) > 2:
+        return f"it takes no stride and an upsampling of at most 2, got {stride}, {upsample}"
+    if residual is not None and (pixels or weight.shape[0] % 8):
+        return "it takes a residual with a multiple of 8 output channels and no pixels"
+    return None
+
+
+implement(
+    "causal_conv3d",
+    limits={"cuda": sm90_limit},
+    cpu=cpu.causal_conv3d,
+    reference=ref.causal_conv3d,
+)
 implement(
     "causal_conv3d_backward",
     cpu=cpu.causal_conv3d_backward,

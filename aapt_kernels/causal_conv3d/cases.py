@@ -35,6 +35,7 @@ CASES = {
     "chunk": Case((3, 4, 9), (4, 3), state=True, residual=True, **ACTIVE),
     "one-frame-start": Case((1, 4, 4), (3, 3), residual=True, **ACTIVE),
     "flat-kernel": Case((2, 6, 6), (4, 4), kernel=(1, 3, 3), residual=True, **ACTIVE),
+    "long": Case((7, 4, 5), (3, 4), state=True, residual=True, **ACTIVE),
     "odd-kernel": Case((3, 6, 6), (3, 2), kernel=(2, 1, 5), state=True),
     "down-space": Case((3, 7, 6), (3, 4), stride=(1, 2, 2)),
     "down-both": Case((5, 6, 7), (3, 4), stride=(2, 2, 2), **ACTIVE),

@@ -25,31 +25,71 @@ def causal_conv3d(
     residual: Tensor | None,
     stride: list[int],
     upsample: list[int],
-    padding: str,
+    replicate: bool,
     pixels: bool,
 ) -> tuple[Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
-    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, padding)
+    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, replicate)
     new_state = buffer[:, :, buffer.shape[2] - past :].clone(memory_format=layout(x))
     frames = repeat(buffer, kt, upsample, state is None).transpose(1, 2)
     margins = [kh // 2, kw // 2]
-    if padding == "replicate" and any(margins):
+    if replicate and any(margins):
         frames, margins = F.pad(frames, _margins(weight), "replicate"), [0, 0]
 
-    flat_weight = weight.transpose(1, 2).flatten(1, 2)  # (out_channels, kt * in_channels, kh, kw)
-    starts = range(0, frames.shape[1] - kt + 1, stride[0])
-    out = None
-    for t, start in enumerate(starts):
-        window = frames[:, start : start + kt].flatten(1, 2)
-        frame = F.conv2d(window, flat_weight, bias, stride[1:], margins)
-        if out is None:
-            size = (x.shape[0], len(weight), len(starts), *frame.shape[2:])
-            out = torch.empty(size, dtype=x.dtype, memory_format=layout(x))
-        if residual is None:
-            out[:, :, t] = frame
-        else:
-            torch.add(frame, residual[:, :, t], out=out[:, :, t])
-    return to_pixels(out) if pixels else out, new_state
+    plane = stride[1:], margins
+    if kt == 1:
+        out = _convolve_frames(frames[:, :: stride[0]], weight[:, :, 0], bias, *plane)
+    else:
+        frames_out = frames.shape[1] - kt + 1
+        pairs = frames_out // 2 if _pairs_pay(weight, stride, frames_out) else 0
+        parts = []
+        if pairs:
+            parts.append(_convolve_pairs(frames[:, : 2 * pairs + 2], weight, bias, *plane))
+        flat_weight = weight.transpose(1, 2).flatten(1, 2)  # (out_channels, kt * in_channels, ...)
+        for t in range(2 * pairs, frames.shape[1] - kt + 1, stride[0]):
+            window = frames[:, t : t + kt].flatten(1, 2)
+            parts.append(F.conv2d(window, flat_weight, bias, *plane).unsqueeze(1))
+        out = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    out = out.transpose(1, 2)
+    if residual is not None:
+        out = out.add_(residual)
+    if pixels:
+        out = to_pixels(out)
+    return out.contiguous(memory_format=layout(x)), new_state
+
+
+def _convolve_frames(
+    frames: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], margins: list[int]
+) -> Tensor:
+    """A 2D convolution of every frame of (batch, time, channels, height, width)."""
+    out = F.conv2d(frames.flatten(0, 1), weight, bias, stride, margins)
+    return out.unflatten(0, frames.shape[:2])
+
+
+def _pairs_pay(weight: Tensor, stride: list[int], frames: int) -> bool:
+    """A single pair gains nothing, and sums of frames round too much in 16 bits."""
+    exact = weight.dtype == wide(weight.dtype)
+    return exact and weight.shape[2] == 3 and stride[0] == 1 and frames >= 4
+
+
+def _convolve_pairs(
+    frames: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], margins: list[int]
+) -> Tensor:
+    """Two output frames a, b at a time from frames f0 to f3, with four 2D convolutions, not six
+    (Winograd's F(2, 3) in time):
+
+        a = w0 f0 + w1 f1 + w2 f2 = m0 + m1 + m2,   m0 = w0 (f0 - f2),  m3 = w2 (f3 - f1),
+        b = w0 f1 + w1 f2 + w2 f3 = m1 - m2 + m3,   m1, m2 = (w0 ± w1 + w2) / 2 (f2 ± f1)
+    """
+    f0, f1, f2, f3 = frames[:, :-2:2], frames[:, 1:-2:2], frames[:, 2::2], frames[:, 3::2]
+    w0, w1, w2 = weight.unbind(2)
+    middle = (w0 + w2) / 2
+    m0 = _convolve_frames(f0 - f2, w0, bias, stride, margins)
+    m1 = _convolve_frames(f2 + f1, middle + w1 / 2, None, stride, margins)
+    m2 = _convolve_frames(f2 - f1, middle - w1 / 2, None, stride, margins)
+    m3 = _convolve_frames(f3 - f1, w2, bias, stride, margins)
+    out = torch.stack([m0.add_(m1).add_(m2), m3.add_(m1).sub_(m2)], dim=2)
+    return out.flatten(1, 2)
 
 
 def causal_conv3d_backward(
@@ -62,14 +102,14 @@ def causal_conv3d_backward(
     silu: bool,
     stride: list[int],
     upsample: list[int],
-    padding: str,
+    replicate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and norm_weight (empty without one)."""
-    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, padding)
+    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, replicate)
     kt, kh, kw = weight.shape[2:]
     frames = repeat(buffer, kt, upsample, state is None)
     padded, left = frames, [0, kh // 2, kw // 2]
-    if padding == "replicate":
+    if replicate:
         padded, left = F.pad(frames, _margins(weight), "replicate"), [0, 0, 0]
     grad, dweight, dbias = torch.ops.aten.convolution_backward(
         dout.contiguous(),
@@ -84,11 +124,11 @@ def causal_conv3d_backward(
         1,
         [True, True, True],
     )
-    if padding == "replicate":
+    if replicate:
         grad = torch.ops.aten.replication_pad3d_backward(grad, frames, _margins(weight))
     grad = _sum_copies(grad, frames_to_skip(kt, upsample[0], state is None), upsample)
     dactive = grad[:, :, past:]
-    if padding == "replicate" and state is None and past:
+    if replicate and state is None and past:
         dactive[:, :, 0] += grad[:, :, :past].sum(2)
     dx, dnorm_weight = _prologue_backward(dactive, x, norm_weight, eps, silu)
     return dx, dweight, dbias, dnorm_weight
@@ -102,7 +142,7 @@ def _buffer(
     eps: float,
     silu: bool,
     upsample: list[int],
-    padding: str,
+    replicate: bool,
 ) -> tuple[Tensor, int]:
     """[past frames | prologue of x] along time, in the dtype of x, frame after frame in memory; and
     how many past frames there are."""
@@ -113,10 +153,10 @@ def _buffer(
     batch, channels, time, *size = x.shape
     buffer = x.new_empty(batch, past + time, channels, *size).transpose(1, 2)
     active = buffer[:, :, past:]
-    active.copy_(x if identity else _prologue(x, norm_weight, eps, silu))
+    _write_active(active, x, norm_weight, eps, silu)
     if state is not None:
         buffer[:, :, :past].copy_(state)
-    elif padding == "replicate":
+    elif replicate:
         buffer[:, :, :past].copy_(active[:, :, :1])
     else:
         buffer[:, :, :past].zero_()
@@ -155,13 +195,21 @@ def _per_channel(weight: Tensor, like: Tensor) -> Tensor:
     return weight.to(like.dtype).view(1, -1, 1, 1, 1)
 
 
-def _prologue(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
+def _write_active(
+    active: Tensor, x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool
+) -> None:
+    """Norm and SiLU of x into `active`, in place where that is wide enough to compute in."""
+    y = active if active.dtype == wide(x.dtype) else torch.empty_like(x, dtype=wide(x.dtype))
     if norm_weight is None:
-        y = _widened(x)
+        y.copy_(x)
     else:
-        y, _ = _normalize(x, eps)
+        inverse = x.to(y.dtype).square().mean(1, keepdim=True).add_(eps).rsqrt_()
+        torch.mul(x, inverse, out=y)
         y.mul_(_per_channel(norm_weight, y))
-    return F.silu(y, inplace=True) if silu else y
+    if silu:
+        F.silu(y, inplace=True)
+    if y is not active:
+        active.copy_(y)
 
 
 def _prologue_backward(

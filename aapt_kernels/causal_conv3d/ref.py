@@ -63,7 +63,7 @@ def causal_conv3d(
     residual: Tensor | None,  # like the output
     stride: list[int],
     upsample: list[int],
-    padding: str,
+    replicate: bool,
     pixels: bool,
 ) -> tuple[Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
@@ -71,13 +71,13 @@ def causal_conv3d(
     past, starts = state, state is None
     if starts:
         first = a[:, :, :1]
-        past = first if padding == "replicate" else torch.zeros_like(first)
+        past = first if replicate else torch.zeros_like(first)
         past = past.expand(-1, -1, past_frames(kt, upsample[0]), -1, -1)
     a = torch.cat([past, a], dim=2)
     new_state = a[:, :, a.shape[2] - past.shape[2] :].clone(memory_format=layout(x))
 
     a = repeat(a, kt, upsample, starts)
-    mode = "replicate" if padding == "replicate" else "constant"
+    mode = "replicate" if replicate else "constant"
     a = F.pad(a, (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0), mode=mode)
     out = F.conv3d(a, weight, bias, stride)
     if residual is not None:
@@ -96,12 +96,12 @@ def causal_conv3d_backward(
     silu: bool,
     stride: list[int],
     upsample: list[int],
-    padding: str,
+    replicate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and norm_weight (empty without one), by differentiation."""
 
     def forward(x, weight, bias, norm_weight):
-        options = eps, silu, None, stride, upsample, padding, False
+        options = eps, silu, None, stride, upsample, replicate, False
         out, _ = causal_conv3d(x, weight, bias, state, norm_weight, *options)
         return out
 

@@ -76,7 +76,7 @@ def _(q, k, v, k_cache, v_cache, step, q_weight, k_weight, cos, sin, cos_sink, *
     return torch.empty_like(q, memory_format=torch.contiguous_format), q_sink
 
 
-def sm90_limit(q: Tensor) -> str | None:
+def sm90_limit(q: Tensor, *_) -> str | None:
     if q.dtype == torch.bfloat16 and q.shape[-1] in (64, 128):
         return None
     return f"it takes bfloat16 with head_dim 64 or 128, got {q.dtype} with {q.shape[-1]}"

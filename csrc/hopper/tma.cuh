@@ -41,7 +41,7 @@ HOPPER_DEVICE void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, 
       : "memory");
 }
 
-// tma_store_{2,3,4}d write the tile; tma_reduce_add_{2,3,4}d add it (FP32 maps).
+// tma_store_{2,3,4,5}d write the tile; tma_reduce_add_{2,3,4,5}d add it (FP32 maps).
 #define HOPPER_TMA_TO_GLOBAL(name, copy, kind)                                                   \
   HOPPER_DEVICE void name##_2d(const TensorMap* map, const void* smem, int c0, int c1) {         \
     asm volatile(copy ".tensor.2d.global.shared::cta" kind " [%0, {%2, %3}], [%1];" ::"l"(map),  \
@@ -59,6 +59,13 @@ HOPPER_DEVICE void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, 
     asm volatile(copy ".tensor.4d.global.shared::cta" kind                                       \
                       " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),                               \
                  "r"(smem_u32(smem)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)                         \
+                 : "memory");                                                                    \
+  }                                                                                              \
+  HOPPER_DEVICE void name##_5d(const TensorMap* map, const void* smem, int c0, int c1, int c2,   \
+                               int c3, int c4) {                                                 \
+    asm volatile(copy ".tensor.5d.global.shared::cta" kind                                       \
+                      " [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),                           \
+                 "r"(smem_u32(smem)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)                \
                  : "memory");                                                                    \
   }
 HOPPER_TMA_TO_GLOBAL(tma_store, "cp.async.bulk", ".bulk_group")

@@ -172,6 +172,11 @@ inline void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, int c0,
                         HOPPER_WHERE) {                                                         \
     const int at[] = {c0, c1, c2, c3};                                                          \
     tma_store(map, smem, 4, at, add, where);                                                    \
+  }                                                                                             \
+  inline void name##_5d(const TensorMap* map, const void* smem, int c0, int c1, int c2, int c3, \
+                        int c4, HOPPER_WHERE) {                                                 \
+    const int at[] = {c0, c1, c2, c3, c4};                                                      \
+    tma_store(map, smem, 5, at, add, where);                                                    \
   }
 HOPPER_TMA_TO_GLOBAL(tma_store, false)
 HOPPER_TMA_TO_GLOBAL(tma_reduce_add, true)

@@ -64,6 +64,7 @@ def oracle(
 def specification(x, weight, bias, **options):
     """The reference under autograd: what plain PyTorch makes of it at the same precision."""
     options = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False) | options
+    options["replicate"] = options.pop("padding") == "replicate"
     return ref.causal_conv3d(x, weight, bias, **options)
 
 
@@ -144,7 +145,7 @@ def test_opcheck(name, grad):
         options.get("residual"),
         list(options["stride"]),
         list(options["upsample"]),
-        options["padding"],
+        options["padding"] == "replicate",
         False,
     )
     torch.library.opcheck(torch.ops.aapt.causal_conv3d.default, args)
@@ -154,7 +155,7 @@ def test_opcheck_backward():
     (x, weight, bias), options = make_inputs(CASES["chunk"], torch.float32)
     dout = torch.randn_like(options["residual"])
     state, norm_weight = options["state"], options["norm_weight"]
-    args = (dout, x, weight, state, norm_weight, 1e-6, True, [1, 1, 1], [1, 1], "zeros")
+    args = (dout, x, weight, state, norm_weight, 1e-6, True, [1, 1, 1], [1, 1], False)
     torch.library.opcheck(torch.ops.aapt.causal_conv3d_backward.default, args)
 
 

@@ -1,0 +1,303 @@
+"""Implicit matrix product for any GPU that Triton serves.
+
+One kernel norms and activates, one convolves: a program takes a run of pixels of one output frame
+and a block of output channels, and walks the taps and blocks of input channels. Past frames are read
+from the state, where they lie. Sums run in the same order whatever the chunk.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ref import frames_to_skip, layout, past_frames
+
+ROWS = 32  # pixels that a program activates
+MAX_CHANNELS = 2048
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def limit(x, weight=None, *_) -> str | None:
+    """What the kernels do not take."""
+    if x.dtype not in FLOATS or x.shape[1] > MAX_CHANNELS:
+        return (
+            f"it takes float16, bfloat16 or float32 with at most {MAX_CHANNELS} input channels, "
+            f"got {x.dtype} with {x.shape[1]}"
+        )
+    return None
+
+
+@triton.jit
+def activate_kernel(
+    x,
+    norm_weight,
+    out,
+    batch_stride,
+    channel_stride,
+    time_stride,
+    row_stride,
+    column_stride,
+    pixels,
+    frames,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """x and out share their strides."""
+    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)[None, :]
+    mask = (pixel < pixels)[:, None] & (channel < CHANNELS)
+    column, row = pixel % width, pixel // width % height
+    frame = pixel // (width * height)
+    at = (
+        (frame // frames).to(tl.int64) * batch_stride
+        + (frame % frames).to(tl.int64) * time_stride
+        + row.to(tl.int64) * row_stride
+        + column * column_stride
+    )[:, None] + channel.to(tl.int64) * channel_stride
+    y = tl.load(x + at, mask=mask, other=0).to(tl.float32)
+    if norm_weight is not None:
+        mean = tl.sum(y * y, axis=1, keep_dims=True) / CHANNELS
+        weight = tl.load(norm_weight + channel, mask=channel < CHANNELS, other=0)
+        y = y / tl.sqrt(mean + EPS) * weight.to(tl.float32)
+    if SILU:
+        y = y / (1 + tl.exp(-y))
+    tl.store(out + at, y, mask=mask)
+
+
+@triton.jit
+def causal_conv3d_kernel(
+    x,
+    past,
+    weight,
+    bias,
+    residual,
+    out,
+    x_batch_stride,
+    x_channel_stride,
+    x_time_stride,
+    x_row_stride,
+    x_column_stride,
+    past_batch_stride,
+    past_channel_stride,
+    past_time_stride,
+    past_row_stride,
+    past_column_stride,
+    out_batch_stride,
+    out_channel_stride,
+    out_time_stride,
+    out_row_stride,
+    out_column_stride,
+    past_length,
+    height,
+    width,
+    out_frames,
+    out_height,
+    out_width,
+    skipped,
+    in_channels,
+    out_channels,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TIME_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    REPEATS: tl.constexpr,
+    COPIES: tl.constexpr,
+    REPLICATE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """weight (KT, KH, KW, in_channels, out_channels), dense; residual has the strides of out.
+    `skipped`: of the frames of [past | x], repeated, those in front of output frame 0's first."""
+    pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    channel = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    batch, frame = tl.program_id(2) // out_frames, tl.program_id(2) % out_frames
+    row, column = pixel // out_width, pixel % out_width
+    inside = pixel < out_height * out_width
+
+    sums = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32)
+    blocks = tl.cdiv(in_channels, BLOCK_IN)
+    for step in range(KT * KH * KW * blocks):
+        tap, block = step // blocks, step % blocks
+        kx, ky, kt = tap % KW, tap // KW % KH, tap // (KW * KH)
+        # Of [past | x]; past is None where zeros come first
+        t = (skipped + frame * TIME_STRIDE + kt) // REPEATS - past_length
+        y = row * ROW_STRIDE + ky - KH // 2
+        z = column * COLUMN_STRIDE + kx - KW // 2
+        seen = inside
+        if REPLICATE:
+            y = tl.minimum(tl.maximum(y, 0), height * COPIES - 1)
+            z = tl.minimum(tl.maximum(z, 0), width * COPIES - 1)
+        else:
+            seen = seen & (y >= 0) & (y < height * COPIES) & (z >= 0) & (z < width * COPIES)
+        y, z = y // COPIES, z // COPIES
+        c = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        at = batch.to(tl.int64) * x_batch_stride + tl.maximum(t, 0).to(tl.int64) * x_time_stride
+        source = x + at
+        row_stride, column_stride, channel_stride = x_row_stride, x_column_stride, x_channel_stride
+        if past is not None:
+            at = batch.to(tl.int64) * past_batch_stride
+            at += (past_length + tl.minimum(t, -1)).to(tl.int64) * past_time_stride
+            source = tl.where(t < 0, past + at, source)
+            row_stride = tl.where(t < 0, past_row_stride, row_stride)
+            column_stride = tl.where(t < 0, past_column_stride, column_stride)
+            channel_stride = tl.where(t < 0, past_channel_stride, channel_stride)
+        elif not REPLICATE:
+            seen = seen & (t >= 0)
+        offset = (y * row_stride + z * column_stride)[:, None] + (c * channel_stride)[None, :]
+        a = tl.load(source + offset, mask=seen[:, None] & (c < in_channels)[None, :], other=0)
+        at = tap * in_channels * out_channels
+        b = tl.load(
+            weight + at + (c * out_channels)[:, None] + channel[None, :],
+            mask=(c < in_channels)[:, None] & (channel < out_channels)[None, :],
+            other=0,
+        )
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+
+    active = inside[:, None] & (channel < out_channels)[None, :]
+    at = (
+        batch.to(tl.int64) * out_batch_stride
+        + frame.to(tl.int64) * out_time_stride
+        + (row * out_row_stride + column * out_column_stride)[:, None]
+        + (channel * out_channel_stride)[None, :]
+    )
+    if bias is not None:
+        added = tl.load(bias + channel, mask=channel < out_channels, other=0)
+        sums += added.to(tl.float32)[None, :]
+    if residual is not None:
+        sums += tl.load(residual + at, mask=active, other=0).to(tl.float32)
+    if PIXELS:
+        level = tl.minimum(tl.maximum(sums * 127.5 + 127.5, 0.0), 255.0)
+        tl.store(out + at, tl.floor(level + 0.5).to(tl.uint8), mask=active)
+    else:
+        tl.store(out + at, sums, mask=active)
+
+
+def blocks_of(out_channels: int, in_channels: int) -> dict:
+    """Compile-time sizes of a launch: reasoned, not tuned."""
+    block_out = min(128, max(16, triton.next_power_of_2(out_channels)))
+    return {
+        "BLOCK_PIXELS": 128,
+        "BLOCK_OUT": block_out,
+        "BLOCK_IN": min(64, max(16, triton.next_power_of_2(in_channels))),
+        "num_warps": 8 if block_out == 128 else 4,
+        "num_stages": 3,
+    }
+
+
+def activate(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
+    """Norm and SiLU of x, in its own layout."""
+    batch, channels, frames, height, width = x.shape
+    out = torch.empty_like(x, memory_format=layout(x))
+    x = x.contiguous(memory_format=layout(x))
+    pixels = batch * frames * height * width
+    activate_kernel[(triton.cdiv(pixels, ROWS),)](
+        x,
+        norm_weight,
+        out,
+        *x.stride(),
+        pixels,
+        frames,
+        height,
+        width,
+        CHANNELS=channels,
+        WIDTH=triton.next_power_of_2(channels),
+        ROWS=ROWS,
+        EPS=eps,
+        SILU=silu,
+    )
+    return out
+
+
+def next_state(x: Tensor, state: Tensor | None, past: int, replicate: bool) -> Tensor:
+    """The last `past` frames of [state | x]."""
+    missing = past - x.shape[2]
+    if missing <= 0:
+        return x[:, :, -missing:].clone(memory_format=layout(x))
+    if state is not None:
+        before = state[:, :, past - missing :]
+    else:
+        before = x[:, :, :1] if replicate else torch.zeros_like(x[:, :, :1])
+        before = before.expand(-1, -1, missing, -1, -1)
+    return torch.cat([before, x], dim=2).contiguous(memory_format=layout(x))
+
+
+def forward(
+    x,
+    weight,
+    bias,
+    state,
+    norm_weight,
+    eps,
+    silu,
+    residual,
+    stride,
+    upsample,
+    replicate,
+    pixels,
+):
+    batch, channels, frames, height, width = x.shape
+    out_channels, _, kt, kh, kw = weight.shape
+    repeats, copies = upsample
+    past, starts = past_frames(kt, repeats), state is None
+    skipped = frames_to_skip(kt, repeats, starts)
+    out_frames = ((past + frames) * repeats - skipped - kt) // stride[0] + 1
+    size = [(n * copies - 1) // step + 1 for n, step in zip(x.shape[3:], stride[1:], strict=True)]
+    memory = layout(x)
+    shape = (batch, out_channels, out_frames, *size)
+    dtype = torch.uint8 if pixels else x.dtype
+    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
+    with torch.cuda.device_of(x):
+        active = x
+        if norm_weight is not None or silu:
+            active = activate(x, norm_weight, eps, silu)
+        new_state = next_state(active, state, past, replicate)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=memory)
+        constants = blocks_of(out_channels, channels)
+        grid = (
+            triton.cdiv(size[0] * size[1], constants["BLOCK_PIXELS"]),
+            triton.cdiv(out_channels, constants["BLOCK_OUT"]),
+            batch * out_frames,
+        )
+        causal_conv3d_kernel[grid](
+            active,
+            state,
+            weight.permute(2, 3, 4, 1, 0).contiguous(),
+            bias,
+            residual,
+            out,
+            *active.stride(),
+            *(active if state is None else state).stride(),
+            *out.stride(),
+            past,
+            height,
+            width,
+            out_frames,
+            *size,
+            skipped,
+            channels,
+            out_channels,
+            KT=kt,
+            KH=kh,
+            KW=kw,
+            TIME_STRIDE=stride[0],
+            ROW_STRIDE=stride[1],
+            COLUMN_STRIDE=stride[2],
+            REPEATS=repeats,
+            COPIES=copies,
+            REPLICATE=replicate,
+            PIXELS=pixels,
+            PRECISION="ieee",
+            **constants,
+        )
+    return out, new_state

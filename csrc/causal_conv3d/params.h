@@ -1,0 +1,70 @@
+// What the host side of causal_conv3d hands to its kernels. Tensors are BF16, dense in memory as
+// (batch, frames, height, width, channels).
+#pragma once
+
+#include <cstdint>
+
+namespace aapt {
+
+// Of a convolution behind nearest upsampling, the output elements that the same taps of the input
+// make: one phase of `repeats` in time times `copies` in each direction of space.
+struct ConvPhase {
+  int first_frame, frames;      // input frames that make an output frame in this phase
+  int tap_time, tap_y, tap_x;   // input element of the first tap, relative to the output's own
+  int out_frame, out_y, out_x;  // output element of input frame first_frame, row 0, column 0
+};
+
+constexpr int kMaxRepeats = 2, kMaxMargin = 1;
+constexpr int kMaxPhases = kMaxRepeats * kMaxRepeats * kMaxRepeats;
+
+struct CausalConv3dParams {
+  int batch, frames, height, width;  // of the input; past frames not counted
+  int in_channels, out_channels;
+  int taps_time, taps_y, taps_x;  // of one phase
+  int margin_y, margin_x;         // rows and columns around a tile that its taps reach
+  int repeats, copies;            // of nearest upsampling
+  int out_frames;
+
+  // Input frame t lies in one of three tensors: t < 0 in `past`, at past_frames + t; from
+  // body_frames on in `tail`, at t + tail_offset; else in `body`.
+  int past_frames, body_frames, tail_frames, tail_offset;
+  const void *past, *body, *tail;  // `past` may be null: then zeros, or with `replicate` frame 0
+  bool replicate;                  // at the edges, else zeros
+
+  int phases;
+  ConvPhase phase[kMaxPhases];
+  const void* weights;   // (phases, taps_time, taps_y, taps_x, out_channels, in_channels)
+  const uint16_t* bias;  // null without one
+  const void* residual;  // like out, or null
+  void* out;
+  bool pixels;  // out is uint8
+};
+
+// Norm, SiLU and a copy: writes the input frames from `first` on, of which negative ones are past
+// frames, those before `body_frames` to `body` and the others to `tail`.
+struct ActivateParams {
+  int batch, frames, pixels, channels;  // of x; pixels in a frame
+  int first, past_frames, body_frames, tail_frames, tail_offset;
+  const void *x, *past;  // `past` may be null, as above
+  void *body, *tail;
+  const uint16_t* norm_weight;  // null without a norm
+  float eps;
+  bool silu, replicate;
+};
+
+// (out_channels, in_channels, kt, kh, kw) in any layout -> CausalConv3dParams::weights.
+struct PackParams {
+  const uint16_t* weight;
+  int64_t stride[5];
+  int kt, kh, kw;
+  uint16_t* packed;
+};
+
+// Each enqueues a kernel and returns null, or words for why it did not start.
+const char* launch_causal_conv3d_sm90(const CausalConv3dParams& params, int multiprocessors,
+                                      void* stream);
+const char* launch_activate_sm90(const ActivateParams& params, int multiprocessors, void* stream);
+const char* launch_pack_sm90(const PackParams& pack, const CausalConv3dParams& params,
+                             int multiprocessors, void* stream);
+
+}  // namespace aapt

@@ -1,0 +1,55 @@
+// The work of one CTA of causal_conv3d, tile by tile, as its producers and consumers both walk it.
+#pragma once
+
+#include "causal_conv3d/params.h"
+#include "hopper/hopper.cuh"
+
+namespace aapt {
+
+// A tile of output: pixels in space of one frame, or of two that follow each other, and a block of
+// output channels. Coordinates are those of the input; `phase` says which output elements they are.
+constexpr int kTileWidth = 8;  // a group of rows of wgmma
+constexpr int kTileHeight = 32;
+constexpr int kTilePixels = kTileWidth * kTileHeight;
+
+struct ConvTile {
+  int phase, batch, frame, y, x, out_channel;
+};
+
+template <int kChannels, int kFrames>
+class ConvSchedule {
+ public:
+  HOPPER_DEVICE explicit ConvSchedule(const CausalConv3dParams& params)
+      : params_(params),
+        columns_((params.width + kTileWidth - 1) / kTileWidth),
+        rows_((params.height + kTileHeight - 1) / kTileHeight),
+        blocks_((params.out_channels + kChannels - 1) / kChannels) {}
+
+  // Neighbouring CTAs share weights and the edges of their tiles. False past the last tile.
+  HOPPER_DEVICE bool locate(int index, ConvTile& tile) const {
+    for (int phase = 0; phase < params_.phases; ++phase) {
+      const int groups = (params_.phase[phase].frames + kFrames - 1) / kFrames;
+      const int count = columns_ * rows_ * groups * params_.batch * blocks_;
+      if (index < count) {
+        tile.phase = phase;
+        tile.x = index % columns_ * kTileWidth;
+        index /= columns_;
+        tile.y = index % rows_ * kTileHeight;
+        index /= rows_;
+        tile.frame = params_.phase[phase].first_frame + index % groups * kFrames;
+        index /= groups;
+        tile.batch = index % params_.batch;
+        tile.out_channel = index / params_.batch * kChannels;
+        return true;
+      }
+      index -= count;
+    }
+    return false;
+  }
+
+ private:
+  const CausalConv3dParams& params_;
+  const int columns_, rows_, blocks_;
+};
+
+}  // namespace aapt

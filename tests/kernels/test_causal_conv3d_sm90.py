@@ -1,0 +1,186 @@
+"""The sm_90a kernel of causal_conv3d: simulated everywhere, and on a device if there is one.
+
+Both run the same source through the same host code. The oracle is the reference in float64.
+"""
+
+import pytest
+import torch
+
+from aapt_kernels import causal_conv3d, use_backend
+from aapt_kernels.backend import BackendError
+from aapt_kernels.causal_conv3d import ref
+from aapt_kernels.causal_conv3d.cases import ACTIVE, Case, make_inputs
+from aapt_kernels.testing import assert_error_ratio
+
+LAST = torch.channels_last_3d
+
+
+def make(case, device, seed=0):
+    """Inputs in bfloat16, with channels last."""
+    inputs, options = make_inputs(case, torch.bfloat16, seed)
+
+    def move(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.to(device)
+        return value.contiguous(memory_format=LAST) if value.dim() == 5 else value
+
+    x, weight, bias = inputs
+    options = {name: move(value) for name, value in options.items()}
+    bias = None if bias is None else bias.to(device)
+    return [move(x), weight.to(device), bias], options
+
+
+def plain(inputs, options, dtype):
+    """The specification at another precision."""
+
+    def cast(value):
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    rest = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False) | options
+    rest["replicate"] = rest.pop("padding") == "replicate"
+    return ref.causal_conv3d(*map(cast, inputs), **{name: cast(v) for name, v in rest.items()})
+
+
+def check(case, device, seed=0):
+    inputs, options = make(case, device, seed)
+    outputs = causal_conv3d(*inputs, **options)
+    exact, baseline = (plain(inputs, options, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for name, ours, wanted, same in zip(("out", "state"), outputs, exact, baseline, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert ours.is_contiguous(memory_format=LAST) or ours.numel() == 0
+        assert_error_ratio(ours, wanted, same, name)
+
+
+SIZES = {
+    "one pixel tile": Case((1, 5, 9), (64, 64), batch=1),
+    "more frames than two": Case((3, 7, 8), (64, 40), batch=2, **ACTIVE),
+    "many tiles": Case((2, 33, 17), (16, 64), batch=1, state=True, residual=True),
+    "shared pixels": Case((1, 9, 10), (64, 128), batch=2, state=True, residual=True, **ACTIVE),
+    "odd channels": Case((2, 6, 5), (72, 136), batch=1, state=True, **ACTIVE),
+    "three blocks": Case((1, 3, 11), (136, 200), batch=1, norm=True),
+    "flat": Case((3, 6, 9), (48, 72), batch=2, kernel=(1, 3, 3), residual=True, **ACTIVE),
+    "in time only": Case((3, 5, 9), (24, 64), batch=1, kernel=(3, 1, 1), state=True),
+    "pixel by pixel": Case((2, 6, 9), (64, 192), batch=1, kernel=(1, 1, 1), norm=True),
+    "wide in time": Case((2, 4, 9), (8, 8), batch=1, kernel=(5, 1, 3), state=True, silu=True),
+    "no bias": Case((1, 4, 9), (64, 64), batch=1, bias=False, residual=True),
+    "few channels": Case((2, 4, 9), (64, 3), batch=2, state=True, **ACTIVE),
+}
+UPSAMPLED = {
+    "space": Case((2, 5, 9), (64, 64), batch=2, upsample=(1, 2), state=True),
+    "space start": Case((1, 5, 9), (64, 136), batch=1, upsample=(1, 2)),
+    "time": Case((2, 5, 9), (16, 64), batch=1, upsample=(2, 1), state=True, residual=True),
+    "both": Case((2, 5, 9), (64, 72), batch=2, upsample=(2, 2), state=True, residual=True),
+    "both start": Case((3, 5, 3), (64, 64), batch=2, upsample=(2, 2)),
+    "both first frame": Case((1, 5, 3), (64, 64), batch=1, upsample=(2, 2), **ACTIVE),
+    "few channels": Case((1, 5, 3), (16, 5), batch=1, upsample=(2, 2), state=True),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(kernel, schedule, name):
+    schedule(multiprocessors=3, seed=len(name))
+    check(SIZES[name], kernel)
+
+
+@pytest.mark.parametrize("name", UPSAMPLED)
+def test_upsampling_folds_into_the_weights(kernel, schedule, name):
+    schedule(multiprocessors=5, seed=len(name))
+    check(UPSAMPLED[name], kernel)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 33, 9), (16, 64), batch=1, padding="replicate"),
+        Case((1, 4, 16), (64, 72), batch=2, padding="replicate", state=True, **ACTIVE),
+        Case((2, 3, 9), (16, 64), batch=1, padding="replicate", upsample=(2, 2)),
+        Case((2, 1, 2), (16, 8), batch=1, padding="replicate", kernel=(3, 3, 1), **ACTIVE),
+    ],
+    ids=str,
+)
+def test_replicated_edges(kernel, schedule, case):
+    schedule(multiprocessors=2, seed=1)
+    check(case, kernel)
+
+
+@pytest.mark.parametrize("wgmma", [0, 2])
+@pytest.mark.parametrize("tma", [0, 1, 2])
+@pytest.mark.parametrize("wide", [False, True])
+def test_any_order_of_completion(kernel, schedule, wide, tma, wgmma):
+    schedule(multiprocessors=2, seed=1 + tma, tma=tma, wgmma=wgmma)
+    channels = (64, 136) if wide else (128, 64)
+    padding = "replicate" if tma == 1 else "zeros"
+    case = Case((3, 6, 10), channels, batch=1, residual=True, padding=padding, **ACTIVE)
+    check(case, kernel, seed=tma)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+@pytest.mark.parametrize("upsample", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("channels", [(64, 64), (16, 72)], ids=str)
+def test_chunks_of_any_length_give_the_same_bits(kernel, schedule, channels, upsample, padding):
+    case = Case((4, 4, 9), channels, batch=1, upsample=upsample, padding=padding, **ACTIVE)
+    (x, weight, bias), options = make(case, kernel)
+    whole, last = causal_conv3d(x, weight, bias, **options)
+    for number, plan in enumerate([(1, 1, 1, 1), (1, 3), (1, 2, 1)]):
+        schedule(multiprocessors=1 + 3 * number, seed=number)
+        outs, state = [], None
+        for chunk in x.split(plan, dim=2):
+            chunk = chunk.contiguous(memory_format=LAST)
+            out, state = causal_conv3d(chunk, weight, bias, state=state, **options)
+            outs.append(out)
+        assert torch.equal(torch.cat(outs, dim=2), whole) and torch.equal(state, last)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_pixels(kernel, channels):
+    case = Case((2, 5, 9), (64, channels), batch=1, state=True, **ACTIVE)
+    inputs, options = make(case, kernel)
+    out, _ = causal_conv3d(*inputs, **options, pixels=True)
+    exact, _ = plain(inputs, options, torch.float64)
+    levels = (exact * 127.5 + 127.5).clamp(0, 255)
+    assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=LAST)
+    assert (out.double() - levels).abs().max() < 0.5 + 0.1  # sums are in float32
+    assert out.min() == 0 and out.max() == 255
+
+
+def test_state_and_input_are_left_alone(kernel):
+    inputs, options = make(SIZES["shared pixels"], kernel)
+    before = [t.clone() for t in (*inputs, options["state"], options["residual"])]
+    causal_conv3d(*inputs, **options)
+    after = (*inputs, options["state"], options["residual"])
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(dtype=torch.float32), "it takes bfloat16, got torch.float32"),
+        (dict(contiguous=True), "it takes channels last in memory"),
+        (dict(channels=(20, 8)), "it takes a multiple of 8 input channels, at most 1024, got 20"),
+        (dict(kernel=(1, 5, 1)), "it takes kh and kw of 1 or 3, got"),
+        (dict(stride=(1, 2, 2)), "it takes no stride and an upsampling of at most 2, got"),
+        (dict(upsample=(3, 1)), "it takes no stride and an upsampling of at most 2, got"),
+        (dict(channels=(16, 3), residual=True), "it takes a residual with a multiple of 8"),
+    ],
+)
+def test_limits_name_themselves(kernel, change, words):
+    change = dict(change)
+    dtype, contiguous = change.pop("dtype", None), change.pop("contiguous", False)
+    case = Case((2, 4, 4), **(dict(channels=(16, 8)) | change))
+    (x, weight, bias), options = make(case, kernel)
+    x = x.contiguous() if contiguous else x
+    if dtype:
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    with pytest.raises(BackendError, match=words):
+        causal_conv3d(x, weight, bias, **options)
+    with use_backend("auto"):  # others take it
+        causal_conv3d(x, weight, bias, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", [*SIZES, *UPSAMPLED])
+def test_sweep(kernel, schedule, name, seed):
+    schedule(multiprocessors=(1, 4, 9, 17)[seed], seed=seed, tma=seed % 3, wgmma=seed % 2 * 2)
+    check((SIZES | UPSAMPLED)[name], kernel, seed)
