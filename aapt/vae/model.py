@@ -26,6 +26,11 @@ from .layers import (
 VIDEO_CHANNELS = 3
 
 
+def to_pixels(video: Tensor) -> Tensor:
+    """Video in [-1, 1] as uint8."""
+    return (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 class Encoder(nn.Module):
     """Video -> latent, the whole clip at once.
 
@@ -217,12 +222,13 @@ class CausalVAE(nn.Module):
         return self.decode_frame(latent)[0]
 
     def decode_frame(
-        self, latent: Tensor, state: DecoderState | None = None
+        self, latent: Tensor, state: DecoderState | None = None, *, pixels: bool = False
     ) -> tuple[Tensor, DecoderState]:
         """Next chunk of a stream, one latent frame or more; returns (video, state for the next).
 
         `state` None starts a stream. A state is never written to, so streams cannot mix and an
-        old state can be resumed twice. No gradient flows through it.
+        old state can be resumed twice. No gradient flows through it. With `pixels` the video is
+        uint8: [-1, 1] becomes 0 to 255.
         """
         channels = self.config.latent_channels
         if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] == 0:
@@ -231,7 +237,8 @@ class CausalVAE(nn.Module):
                 f"frame, got {tuple(latent.shape)}"
             )
         latent = latent * self.latent_std + self.latent_mean
+        if self.linear is None:
+            return self.decoder(latent, state, pixels)
         video, new_state = self.decoder(latent, state)
-        if self.linear is not None:
-            video = video + self.linear.to_video(latent, starts=state is None)
-        return video, new_state
+        video = video + self.linear.to_video(latent, starts=state is None)
+        return to_pixels(video) if pixels else video, new_state

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..backend import implement
 from ..checks import check_device, check_dtype, check_shape
+from ..deferred import deferred
 from . import cpu, ref
 from .ref import layout, past_frames
 
@@ -208,9 +209,10 @@ def sm90_limit(x, weight=None, bias=None, state=None, norm_weight=None, *options
 
 implement(
     "causal_conv3d",
-    limits={"cuda": sm90_limit},
+    limits={"cuda": sm90_limit, "triton": deferred(__name__, "limit")},
     cpu=cpu.causal_conv3d,
     reference=ref.causal_conv3d,
+    triton=deferred(__name__),
 )
 implement(
     "causal_conv3d_backward",

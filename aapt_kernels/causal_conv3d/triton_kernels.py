@@ -1,8 +1,9 @@
 """Implicit matrix product for any GPU that Triton serves.
 
 One kernel norms and activates, one convolves: a program takes a run of pixels of one output frame
-and a block of output channels, and walks the taps and blocks of input channels. Past frames are read
-from the state, where they lie. Sums run in the same order whatever the chunk.
+and a block of output channels, and walks the taps and blocks of input channels. Past frames are
+read from the state, where they lie. Sums run in the same order whatever the chunk. Upsampling is
+not folded into the weights.
 """
 
 import torch
@@ -10,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import interpreted
 from .ref import frames_to_skip, layout, past_frames
+
+INTERPRETED = tl.constexpr(interpreted())
 
 ROWS = 32  # pixels that a program activates
 MAX_CHANNELS = 2048
@@ -80,13 +84,11 @@ def causal_conv3d_kernel(
     x_batch_stride,
     x_channel_stride,
     x_time_stride,
-    x_row_stride,
-    x_column_stride,
+    row_stride,
+    column_stride,
     past_batch_stride,
     past_channel_stride,
     past_time_stride,
-    past_row_stride,
-    past_column_stride,
     out_batch_stride,
     out_channel_stride,
     out_time_stride,
@@ -111,12 +113,12 @@ def causal_conv3d_kernel(
     COPIES: tl.constexpr,
     REPLICATE: tl.constexpr,
     PIXELS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """weight (KT, KH, KW, in_channels, out_channels), dense; residual has the strides of out.
+    """weight (KT, KH, KW, in_channels, out_channels), dense; past has the layout of x, residual
+    that of out.
     `skipped`: of the frames of [past | x], repeated, those in front of output frame 0's first."""
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     channel = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -141,18 +143,16 @@ def causal_conv3d_kernel(
             seen = seen & (y >= 0) & (y < height * COPIES) & (z >= 0) & (z < width * COPIES)
         y, z = y // COPIES, z // COPIES
         c = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        at = batch.to(tl.int64) * x_batch_stride + tl.maximum(t, 0).to(tl.int64) * x_time_stride
-        source = x + at
-        row_stride, column_stride, channel_stride = x_row_stride, x_column_stride, x_channel_stride
+        at = tl.maximum(t, 0).to(tl.int64) * x_time_stride
+        source = x + (at + batch.to(tl.int64) * x_batch_stride)
+        channel_stride = x_channel_stride + 0 * step
         if past is not None:
-            at = batch.to(tl.int64) * past_batch_stride
-            at += (past_length + tl.minimum(t, -1)).to(tl.int64) * past_time_stride
-            source = tl.where(t < 0, past + at, source)
-            row_stride = tl.where(t < 0, past_row_stride, row_stride)
-            column_stride = tl.where(t < 0, past_column_stride, column_stride)
-            channel_stride = tl.where(t < 0, past_channel_stride, channel_stride)
+            if t < 0:
+                at = (past_length + t).to(tl.int64) * past_time_stride
+                source = past + (at + batch.to(tl.int64) * past_batch_stride)
+                channel_stride = past_channel_stride + 0 * step
         elif not REPLICATE:
-            seen = seen & (t >= 0)
+            seen = seen & (t + 0 * pixel >= 0)
         offset = (y * row_stride + z * column_stride)[:, None] + (c * channel_stride)[None, :]
         a = tl.load(source + offset, mask=seen[:, None] & (c < in_channels)[None, :], other=0)
         at = tap * in_channels * out_channels
@@ -161,7 +161,9 @@ def causal_conv3d_kernel(
             mask=(c < in_channels)[:, None] & (channel < out_channels)[None, :],
             other=0,
         )
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        if INTERPRETED:  # which takes the bits of BF16 for integers
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        sums = tl.dot(a, b, sums, input_precision="tf32x3")
 
     active = inside[:, None] & (channel < out_channels)[None, :]
     at = (
@@ -257,10 +259,14 @@ def forward(
     dtype = torch.uint8 if pixels else x.dtype
     out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
     with torch.cuda.device_of(x):
-        active = x
+        active = x.contiguous(memory_format=memory)
         if norm_weight is not None or silu:
             active = activate(x, norm_weight, eps, silu)
         new_state = next_state(active, state, past, replicate)
+        past_layout = active.stride()[:3]
+        if state is not None:
+            state = state.contiguous(memory_format=memory)
+            past_layout = state.stride()[:3]
         if residual is not None:
             residual = residual.contiguous(memory_format=memory)
         constants = blocks_of(out_channels, channels)
@@ -277,7 +283,7 @@ def forward(
             residual,
             out,
             *active.stride(),
-            *(active if state is None else state).stride(),
+            *past_layout,
             *out.stride(),
             past,
             height,
@@ -297,7 +303,6 @@ def forward(
             COPIES=copies,
             REPLICATE=replicate,
             PIXELS=pixels,
-            PRECISION="ieee",
             **constants,
         )
     return out, new_state

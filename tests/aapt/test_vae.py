@@ -136,6 +136,17 @@ def test_first_step_gives_one_frame_and_later_steps_four():
     assert video.shape == (1, 3, 4, 80, 128)
 
 
+@pytest.mark.parametrize("name", ["tiny", "light"])
+def test_pixels_are_the_video_in_bytes(name):
+    vae = make_vae(CONFIGS[name])
+    latent = torch.randn(1, 16, 2, 3, 4)
+    video, state = vae.decode_frame(latent)
+    bytes_, state_too = vae.decode_frame(latent, pixels=True)
+    levels = (video * 127.5 + 127.5).clamp(0, 255)
+    assert bytes_.dtype == torch.uint8 and (bytes_ - levels).abs().max() <= 0.5 + 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(state, state_too, strict=True))
+
+
 def test_latents_are_normalised():
     vae = make_vae(shrunken(light()))
     video = torch.randn(1, 3, 5, 16, 16)

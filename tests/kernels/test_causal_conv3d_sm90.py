@@ -140,7 +140,7 @@ def test_pixels(kernel, channels):
     exact, _ = plain(inputs, options, torch.float64)
     levels = (exact * 127.5 + 127.5).clamp(0, 255)
     assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=LAST)
-    assert (out.double() - levels).abs().max() < 0.5 + 0.1  # sums are in float32
+    assert (out.double() - levels).abs().max() < 1  # what is convolved has been rounded too
     assert out.min() == 0 and out.max() == 255
 
 

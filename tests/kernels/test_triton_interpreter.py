@@ -1,5 +1,5 @@
-"""Runs test_triton_kernels.py under Triton's interpreter where there is no CUDA device: Triton asks
-for it when it is imported, so that takes a process of its own."""
+"""Runs the tests of the Triton kernels under Triton's interpreter where there is no CUDA device:
+Triton asks for it when it is imported, so that takes a process of its own."""
 
 import os
 import subprocess
@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the device")
-def test_kernels_agree_with_float64(request):
-    tests = Path(__file__).with_name("test_triton_kernels.py")
+@pytest.mark.parametrize("name", ["test_triton_kernels.py", "test_causal_conv3d_triton.py"])
+def test_kernels_agree_with_float64(request, name):
+    tests = Path(__file__).with_name(name)
     chosen = ["-m", request.config.getoption("-m")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(tests)],

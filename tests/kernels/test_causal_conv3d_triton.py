@@ -1,0 +1,107 @@
+"""The Triton kernels of causal_conv3d against float64: on a CUDA device, else under Triton's
+interpreter (test_triton_interpreter.py starts that)."""
+
+import pytest
+import torch
+
+from aapt_kernels import causal_conv3d, use_backend
+from aapt_kernels.backend import BackendError, interpreted
+from aapt_kernels.causal_conv3d import ref
+from aapt_kernels.causal_conv3d.cases import ACTIVE, CASES, Case, make_inputs
+from aapt_kernels.testing import assert_error_ratio
+
+pytest.importorskip("triton")
+if not (interpreted() or torch.cuda.is_available()):
+    pytest.skip("test_triton_interpreter.py runs these", allow_module_level=True)
+
+DEVICE = "cpu" if interpreted() else "cuda"
+LAST = torch.channels_last_3d
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    with use_backend("triton"):
+        yield
+
+
+def make(case, dtype, memory_format=torch.contiguous_format):
+    inputs, options = make_inputs(case, dtype)
+
+    def move(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.to(DEVICE)
+        return value.contiguous(memory_format=memory_format) if value.dim() == 5 else value
+
+    return [move(t) for t in inputs], {name: move(value) for name, value in options.items()}
+
+
+def plain(inputs, options, dtype):
+    def cast(value):
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    rest = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False) | options
+    rest["replicate"] = rest.pop("padding") == "replicate"
+    return ref.causal_conv3d(*map(cast, inputs), **{name: cast(v) for name, v in rest.items()})
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16)),
+    ],
+)
+@pytest.mark.parametrize(
+    "memory_format",
+    [
+        pytest.param(torch.contiguous_format, marks=pytest.mark.slow, id="channels first"),
+        pytest.param(LAST, id="channels last"),
+    ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_at_most_twice_plain_pytorch(name, memory_format, dtype):
+    inputs, options = make(CASES[name], dtype, memory_format)
+    outputs = causal_conv3d(*inputs, **options)
+    exact, baseline = (plain(inputs, options, t) for t in (torch.float64, dtype))
+    for ours, wanted, same in zip(outputs, exact, baseline, strict=True):
+        assert ours.dtype == dtype and ours.stride() == same.stride()
+        assert_error_ratio(ours, wanted, same)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+def test_more_than_one_tile_everywhere(memory_format):
+    case = Case((2, 11, 13), (70, 140), batch=1, state=True, residual=True, **ACTIVE)
+    inputs, options = make(case, torch.bfloat16, memory_format)
+    out, _ = causal_conv3d(*inputs, **options)
+    exact, baseline = (plain(inputs, options, t)[0] for t in (torch.float64, torch.bfloat16))
+    assert_error_ratio(out, exact, baseline)
+
+
+@pytest.mark.parametrize("upsample", [(1, 1), (2, 2)])
+def test_chunks_of_any_length_give_the_same_bits(upsample):
+    case = Case((4, 4, 5), (16, 8), batch=1, upsample=upsample, **ACTIVE)
+    (x, weight, bias), options = make(case, torch.bfloat16, LAST)
+    whole, last = causal_conv3d(x, weight, bias, **options)
+    for plan in [(1, 1, 1, 1), (1, 3), (1, 2, 1)]:
+        outs, state = [], None
+        for chunk in x.split(plan, dim=2):
+            chunk = chunk.contiguous(memory_format=LAST)
+            out, state = causal_conv3d(chunk, weight, bias, state=state, **options)
+            outs.append(out)
+        assert torch.equal(torch.cat(outs, dim=2), whole) and torch.equal(state, last)
+
+
+def test_pixels():
+    case = Case((2, 4, 5), (16, 3), batch=1, state=True, **ACTIVE)
+    inputs, options = make(case, torch.bfloat16)
+    out, _ = causal_conv3d(*inputs, **options, pixels=True)
+    exact, _ = plain(inputs, options, torch.float64)
+    levels = (exact * 127.5 + 127.5).clamp(0, 255)
+    assert out.dtype == torch.uint8 and (out.double() - levels).abs().max() < 1
+
+
+def test_a_limit_names_itself():
+    words = "it takes float16, bfloat16 or float32 with at most 2048 input channels, got torch.flo"
+    with pytest.raises(BackendError, match=words):
+        causal_conv3d(torch.zeros(1, 2, 1, 1, 1).double(), torch.zeros(1, 2, 1, 1, 1).double())
