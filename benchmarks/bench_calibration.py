@@ -120,6 +120,15 @@ def test_descriptors(mode, record_property, n, swizzle, ta, tb):
     check_bits(outputs, a.double() @ b.double().t(), record_property)
 
 
+@pytest.mark.parametrize(("width", "first"), [(8, 0), (10, 1), (10, 12), (13, 7), (9, 57)])
+def test_descriptors_of_a_halo_tile(mode, record_property, width, first):
+    """Start anywhere in a swizzle pattern, groups of rows any distance apart: causal_conv3d."""
+    a, b = integers(64, 64, dtype=torch.bfloat16), integers(128, 64, dtype=torch.bfloat16)
+    outputs = run(mode, "run_multiply_halo", (width, first, a, b), torch.empty(64, 64))
+    pixels = first + width * torch.arange(8)[:, None] + torch.arange(8)
+    check_bits(outputs, a.double() @ b.double()[pixels.flatten()].t(), record_property)
+
+
 @pytest.mark.parametrize("e4m3", [0, 1])
 @pytest.mark.parametrize("n", [8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256])
 def test_fragments(mode, record_property, n, e4m3):

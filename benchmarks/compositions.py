@@ -61,11 +61,11 @@ def concatenating_conv3d(
         x = x.repeat_interleave(time, dim=2)
     past = kt - 1
     last = x[:, :, -past:].clone() if past else x[:, :, :0]
-    if state is not None and last.shape[2] < past:
-        last = torch.cat([state[:, :, last.shape[2] - past :], last], dim=2)
     if state is not None and past:
+        if last.shape[2] < past:
+            last = torch.cat([state[:, :, last.shape[2] - past :], last], dim=2)
         x = torch.cat([state, x], dim=2)
-        past = 0
+        past -= state.shape[2]  # fewer than kt - 1 behind a stream's first frame
     if space > 1:
         size = (x.shape[2], space * x.shape[3], space * x.shape[4])
         x = F.interpolate(x, size=size, mode="nearest-exact")

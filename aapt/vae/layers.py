@@ -249,12 +249,14 @@ class SeparateUpsample(nn.Module):
         time = self.stride[0]
         if not stream.starts:
             return unfold_channels(self.time_conv(x, stream), time, 1)
-        first, later = x[:, :, :1], x[:, :, 1:]
+        memory = memory_format(x)
+        first, later = (y.contiguous(memory_format=memory) for y in (x[:, :, :1], x[:, :, 1:]))
         if later.shape[2] == 0:
             past = self.time_conv.weight.shape[2] - 1
-            stream.push(torch.zeros_like(first).repeat(1, 1, past, 1, 1))
+            stream.push(torch.cat([torch.zeros_like(first)] * past, dim=2))
             return first
-        return torch.cat([first, unfold_channels(self.time_conv(later, stream), time, 1)], dim=2)
+        later = unfold_channels(self.time_conv(later, stream), time, 1)
+        return torch.cat([first, later], dim=2).contiguous(memory_format=memory)
 
     def calls(self, frames: int, height: int, width: int) -> list[Call]:
         if self.time_conv is None:
@@ -265,12 +267,24 @@ class SeparateUpsample(nn.Module):
         ]
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last if they are, else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return torch.channels_last_3d if last else torch.contiguous_format
+
+
 def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:
-    """(B, time*space*space*C, T, H, W) -> (B, C, time*T, space*H, space*W)."""
+    """(B, time*space*space*C, T, H, W) -> (B, C, time*T, space*H, space*W), channels last in memory
+    if they were."""
     batch, channels, frames, height, width = x.shape
-    x = x.unflatten(1, (time, space, space, channels // (time * space * space)))
-    x = x.permute(0, 4, 5, 1, 6, 2, 7, 3)  # (B, C, T, time, H, space, W, space)
-    return x.reshape(batch, -1, frames * time, height * space, width * space)
+    shape = (batch, channels // (time * space**2), frames * time, height * space, width * space)
+    folded = x.unflatten(1, (time, space, space, shape[1]))
+    if memory_format(x) == torch.channels_last_3d:
+        # (B, T, time, H, space, W, space, C)
+        last = folded.permute(0, 5, 1, 6, 2, 7, 3, 4).reshape(batch, *shape[2:], shape[1])
+        return last.contiguous().permute(0, 4, 1, 2, 3)
+    # (B, C, T, time, H, space, W, space)
+    return folded.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(shape)
 
 
 def fold_pixels(x: Tensor, space: int) -> Tensor:

@@ -112,8 +112,6 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, DecoderState]:
         stream = Stream(state)
         x = latent
-        if x.dtype == torch.bfloat16:  # as the tensor cores want it, from here to the video
-            x = x.contiguous(memory_format=torch.channels_last_3d)
         if self.projection is not None:
             x = self.projection(x, stream)
         x = self.conv_in(x, stream)
@@ -237,6 +235,8 @@ class CausalVAE(nn.Module):
                 f"frame, got {tuple(latent.shape)}"
             )
         latent = latent * self.latent_std + self.latent_mean
+        if latent.dtype == torch.bfloat16:  # as the tensor cores want it, from here to the video
+            latent = latent.contiguous(memory_format=torch.channels_last_3d)
         if self.linear is None:
             return self.decoder(latent, state, pixels)
         video, new_state = self.decoder(latent, state)

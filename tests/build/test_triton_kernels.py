@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton_gate import compile_ahead, launch_signature  # noqa: E402
 
 from aapt_kernels.cached_attention import triton_kernels as attention  # noqa: E402
+from aapt_kernels.causal_conv3d import triton_kernels as convolution  # noqa: E402
 from aapt_kernels.kv_append import triton_kernels as append  # noqa: E402
 from aapt_kernels.qk_norm_rope import triton_kernels as norm_rope  # noqa: E402
 
@@ -27,10 +28,11 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FLOAT32 = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink", "dq_weight", "dk_weight")
 FLOAT32 += ("lse", "parts", "part_lses")
 POINTERS = ("q", "k", "v", "k_cache", "v_cache", "q_sink", "q_out", "k_out", "q_sink_out", "out")
+POINTERS += ("x", "past", "weight", "norm_weight", "bias", "residual")
 POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out")
 
 
-def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3):
+def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=()):
     types = dict.fromkeys(POINTERS, TYPES[dtype]) | dict.fromkeys(FLOAT32, "*fp32")
     types |= {"step": "*i64", "text_lens": "*i64", "scale": "fp32"}
     signature = launch_signature(kernel, types, constants)
@@ -41,7 +43,7 @@ def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3):
         capability=capability,
         num_warps=num_warps,
         num_stages=num_stages,
-        divisible=[name for name in signature if name.endswith("_stride")],
+        divisible=[n for n in signature if n in divisible or n.endswith("_stride")],
     )
     print(f"sm_{capability}, {dtype}, {num_warps} warps, {constants}\n{format_table(compiled)}")
     return compiled
@@ -115,7 +117,48 @@ def test_merging_the_splits(capability):
     assert find_failures(compiled, {"merge_kernel": ("LDG.E.128", "STG.E.128")}) == []
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("channels", "copies"), [((64, 64), 1), ((512, 256), 2), pytest.param((16, 3), 1, marks=SLOW)]
+)
+def test_convolution_uses_tensor_cores(channels, copies, capability):
+    inner, outer = channels
+    constants = convolution.blocks_of(outer, inner)
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    kernel = {name: 3 for name in ("KT", "KH", "KW")}
+    strides = {name: 1 for name in ("TIME_STRIDE", "ROW_STRIDE", "COLUMN_STRIDE")}
+    last = {name: 1 for name in ("x_channel_stride", "past_channel_stride", "out_channel_stride")}
+    options = {"REPEATS": copies, "COPIES": copies, "REPLICATE": False, "PIXELS": False}
+    compiled = build(
+        convolution.causal_conv3d_kernel,
+        torch.bfloat16,
+        constants | kernel | strides | last | options,
+        capability,
+        warps,
+        stages,
+        divisible=("in_channels", "out_channels", "row_stride", "column_stride"),
+    )
+    required = ("HGMMA", "LDGSTS.E.BYPASS.128")
+    if capability == 80:
+        required = ("HMMA", "LDGSTS.E.BYPASS.LTC128B.128")
+    assert find_failures(compiled, {"causal_conv3d_kernel": required}) == []
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_activation_moves_16_bytes_per_access(capability):
+    constants = {"CHANNELS": 128, "WIDTH": 128, "ROWS": convolution.ROWS, "EPS": 1e-6}
+    constants |= {"SILU": True, "channel_stride": 1}
+    compiled = build(
+        convolution.activate_kernel,
+        torch.bfloat16,
+        constants,
+        capability,
+        divisible=("row_stride", "column_stride"),
+    )
+    assert find_failures(compiled, {"activate_kernel": ("LDG.E.128", "STG.E.128")}) == []
+
+
 def test_every_kernel_of_the_package_is_here():
     folder = Path(attention.__file__).parents[1]
     found = {path.parent.name for path in folder.glob("*/triton_kernels.py")}
-    assert found == {"cached_attention", "kv_append", "qk_norm_rope"}
+    assert found == {"cached_attention", "causal_conv3d", "kv_append", "qk_norm_rope"}

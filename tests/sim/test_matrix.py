@@ -21,6 +21,16 @@ def test_descriptors(machine, n, swizzle, ta, tb):
     np.testing.assert_allclose(c, from_bf16(a) @ from_bf16(b).T, atol=1e-4)
 
 
+@pytest.mark.parametrize("width, first", [(8, 0), (10, 0), (10, 1), (10, 12), (13, 7), (9, 57)])
+def test_descriptors_of_a_halo_tile(machine, width, first):
+    random = np.random.default_rng(0)
+    a, b = (to_bf16(random.standard_normal((rows, 64))) for rows in (64, 128))
+    c = nan_filled(64, 64)
+    assert machine.launch("run_multiply_halo", width, first, a, b, c) is None
+    pixels = first + np.arange(8)[:, None] * width + np.arange(8)
+    np.testing.assert_allclose(c, from_bf16(a) @ from_bf16(b)[pixels.ravel()].T, atol=1e-4)
+
+
 @pytest.mark.parametrize("n", [8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256])
 @pytest.mark.parametrize("e4m3", [0, 1])
 def test_register_operand(machine, n, e4m3):

@@ -65,6 +65,17 @@ EXPORT const char* run_multiply(int n, int swizzle, int ta, int tb, void* a, voi
   return "run_multiply: no such case";
 }
 
+EXPORT const char* run_multiply_halo(int width, int first, void* a, void* b, float* c,
+                                     void* stream) {
+  constexpr int kN = 64, kPixels = 128;
+  TensorMap ta, tb;
+  const char* error = make_map(&ta, a, 2, 64, 64, 64, 64, SW_128);
+  if (error == nullptr) error = make_map(&tb, b, 2, kPixels, 64, kPixels, 64, SW_128);
+  if (error != nullptr) return error;
+  return HOPPER_LAUNCH((matrix::multiply_halo<kN, kPixels>), dim3(1), dim3(128), 32 * 1024, stream,
+                       ta, tb, c, width, first);
+}
+
 EXPORT const char* run_multiply_registers(int n, int e4m3, void* a, void* b, float* c,
                                           void* stream) {
   return multiply_registers_any<8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256>(n, e4m3, a, b, c,

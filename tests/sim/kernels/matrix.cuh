@@ -74,6 +74,52 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
   }
 }
 
+// K = 64, 128-byte swizzle. B is a picture of `width` columns, (pixels, 64): column 8 g + i of the
+// product is pixel first + g width + i, as a convolution reads a halo tile. So descriptors start
+// anywhere in the swizzle's pattern of 8 rows, and groups of 8 lie any number of rows apart.
+template <int N, int kPixels>
+HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
+    multiply_halo(HOPPER_GRID_CONSTANT const TensorMap ta, HOPPER_GRID_CONSTANT const TensorMap tb,
+                  float* c, int width, int first) {
+  struct Shared {
+    alignas(1024) uint16_t a[64 * 64];
+    alignas(1024) uint16_t b[kPixels * 64];
+    uint64_t full;
+  };
+  HOPPER_SHARED(raw);
+  auto& shared = *reinterpret_cast<Shared*>(raw);
+  if (threadIdx.x == 0) {
+    mbar_init(&shared.full, 1);
+    fence_barrier_init();
+  }
+  cta_sync();
+  if (threadIdx.x == 0) {
+    mbar_arrive_expect_tx(&shared.full, sizeof(shared.a) + sizeof(shared.b));
+    tma_load_2d(shared.a, &ta, &shared.full, 0, 0);
+    tma_load_2d(shared.b, &tb, &shared.full, 0, 0);
+  }
+  mbar_wait(&shared.full, 0);
+  float d[N / 2];
+  reg_fence(d);
+  wgmma_fence();
+  HOPPER_UNROLL
+  for (int step = 0; step < 4; ++step) {
+    wgmma_ss<N, 0, 0>(
+        d, make_desc(smem_u32(shared.a) + step * 32, 16, 1024, SW_128),
+        make_desc(smem_u32(shared.b) + first * 128 + step * 32, 16, width * 128, SW_128),
+        step != 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  reg_fence(d);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  HOPPER_UNROLL
+  for (int i = 0; i < N / 2; ++i) {
+    const int row = warp * 16 + lane / 4 + (i / 2 & 1) * 8;
+    c[row * N + i / 4 * 8 + (lane % 4) * 2 + (i & 1)] = d[i];
+  }
+}
+
 // K = 32 bytes. A comes from registers: (64, K) in global memory; B is (N, K), K-major.
 template <int N, bool kE4m3>
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
