@@ -2,8 +2,8 @@
 
 On a GPU, at 736x416: every peer is the plain composition (concatenate the past, pad, convolve,
 add), compiled with max-autotune, in the layout that its name says; CUDA graphs replay both sides of
-the step. Run with `pytest benchmarks/bench_vae_decoder.py --device cuda`; `--device dry` cuts the cases
-down to a CPU. What to expect: `python benchmarks/decoder_model.py`.
+the step. Run with `pytest benchmarks/bench_vae_decoder.py --device cuda`; `--device dry` cuts the
+cases down to a CPU. What to expect: `python benchmarks/decoder_model.py`.
 """
 
 from dataclasses import replace

@@ -125,11 +125,15 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
   }
 }
 
-HOPPER_DEVICE int floor_div(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
+// Taps of a kernel, [first, last).
+struct Taps {
+  int first, last;
+};
 
-// Whether tap i of a kernel falls on input element `element`, for one copy of an output element.
-HOPPER_DEVICE bool falls_on(int element, int i, int lead, int repeats, int copy) {
-  return floor_div(copy + i - lead, repeats) == element;
+// Those that fall on input element `element`, for one copy of an output element.
+HOPPER_DEVICE Taps taps_on(int element, int kernel, int lead, int repeats, int copy) {
+  const int first = element * repeats - copy + lead, last = first + repeats;
+  return {first < 0 ? 0 : first, last < kernel ? last : kernel};
 }
 
 // The weight of one element of the folded kernels: the sum of the taps that fall on it, rounded
@@ -145,15 +149,14 @@ HOPPER_DEVICE uint16_t folded_weight(const PackParams& pack, const CausalConv3dP
   const int tap_time = tap % params.taps_time, which = tap / params.taps_time;
   const ConvPhase& phase = params.phase[which];
   const int copy_time = which / (params.copies * params.copies);
+  const Taps ts =
+      taps_on(phase.tap_time + tap_time, pack.kt, pack.kt - 1, params.repeats, copy_time);
+  const Taps ys = taps_on(phase.tap_y + tap_y, pack.kh, pack.kh / 2, params.copies, phase.out_y);
+  const Taps xs = taps_on(phase.tap_x + tap_x, pack.kw, pack.kw / 2, params.copies, phase.out_x);
   float sum = 0.0f;
-  for (int t = 0; t < pack.kt; ++t) {
-    if (not falls_on(phase.tap_time + tap_time, t, pack.kt - 1, params.repeats, copy_time)) {
-      continue;
-    }
-    for (int y = 0; y < pack.kh; ++y) {
-      if (not falls_on(phase.tap_y + tap_y, y, pack.kh / 2, params.copies, phase.out_y)) continue;
-      for (int x = 0; x < pack.kw; ++x) {
-        if (not falls_on(phase.tap_x + tap_x, x, pack.kw / 2, params.copies, phase.out_x)) continue;
+  for (int t = ts.first; t < ts.last; ++t) {
+    for (int y = ys.first; y < ys.last; ++y) {
+      for (int x = xs.first; x < xs.last; ++x) {
         const int64_t at = out * pack.stride[0] + in * pack.stride[1] + t * pack.stride[2] +
                            y * pack.stride[3] + x * pack.stride[4];
         sum += float_from_bits(static_cast<uint32_t>(load_readonly(pack.weight + at)) << 16);

@@ -43,7 +43,7 @@ def decode(vae, latent, plan, pixels=False):
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_of_any_length_give_the_same_bits(name):
     vae = make_vae(name).bfloat16()
-    latent = torch.randn(1, 16, 4, 2, 4).bfloat16()
+    latent = torch.randn(1, 16, 4, 2, 2).bfloat16()
     with use_backend("sim"):
         whole = decode(vae, latent, (4,))
         for plan in ((1, 1, 1, 1), (1, 3), (1, 2, 1)):
