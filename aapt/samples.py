@@ -1,6 +1,6 @@
 """Videos from a generator while it is trained: batched rollouts, and a sheet of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -11,6 +11,8 @@ from .data.clips import ClipBatch
 from .student_forcing import StudentRollout
 from .vae import CausalVAE
 from .world_model import WorldModel
+
+SHOWN_ROWS = 160  # smaller frames are enlarged
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def roll_out(
 
 
 @torch.no_grad()
-def decode_frames(vae: CausalVAE, latents: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def decode_frames(vae: CausalVAE, latents: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each latent frame (B, C, 1, h, w) of a stream with its video: uint8 (B, F, H, W, 3)."""
     state = None
     for latent in latents:
@@ -83,12 +85,13 @@ def sample_sheet(
         )
     seconds = [frame * vae.config.time_factor / fps for frame in wanted]
     groups = [[(f"{i}\ntruth", truth[i]), ("model", model_video[i])] for i in range(len(latents))]
-    return contact_sheet(groups, [f"{second:.3g} s" for second in seconds])
+    scale = max(1, SHOWN_ROWS // truth.shape[2])
+    return contact_sheet(groups, [f"{second:.3g} s" for second in seconds], scale)
 
 
-def _last_frames(vae: CausalVAE, latents: Iterator[Tensor], wanted: Sequence[int]) -> Tensor:
+def _last_frames(vae: CausalVAE, latents: Iterable[Tensor], wanted: Sequence[int]) -> Tensor:
     """The last video frame of each wanted latent frame: uint8 (B, len(wanted), H, W, 3)."""
-    video = enumerate(decode_frames(vae, latents))
+    video = zip(range(wanted[-1] + 1), decode_frames(vae, latents))
     return torch.stack([pixels[:, -1] for i, (_, pixels) in video if i in wanted], dim=1)
 
 

@@ -12,15 +12,28 @@ from .checkpoint import save_tensors
 from .monitor import plain_number
 
 
-class RecordedClips:
-    """Clips that remember in `drawn` what is drawn from them: one for each update."""
+class RecordedSets:
+    """Sets of clips that remember in `drawn` what is drawn from them: one for each update.
 
-    def __init__(self, clips):
-        self.clips = clips
+    >>> recorded = RecordedSets(sets)
+    >>> metrics = stage.accumulate(recorded, random, step)
+    """
+
+    def __init__(self, sets: Mapping[str, Any]):
+        self.sets = sets
         self.drawn: list[Any] = []
 
+    def __getitem__(self, name: str) -> "RecordedClips":
+        return RecordedClips(self.sets[name], self.drawn)
+
+
+class RecordedClips:
+    """One of the sets: its batches go into `drawn` too."""
+
+    def __init__(self, clips: Any, drawn: list[Any]):
+        self.clips, self.drawn = clips, drawn
+
     def sample(self, *args, **kwargs):
-        """As the clips' own."""
         batch = self.clips.sample(*args, **kwargs)
         self.drawn.append(batch)
         return batch

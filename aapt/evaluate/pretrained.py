@@ -89,7 +89,11 @@ class TorchScriptFeatures(nn.Module):
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{self.message} of {tuple(pictures.shape)}: {reason}") from None
-        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(pictures):
+        if (
+            not isinstance(features, Tensor)
+            or features.dim() != 2
+            or len(features) != len(pictures)
+        ):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features)
             raise ValueError(f"{self.message}, got {shape} for {len(pictures)} pictures")
         return features
