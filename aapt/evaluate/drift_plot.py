@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from ..figures import COLOURS, MUTED, new_figure
@@ -26,16 +27,16 @@ AXES = (("yaw", "yaw_correlation", "-", "o"), ("forward", "forward_correlation",
 def plot_drift(report: Report) -> Figure:
     """Panels over the seconds of video. The truth is grey; dotted lines are what chance gives."""
     figure, axes = new_figure(len(PANELS) + 1, columns=3)
-    colours = dict(zip(report.checkpoints, COLOURS * len(report.checkpoints)))
+    colours = {TRUTH: MUTED, **dict(zip(report.checkpoints, cycle(COLOURS)))}
     for axis, (metric, title) in zip(axes, PANELS):
         axis.set_title(title, fontsize=10)
         for source, line in report.timelines.items():
             values = [math.nan if v is None else v for v in getattr(line, metric)]
-            style = {"color": colours[source], "linewidth": 1.6}
-            if source == TRUTH:
-                style = {"color": MUTED, "linewidth": 1.2, "linestyle": "--"}
-            marker = "o" if len(values) == 1 else ""
-            axis.plot(line.seconds, values, marker=marker, label=source, **style)
+            style = "--" if source == TRUTH else "-"
+            marker = "o" if len(values) == 1 else None
+            axis.plot(
+                line.seconds, values, style, color=colours[source], marker=marker, label=source
+            )
         if metric == "palette_error":
             _chance(axis, report.same_theme, "another place of the theme")
             _chance(axis, report.other_theme, "another theme")
@@ -63,10 +64,10 @@ def _obedience(axis: Axes, report: Report, colours: dict[str, str]) -> None:
     middles = [window.middle for window in windows]
     for name, field, line, marker in AXES:
         style = {"linestyle": line, "marker": marker, "markersize": 3.5, "linewidth": 1.2}
-        for source in (TRUTH, *report.checkpoints):
+        for source in report.timelines:
             found = [getattr(report.windows[window.name][source], field) for window in windows]
             values = [math.nan if value is None else value for value in found]
-            axis.plot(middles, values, color=colours.get(source, MUTED), **style)
+            axis.plot(middles, values, color=colours[source], **style)
         axis.plot([], [], color=MUTED, label=name, **style)
     axis.set_ylim(top=1.02)
     axis.legend(fontsize=7, frameon=False, loc="lower left")

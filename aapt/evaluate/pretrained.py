@@ -55,7 +55,7 @@ class PretrainedDistance:
         metric = self._metric(self.network, input_img_size=tuple(real.shape[1:]))
         for samples, is_real in ((made, False), (real, True)):
             for batch in samples.split(BATCH):
-                metric.update(batch if self.kind == "fid" else batch.float(), real=is_real)
+                metric.update(batch, real=is_real)
         return metric.compute().item()
 
     def _samples(self, videos: Tensor) -> Tensor:
@@ -81,12 +81,13 @@ class TorchScriptFeatures(nn.Module):
         known = ("return_features", "rescale", "resize")
         names = {argument.name for argument in self.network.forward.schema.arguments}
         self.arguments = {name: True for name in known if name in names}
+        self.dtype = torch.uint8 if kind == "fid" else torch.float32
         self.message = f"{kind}: expected {path} to return features (N, D)"
 
     def forward(self, pictures: Tensor) -> Tensor:
         try:
-            features = self.network(pictures, **self.arguments)
-        except RuntimeError as error:
+            features = self.network(pictures.to(self.dtype), **self.arguments)
+        except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{self.message} of {tuple(pictures.shape)}: {reason}") from None
         if (

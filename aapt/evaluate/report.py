@@ -99,7 +99,8 @@ class Report:
             f"yaw {_shown(self.probe.yaw, '{:.3f}')}, "
             f"forward {_shown(self.probe.forward, '{:.3f}')}"
         )
-        title = ", ".join(f"{name} {folder}" for name, folder in self.checkpoints.items())
+        paths = self.checkpoints.items()
+        title = ", ".join(name if name == path else f"{name}: {path}" for name, path in paths)
         table = Table(title=title, caption=caption)
         table.add_column("window")
         table.add_column("source")
