@@ -8,11 +8,12 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich import progress
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.text import Text
 
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 30.0  # of a log file; a terminal is refreshed all the time
@@ -32,7 +33,7 @@ class Monitor:
         name: Of the stage.
         steps: Updates of the whole run.
         start_step: The first update of this run.
-        console: Where progress goes, None for standard error: a live line on a terminal, elsewhere
+        console: Where progress goes, None for standard error: live lines on a terminal, elsewhere
             one line every `seconds_between_lines`.
     """
 
@@ -64,10 +65,9 @@ class Monitor:
             progress.BarColumn(bar_width=20),
             progress.MofNCompleteColumn(),
             progress.TextColumn("[green]{task.fields[rate]}[/]"),
-            progress.TextColumn("{task.fields[metrics]}"),
         )
         live = self.console.is_terminal
-        self._bar = progress.Progress(*columns, console=self.console, disable=not live)
+        self._bar = LiveLines(*columns, console=self.console, disable=not live)
         self._task = self._bar.add_task(
             self.name, total=self.steps, completed=self.start_step, rate="", metrics=""
         )
@@ -103,6 +103,14 @@ class Monitor:
         rest = round((self.steps - step - 1) * seconds)
         clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
         return f"{1 / max(seconds, 1e-9):.3g} it/s  ETA {clock}"
+
+
+class LiveLines(progress.Progress):
+    """A progress bar with the metrics under it, which may need more than a line."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["metrics"], style="dim") for task in self.tasks)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

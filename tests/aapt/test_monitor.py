@@ -110,9 +110,9 @@ def test_a_log_file_gets_no_more_lines_than_were_asked_for(tmp_path):
     assert [line.split()[1] for line in lines] == ["1/10", "10/10"]  # the first and the last
 
 
-def test_a_terminal_gets_one_live_line(tmp_path):
+def test_a_terminal_gets_a_live_bar_and_all_metrics(tmp_path):
     shown = io.StringIO()
-    console = Console(file=shown, force_terminal=True, width=120)
+    console = Console(file=shown, force_terminal=True, width=60)
     run(tmp_path, range(10), console=console)
     assert "10/10" in shown.getvalue() and "loss 2.25" in shown.getvalue()
     assert "it/s  ETA" in shown.getvalue()
