@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class _Frame(NamedTuple):
 def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]:
     """Clips in order of time, and what could not be used: of the sample or of one clip.
 
-    Only an OSError of the disk itself gets out.
+    Only an OSError of the source's disk gets out: all that follows would fail with it.
     """
     try:
         if sample.video is None:
@@ -108,6 +109,10 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
                     yield skipped
     except Skipped as skipped:
         yield skipped
+    except Exception as error:  # whatever a strange file makes of a library, the others go on
+        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
+            raise
+        yield Skipped("cannot be decoded", f"{type(error).__name__}: {error}")
 
 
 def _windows(

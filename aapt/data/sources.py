@@ -45,7 +45,7 @@ class Blob:
                 file.seek(self.offset)
                 return io.BytesIO(file.read(self.size))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise Skipped("unreadable", f"{self.path}: {error.strerror}") from None
+            raise Skipped("unreadable", error.strerror) from None
 
     def text(self, reason: str) -> str:
         """The whole as UTF-8; Skipped for `reason` where it is not."""
@@ -150,6 +150,10 @@ def _tar_samples(name: str, path: Path) -> list[Sample]:
             for member in archive:
                 if member.isreg() and not member.issparse():
                     files[member.name] = Blob(path, member.offset_data, member.size)
+            # tarfile takes whatever follows the first member for the end
+            archive.fileobj.seek(archive.offset)
+            if archive.offset > path.stat().st_size or archive.fileobj.read(512).strip(b"\0"):
+                broken = f"after {len(files)} files: damaged or truncated"
     except (tarfile.TarError, OSError, ValueError) as error:
         broken = f"after {len(files)} files: {error}"
     samples = _group(files, name + "//")

@@ -48,9 +48,9 @@ def pictures(file: BinaryIO) -> Iterator[Picture]:
 
     Skipped when there is none, and where decoding fails: what came before is good.
     """
-    last = None
+    start, last = 0.0, None
     try:
-        with av.open(file) as container:
+        with av.open(file, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise Skipped("no video", "the file has no video stream")
             stream = container.streams.video[0]
@@ -64,7 +64,8 @@ def pictures(file: BinaryIO) -> Iterator[Picture]:
                     time = float(index / stream.average_rate)
                 if time is None:
                     raise Skipped("cannot be decoded", f"{_after(last)}: a picture without a time")
-                start = time if last is None else start
+                if last is None:
+                    start = time
                 if last is None or time - start > last.time:
                     last = Picture(index, time - start, frame, aspect)
                     yield last
