@@ -104,7 +104,7 @@ def encode(
                 outcome = Outcome(samples[number].name)
                 for clip in clips:
                     if stop():
-                        return folder.index()
+                        return folder.save()
                     if isinstance(clip, Skipped):
                         outcome.skipped.append([clip.reason, clip.detail])
                         continue
@@ -121,10 +121,10 @@ def encode(
                 folder.record(number, outcome)
         for bucket in sorted(shards):
             folder.write(bucket, shards[bucket], report)
-        folder.finish()
+        folder.complete = True
+        return folder.save()
     except (OSError, SafetensorError) as error:
         raise EncodeError(f"{error}; {folder.contents()}") from None
-    return folder.index()
 
 
 def read_ahead(
@@ -242,7 +242,7 @@ class ShardFolder:
             raise ValueError(f"out: expected a new folder or one of encoded clips, got {out}")
         else:
             out.mkdir(parents=True, exist_ok=True)
-            self._write_index()
+            self.save()
 
     def _resume(self, samples: list[Sample]) -> None:
         index = read_index(self.out)
@@ -301,7 +301,7 @@ class ShardFolder:
             entry["ray_squares"] = (shard.squares / len(shard.clips)).tolist()
         self.shards[bucket] = [*shards, entry]
         self.written[bucket] += len(shard.clips)
-        self._write_index()
+        self.save()
         report(f"{name}: {len(shard.clips)} clips; {len(self.outcomes)} of {self.videos} videos")
 
     def record(self, number: int, outcome: Outcome) -> None:
@@ -311,12 +311,11 @@ class ShardFolder:
                 file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
             self._add(outcome)
 
-    def finish(self) -> None:
-        self.complete = True
-        self._write_index()
-
-    def _write_index(self) -> None:
-        write_json(self.out / INDEX, self.index())
+    def save(self) -> dict[str, Any]:
+        """Write the index, and return it."""
+        index = self.index()
+        write_json(self.out / INDEX, index)
+        return index
 
     def index(self) -> dict[str, Any]:
         """What `index.json` says: the encoding, the shards, and the counts over all videos."""

@@ -81,7 +81,7 @@ def parse_trajectory(text: str) -> Trajectory:
             number = lines[int(good.int().argmin())][0]
             raise Skipped(REASON, f"line {number}: expected {expected}")
 
-    times, lens, matrices = table[:, 0] * 1e-6, table[:, 1:5], table[:, 7:].unflatten(1, (3, 4))
+    times, lens, matrices = table[:, 0] / 1e6, table[:, 1:5], table[:, 7:].unflatten(1, (3, 4))
     require(table.isfinite().all(dim=1), "finite numbers")
     require(times.diff(prepend=times[:1] - 1) > 0, "a later timestamp than the line before")
     require((lens[:, :2] > 0).all(dim=1), "focal lengths above 0")

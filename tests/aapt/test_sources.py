@@ -20,7 +20,14 @@ def tar(path, files):
 
 def test_a_tree_is_read_in_the_order_of_names(tmp_path):
     names = ["b/2.mp4", "b/10.webm", "a.v1.mkv", "c.MOV"]
-    for name in [*reversed(names), "a.v1.txt", "b/2.json", "b/2.camera.txt", ".hidden.mp4", "n.jpg"]:
+    for name in [
+        *reversed(names),
+        "a.v1.txt",
+        "b/2.json",
+        "b/2.camera.txt",
+        ".hidden.mp4",
+        "n.jpg",
+    ]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     tar(tmp_path / "b" / "5.tar", {"y.txt": b"why", "y.mp4": b"Y", "x.mp4": b"X"})
@@ -45,7 +52,9 @@ def test_one_tar_or_one_video_is_a_source_too(tmp_path):
 
 
 def test_no_source(tmp_path):
-    with pytest.raises(ValueError, match="videos: expected a folder, a .tar or a video, got .*none"):
+    with pytest.raises(
+        ValueError, match="videos: expected a folder, a .tar or a video, got .*none"
+    ):
         find_samples(tmp_path / "none")
     with pytest.raises(ValueError, match="videos: expected videos or .tar shards in .*found none"):
         find_samples(tmp_path)
