@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 
 class Bucket(NamedTuple):
@@ -30,41 +29,31 @@ class Bucket(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """The part of a source picture (columns, rows) that is kept, and the size it is brought to.
+    """A source of (columns, rows) is brought to a size, and the bucket is cut out of that.
 
     Pictures, keypoints and lenses go through the same crop, so they stay together.
     """
 
     source: tuple[int, int]
-    left: float  # in pixels of the source, like the next three
-    top: float
-    width: float
-    height: float
+    scaled: tuple[int, int]
+    left: int
+    top: int
     bucket: Bucket
 
-    def picture(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (rows, columns, 3) -> (bucket.height, bucket.width, 3)."""
-        box = (self.left, self.top, self.left + self.width, self.top + self.height)
-        image = Image.fromarray(pixels).resize(self.bucket, Image.Resampling.LANCZOS, box=box)
-        return np.asarray(image)
+    def window(self, pixels: np.ndarray) -> np.ndarray:
+        """The bucket's part of a scaled picture (rows, columns, 3)."""
+        rows = slice(self.top, self.top + self.bucket.height)
+        return pixels[rows, self.left : self.left + self.bucket.width]
 
     def points(self, points: np.ndarray) -> np.ndarray:
         """(..., 2) of (x, y) in pixels of the source -> pixels of the bucket."""
-        scale = self.bucket.width / self.width, self.bucket.height / self.height
-        return (points - (self.left, self.top)) * scale
+        return points * np.divide(self.scaled, self.source) - (self.left, self.top)
 
     def lens(self, lens: np.ndarray) -> np.ndarray:
         """(fx, fy, cx, cy) in shares of the source's width and height -> of the bucket's."""
-        fx, fy, cx, cy = lens
-        columns, rows = self.source
-        return np.array(
-            [
-                fx * columns / self.width,
-                fy * rows / self.height,
-                (cx * columns - self.left) / self.width,
-                (cy * rows - self.top) / self.height,
-            ]
-        )
+        scale = np.divide(self.scaled, self.bucket)
+        focal, centre = lens[:2] * scale, lens[2:] * scale
+        return np.concatenate([focal, centre - np.divide((self.left, self.top), self.bucket)])
 
 
 def crop(columns: int, rows: int, bucket: Bucket, pixel_aspect: float = 1.0) -> Crop:
@@ -72,10 +61,11 @@ def crop(columns: int, rows: int, bucket: Bucket, pixel_aspect: float = 1.0) -> 
 
     `pixel_aspect` is the width of a source pixel over its height.
     """
-    aspect = bucket.width / bucket.height / pixel_aspect  # in source pixels
-    width, height = min(columns, rows * aspect), min(rows, columns / aspect)
-    left, top = (columns - width) / 2, (rows - height) / 2
-    return Crop((columns, rows), left, top, width, height, bucket)
+    scale = max(bucket.width / (columns * pixel_aspect), bucket.height / rows)
+    width = max(bucket.width, round(columns * pixel_aspect * scale))
+    height = max(bucket.height, round(rows * scale))
+    left, top = (width - bucket.width) // 2, (height - bucket.height) // 2
+    return Crop((columns, rows), (width, height), left, top, bucket)
 
 
 def choose(buckets: Sequence[Bucket], columns: int, rows: int, pixel_aspect: float = 1.0) -> Bucket:
@@ -83,10 +73,10 @@ def choose(buckets: Sequence[Bucket], columns: int, rows: int, pixel_aspect: flo
     not enlarge it, else the smallest."""
 
     def preference(bucket: Bucket):
-        part = crop(columns, rows, bucket, pixel_aspect)
-        kept = round(part.width * part.height / (columns * rows), 2)  # 1 % off is the same shape
-        enlarged = bucket.height > part.height
+        width, height = crop(columns, rows, bucket, pixel_aspect).scaled
         area = bucket.width * bucket.height
+        kept = round(area / (width * height), 2)  # 1 % off is the same shape
+        enlarged = height > rows
         return kept, not enlarged, -area if enlarged else area, bucket
 
     return max(buckets, key=preference)

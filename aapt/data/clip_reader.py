@@ -129,7 +129,7 @@ def _windows(
         elif picture.size != part.source:
             raise Skipped("size changes", f"at {time:.3f} s from {part.source} to {picture.size}")
         again = window and window[-1].index == picture.index
-        pixels = window[-1].pixels if again else part.picture(picture.pixels())
+        pixels = window[-1].pixels if again else part.window(picture.pixels(*part.scaled))
         window.append(_Frame(time, picture.time, picture.index, pixels))
         count += 1
         if count >= config.frames and (count - config.frames) % config.stride == 0:

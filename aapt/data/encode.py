@@ -94,8 +94,8 @@ def encode(
     folder = ShardFolder(out, _encoding(vae, config, shard_clips), samples)
     if folder.complete:
         return folder.index()
-    if folder.outcomes:
-        report(f"{out}: going on after {folder.written.total()} clips")
+    if folder.written:
+        report(f"{folder.contents()}: going on")
     todo = [number for number in range(len(samples)) if not folder.is_done(number)]
     shards: dict[str, Shard] = {}
     try:

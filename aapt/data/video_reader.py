@@ -6,9 +6,13 @@ from typing import BinaryIO
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from .sources import Skipped
+
+# Exact on every processor, and with colours at the full resolution.
+SCALING = Interpolation.LANCZOS | Interpolation.BITEXACT
+SCALING |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Picture:
     time: float  # seconds after the file's first picture
     frame: av.VideoFrame
     stored_aspect: float  # width of a pixel over its height, before turning
+    scaler: VideoReformatter  # of the file: keeps its filters from picture to picture
 
     @property
     def turns(self) -> int:
@@ -36,11 +41,11 @@ class Picture:
         """Width of a pixel over its height, upright."""
         return 1 / self.stored_aspect if self.turns % 2 else self.stored_aspect
 
-    def pixels(self) -> np.ndarray:
-        """uint8 (rows, columns, 3), upright."""
-        precise = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-        rgb = self.frame.to_ndarray(format="rgb24", interpolation=precise)
-        return np.ascontiguousarray(np.rot90(rgb, self.turns))
+    def pixels(self, columns: int, rows: int) -> np.ndarray:
+        """uint8 (rows, columns, 3), upright, scaled to that size."""
+        width, height = (rows, columns) if self.turns % 2 else (columns, rows)
+        rgb = self.scaler.reformat(self.frame, width, height, "rgb24", interpolation=SCALING)
+        return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), self.turns))
 
 
 def pictures(file: BinaryIO) -> Iterator[Picture]:
@@ -48,7 +53,7 @@ def pictures(file: BinaryIO) -> Iterator[Picture]:
 
     Skipped when there is none, and where decoding fails: what came before is good.
     """
-    start, last = 0.0, None
+    start, last, scaler = 0.0, None, VideoReformatter()
     try:
         with av.open(file, metadata_errors="ignore") as container:
             if not container.streams.video:
@@ -67,7 +72,7 @@ def pictures(file: BinaryIO) -> Iterator[Picture]:
                 if last is None:
                     start = time
                 if last is None or time - start > last.time:
-                    last = Picture(index, time - start, frame, aspect)
+                    last = Picture(index, time - start, frame, aspect, scaler)
                     yield last
     except av.FFmpegError as error:
         raise Skipped("cannot be decoded", f"{_after(last)}: {error.strerror}") from None

@@ -47,17 +47,27 @@ def test_of_one_shape_the_largest_that_is_not_enlarged():
 
 def test_crop_by_hand():
     part = crop(200, 100, Bucket(32, 32))  # the middle square
-    assert (part.left, part.top, part.width, part.height) == (50, 0, 100, 100)
-    pixels = np.zeros((100, 200, 3), np.uint8)
-    pixels[:, 50:100], pixels[:, 100:150] = 90, 200
-    fitted = part.picture(pixels)
-    assert fitted.shape == (32, 32, 3)
-    assert (fitted[:, 4:14] == 90).all() and (fitted[:, 18:28] == 200).all()
+    assert part.scaled == (64, 32) and (part.left, part.top) == (16, 0)
+    pixels = np.arange(32 * 64 * 3).reshape(32, 64, 3)
+    assert np.array_equal(part.window(pixels), pixels[:, 16:48])
     np.testing.assert_allclose(part.points(np.array([[50, 0], [100, 25]])), [[0, 0], [16, 8]])
     # fx = 0.6 of 200 pixels is 120 of 100; the centre 10 pixels right of the middle stays there
     np.testing.assert_allclose(part.lens(np.array([0.6, 1.2, 0.55, 0.5])), [1.2, 1.2, 0.6, 0.5])
 
 
+def test_crop_of_odd_sizes_stays_together():
+    """A size that does not divide is scaled by less than a pixel off; points and lens know it."""
+    part = crop(333, 101, Bucket(64, 32))
+    assert part.scaled == (106, 32) and part.left == 21
+    centre = part.points(np.array([[333 / 2, 101 / 2]]))[0]
+    np.testing.assert_allclose(centre, [32, 16])
+    np.testing.assert_allclose(part.lens(np.array([1.0, 1.0, 0.5, 0.5]))[2:], centre / (64, 32))
+    point = part.points(np.array([[100.0, 10.0]]))[0]
+    np.testing.assert_allclose(point, [100 * 106 / 333 - 21, 320 / 101])
+
+
 def test_crop_of_wide_pixels():
     part = crop(100, 100, Bucket(64, 32), pixel_aspect=2.0)  # 200 x 100 on the screen
-    assert (part.left, part.top, part.width, part.height) == (0, 0, 100, 100)
+    assert part.scaled == (64, 32) and (part.left, part.top) == (0, 0)
+    part = crop(100, 200, Bucket(64, 32), pixel_aspect=0.5)  # 50 x 200: enlarged, and the middle
+    assert part.scaled == (64, 256) and (part.left, part.top) == (0, 112)

@@ -148,9 +148,10 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_pa
 
     index = run(videos, vae, out, stop=stop)
     assert not index["complete"] and index == json.loads((out / "index.json").read_text())
-    said = []
+    kept, said = sum(bucket["clips"] for bucket in index["buckets"].values()), []
     run(videos, vae, out, report=said.append)
     assert content(out) == content(whole)
+    assert (f"{out} holds {kept} clips in {kept // 2} whole shards: going on" in said) == (kept > 0)
 
 
 def test_a_killed_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_path, monkeypatch):
@@ -336,6 +337,11 @@ def test_the_command(command, whole, videos, tmp_path, capsys):
     assert output.err.splitlines()[0] == "32x16/00000.safetensors: 2 clips; 0 of 9 videos"
     assert command(videos, *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(ours["index.json"])
+
+
+def test_help_has_examples(capsys):
+    assert cli.main(["encode", "--help"]) == 0
+    assert "Examples:\n    aapt encode" in capsys.readouterr().out
 
 
 def test_the_command_says_what_is_wrong(command, videos, whole, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 from aapt.data.sources import Skipped
 from aapt.data.video_reader import at_rate, pictures
+from aapt.media import open_video
 
 from .videos import grey, numbers, sound, video
 
@@ -29,12 +30,12 @@ def read(data):
 def shown(data, fps, start=0.0, end=float("inf")):
     """[(time, number of the picture)]"""
     found = at_rate(pictures(io.BytesIO(data)), fps, start, end)
-    return [(time, numbers(picture.pixels())) for time, picture in found]
+    return [(time, numbers(picture.pixels(*picture.size))) for time, picture in found]
 
 
 def test_pictures_have_times_and_numbers():
     found, error = read(video(grey(6)))
-    assert error is None and numbers([p.pixels() for p in found]) == list(range(6))
+    assert error is None and numbers([p.pixels(*p.size) for p in found]) == list(range(6))
     assert [p.index for p in found] == list(range(6))
     assert [p.time for p in found] == pytest.approx([n / 24 for n in range(6)], abs=6e-4)
     assert found[0].size == (48, 32) and found[0].pixel_aspect == 1
@@ -43,7 +44,11 @@ def test_pictures_have_times_and_numbers():
 @pytest.mark.parametrize("height, width", [(33, 17), (1, 1), (2, 95)])
 def test_odd_sizes(height, width):
     found, _ = read(video(grey(2, height, width)))
-    assert found[1].size == (width, height) and found[1].pixels().shape == (height, width, 3)
+    assert found[1].size == (width, height) and found[1].pixels(*found[1].size).shape == (
+        height,
+        width,
+        3,
+    )
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, -90])
@@ -56,7 +61,20 @@ def test_rotated_videos_are_turned_upright(rotation):
     for row in (0.2, 0.8):
         for column in (0.2, 0.8):
             y, x = int(row * expected.shape[0]), int(column * expected.shape[1])
-            assert abs(int(picture.pixels()[y, x, 0]) - int(expected[y, x, 0])) < 8
+            assert abs(int(picture.pixels(*picture.size)[y, x, 0]) - int(expected[y, x, 0])) < 8
+    small = picture.pixels(*np.floor_divide(picture.size, 2)).astype(int)
+    assert np.abs(small[4::8, 4::8, 0] - expected[8::16, 8::16, 0]).max() < 16
+
+
+def test_colours_are_those_of_the_file(tmp_path):
+    """BT.709, tagged, as `aapt generate` writes it; read as BT.601 pure red would be (255, 24, 0)."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 180, 30)]
+    with open_video(str(tmp_path / "a.mp4"), 32, 48, fps=24, scale=1) as writer:
+        for colour in colours:
+            writer.write(np.full((1, 32, 48, 3), colour, np.uint8))
+    found, _ = read((tmp_path / "a.mp4").read_bytes())
+    for picture, colour in zip(found, colours, strict=True):
+        assert np.abs(picture.pixels(24, 16)[8, 12].astype(int) - colour).max() <= 4
 
 
 def test_clocks_that_start_late_start_at_zero():
@@ -120,7 +138,7 @@ def test_a_file_that_ends_early_gives_what_is_whole(container, codec, error):
     assert got is None if error is None else got.startswith(error)
     assert len(found) == (0 if container == "mp4" else 11)
     for a, b in zip(whole, found):
-        assert np.array_equal(a.pixels(), b.pixels())
+        assert np.array_equal(a.pixels(*a.size), b.pixels(*b.size))
 
 
 def test_damage_ends_a_video_where_it_is():
