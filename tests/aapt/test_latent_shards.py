@@ -10,8 +10,14 @@ from safetensors.torch import save_file
 
 from aapt.conditioning import camera_rays
 from aapt.config import CameraConfig
+from aapt.curriculum import constant
 from aapt.data.latent_shards import DataError, LatentShards, Mixture, write_json
+from aapt.optimization import Schedule
 from aapt.randomness import ClipRandom
+from aapt.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+
+from .counting import train
+from .helpers import draws, tiny_model
 
 CAMERA = CameraConfig(1.1, 0.0, 0.0, 1.0, 1.0)
 LENGTH = 7  # latents of a clip
@@ -50,10 +56,6 @@ def folder_of(path, motion="none", buckets=("48x32",), offset=0):
         index["buckets"][bucket] = {"clips": sum(SHARDS), "shards": shards}
     write_json(path / "index.json", index)
     return path
-
-
-def draws(clips, seed=0, step=0):
-    return ClipRandom(seed, step, range(clips))
 
 
 def test_windows_of_every_clip_and_place(tmp_path):
@@ -113,6 +115,16 @@ def test_a_turn_is_seen_through_the_lens_of_its_clip(tmp_path):
     x = (0.5 / 6 - 0.5) / 0.8
     expected = (x * math.cos(TURN) + math.sin(TURN) - x, 0, math.cos(TURN) - x * math.sin(TURN) - 1)
     assert rays[0, 3:6, 0, 1, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_stage_trains_on_shards_of_several_sizes(tmp_path):
+    model = tiny_model(latent_channels=5).float()
+    folder = folder_of(tmp_path, "camera", buckets=("48x32", "32x48"))
+    parts = [LatentShards(folder, bucket, model.camera) for bucket in ("48x32", "32x48")]
+    curriculum = constant("clips", frames=2, batch=2, steps=4)
+    stage = DiffusionAdaptation(DiffusionConfig(curriculum, Schedule(1e-3)), model)
+    losses = [metrics["loss"] for metrics in train(stage, 4, Mixture(parts))]
+    assert all(math.isfinite(loss) for loss in losses) and len(set(losses)) == 4
 
 
 def test_buckets_of_a_folder(tmp_path):

@@ -67,7 +67,7 @@ def test_rotated_videos_are_turned_upright(rotation):
 
 
 def test_colours_are_those_of_the_file(tmp_path):
-    """BT.709, tagged, as `aapt generate` writes it; read as BT.601 pure red would be (255, 24, 0)."""
+    """Tagged BT.709, as `aapt generate` writes it; as BT.601 pure red would be (255, 24, 0)."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 180, 30)]
     with open_video(str(tmp_path / "a.mp4"), 32, 48, fps=24, scale=1) as writer:
         for colour in colours:
