@@ -29,7 +29,7 @@ from ..conditioning import camera_rays, through_lens
 from ..config import CameraConfig
 from ..vae import CausalVAE
 from .clip_reader import CutConfig, RawClip, read_clips
-from .latent_shards import FORMAT_VERSION, INDEX, read_index, write_json
+from .latent_shards import FORMAT_VERSION, INDEX, DataError, read_index, write_json
 from .procedural import to_video
 from .sources import Sample, Skipped, find_samples
 
@@ -91,7 +91,10 @@ def encode(
     another job, EncodeError where the output cannot be written or the source's disk fails.
     """
     samples = find_samples(source)
-    folder = ShardFolder(out, _encoding(vae, config, shard_clips), samples)
+    try:
+        folder = ShardFolder(out, _encoding(vae, config, shard_clips), samples)
+    except OSError as error:
+        raise EncodeError(f"{error}") from None
     if folder.complete:
         return folder.index()
     if folder.written:
@@ -260,8 +263,11 @@ class ShardFolder:
         if lines and not lines[-1].endswith(b"\n"):  # the disk was full, or the machine went down
             lines.pop()
             os.truncate(journal, sum(map(len, lines)))
-        for line in lines:
-            self._add(Outcome(**json.loads(line)))
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._add(Outcome(**json.loads(line)))
+            except (ValueError, TypeError):
+                raise DataError(f"{journal}: line {number}: expected a video's outcome") from None
         names = [sample.name for sample in samples]
         known = [outcome.video for outcome in self.outcomes]
         if known != names[: len(known)] or (self.complete and len(known) != len(names)):

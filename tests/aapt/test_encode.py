@@ -242,6 +242,16 @@ def test_a_full_disk_leaves_whole_shards(whole, videos, vae, tmp_path, monkeypat
     assert content(out) == content(whole)
 
 
+def test_an_output_that_cannot_be_made(videos, vae, whole, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(encode.EncodeError, match="Not a directory"):
+        run(videos, vae, tmp_path / "file" / "out")
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "videos.jsonl").write_text('{"video": "a"}\nscratched\n')
+    with pytest.raises(ValueError, match="videos.jsonl: line 2: expected a video's outcome"):
+        run(videos, vae, tmp_path / "out")
+
+
 def test_a_failing_source_stops_the_job(videos, vae, tmp_path, monkeypatch):
     def pictures(file):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
