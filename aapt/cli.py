@@ -21,6 +21,9 @@ import typer
 from rich import progress
 from rich.console import Console
 
+from .cli_measure import evaluate, plot
+from .command_line import InputError, Json, bad_input, say
+
 UsageError = typer.BadParameter.__base__  # wherever this version of typer keeps it
 MODEL = "tiny-world"
 MAX_SEED = 2**63 - 1
@@ -33,13 +36,10 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
+app.command("eval")(evaluate)
+app.command()(plot)
 
 Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-class InputError(Exception):
-    """What a command found wrong with its input, beyond what typer checks."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,16 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
         return code or 0
     except UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _say("aapt: " + " ".join(error.format_message().split()) + hint)
+        say("aapt: " + " ".join(error.format_message().split()) + hint)
         return 2
     except InputError as error:
-        _say("aapt: " + " ".join(str(error).split()))
+        say("aapt: " + " ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # the reader has seen enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        _say("aapt: interrupted")
+        say("aapt: interrupted")
         return 130
 
 
@@ -125,7 +125,7 @@ def generate(
     from . import media
     from .controls import load_controls
 
-    with _bad_input():
+    with bad_input():
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
         script = load_controls(controls)
@@ -136,12 +136,12 @@ def generate(
     script = dataclasses.replace(script, step_seconds=step_seconds)
     steps = max(1, round(seconds / step_seconds))
 
-    with _bad_input():
+    with bad_input():
         if picture is None:
             picture = media.load_image(generator.sample_image())
         first_frame, note = media.fit_image(picture, generator.height, generator.width)
         if note:
-            _say(f"{image or 'sample'}: {note}")
+            say(f"{image or 'sample'}: {note}")
         stream = generator.open(first_frame, prompt=_prompt(generator, prompt), seed=seed)
         try:
             writer = media.open_video(out, generator.height, generator.width, generator.fps, scale)
@@ -200,13 +200,13 @@ def _finish(played: Played) -> None:
     if not writer.frames:
         holds = f"nothing was kept of {writer.out}"
     if played.error:
-        _say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
+        say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
         raise typer.Exit(1)
     if played.interrupted:
-        _say(f"aapt: interrupted: {holds}")
+        say(f"aapt: interrupted: {holds}")
         raise typer.Exit(130)
     latency = 1e3 * sorted(played.step_seconds)[len(played.step_seconds) // 2]
-    _say(
+    say(
         f"{writer.out}: {writer.frames} frames, {writer.frames / writer.fps:.1f} s at "
         f"{writer.fps} fps, {writer.width} x {writer.height}; made at "
         f"{writer.frames / played.elapsed:.0f} fps, {latency:.0f} ms a step"
@@ -377,7 +377,7 @@ def train(
     from .checkpoint import CheckpointError
     from .recipes import RECIPES
 
-    with _bad_input():
+    with bad_input():
         if recipe not in RECIPES:
             raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
         names = trainer.stage_names(RECIPES[recipe]())
@@ -386,102 +386,129 @@ def train(
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
     try:
         folder = out or Path("runs") / recipe
-        print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=_say))
+        print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=say))
     except (trainer.TrainingError, CheckpointError, OSError) as error:
-        _say(f"aapt: {error}")
+        say(f"aapt: {error}")
         raise typer.Exit(1) from None
     except ValueError as error:  # the folder holds another recipe
         raise InputError(str(error)) from None
 
 
-@app.command("eval")
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a bundled model.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the report goes.")
+@app.command()
+def encode(
+    videos: Annotated[
+        Path, typer.Argument(help="A folder of videos or tar shards, a .tar, or a video.")
     ],
-    baseline: Annotated[
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where shards of latents go.")
+    ],
+    model: Model = MODEL,
+    bucket: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|FOLDER", help="Beside it; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="WxH", help="A size of clips; may be repeated.", show_default="the model's"
+        ),
     ] = None,
-    starts: Annotated[int, typer.Option(metavar="N", help="Worlds; six show every theme.")] = 16,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of worlds, walks and noise.")] = 0,
-    fid: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="TorchScript network of frames for FID."),
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 5.0,
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="From one clip's start to the next.", show_default="a clip's length"
+        ),
     ] = None,
-    fvd: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TorchScript network of clips for FVD.")
-    ] = None,
+    motion: Annotated[
+        str, typer.Option(metavar="KIND", help="What moves a clip: none, camera or pose.")
+    ] = "none",
+    max_move: Annotated[
+        float,
+        typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
+    ] = 0.5,
+    max_turn: Annotated[
+        float, typer.Option(metavar="DEGREES", min=0, help="... or turns further a frame.")
+    ] = 15.0,
+    min_score: Annotated[
+        float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")
+    ] = 0.3,
+    shard_clips: Annotated[int, typer.Option(metavar="N", min=1, help="Clips of a shard.")] = 256,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Threads that decode.")] = 2,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where the VAE runs: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
     as_json: Json = False,
 ):
-    """Measure a model on long videos of worlds that no training has seen.
+    """Encode videos into shards of latents to train on.
 
-    In windows of time: sharpness, palette, distance in feature space, PSNR, and how far the camera
-    obeys, all against the rendered truth. Every second: drift. The folder gets report.json,
-    drift.png and sheet.png. A probe that reads camera motion is trained the first time, and kept
-    in the user's cache.
+    NAME.mp4 (or any container FFmpeg reads) goes with NAME.txt, its caption, or NAME.json with
+    "caption" or "captions"; with NAME.camera.txt (RealEstate10K) for camera motion and
+    NAME.keypoints.json (COCO-WholeBody) for pose motion. Clips of 1 + 4 * round(seconds * 24 / 4)
+    frames are cut at 24 fps. What cannot be used is skipped and counted; FOLDER/videos.jsonl names
+    it. The same command goes on after an interruption and makes the same bytes.
 
     \b
     Examples:
-      aapt eval tiny-world --out evaluation
-      aapt eval runs/tiny-world/tiny-world --baseline tiny-world --seconds 30 --out compared
-      aapt eval tiny-world --seed 1 --json --out second > second.json
-      aapt eval tiny-world --fvd i3d_torchscript.pt --out fvd
+      aapt encode videos/ --out latents/
+      aapt encode shards/ --bucket 736x416 --bucket 416x736 --model mine/ --out latents/
+      aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
     """
-    from .evaluate import evaluate
-    from .figures import MissingLibrary
+    import torch
 
-    checkpoints = [checkpoint, *(baseline or [])]
-    settings = dict(starts=starts, seconds=seconds, seed=seed, fid=fid, fvd=fvd)
-    with _bad_input():
+    from .data import encode as job
+    from .data.buckets import Bucket
+    from .data.clip_reader import CutConfig
+
+    generator = _load(model)
+    granularity = generator.vae.config.space_factor * generator.model.config.patch
+    fps, per_latent = generator.fps, generator.frames_per_step
+    with bad_input():
+        for name, value in (
+            ("seconds", seconds),
+            ("stride", seconds if stride is None else stride),
+        ):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, got {value:g}")
+        latent_frames = max(1, round(seconds * fps / per_latent))
+        clip = 1 + per_latent * latent_frames
+        config = CutConfig(
+            buckets=tuple(
+                Bucket.parse(size, granularity)
+                for size in bucket or [f"{generator.width}x{generator.height}"]
+            ),
+            latent_frames=latent_frames,
+            stride=clip if stride is None else max(1, round(stride * fps)),
+            fps=fps,
+            frames_per_latent=per_latent,
+            motion=motion,
+            max_move=max_move,
+            max_turn=math.radians(max_turn),
+            min_score=min_score,
+        )
         try:
-            report = evaluate(checkpoints, out, **settings, log=_say)
-        except (MissingLibrary, OSError) as error:
-            _say(f"aapt: {error}")
+            vae = generator.vae.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: cannot use {device}: {error}") from None
+        options = {"shard_clips": shard_clips, "workers": workers, "report": say}
+        try:
+            with _ctrl_c() as interrupted:
+                index = job.encode(
+                    videos, vae, out, config, stop=lambda: bool(interrupted), **options
+                )
+        except job.EncodeError as error:
+            say(f"aapt: {error}; the same command goes on")
             raise typer.Exit(1) from None
     if as_json:
-        print(report.as_json())
+        print(json.dumps(index, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(report.table())
-
-
-@app.command()
-def plot(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of a stage or a recipe, or metrics.jsonl."),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE.png", help="Where the picture goes.")
-    ],
-):
-    """Draw what training has measured: losses, gradient norms and the rest, over updates.
-
-    Several runs lie over one another, named by their folders. The folder of a recipe stands for
-    all of its stages.
-
-    \b
-    Examples:
-      aapt plot runs/tiny-world/adversarial --out adversarial.png
-      aapt plot runs/first/adversarial runs/second/adversarial --out both.png
-    """
-    from .figures import MissingLibrary, save_figure
-    from .training_curves import plot_metrics, read_runs
-
-    with _bad_input():
-        if out.suffix != ".png":
-            raise ValueError(f"out: expected a .png file, got {out}")
-        try:
-            save_figure(plot_metrics(read_runs(runs)), out)
-        except (MissingLibrary, OSError) as error:
-            _say(f"aapt: {error}")
-            raise typer.Exit(1) from None
+        _table(job.summary(index))
+    if not index["complete"]:
+        say("aapt: interrupted: the same command goes on")
+        raise typer.Exit(130)
+    if not index["buckets"]:
+        say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
+        raise typer.Exit(1)
 
 
 def _load(model: str):
-    with _bad_input():
+    with bad_input():
         from .generator import StreamingGenerator
 
         return StreamingGenerator.from_pretrained(model)
@@ -528,19 +555,6 @@ def _table(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-
-
-@contextlib.contextmanager
-def _bad_input() -> Iterator[None]:
-    """Turn the ValueErrors of what reads the user's input into exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":
