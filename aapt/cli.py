@@ -36,8 +36,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
-app.command("eval")(evaluate)
-app.command()(plot)
 
 Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
 
@@ -505,6 +503,10 @@ def encode(
     if not index["buckets"]:
         say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
         raise typer.Exit(1)
+
+
+app.command("eval")(evaluate)
+app.command()(plot)
 
 
 def _load(model: str):
