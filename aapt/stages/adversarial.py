@@ -125,14 +125,14 @@ class Adversarial:
         self,
         config: AdversarialConfig,
         model: WorldModel,
-        diffusion: WorldModel,
+        discriminator: Discriminator,
         pixel_deviation: Tensor,
     ):
         self.config = config
         self.model = model
         self.pixel_deviation = pixel_deviation
         self.steps = config.discriminator_warmup + config.steps
-        self.discriminator = Discriminator(diffusion, config.judgement)
+        self.discriminator = discriminator
         judging = [p for p in self.discriminator.parameters() if p.requires_grad]
         average = None if config.average is None else MovingAverage(model, config.average)
         self.trained = {
@@ -274,7 +274,7 @@ class Adversarial:
             else:
                 given = (judged.real, judged.conditions, t)
                 logits = teacher_forced_logits(self.discriminator, x, *given)
-        known = judged.known if self.config.judgement == "frame" else 0
+        known = judged.known if self.discriminator.judgement == "frame" else 0
         return logits[:, known:].float()
 
     def train_discriminator(

@@ -267,7 +267,7 @@ def test_a_model_without_conditions(made_segments):
     worlds = [WorldModel(dataclasses.replace(CONFIG, condition_channels=0), None) for _ in "gd"]
     given = {"generator_schedule": Schedule(1e-3), "discriminator_schedule": Schedule(1e-3)}
     config = AdversarialConfig("clips", 1, 2, segment_frames=3, segments=2, **given)
-    stage = Adversarial(config, *worlds, torch.ones(4))
+    stage = Adversarial(config, worlds[0], Discriminator(worlds[1]), torch.ones(4))
     metrics = train(stage, 1)
     assert metrics[0]["generator_gradient"] > 0
     assert [segment.condition for segment in made_segments] == [None, None]
