@@ -1,0 +1,238 @@
+"""The state of training on disk: what a run needs to go on, bit for bit, where it was stopped.
+
+    step = load_training_state(folder, stage.parts(), parallel) or 0
+    for step in range(step, steps):
+        stage.step(...)
+        save_training_state(folder, step + 1, stage.parts(), parallel)
+
+Every rank writes its shards (torch.distributed.checkpoint), and any number of ranks can read them.
+There is no random state: random numbers come from the seed and the update's number.
+"""
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from .checkpoint import CheckpointError
+from .optimization import MovingAverage, MuonAdamW
+from .parallel import Parallel
+
+Part = nn.Module | torch.optim.Optimizer | MuonAdamW | MovingAverage
+
+KEPT = 2  # states; the newest may turn out to be damaged
+MANIFEST = "manifest.json"
+
+
+def save_training_state(
+    folder: Path, step: int, parts: Mapping[str, Part], parallel: Parallel
+) -> Path:
+    """Write the state after `step` updates to a folder of its own in `folder`, whole or not at all;
+    drop all but the last two. Every rank calls it.
+
+    A kill at any moment leaves the states before it loadable. OSError or CheckpointError, on every
+    rank, where something cannot be written.
+    """
+    state = folder / f"step-{step:08d}"
+    partial = state.with_name(state.name + ".partial")
+    _together(parallel, lambda: _prepare(partial) if parallel.main else None)
+    try:
+        dcp.save(_tensors(parts), storage_writer=dcp.FileSystemWriter(partial))
+    except CheckpointException as error:
+        raise _first_failure(partial, error) from None
+    written = _together(parallel, lambda: _checksums(partial, f"__{parallel.rank}_*"))
+    _together(parallel, lambda: _publish(partial, state, written) if parallel.main else None)
+    return state
+
+
+def load_training_state(
+    folder: Path, parts: Mapping[str, Part], parallel: Parallel
+) -> int | None:
+    """Fill `parts` with the newest state in `folder` that is whole. Every rank calls it.
+
+    Returns how many updates it has seen, None if there is none. One that is damaged is skipped with
+    a warning. CheckpointError if all are, or if the state is not of these parts, which then are
+    unchanged.
+    """
+    names = [state.name for state in _states(folder)] if parallel.main else None
+    names = parallel.agree(names)
+    for name in reversed(names):
+        state = folder / name
+        damage = [said for said in parallel.collect(_damage(state, parallel)) if said]
+        if not damage:
+            _read(state, parts)
+            return int(name.removeprefix("step-"))
+        if parallel.main:
+            warnings.warn(f"{damage[0]}; trying the state before", stacklevel=2)
+    if names:
+        raise CheckpointError(f"{folder}: expected a whole state, got damaged ones only")
+    return None
+
+
+def _tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """The state of all parts, flat. Hyperparameters are not state: they come from the recipe."""
+    tensors = {}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            found = part.state_dict()
+        elif isinstance(part, MovingAverage):
+            found = {**part.shadow, "updates": torch.tensor(part.updates)}
+        else:
+            found = {
+                f"{index}.{key}": value
+                for index, (parameter, state) in enumerate(_slots(part))
+                for key, value in state.get(parameter, {}).items()
+            }
+        tensors |= {f"{name}.{key}": value for key, value in found.items()}
+    return tensors
+
+
+def _slots(part: torch.optim.Optimizer | MuonAdamW) -> Iterator[tuple[Tensor, dict]]:
+    """Every parameter with the state it is a key of, in an order that only the model decides."""
+    for optimizer in part.optimizers if isinstance(part, MuonAdamW) else [part]:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, optimizer.state
+
+
+def _read(state: Path, parts: Mapping[str, Part]) -> None:
+    saved = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
+    # A fresh optimizer has no state yet: the file says which parameters had one, and of what.
+    wanted = _tensors({n: p for n, p in parts.items() if isinstance(p, (nn.Module, MovingAverage))})
+    fresh: list[tuple[dict, Tensor, dict[str, Tensor]]] = []
+    for name, part in parts.items():
+        if isinstance(part, (nn.Module, MovingAverage)):
+            continue
+        for index, (parameter, states) in enumerate(_slots(part)):
+            prefix = f"{name}.{index}."
+            tensors = {
+                key.removeprefix(prefix): _blank(meta, parameter)
+                for key, meta in saved.items()
+                if key.startswith(prefix)
+            }
+            fresh.append((states, parameter, tensors))
+            wanted |= {prefix + key: tensor for key, tensor in tensors.items()}
+    for key, tensor in wanted.items():
+        if key not in saved:
+            raise CheckpointError(f"{state}: expected tensor {key}, which is missing")
+        if saved[key].size != tensor.shape:
+            raise CheckpointError(
+                f"{state}: {key}: expected {tuple(tensor.shape)}, got {tuple(saved[key].size)}"
+            )
+    for key in saved:
+        if key not in wanted:
+            raise CheckpointError(f"{state}: tensor {key} belongs to none of {', '.join(parts)}")
+    try:
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(state))
+    except CheckpointException as error:
+        raise _first_failure(state, error) from None
+    for states, parameter, tensors in fresh:
+        states.pop(parameter, None)
+        if tensors:
+            states[parameter] = tensors
+    for name, part in parts.items():
+        if isinstance(part, MovingAverage):
+            part.updates = int(wanted[f"{name}.updates"])
+
+
+def _blank(saved: Any, parameter: Tensor) -> Tensor:
+    """Room for a tensor of the file: sharded as its parameter is, if it has its shape."""
+    if saved.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
+    return torch.empty(saved.size, dtype=saved.properties.dtype)
+
+
+def _states(folder: Path) -> list[Path]:
+    """Finished states, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+
+
+def _prepare(partial: Path) -> None:
+    for leftover in partial.parent.glob("step-*.partial"):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def _publish(partial: Path, state: Path, written: list[dict[str, list[int]]]) -> None:
+    """Make what all ranks have written a state: everything is on disk before it has its name."""
+    files = _checksums(partial, ".metadata")
+    for part in written:
+        files |= part
+    with (partial / MANIFEST).open("w") as file:
+        json.dump(files, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(partial)
+    if state.exists():  # damaged, or the run would have started from it
+        state.rename(state.with_name(state.name + ".old.partial"))
+    partial.rename(state)
+    _sync(state.parent)
+    older = [other for other in _states(state.parent) if other.name <= state.name]
+    for path in (*older[:-KEPT], *state.parent.glob("*.old.partial")):
+        shutil.rmtree(path)
+
+
+def _checksums(folder: Path, pattern: str) -> dict[str, list[int]]:
+    """Size and CRC-32 of the files that match."""
+    return {path.name: _checksum(path) for path in folder.glob(pattern)}
+
+
+def _checksum(path: Path) -> list[int]:
+    size = total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            size, total = size + len(chunk), zlib.crc32(chunk, total)
+    return [size, total]
+
+
+def _damage(state: Path, parallel: Parallel) -> str | None:
+    """What is wrong with this rank's share of the files of a state."""
+    try:
+        files = json.loads((state / MANIFEST).read_text())
+        for name in sorted(files)[parallel.rank :: parallel.world]:
+            found = _checksum(state / name)
+            if found != files[name]:
+                return (
+                    f"{state / name}: expected {files[name][0]} bytes with checksum "
+                    f"{files[name][1]:08x}, got {found[0]} bytes with {found[1]:08x}"
+                )
+    except OSError as error:
+        return f"{error.filename}: expected a file of the state: {error.strerror}"
+    except (ValueError, TypeError, LookupError):
+        return f"{state / MANIFEST}: expected sizes and checksums"
+    return None
+
+
+def _together(parallel: Parallel, work: Callable[[], Any]) -> list:
+    """Every rank's result, once all have one; an OSError of one of them is raised by all."""
+    try:
+        result = work()
+    except OSError as error:
+        result = error
+    results = parallel.collect(result)
+    for result in results:
+        if isinstance(result, OSError):
+            raise result
+    return results
+
+
+def _first_failure(path: Path, error: CheckpointException) -> Exception:
+    failure, _ = next(iter(error.failures.values()))
+    return failure if isinstance(failure, OSError) else CheckpointError(f"{path}: {failure}")
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
