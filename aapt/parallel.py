@@ -16,6 +16,7 @@ clips, up to the order of sums.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +139,9 @@ class Parallel:
             self._shard(network, keep_gathered, None)
 
     def _shard(self, module: nn.Module, keep_gathered: bool, dtype: torch.dtype | None) -> None:
+        methods = CALLED.get(type(module), ())
+        # It warns of outputs that are views, which must not be changed in place; none is.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32 if dtype else None,
@@ -147,7 +151,7 @@ class Parallel:
             module, mesh=self.mesh, reshard_after_forward=not keep_gathered, mp_policy=policy
         )
         module.set_force_sum_reduction_for_comms(self.device.type == "cpu")  # gloo has no mean
-        for method in CALLED.get(type(module), ()):
+        for method in methods:
             register_fsdp_forward_method(module, method)
 
     def gather(self, model: nn.Module) -> dict[str, Tensor]:

@@ -54,9 +54,7 @@ def save_training_state(
     return state
 
 
-def load_training_state(
-    folder: Path, parts: Mapping[str, Part], parallel: Parallel
-) -> int | None:
+def load_training_state(folder: Path, parts: Mapping[str, Part], parallel: Parallel) -> int | None:
     """Fill `parts` with the newest state in `folder` that is whole. Every rank calls it.
 
     Returns how many updates it has seen, None if there is none. One that is damaged is skipped with

@@ -83,9 +83,7 @@ class Ulysses:
             return x
         return torch.cat(self._exchange([x] * self.size, [x.shape] * self.size), dim=-2)
 
-    def _exchange(
-        self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]
-    ) -> list[Tensor]:
+    def _exchange(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Piece j goes to rank j; what comes from rank j has `shapes[j]`."""
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
         sent = [piece.numel() for piece in pieces]
