@@ -377,18 +377,16 @@ def train(
     from .checkpoint import CheckpointError
     from .recipes import RECIPES
 
-    stages = stage or list(trainer.STAGES)
     with _bad_input():
         if recipe not in RECIPES:
             raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
-        for name in stages:
-            if name not in trainer.STAGES:
-                raise ValueError(
-                    f"stage: expected one of {', '.join(trainer.STAGES)}, got {name!r}"
-                )
+        names = trainer.stage_names(RECIPES[recipe]())
+        for name in stage or ():
+            if name not in names:
+                raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
     try:
         folder = out or Path("runs") / recipe
-        print(trainer.run(RECIPES[recipe](), folder, stages, workers=workers, report=_say))
+        print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=_say))
     except (trainer.TrainingError, CheckpointError, OSError) as error:
         _say(f"aapt: {error}")
         raise typer.Exit(1) from None

@@ -14,7 +14,7 @@ from aapt_kernels import FrameLayout, KVCache
 from .config import ModelConfig
 from .flow import to_clean
 from .layers import Block, modulated_norm
-from .rope import RotaryPositions
+from .rope import RotaryPositions, Rotation
 from .ulysses import Ulysses
 
 TIME_FREQUENCIES = 256
@@ -119,6 +119,7 @@ class VideoTransformer(nn.Module):
         prefix: KeysValues | None = None,
         start_frame: int = 0,
         taps: Sequence[int] = (),
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Tokens after the last block (this rank's shard of them), the time embedding, and all
         tokens after each of the `taps` blocks.
@@ -126,26 +127,36 @@ class VideoTransformer(nn.Module):
         x, recycled: (B, C, T, H, W); condition: (B, condition_channels, T, H, W); text:
         (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. `prefix` holds
         each block's keys and values of [first frame | past] when the frames continue a sequence
-        at token-frame `start_frame` > 0.
+        at token-frame `start_frame` > 0. Without `causal` every frame sees all others.
         """
         frames = x.shape[2]
         grid = self.config.token_grid(*x.shape[-2:])
         tokens_per_frame = grid[0] * grid[1]
+        if prefix is not None and not causal:
+            raise ValueError("prefix: expected None without `causal`, got keys and values")
         if (start_frame > 0) != (prefix is not None):
             raise ValueError(
                 f"prefix: expected keys and values exactly when start_frame > 0, got "
                 f"start_frame {start_frame} {'without' if prefix is None else 'with'} a prefix"
             )
-        past = prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None
-        layout = FrameLayout(
-            text_tokens=text.shape[1],
-            tokens_per_frame=tokens_per_frame,
-            frames=frames,
-            window_frames=self.config.window_frames,
-            past_frames=past,
-        )
         indices = torch.arange(start_frame, start_frame + frames, device=x.device)
         rotation = self.positions(indices, grid)
+        if causal:
+            layout = FrameLayout(
+                text_tokens=text.shape[1],
+                tokens_per_frame=tokens_per_frame,
+                frames=frames,
+                window_frames=self.config.window_frames,
+                past_frames=prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None,
+            )
+        else:  # one great frame, at distances that are never clamped
+            layout = FrameLayout(
+                text_tokens=text.shape[1],
+                tokens_per_frame=tokens_per_frame * frames,
+                frames=1,
+                window_frames=None,
+            )
+            rotation = Rotation(rotation.cos, rotation.sin)
         time, *modulation = self.modulations(t)
         video, words = self.patchify(x, recycled, condition, indices), self.text_in(text)
         tapped = []
@@ -162,7 +173,8 @@ class VideoTransformer(nn.Module):
 
     def forward(self, x: Tensor, recycled: Tensor, condition: Tensor | None, *args, **kwargs):
         """The network's raw output (B, latent_channels, T, H, W); arguments as `features`."""
-        video, time, _ = self.features(x, recycled, condition, *args, **kwargs)
+        # The plain function: of a sharded model, `self.features` would give up its parameters.
+        video, time, _ = VideoTransformer.features(self, x, recycled, condition, *args, **kwargs)
         return self.unpatchify(video, time, x.shape[2:])
 
     def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:

@@ -1,5 +1,5 @@
-"""Many ranks as one: clips over the data axis, a clip's tokens over the context axis, parameters over
-both (FSDP2). SPEC 11.
+"""Many ranks as one: clips on the data axis, a clip's tokens on the context axis, parameters over
+all ranks (FSDP2). SPEC 11.
 
     torchrun --nproc-per-node 8 ...          one process per GPU
 
@@ -17,6 +17,7 @@ clips, up to the order of sums.
 
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,10 @@ from .model import VideoTransformer
 from .ulysses import Ulysses
 
 # What is called besides `forward`; parameters must be gathered for these too.
-CALLED = {VideoTransformer: ("encode_text", "step"), Block: ("encode_text", "step")}
+CALLED = {
+    VideoTransformer: ("features", "encode_text", "step"),
+    Block: ("encode_text", "step"),
+}
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,13 @@ class Parallel:
         Blocks, and what is around them, are gathered when they run and given up after (ZeRO-3), or
         with `keep_gathered` kept until the backward pass has used them (ZeRO-2): a rollout runs
         every block at every frame. Parameters become DTensors: load weights and copy models
-        before, make optimizers and averages after. A model without a `forward` of its own is a
-        container, whose children are called one by one.
+        before, make optimizers and averages after.
         """
         self.share_tokens(model)
         if self.mesh is None:
             return
-        called = [model] if type(model).forward is not nn.Module.forward else model.children()
-        for network in called:
-            for block in filter(lambda module: isinstance(module, Block), network.modules()):
+        for network in networks(model):
+            for block in [module for module in network.modules() if isinstance(module, Block)]:
                 self._shard(block, keep_gathered, self.gather_dtype)
             # What is around the blocks is small, and the logits among it need precision (SPEC 8).
             self._shard(network, keep_gathered, None)
@@ -187,3 +189,13 @@ class Parallel:
     def close(self) -> None:
         if self.mesh is not None:
             dist.destroy_process_group()
+
+
+def networks(model: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a model that are called on their own: transformers, and otherwise the outermost
+    modules that hold parameters themselves."""
+    if isinstance(model, VideoTransformer) or list(model.parameters(recurse=False)):
+        yield model
+    else:
+        for child in model.children():
+            yield from networks(child)

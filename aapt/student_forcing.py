@@ -15,14 +15,15 @@ from .model import KeysValues, VideoTransformer, clean
 
 @dataclass(frozen=True)
 class Segment:
-    """The inputs of one rolled-out segment, latents (B, C, T, H, W), all without gradient."""
+    """The inputs of one segment, latents (B, C, T, H, W), and what the rollout made of them, all
+    without gradient."""
 
     noise: Tensor
     recycled: Tensor
     condition: Tensor | None
-    output: Tensor
     start_frame: int
     prefix: KeysValues | None
+    output: Tensor | None = None
 
 
 class StudentRollout:
@@ -72,9 +73,9 @@ class StudentRollout:
             noise,
             torch.cat(recycled, dim=2),
             condition,
-            torch.cat(outputs, dim=2),
             start_frame,
             prefix,
+            torch.cat(outputs, dim=2),
         )
 
     @torch.no_grad()

@@ -4,64 +4,54 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from .checkpoint import load_module, read_tensors, save_config, save_module, save_tensors
-from .data.clips import LatentClips
-from .data.procedural import (
-    ProceduralData,
-    VideoClips,
-    encode_clips,
-    latent_clips,
-    render_clips,
-    to_video,
-)
+from .data.clips import Clips
+from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES
-from .recipes import Recipe
+from .randomness import ClipRandom
+from .recipes import Recipe, StageConfig
+from .stages import Stage
 from .stages.adversarial import Adversarial, AdversarialConfig
-from .stages.consistency_distillation import ConsistencyDistillation
+from .stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
 from .stages.decoder import DecoderTraining, measure_latents
-from .stages.diffusion_adaptation import DiffusionAdaptation
-from .stages.rollout_regression import RolloutRegression
+from .stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 from .vae import CausalVAE
 from .world_model import WorldModel
 
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
 FIT_CLIPS = 60  # a linear map needs no more
-STAGES = (
-    "encoder",
-    "encode",
-    "decoder",
-    "diffusion",
-    "consistency",
-    "regression",
-    "encode_long",
-    "adversarial",
-    "extension",
-)
-MODELS = ("diffusion", "consistency", "regression", "adversarial", "extension")  # generators
-
-
-class Stage(Protocol):
-    """What the loop asks of a stage."""
-
-    def step(self, data, step: int) -> dict[str, float]:
-        """One update; returns its metrics."""
-
-    def export(self) -> nn.Module:
-        """The network to keep."""
 
 
 class TrainingError(RuntimeError):
     """Training that cannot go on, and why."""
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """All stages of a recipe in order: the autoencoder's and the data's first."""
+    made = ["encoder", *recipe.data, "decoder"] if recipe.vae else []
+    return [*made, *recipe.stages]
+
+
+class EncodedSets(dict):
+    """The recipe's clips by name, read when they are first asked for."""
+
+    def __init__(self, run: "Run"):
+        super().__init__()
+        self.run = run
+
+    def __missing__(self, name: str) -> Clips:
+        self[name] = latent_clips(read_tensors(self.run.result(name)))
+        return self[name]
 
 
 class Run:
@@ -69,6 +59,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, out: Path, workers: int):
         self.recipe, self.out, self.workers = recipe, out, workers
+        self.sets = EncodedSets(self)
 
     def claim(self) -> None:
         """Write the recipe into the folder, or check that it is the one already there.
@@ -104,80 +95,59 @@ class Run:
             load_module(self.result(stage), model)
         return model
 
-    def clips(self, stage: str) -> LatentClips:
-        """The latents that one of the encoding stages has made."""
-        return latent_clips(read_tensors(self.result(stage)))
+    def run(self, stage: str) -> None:
+        """Make the result of one stage."""
+        torch.manual_seed(self.recipe.seed)
+        if stage in self.recipe.stages:
+            made = self.train(stage, self.stage(self.recipe.stages[stage]), self.sets)
+        elif stage == "encoder":
+            made = self.fit_encoder()
+        elif stage == "decoder":
+            made = self.train_decoder()
+        else:
+            clips = render_clips(self.recipe.data[stage], self.workers)
+            save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
+            return
+        save_module(self.result(stage), made)
 
-    def encoder(self) -> None:
+    def fit_encoder(self) -> CausalVAE:
         """A linear encoder in closed form, and the scale of its latents."""
-        data = VideoClips(render_clips(self.recipe.data, FIT_CLIPS, self.workers))
+        data = VideoClips(self.videos(FIT_CLIPS))
         vae = CausalVAE(self.recipe.vae)
         vae.linear.fit(to_video(data.videos))
         measure_latents(vae, (to_video(video[None]) for video in data.videos))
-        save_module(self.result("encoder"), vae)
+        return vae
 
-    def encode(self) -> None:
-        self.encode_data("encode", self.recipe.data)
+    def train_decoder(self) -> nn.Module:
+        config = self.recipe.decoder
+        data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
+        stage = DecoderTraining(config, self.vae("encoder"))
+        return self.train("decoder", stage, {config.clips: data})
 
-    def encode_long(self) -> None:
-        """Longer clips, for rollouts of several segments."""
-        self.encode_data("encode_long", self.recipe.long_data)
+    def videos(self, count: int):
+        return render_clips(self.recipe.data[self.recipe.decoder.clips], self.workers, count)
 
-    def encode_data(self, stage: str, data: ProceduralData) -> None:
-        clips = render_clips(data, data.clips, self.workers)
-        save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
+    def stage(self, config: StageConfig) -> Stage:
+        model = self.model(config.start)
+        match config:
+            case DiffusionConfig():
+                return DiffusionAdaptation(config, model)
+            case ConsistencyConfig():
+                return ConsistencyDistillation(config, model)
+            case RolloutRegressionConfig():
+                return RolloutRegression(config, model, self.pixel_deviation())
+            case AdversarialConfig():
+                judge = self.model(config.judge)
+                return Adversarial(config, model, judge, self.pixel_deviation())
 
-    def decoder(self) -> None:
-        recipe = self.recipe
-        data = VideoClips(render_clips(recipe.data, recipe.data.video_clips, self.workers))
-        stage = DecoderTraining(recipe.decoder, self.vae("encoder"), recipe.seed)
-        save_module(
-            self.result("decoder"),
-            self.loop("decoder", stage, data, recipe.decoder.schedule.steps),
-        )
+    def pixel_deviation(self) -> torch.Tensor:
+        """How far a unit of each latent channel moves pixels; all alike without an autoencoder."""
+        if self.recipe.vae is None:
+            return torch.ones(self.recipe.model.latent_channels)
+        return self.vae("encoder").pixel_deviation()
 
-    def diffusion(self) -> None:
-        config = self.recipe.diffusion
-        stage = DiffusionAdaptation(config, self.model(None), self.recipe.seed)
-        self.train("diffusion", stage, config.schedule.steps)
-
-    def consistency(self) -> None:
-        config = self.recipe.consistency
-        stage = ConsistencyDistillation(config, self.model("diffusion"), self.recipe.seed)
-        self.train("consistency", stage, config.schedule.steps)
-
-    def regression(self) -> None:
-        config = self.recipe.regression
-        deviation = self.vae("encoder").pixel_deviation()
-        stage = RolloutRegression(config, self.model("consistency"), deviation, self.recipe.seed)
-        self.train("regression", stage, config.schedule.steps)
-
-    def adversarial(self) -> None:
-        recipe = self.recipe
-        self.train_adversarial("adversarial", recipe.adversarial, "regression", recipe.seed)
-
-    def extension(self) -> None:
-        """Once more, with a discriminator that starts over."""
-        recipe = self.recipe
-        self.train_adversarial("extension", recipe.extension, "adversarial", recipe.seed + 1)
-
-    def train_adversarial(
-        self, name: str, config: AdversarialConfig, start: str, seed: int
-    ) -> None:
-        stage = Adversarial(
-            config,
-            self.model(start),
-            self.model("diffusion"),
-            self.vae("encoder").pixel_deviation(),
-            seed,
-        )
-        self.train(name, stage, config.discriminator_schedule.steps, "encode_long")
-
-    def train(self, name: str, stage: Stage, steps: int, clips: str = "encode") -> None:
-        save_module(self.result(name), self.loop(name, stage, self.clips(clips), steps))
-
-    def loop(self, name: str, stage: Stage, data, steps: int) -> nn.Module:
-        """`steps` updates, each a line of metrics in the stage's folder."""
+    def train(self, name: str, stage: Stage, sets: Mapping[str, Clips | VideoClips]) -> nn.Module:
+        """All updates of a stage, each a line of metrics in the stage's folder."""
         folder = self.out / name
         folder.mkdir(parents=True, exist_ok=True)
         columns = (
@@ -188,11 +158,13 @@ class Run:
             TextColumn("{task.fields[metrics]}"),
         )
         with Progress(*columns) as progress, (folder / "metrics.jsonl").open("w") as log:
-            task = progress.add_task(name, total=steps, metrics="")
+            task = progress.add_task(name, total=stage.steps, metrics="")
             start = time.perf_counter()
-            for step in range(steps):
+            for step in range(stage.steps):
+                random = ClipRandom(self.recipe.seed, step, range(stage.batch(step)))
                 try:
-                    metrics = stage.step(data, step)
+                    metrics = stage.accumulate(sets, random, step)
+                    metrics |= stage.update(step)
                 except RuntimeError as error:
                     raise TrainingError(f"{name}: step {step}: {error}") from error
                 elapsed = time.perf_counter() - start
@@ -209,6 +181,7 @@ class Run:
     def export(self, stage: str) -> Path:
         """A checkpoint folder that StreamingGenerator loads, in bfloat16."""
         recipe = self.recipe
+        size = recipe.data[recipe.decoder.clips]
         folder = self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vae = "decoder" if self.result("decoder").is_file() else "encoder"
@@ -219,8 +192,8 @@ class Run:
             {
                 "name": recipe.name,
                 "stage": stage,
-                "height": recipe.data.height,
-                "width": recipe.data.width,
+                "height": size.height,
+                "width": size.width,
                 "fps": 24,
                 "prompts": [theme.prompts[0] for theme in THEMES],
                 "sample": {"image": SAMPLE_IMAGE.name, "prompt": SAMPLE_PROMPT},
@@ -235,28 +208,29 @@ class Run:
 def run(
     recipe: Recipe,
     out: Path,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     *,
     workers: int = 2,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Run `stages` of a recipe in `out`, skipping those already done, and export a checkpoint.
+    """Run `stages` of a recipe in `out`, all unless given, skipping those already done, and export
+    a checkpoint of the last generator there is.
 
     Returns the checkpoint's folder. Raises TrainingError when a metric or a gradient is not
     finite, ValueError for an unknown stage or a folder that holds another recipe.
     """
-    for stage in stages:
-        if stage not in STAGES:
-            raise ValueError(f"stages: expected some of {', '.join(STAGES)}, got {stage}")
+    names = stage_names(recipe)
+    for stage in stages or ():
+        if stage not in names:
+            raise ValueError(f"stages: expected some of {', '.join(names)}, got {stage}")
     run_ = Run(recipe, out, workers)
     run_.claim()
-    for stage in stages:
+    for stage in stages or names:
         if run_.result(stage).is_file():
             report(f"{stage}: already done")
             continue
-        torch.manual_seed(recipe.seed)
         start = time.perf_counter()
-        getattr(run_, stage)()
+        run_.run(stage)
         report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
-    done = [stage for stage in MODELS if run_.result(stage).is_file()]
-    return run_.export(done[-1]) if done else out
+    done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
+    return run_.export(done[-1]) if done and recipe.vae else out

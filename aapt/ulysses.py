@@ -1,5 +1,5 @@
-"""Ulysses context parallelism: a clip's tokens are sharded over ranks, except in attention, where its
-heads are (arXiv 2309.14509; SPEC 11).
+"""Ulysses context parallelism: a clip's tokens are sharded over ranks, except in attention, where
+its heads are (arXiv 2309.14509; SPEC 11).
 
 The gradient is exact. Every rank of a group gathers the whole output and computes the same loss L.
 All that crosses ranks is `Exchange`, whose backward is its transpose; so backward on all n ranks
@@ -33,8 +33,8 @@ class Exchange(torch.autograd.Function):
 class Ulysses:
     """The ranks that share a clip. Without a group it is one rank, and nothing moves.
 
-    Tokens (B, L, ...) are sharded contiguously and as evenly as can be: any L works on any number of
-    ranks. Heads are the last dimension but one, and their number is a multiple of `size`.
+    Tokens (B, L, ...) are sharded contiguously and as evenly as can be: any L works on any number
+    of ranks. Heads are the last dimension but one, and their number is a multiple of `size`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .conditioning import control_rays
+from .conditioning import camera_rays, control_rays
 from .config import CameraConfig, ModelConfig
 from .model import VideoTransformer
 from .text import ByteTextEncoder
@@ -20,13 +20,16 @@ class Conditions(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """Camera-controlled video transformer with its own byte-level text encoder."""
+    """Video transformer with its own byte-level text encoder, controlled by a camera if it has
+    one."""
 
-    def __init__(self, config: ModelConfig, camera: CameraConfig):
+    def __init__(self, config: ModelConfig, camera: CameraConfig | None):
         super().__init__()
-        if config.condition_channels != camera.channels:
+        channels = camera.channels if camera else 0
+        if config.condition_channels != channels:
             raise ValueError(
-                f"condition_channels: expected {camera.channels} for the camera's rays, "
+                f"condition_channels: expected {channels} for "
+                f"{'the rays of the camera' if camera else 'a model without a camera'}, "
                 f"got {config.condition_channels}"
             )
         self.config = config
@@ -35,8 +38,12 @@ class WorldModel(nn.Module):
         self.text_encoder = ByteTextEncoder(config.text_tokens, config.text_width)
 
     def conditions(
-        self, controls: Tensor, prompts: Sequence[str], size: Sequence[int]
+        self, motion: Tensor | None, prompts: Sequence[str], size: Sequence[int]
     ) -> Conditions:
-        """controls (B, T, 2) of (yaw, forward), one prompt per clip, latent (height, width)."""
-        rays = control_rays(controls, self.camera, *size)
-        return Conditions(rays, *self.text_encoder(prompts))
+        """One prompt per clip, latents of `size` = (height, width). motion: controls (B, T, 2) of
+        (yaw, forward), or the camera's poses (B, T, frames, 4, 4); unused without a camera."""
+        condition = None
+        if self.camera:
+            rays = control_rays if motion.dim() == 3 else camera_rays
+            condition = rays(motion, self.camera, *size)
+        return Conditions(condition, *self.text_encoder(prompts))

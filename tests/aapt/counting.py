@@ -11,7 +11,7 @@ from aapt.optimization import Schedule
 from aapt.stages.adversarial import Adversarial, AdversarialConfig
 from aapt.world_model import WorldModel
 
-from .helpers import CAMERA, SIZE, clips, tiny_model
+from .helpers import CAMERA, SIZE, clips, draws, tiny_model
 
 
 def model() -> WorldModel:
@@ -87,9 +87,14 @@ def recovered_noise(x_t: Tensor, recycled: Tensor, t: Tensor) -> Tensor:
     return noise
 
 
-def train(stage, steps, data=None):
-    data = data or clips()
-    return [stage.step(data, step) for step in range(steps)]
+def train(stage, steps, data=None, seed=0):
+    """The metrics of the first updates, one dictionary each."""
+    sets = {"clips": data or clips()}
+    metrics = []
+    for step in range(steps):
+        seen = stage.accumulate(sets, draws(stage.batch(step), seed, step), step)
+        metrics.append(seen | stage.update(step))
+    return metrics
 
 
 def judged_model() -> WorldModel:
@@ -102,10 +107,13 @@ def judged_model() -> WorldModel:
 
 def adversarial_stage(generator: WorldModel | None = None, **changes) -> Adversarial:
     options = {
-        "generator_schedule": Schedule(1e-3, 4),
-        "discriminator_schedule": Schedule(1e-3, 4),
+        "clips": "clips",
+        "steps": 4,
+        "generator_schedule": Schedule(1e-3),
+        "discriminator_schedule": Schedule(1e-3),
         "batch": 2,
         "segment_frames": 3,
+        "whole_clips": True,
         **changes,
     }
     return Adversarial(
@@ -113,5 +121,4 @@ def adversarial_stage(generator: WorldModel | None = None, **changes) -> Adversa
         generator or model(),
         judged_model(),
         torch.tensor([3.0, 1.0, 2.0, 2.0]),
-        seed=0,
     )

@@ -81,14 +81,12 @@ def adversarial(parallel: Parallel, checkpointing: bool) -> dict[str, Tensor]:
     """Two segments of rollout and parallel pass, judged; then a step of both networks, and another
     rollout with the new weights."""
     net, clips = model(), Clips(parallel)
-    judge_text = model().text_encoder
-    judge = Discriminator(model().transformer).double()
+    judge = Discriminator(model()).double()
     parallel.shard(net, keep_gathered=True)
-    parallel.shard(judge_text)
     parallel.shard(judge)
     for transformer in (net.transformer, judge.backbone):
         transformer.checkpoint_blocks = checkpointing
-    judging = [p for p in (*judge.parameters(), *judge_text.parameters()) if p.requires_grad]
+    judging = [p for p in judge.parameters() if p.requires_grad]
     optimizers = [torch.optim.RMSprop(p, alpha=0.9) for p in (list(net.parameters()), judging)]
     average = MovingAverage(net, 0.5)
     result, first = {}, clips.latents(1)
@@ -104,15 +102,15 @@ def adversarial(parallel: Parallel, checkpointing: bool) -> dict[str, Tensor]:
 
         def logits(x: Tensor, condition=condition, previous=previous, t=t) -> Tensor:
             before = torch.cat([previous, x[:, :, :-1]], dim=2)
-            return judge(x, before, condition, *judge_text(clips.prompts), t)
+            return judge(x, before, condition, *judge.world.text_encoder(clips.prompts), t)
 
         shaken = real + 0.1 * clips.latents()
         on_real, on_fake = logits(real), logits(fake.detach())
         penalty = (on_real - logits(shaken)).square().mean()
         (nn.functional.softplus(on_fake - on_real).mean() + 10 * penalty).backward()
-        with frozen(judge, judge_text):
+        with frozen(judge):
             nn.functional.softplus(on_real.detach() - logits(fake)).mean().backward()
-    result |= gradients(net, judge_text, judge)
+    result |= gradients(net, judge)
     norms = [
         update(optimizer, 1e-3, parameters, max_norm=0.1)
         for optimizer, parameters in zip(optimizers, (net.parameters(), judging), strict=True)
