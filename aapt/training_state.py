@@ -1,12 +1,12 @@
 """The state of training on disk: what a run needs to go on, bit for bit, where it was stopped.
 
-    step = load_training_state(folder, stage.parts(), parallel) or 0
-    for step in range(step, steps):
-        stage.step(...)
-        save_training_state(folder, step + 1, stage.parts(), parallel)
+    done = load_training_state(folder, stage.trained, parallel)
+    for step in range(done, stage.steps):
+        ...
+        save_training_state(folder, step + 1, stage.trained, parallel)
 
 Every rank writes its shards (torch.distributed.checkpoint), and any number of ranks can read them.
-There is no random state: random numbers come from the seed and the update's number.
+There is no random state (`randomness.py`), and no hyperparameter is read: the recipe has them.
 """
 
 import json
@@ -15,26 +15,25 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .checkpoint import CheckpointError
-from .optimization import MovingAverage, MuonAdamW
+from .optimization import MuonAdamW, Trained
 from .parallel import Parallel
-
-Part = nn.Module | torch.optim.Optimizer | MuonAdamW | MovingAverage
 
 KEPT = 2  # states; the newest may turn out to be damaged
 MANIFEST = "manifest.json"
 
 
 def save_training_state(
-    folder: Path, step: int, parts: Mapping[str, Part], parallel: Parallel
+    folder: Path, step: int, trained: Mapping[str, Trained], parallel: Parallel
 ) -> Path:
     """Write the state after `step` updates to a folder of its own in `folder`, whole or not at all;
     drop all but the last two. Every rank calls it.
@@ -45,21 +44,19 @@ def save_training_state(
     state = folder / f"step-{step:08d}"
     partial = state.with_name(state.name + ".partial")
     _together(parallel, lambda: _prepare(partial) if parallel.main else None)
-    try:
-        dcp.save(_tensors(parts), storage_writer=dcp.FileSystemWriter(partial))
-    except CheckpointException as error:
-        raise _first_failure(partial, error) from None
+    with _transfer(partial):
+        dcp.save(_tensors(trained), storage_writer=dcp.FileSystemWriter(partial))
     written = _together(parallel, lambda: _checksums(partial, f"__{parallel.rank}_*"))
     _together(parallel, lambda: _publish(partial, state, written) if parallel.main else None)
     return state
 
 
-def load_training_state(folder: Path, parts: Mapping[str, Part], parallel: Parallel) -> int | None:
-    """Fill `parts` with the newest state in `folder` that is whole. Every rank calls it.
+def load_training_state(folder: Path, trained: Mapping[str, Trained], parallel: Parallel) -> int:
+    """Fill `trained` with the newest state in `folder` that is whole. Every rank calls it.
 
-    Returns how many updates it has seen, None if there is none. One that is damaged is skipped with
-    a warning. CheckpointError if all are, or if the state is not of these parts, which then are
-    unchanged.
+    Returns how many updates it has seen, 0 if there is no state. One that is damaged is skipped
+    with a warning. CheckpointError if all are, or if the state is not of these networks and
+    optimizers, which then are unchanged.
     """
     names = [state.name for state in _states(folder)] if parallel.main else None
     names = parallel.agree(names)
@@ -67,57 +64,52 @@ def load_training_state(folder: Path, parts: Mapping[str, Part], parallel: Paral
         state = folder / name
         damage = [said for said in parallel.collect(_damage(state, parallel)) if said]
         if not damage:
-            _read(state, parts)
+            _read(state, trained)
             return int(name.removeprefix("step-"))
         if parallel.main:
             warnings.warn(f"{damage[0]}; trying the state before", stacklevel=2)
     if names:
         raise CheckpointError(f"{folder}: expected a whole state, got damaged ones only")
-    return None
+    return 0
 
 
-def _tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """The state of all parts, flat. Hyperparameters are not state: they come from the recipe."""
+def _tensors(trained: Mapping[str, Trained]) -> dict[str, Tensor]:
+    """The state of all that is trained, flat."""
     tensors = {}
-    for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            found = part.state_dict()
-        elif isinstance(part, MovingAverage):
-            found = {**part.shadow, "updates": torch.tensor(part.updates)}
-        else:
-            found = {
-                f"{index}.{key}": value
-                for index, (parameter, state) in enumerate(_slots(part))
-                for key, value in state.get(parameter, {}).items()
-            }
-        tensors |= {f"{name}.{key}": value for key, value in found.items()}
+    for name, part in trained.items():
+        tensors |= {f"{name}.module.{key}": x for key, x in part.module.state_dict().items()}
+        for index, (parameter, states) in enumerate(_slots(part)):
+            prefix = f"{name}.optimizer.{index}"
+            tensors |= {f"{prefix}.{key}": x for key, x in states.get(parameter, {}).items()}
+        if part.average:
+            tensors |= {f"{name}.average.{key}": x for key, x in part.average.shadow.items()}
+            tensors[f"{name}.averaged"] = torch.tensor(part.average.updates)
     return tensors
 
 
-def _slots(part: torch.optim.Optimizer | MuonAdamW) -> Iterator[tuple[Tensor, dict]]:
+def _slots(part: Trained) -> Iterator[tuple[Tensor, dict]]:
     """Every parameter with the state it is a key of, in an order that only the model decides."""
-    for optimizer in part.optimizers if isinstance(part, MuonAdamW) else [part]:
+    muon = isinstance(part.optimizer, MuonAdamW)
+    for optimizer in part.optimizer.optimizers if muon else [part.optimizer]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield parameter, optimizer.state
 
 
-def _read(state: Path, parts: Mapping[str, Part]) -> None:
+def _read(state: Path, trained: Mapping[str, Trained]) -> None:
     saved = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
-    # A fresh optimizer has no state yet: the file says which parameters had one, and of what.
-    wanted = _tensors({n: p for n, p in parts.items() if isinstance(p, (nn.Module, MovingAverage))})
-    fresh: list[tuple[dict, Tensor, dict[str, Tensor]]] = []
-    for name, part in parts.items():
-        if isinstance(part, (nn.Module, MovingAverage)):
-            continue
+    # An optimizer has no state before its first step: the file says which parameters have one.
+    optimizers: list[tuple[dict, Tensor, dict[str, Tensor]]] = []
+    wanted = {key: x for key, x in _tensors(trained).items() if ".optimizer." not in key}
+    for name, part in trained.items():
         for index, (parameter, states) in enumerate(_slots(part)):
-            prefix = f"{name}.{index}."
+            prefix = f"{name}.optimizer.{index}."
             tensors = {
-                key.removeprefix(prefix): _blank(meta, parameter)
-                for key, meta in saved.items()
+                key.removeprefix(prefix): _blank(saved[key], parameter)
+                for key in saved
                 if key.startswith(prefix)
             }
-            fresh.append((states, parameter, tensors))
+            optimizers.append((states, parameter, tensors))
             wanted |= {prefix + key: tensor for key, tensor in tensors.items()}
     for key, tensor in wanted.items():
         if key not in saved:
@@ -128,18 +120,16 @@ def _read(state: Path, parts: Mapping[str, Part]) -> None:
             )
     for key in saved:
         if key not in wanted:
-            raise CheckpointError(f"{state}: tensor {key} belongs to none of {', '.join(parts)}")
-    try:
+            raise CheckpointError(f"{state}: tensor {key} belongs to none of {', '.join(trained)}")
+    with _transfer(state):
         dcp.load(wanted, storage_reader=dcp.FileSystemReader(state))
-    except CheckpointException as error:
-        raise _first_failure(state, error) from None
-    for states, parameter, tensors in fresh:
+    for states, parameter, tensors in optimizers:
         states.pop(parameter, None)
         if tensors:
             states[parameter] = tensors
-    for name, part in parts.items():
-        if isinstance(part, MovingAverage):
-            part.updates = int(wanted[f"{name}.updates"])
+    for name, part in trained.items():
+        if part.average:
+            part.average.updates = int(wanted[f"{name}.averaged"])
 
 
 def _blank(saved: Any, parameter: Tensor) -> Tensor:
@@ -223,9 +213,18 @@ def _together(parallel: Parallel, work: Callable[[], Any]) -> list:
     return results
 
 
-def _first_failure(path: Path, error: CheckpointException) -> Exception:
-    failure, _ = next(iter(error.failures.values()))
-    return failure if isinstance(failure, OSError) else CheckpointError(f"{path}: {failure}")
+@contextmanager
+def _transfer(path: Path) -> Iterator[None]:
+    """One process is no reason for a warning; what fails on a rank is an Exception on all."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        if not isinstance(failure, OSError):
+            failure = CheckpointError(f"{path}: {failure}")
+        raise failure from None
 
 
 def _sync(folder: Path) -> None:
