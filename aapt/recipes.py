@@ -188,7 +188,7 @@ def tiny_world() -> Recipe:
             ),
             "adversarial": AdversarialConfig(
                 clips="long-clips",
-                steps=200,
+                steps=220,
                 batch=2,
                 segment_frames=8,
                 segments=4,
@@ -202,6 +202,7 @@ def tiny_world() -> Recipe:
                 max_norm=100.0,
                 corruption=Corruption(offset=1.2),
                 regression=1.0,
+                palette=5.0,
             ),
         },
     )

@@ -178,11 +178,12 @@ class Run:
                 progress.update(task, advance=1, metrics=shown)
         return stage.export()
 
-    def export(self, stage: str) -> Path:
-        """A checkpoint folder that StreamingGenerator loads, in bfloat16."""
+    def export(self, stage: str, folder: Path | None = None) -> Path:
+        """A checkpoint folder that StreamingGenerator loads, in bfloat16; returns `folder`, which
+        is named after the recipe unless given."""
         recipe = self.recipe
         size = recipe.data[recipe.decoder.clips]
-        folder = self.out / recipe.name
+        folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vae = "decoder" if self.result("decoder").is_file() else "encoder"
         save_module(folder / "vae.safetensors", self.vae(vae), torch.bfloat16)
