@@ -121,8 +121,8 @@ class VideoTransformer(nn.Module):
         taps: Sequence[int] = (),
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Tokens after the last block (this rank's shard of them), the time embedding, and all
-        tokens after each of the `taps` blocks.
+        """Tokens after the last block, the time embedding, and tokens after the `taps` blocks: this
+        rank's shard of them, where ranks share a clip.
 
         x, recycled: (B, C, T, H, W); condition: (B, condition_channels, T, H, W); text:
         (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. `prefix` holds
@@ -168,7 +168,7 @@ class VideoTransformer(nn.Module):
             else:
                 video, words = block(*inputs)
             if index in taps:
-                tapped.append(self.context.gather(video, frames * tokens_per_frame))
+                tapped.append(video)
         return video, time, tapped
 
     def forward(self, x: Tensor, recycled: Tensor, condition: Tensor | None, *args, **kwargs):

@@ -120,7 +120,7 @@ class Parallel:
                     f"got {self.context.size}"
                 )
         for module in model.modules():
-            if isinstance(module, (VideoTransformer, Block)):
+            if isinstance(getattr(module, "context", None), Ulysses):
                 module.context = self.context
 
     def shard(self, model: nn.Module, keep_gathered: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import ModelConfig
-from .discriminator import Discriminator
+from .discriminator import TAP_FRACTIONS, Discriminator
 from .model import VideoTransformer
 from .optimization import MuonAdamW, Trained
 from .recipes import Recipe, StageConfig
@@ -193,7 +193,7 @@ def _plan(
         bytes_ = activation_bytes(config, local, checkpointed)
         if judged:
             bytes_ += COPIES * activation_bytes(config, seen, checkpointed)
-            bytes_ += COPIES * tapped_bytes(config, tokens + known)
+            bytes_ += COPIES * tapped_bytes(config, seen)
         running = max(local, COPIES * seen)
         return bytes_ + TRANSIENT * block_bytes(config, running) * checkpointed
 
@@ -277,8 +277,8 @@ def activation_bytes(config: ModelConfig, tokens: int, checkpointed: bool) -> fl
 
 
 def tapped_bytes(config: ModelConfig, tokens: int) -> float:
-    """Three taps of a clip's whole tokens, normed in float32, and their keys and values."""
-    return 3 * (HALF + 2 * FLOAT + 3 * HALF) * config.width * tokens
+    """What the logit heads save: a norm's input in float32, its result, keys and values."""
+    return len(TAP_FRACTIONS) * (FLOAT + HALF + 2 * HALF) * config.width * tokens
 
 
 def cache_bytes(config: ModelConfig, frame_tokens: int, context: int, continued: bool) -> float:
