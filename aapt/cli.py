@@ -361,6 +361,21 @@ def train(
     workers: Annotated[
         int, typer.Option(metavar="N", min=1, help="Processes that render training clips.")
     ] = 2,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing; print what it needs of H100 GPUs.")
+    ] = False,
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N", min=1, help="For --plan; may be repeated.", show_default="8 and 256"
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="For --plan: GPUs to a clip.", show_default="as few as fit"
+        ),
+    ] = None,
 ):
     """Train a model by a recipe, stage after stage.
 
@@ -371,6 +386,7 @@ def train(
     Examples:
       aapt train tiny-world
       aapt train tiny-world --stage adversarial --out runs/second
+      aapt train --plan paper-8b --gpus 8
       aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
     """
     from . import trainer
@@ -384,6 +400,8 @@ def train(
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
+        if plan:
+            return _print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     try:
         folder = out or Path("runs") / recipe
         print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=_say))
@@ -392,6 +410,44 @@ def train(
         raise typer.Exit(1) from None
     except ValueError as error:  # the folder holds another recipe
         raise InputError(str(error)) from None
+
+
+def _print_plans(recipe, gpus: list[int], context: int | None) -> None:
+    """One table for each number of GPUs; a column is a phase of a stage."""
+    from rich.table import Table
+
+    from .plan import GIB, H100, plan
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for count in gpus:
+        plans = plan(recipe, count, context)
+        table = Table(title=f"{recipe.name} on {count} {H100.name}", box=None)
+        for header in ("", *(each.workload.name for each in plans)):
+            table.add_column(header, justify="right" if header else "left", no_wrap=not header)
+        for name, tell in (
+            ("latent rows x columns", lambda p: "{} x {}".format(*p.workload.size)),
+            ("latent frames", lambda p: f"{p.workload.total_frames}"),
+            ("clips per step", lambda p: f"{p.workload.batch}"),
+            ("GPUs to a clip", lambda p: f"{p.context}"),
+            ("clips at once, per group", lambda p: f"{p.at_once or 'none'} of {p.clips}"),
+            ("tokens per step", lambda p: f"{p.tokens / 1e6:.2f} M"),
+            ("EFLOP per step *", lambda p: f"{p.flops / 1e18:.2f}"),
+            ("seconds per step *", lambda p: f"{p.seconds():.1f}"),
+        ):
+            table.add_row(name, *map(tell, plans))
+        table.add_row()
+        for name in plans[0].memory:
+            guess = " *" if name in ("gathered", "activations") else ""
+            cells = (f"{each.memory[name] / GIB:.1f}" for each in plans)
+            table.add_row(f"GiB per GPU: {name}{guess}", *cells)
+        table.add_row("GiB per GPU: total *", *(f"{each.total / GIB:.1f}" for each in plans))
+        console.print(table)
+    console.print(
+        f"* estimates: with checkpointed blocks; seconds at {H100.sustained:.0%} of "
+        f"{H100.flops / 1e12:.0f} TFLOP/s. What of a group's clips does not fit "
+        f"{H100.usable:.0%} of {H100.memory / GIB:.0f} GiB at once accumulates.",
+        soft_wrap=True,
+    )
 
 
 def _load(model: str):

@@ -48,15 +48,29 @@ H100 = GPU("H100", memory=80 * GIB, flops=989e12)
 
 @dataclass(frozen=True)
 class Workload:
-    """One phase of a stage: `batch` clips an update, each of `segments` times `frames` new latent
-    frames of `size` latent pixels. `rolled`: the generator makes them before it learns."""
+    """One phase of a stage, at its longest: `batch` clips an update, each of `segments` of `frames`
+    latent frames of `size` = (height, width), the first `overlap` of a later one known already.
+    `rolled`: the generator makes them before it learns."""
 
     name: str
     size: tuple[int, int]
     frames: int
     batch: int
     segments: int = 1
+    overlap: int = 0
     rolled: bool = False
+
+    @property
+    def total_frames(self) -> int:
+        """New latent frames of a clip."""
+        return sum(new for _, new in self.places())
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Where the new frames of each segment start, and how many there are."""
+        later = self.frames - self.overlap
+        yield 0, self.frames
+        for index in range(1, self.segments):
+            yield self.frames + (index - 1) * later, later
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,7 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
             config.segment_frames,
             config.batch,
             config.segments,
+            getattr(config, "overlap_frames", 0),
             rolled=getattr(config, "forcing", "student") == "student",
         )
 
@@ -183,18 +198,16 @@ def _plan(
         "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled),
     }
     rows, columns = config.token_grid(*load.size)
-    tokens = load.frames * rows * columns  # of a clip's segment
-    known = getattr(stage.config, "overlap_frames", 0) * rows * columns if load.segments > 1 else 0
-    local = math.ceil(tokens / context)
-    seen = math.ceil((tokens + known) / context) if judged else 0
+    local = math.ceil(load.frames * rows * columns / context)
 
     def activations(checkpointed: bool) -> float:
         """Of one clip: the generator's stay while its frames are judged."""
         bytes_ = activation_bytes(config, local, checkpointed)
+        running = local
         if judged:
-            bytes_ += COPIES * activation_bytes(config, seen, checkpointed)
-            bytes_ += COPIES * tapped_bytes(config, seen)
-        running = max(local, COPIES * seen)
+            bytes_ += COPIES * activation_bytes(config, local, checkpointed)
+            bytes_ += COPIES * tapped_bytes(config, local)
+            running = COPIES * local
         return bytes_ + TRANSIENT * block_bytes(config, running) * checkpointed
 
     each = {"cache": 0.0, "activations": activations(checkpointed=True)}
@@ -212,7 +225,7 @@ def _plan(
         at_once,
         memory,
         max(1, at_once) * activations(checkpointed=False),
-        load.batch * load.segments * tokens,
+        load.batch * load.total_frames * rows * columns,
         load.batch * clip_flops(config, stage, load),
     )
 
@@ -292,31 +305,31 @@ def cache_bytes(config: ModelConfig, frame_tokens: int, context: int, continued:
 def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
     """An update's arithmetic per clip: backward is twice forward, and a checkpointed block runs
     once more; a discriminator that does not learn passes gradients on at half the backward cost."""
-    (generator, *others) = (part.module for part in stage.trained.values())
-    known = getattr(stage.config, "overlap_frames", 0)
+    generator, *others = (part.module for part in stage.trained.values())
     total = 0.0
-    for index in range(load.segments):
-        start = index * load.frames
-        forward = forward_flops(generator, config, load.size, load.frames, start)
-        total += 4 * forward
-        if load.rolled:
-            total += forward
+    for start, new in load.places():
+        forward = forward_flops(generator, config, load.size, new, start)
+        passes = 4 + load.rolled
         if hasattr(stage, "teacher"):
-            total += 2 * forward  # the teacher, and the student without gradient
+            passes += 2  # the teacher, and the student without gradient
+        total += passes * forward
         for judge in others:
-            frames = load.frames + (known if index else 0)
-            total += (4 * COPIES + 3) * forward_flops(judge, config, load.size, frames, 0)
+            total += (4 * COPIES + 3) * forward_flops(judge, config, load.size, load.frames, 0)
     return total
 
 
 def forward_flops(
     network: nn.Module, config: ModelConfig, size: tuple[int, int], frames: int, start: int
 ) -> float:
-    """One clip's forward pass of frames `start` ... `start + frames`: products with weights, and
-    attention over exactly what the mask shows (SPEC 3)."""
+    """One clip's forward pass of frames `start` ... `start + frames`."""
     rows, columns = config.token_grid(*size)
-    tokens, text = rows * columns, config.text_tokens
-    products = 0
+    attention = attention_flops(config, rows * columns, frames, start)
+    return product_flops(network, frames * rows * columns, config.text_tokens) + attention
+
+
+def product_flops(network: nn.Module, tokens: int, text: int) -> float:
+    """Products with weights, for so many video and text tokens."""
+    total = 0
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear):
             if ".text." in name or name.endswith("text_in"):
@@ -324,8 +337,14 @@ def forward_flops(
             elif "modulation" in name or ".time." in name or name == "logit":
                 length = 1
             else:
-                length = frames * tokens
-            products += length * layer.weight.numel()
+                length = tokens
+            total += 2 * length * layer.weight.numel()
+    return total
+
+
+def attention_flops(config: ModelConfig, tokens: int, frames: int, start: int) -> float:
+    """Attention of frames of `tokens` over exactly what the mask shows (SPEC 3)."""
+    text = config.text_tokens
     shown = sum(1 + min(i, config.window_frames + 1) for i in range(start, start + frames))
     pairs = text * text + tokens * (frames * text + tokens * shown)
-    return 2 * products + 4 * config.depth * config.width * pairs
+    return 4 * config.depth * config.width * pairs
