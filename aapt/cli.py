@@ -401,7 +401,9 @@ def train(
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
         if plan:
-            return _print_plans(RECIPES[recipe](), gpus or [8, 256], context)
+            from .plan import print_plans
+
+            return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     try:
         folder = out or Path("runs") / recipe
         print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=_say))
@@ -412,42 +414,117 @@ def train(
         raise InputError(str(error)) from None
 
 
-def _print_plans(recipe, gpus: list[int], context: int | None) -> None:
-    """One table for each number of GPUs; a column is a phase of a stage."""
-    from rich.table import Table
+@app.command()
+def encode(
+    videos: Annotated[
+        Path, typer.Argument(help="A folder of videos or tar shards, a .tar, or a video.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where shards of latents go.")
+    ],
+    model: Model = MODEL,
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WxH", help="A size of clips; may be repeated.", show_default="the model's"
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 5.0,
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="From one clip's start to the next.", show_default="a clip's length"
+        ),
+    ] = None,
+    motion: Annotated[
+        str, typer.Option(metavar="KIND", help="What moves a clip: none, camera or pose.")
+    ] = "none",
+    max_move: Annotated[
+        float,
+        typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
+    ] = 0.5,
+    max_turn: Annotated[
+        float, typer.Option(metavar="DEGREES", min=0, help="... or turns further a frame.")
+    ] = 15.0,
+    min_score: Annotated[
+        float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")
+    ] = 0.3,
+    shard_clips: Annotated[int, typer.Option(metavar="N", min=1, help="Clips of a shard.")] = 256,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Threads that decode.")] = 2,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where the VAE runs: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
+    as_json: Json = False,
+):
+    """Encode videos into shards of latents to train on.
 
-    from .plan import GIB, H100, plan
+    NAME.mp4 (or any container FFmpeg reads) goes with NAME.txt, its caption, or NAME.json with
+    "caption" or "captions"; with NAME.camera.txt (RealEstate10K) for camera motion and
+    NAME.keypoints.json (COCO-WholeBody) for pose motion. Clips of 1 + 4 * round(seconds * 24 / 4)
+    frames are cut at 24 fps. What cannot be used is skipped and counted; FOLDER/videos.jsonl names
+    it. The same command goes on after an interruption and makes the same bytes.
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for count in gpus:
-        plans = plan(recipe, count, context)
-        table = Table(title=f"{recipe.name} on {count} {H100.name}", box=None)
-        for header in ("", *(each.workload.name for each in plans)):
-            table.add_column(header, justify="right" if header else "left", no_wrap=not header)
-        for name, tell in (
-            ("latent rows x columns", lambda p: "{} x {}".format(*p.workload.size)),
-            ("latent frames", lambda p: f"{p.workload.total_frames}"),
-            ("clips per step", lambda p: f"{p.workload.batch}"),
-            ("GPUs to a clip", lambda p: f"{p.context}"),
-            ("clips at once, per group", lambda p: f"{p.at_once or 'none'} of {p.clips}"),
-            ("tokens per step", lambda p: f"{p.tokens / 1e6:.2f} M"),
-            ("EFLOP per step *", lambda p: f"{p.flops / 1e18:.2f}"),
-            ("seconds per step *", lambda p: f"{p.seconds():.1f}"),
+    \b
+    Examples:
+      aapt encode videos/ --out latents/
+      aapt encode shards/ --bucket 736x416 --bucket 416x736 --model mine/ --out latents/
+      aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
+    """
+    import torch
+
+    from .data import encode as job
+    from .data.buckets import Bucket
+    from .data.clip_reader import CutConfig
+
+    generator = _load(model)
+    granularity = generator.vae.config.space_factor * generator.model.config.patch
+    fps, per_latent = generator.fps, generator.frames_per_step
+    with _bad_input():
+        for name, value in (
+            ("seconds", seconds),
+            ("stride", seconds if stride is None else stride),
         ):
-            table.add_row(name, *map(tell, plans))
-        table.add_row()
-        for name in plans[0].memory:
-            guess = " *" if name in ("gathered", "activations") else ""
-            cells = (f"{each.memory[name] / GIB:.1f}" for each in plans)
-            table.add_row(f"GiB per GPU: {name}{guess}", *cells)
-        table.add_row("GiB per GPU: total *", *(f"{each.total / GIB:.1f}" for each in plans))
-        console.print(table)
-    console.print(
-        f"* estimates: with checkpointed blocks; seconds at {H100.sustained:.0%} of "
-        f"{H100.flops / 1e12:.0f} TFLOP/s. What of a group's clips does not fit "
-        f"{H100.usable:.0%} of {H100.memory / GIB:.0f} GiB at once accumulates.",
-        soft_wrap=True,
-    )
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, got {value:g}")
+        latent_frames = max(1, round(seconds * fps / per_latent))
+        clip = 1 + per_latent * latent_frames
+        config = CutConfig(
+            buckets=tuple(
+                Bucket.parse(size, granularity)
+                for size in bucket or [f"{generator.width}x{generator.height}"]
+            ),
+            latent_frames=latent_frames,
+            stride=clip if stride is None else max(1, round(stride * fps)),
+            fps=fps,
+            frames_per_latent=per_latent,
+            motion=motion,
+            max_move=max_move,
+            max_turn=math.radians(max_turn),
+            min_score=min_score,
+        )
+        try:
+            vae = generator.vae.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: cannot use {device}: {error}") from None
+        options = {"shard_clips": shard_clips, "workers": workers, "report": _say}
+        try:
+            with _ctrl_c() as interrupted:
+                index = job.encode(
+                    videos, vae, out, config, stop=lambda: bool(interrupted), **options
+                )
+        except job.EncodeError as error:
+            _say(f"aapt: {error}; the same command goes on")
+            raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(index, indent=2))
+    else:
+        _table(job.summary(index))
+    if not index["complete"]:
+        _say("aapt: interrupted: the same command goes on")
+        raise typer.Exit(130)
+    if not index["buckets"]:
+        _say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
+        raise typer.Exit(1)
 
 
 def _load(model: str):

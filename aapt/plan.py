@@ -6,10 +6,13 @@ operations, what lives only while one runs is taken as half of that.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from .config import ModelConfig
@@ -348,3 +351,37 @@ def attention_flops(config: ModelConfig, tokens: int, frames: int, start: int) -
     shown = sum(1 + min(i, config.window_frames + 1) for i in range(start, start + frames))
     pairs = text * text + tokens * (frames * text + tokens * shown)
     return 4 * config.depth * config.width * pairs
+
+
+def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None) -> None:
+    """A table for each number of GPUs on standard output; a column is a phase of a stage."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for count in gpus:
+        plans = plan(recipe, count, context)
+        table = Table(title=f"{recipe.name} on {count} {H100.name}", box=None)
+        for header in ("", *(each.workload.name for each in plans)):
+            table.add_column(header, justify="right" if header else "left", no_wrap=not header)
+        for name, tell in (
+            ("latent rows x columns", lambda p: "{} x {}".format(*p.workload.size)),
+            ("latent frames", lambda p: f"{p.workload.total_frames}"),
+            ("clips per step", lambda p: f"{p.workload.batch}"),
+            ("GPUs to a clip", lambda p: f"{p.context}"),
+            ("clips at once, per group", lambda p: f"{p.at_once or 'none'} of {p.clips}"),
+            ("tokens per step", lambda p: f"{p.tokens / 1e6:.2f} M"),
+            ("EFLOP per step *", lambda p: f"{p.flops / 1e18:.2f}"),
+            ("seconds per step *", lambda p: f"{p.seconds():.1f}"),
+        ):
+            table.add_row(name, *map(tell, plans))
+        table.add_row()
+        for name in plans[0].memory:
+            guess = " *" if name in ("gathered", "activations") else ""
+            cells = (f"{each.memory[name] / GIB:.1f}" for each in plans)
+            table.add_row(f"GiB per GPU: {name}{guess}", *cells)
+        table.add_row("GiB per GPU: total *", *(f"{each.total / GIB:.1f}" for each in plans))
+        console.print(table)
+    console.print(
+        f"* estimates: with checkpointed blocks; seconds at {H100.sustained:.0%} of "
+        f"{H100.flops / 1e12:.0f} TFLOP/s. What of a group's clips does not fit "
+        f"{H100.usable:.0%} of {H100.memory / GIB:.0f} GiB at once accumulates.",
+        soft_wrap=True,
+    )
