@@ -178,6 +178,18 @@ def refuses_what_is_not_finite(parallel: Parallel) -> dict[str, Tensor]:
     return {}
 
 
+def stream(parallel: Parallel) -> dict[str, Tensor]:
+    """Whole parameters on every rank, a frame's tokens shared; past the window."""
+    net, clips = model(), Clips(parallel)
+    parallel.share_tokens(net)
+    with torch.inference_mode():
+        text = net.text_encoder(clips.prompts)
+        rollout = StudentRollout(net.transformer, *text, clips.latents(1))
+        outputs = [rollout.roll(clips.latents(), clips.condition()).output for _ in range(2)]
+    assert rollout.cache.k.shape[3] == 4 // parallel.context.size
+    return {"output": together(parallel, torch.cat(outputs, dim=2))}
+
+
 def exchanges(parallel: Parallel) -> dict[str, Tensor]:
     """Every movement and back, in the types that training uses."""
     context, heads = parallel.context, 2 * parallel.context.size
@@ -200,13 +212,14 @@ SCENARIOS = {
     "updates": (updates,),
     "Muon": (muon_sees_whole_matrices,),
     "not finite": (refuses_what_is_not_finite,),
+    "stream": (stream,),
     "exchanges": (exchanges,),
 }
 GROUPS = {
-    2: {1: ["diffusion", "Muon", "not finite"], 2: ["adversarial", "exchanges"]},
+    2: {1: ["diffusion", "Muon"], 2: ["adversarial", "stream", "exchanges"]},
     4: {
         1: ["updates", "not finite"],
-        2: ["diffusion", "diffusion, checkpointed", "adversarial"],
+        2: ["diffusion, checkpointed"],
         4: ["adversarial", "exchanges"],
     },
 }

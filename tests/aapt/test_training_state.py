@@ -286,13 +286,12 @@ def train_together(folder: Path, steps: int, kill: int | None = None, victim: in
 def test_killed_ranks_go_on_as_if_they_had_not_been(tmp_path):
     """Two ranks, one killed in the middle of a save; then another number of ranks reads it."""
     whole, _ = ranks.run(2, train_together, tmp_path / "whole", STEPS)
-    for victim, kill in ((1, 1), (0, 6)):
-        folder = tmp_path / f"killed-{victim}"
-        ended = ranks.run(2, train_together, folder, STEPS, kill, victim)
-        assert signal.SIGKILL in ended
-        resumed, _ = ranks.run(2, train_together, folder, STEPS)
-        assert list(resumed) == list(whole)
-        assert all((resumed[key] == whole[key]).all() for key in whole)
+    folder = tmp_path / "killed"
+    assert signal.SIGKILL in ranks.run(2, train_together, folder, STEPS, 6, 1)
+    assert sorted(os.listdir(folder)) == ["step-00000001", "step-00000002.partial"]
+    resumed, _ = ranks.run(2, train_together, folder, STEPS)
+    assert list(resumed) == list(whole)
+    assert all((resumed[key] == whole[key]).all() for key in whole)
     pair = Pair()
     assert load_training_state(tmp_path / "whole", pair.trained, ALONE) == STEPS
     assert all((value.numpy() == whole[key]).all() for key, value in pair.numbers().items())
