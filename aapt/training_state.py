@@ -5,7 +5,8 @@
         ...
         save_training_state(folder, step + 1, stage.trained, parallel)
 
-Every rank writes its shards (torch.distributed.checkpoint), and any number of ranks can read them.
+Every rank writes its shards (torch.distributed.checkpoint) to a folder that all ranks see, and any
+number of ranks can read them.
 There is no random state (`randomness.py`), and no hyperparameter is read: the recipe has them.
 """
 
