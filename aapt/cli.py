@@ -359,6 +359,21 @@ def train(
     workers: Annotated[
         int, typer.Option(metavar="N", min=1, help="Processes that render training clips.")
     ] = 2,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing; print what it needs of H100 GPUs.")
+    ] = False,
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N", min=1, help="For --plan; may be repeated.", show_default="8 and 256"
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="For --plan: GPUs to a clip.", show_default="as few as fit"
+        ),
+    ] = None,
 ):
     """Train a model by a recipe, stage after stage.
 
@@ -369,6 +384,7 @@ def train(
     Examples:
       aapt train tiny-world
       aapt train tiny-world --stage adversarial --out runs/second
+      aapt train --plan paper-8b --gpus 8
       aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
     """
     from . import trainer
@@ -382,6 +398,10 @@ def train(
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
+        if plan:
+            from .plan import print_plans
+
+            return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     try:
         folder = out or Path("runs") / recipe
         print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=say))

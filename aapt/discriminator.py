@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .model import KeysValues, VideoTransformer
+from .ulysses import Ulysses
 from .world_model import WorldModel
 
 TAP_FRACTIONS = (4 / 9, 13 / 18, 1.0)
@@ -23,14 +24,17 @@ class LogitHead(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.query = nn.Parameter(torch.randn(config.width) * 0.02)
         self.keys_values = nn.Linear(config.width, 2 * config.width)
+        self.context = Ulysses()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, sets, tokens, width) -> (B, sets, width), each set on its own."""
-        batch, sets = tokens.shape[:2]
-        keys_values = self.keys_values(self.norm(tokens)).flatten(0, 1)
-        k, v = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q = self.query.unflatten(0, (self.heads, 1, -1)).expand(len(k), -1, -1, -1).to(k.dtype)
-        return F.scaled_dot_product_attention(q, k, v).reshape(batch, sets, -1)
+    def forward(self, tokens: Tensor, sets: int, size: int) -> Tensor:
+        """tokens (B, sets x size, width), or this rank's shard of them -> (B, sets, width), each
+        set on its own."""
+        keys_values = self.keys_values(self.norm(tokens)).unflatten(-1, (2, self.heads, -1))
+        whole = self.context.to_heads(keys_values, sets * size).unflatten(1, (sets, size))
+        k, v = whole.flatten(0, 1).permute(2, 0, 3, 1, 4)
+        q = self.context.own_heads(self.query.unflatten(0, (self.heads, -1)))[:, None]
+        pooled = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1).to(k.dtype), k, v)
+        return self.context.all_heads(pooled[:, :, 0].unflatten(0, (-1, sets))).flatten(2)
 
 
 class Discriminator(nn.Module):
@@ -86,11 +90,10 @@ class Discriminator(nn.Module):
             taps=self.taps,
             causal=self.judgement == "frame",
         )
-        sets = x.shape[2] if self.judgement == "frame" else 1
-        pooled = [
-            head(tokens.unflatten(1, (sets, -1)))
-            for head, tokens in zip(self.heads, tapped, strict=True)
-        ]
+        rows, columns = self.backbone.config.token_grid(*x.shape[-2:])
+        frame, frames = rows * columns, x.shape[2]
+        sets = (frames, frame) if self.judgement == "frame" else (1, frames * frame)
+        pooled = [head(tokens, *sets) for head, tokens in zip(self.heads, tapped, strict=True)]
         # The penalty multiplies differences of logits by lambda: half precision would drown them.
         with torch.autocast(x.device.type, enabled=False):
             joined = torch.cat(pooled, dim=-1).to(self.logit.weight.dtype)

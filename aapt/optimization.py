@@ -1,8 +1,8 @@
 """What the stages share about taking a step: schedules, moving averages, mixed precision."""
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +40,9 @@ class MuonAdamW:
     """Muon for the matrices inside the transformer's blocks, AdamW for everything else, at one
     learning rate (Muon's steps are scaled to AdamW's).
 
-    A small model learns as much in two updates as under AdamW in three (`benchmarks/LOG.md`).
+    A small model learns as much in two updates as under AdamW in three (`benchmarks/LOG.md`). Of
+    sharded parameters Muon orthogonalises the whole matrices too; it does so in bfloat16, so that
+    updates on several ranks differ from one rank's by a few percent.
     """
 
     def __init__(self, model: WorldModel, betas: tuple[float, float], weight_decay: float):
@@ -77,7 +79,8 @@ def update(
 ) -> float:
     """Clip, step, clear. Returns the gradient norm before clipping.
 
-    RuntimeError, before anything has moved, if the norm is not finite.
+    The norm is that of the whole gradients, also where they are sharded. RuntimeError, before
+    anything has moved and on every rank, if it is not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -95,6 +98,19 @@ def make_optimizer(
     if muon:
         return MuonAdamW(model, betas, weight_decay)
     return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Gradients flow through these modules but not into their parameters."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class MovingAverage:
