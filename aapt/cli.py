@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +21,10 @@ from rich import progress
 from rich.console import Console
 
 from .cli_measure import evaluate, plot
-from .command_line import InputError, Json, bad_input, say
+from .cli_train import encode, train
+from .command_line import MODEL, InputError, Json, Model, bad_input, ctrl_c, load, say, table
 
 UsageError = typer.BadParameter.__base__  # wherever this version of typer keeps it
-MODEL = "tiny-world"
 MAX_SEED = 2**63 - 1
 
 app = typer.Typer(
@@ -36,8 +35,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
-
-Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,7 +126,7 @@ def generate(
         script = load_controls(controls)
         picture = media.load_image(image) if image else None
         media.output_kind(out)
-    generator = _load(model)
+    generator = load(model)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
     steps = max(1, round(seconds / step_seconds))
@@ -165,7 +162,7 @@ def _play(stream, writer, controls, steps: int) -> Played:
     total = len(stream.first_frame) + steps * stream.generator.frames_per_step
     latencies, error = [], None
     started = time.perf_counter()
-    with _ctrl_c() as interrupted, _progress(total) as show:
+    with ctrl_c() as interrupted, _progress(total) as show:
         try:
             writer.write(stream.first_frame)
             show(writer.frames, None)
@@ -212,23 +209,6 @@ def _finish(played: Played) -> None:
 
 
 @contextlib.contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list instead of raising at some random place, such as the
-    middle of a write; the second raises."""
-    seen: list[int] = []
-
-    def handle(number, _):
-        seen.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
 def _progress(total: int):
     """A bar on a terminal, nothing elsewhere. Yields show(frames, seconds of the last step)."""
     console = Console(stderr=True)
@@ -268,7 +248,7 @@ def info(model: Model = MODEL, as_json: Json = False):
 
     from .environment import environment
 
-    generator = _load(model)
+    generator = load(model)
     facts = {
         "model": _model_facts(model, generator),
         "ops": [choice._asdict() for choice in backends()],
@@ -279,7 +259,7 @@ def info(model: Model = MODEL, as_json: Json = False):
         return
     size = facts["model"]
     parameters = {name: f"{count / 1e6:.2f} M" for name, count in size["parameters"].items()}
-    _table(
+    table(
         [
             ("model", f"{model}: {size['width']} x {size['height']} at {size['fps']} fps"),
             ("parameters", ", ".join(f"{name} {count}" for name, count in parameters.items())),
@@ -321,7 +301,7 @@ def bench_stream(
     if threads:
         torch.set_num_threads(threads)
     started = time.perf_counter()
-    generator = _load(model)
+    generator = load(model)
     load_seconds = time.perf_counter() - started
     picture = media.load_image(generator.sample_image())
     first_frame, _ = media.fit_image(picture, generator.height, generator.width)
@@ -342,198 +322,12 @@ def bench_stream(
     ]
     if memory["cuda"] is not None:
         rows.append(("peak CUDA memory", f"{memory['cuda'] / 2**20:.0f} MiB allocated"))
-    _table(rows + _environment_rows(facts))
+    table(rows + _environment_rows(facts))
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="A named recipe, such as tiny-world.")],
-    stage: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Only this stage; may be repeated.", show_default="all"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where results go.", show_default="runs/RECIPE"),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Processes that render training clips.")
-    ] = 2,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Train nothing; print what it needs of H100 GPUs.")
-    ] = False,
-    gpus: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N", min=1, help="For --plan; may be repeated.", show_default="8 and 256"
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="For --plan: GPUs to a clip.", show_default="as few as fit"
-        ),
-    ] = None,
-):
-    """Train a model by a recipe, stage after stage.
-
-    A stage whose result is in the folder is not run again, so the same command goes on after an
-    interruption. The last line printed is the checkpoint's folder, for --model.
-
-    \b
-    Examples:
-      aapt train tiny-world
-      aapt train tiny-world --stage adversarial --out runs/second
-      aapt train --plan paper-8b --gpus 8
-      aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
-    """
-    from . import trainer
-    from .checkpoint import CheckpointError
-    from .recipes import RECIPES
-
-    with bad_input():
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
-        names = trainer.stage_names(RECIPES[recipe]())
-        for name in stage or ():
-            if name not in names:
-                raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
-        if plan:
-            from .plan import print_plans
-
-            return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
-    try:
-        folder = out or Path("runs") / recipe
-        print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=say))
-    except (trainer.TrainingError, CheckpointError, OSError) as error:
-        say(f"aapt: {error}")
-        raise typer.Exit(1) from None
-    except ValueError as error:  # the folder holds another recipe
-        raise InputError(str(error)) from None
-
-
-@app.command()
-def encode(
-    videos: Annotated[
-        Path, typer.Argument(help="A folder of videos or tar shards, a .tar, or a video.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where shards of latents go.")
-    ],
-    model: Model = MODEL,
-    bucket: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="WxH", help="A size of clips; may be repeated.", show_default="the model's"
-        ),
-    ] = None,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 5.0,
-    stride: Annotated[
-        float | None,
-        typer.Option(
-            metavar="S", help="From one clip's start to the next.", show_default="a clip's length"
-        ),
-    ] = None,
-    motion: Annotated[
-        str, typer.Option(metavar="KIND", help="What moves a clip: none, camera or pose.")
-    ] = "none",
-    max_move: Annotated[
-        float,
-        typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
-    ] = 0.5,
-    max_turn: Annotated[
-        float, typer.Option(metavar="DEGREES", min=0, help="... or turns further a frame.")
-    ] = 15.0,
-    min_score: Annotated[
-        float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")
-    ] = 0.3,
-    shard_clips: Annotated[int, typer.Option(metavar="N", min=1, help="Clips of a shard.")] = 256,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Threads that decode.")] = 2,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where the VAE runs: cpu, cuda, cuda:1, ...")
-    ] = "cpu",
-    as_json: Json = False,
-):
-    """Encode videos into shards of latents to train on.
-
-    NAME.mp4 (or any container FFmpeg reads) goes with NAME.txt, its caption, or NAME.json with
-    "caption" or "captions"; with NAME.camera.txt (RealEstate10K) for camera motion and
-    NAME.keypoints.json (COCO-WholeBody) for pose motion. Clips of 1 + 4 * round(seconds * 24 / 4)
-    frames are cut at 24 fps. What cannot be used is skipped and counted; FOLDER/videos.jsonl names
-    it. The same command goes on after an interruption and makes the same bytes.
-
-    \b
-    Examples:
-      aapt encode videos/ --out latents/
-      aapt encode shards/ --bucket 736x416 --bucket 416x736 --model mine/ --out latents/
-      aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
-    """
-    import torch
-
-    from .data import encode as job
-    from .data.buckets import Bucket
-    from .data.clip_reader import CutConfig
-
-    generator = _load(model)
-    granularity = generator.vae.config.space_factor * generator.model.config.patch
-    fps, per_latent = generator.fps, generator.frames_per_step
-    with bad_input():
-        for name, value in (
-            ("seconds", seconds),
-            ("stride", seconds if stride is None else stride),
-        ):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a finite number above 0, got {value:g}")
-        latent_frames = max(1, round(seconds * fps / per_latent))
-        clip = 1 + per_latent * latent_frames
-        config = CutConfig(
-            buckets=tuple(
-                Bucket.parse(size, granularity)
-                for size in bucket or [f"{generator.width}x{generator.height}"]
-            ),
-            latent_frames=latent_frames,
-            stride=clip if stride is None else max(1, round(stride * fps)),
-            fps=fps,
-            frames_per_latent=per_latent,
-            motion=motion,
-            max_move=max_move,
-            max_turn=math.radians(max_turn),
-            min_score=min_score,
-        )
-        try:
-            vae = generator.vae.to(torch.device(device))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device: cannot use {device}: {error}") from None
-        options = {"shard_clips": shard_clips, "workers": workers, "report": say}
-        try:
-            with _ctrl_c() as interrupted:
-                index = job.encode(
-                    videos, vae, out, config, stop=lambda: bool(interrupted), **options
-                )
-        except job.EncodeError as error:
-            say(f"aapt: {error}; the same command goes on")
-            raise typer.Exit(1) from None
-    if as_json:
-        print(json.dumps(index, indent=2))
-    else:
-        _table(job.summary(index))
-    if not index["complete"]:
-        say("aapt: interrupted: the same command goes on")
-        raise typer.Exit(130)
-    if not index["buckets"]:
-        say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
-        raise typer.Exit(1)
-
-
+for command in (train, encode, plot):
+    app.command()(command)
 app.command("eval")(evaluate)
-app.command()(plot)
-
-
-def _load(model: str):
-    with bad_input():
-        from .generator import StreamingGenerator
-
-        return StreamingGenerator.from_pretrained(model)
 
 
 def _prompt(generator, prompt: str | None) -> str:
@@ -571,12 +365,6 @@ def _environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(versions)),
         ("commit", facts["commit"] or "not a checkout"),
     ]
-
-
-def _table(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
 
 
 if __name__ == "__main__":

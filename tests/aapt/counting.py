@@ -2,6 +2,8 @@
 comes from.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -106,7 +108,10 @@ def judged_model() -> WorldModel:
     return diffusion
 
 
-def adversarial_stage(generator: WorldModel | None = None, **changes) -> Adversarial:
+def adversarial_stage(
+    generator: WorldModel | None = None, place: Callable | None = None, **changes
+) -> Adversarial:
+    """A small stage; `place` is done to both networks first."""
     options = {
         "clips": "clips",
         "steps": 4,
@@ -118,9 +123,12 @@ def adversarial_stage(generator: WorldModel | None = None, **changes) -> Adversa
         **changes,
     }
     config = AdversarialConfig(**options)
+    networks = generator or model(), Discriminator(judged_model(), config.judgement)
+    if place:
+        for network in networks:
+            place(network)
     return Adversarial(
         config,
-        generator or model(),
-        Discriminator(judged_model(), config.judgement),
+        *networks,
         torch.tensor([3.0, 1.0, 2.0, 2.0]),
     )

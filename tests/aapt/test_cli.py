@@ -268,17 +268,19 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
     calls = []
 
-    def record(recipe, out, stages, *, workers, report):
-        calls.append((recipe.name, out, stages, workers))
+    def record(recipe, out, stages, *, workers, report, habits, **options):
+        calls.append((recipe.name, out, stages, workers, habits.save_every))
+        assert options["parallel"].main and options["latents"] is options["weights"] is None
         report("diffusion: 1.0 min")
         return out / recipe.name
 
     monkeypatch.setattr(trainer, "run", record)
     assert run("train", "tiny-world") == 0
-    assert calls[0] == ("tiny-world", Path("runs/tiny-world"), None, 2)
+    assert calls[0] == ("tiny-world", Path("runs/tiny-world"), None, 2, 100)
     options = ["--stage", "clips", "--stage", "diffusion", "--out", tmp_path, "--workers", 1]
+    options += ["--save-every", 7]
     assert run("train", "tiny-world", *options) == 0
-    assert calls[1] == ("tiny-world", tmp_path, ["clips", "diffusion"], 1)
+    assert calls[1] == ("tiny-world", tmp_path, ["clips", "diffusion"], 1, 7)
     output = capsys.readouterr()
     assert output.out == f"runs/tiny-world/tiny-world\n{tmp_path}/tiny-world\n"
     assert output.err == "diffusion: 1.0 min\n" * 2

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aapt import Control, StreamingGenerator
+from aapt.checkpoint import read_tensors
 from aapt.curriculum import constant
 from aapt.optimization import Schedule
 from aapt.recipes import tiny_world
-from aapt.trainer import TrainingError, run, stage_names
+from aapt.trainer import run, stage_names
+from aapt.training_loop import Habits, TrainingError
 
 STAGES = stage_names(tiny_world())
 
@@ -51,7 +54,8 @@ def small_recipe():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("run"), []
-    folder = run(small_recipe(), out, workers=1, report=lines.append)
+    habits = Habits(save_every=1, sample_every=2)
+    folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
     return out, folder, lines
 
 
@@ -62,6 +66,8 @@ def test_every_stage_leaves_its_result(trained):
         assert (out / stage / "weights.safetensors").is_file()
     metrics = [json.loads(line) for line in (out / "adversarial" / "metrics.jsonl").open()]
     assert [m["step"] for m in metrics] == [0, 1]
+    assert not list(out.glob("*/states"))
+    assert (out / "regression" / "samples-2.png").is_file()
     assert "generator" not in metrics[0] and "generator" in metrics[1]
 
 
@@ -107,6 +113,20 @@ def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
         max_norm=None,
     )
     recipe = dataclasses.replace(recipe, stages={**recipe.stages, "diffusion": wild})
-    with pytest.raises(TrainingError, match=r"diffusion: step \d: .*finite"):
+    with pytest.raises(
+        TrainingError, match=r"diffusion: step \d: .*finite.* inputs are in"
+    ) as error:
         run(recipe, tmp_path, ["diffusion"])
+    inputs = read_tensors(Path(str(error.value).rsplit(" ", 1)[1]))
+    assert inputs["0.latents"].shape == (2, 16, 5, 6, 8)
     assert not (tmp_path / "diffusion" / "weights.safetensors").exists()
+
+
+def test_sets_of_real_clips_need_their_folder(tmp_path):
+    recipe = small_recipe()
+    elsewhere = dataclasses.replace(
+        recipe.stages["diffusion"], curriculum=constant("64x48", frames=4, batch=2, steps=1)
+    )
+    recipe = dataclasses.replace(recipe, stages={"diffusion": elsewhere}, vae=None)
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 64x48"):
+        run(recipe, tmp_path)
