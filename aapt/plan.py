@@ -198,7 +198,7 @@ def _plan(
     fixed = {
         "parameters": FLOAT * sum(sharded(p, gpus) for n in networks + frozen for p in shapes(n)),
         **trained_bytes(stage.trained.values(), gpus),
-        "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled),
+        "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled or judged),
     }
     rows, columns = config.token_grid(*load.size)
     local = math.ceil(load.frames * rows * columns / context)
@@ -206,12 +206,12 @@ def _plan(
     def activations(checkpointed: bool) -> float:
         """Of one clip: the generator's stay while its frames are judged."""
         bytes_ = activation_bytes(config, local, checkpointed)
-        running = local
+        running = TRANSIENT * block_bytes(config, local) * checkpointed
         if judged:
             bytes_ += COPIES * activation_bytes(config, local, checkpointed)
             bytes_ += COPIES * tapped_bytes(config, local)
-            running = COPIES * local
-        return bytes_ + TRANSIENT * block_bytes(config, running) * checkpointed
+            running *= COPIES
+        return bytes_ + running
 
     each = {"cache": 0.0, "activations": activations(checkpointed=True)}
     if load.rolled:
