@@ -21,6 +21,9 @@ import typer
 from rich import progress
 from rich.console import Console
 
+from .cli_measure import evaluate, plot
+from .command_line import InputError, Json, bad_input, say
+
 UsageError = typer.BadParameter.__base__  # wherever this version of typer keeps it
 MODEL = "tiny-world"
 MAX_SEED = 2**63 - 1
@@ -35,11 +38,6 @@ bench = typer.Typer(help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-class InputError(Exception):
-    """What a command found wrong with its input, beyond what typer checks."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,16 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         return code or 0
     except UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _say("aapt: " + " ".join(error.format_message().split()) + hint)
+        say("aapt: " + " ".join(error.format_message().split()) + hint)
         return 2
     except InputError as error:
-        _say("aapt: " + " ".join(str(error).split()))
+        say("aapt: " + " ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # the reader has seen enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        _say("aapt: interrupted")
+        say("aapt: interrupted")
         return 130
 
 
@@ -125,7 +123,7 @@ def generate(
     from . import media
     from .controls import load_controls
 
-    with _bad_input():
+    with bad_input():
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
         script = load_controls(controls)
@@ -136,12 +134,12 @@ def generate(
     script = dataclasses.replace(script, step_seconds=step_seconds)
     steps = max(1, round(seconds / step_seconds))
 
-    with _bad_input():
+    with bad_input():
         if picture is None:
             picture = media.load_image(generator.sample_image())
         first_frame, note = media.fit_image(picture, generator.height, generator.width)
         if note:
-            _say(f"{image or 'sample'}: {note}")
+            say(f"{image or 'sample'}: {note}")
         stream = generator.open(first_frame, prompt=_prompt(generator, prompt), seed=seed)
         try:
             writer = media.open_video(out, generator.height, generator.width, generator.fps, scale)
@@ -200,13 +198,13 @@ def _finish(played: Played) -> None:
     if not writer.frames:
         holds = f"nothing was kept of {writer.out}"
     if played.error:
-        _say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
+        say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
         raise typer.Exit(1)
     if played.interrupted:
-        _say(f"aapt: interrupted: {holds}")
+        say(f"aapt: interrupted: {holds}")
         raise typer.Exit(130)
     latency = 1e3 * sorted(played.step_seconds)[len(played.step_seconds) // 2]
-    _say(
+    say(
         f"{writer.out}: {writer.frames} frames, {writer.frames / writer.fps:.1f} s at "
         f"{writer.fps} fps, {writer.width} x {writer.height}; made at "
         f"{writer.frames / played.elapsed:.0f} fps, {latency:.0f} ms a step"
@@ -393,7 +391,7 @@ def train(
     from .checkpoint import CheckpointError
     from .recipes import RECIPES
 
-    with _bad_input():
+    with bad_input():
         if recipe not in RECIPES:
             raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
         names = trainer.stage_names(RECIPES[recipe]())
@@ -406,9 +404,9 @@ def train(
             return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     try:
         folder = out or Path("runs") / recipe
-        print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=_say))
+        print(trainer.run(RECIPES[recipe](), folder, stage, workers=workers, report=say))
     except (trainer.TrainingError, CheckpointError, OSError) as error:
-        _say(f"aapt: {error}")
+        say(f"aapt: {error}")
         raise typer.Exit(1) from None
     except ValueError as error:  # the folder holds another recipe
         raise InputError(str(error)) from None
@@ -479,7 +477,7 @@ def encode(
     generator = _load(model)
     granularity = generator.vae.config.space_factor * generator.model.config.patch
     fps, per_latent = generator.fps, generator.frames_per_step
-    with _bad_input():
+    with bad_input():
         for name, value in (
             ("seconds", seconds),
             ("stride", seconds if stride is None else stride),
@@ -506,29 +504,33 @@ def encode(
             vae = generator.vae.to(torch.device(device))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: cannot use {device}: {error}") from None
-        options = {"shard_clips": shard_clips, "workers": workers, "report": _say}
+        options = {"shard_clips": shard_clips, "workers": workers, "report": say}
         try:
             with _ctrl_c() as interrupted:
                 index = job.encode(
                     videos, vae, out, config, stop=lambda: bool(interrupted), **options
                 )
         except job.EncodeError as error:
-            _say(f"aapt: {error}; the same command goes on")
+            say(f"aapt: {error}; the same command goes on")
             raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(index, indent=2))
     else:
         _table(job.summary(index))
     if not index["complete"]:
-        _say("aapt: interrupted: the same command goes on")
+        say("aapt: interrupted: the same command goes on")
         raise typer.Exit(130)
     if not index["buckets"]:
-        _say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
+        say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
         raise typer.Exit(1)
 
 
+app.command("eval")(evaluate)
+app.command()(plot)
+
+
 def _load(model: str):
-    with _bad_input():
+    with bad_input():
         from .generator import StreamingGenerator
 
         return StreamingGenerator.from_pretrained(model)
@@ -575,19 +577,6 @@ def _table(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-
-
-@contextlib.contextmanager
-def _bad_input() -> Iterator[None]:
-    """Turn the ValueErrors of what reads the user's input into exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,7 @@ class StudentRollout:
         for index in range(noise.shape[2]):
             frame = slice(index, index + 1)
             recycled.append(latent)
-            latent = self.step(
-                noise[:, :, frame], latent, None if condition is None else condition[:, :, frame]
-            )
+            latent = self.step(noise[:, :, frame], latent, frames_of(condition, frame))
             outputs.append(latent)
         return Segment(
             noise,
@@ -85,6 +83,11 @@ class StudentRollout:
         self.last = clean(self.model.config, output, noise, recycled, self.time)
         self.frames += 1
         return self.last
+
+
+def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:
+    """Some frames of condition channels (B, C, T, H, W), where there are any."""
+    return None if condition is None else condition[:, :, frames]
 
 
 def parallel_pass(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .discriminator import Discriminator
+from .student_forcing import frames_of
 from .world_model import Conditions
 
 
@@ -24,13 +25,13 @@ def teacher_forced_logits(
         for layer, (k, v) in enumerate(words):
             cache.write_text(layer, k, v, text_lens)
 
-    def each(tensor: Tensor) -> Tensor:
-        return tensor.repeat(copies, *(1 for _ in tensor.shape[1:]))
+    def each(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat(copies, *(1 for _ in tensor.shape[1:]))
 
     logits = []
     for index in range(x.shape[2]):
         frame = slice(index, index + 1)
-        before, driven = real[:, :, frame], condition[:, :, frame]
+        before, driven = real[:, :, frame], frames_of(condition, frame)
         prefix = None
         if index:
             pairs = (cache.prefix(layer) for layer in range(len(words)))

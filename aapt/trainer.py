@@ -16,6 +16,7 @@ from .checkpoint import load_module, read_tensors, save_config, save_module, sav
 from .data.clips import Clips
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES
+from .discriminator import Discriminator
 from .randomness import ClipRandom
 from .recipes import Recipe, StageConfig
 from .stages import Stage
@@ -133,11 +134,11 @@ class Run:
             case DiffusionConfig():
                 return DiffusionAdaptation(config, model)
             case ConsistencyConfig():
-                return ConsistencyDistillation(config, model)
+                return ConsistencyDistillation(config, model, self.model(config.start))
             case RolloutRegressionConfig():
                 return RolloutRegression(config, model, self.pixel_deviation())
             case AdversarialConfig():
-                judge = self.model(config.judge)
+                judge = Discriminator(self.model(config.judge), config.judgement)
                 return Adversarial(config, model, judge, self.pixel_deviation())
 
     def pixel_deviation(self) -> torch.Tensor:

@@ -21,15 +21,13 @@ class Conditions(NamedTuple):
 
 class WorldModel(nn.Module):
     """Video transformer with its own byte-level text encoder, controlled by a camera if it has
-    one."""
+    one, else by condition channels that come ready (a skeleton's latents), if by any."""
 
     def __init__(self, config: ModelConfig, camera: CameraConfig | None):
         super().__init__()
-        channels = camera.channels if camera else 0
-        if config.condition_channels != channels:
+        if camera and config.condition_channels != camera.channels:
             raise ValueError(
-                f"condition_channels: expected {channels} for "
-                f"{'the rays of the camera' if camera else 'a model without a camera'}, "
+                f"condition_channels: expected {camera.channels} for the camera's rays, "
                 f"got {config.condition_channels}"
             )
         self.config = config
@@ -41,9 +39,13 @@ class WorldModel(nn.Module):
         self, motion: Tensor | None, prompts: Sequence[str], size: Sequence[int]
     ) -> Conditions:
         """One prompt per clip, latents of `size` = (height, width). motion: controls (B, T, 2) of
-        (yaw, forward), or the camera's poses (B, T, frames, 4, 4); unused without a camera."""
-        condition = None
+        (yaw, forward) or poses (B, T, frames, 4, 4) of the camera; without one the condition
+        channels (B, condition_channels, T, H, W); without those it is not looked at."""
+        return Conditions(self.channels(motion, size), *self.text_encoder(prompts))
+
+    def channels(self, motion: Tensor | None, size: Sequence[int]) -> Tensor | None:
+        """The condition channels of a motion, see `conditions`. No weight is in them."""
         if self.camera:
             rays = control_rays if motion.dim() == 3 else camera_rays
-            condition = rays(motion, self.camera, *size)
-        return Conditions(condition, *self.text_encoder(prompts))
+            return rays(motion, self.camera, *size)
+        return motion if self.config.condition_channels else None

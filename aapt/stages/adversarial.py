@@ -1,6 +1,6 @@
 """Stage 3: adversarial training with student forcing, segment by segment (SPEC 8)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +19,7 @@ from ..losses import (
 )
 from ..optimization import MovingAverage, Schedule, Trained, mixed_precision
 from ..randomness import ClipRandom
-from ..student_forcing import Segment, StudentRollout, parallel_pass
+from ..student_forcing import Segment, StudentRollout, frames_of, parallel_pass
 from ..teacher_forcing import teacher_forced_logits
 from ..world_model import Conditions, WorldModel
 
@@ -125,14 +125,14 @@ class Adversarial:
         self,
         config: AdversarialConfig,
         model: WorldModel,
-        diffusion: WorldModel,
+        discriminator: Discriminator,
         pixel_deviation: Tensor,
     ):
         self.config = config
         self.model = model
         self.pixel_deviation = pixel_deviation
         self.steps = config.discriminator_warmup + config.steps
-        self.discriminator = Discriminator(diffusion, config.judgement)
+        self.discriminator = discriminator
         judging = [p for p in self.discriminator.parameters() if p.requires_grad]
         average = None if config.average is None else MovingAverage(model, config.average)
         self.trained = {
@@ -171,41 +171,40 @@ class Adversarial:
         batch = clips.sample(random, length + (whole - 1) * further)
         precision = mixed_precision(random.device)
         with precision, torch.no_grad():
-            text, text_lens = model.text_encoder(batch.prompts)
+            channels, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
             rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
-        history, motion = batch.recycled[:, :, :1], batch.motion[:, :length]
+        history = batch.recycled[:, :, :1]
         metrics: dict[str, float] = {}
         for index in range(config.segments):
             known, new = (config.overlap_frames, further) if index else (0, length)
             place = slice(rollout.frames, rollout.frames + new)
-            if index:
-                walk = clips.sample(random, new, "never").motion
-                walk = batch.motion[:, place] if config.whole_clips else walk
-                motion = torch.cat([motion, walk], dim=1)
+            if index and channels is not None and not config.whole_clips:
+                walk = model.channels(clips.sample(random, new, "never").motion, batch.size)
+                channels = torch.cat([channels, walk], dim=2)
             start = rollout.last
             if config.corruption:
                 start = config.corruption(start, index == 0, random)
             noise = random.normal(batch.latents.shape[1], new, *batch.size)
             with precision:
-                with torch.no_grad():
-                    driven = model.conditions(motion[:, place], batch.prompts, batch.size)
-                segment = rollout.roll(noise, driven.condition, start)
+                segment = rollout.roll(noise, frames_of(channels, place), start)
                 fake = segment.output
                 if not self.warming(step):
                     text, text_lens = model.text_encoder(batch.prompts)
                     fake = parallel_pass(model.transformer, segment, text, text_lens)
             history = torch.cat([history, fake], dim=2)
+            shown = slice(place.start - known, place.stop)
             fakes = self.judged(
-                history[:, :, -(known + new + 1) :],
-                motion[:, -(known + new) :],
+                history[:, :, shown.start :],  # the frame before the first, too
+                frames_of(channels, shown),
                 batch.prompts,
                 known,
             )
             history = history.detach()
             real = batch if index == 0 else clips.sample(random, known + new, "never")
+            along = model.channels(real.motion, batch.size)
             reals = self.judged(
                 real.latents[:, :, : known + new + 1],
-                real.motion[:, : known + new],
+                frames_of(along, slice(known + new)),
                 real.prompts,
                 known,
             )
@@ -226,10 +225,10 @@ class Adversarial:
             recycled = config.corruption(recycled, False, random)
         noise = random.normal(*batch.targets.shape[1:])
         with mixed_precision(random.device), torch.set_grad_enabled(not self.warming(step)):
-            condition, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
-            segment = Segment(noise, recycled, condition, start_frame=0, prefix=None)
+            channels, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
+            segment = Segment(noise, recycled, channels, start_frame=0, prefix=None)
             fake = parallel_pass(model.transformer, segment, text, text_lens)
-        real = self.judged(batch.latents, batch.motion, batch.prompts, known=0)
+        real = self.judged(batch.latents, channels, batch.prompts, known=0)
         real = replace(real, real=batch.latents)
         continued = torch.cat([batch.recycled[:, :, :1], fake], dim=2)
         fakes = replace(real, latents=continued)
@@ -258,12 +257,13 @@ class Adversarial:
             metrics |= self.train_generator(on_real, fakes, errors, t, share)
         return metrics
 
-    def judged(self, latents: Tensor, motion: Tensor, prompts, known: int) -> Judged:
+    def judged(
+        self, latents: Tensor, channels: Tensor | None, prompts: Sequence[str], known: int
+    ) -> Judged:
         """latents (B, C, 1 + T, H, W): the frame before the first, then the frames to judge."""
         with mixed_precision(latents.device):
-            world = self.discriminator.world
-            conditions = world.conditions(motion, prompts, latents.shape[-2:])
-        return Judged(latents, conditions, known)
+            words = self.discriminator.world.text_encoder(prompts)
+        return Judged(latents, Conditions(channels, *words), known)
 
     def logits(self, judged: Judged, t: Tensor) -> Tensor:
         """One logit per frame that carries a loss, (B, T - known), or per clip (B, 1)."""
@@ -274,7 +274,7 @@ class Adversarial:
             else:
                 given = (judged.real, judged.conditions, t)
                 logits = teacher_forced_logits(self.discriminator, x, *given)
-        known = judged.known if self.config.judgement == "frame" else 0
+        known = judged.known if self.discriminator.judgement == "frame" else 0
         return logits[:, known:].float()
 
     def train_discriminator(
@@ -286,9 +286,10 @@ class Adversarial:
         together += [judged.perturbed(config.perturbation, random) for judged in together]
         latents = torch.cat([judged.latents for judged in together])
         if real.real is None:
-            given = zip(*(judged.conditions for judged in together), strict=True)
-            joined = Judged(latents, Conditions(*map(torch.cat, given)), real.known)
-            times = t.repeat(4)
+            channels, *words = zip(*(judged.conditions for judged in together), strict=True)
+            channels = None if channels[0] is None else torch.cat(channels)
+            conditions = Conditions(channels, *map(torch.cat, words))
+            joined, times = Judged(latents, conditions, real.known), t.repeat(4)
         else:  # all four continue the same clips
             joined, times = replace(real, latents=latents), t
         on_real, on_fake, *perturbed = self.logits(joined, times).chunk(4)

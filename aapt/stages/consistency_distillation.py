@@ -1,6 +1,5 @@
 """Stage 2: consistency distillation on fixed times, teacher-forced, no CFG (SPEC 7)."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -42,13 +41,13 @@ class ConsistencyConfig:
 
 
 class ConsistencyDistillation:
-    """The student at t_k must agree with its own stopped gradient at t_{k-1}, one teacher step
-    nearer to the data."""
+    """The student at t_k must agree with its own stopped gradient at t_{k-1}, one step of the
+    teacher, the diffusion model that it starts from, nearer to the data."""
 
-    def __init__(self, config: ConsistencyConfig, model: WorldModel):
+    def __init__(self, config: ConsistencyConfig, model: WorldModel, teacher: WorldModel):
         self.config = config
         self.model = model
-        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.teacher = teacher.requires_grad_(False)
         self.steps = config.curriculum.steps
         self.times = schedule(config.times, config.shift)
         optimizer = make_optimizer(model, config.betas, config.weight_decay, muon=False)

@@ -16,7 +16,7 @@ from ..data.clips import Clips
 from ..losses import channel_weighted_error
 from ..optimization import MovingAverage, Schedule, Trained, make_optimizer, mixed_precision
 from ..randomness import ClipRandom
-from ..student_forcing import StudentRollout, parallel_pass
+from ..student_forcing import StudentRollout, frames_of, parallel_pass
 from ..world_model import WorldModel
 
 
@@ -70,13 +70,13 @@ class RolloutRegression:
         total = 0.0
         precision = mixed_precision(noise.device)
         with precision, torch.no_grad():
-            rays, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
+            channels, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
             rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
         for index in range(config.segments):
             frames = slice(index * config.segment_frames, (index + 1) * config.segment_frames)
             start = config.corruption(rollout.last, index == 0, random)
             with precision:
-                segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
+                segment = rollout.roll(noise[:, :, frames], frames_of(channels, frames), start)
                 text, text_lens = model.text_encoder(batch.prompts)
                 fake = parallel_pass(model.transformer, segment, text, text_lens)
             error = channel_weighted_error(fake, batch.targets[:, :, frames], self.pixel_deviation)

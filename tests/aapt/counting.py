@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from aapt.conditioning import control_rays
 from aapt.data.clips import LatentClips
+from aapt.discriminator import Discriminator
 from aapt.optimization import Schedule
 from aapt.stages.adversarial import Adversarial, AdversarialConfig
 from aapt.world_model import WorldModel
@@ -116,9 +117,10 @@ def adversarial_stage(generator: WorldModel | None = None, **changes) -> Adversa
         "whole_clips": True,
         **changes,
     }
+    config = AdversarialConfig(**options)
     return Adversarial(
-        AdversarialConfig(**options),
+        config,
         generator or model(),
-        judged_model(),
+        Discriminator(judged_model(), config.judgement),
         torch.tensor([3.0, 1.0, 2.0, 2.0]),
     )

@@ -253,7 +253,7 @@ def test_missing_option_points_to_help(capsys):
 def test_help_is_quick_and_has_examples(capsys):
     assert run() == 0
     assert "generate" in capsys.readouterr().out
-    for command in (["generate"], ["info"], ["bench", "stream"], ["train"]):
+    for command in (["generate"], ["info"], ["bench", "stream"], ["train"], ["eval"], ["plot"]):
         assert run(*command, "--help") == 0
         said = capsys.readouterr().out
         assert f"Examples:\n    aapt {' '.join(command)}" in said

@@ -91,7 +91,7 @@ def test_stages_are_reproducible():
 
 def test_consistency_leaves_the_teacher_alone():
     config = ConsistencyConfig(constant("clips", frames=3, batch=2, steps=3), Schedule(1e-3))
-    stage = ConsistencyDistillation(config, model())
+    stage = ConsistencyDistillation(config, model(), model())
     before = copy.deepcopy(stage.teacher)
     train(stage, 3)
     for a, b in zip(before.parameters(), stage.teacher.parameters(), strict=True):
@@ -113,12 +113,11 @@ def test_consistency_target_is_the_student_one_teacher_step_on(monkeypatch, time
     monkeypatch.setattr(consistency_distillation, "pseudo_huber", record)
     curriculum = constant("clips", frames=3, batch=16, steps=1)
     config = ConsistencyConfig(curriculum, Schedule(0.0), times=times, shift=6.0)
-    stage = ConsistencyDistillation(config, recorded(0.5, output_clamp=4.0))
-    with torch.no_grad():
-        stage.teacher.transformer.gain.fill_(0.25)
+    teacher = recorded(0.25, output_clamp=4.0)
+    stage = ConsistencyDistillation(config, recorded(0.5, output_clamp=4.0), teacher)
     train(stage, 1, counting_clips())
 
-    (teacher,) = stage.teacher.transformer.calls
+    (taught,) = stage.teacher.transformer.calls
     student_earlier, student = stage.model.transformer.calls
     x_t, recycled, condition, *_, t = student
     recovered_noise(x_t, recycled, t)
@@ -127,11 +126,11 @@ def test_consistency_target_is_the_student_one_teacher_step_on(monkeypatch, time
     assert set(k.tolist()) == set(range(1, times + 1))
     earlier = stage.times[k - 1]
     torch.testing.assert_close(earlier, student_earlier[-1])
-    for other in (teacher, student_earlier):
+    for other in (taught, student_earlier):
         for mine, theirs in zip(student[1:-1], other[1:-1], strict=True):
             torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(teacher[0], x_t)
-    torch.testing.assert_close(teacher[-1], t)
+    torch.testing.assert_close(taught[0], x_t)
+    torch.testing.assert_close(taught[-1], t)
 
     step, rest, t = ((x[:, None, None, None, None]) for x in (t - earlier, earlier, t))
     one_on = x_t - step * 0.25 * x_t
@@ -150,7 +149,7 @@ def test_squared_consistency(weighted):
     config = ConsistencyConfig(
         curriculum, Schedule(0.0), times=4, distance="squared", step_weight=weighted
     )
-    stage = ConsistencyDistillation(config, recorded(0.5))
+    stage = ConsistencyDistillation(config, recorded(0.5), recorded(0.25))
     (metrics,) = train(stage, 1, counting_clips())
     (x_earlier, *_, earlier), (x_t, *_, t) = stage.model.transformer.calls
 
@@ -268,7 +267,7 @@ LAST_TEXT_QUERY = "transformer.blocks.2.text.q_norm"
             id="diffusion",
         ),
         pytest.param(
-            lambda: ConsistencyDistillation(ConsistencyConfig(BRIEF, ONE), model()),
+            lambda: ConsistencyDistillation(ConsistencyConfig(BRIEF, ONE), model(), model()),
             lambda stage: stage.model,
             "model",
             {LAST_TEXT_QUERY},
