@@ -141,17 +141,17 @@ def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100)
 def without_memory(recipe: Recipe, config: StageConfig):
     """The stage itself, on the meta device."""
     with torch.device("meta"):
-        model = WorldModel(recipe.model, recipe.camera)
+        model, other = (WorldModel(recipe.model, recipe.camera) for _ in range(2))
         deviation = torch.ones(recipe.model.latent_channels)
         match config:
             case DiffusionConfig():
                 return DiffusionAdaptation(config, model)
             case ConsistencyConfig():
-                return ConsistencyDistillation(config, model)
+                return ConsistencyDistillation(config, model, other)
             case RolloutRegressionConfig():
                 return RolloutRegression(config, model, deviation)
             case AdversarialConfig():
-                judge = WorldModel(recipe.model, recipe.camera)
+                judge = Discriminator(other, config.judgement)
                 return Adversarial(config, model, judge, deviation)
 
 
