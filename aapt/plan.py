@@ -141,17 +141,17 @@ def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100)
 def without_memory(recipe: Recipe, config: StageConfig):
     """The stage itself, on the meta device."""
     with torch.device("meta"):
-        model = WorldModel(recipe.model, recipe.camera)
+        model, other = (WorldModel(recipe.model, recipe.camera) for _ in range(2))
         deviation = torch.ones(recipe.model.latent_channels)
         match config:
             case DiffusionConfig():
                 return DiffusionAdaptation(config, model)
             case ConsistencyConfig():
-                return ConsistencyDistillation(config, model)
+                return ConsistencyDistillation(config, model, other)
             case RolloutRegressionConfig():
                 return RolloutRegression(config, model, deviation)
             case AdversarialConfig():
-                judge = WorldModel(recipe.model, recipe.camera)
+                judge = Discriminator(other, config.judgement)
                 return Adversarial(config, model, judge, deviation)
 
 
@@ -198,7 +198,7 @@ def _plan(
     fixed = {
         "parameters": FLOAT * sum(sharded(p, gpus) for n in networks + frozen for p in shapes(n)),
         **trained_bytes(stage.trained.values(), gpus),
-        "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled),
+        "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled or judged),
     }
     rows, columns = config.token_grid(*load.size)
     local = math.ceil(load.frames * rows * columns / context)
@@ -206,12 +206,12 @@ def _plan(
     def activations(checkpointed: bool) -> float:
         """Of one clip: the generator's stay while its frames are judged."""
         bytes_ = activation_bytes(config, local, checkpointed)
-        running = local
+        running = TRANSIENT * block_bytes(config, local) * checkpointed
         if judged:
             bytes_ += COPIES * activation_bytes(config, local, checkpointed)
             bytes_ += COPIES * tapped_bytes(config, local)
-            running = COPIES * local
-        return bytes_ + TRANSIENT * block_bytes(config, running) * checkpointed
+            running *= COPIES
+        return bytes_ + running
 
     each = {"cache": 0.0, "activations": activations(checkpointed=True)}
     if load.rolled:

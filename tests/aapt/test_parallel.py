@@ -1,5 +1,8 @@
 """Many ranks equal one: losses, gradients, streams, updates, under FSDP2 and Ulysses."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +78,26 @@ def diffusion(parallel: Parallel, checkpointing: bool) -> dict[str, Tensor]:
     loss.backward()
     mean = parallel.mean({"loss": loss.item()})
     return {"loss": torch.tensor(mean["loss"]), **gradients(net)}
+
+
+def half_precision(parallel: Parallel) -> dict[str, Tensor]:
+    """Blocks gathered in bfloat16, as on GPUs: near what autocast makes of whole parameters, and
+    gradients and parameters stay float32."""
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        net, clips = model().float(), Clips(parallel)
+        dataclasses.replace(parallel, gather_dtype=dtype).shard(net)
+        x = clips.latents().float()
+        with torch.autocast("cpu", torch.bfloat16):
+            given = (clips.condition().float(), *net.text_encoder(clips.prompts))
+            output = net.transformer(x, x, *given, clips().sigmoid().float())
+        loss = (output.float() - x).square().mean()
+        loss.backward()
+        losses.append(parallel.mean({"loss": loss.item()})["loss"])
+        grads = [p.grad for p in net.parameters()]
+        assert {g.dtype for g in grads} == {p.dtype for p in net.parameters()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and math.isfinite(losses[1])
+    return {}
 
 
 def adversarial(parallel: Parallel, checkpointing: bool) -> dict[str, Tensor]:
@@ -212,11 +235,12 @@ SCENARIOS = {
     "updates": (updates,),
     "Muon": (muon_sees_whole_matrices,),
     "not finite": (refuses_what_is_not_finite,),
+    "half precision": (half_precision,),
     "stream": (stream,),
     "exchanges": (exchanges,),
 }
 GROUPS = {
-    2: {1: ["diffusion", "Muon"], 2: ["adversarial", "stream", "exchanges"]},
+    2: {1: ["diffusion", "Muon", "half precision"], 2: ["adversarial", "stream", "exchanges"]},
     4: {
         1: ["updates", "not finite"],
         2: ["diffusion, checkpointed"],
