@@ -63,7 +63,6 @@ def moved_alike(expected: dict, actual: dict) -> bool:
     start = {f"{i}.{k}": x for i, p in enumerate(parts) for k, x in p.module.state_dict().items()}
     way = sum((expected[k] - x).square().sum() for k, x in start.items())
     off = sum((actual[k] - expected[k]).square().sum() for k in start)
-    print("RATIO", (off / way) ** 0.5)
     return bool(off < 0.05**2 * way)
 
 
