@@ -53,11 +53,13 @@ def save_module(path: Path, module: nn.Module, dtype: torch.dtype | None = None)
     save_tensors(path, tensors)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
-    save_file(tensors, partial)
+    save_file(tensors, partial, metadata)
     os.replace(partial, path)
 
 

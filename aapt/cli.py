@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +20,11 @@ import typer
 from rich import progress
 from rich.console import Console
 
+from .cli_measure import evaluate, plot
+from .cli_train import encode, train
+from .command_line import MODEL, InputError, Json, Model, bad_input, ctrl_c, load, say, table
+
 UsageError = typer.BadParameter.__base__  # wherever this version of typer keeps it
-MODEL = "tiny-world"
 MAX_SEED = 2**63 - 1
 
 app = typer.Typer(
@@ -34,13 +36,6 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
-Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-class InputError(Exception):
-    """What a command found wrong with its input, beyond what typer checks."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code; whatever the user did wrong is said in one line."""
@@ -51,16 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
         return code or 0
     except UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _say("aapt: " + " ".join(error.format_message().split()) + hint)
+        say("aapt: " + " ".join(error.format_message().split()) + hint)
         return 2
     except InputError as error:
-        _say("aapt: " + " ".join(str(error).split()))
+        say("aapt: " + " ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # the reader has seen enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        _say("aapt: interrupted")
+        say("aapt: interrupted")
         return 130
 
 
@@ -125,23 +120,23 @@ def generate(
     from . import media
     from .controls import load_controls
 
-    with _bad_input():
+    with bad_input():
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
         script = load_controls(controls)
         picture = media.load_image(image) if image else None
         media.output_kind(out)
-    generator = _load(model)
+    generator = load(model)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
     steps = max(1, round(seconds / step_seconds))
 
-    with _bad_input():
+    with bad_input():
         if picture is None:
             picture = media.load_image(generator.sample_image())
         first_frame, note = media.fit_image(picture, generator.height, generator.width)
         if note:
-            _say(f"{image or 'sample'}: {note}")
+            say(f"{image or 'sample'}: {note}")
         stream = generator.open(first_frame, prompt=_prompt(generator, prompt), seed=seed)
         try:
             writer = media.open_video(out, generator.height, generator.width, generator.fps, scale)
@@ -167,7 +162,7 @@ def _play(stream, writer, controls, steps: int) -> Played:
     total = len(stream.first_frame) + steps * stream.generator.frames_per_step
     latencies, error = [], None
     started = time.perf_counter()
-    with _ctrl_c() as interrupted, _progress(total) as show:
+    with ctrl_c() as interrupted, _progress(total) as show:
         try:
             writer.write(stream.first_frame)
             show(writer.frames, None)
@@ -200,34 +195,17 @@ def _finish(played: Played) -> None:
     if not writer.frames:
         holds = f"nothing was kept of {writer.out}"
     if played.error:
-        _say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
+        say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
         raise typer.Exit(1)
     if played.interrupted:
-        _say(f"aapt: interrupted: {holds}")
+        say(f"aapt: interrupted: {holds}")
         raise typer.Exit(130)
     latency = 1e3 * sorted(played.step_seconds)[len(played.step_seconds) // 2]
-    _say(
+    say(
         f"{writer.out}: {writer.frames} frames, {writer.frames / writer.fps:.1f} s at "
         f"{writer.fps} fps, {writer.width} x {writer.height}; made at "
         f"{writer.frames / played.elapsed:.0f} fps, {latency:.0f} ms a step"
     )
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list instead of raising at some random place, such as the
-    middle of a write; the second raises."""
-    seen: list[int] = []
-
-    def handle(number, _):
-        seen.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -270,7 +248,7 @@ def info(model: Model = MODEL, as_json: Json = False):
 
     from .environment import environment
 
-    generator = _load(model)
+    generator = load(model)
     facts = {
         "model": _model_facts(model, generator),
         "ops": [choice._asdict() for choice in backends()],
@@ -281,7 +259,7 @@ def info(model: Model = MODEL, as_json: Json = False):
         return
     size = facts["model"]
     parameters = {name: f"{count / 1e6:.2f} M" for name, count in size["parameters"].items()}
-    _table(
+    table(
         [
             ("model", f"{model}: {size['width']} x {size['height']} at {size['fps']} fps"),
             ("parameters", ", ".join(f"{name} {count}" for name, count in parameters.items())),
@@ -323,7 +301,7 @@ def bench_stream(
     if threads:
         torch.set_num_threads(threads)
     started = time.perf_counter()
-    generator = _load(model)
+    generator = load(model)
     load_seconds = time.perf_counter() - started
     picture = media.load_image(generator.sample_image())
     first_frame, _ = media.fit_image(picture, generator.height, generator.width)
@@ -344,63 +322,12 @@ def bench_stream(
     ]
     if memory["cuda"] is not None:
         rows.append(("peak CUDA memory", f"{memory['cuda'] / 2**20:.0f} MiB allocated"))
-    _table(rows + _environment_rows(facts))
+    table(rows + _environment_rows(facts))
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="A named recipe, such as tiny-world.")],
-    stage: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Only this stage; may be repeated.", show_default="all"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where results go.", show_default="runs/RECIPE"),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Processes that render training clips.")
-    ] = 2,
-):
-    """Train a model by a recipe, stage after stage.
-
-    A stage whose result is in the folder is not run again, so the same command goes on after an
-    interruption. The last line printed is the checkpoint's folder, for --model.
-
-    \b
-    Examples:
-      aapt train tiny-world
-      aapt train tiny-world --stage adversarial --out runs/second
-      aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
-    """
-    from . import trainer
-    from .checkpoint import CheckpointError
-    from .recipes import RECIPES
-
-    stages = stage or list(trainer.STAGES)
-    with _bad_input():
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
-        for name in stages:
-            if name not in trainer.STAGES:
-                raise ValueError(
-                    f"stage: expected one of {', '.join(trainer.STAGES)}, got {name!r}"
-                )
-    try:
-        folder = out or Path("runs") / recipe
-        print(trainer.run(RECIPES[recipe](), folder, stages, workers=workers, report=_say))
-    except (trainer.TrainingError, CheckpointError, OSError) as error:
-        _say(f"aapt: {error}")
-        raise typer.Exit(1) from None
-    except ValueError as error:  # the folder holds another recipe
-        raise InputError(str(error)) from None
-
-
-def _load(model: str):
-    with _bad_input():
-        from .generator import StreamingGenerator
-
-        return StreamingGenerator.from_pretrained(model)
+for command in (train, encode, plot):
+    app.command()(command)
+app.command("eval")(evaluate)
 
 
 def _prompt(generator, prompt: str | None) -> str:
@@ -438,25 +365,6 @@ def _environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(versions)),
         ("commit", facts["commit"] or "not a checkout"),
     ]
-
-
-def _table(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-
-
-@contextlib.contextmanager
-def _bad_input() -> Iterator[None]:
-    """Turn the ValueErrors of what reads the user's input into exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

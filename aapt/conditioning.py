@@ -45,6 +45,38 @@ def relative_poses(controls: Tensor, camera: CameraConfig) -> Tensor:
     return torch.stack(rows, dim=-1).unflatten(-1, (4, 4))
 
 
+def trajectory_poses(cameras: Tensor) -> Tensor:
+    """Camera-to-previous-camera transforms along a trajectory.
+
+    cameras: (..., F, 4, 4), camera-to-world of each video frame. Returns (..., F - 1, 4, 4).
+    """
+    return torch.linalg.solve(cameras[..., :-1, :, :], cameras[..., 1:, :, :])
+
+
+def through_lens(
+    poses: Tensor, lens: Tensor, camera: CameraConfig, height: int, width: int
+) -> Tensor:
+    """Poses whose `camera_rays` are those of footage taken with another lens than the model's.
+
+    poses: (..., 4, 4); lens: (4,) of (fx, fy, cx, cy), focal lengths and principal point in shares
+    of the picture's width and height; `height` and `width` are those given to `camera_rays`.
+
+    A pixel that the model's lens sees along r is seen along A r by another, with A upper
+    triangular. Rays hold the change (R - I) of a direction, so I + (R - I) A in the place of R
+    makes them those of A r. The result is no rotation any more.
+    """
+    fx, fy, cx, cy = lens.to(poses)
+    model_fx = 0.5 / math.tan(camera.field_of_view / 2)
+    model_fy = model_fx * width / height  # square latent pixels
+    to_lens = torch.eye(3).to(poses)
+    to_lens[0, 0], to_lens[0, 2] = model_fx / fx, (0.5 - cx) / fx
+    to_lens[1, 1], to_lens[1, 2] = model_fy / fy, (0.5 - cy) / fy
+    still = torch.eye(3).to(poses)
+    folded = poses.clone()
+    folded[..., :3, :3] = still + (poses[..., :3, :3] - still) @ to_lens
+    return folded
+
+
 def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) -> Tensor:
     """Rays through latent-pixel centres, relative to the previous video frame.
 

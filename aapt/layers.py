@@ -15,6 +15,7 @@ from aapt_kernels import (
 
 from .config import ModelConfig
 from .rope import Rotation
+from .ulysses import Ulysses
 
 NORM_EPS = 1e-6
 
@@ -45,10 +46,9 @@ class Stream(nn.Module):
         """shared (B, 6, width) -> six (B, 1, width): shift, scale, gate, twice."""
         return (shared + self.modulation_bias).unsqueeze(2).unbind(1)
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """Normed, modulated, projected: q, k, v, each (B, L, heads, head_dim)."""
-        qkv = self.qkv(modulated_norm(x, shift, scale))
-        return qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Normed, modulated, projected: q, k and v, (B, L, 3, heads, head_dim)."""
+        return self.qkv(modulated_norm(x, shift, scale)).unflatten(-1, (3, self.heads, -1))
 
     def mix(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """The residual updates after attention: attended (B, L, heads, head_dim), then MLP."""
@@ -63,13 +63,18 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Joint attention of the text and video streams, in parallel or one frame at a time."""
+    """Joint attention of the text and video streams, in parallel or one frame at a time.
+
+    With a `context` of several ranks, video tokens are this rank's shard of those described here
+    and cached keys and values its heads; the text stream is whole on every rank.
+    """
 
     def __init__(self, config: ModelConfig, last: bool):
         super().__init__()
         self.video = Stream(config)
         self.text = Stream(config, keys_only=last)
         self.last = last
+        self.context = Ulysses()
 
     def forward(
         self,
@@ -80,14 +85,16 @@ class Block(nn.Module):
         layout: FrameLayout,
         text_lens: Tensor,
         prefix: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """All frames in parallel. video (B, frames x tokens, width), text (B, text, width),
         modulation: the shared (B, 6, width) of video and text, prefix: keys and values of
-        [first frame | past] from an earlier segment, detached."""
+        [first frame | past] from an earlier segment, detached. The last block has no next text."""
         video_modulation = self.video.modulation(modulation[0])
         text_modulation = self.text.modulation(modulation[1])
-        q, k, v = self.video.project(video, *video_modulation[:2])
-        text_q, text_k, text_v = self.text.project(text, *text_modulation[:2])
+        context, tokens = self.context, layout.frames * layout.tokens_per_frame
+        qkv = context.to_heads(self.video.project(video, *video_modulation[:2]), tokens)
+        text_qkv = context.own_heads(self.text.project(text, *text_modulation[:2]))
+        (q, k, v), (text_q, text_k, text_v) = qkv.unbind(2), text_qkv.unbind(2)
         q, k, *q_sink = qk_norm_rope(
             q,
             k,
@@ -112,25 +119,26 @@ class Block(nn.Module):
             q_sink=q_sink[0] if q_sink else None,
             prefix_grad=prefix is None,
         )
-        text_attended, video_attended = attended.split([text.shape[1], video.shape[1]], dim=1)
-        video = self.video.mix(video, video_attended, video_modulation)
-        if not self.last:
-            text = self.text.mix(text, text_attended, text_modulation)
-        return video, text
+        text_attended, video_attended = attended.split([text.shape[1], tokens], dim=1)
+        video = self.video.mix(video, context.to_tokens(video_attended), video_modulation)
+        if self.last:
+            return video, None
+        return video, self.text.mix(text, context.all_heads(text_attended), text_modulation)
 
     def encode_text(
         self, text: Tensor, modulation: Tensor, text_lens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The text stream alone: the next text, and the keys and values video will attend to."""
         text_modulation = self.text.modulation(modulation)
-        q, k, v = self.text.project(text, *text_modulation[:2])
+        qkv = self.context.own_heads(self.text.project(text, *text_modulation[:2]))
+        q, k, v = qkv.unbind(2)
         q, k = qk_norm_rope(q, k, self.text.q_norm, self.text.k_norm, None, None, eps=NORM_EPS)
         if not self.last:
             layout = FrameLayout(
                 text_tokens=text.shape[1], tokens_per_frame=1, frames=0, window_frames=None
             )
             attended = block_causal_attention(q, k, v, layout, text_lens=text_lens)
-            text = self.text.mix(text, attended, text_modulation)
+            text = self.text.mix(text, self.context.all_heads(attended), text_modulation)
         return text, k, v
 
     def step(
@@ -138,7 +146,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """One new frame (B, tokens, width) against the cache, which it is appended to."""
         video_modulation = self.video.modulation(modulation)
-        q, k, v = self.video.project(video, *video_modulation[:2])
+        qkv = self.video.project(video, *video_modulation[:2])
+        q, k, v = self.context.to_heads(qkv, cache.tokens_per_frame).unbind(2)
         appended = kv_append(
             q,
             k,
@@ -155,4 +164,4 @@ class Block(nn.Module):
         )
         q, q_sink = appended if isinstance(appended, tuple) else (appended, None)
         attended = cached_attention(q, cache, layer, q_sink=q_sink)
-        return self.video.mix(video, attended, video_modulation)
+        return self.video.mix(video, self.context.to_tokens(attended), video_modulation)

@@ -16,6 +16,11 @@ def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
     return (squared + c**2).sqrt() - c
 
 
+def frame_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error of each latent frame. a, b: (B, C, T, H, W). Returns (B, T)."""
+    return (a - b).square().mean(dim=(1, 3, 4))
+
+
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Relativistic pairing: softplus(delta), delta = D(fake) - D(real), mean over frames."""
     return F.softplus(fake - real).mean()
@@ -36,6 +41,13 @@ def channel_weighted_error(a: Tensor, b: Tensor, deviation: Tensor) -> Tensor:
     (C,) relative to the mean."""
     weight = (deviation / deviation.mean())[:, None, None, None]
     return ((a - b).square() * weight).mean()
+
+
+def palette_error(a: Tensor, b: Tensor, deviation: Tensor) -> Tensor:
+    """The same between the means of every channel over a frame, which say what colours it has and
+    nothing about where: it does not blur."""
+    over_frame = {"dim": (3, 4), "keepdim": True}
+    return channel_weighted_error(a.mean(**over_frame), b.mean(**over_frame), deviation)
 
 
 def sharpness_loss(error: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from aapt_kernels import FrameLayout, KVCache
 from .config import ModelConfig
 from .flow import to_clean
 from .layers import Block, modulated_norm
-from .rope import RotaryPositions
+from .rope import RotaryPositions, Rotation
+from .ulysses import Ulysses
 
 TIME_FREQUENCIES = 256
 KeysValues = list[tuple[Tensor, Tensor]]  # per block, each (B, L, heads, head_dim)
@@ -59,6 +60,7 @@ class VideoTransformer(nn.Module):
         self.video_out = nn.Linear(config.width, config.latent_channels * area)
         self.positions = RotaryPositions(config)
         self.checkpoint_blocks = False
+        self.context = Ulysses()
         for layer in (self.video_modulation, self.text_modulation, self.out_modulation):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -68,7 +70,8 @@ class VideoTransformer(nn.Module):
     def patchify(
         self, x: Tensor, recycled: Tensor, condition: Tensor | None, frames: Tensor
     ) -> Tensor:
-        """Latents to embedded tokens (B, T rows columns, width); `frames`: their indices (T,)."""
+        """Latents to embedded tokens (B, T rows columns, width), or this rank's shard of them;
+        `frames`: their indices (T,)."""
         if not self.config.recycle:
             recycled = recycled * (frames == 0)[:, None, None]
         channels = [x, recycled] if condition is None else [x, recycled, condition]
@@ -80,19 +83,19 @@ class VideoTransformer(nn.Module):
             )
         patch = self.config.patch
         tokens = rearrange(stacked, "b c t (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
-        return self.video_in(tokens)
+        return self.video_in(self.context.shard(tokens))
 
-    def unpatchify(self, tokens: Tensor, time: Tensor, size: Sequence[int]) -> Tensor:
-        """Tokens to the network's output (B, latent_channels, T, H, W), `size` = (H, W)."""
-        patch = self.config.patch
+    def unpatchify(self, tokens: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
+        """Tokens to the network's output (B, latent_channels, T, H, W), `shape` = (T, H, W)."""
+        patch, (frames, *size) = self.config.patch, shape
+        rows, columns = self.config.token_grid(*size)
         shift, scale = self.out_modulation(time)[:, None].chunk(2, dim=-1)
         patches = self.video_out(modulated_norm(tokens, shift, scale))
-        height, width = size
         return rearrange(
-            patches,
+            self.context.gather(patches, frames * rows * columns),
             "b (t h w) (p q c) -> b c t (h p) (w q)",
-            h=height // patch,
-            w=width // patch,
+            h=rows,
+            w=columns,
             p=patch,
             q=patch,
         )
@@ -116,32 +119,44 @@ class VideoTransformer(nn.Module):
         prefix: KeysValues | None = None,
         start_frame: int = 0,
         taps: Sequence[int] = (),
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Tokens after the last block, the time embedding, and tokens after the `taps` blocks.
+        """Tokens after the last block, the time embedding, and tokens after the `taps` blocks: this
+        rank's shard of them, where ranks share a clip.
 
         x, recycled: (B, C, T, H, W); condition: (B, condition_channels, T, H, W); text:
         (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. `prefix` holds
         each block's keys and values of [first frame | past] when the frames continue a sequence
-        at token-frame `start_frame` > 0.
+        at token-frame `start_frame` > 0. Without `causal` every frame sees all others.
         """
         frames = x.shape[2]
         grid = self.config.token_grid(*x.shape[-2:])
         tokens_per_frame = grid[0] * grid[1]
+        if prefix is not None and not causal:
+            raise ValueError("prefix: expected None without `causal`, got keys and values")
         if (start_frame > 0) != (prefix is not None):
             raise ValueError(
                 f"prefix: expected keys and values exactly when start_frame > 0, got "
                 f"start_frame {start_frame} {'without' if prefix is None else 'with'} a prefix"
             )
-        past = prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None
-        layout = FrameLayout(
-            text_tokens=text.shape[1],
-            tokens_per_frame=tokens_per_frame,
-            frames=frames,
-            window_frames=self.config.window_frames,
-            past_frames=past,
-        )
         indices = torch.arange(start_frame, start_frame + frames, device=x.device)
         rotation = self.positions(indices, grid)
+        if causal:
+            layout = FrameLayout(
+                text_tokens=text.shape[1],
+                tokens_per_frame=tokens_per_frame,
+                frames=frames,
+                window_frames=self.config.window_frames,
+                past_frames=prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None,
+            )
+        else:  # one great frame, at distances that are never clamped
+            layout = FrameLayout(
+                text_tokens=text.shape[1],
+                tokens_per_frame=tokens_per_frame * frames,
+                frames=1,
+                window_frames=None,
+            )
+            rotation = Rotation(rotation.cos, rotation.sin)
         time, *modulation = self.modulations(t)
         video, words = self.patchify(x, recycled, condition, indices), self.text_in(text)
         tapped = []
@@ -158,8 +173,9 @@ class VideoTransformer(nn.Module):
 
     def forward(self, x: Tensor, recycled: Tensor, condition: Tensor | None, *args, **kwargs):
         """The network's raw output (B, latent_channels, T, H, W); arguments as `features`."""
-        video, time, _ = self.features(x, recycled, condition, *args, **kwargs)
-        return self.unpatchify(video, time, x.shape[-2:])
+        # The plain function: of a sharded model, `self.features` would give up its parameters.
+        video, time, _ = VideoTransformer.features(self, x, recycled, condition, *args, **kwargs)
+        return self.unpatchify(video, time, x.shape[2:])
 
     def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
         """Every block's text keys and values at time t: once per prompt when streaming."""
@@ -190,7 +206,7 @@ class VideoTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             video = block.step(video, modulation, rotation, cache, layer)
         cache.advance()
-        return self.unpatchify(video, time, x.shape[-2:])
+        return self.unpatchify(video, time, x.shape[2:])
 
     def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
         """An empty cache for latents of `size` = (height, width)."""
@@ -198,7 +214,7 @@ class VideoTransformer(nn.Module):
         return KVCache(
             batch,
             self.config.depth,
-            self.config.heads,
+            self.config.heads // self.context.size,
             self.config.head_dim,
             text_tokens=self.config.text_tokens,
             tokens_per_frame=rows * columns,

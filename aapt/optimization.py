@@ -1,8 +1,8 @@
 """What the stages share about taking a step: schedules, moving averages, mixed precision."""
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,27 +14,25 @@ from .world_model import WorldModel
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate over `steps` updates: linear warm-up, times constant or cosine decay to a
+    """A learning rate: linear warm-up over `warmup` updates, times constant or cosine decay to a
     hundredth."""
 
     learning_rate: float
-    steps: int
     warmup: int = 0
     decay: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self):
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay: expected 'constant' or 'cosine', got {self.decay!r}")
-        if self.steps < 1 or self.warmup < 0:
-            raise ValueError(
-                f"steps, warmup: expected at least 1 and 0, got {self.steps} and {self.warmup}"
-            )
+        if self.warmup < 0:
+            raise ValueError(f"warmup: expected at least 0, got {self.warmup}")
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int, steps: int) -> float:
+        """The rate of update `step` of `steps`."""
         ramp = min(1.0, (step + 1) / (self.warmup + 1))
         if self.decay == "constant":
             return self.learning_rate * ramp
-        falling = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.steps))
+        falling = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
         return self.learning_rate * ramp * max(falling, 0.01)
 
 
@@ -42,7 +40,9 @@ class MuonAdamW:
     """Muon for the matrices inside the transformer's blocks, AdamW for everything else, at one
     learning rate (Muon's steps are scaled to AdamW's).
 
-    A small model learns as much in two updates as under AdamW in three (`benchmarks/LOG.md`).
+    A small model learns as much in two updates as under AdamW in three (`benchmarks/LOG.md`). Of
+    sharded parameters Muon orthogonalises the whole matrices too; it does so in bfloat16, so that
+    updates on several ranks differ from one rank's by a few percent.
     """
 
     def __init__(self, model: WorldModel, betas: tuple[float, float], weight_decay: float):
@@ -79,7 +79,8 @@ def update(
 ) -> float:
     """Clip, step, clear. Returns the gradient norm before clipping.
 
-    RuntimeError, before anything has moved, if the norm is not finite.
+    The norm is that of the whole gradients, also where they are sharded. RuntimeError, before
+    anything has moved and on every rank, if it is not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -97,6 +98,19 @@ def make_optimizer(
     if muon:
         return MuonAdamW(model, betas, weight_decay)
     return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Gradients flow through these modules but not into their parameters."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class MovingAverage:
@@ -122,6 +136,32 @@ class MovingAverage:
     def copy_to(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             parameter.copy_(self.shadow[name])
+
+
+class Trained:
+    """A network that learns: with its optimizer and, where one is kept, its average."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | MuonAdamW,
+        average: MovingAverage | None = None,
+    ):
+        self.module, self.optimizer, self.average = module, optimizer, average
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def update(self, learning_rate: float, max_norm: float | None) -> float:
+        """One step from the gradients that have gathered; returns their norm, see `update`."""
+        norm = update(self.optimizer, learning_rate, self.parameters, max_norm)
+        if self.average:
+            self.average.update(self.module)
+        return norm
+
+    def export(self) -> nn.Module:
+        """The module, with averaged weights where an average is kept."""
+        if self.average:
+            self.average.copy_to(self.module)
+        return self.module
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:

@@ -1,8 +1,11 @@
 """Complete named configurations, as functions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .config import CameraConfig, ModelConfig
+from .corruption import Corruption
+from .curriculum import Curriculum, Phase, Source, constant
 from .data.procedural import ProceduralData
 from .data.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
 from .optimization import Schedule
@@ -10,27 +13,30 @@ from .stages.adversarial import AdversarialConfig
 from .stages.consistency_distillation import ConsistencyConfig
 from .stages.decoder import DecoderConfig
 from .stages.diffusion_adaptation import DiffusionConfig
-from .stages.rollout_regression import Corruption, RolloutRegressionConfig
+from .stages.rollout_regression import RolloutRegressionConfig
 from .vae import VAEConfig, tiny
+
+StageConfig = DiffusionConfig | ConsistencyConfig | RolloutRegressionConfig | AdversarialConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything `aapt train` needs to make a model from nothing."""
+    """Everything `aapt train` needs to make a model.
+
+    Attributes:
+        data: Sets of clips by name; stages name the ones they learn from.
+        stages: In order; each names the stage whose weights it starts from.
+        vae, decoder: How the autoencoder is made, None where latents come encoded.
+    """
 
     name: str
     seed: int
     model: ModelConfig
-    camera: CameraConfig
-    vae: VAEConfig
-    data: ProceduralData
-    long_data: ProceduralData  # for the adversarial stage
-    decoder: DecoderConfig
-    diffusion: DiffusionConfig
-    consistency: ConsistencyConfig
-    regression: RolloutRegressionConfig
-    adversarial: AdversarialConfig
-    extension: AdversarialConfig
+    camera: CameraConfig | None
+    stages: Mapping[str, StageConfig]
+    data: Mapping[str, ProceduralData]
+    vae: VAEConfig | None = None
+    decoder: DecoderConfig | None = None
 
 
 def aapt_8b() -> ModelConfig:
@@ -48,8 +54,56 @@ def aapt_8b() -> ModelConfig:
     )
 
 
+def paper_8b() -> Recipe:
+    """The paper's training, number by number (SPEC 6-8). A second is six latent frames."""
+    adam = {"schedule": Schedule(1e-5), "weight_decay": 0.01, "shift": 24.0}
+    longest = Source("736x416", frames=15 * 6, shortest=5 * 6)
+    adaptation = Curriculum(
+        (
+            Phase(20_000, 256, (Source("736x416", frames=5 * 6),)),
+            Phase(6_000, 128, (Source("736x416", frames=5 * 6), Source("1280x720", frames=5 * 6))),
+            Phase(4_000, 32, (longest, Source("1280x720", frames=5 * 6))),
+        )
+    )
+    distillation = Curriculum((replace(adaptation.phases[-1], steps=5_000),))
+    adversarial = AdversarialConfig(
+        clips="640x352",
+        steps=500,
+        batch=256,
+        segment_frames=10 * 6,
+        shortest_segment=5 * 6,
+        generator_schedule=Schedule(3e-6),
+        discriminator_schedule=Schedule(3e-6),
+        average=0.995,
+    )
+    extension = replace(
+        adversarial,
+        start="adversarial",
+        segments=2,  # 10 + 9 = 19 s
+        overlap_frames=6,
+        batch=64,
+        generator_schedule=Schedule(1e-5),
+        discriminator_schedule=Schedule(1e-5),
+    )
+    return Recipe(
+        name="paper-8b",
+        seed=0,
+        model=aapt_8b(),
+        camera=None,
+        data={},
+        stages={
+            "diffusion": DiffusionConfig(adaptation, **adam),
+            "consistency": ConsistencyConfig(distillation, **adam),
+            "adversarial": adversarial,
+            "extension": extension,
+            # 10 + 5 x 9 = 55 s
+            "extension-5": replace(extension, start="extension", segments=6),
+        },
+    )
+
+
 def tiny_world() -> Recipe:
-    """The bundled model: 128x80, made on two CPU cores in about two hours."""
+    """The bundled model: 128x80, made on two CPU cores in about two hours and a half."""
     camera = CameraConfig(
         field_of_view=FIELD_OF_VIEW,
         yaw_step=YAW_STEP,
@@ -73,18 +127,14 @@ def tiny_world() -> Recipe:
         residual_head=True,
         output_clamp=8.0,
     )
-    adversarial = AdversarialConfig(
-        generator_schedule=Schedule(5e-5, steps=140, warmup=20),
-        discriminator_schedule=Schedule(2e-4, steps=200),
-        batch=2,
+    regression = RolloutRegressionConfig(
+        clips="clips",
+        steps=500,
+        batch=4,
         segment_frames=8,
-        segments=4,
-        penalty=20.0,
-        discriminator_warmup=60,
-        average=0.98,
-        max_norm=100.0,
-        corruption=Corruption(),
-        regression=1.0,
+        segments=2,
+        schedule=Schedule(5e-4, warmup=30, decay="cosine"),
+        muon=True,
     )
     return Recipe(
         name="tiny-world",
@@ -92,49 +142,70 @@ def tiny_world() -> Recipe:
         model=model,
         camera=camera,
         vae=tiny(),
-        data=ProceduralData(height=80, width=128, clips=3000, latent_frames=17, video_clips=300),
-        long_data=ProceduralData(
-            height=80, width=128, clips=1200, latent_frames=33, first_seed=200_000
-        ),
+        data={
+            "clips": ProceduralData(
+                height=80, width=128, clips=3000, latent_frames=17, video_clips=300
+            ),
+            "long-clips": ProceduralData(
+                height=80, width=128, clips=1200, latent_frames=33, first_seed=200_000
+            ),
+        },
         decoder=DecoderConfig(
-            schedule=Schedule(1e-3, steps=1400, warmup=50, decay="cosine"),
+            schedule=Schedule(1e-3, warmup=50, decay="cosine"),
+            steps=1400,
             batch=2,
             video_frames=25,
         ),
-        diffusion=DiffusionConfig(
-            schedule=Schedule(1.5e-3, steps=3000, warmup=100, decay="cosine"),
-            batch=8,
-            frames=10,
-            shift=6.0,
-            betas=(0.9, 0.95),
-            muon=True,
-            average=0.999,
-            max_norm=1.0,
-        ),
-        consistency=ConsistencyConfig(
-            schedule=Schedule(2e-4, steps=60, warmup=15, decay="cosine"),
-            batch=8,
-            frames=10,
-            shift=6.0,
-            betas=(0.9, 0.95),
-            max_norm=1.0,
-        ),
-        regression=RolloutRegressionConfig(
-            schedule=Schedule(5e-4, steps=500, warmup=30, decay="cosine"),
-            batch=4,
-            segment_frames=8,
-            segments=2,
-            muon=True,
-        ),
-        adversarial=adversarial,
-        extension=replace(
-            adversarial,
-            generator_schedule=Schedule(5e-5, steps=90, warmup=10),
-            discriminator_schedule=Schedule(2e-4, steps=120),
-            discriminator_warmup=30,
-            corruption=Corruption(offset=1.2),
-        ),
+        stages={
+            "diffusion": DiffusionConfig(
+                constant("clips", frames=10, batch=8, steps=3000),
+                Schedule(1.5e-3, warmup=100, decay="cosine"),
+                shift=6.0,
+                betas=(0.9, 0.95),
+                muon=True,
+                average=0.999,
+                max_norm=1.0,
+            ),
+            "consistency": ConsistencyConfig(
+                constant("clips", frames=10, batch=8, steps=60),
+                Schedule(2e-4, warmup=15, decay="cosine"),
+                shift=6.0,
+                betas=(0.9, 0.95),
+                max_norm=1.0,
+            ),
+            "regression": regression,
+            # Rollouts of five seconds, and offsets that turn one theme into another: what is
+            # left of the theme has to come from the prompt and the first frame.
+            "long-regression": replace(
+                regression,
+                clips="long-clips",
+                steps=210,
+                batch=2,
+                segments=4,
+                schedule=Schedule(4e-4, warmup=10, decay="cosine"),
+                corruption=Corruption(offset=1.2),
+                start="regression",
+            ),
+            "adversarial": AdversarialConfig(
+                clips="long-clips",
+                steps=220,
+                batch=2,
+                segment_frames=8,
+                segments=4,
+                whole_clips=True,
+                generator_schedule=Schedule(5e-5, warmup=20),
+                discriminator_schedule=Schedule(2e-4),
+                start="long-regression",
+                penalty=20.0,
+                discriminator_warmup=60,
+                average=0.98,
+                max_norm=100.0,
+                corruption=Corruption(offset=1.2),
+                regression=1.0,
+                palette=5.0,
+            ),
+        },
     )
 
 
-RECIPES = {"tiny-world": tiny_world}
+RECIPES = {"tiny-world": tiny_world, "paper-8b": paper_8b}

@@ -15,14 +15,15 @@ from .model import KeysValues, VideoTransformer, clean
 
 @dataclass(frozen=True)
 class Segment:
-    """The inputs of one rolled-out segment, latents (B, C, T, H, W), all without gradient."""
+    """The inputs of one segment, latents (B, C, T, H, W), and what the rollout made of them, all
+    without gradient."""
 
     noise: Tensor
     recycled: Tensor
     condition: Tensor | None
-    output: Tensor
     start_frame: int
     prefix: KeysValues | None
+    output: Tensor | None = None
 
 
 class StudentRollout:
@@ -64,17 +65,15 @@ class StudentRollout:
         for index in range(noise.shape[2]):
             frame = slice(index, index + 1)
             recycled.append(latent)
-            latent = self.step(
-                noise[:, :, frame], latent, None if condition is None else condition[:, :, frame]
-            )
+            latent = self.step(noise[:, :, frame], latent, frames_of(condition, frame))
             outputs.append(latent)
         return Segment(
             noise,
             torch.cat(recycled, dim=2),
             condition,
-            torch.cat(outputs, dim=2),
             start_frame,
             prefix,
+            torch.cat(outputs, dim=2),
         )
 
     @torch.no_grad()
@@ -84,6 +83,11 @@ class StudentRollout:
         self.last = clean(self.model.config, output, noise, recycled, self.time)
         self.frames += 1
         return self.last
+
+
+def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:
+    """Some frames of condition channels (B, C, T, H, W), where there are any."""
+    return None if condition is None else condition[:, :, frames]
 
 
 def parallel_pass(

@@ -1,74 +1,91 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from .checkpoint import load_module, read_tensors, save_config, save_module, save_tensors
-from .data.clips import LatentClips
-from .data.procedural import (
-    ProceduralData,
-    VideoClips,
-    encode_clips,
-    latent_clips,
-    render_clips,
-    to_video,
-)
-from .data.world import THEMES
-from .recipes import Recipe
+from .data.clips import Clips
+from .data.latent_shards import LatentShards
+from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
+from .data.world import THEMES, Clip
+from .discriminator import Discriminator
+from .parallel import Parallel
+from .randomness import ClipRandom
+from .recipes import Recipe, StageConfig
+from .samples import sample_sheet
+from .stages import Stage
 from .stages.adversarial import Adversarial, AdversarialConfig
-from .stages.consistency_distillation import ConsistencyDistillation
+from .stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
 from .stages.decoder import DecoderTraining, measure_latents
-from .stages.diffusion_adaptation import DiffusionAdaptation
-from .stages.rollout_regression import RolloutRegression
+from .stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
+from .training_loop import Habits, drop_states, train
 from .vae import CausalVAE
 from .world_model import WorldModel
 
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
 FIT_CLIPS = 60  # a linear map needs no more
-STAGES = (
-    "encoder",
-    "encode",
-    "decoder",
-    "diffusion",
-    "consistency",
-    "regression",
-    "encode_long",
-    "adversarial",
-    "extension",
-)
-MODELS = ("diffusion", "consistency", "regression", "adversarial", "extension")  # generators
+SAMPLES = 3  # clips of a sheet
+SAMPLE_SECONDS = (0, 1, 5, 10, 30, 60)
+LATENTS_PER_SECOND = 6
 
 
-class Stage(Protocol):
-    """What the loop asks of a stage."""
-
-    def step(self, data, step: int) -> dict[str, float]:
-        """One update; returns its metrics."""
-
-    def export(self) -> nn.Module:
-        """The network to keep."""
+def stage_names(recipe: Recipe) -> list[str]:
+    """All stages of a recipe in order: the autoencoder's and the data's first."""
+    made = ["encoder", *recipe.data, "decoder"] if recipe.vae else []
+    return [*made, *recipe.stages]
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot go on, and why."""
+class EncodedSets(dict):
+    """The clips that stages draw from by name, opened when they are first asked for."""
+
+    def __init__(self, run: "Run"):
+        super().__init__()
+        self.run = run
+
+    def __missing__(self, name: str) -> Clips:
+        run = self.run
+        if name in run.recipe.data:
+            self[name] = latent_clips(read_tensors(run.result(name)))
+        elif run.latents is None:
+            raise ValueError(f"latents: expected the folder with clips of {name}, got none")
+        else:
+            self[name] = LatentShards(run.latents, name, run.recipe.camera)
+        return self[name]
 
 
 class Run:
-    """One recipe in one folder. A stage whose result is in the folder is not run again."""
+    """One recipe in one folder. A stage whose result is in the folder is not run again.
 
-    def __init__(self, recipe: Recipe, out: Path, workers: int):
+    Args:
+        workers: Processes that render clips.
+        latents: A folder of `aapt encode`, for sets that the recipe does not make itself.
+        weights: What the first stage starts from, None for random weights.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        workers: int = 2,
+        *,
+        parallel: Parallel | None = None,
+        habits: Habits | None = None,
+        latents: Path | None = None,
+        weights: Path | None = None,
+    ):
         self.recipe, self.out, self.workers = recipe, out, workers
+        self.parallel, self.habits = parallel or Parallel.single(), habits or Habits()
+        self.latents, self.weights = latents, weights
+        self.sets = EncodedSets(self)
 
     def claim(self) -> None:
         """Write the recipe into the folder, or check that it is the one already there.
@@ -98,118 +115,120 @@ class Run:
         return vae
 
     def model(self, stage: str | None) -> WorldModel:
-        """A new model, with the weights that `stage` has made."""
+        """A new model with the weights that `stage` has made."""
         model = WorldModel(self.recipe.model, self.recipe.camera)
-        if stage is not None:
-            load_module(self.result(stage), model)
+        path = self.weights if stage is None else self.result(stage)
+        if path is not None:
+            load_module(path, model)
         return model
 
-    def clips(self, stage: str) -> LatentClips:
-        """The latents that one of the encoding stages has made."""
-        return latent_clips(read_tensors(self.result(stage)))
+    def run(self, stage: str) -> None:
+        """Make the result of one stage. Every rank calls it."""
+        torch.manual_seed(self.recipe.seed)
+        if stage in self.recipe.stages:
+            self.train(stage)
+        elif self.parallel.main:
+            self.prepare(stage)
+        self.parallel.agree(None)  # the others wait for the file
 
-    def encoder(self) -> None:
+    def prepare(self, stage: str) -> None:
+        """The autoencoder, or a set of clips: what one rank makes alone."""
+        if stage == "encoder":
+            save_module(self.result(stage), self.fit_encoder())
+        elif stage == "decoder":
+            config, folder = self.recipe.decoder, self.out / stage
+            data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
+            decoder = DecoderTraining(config, self.vae("encoder"))
+            given = {"seed": self.recipe.seed, "parallel": Parallel.single()}
+            made = train(decoder, {config.clips: data}, folder, **given, habits=self.habits)
+            save_module(self.result(stage), made)
+            drop_states(folder)
+        else:
+            clips = render_clips(self.recipe.data[stage], self.workers)
+            save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
+
+    def fit_encoder(self) -> CausalVAE:
         """A linear encoder in closed form, and the scale of its latents."""
-        data = VideoClips(render_clips(self.recipe.data, FIT_CLIPS, self.workers))
+        data = VideoClips(self.videos(FIT_CLIPS))
         vae = CausalVAE(self.recipe.vae)
         vae.linear.fit(to_video(data.videos))
         measure_latents(vae, (to_video(video[None]) for video in data.videos))
-        save_module(self.result("encoder"), vae)
+        return vae
 
-    def encode(self) -> None:
-        self.encode_data("encode", self.recipe.data)
+    def videos(self, count: int) -> Iterator[Clip]:
+        return render_clips(self.recipe.data[self.recipe.decoder.clips], self.workers, count)
 
-    def encode_long(self) -> None:
-        """Longer clips, for rollouts of several segments."""
-        self.encode_data("encode_long", self.recipe.long_data)
+    def train(self, name: str) -> None:
+        """Train one generator, on all ranks together."""
+        parallel, folder = self.parallel, self.out / name
+        stage = self.stage(self.recipe.stages[name])
+        given = {"seed": self.recipe.seed, "parallel": parallel, "habits": self.habits}
+        sample = self.sampler(name, stage) if self.recipe.vae else None
+        made = train(stage, self.sets, folder, **given, sample=sample)
+        tensors = parallel.gather(made)
+        if parallel.main:
+            save_tensors(self.result(name), {k: x.contiguous() for k, x in tensors.items()})
+            drop_states(folder)
 
-    def encode_data(self, stage: str, data: ProceduralData) -> None:
-        clips = render_clips(data, data.clips, self.workers)
-        save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
+    def stage(self, config: StageConfig) -> Stage:
+        """A stage with its networks, sharded over the ranks. A generator that rolls out keeps its
+        parameters gathered (SPEC 11)."""
+        match config:
+            case DiffusionConfig():
+                return DiffusionAdaptation(config, self.network(config.start))
+            case ConsistencyConfig():
+                networks = self.network(config.start), self.network(config.start)
+                return ConsistencyDistillation(config, *networks)
+            case RolloutRegressionConfig():
+                model = self.network(config.start, rolls_out=True)
+                return RolloutRegression(config, model, self.pixel_deviation())
+            case AdversarialConfig():
+                model = self.network(config.start, rolls_out=config.forcing == "student")
+                judge = Discriminator(self.model(config.judge), config.judgement)
+                self.place(judge, judge.world)
+                return Adversarial(config, model, judge, self.pixel_deviation())
 
-    def decoder(self) -> None:
+    def network(self, start: str | None, rolls_out: bool = False) -> WorldModel:
+        model = self.model(start)
+        self.place(model, model, rolls_out)
+        return model
+
+    def place(self, network: nn.Module, world: WorldModel, keep_gathered: bool = False) -> None:
+        """On the device, and shared out over the ranks."""
+        world.transformer.checkpoint_blocks = self.habits.checkpoint_blocks
+        network.to(self.parallel.device)
+        self.parallel.shard(network, keep_gathered)
+
+    def pixel_deviation(self) -> torch.Tensor:
+        """How far a unit of each latent channel moves pixels; all alike without an autoencoder."""
+        if self.recipe.vae is None:
+            return torch.ones(self.recipe.model.latent_channels, device=self.parallel.device)
+        return self.vae("encoder").pixel_deviation().to(self.parallel.device)
+
+    def sampler(self, name: str, stage: Stage) -> Callable[[int], None]:
+        """Draws `samples-<updates>.png` into a stage's folder: always the same clips and noise,
+        from what the weights are at the time, as long as a stream of a minute."""
+        recipe, parallel = self.recipe, self.parallel
+        vae = self.vae("decoder" if self.result("decoder").is_file() else "encoder")
+        vae.to(parallel.device)
+        random = ClipRandom(recipe.seed, 0, range(SAMPLES), parallel.device)
+        clips = self.sets[recipe.decoder.clips]
+        batch = clips.sample(random, clips.latents.shape[2] - 1)  # all of a clip, from its first
+        frames = [LATENTS_PER_SECOND * second for second in SAMPLE_SECONDS]
+
+        def sample(done: int) -> None:
+            sheet = sample_sheet(stage.model, vae, batch, frames)
+            if parallel.main:
+                sheet.save(self.out / name / f"samples-{done}.png")
+
+        return sample
+
+    def export(self, stage: str, folder: Path | None = None) -> Path:
+        """A checkpoint folder that StreamingGenerator loads, in bfloat16; returns `folder`, which
+        is named after the recipe unless given."""
         recipe = self.recipe
-        data = VideoClips(render_clips(recipe.data, recipe.data.video_clips, self.workers))
-        stage = DecoderTraining(recipe.decoder, self.vae("encoder"), recipe.seed)
-        save_module(
-            self.result("decoder"),
-            self.loop("decoder", stage, data, recipe.decoder.schedule.steps),
-        )
-
-    def diffusion(self) -> None:
-        config = self.recipe.diffusion
-        stage = DiffusionAdaptation(config, self.model(None), self.recipe.seed)
-        self.train("diffusion", stage, config.schedule.steps)
-
-    def consistency(self) -> None:
-        config = self.recipe.consistency
-        stage = ConsistencyDistillation(config, self.model("diffusion"), self.recipe.seed)
-        self.train("consistency", stage, config.schedule.steps)
-
-    def regression(self) -> None:
-        config = self.recipe.regression
-        deviation = self.vae("encoder").pixel_deviation()
-        stage = RolloutRegression(config, self.model("consistency"), deviation, self.recipe.seed)
-        self.train("regression", stage, config.schedule.steps)
-
-    def adversarial(self) -> None:
-        recipe = self.recipe
-        self.train_adversarial("adversarial", recipe.adversarial, "regression", recipe.seed)
-
-    def extension(self) -> None:
-        """Once more, with a discriminator that starts over."""
-        recipe = self.recipe
-        self.train_adversarial("extension", recipe.extension, "adversarial", recipe.seed + 1)
-
-    def train_adversarial(
-        self, name: str, config: AdversarialConfig, start: str, seed: int
-    ) -> None:
-        stage = Adversarial(
-            config,
-            self.model(start),
-            self.model("diffusion"),
-            self.vae("encoder").pixel_deviation(),
-            seed,
-        )
-        self.train(name, stage, config.discriminator_schedule.steps, "encode_long")
-
-    def train(self, name: str, stage: Stage, steps: int, clips: str = "encode") -> None:
-        save_module(self.result(name), self.loop(name, stage, self.clips(clips), steps))
-
-    def loop(self, name: str, stage: Stage, data, steps: int) -> nn.Module:
-        """`steps` updates, each a line of metrics in the stage's folder."""
-        folder = self.out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-        )
-        with Progress(*columns) as progress, (folder / "metrics.jsonl").open("w") as log:
-            task = progress.add_task(name, total=steps, metrics="")
-            start = time.perf_counter()
-            for step in range(steps):
-                try:
-                    metrics = stage.step(data, step)
-                except RuntimeError as error:
-                    raise TrainingError(f"{name}: step {step}: {error}") from error
-                elapsed = time.perf_counter() - start
-                log.write(
-                    json.dumps({"step": step, "seconds": round(elapsed, 2), **metrics}) + "\n"
-                )
-                log.flush()
-                if not all(map(math.isfinite, metrics.values())):
-                    raise TrainingError(f"{name}: step {step}: expected finite metrics: {metrics}")
-                shown = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-                progress.update(task, advance=1, metrics=shown)
-        return stage.export()
-
-    def export(self, stage: str) -> Path:
-        """A checkpoint folder that StreamingGenerator loads, in bfloat16."""
-        recipe = self.recipe
-        folder = self.out / recipe.name
+        size = recipe.data[recipe.decoder.clips]
+        folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vae = "decoder" if self.result("decoder").is_file() else "encoder"
         save_module(folder / "vae.safetensors", self.vae(vae), torch.bfloat16)
@@ -219,8 +238,8 @@ class Run:
             {
                 "name": recipe.name,
                 "stage": stage,
-                "height": recipe.data.height,
-                "width": recipe.data.width,
+                "height": size.height,
+                "width": size.width,
                 "fps": 24,
                 "prompts": [theme.prompts[0] for theme in THEMES],
                 "sample": {"image": SAMPLE_IMAGE.name, "prompt": SAMPLE_PROMPT},
@@ -235,28 +254,33 @@ class Run:
 def run(
     recipe: Recipe,
     out: Path,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     *,
-    workers: int = 2,
     report: Callable[[str], None] = print,
+    **options,
 ) -> Path:
-    """Run `stages` of a recipe in `out`, skipping those already done, and export a checkpoint.
+    """Run `stages` of a recipe in `out`, all unless given, skipping those already done, and export
+    a checkpoint of the last generator there is. `options`: of `Run`. Every rank calls it.
 
     Returns the checkpoint's folder. Raises TrainingError when a metric or a gradient is not
     finite, ValueError for an unknown stage or a folder that holds another recipe.
     """
-    for stage in stages:
-        if stage not in STAGES:
-            raise ValueError(f"stages: expected some of {', '.join(STAGES)}, got {stage}")
-    run_ = Run(recipe, out, workers)
-    run_.claim()
-    for stage in stages:
-        if run_.result(stage).is_file():
+    names = stage_names(recipe)
+    for stage in stages or ():
+        if stage not in names:
+            raise ValueError(f"stages: expected some of {', '.join(names)}, got {stage}")
+    run_ = Run(recipe, out, **options)
+    main = run_.parallel.main
+    if main:
+        run_.claim()
+    for stage in stages or names:
+        if run_.parallel.agree(run_.result(stage).is_file()):
             report(f"{stage}: already done")
             continue
-        torch.manual_seed(recipe.seed)
         start = time.perf_counter()
-        getattr(run_, stage)()
+        run_.run(stage)
         report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
-    done = [stage for stage in MODELS if run_.result(stage).is_file()]
-    return run_.export(done[-1]) if done else out
+    done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
+    if not (done and recipe.vae):
+        return out
+    return run_.export(done[-1]) if main else out / recipe.name

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .conditioning import control_rays
+from .conditioning import camera_rays, control_rays
 from .config import CameraConfig, ModelConfig
 from .model import VideoTransformer
 from .text import ByteTextEncoder
@@ -20,11 +20,12 @@ class Conditions(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """Camera-controlled video transformer with its own byte-level text encoder."""
+    """Video transformer with its own byte-level text encoder, controlled by a camera if it has
+    one, else by condition channels that come ready (a skeleton's latents), if by any."""
 
-    def __init__(self, config: ModelConfig, camera: CameraConfig):
+    def __init__(self, config: ModelConfig, camera: CameraConfig | None):
         super().__init__()
-        if config.condition_channels != camera.channels:
+        if camera and config.condition_channels != camera.channels:
             raise ValueError(
                 f"condition_channels: expected {camera.channels} for the camera's rays, "
                 f"got {config.condition_channels}"
@@ -35,8 +36,16 @@ class WorldModel(nn.Module):
         self.text_encoder = ByteTextEncoder(config.text_tokens, config.text_width)
 
     def conditions(
-        self, controls: Tensor, prompts: Sequence[str], size: Sequence[int]
+        self, motion: Tensor | None, prompts: Sequence[str], size: Sequence[int]
     ) -> Conditions:
-        """controls (B, T, 2) of (yaw, forward), one prompt per clip, latent (height, width)."""
-        rays = control_rays(controls, self.camera, *size)
-        return Conditions(rays, *self.text_encoder(prompts))
+        """One prompt per clip, latents of `size` = (height, width). motion: controls (B, T, 2) of
+        (yaw, forward) or poses (B, T, frames, 4, 4) of the camera; without one the condition
+        channels (B, condition_channels, T, H, W); without those it is not looked at."""
+        return Conditions(self.channels(motion, size), *self.text_encoder(prompts))
+
+    def channels(self, motion: Tensor | None, size: Sequence[int]) -> Tensor | None:
+        """The condition channels of a motion, see `conditions`. No weight is in them."""
+        if self.camera:
+            rays = control_rays if motion.dim() == 3 else camera_rays
+            return rays(motion, self.camera, *size)
+        return motion if self.config.condition_channels else None

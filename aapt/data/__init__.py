@@ -1,1 +1,1 @@
-"""The data of the bundled tiny world: a procedural scene with exact camera poses."""
+"""Training data: real videos, encoded into shards, and the bundled world's procedural scenes."""

@@ -1,20 +1,25 @@
-"""Clips of latents with their controls and prompts: what every training stage eats."""
+"""Clips of latents with their motion and prompts: what every training stage eats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ..randomness import ClipRandom
+
+FirstFrame = Literal["half", "never"]
+
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """latents (B, C, 1 + T, H, W) in unit deviation; controls (B, T, 2), row n driving latent
-    n + 1; one prompt per clip."""
+    """latents (B, C, 1 + T, H, W) in unit deviation; one prompt per clip. Row n of `motion`
+    drives latent n + 1: controls (B, T, 2), poses relative to the video frame before
+    (B, T, frames, 4, 4), or channels (B, C, T, H, W); None where nothing is controlled."""
 
     latents: Tensor
-    controls: Tensor
+    motion: Tensor | None
     prompts: Sequence[str]
 
     @property
@@ -28,6 +33,19 @@ class ClipBatch:
     @property
     def size(self) -> tuple[int, int]:
         return tuple(self.latents.shape[-2:])
+
+
+class Clips(Protocol):
+    """What a stage draws from."""
+
+    def sample(
+        self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
+    ) -> ClipBatch:
+        """One window of 1 + `frames` latent frames for each clip of `random`, on its device.
+
+        A clip's latent 0 covers one video frame, all others cover four. A stream always starts
+        from such a frame, so half of the windows do; "never" leaves it out (SPEC 8, segments).
+        """
 
 
 class LatentClips:
@@ -54,34 +72,32 @@ class LatentClips:
         return len(self.latents)
 
     def sample(
-        self,
-        batch: int,
-        frames: int,
-        generator: torch.Generator,
-        first_frame: Literal["half", "never"] = "half",
+        self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
     ) -> ClipBatch:
-        """`batch` windows of 1 + `frames` latent frames, drawn by `generator`.
+        clips = random.integers(len(self))
+        starts = window_starts(random, self.latents.shape[2], frames, first_frame)
+        choices = random.integers([len(self.phrasings[c]) for c in clips])
+        latents = [self.latents[c, :, s : s + frames + 1] for c, s in zip(clips, starts)]
+        controls = [self.controls[c, s : s + frames] for c, s in zip(clips, starts)]
+        return ClipBatch(
+            torch.stack(latents).to(random.device, torch.float32),
+            torch.stack(controls).to(random.device),
+            [self.phrasings[c][choice] for c, choice in zip(clips, choices)],
+        )
 
-        A clip's latent 0 covers one video frame, all others cover four. A stream always starts
-        from such a frame, so half of the windows do; "never" leaves it out (SPEC 8, segments).
-        """
-        length = self.latents.shape[2]
-        earliest = 1 if first_frame == "never" else 0
-        if frames + 1 + earliest > length:
-            raise ValueError(f"frames: expected at most {length - 1 - earliest}, got {frames}")
-        clips = torch.randint(len(self), (batch,), generator=generator).tolist()
-        starts = torch.randint(earliest, length - frames, (batch,), generator=generator)
-        if first_frame == "half":
-            starts[torch.rand(batch, generator=generator) < 0.5] = 0
-        starts = starts.tolist()
-        latents = [
-            self.latents[c, :, s : s + frames + 1].float()
-            for c, s in zip(clips, starts, strict=True)
-        ]
-        controls = [self.controls[c, s : s + frames] for c, s in zip(clips, starts, strict=True)]
-        choice = torch.randint(1 << 30, (batch,), generator=generator).tolist()
-        prompts = [
-            self.phrasings[c][n % len(self.phrasings[c])]
-            for c, n in zip(clips, choice, strict=True)
-        ]
-        return ClipBatch(torch.stack(latents), torch.stack(controls), prompts)
+
+def window_starts(
+    random: ClipRandom, length: int, frames: int, first_frame: FirstFrame
+) -> list[int]:
+    """Where windows of 1 + `frames` latents begin in clips of `length`, see `Clips.sample`.
+
+    ValueError if they do not fit.
+    """
+    earliest = 1 if first_frame == "never" else 0
+    places = length - frames - earliest
+    if places < 1:
+        raise ValueError(f"frames: expected at most {length - 1 - earliest}, got {frames}")
+    starts = [earliest + place for place in random.integers(places)]
+    if first_frame == "half":
+        starts = [start * coin for start, coin in zip(starts, random.integers(2))]
+    return starts

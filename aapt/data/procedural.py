@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..randomness import ClipRandom
 from ..vae import CausalVAE
 from .clips import LatentClips
 from .world import THEMES, Clip, sample_clip
@@ -25,8 +26,9 @@ class ProceduralData:
     first_seed: int = 1_000
 
 
-def render_clips(data: ProceduralData, count: int, workers: int) -> Iterator[Clip]:
-    """The first `count` clips in order, rendered by `workers` processes."""
+def render_clips(data: ProceduralData, workers: int, count: int | None = None) -> Iterator[Clip]:
+    """The first `count` clips in order, all unless given, rendered by `workers` processes."""
+    count = data.clips if count is None else count
     seeds = range(data.first_seed, data.first_seed + count)
     render = partial(
         sample_clip,
@@ -49,15 +51,14 @@ class VideoClips:
     def __init__(self, clips: Iterable[Clip]):
         self.videos = torch.stack([clip.video for clip in clips])
 
-    def sample(self, batch: int, frames: int, generator: torch.Generator) -> Tensor:
+    def sample(self, random: ClipRandom, frames: int) -> Tensor:
         """Random windows (B, 3, frames, H, W) in [-1, 1]."""
         count, length = self.videos.shape[:2]
         if frames > length:
             raise ValueError(f"frames: expected at most {length}, got {frames}")
-        clips = torch.randint(count, (batch,), generator=generator).tolist()
-        starts = torch.randint(length - frames + 1, (batch,), generator=generator).tolist()
-        windows = [self.videos[c, s : s + frames] for c, s in zip(clips, starts, strict=True)]
-        return to_video(torch.stack(windows))
+        clips, starts = random.integers(count), random.integers(length - frames + 1)
+        windows = [self.videos[c, s : s + frames] for c, s in zip(clips, starts)]
+        return to_video(torch.stack(windows).to(random.device))
 
 
 def to_video(pixels: Tensor) -> Tensor:

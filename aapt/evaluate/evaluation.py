@@ -1,93 +1,88 @@
-"""Measures a checkpoint on worlds it has not seen, beside the truth and beside a baseline."""
+"""Measures checkpoints on worlds they have not seen, beside the truth."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..contact_sheet import contact_sheet
 from ..data.world import FORWARD_STEP, FRAMES_PER_LATENT, THEMES, YAW_STEP
 from ..environment import environment
+from ..figures import new_figure, path_labels, save_figure
 from ..generator import StreamingGenerator
 from . import metrics
-from .contact_sheet import contact_sheet
+from .drift import timeline
+from .drift_plot import plot_drift
+from .features import describe, feature_distance
 from .footage import (
     Footage,
     Start,
-    deviation,
     film_reconstruction,
     film_rollout,
     film_truth,
     held_out_starts,
     theme_footage,
 )
-from .motion_probe import MotionProbe, ProbeConfig, load_probe
-from .report import Measurement, Report
-
-FPS = 24
-SHEET_SECONDS = (0, 1, 5, 10, 30, 60)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The steps `first` to `last`, counted from 1; step n makes video frames 4 n - 3 to 4 n."""
-
-    name: str
-    first: int
-    last: int
-
-    @property
-    def frames(self) -> range:
-        """Its video frames, and before them the last one of the step before."""
-        return range(FRAMES_PER_LATENT * (self.first - 1), FRAMES_PER_LATENT * self.last + 1)
-
-
-WINDOWS = (
-    Window("0-1.3 s", 1, 8),
-    Window("4-6 s", 25, 36),
-    Window("29-31 s", 175, 186),
-    Window("55-60 s", 331, 360),
+from .moments import (
+    FPS,
+    SHEET_SECONDS,
+    STEPS_PER_SECOND,
+    WINDOWS,
+    drift_frames,
 )
+from .motion_probe import MotionProbe, ProbeConfig, load_probe
+from .pretrained import PretrainedDistance
+from .report import AUTOENCODER, TRUTH, Measurement, Report
 
 
 def evaluate(
-    folder: str | Path,
+    checkpoints: Sequence[str | Path],
     out: Path,
     *,
-    baseline: str | Path | None = None,
     starts: int = 16,
     seconds: float = 60.0,
     seed: int = 0,
+    fid: Path | None = None,
+    fvd: Path | None = None,
     probe: ProbeConfig | None = None,
+    cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
-    """Roll out a checkpoint from held-out starts and measure it; writes `report.json` and
-    `sheet.png` into `out`, where the motion probe is kept too.
+    """Roll out checkpoints from held-out starts and measure them; writes `report.json`,
+    `drift.png` and `sheet.png` into `out`.
 
     Args:
-        folder, baseline: Checkpoint folders, or names of bundled models.
+        checkpoints: Folders, or names of bundled models; all see the same starts and noise, and
+            are told apart by the ends of their paths.
         starts: How many worlds; six show every theme.
         seconds: Length of a rollout. Windows that it does not reach the end of are left out.
         seed: Chooses worlds, walks and noise.
+        fid, fvd: TorchScript files, see `PretrainedDistance`.
         probe: How the motion probe is trained, None for the usual way.
+        cache: Where the probe is kept from evaluation to evaluation, None for the user's cache.
         log: Told what is done and how long it took.
     """
     steps = _steps(seconds)
     walks = held_out_starts(starts, steps, seed)
-    generators = {"model": _load(folder)}
-    if baseline is not None:
-        generators["baseline"] = _load(baseline)
+    names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
+    generators = {name: _load(folder) for name, folder in zip(names, checkpoints, strict=True)}
     sizes = {(g.height, g.width) for g in generators.values()}
     if len(sizes) > 1:
-        raise ValueError(f"baseline: expected the picture size of the model, got {sizes}")
+        raise ValueError(f"checkpoints: expected one picture size, got {sizes}")
     height, width = sizes.pop()
+    files = {"fid": fid, "fvd": fvd}
+    networks = [PretrainedDistance(kind, path) for kind, path in files.items() if path]
+    new_figure(1, 1)  # a missing library is said before the work, not after it
     windows = [window for window in WINDOWS if window.last <= steps]
     moments = [s for s in SHEET_SECONDS if s * FPS <= steps * FRAMES_PER_LATENT]
-    frames = sorted({s * FPS for s in moments}.union(*(window.frames for window in windows)))
+    drift_seconds = range(1, steps // STEPS_PER_SECOND + 1)
+    frames = {s * FPS for s in moments}.union(*(window.frames for window in windows))
+    frames = sorted(frames.union(*(drift_frames(s) for s in drift_seconds)))
     seconds_taken: dict[str, float] = {}
 
     @contextmanager
@@ -99,21 +94,26 @@ def evaluate(
 
     out.mkdir(parents=True, exist_ok=True)
     with timed("motion probe"):
-        motion_probe, quality = load_probe(out, probe or ProbeConfig(), height, width)
-    with timed("truth"):
+        cache = cache or cache_folder()
+        motion_probe, quality = load_probe(cache, probe or ProbeConfig(), height, width)
+    with timed(TRUTH):
         truth = film_truth(walks, frames, height, width)
         references = metrics.palette(theme_footage(height, width))
-    films, deviations = {"truth": truth}, {}
-    with timed("autoencoder"):
+    films, statistics = {TRUTH: truth}, {}
+    with timed(AUTOENCODER):
         stretches = [window.frames for window in windows]
-        films["autoencoder"], latents = film_reconstruction(generators["model"], truth, stretches)
-        deviations["truth"] = [deviation(latent) for latent in latents]
-    timelines = {}
+        films[AUTOENCODER], real = film_reconstruction(
+            next(iter(generators.values())), truth, stretches
+        )
+        statistics[TRUTH] = real
+    steady = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(drift_seconds), -1)
+    timelines = {TRUTH: timeline(truth, truth, drift_seconds, steady)}
     for name, generator in generators.items():
         with timed(f"{name} rollout"):
-            films[name], each = film_rollout(generator, walks, truth[[0]][:, 0], frames, seed)
-        deviations[name] = [each[:, window.first : window.last + 1] for window in windows]
-        timelines[name] = each.mean(dim=0)[:: FPS // FRAMES_PER_LATENT].tolist()
+            films[name], latents = film_rollout(generator, walks, truth[[0]][:, 0], frames, seed)
+        statistics[name] = [latents[:, window.first : window.last + 1] for window in windows]
+        each_second = latents[:, [STEPS_PER_SECOND * second for second in drift_seconds]]
+        timelines[name] = timeline(films[name], truth, drift_seconds, each_second)
 
     themes = torch.tensor([walk.world.theme for walk in walks])
     with timed("metrics"):
@@ -123,18 +123,20 @@ def evaluate(
                 name: measure(
                     film[window.frames],
                     truth[window.frames],
-                    deviations[name][place] if name in deviations else None,
+                    statistics[name][place] if name in statistics else None,
                     torch.stack([w.controls[window.first - 1 : window.last] for w in walks]),
                     themes,
                     references,
                     motion_probe,
+                    networks if name != TRUTH else (),
                 )
                 for name, film in films.items()
             }
     longest = metrics.palette(truth[windows[-1].frames])
     report = Report(
-        checkpoints={"model": str(folder)} | ({"baseline": str(baseline)} if baseline else {}),
-        settings={"starts": starts, "seconds": seconds, "seed": seed},
+        checkpoints={name: str(folder) for name, folder in zip(names, checkpoints)},
+        settings={"starts": starts, "seconds": seconds, "seed": seed}
+        | {kind: str(path) for kind, path in files.items() if path},
         windows=measured,
         same_theme=metrics.palette_distance(longest, themes, same_theme=True),
         other_theme=metrics.palette_distance(longest, themes, same_theme=False),
@@ -143,8 +145,9 @@ def evaluate(
         seconds_taken=seconds_taken,
         environment=environment(),
     )
-    report.save(out / "report.json")
-    shown = {name: films[name] for name in (*generators, "truth")}
+    (out / "report.json").write_text(report.as_json() + "\n")
+    save_figure(plot_drift(report), out / "drift.png")
+    shown = {name: films[name] for name in (*generators, TRUTH)}
     _sheet(walks, shown, moments).save(out / "sheet.png")
     return report
 
@@ -152,35 +155,52 @@ def evaluate(
 def measure(
     video: Tensor,
     truth: Tensor,
-    deviations: Tensor | None,
+    latents: Tensor | None,
     controls: Tensor,
     themes: Tensor,
     references: Tensor,
     probe: MotionProbe,
+    networks: Sequence[PretrainedDistance] = (),
 ) -> Measurement:
     """One window of a video source, and of the truth: uint8 (starts, 1 + 4 T, H, W, 3), the first
     frame only there for the motion of the second.
 
-    deviations: of its latent frames (starts, T), None where it has none; controls (starts, T, 2);
-    themes (starts,); references: palettes (themes, 6).
+    latents: `latent_statistics` of its latent frames (starts, T, 2), None where it has none;
+    controls (starts, T, 2); themes (starts,); references: palettes (themes, 6).
     """
     motion = torch.stack([probe.estimate(clip) for clip in video])
     video, truth = video[:, 1:], truth[:, 1:]
     colours = metrics.palette(video)
     contrast = metrics.sharpness(truth)
     psnr = metrics.psnr(video, truth)
+    described, real = (_pairs(clips) for clips in (video, truth))
+    distances = {n.kind: n(video, truth) for n in networks if video.shape[1] >= n.frames}
     yaw, forward = ((motion[..., axis], controls[..., axis]) for axis in (0, 1))
     return Measurement(
-        latent_deviation=None if deviations is None else deviations.mean().item(),
+        latent_offset=None if latents is None else latents[..., 0].mean().item(),
+        latent_deviation=None if latents is None else latents[..., 1].mean().item(),
         sharpness=metrics.sharpness(video) / contrast if contrast else None,
         palette_error=metrics.palette_error(colours, metrics.palette(truth)),
         theme_kept=metrics.theme_kept(colours, references, themes),
+        feature_distance=feature_distance(described, real),
         psnr=psnr if math.isfinite(psnr) else None,
         yaw_correlation=metrics.correlation(*yaw),
         forward_correlation=metrics.correlation(*forward),
         yaw_gain=metrics.gain(*yaw),
         forward_gain=metrics.gain(*forward),
+        **distances,
     )
+
+
+def _pairs(video: Tensor) -> Tensor:
+    """Features (starts T, D) of the last two frames of every latent frame of a window."""
+    pairs = video.unflatten(1, (-1, FRAMES_PER_LATENT))[:, :, -2:]
+    return torch.cat([describe(clips) for clips in pairs])
+
+
+def cache_folder() -> Path:
+    """Where a user's programs keep what they can make again (XDG base directories)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aapt"
 
 
 def _steps(seconds: float) -> int:

@@ -11,7 +11,7 @@ from ..conditioning import control_rays
 from ..data.procedural import to_video
 from ..data.world import THEMES, World, make_world, render, sample_trajectory
 from ..generator import StreamingGenerator
-from ..student_forcing import StudentRollout
+from ..samples import decode_frames, roll_out, to_pixels
 
 FIRST_SEED = 10_000_000  # of held-out worlds: far beyond those of training and of the motion probe
 SEEDS_PER_EVALUATION = 1_000
@@ -96,20 +96,20 @@ def film_truth(starts: Sequence[Start], frames: Sequence[int], height: int, widt
 def film_reconstruction(
     generator: StreamingGenerator, truth: Footage, stretches: Iterable[Sequence[int]]
 ) -> tuple[Footage, list[Tensor]]:
-    """The truth through the autoencoder and back, and its latents, one tensor per stretch.
+    """The truth through the autoencoder and back, and `latent_statistics` of each stretch.
 
-    Each stretch of 1 + 4 T frames is a clip of its own. Of its latents (starts, C, T, h, w) the
-    first, which covers one video frame alone, is left out.
+    Each stretch of 1 + 4 T frames is a clip of its own. Of its latent frames the first, which
+    covers one video frame alone, is left out of the statistics (starts, T, 2).
     """
-    kept, pixels, latents = [], [], []
+    kept, pixels, statistics = [], [], []
     for stretch in stretches:
         clips = [to_video(clip[None]) for clip in truth[stretch]]
         encoded = [generator.vae.encode(clip.to(generator.device)) for clip in clips]
         decoded = [to_pixels(generator.vae.decode(latent)) for latent in encoded]
         kept.extend(stretch)
         pixels.append(torch.cat(decoded))
-        latents.append(torch.cat(encoded)[:, :, 1:].cpu())
-    return Footage(kept, torch.cat(pixels, dim=1)), latents
+        statistics.append(latent_statistics(torch.cat(encoded)[:, :, 1:]).cpu())
+    return Footage(kept, torch.cat(pixels, dim=1)), statistics
 
 
 @torch.inference_mode()
@@ -123,35 +123,29 @@ def film_rollout(
     """All starts generated side by side on the streaming path, one step per control.
 
     first: uint8 (starts, H, W, 3), what the streams begin with. Noise is drawn per start. Returns
-    the footage and the standard deviations (starts, 1 + T) of all latent frames from the first.
+    the footage and the `latent_statistics` (starts, 1 + T, 2) of all latent frames.
     """
     model, device, wanted = generator.model, generator.device, set(frames)
-    randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(starts))]
     controls = torch.stack([start.controls for start in starts]).to(device)
     latent = generator.vae.encode(to_video(first[:, None]).to(device))
-    text, text_lens = model.text_encoder([start.prompt for start in starts])
-    rollout = StudentRollout(model.transformer, text, text_lens, latent)
-    state, pixels, deviations, begin = None, [], [], 0
-    for step in range(controls.shape[1] + 1):
-        if step > 0:
-            noise = torch.cat([torch.randn(latent[:1].shape, generator=r) for r in randoms])
-            rays = control_rays(controls[:, step - 1 : step], model.camera, *latent.shape[-2:])
-            latent = rollout.step(noise.to(device), latent, rays)
-        deviations.append(deviation(latent))
-        video, state = generator.vae.decode_frame(latent, state)
-        chosen = [i for i in range(video.shape[2]) if begin + i in wanted]
-        if chosen:
-            pixels.append(to_pixels(video[:, :, chosen]))
-        begin += video.shape[2]
-    return Footage(sorted(wanted), torch.cat(pixels, dim=1)), torch.cat(deviations, dim=1).cpu()
+
+    def rays(step: int) -> Tensor:
+        return control_rays(controls[:, step - 1 : step], model.camera, *latent.shape[-2:])
+
+    text = model.text_encoder([start.prompt for start in starts])
+    latents = roll_out(model, latent, text, rays, controls.shape[1], seed)
+    pixels, statistics, begin = [], [], 0
+    for latent, video in decode_frames(generator.vae, latents):
+        statistics.append(latent_statistics(latent))
+        chosen = [i for i in range(video.shape[1]) if begin + i in wanted]
+        pixels.append(video[:, chosen])
+        begin += video.shape[1]
+    return Footage(sorted(wanted), torch.cat(pixels, dim=1)), torch.cat(statistics, dim=1).cpu()
 
 
-def deviation(latents: Tensor) -> Tensor:
-    """Standard deviation (B, T) of each latent frame of (B, C, T, h, w)."""
-    return latents.float().transpose(1, 2).flatten(2).std(dim=-1)
-
-
-def to_pixels(video: Tensor) -> Tensor:
-    """Video (B, 3, F, H, W) in [-1, 1] as uint8 (B, F, H, W, 3); not-a-number becomes black."""
-    scaled = (video.float().nan_to_num(-1) * 127.5 + 127.5).round().clamp(0, 255)
-    return scaled.permute(0, 2, 3, 4, 1).to(torch.uint8).cpu()
+def latent_statistics(latents: Tensor) -> Tensor:
+    """Offset and deviation (B, T, 2) of each latent frame of (B, C, T, h, w): the root mean square
+    of its channels' means, and the standard deviation of all its numbers."""
+    frames = latents.float().transpose(1, 2)  # (B, T, C, h, w)
+    offset = frames.mean(dim=(3, 4)).square().mean(dim=2).sqrt()
+    return torch.stack([offset, frames.flatten(2).std(dim=-1)], dim=-1)

@@ -8,6 +8,7 @@ clip is blurred, dimmed and dusted differently.
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import load_module, save_module
+from ..checkpoint import read_tensors, save_tensors
 from ..data.world import (
     FORWARD_STEP,
     FRAMES_PER_LATENT,
@@ -196,7 +197,7 @@ def train_probe(config: ProbeConfig, height: int, width: int) -> tuple[MotionPro
     probe.eval().requires_grad_(False)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + config.held_out_clips)
     costs, controls = render_costs(seeds, height, width, config.shrink)
-    yaw, forward = (correlation(a, b) for a, b in zip(probe(costs).T, controls.T))
+    yaw, forward = (correlation(a, b) or 0.0 for a, b in zip(probe(costs).T, controls.T))
     return probe, ProbeQuality(yaw, forward)
 
 
@@ -206,19 +207,21 @@ def load_probe(
     """The probe of `folder`, trained first unless it is there: `motion-probe-<hash>.safetensors`.
 
     The hash covers the configuration and a sample of the world, so that a probe is never used
-    for a world that looks or moves differently.
+    for a world that looks or moves differently. Several processes may share the folder.
     """
     path = folder / f"motion-probe-{_fingerprint(config, height, width)}.safetensors"
-    quality_path = path.with_suffix(".json")
-    if path.is_file() and quality_path.is_file():
+    if path.is_file():
+        tensors = read_tensors(path)
+        quality = ProbeQuality(*tensors.pop("quality").tolist())
         probe = MotionProbe(height, width, config.shrink)
-        load_module(path, probe)
-        quality = ProbeQuality(**json.loads(quality_path.read_text()))
+        probe.load_state_dict(tensors)
         return probe.eval().requires_grad_(False), quality
-    probe, quality = train_probe(config, height, width)
     folder.mkdir(parents=True, exist_ok=True)
-    save_module(path, probe)
-    quality_path.write_text(json.dumps(asdict(quality)) + "\n")
+    probe, quality = train_probe(config, height, width)
+    measured = torch.tensor([quality.yaw, quality.forward], dtype=torch.float64)
+    own = path.with_suffix(f".{os.getpid()}")
+    save_tensors(own, {**probe.state_dict(), "quality": measured})
+    os.replace(own, path)
     return probe, quality
 
 

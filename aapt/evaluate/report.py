@@ -3,11 +3,11 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from .drift import Timeline
 from .motion_probe import ProbeQuality
 
 
@@ -16,36 +16,47 @@ class Measurement:
     """One video source in one time window, over all starts; None where it does not apply.
 
     Attributes:
-        latent_deviation: Mean standard deviation of a latent frame; of real latents, about 1.
+        latent_offset, latent_deviation: Means of `latent_statistics`; the deviation of real latents
+            is about 1.
         sharpness: Mean horizontal gradient over that of the truth.
         palette_error: Of sky and ground against the truth, over the window, in 0 to 1.
         theme_kept: Share of starts whose palette is nearest to their own theme.
+        feature_distance: From the truth of the same window, see `features.feature_distance`.
         psnr: Against the truth, in dB. Past the first second only chance and theme are in it.
         yaw_correlation, forward_correlation: Of commanded and realised motion.
         yaw_gain, forward_gain: Realised over commanded motion.
+        fid, fvd: From the truth of the same window, where a network was given.
     """
 
+    latent_offset: float | None
     latent_deviation: float | None
     sharpness: float | None
     palette_error: float | None
     theme_kept: float | None
+    feature_distance: float
     psnr: float | None
     yaw_correlation: float | None
     forward_correlation: float | None
     yaw_gain: float | None
     forward_gain: float | None
+    fid: float | None = None
+    fvd: float | None = None
 
 
+TRUTH, AUTOENCODER = "truth", "autoencoder"  # the sources that are no checkpoints
 COLUMNS = (
     ("latent std", "latent_deviation", "{:.3f}"),
     ("sharpness", "sharpness", "{:.2f}"),
     ("palette error", "palette_error", "{:.3f}"),
     ("theme kept", "theme_kept", "{:.0%}"),
+    ("feature distance", "feature_distance", "{:.2f}"),
     ("PSNR dB", "psnr", "{:.1f}"),
     ("yaw corr", "yaw_correlation", "{:.3f}"),
     ("forward corr", "forward_correlation", "{:.3f}"),
     ("yaw gain", "yaw_gain", "{:.2f}"),
     ("forward gain", "forward_gain", "{:.2f}"),
+    ("FID", "fid", "{:.1f}"),
+    ("FVD", "fvd", "{:.1f}"),
 )
 
 
@@ -54,13 +65,13 @@ class Report:
     """Measurements of every source in every window, and what they must be read against.
 
     Attributes:
-        checkpoints: Folders by source name.
+        checkpoints: What was evaluated, by source name.
         settings: Starts, seconds and seed.
-        windows: Window name, then source name ("truth", "autoencoder", then the generators).
+        windows: Window name, then source name (truth, autoencoder of the first, checkpoints).
         same_theme, other_theme: Palette error between real videos of two places of one theme, and
             of two themes: a perfect generator that forgot the place, and one that forgot the theme.
         probe: How well the motion probe reads held-out real clips.
-        timelines: Per generator, the latent deviation at every second.
+        timelines: The truth and every checkpoint by the second.
         seconds_taken: Wall time of each part.
         environment: Versions and hardware.
     """
@@ -71,16 +82,16 @@ class Report:
     same_theme: float | None
     other_theme: float | None
     probe: ProbeQuality
-    timelines: dict[str, list[float | None]]
+    timelines: dict[str, Timeline]
     seconds_taken: dict[str, float]
     environment: dict[str, Any]
 
-    def save(self, path: Path) -> None:
-        """Write everything as JSON; a number that is infinite or none at all is null."""
-        path.write_text(json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n")
+    def as_json(self) -> str:
+        """Everything; a number that is infinite or none at all is null."""
+        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
 
     def table(self) -> Table:
-        """One line per source and window."""
+        """One line per source and window; columns that nothing was measured for are left out."""
         notes = [f"real places of one theme {_shown(self.same_theme, '{:.3f}')} apart"]
         notes.append(f"of two themes {_shown(self.other_theme, '{:.3f}')}")
         caption = (
@@ -88,15 +99,18 @@ class Report:
             f"yaw {_shown(self.probe.yaw, '{:.3f}')}, "
             f"forward {_shown(self.probe.forward, '{:.3f}')}"
         )
-        title = ", ".join(f"{name} {folder}" for name, folder in self.checkpoints.items())
+        paths = self.checkpoints.items()
+        title = ", ".join(name if name == path else f"{name}: {path}" for name, path in paths)
         table = Table(title=title, caption=caption)
         table.add_column("window")
         table.add_column("source")
-        for heading, _, _ in COLUMNS:
+        found = [each for sources in self.windows.values() for each in sources.values()]
+        columns = [c for c in COLUMNS if any(getattr(each, c[1]) is not None for each in found)]
+        for heading, _, _ in columns:
             table.add_column(heading, justify="right")
         for window, sources in self.windows.items():
             for place, (source, measurement) in enumerate(sources.items()):
-                cells = (_shown(getattr(measurement, field), form) for _, field, form in COLUMNS)
+                cells = (_shown(getattr(measurement, field), form) for _, field, form in columns)
                 last = place == len(sources) - 1
                 table.add_row("" if place else window, source, *cells, end_section=last)
         return table

@@ -1,68 +1,114 @@
 """Stage 3: adversarial training with student forcing, segment by segment (SPEC 8)."""
 
-import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..data.clips import LatentClips
-from ..discriminator import Discriminator
+from ..corruption import Corruption
+from ..data.clips import Clips
+from ..discriminator import Discriminator, Judgement
 from ..losses import (
     approximate_penalty,
     channel_weighted_error,
     discriminator_loss,
     generator_loss,
+    palette_error,
 )
-from ..optimization import MovingAverage, Schedule, mixed_precision, update
-from ..student_forcing import StudentRollout, parallel_pass
+from ..optimization import MovingAverage, Schedule, Trained, frozen, mixed_precision
+from ..randomness import ClipRandom
+from ..student_forcing import Segment, StudentRollout, frames_of, parallel_pass
+from ..teacher_forcing import teacher_forced_logits
 from ..world_model import Conditions, WorldModel
-from .rollout_regression import Corruption
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """`overlap_frames` known frames precede each later segment before the discriminator, and
-    carry no loss. `discriminator_warmup` updates come before the generator's first. `regression`
-    weighs a squared error against the real clip, beside the adversarial loss (ours, for small
-    models; 0 in the paper)."""
+    """Numbers of stage 3; the defaults are the paper's.
 
-    generator_schedule: Schedule
-    discriminator_schedule: Schedule
+    Attributes:
+        clips: The set that real clips come from.
+        steps: Updates of the generator. The discriminator makes `discriminator_warmup` before.
+        segment_frames: Frames the discriminator judges at once, from `shortest_segment` up to
+            this, drawn for each update, if that is given.
+        overlap_frames: So many of a later segment's are known from the one before, and carry no
+            loss.
+        whole_clips: Clips are as long as the rollout, and their motion is followed to the end.
+            Otherwise later segments take the motion of other clips (SPEC 8, 10).
+        start, judge: The stages whose weights generator and discriminator begin with.
+        penalty, perturbation: lambda and sigma of aR1 and aR2.
+        alpha: Of RMSProp.
+        forcing: "teacher" is the failing mode of the paper: the generator continues real frames,
+            in parallel, and each of its frames is judged after the real ones.
+        judgement: One logit per "frame", or per "clip" by a discriminator that is not causal.
+        corruption: Of recycled frames: the first of each segment, or all of them under teacher
+            forcing.
+        regression, palette: Weights of a squared error against the real clip, and of one between
+            the mean colours of frames, beside the adversarial loss (ours, for small models).
+    """
+
+    clips: str
+    steps: int
     batch: int
     segment_frames: int
+    generator_schedule: Schedule
+    discriminator_schedule: Schedule
     segments: int = 1
+    shortest_segment: int | None = None
     overlap_frames: int = 0
-    penalty: float = 1000.0  # lambda
-    perturbation: float = 0.1  # sigma
-    alpha: float = 0.9  # RMSProp
+    whole_clips: bool = False
+    start: str = "consistency"
+    judge: str = "diffusion"
+    penalty: float = 1000.0
+    perturbation: float = 0.1
+    alpha: float = 0.9
     discriminator_warmup: int = 0
-    average: float = 0.995
+    average: float | None = 0.995
     max_norm: float | None = None
+    forcing: Literal["student", "teacher"] = "student"
+    judgement: Judgement = "frame"
     corruption: Corruption | None = None
     regression: float = 0.0
+    palette: float = 0.0
 
-    @property
-    def frames(self) -> int:
-        return self.segments * self.segment_frames
+    def __post_init__(self):
+        if self.forcing not in ("student", "teacher"):
+            raise ValueError(f"forcing: expected 'student' or 'teacher', got {self.forcing!r}")
+        if self.forcing == "teacher" and (self.segments > 1 or self.judgement == "clip"):
+            raise ValueError(
+                "forcing: expected 'student' for several segments or one logit per clip, "
+                "got 'teacher'"
+            )
+        if not 0 <= self.overlap_frames < (self.shortest_segment or self.segment_frames):
+            raise ValueError(
+                f"overlap_frames: expected 0 to less than a segment, got {self.overlap_frames}"
+            )
+        if (self.regression or self.palette) and not (self.whole_clips or self.segments == 1):
+            raise ValueError(
+                "regression, palette: expected whole_clips, for something to compare later "
+                "segments with"
+            )
 
 
 @dataclass(frozen=True)
 class Judged:
     """Frames before the discriminator: latents (B, C, 1 + T, H, W), the frame before the first
     and then the frames to judge, with what conditions those. The first `known` of them carry no
-    loss."""
+    loss. `real`: the clip that teacher-forced frames continue, each on its own."""
 
     latents: Tensor
     conditions: Conditions
     known: int = 0
+    real: Tensor | None = None
 
     def detach(self) -> "Judged":
         return replace(self, latents=self.latents.detach())
 
-    def perturbed(self, deviation: float, random: torch.Generator) -> "Judged":
+    def perturbed(self, deviation: float, random: ClipRandom) -> "Judged":
         """N(x, sigma): both what is judged and, as the frame before the next, what it follows."""
-        noise = deviation * torch.randn(self.latents.shape, generator=random)
+        noise = deviation * random.normal(*self.latents.shape[1:])
         noise[:, :, : 1 + self.known] = 0
         return replace(self, latents=self.latents + noise)
 
@@ -79,149 +125,213 @@ class Adversarial:
         self,
         config: AdversarialConfig,
         model: WorldModel,
-        diffusion: WorldModel,
+        discriminator: Discriminator,
         pixel_deviation: Tensor,
-        seed: int,
     ):
         self.config = config
         self.model = model
         self.pixel_deviation = pixel_deviation
-        self.random = torch.Generator().manual_seed(seed)
-        self.judge_inputs = copy.deepcopy(diffusion)
-        self.discriminator = Discriminator(self.judge_inputs.transformer)
-        judging = [*self.discriminator.parameters(), *self.judge_inputs.text_encoder.parameters()]
-        self.judging = [p for p in judging if p.requires_grad]
-        self.generator_optimizer = torch.optim.RMSprop(model.parameters(), alpha=config.alpha)
-        self.discriminator_optimizer = torch.optim.RMSprop(self.judging, alpha=config.alpha)
-        self.average = MovingAverage(model, config.average)
+        self.steps = config.discriminator_warmup + config.steps
+        self.discriminator = discriminator
+        judging = [p for p in self.discriminator.parameters() if p.requires_grad]
+        average = None if config.average is None else MovingAverage(model, config.average)
+        self.trained = {
+            "generator": Trained(
+                model, torch.optim.RMSprop(model.parameters(), alpha=config.alpha), average
+            ),
+            "discriminator": Trained(
+                self.discriminator, torch.optim.RMSprop(judging, alpha=config.alpha)
+            ),
+        }
 
-    def step(self, clips: LatentClips, step: int) -> dict[str, float]:
+    def batch(self, step: int) -> int:
+        return self.config.batch
+
+    def warming(self, step: int) -> bool:
+        """Whether only the discriminator learns."""
+        return step < self.config.discriminator_warmup
+
+    def accumulate(
+        self, sets: Mapping[str, Clips], random: ClipRandom, step: int, share: float = 1.0
+    ) -> dict[str, float]:
+        clips = sets[self.config.clips]
+        if self.config.forcing == "teacher":
+            return self.teacher_forced(clips, random, step, share)
+        return self.student_forced(clips, random, step, share)
+
+    def student_forced(
+        self, clips: Clips, random: ClipRandom, step: int, share: float
+    ) -> dict[str, float]:
         config, model = self.config, self.model
-        batch = clips.sample(config.batch, config.frames, self.random)
-        noise = torch.randn(batch.targets.shape, generator=self.random)
-        warming = step < config.discriminator_warmup
-        metrics: dict[str, float] = {}
-        precision = mixed_precision(noise.device)
+        length = config.segment_frames
+        if config.shortest_segment is not None:
+            length = int(random.shared.integers(config.shortest_segment, length + 1))
+        further = length - config.overlap_frames  # new frames of a later segment
+        whole = config.segments if config.whole_clips else 1
+        batch = clips.sample(random, length + (whole - 1) * further)
+        precision = mixed_precision(random.device)
         with precision, torch.no_grad():
-            rays, text, text_lens = model.conditions(batch.controls, batch.prompts, batch.size)
+            channels, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
             rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
         history = batch.recycled[:, :, :1]
+        metrics: dict[str, float] = {}
         for index in range(config.segments):
-            frames = slice(index * config.segment_frames, (index + 1) * config.segment_frames)
+            known, new = (config.overlap_frames, further) if index else (0, length)
+            place = slice(rollout.frames, rollout.frames + new)
+            if index and channels is not None and not config.whole_clips:
+                walk = model.channels(clips.sample(random, new, "never").motion, batch.size)
+                channels = torch.cat([channels, walk], dim=2)
             start = rollout.last
             if config.corruption:
-                start = config.corruption(start, index == 0, self.random)
+                start = config.corruption(start, index == 0, random)
+            noise = random.normal(batch.latents.shape[1], new, *batch.size)
             with precision:
-                segment = rollout.roll(noise[:, :, frames], rays[:, :, frames], start)
+                segment = rollout.roll(noise, frames_of(channels, place), start)
                 fake = segment.output
-                if not warming:
+                if not self.warming(step):
                     text, text_lens = model.text_encoder(batch.prompts)
                     fake = parallel_pass(model.transformer, segment, text, text_lens)
-
-            known = min(config.overlap_frames, index * config.segment_frames)
-            shown = slice(frames.start - known, frames.stop)
-            faked = self.judged(
-                torch.cat([history, fake], dim=2)[:, :, -(known + config.segment_frames + 1) :],
-                batch.controls[:, shown],
+            history = torch.cat([history, fake], dim=2)
+            shown = slice(place.start - known, place.stop)
+            fakes = self.judged(
+                history[:, :, shown.start :],  # the frame before the first, too
+                frames_of(channels, shown),
                 batch.prompts,
                 known,
             )
-            if index == 0:
-                real_latents, real = batch.latents[:, :, : config.segment_frames + 1], batch
-            else:
-                count = known + config.segment_frames
-                real = clips.sample(config.batch, count, self.random, first_frame="never")
-                real_latents = real.latents
-            real = self.judged(
-                real_latents,
-                real.controls[:, : real_latents.shape[2] - 1],
+            history = history.detach()
+            real = batch if index == 0 else clips.sample(random, known + new, "never")
+            along = model.channels(real.motion, batch.size)
+            reals = self.judged(
+                real.latents[:, :, : known + new + 1],
+                frames_of(along, slice(known + new)),
                 real.prompts,
                 known,
             )
-            t = torch.rand(config.batch, generator=self.random)
-            on_real, seen = self.train_discriminator(real, faked, t)
-            add(metrics, seen, config.segments)
-            if not warming:
-                targets = batch.targets[:, :, frames]
-                error = channel_weighted_error(fake, targets, self.pixel_deviation)
-                seen = self.train_generator(on_real, faked, error, t)
-                add(metrics, seen, config.segments)
-            history = torch.cat([history, fake.detach()], dim=2)
-        return {**metrics, **self.update(step, warming)}
+            targets = batch.targets[:, :, place] if whole == config.segments else None
+            seen = self.compete(reals, fakes, fake, targets, random, step, share / config.segments)
+            for name, value in seen.items():
+                metrics[name] = metrics.get(name, 0.0) + value / config.segments
+        return metrics
 
-    def judged(self, latents: Tensor, controls: Tensor, prompts, known: int) -> Judged:
+    def teacher_forced(
+        self, clips: Clips, random: ClipRandom, step: int, share: float
+    ) -> dict[str, float]:
+        """Real frames in, in parallel; each generated frame is judged after the real ones."""
+        config, model = self.config, self.model
+        batch = clips.sample(random, config.segment_frames)
+        recycled = batch.recycled
+        if config.corruption:
+            recycled = config.corruption(recycled, False, random)
+        noise = random.normal(*batch.targets.shape[1:])
+        with mixed_precision(random.device), torch.set_grad_enabled(not self.warming(step)):
+            channels, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
+            segment = Segment(noise, recycled, channels, start_frame=0, prefix=None)
+            fake = parallel_pass(model.transformer, segment, text, text_lens)
+        real = self.judged(batch.latents, channels, batch.prompts, known=0)
+        real = replace(real, real=batch.latents)
+        continued = torch.cat([batch.recycled[:, :, :1], fake], dim=2)
+        fakes = replace(real, latents=continued)
+        return self.compete(real, fakes, fake, batch.targets, random, step, share)
+
+    def compete(
+        self,
+        real: Judged,
+        fakes: Judged,
+        fake: Tensor,
+        targets: Tensor | None,
+        random: ClipRandom,
+        step: int,
+        share: float,
+    ) -> dict[str, float]:
+        """Both turns on one segment; `fake` are its new frames, `targets` the real ones there."""
+        t = random.uniform()
+        on_real, metrics = self.train_discriminator(real, fakes, t, random, share)
+        if not self.warming(step):
+            errors = {}
+            if targets is not None:
+                errors = {
+                    "error": channel_weighted_error(fake, targets, self.pixel_deviation),
+                    "palette": palette_error(fake, targets, self.pixel_deviation),
+                }
+            metrics |= self.train_generator(on_real, fakes, errors, t, share)
+        return metrics
+
+    def judged(
+        self, latents: Tensor, channels: Tensor | None, prompts: Sequence[str], known: int
+    ) -> Judged:
         """latents (B, C, 1 + T, H, W): the frame before the first, then the frames to judge."""
         with mixed_precision(latents.device):
-            conditions = self.judge_inputs.conditions(controls, prompts, latents.shape[-2:])
-        return Judged(latents, conditions, known)
+            words = self.discriminator.world.text_encoder(prompts)
+        return Judged(latents, Conditions(channels, *words), known)
 
     def logits(self, judged: Judged, t: Tensor) -> Tensor:
-        """One logit per frame that carries a loss, (B, T - known)."""
+        """One logit per frame that carries a loss, (B, T - known), or per clip (B, 1)."""
         x, previous = judged.latents[:, :, 1:], judged.latents[:, :, :-1]
         with mixed_precision(x.device):
-            logits = self.discriminator(x, previous, *judged.conditions, t)
-        return logits[:, judged.known :].float()
+            if judged.real is None:
+                logits = self.discriminator(x, previous, *judged.conditions, t)
+            else:
+                given = (judged.real, judged.conditions, t)
+                logits = teacher_forced_logits(self.discriminator, x, *given)
+        known = judged.known if self.discriminator.judgement == "frame" else 0
+        return logits[:, known:].float()
 
     def train_discriminator(
-        self, real: Judged, fake: Judged, t: Tensor
+        self, real: Judged, fakes: Judged, t: Tensor, random: ClipRandom, share: float
     ) -> tuple[Tensor, dict[str, float]]:
         """Accumulates the discriminator's gradients; returns its logits on real frames too."""
         config = self.config
-        fake = fake.detach()
-        together = [real, fake]
-        together += [judged.perturbed(config.perturbation, self.random) for judged in together]
-        joined = Judged(
-            torch.cat([judged.latents for judged in together]),
-            Conditions(*map(torch.cat, zip(*(judged.conditions for judged in together)))),
-            real.known,
-        )
-        on_real, on_fake, on_real_shaken, on_fake_shaken = self.logits(joined, t.repeat(4)).chunk(4)
+        together = [real, fakes.detach()]
+        together += [judged.perturbed(config.perturbation, random) for judged in together]
+        latents = torch.cat([judged.latents for judged in together])
+        if real.real is None:
+            channels, *words = zip(*(judged.conditions for judged in together), strict=True)
+            channels = None if channels[0] is None else torch.cat(channels)
+            conditions = Conditions(channels, *map(torch.cat, words))
+            joined, times = Judged(latents, conditions, real.known), t.repeat(4)
+        else:  # all four continue the same clips
+            joined, times = replace(real, latents=latents), t
+        on_real, on_fake, *perturbed = self.logits(joined, times).chunk(4)
         loss = discriminator_loss(on_real, on_fake)
-        r1 = approximate_penalty(on_real, on_real_shaken)
-        r2 = approximate_penalty(on_fake, on_fake_shaken)
-        ((loss + config.penalty * (r1 + r2)) / config.segments).backward(inputs=self.judging)
+        r1 = config.penalty * approximate_penalty(on_real, perturbed[0])
+        r2 = config.penalty * approximate_penalty(on_fake, perturbed[1])
+        (share * (loss + r1 + r2)).backward()
         return on_real.detach(), {
             "discriminator": loss.item(),
-            "r1": config.penalty * r1.item(),
-            "r2": config.penalty * r2.item(),
+            "r1": r1.item(),
+            "r2": r2.item(),
             "accuracy": (on_real > on_fake).float().mean().item(),
         }
 
     def train_generator(
-        self, on_real: Tensor, fake: Judged, error: Tensor, t: Tensor
+        self,
+        on_real: Tensor,
+        fakes: Judged,
+        errors: Mapping[str, Tensor],
+        t: Tensor,
+        share: float,
     ) -> dict[str, float]:
         """Accumulates the generator's gradients. The discriminator has not moved in between."""
-        loss = generator_loss(on_real, self.logits(fake, t))
-        total = loss + self.config.regression * error
-        (total / self.config.segments).backward(inputs=list(self.model.parameters()))
-        return {"generator": loss.item(), "error": error.item()}
+        channels, *words = fakes.conditions
+        fakes = replace(fakes, conditions=Conditions(channels, *(x.detach() for x in words)))
+        with frozen(self.discriminator):
+            losses = {"generator": generator_loss(on_real, self.logits(fakes, t)), **errors}
+            weights = {"error": self.config.regression, "palette": self.config.palette}
+            total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+            (share * total).backward()
+        return {name: loss.item() for name, loss in losses.items()}
 
-    def update(self, step: int, warming: bool) -> dict[str, float]:
+    def update(self, step: int) -> dict[str, float]:
         config = self.config
-        norms = {
-            "discriminator_gradient": update(
-                self.discriminator_optimizer,
-                config.discriminator_schedule(step),
-                self.judging,
-                config.max_norm,
-            )
-        }
-        if not warming:
-            norms["generator_gradient"] = update(
-                self.generator_optimizer,
-                config.generator_schedule(step - config.discriminator_warmup),
-                self.model.parameters(),
-                config.max_norm,
-            )
-            self.average.update(self.model)
+        rate = config.discriminator_schedule(step, self.steps)
+        judge = self.trained["discriminator"]
+        norms = {"discriminator_gradient": judge.update(rate, config.max_norm)}
+        if not self.warming(step):
+            rate = config.generator_schedule(step - config.discriminator_warmup, config.steps)
+            generator = self.trained["generator"]
+            norms["generator_gradient"] = generator.update(rate, config.max_norm)
         return norms
 
     def export(self) -> WorldModel:
-        self.average.copy_to(self.model)
-        return self.model
-
-
-def add(total: dict[str, float], metrics: dict[str, float], segments: int) -> None:
-    """Adds one segment's metrics to the mean over segments."""
-    for name, value in metrics.items():
-        total[name] = total.get(name, 0.0) + value / segments
+        return self.trained["generator"].export()

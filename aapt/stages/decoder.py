@@ -4,7 +4,7 @@ The encoder is fitted in closed form or given, and stays: latents are then final
 can be trained on them while the decoder learns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from ..data.procedural import VideoClips
 from ..flow import per_clip
 from ..losses import sharpness_loss
-from ..optimization import MovingAverage, Schedule, mixed_precision, update
+from ..optimization import MovingAverage, Schedule, Trained, mixed_precision
+from ..randomness import ClipRandom
 from ..vae import CausalVAE
 
 
@@ -23,8 +24,10 @@ class DecoderConfig:
     clip from 0 up to this, so that the decoder also cleans what a generator gets wrong."""
 
     schedule: Schedule
+    steps: int
     batch: int
     video_frames: int
+    clips: str = "clips"
     edges: float = 0.5
     squares: float = 1.0
     latent_noise: float = 0.4
@@ -35,22 +38,28 @@ class DecoderConfig:
 class DecoderTraining:
     """Absolute error, squared error and edges between a clip and its reconstruction."""
 
-    def __init__(self, config: DecoderConfig, vae: CausalVAE, seed: int):
+    def __init__(self, config: DecoderConfig, vae: CausalVAE):
         self.config = config
         self.vae = vae
-        self.random = torch.Generator().manual_seed(seed)
+        self.steps = config.steps
         vae.requires_grad_(False)
-        self.decoder = vae.decoder.requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.decoder.parameters(), betas=(0.9, 0.99))
-        self.average = MovingAverage(self.decoder, config.average, from_scratch=True)
+        decoder = vae.decoder.requires_grad_(True)
+        optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
+        average = MovingAverage(decoder, config.average, from_scratch=True)
+        self.trained = {"decoder": Trained(decoder, optimizer, average)}
 
-    def step(self, clips: VideoClips, step: int) -> dict[str, float]:
+    def batch(self, step: int) -> int:
+        return self.config.batch
+
+    def accumulate(
+        self, sets: Mapping[str, VideoClips], random: ClipRandom, step: int, share: float = 1.0
+    ) -> dict[str, float]:
         config, vae = self.config, self.vae
-        video = clips.sample(config.batch, config.video_frames, self.random)
+        video = sets[config.clips].sample(random, config.video_frames)
         with mixed_precision(video.device):
             latent = vae.encode(video)
-            strength = config.latent_noise * torch.rand(len(latent), generator=self.random)
-            noise = torch.randn(latent.shape, generator=self.random)
+            strength = config.latent_noise * random.uniform()
+            noise = random.normal(*latent.shape[1:])
             decoded = vae.decode(latent + per_clip(strength) * noise)
         error = decoded.float() - video
         loss = (
@@ -58,16 +67,17 @@ class DecoderTraining:
             + config.squares * error.square().mean()
             + config.edges * sharpness_loss(error)
         )
-        loss.backward()
-        norm = update(
-            self.optimizer, config.schedule(step), self.decoder.parameters(), config.max_norm
-        )
-        self.average.update(self.decoder)
+        (share * loss).backward()
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        return {"loss": loss.item(), "psnr": psnr.item(), "gradient": norm}
+        return {"loss": loss.item(), "psnr": psnr.item()}
+
+    def update(self, step: int) -> dict[str, float]:
+        config = self.config
+        rate = config.schedule(step, self.steps)
+        return {"gradient": self.trained["decoder"].update(rate, config.max_norm)}
 
     def export(self) -> CausalVAE:
-        self.average.copy_to(self.decoder)
+        self.trained["decoder"].export()
         return self.vae
 
 

@@ -1,21 +1,22 @@
 """Stage 1: a causal diffusion model by teacher forcing (SPEC 6)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from ..data.clips import LatentClips
+from ..curriculum import Curriculum
+from ..data.clips import Clips
 from ..flow import interpolate, shift
 from ..model import velocity
-from ..optimization import MovingAverage, Schedule, make_optimizer, mixed_precision, update
+from ..optimization import MovingAverage, Schedule, Trained, make_optimizer, mixed_precision
+from ..randomness import ClipRandom
 from ..world_model import WorldModel
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
+    curriculum: Curriculum
     schedule: Schedule
-    batch: int
-    frames: int
+    start: str | None = None  # the stage whose weights it begins with
     shift: float = 24.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -28,36 +29,42 @@ class DiffusionConfig:
 class DiffusionAdaptation:
     """All frames in parallel, one t per clip, the clean previous frame recycled, MSE on v."""
 
-    def __init__(self, config: DiffusionConfig, model: WorldModel, seed: int):
+    def __init__(self, config: DiffusionConfig, model: WorldModel):
         self.config = config
         self.model = model
-        self.random = torch.Generator().manual_seed(seed)
-        self.optimizer = make_optimizer(model, config.betas, config.weight_decay, config.muon)
-        self.average = None
+        self.steps = config.curriculum.steps
+        average = None
         if config.average is not None:
-            self.average = MovingAverage(model, config.average, from_scratch=True)
+            average = MovingAverage(model, config.average, from_scratch=True)
+        optimizer = make_optimizer(model, config.betas, config.weight_decay, config.muon)
+        self.trained = {"model": Trained(model, optimizer, average)}
 
-    def step(self, clips: LatentClips, step: int) -> dict[str, float]:
+    def batch(self, step: int) -> int:
+        return self.config.curriculum.phase(step).batch
+
+    def accumulate(
+        self, sets: Mapping[str, Clips], random: ClipRandom, step: int, share: float = 1.0
+    ) -> dict[str, float]:
         config, model = self.config, self.model
-        batch = clips.sample(config.batch, config.frames, self.random)
-        dropped = torch.rand(config.batch, generator=self.random) < config.caption_dropout
+        batch = config.curriculum.phase(step).sample(sets, random)
+        dropped = random.uniform() < config.caption_dropout
         prompts = ["" if drop else p for drop, p in zip(dropped, batch.prompts, strict=True)]
-        t = shift(torch.rand(config.batch, generator=self.random), config.shift)
-        noise = torch.randn(batch.targets.shape, generator=self.random)
+        t = shift(random.uniform(), config.shift)
+        noise = random.normal(*batch.targets.shape[1:])
         x_t = interpolate(batch.targets, noise, t)
         with mixed_precision(noise.device):
-            conditions = model.conditions(batch.controls, prompts, batch.size)
+            conditions = model.conditions(batch.motion, prompts, batch.size)
             output = model.transformer(x_t, batch.recycled, *conditions, t)
         v = velocity(model.config, output.float(), x_t, batch.recycled)
         loss = (v - (noise - batch.targets)).square().mean()
-        loss.backward()
-        norm = update(self.optimizer, config.schedule(step), model.parameters(), config.max_norm)
-        if self.average:
-            self.average.update(model)
-        return {"loss": loss.item(), "gradient": norm}
+        (share * loss).backward()
+        return {"loss": loss.item()}
+
+    def update(self, step: int) -> dict[str, float]:
+        config = self.config
+        rate = config.schedule(step, self.steps)
+        return {"gradient": self.trained["model"].update(rate, config.max_norm)}
 
     def export(self) -> WorldModel:
         """The trained model, with averaged weights where an average is kept."""
-        if self.average:
-            self.average.copy_to(self.model)
-        return self.model
+        return self.trained["model"].export()

@@ -2,16 +2,19 @@
 comes from.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from aapt.conditioning import control_rays
 from aapt.data.clips import LatentClips
+from aapt.discriminator import Discriminator
 from aapt.optimization import Schedule
 from aapt.stages.adversarial import Adversarial, AdversarialConfig
 from aapt.world_model import WorldModel
 
-from .helpers import CAMERA, SIZE, clips, tiny_model
+from .helpers import CAMERA, SIZE, clips, draws, tiny_model
 
 
 def model() -> WorldModel:
@@ -87,9 +90,14 @@ def recovered_noise(x_t: Tensor, recycled: Tensor, t: Tensor) -> Tensor:
     return noise
 
 
-def train(stage, steps, data=None):
-    data = data or clips()
-    return [stage.step(data, step) for step in range(steps)]
+def train(stage, steps, data=None, seed=0):
+    """The metrics of the first updates, one dictionary each."""
+    sets = {"clips": data or clips()}
+    metrics = []
+    for step in range(steps):
+        seen = stage.accumulate(sets, draws(stage.batch(step), seed, step), step)
+        metrics.append(seen | stage.update(step))
+    return metrics
 
 
 def judged_model() -> WorldModel:
@@ -100,18 +108,27 @@ def judged_model() -> WorldModel:
     return diffusion
 
 
-def adversarial_stage(generator: WorldModel | None = None, **changes) -> Adversarial:
+def adversarial_stage(
+    generator: WorldModel | None = None, place: Callable | None = None, **changes
+) -> Adversarial:
+    """A small stage; `place` is done to both networks first."""
     options = {
-        "generator_schedule": Schedule(1e-3, 4),
-        "discriminator_schedule": Schedule(1e-3, 4),
+        "clips": "clips",
+        "steps": 4,
+        "generator_schedule": Schedule(1e-3),
+        "discriminator_schedule": Schedule(1e-3),
         "batch": 2,
         "segment_frames": 3,
+        "whole_clips": True,
         **changes,
     }
+    config = AdversarialConfig(**options)
+    networks = generator or model(), Discriminator(judged_model(), config.judgement)
+    if place:
+        for network in networks:
+            place(network)
     return Adversarial(
-        AdversarialConfig(**options),
-        generator or model(),
-        judged_model(),
+        config,
+        *networks,
         torch.tensor([3.0, 1.0, 2.0, 2.0]),
-        seed=0,
     )

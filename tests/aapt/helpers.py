@@ -6,6 +6,7 @@ import torch
 
 from aapt.config import CameraConfig, ModelConfig
 from aapt.data.clips import LatentClips
+from aapt.randomness import ClipRandom
 from aapt.world_model import WorldModel
 
 CAMERA = CameraConfig(1.5, 0.04, 0.07, 0.05, 0.025)
@@ -43,6 +44,10 @@ def latents(frames: int, batch: int = 2) -> torch.Tensor:
 
 def controls(frames: int, batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, frames, 2, dtype=torch.float64) * 2 - 1
+
+
+def draws(clips: int, seed: int = 0, step: int = 0) -> ClipRandom:
+    return ClipRandom(seed, step, range(clips))
 
 
 def clips(count: int = 6, length: int = 9) -> LatentClips:

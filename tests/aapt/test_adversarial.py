@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aapt.corruption import Corruption
 from aapt.discriminator import Discriminator
-from aapt.model import VideoTransformer
 from aapt.optimization import Schedule, mixed_precision
+from aapt.randomness import ClipRandom
 from aapt.recipes import aapt_8b
-from aapt.stages.adversarial import Adversarial, Judged
-from aapt.stages.rollout_regression import (
-    Corruption,
-)
+from aapt.stages.adversarial import Adversarial, AdversarialConfig, Judged
+from aapt.world_model import WorldModel
 
 from .counting import (
     adversarial_stage,
@@ -29,7 +29,7 @@ from .counting import (
     train,
     value,
 )
-from .helpers import PROMPTS, SIZE, clips, controls, latents, tiny_model
+from .helpers import CONFIG, PROMPTS, SIZE, clips, controls, draws, latents, tiny_model
 
 
 @dataclasses.dataclass
@@ -72,16 +72,16 @@ def test_adversarial_wiring(made_segments):
         penalty=penalty,
         perturbation=sigma,
     )
-    embed = copy.deepcopy(stage.judge_inputs.text_encoder)
+    embed = copy.deepcopy(stage.discriminator.world.text_encoder)
     with recording(stage) as judgements:
         (metrics,) = train(stage, 1, counting_clips())
 
     assert len(judgements) == 4  # discriminator, generator, twice
-    names = ("discriminator", "r1", "r2", "generator", "accuracy", "error")
+    names = ("discriminator", "r1", "r2", "generator", "accuracy", "error", "palette")
     expected = dict.fromkeys(names, 0.0)
     starts, times = None, []
     for index in range(2):
-        known, frames = index, 3 + index
+        known, new, frames = index, 3 - index, 3
         for_d, for_g = judgements[2 * index : 2 * index + 2]
         x, previous, condition, text, text_lens, t = (a.chunk(4) for a in for_d.arguments)
         real, fake, real_shaken, fake_shaken = range(4)
@@ -96,7 +96,7 @@ def test_adversarial_wiring(made_segments):
         fake_rows = starts + first + 1 + steps
         assert_drives(condition[fake], fake_rows)
         made = made_segments[index]
-        assert_drives(made.condition, starts + 3 * index + 1 + torch.arange(3))
+        assert_drives(made.condition, starts + 3 * index + 1 + torch.arange(new))
         assert made.start_frame == 3 * index
 
         # Real: the same clip at first, then windows of their own that leave out latent 0.
@@ -152,8 +152,9 @@ def test_adversarial_wiring(made_segments):
         (generated / 2).backward()
         torch.testing.assert_close(for_g.gradient, logits.grad)
         # The clip goes on from s in steps of 1: 0.25 n off at frame n, on all channels alike.
-        error = (0.25 * (3 * index + 1 + torch.arange(3))).square().mean()
-        seen = (relative, r1, r2, generated, (on_real > on_fake).float().mean(), error)
+        error = (0.25 * (3 * index + 1 + torch.arange(new))).square().mean()
+        accuracy = (on_real > on_fake).float().mean()
+        seen = (relative, r1, r2, generated, accuracy, error, error)
         for name, loss in zip(expected, seen, strict=True):
             expected[name] += loss.item() / 2
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -189,11 +190,10 @@ def test_one_adversarial_update_goes_the_right_way(moving, penalty):
     """With the other network held, one update of the generator raises D(fake) - D(real), one of
     the discriminator lowers it, or what perturbation does to the logits under a heavy penalty."""
     still = "generator" if moving == "discriminator" else "discriminator"
-    stage = adversarial_stage(batch=4, penalty=penalty, **{f"{still}_schedule": Schedule(0.0, 1)})
-    before = copy.deepcopy((stage.model, stage.discriminator, stage.judge_inputs))
-    draws, gaps, shaken = stage.random.get_state(), [], []
+    stage = adversarial_stage(batch=4, penalty=penalty, **{f"{still}_schedule": Schedule(0.0)})
+    before = copy.deepcopy((stage.model, stage.discriminator))
+    gaps, shaken = [], []
     for _ in range(2):  # the same clips, noise, t and perturbation again
-        stage.random.set_state(draws)
         with recording(stage) as judgements:
             train(stage, 1)
         on_real, on_fake, *copies = judgements[0].logits.chunk(4)
@@ -223,7 +223,7 @@ def test_regression_pulls_the_generator_to_the_clip():
             counting_model(1.25, 1.0, 1.0, 1.0), batch=4, segments=2, regression=weight
         )
         bias = stage.model.transformer.video_out.bias
-        stage.generator_optimizer.register_step_pre_hook(
+        stage.trained["generator"].optimizer.register_step_pre_hook(
             lambda *_, bias=bias: gradients.append(bias.grad.view(4, 4).sum(0))
         )
         train(stage, 1, counting_clips())
@@ -233,10 +233,145 @@ def test_regression_pulls_the_generator_to_the_clip():
     torch.testing.assert_close(difference, torch.tensor([expected, 0, 0, 0]), rtol=0.02, atol=0.02)
 
 
+def test_the_palette_alone_pulls_too():
+    """A generator that gains too much on channel 0 is pushed back on that channel by the mean of
+    its frames, as much as by every pixel, for all its pixels are wrong alike."""
+    gradients = []
+    for weights in ({"regression": 2.0}, {"palette": 2.0}):
+        stage = adversarial_stage(counting_model(1.25, 1.0, 1.0, 1.0), penalty=0.0, **weights)
+        bias = stage.model.transformer.video_out.bias
+        stage.trained["generator"].optimizer.register_step_pre_hook(
+            lambda *_, bias=bias: gradients.append(bias.grad.clone())
+        )
+        train(stage, 1, counting_clips())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_later_segments_borrow_the_motion_of_other_clips(made_segments):
+    """Where clips end with the first segment, the rest of the walk is newly drawn (SPEC 10)."""
+    stage = adversarial_stage(
+        counting_model(*[1.0] * 4), batch=8, segments=2, overlap_frames=1, whole_clips=False
+    )
+    with recording(stage) as judgements:
+        train(stage, 1, counting_clips(length=6))
+    first, later = made_segments
+    borrowed = later.condition
+    assert borrowed.shape[2] == 2 and not torch.equal(borrowed[:, :, 0], first.condition[:, :, 0])
+    _, fake, _, _ = judgements[2].arguments[2].chunk(4)  # what drives the second segment
+    torch.testing.assert_close(fake[:, :, 1:], borrowed, rtol=0, atol=2e-3)
+    torch.testing.assert_close(fake[:, :, 0], first.condition[:, :, 2], rtol=0, atol=2e-3)
+
+
+def test_a_model_without_conditions(made_segments):
+    """Nothing but a picture and a prompt, as in the paper's first model."""
+    worlds = [WorldModel(dataclasses.replace(CONFIG, condition_channels=0), None) for _ in "gd"]
+    given = {"generator_schedule": Schedule(1e-3), "discriminator_schedule": Schedule(1e-3)}
+    config = AdversarialConfig("clips", 1, 2, segment_frames=3, segments=2, **given)
+    stage = Adversarial(config, worlds[0], Discriminator(worlds[1]), torch.ones(4))
+    metrics = train(stage, 1)
+    assert metrics[0]["generator_gradient"] > 0
+    assert [segment.condition for segment in made_segments] == [None, None]
+
+
+def test_segments_of_drawn_lengths(made_segments):
+    stage = adversarial_stage(segment_frames=5, shortest_segment=2, segments=2, overlap_frames=1)
+    train(stage, 12, counting_clips())
+    lengths = [segment.noise.shape[2] for segment in made_segments]
+    assert set(lengths[::2]) == {2, 3, 4, 5}
+    assert lengths[1::2] == [length - 1 for length in lengths[::2]]
+
+
+def test_teacher_forced_frames_are_judged_one_by_one():
+    """Frame n of the generator comes from the real frame before it, and its logit is that of the
+    clip of real frames with it alone in place of the real one (SPEC 8)."""
+    stage = adversarial_stage(
+        counting_model(*[1.25] * 4), batch=2, segment_frames=4, forcing="teacher", penalty=0.0
+    )
+    judged, judge = [], stage.logits
+
+    def record(frames, t):
+        logits = judge(frames, t)
+        judged.append((frames, t, logits.detach()))
+        return logits
+
+    stage.logits = record
+    discriminator = copy.deepcopy(stage.discriminator)  # as it was before its update
+    train(stage, 1, counting_clips())
+    (joined, t, logits), (for_g, _, on_fake) = judged
+    real, fake = joined.latents.chunk(4)[:2]
+    torch.testing.assert_close(real, joined.real)
+    torch.testing.assert_close(fake[:, :, 1:], real[:, :, :-1] + 1.25)
+    torch.testing.assert_close(for_g.latents, fake)
+    condition, text, text_lens = joined.conditions
+    parallel = functools.partial(discriminator, condition=condition)
+    with torch.no_grad(), mixed_precision(t.device):
+        given = {"text": text, "text_lens": text_lens, "t": t}
+        whole = parallel(real[:, :, 1:], real[:, :, :-1], **given)
+        torch.testing.assert_close(logits.chunk(4)[0], whole.float(), rtol=0.02, atol=0.02)
+        for index in range(4):
+            mixed = real[:, :, 1:].clone()
+            mixed[:, :, index] = fake[:, :, 1 + index]
+            alone = parallel(mixed, real[:, :, :-1], **given)[:, index]
+            for seen in (logits.chunk(4)[1], on_fake):
+                torch.testing.assert_close(seen[:, index], alone.float(), rtol=0.02, atol=0.02)
+
+
+def test_a_logit_per_clip_sees_everything():
+    stage = adversarial_stage(judgement="clip")
+    net = stage.discriminator
+    x = latents(5).float()
+    conditions = net.world.conditions(controls(4).float(), PROMPTS, SIZE)
+
+    def logit(frames):
+        return net(frames[:, :, 1:], frames[:, :, :-1], *conditions, torch.full((2,), 0.3))
+
+    before = logit(x)
+    assert before.shape == (2, 1)
+    for changed in range(5):
+        other = x.clone()
+        other[:, :, changed] += 1
+        assert ((logit(other) - before).abs() > 1e-6).all()
+    metrics = train(stage, 2)
+    assert {"discriminator", "generator"} <= set(metrics[0])
+
+
+def test_halves_of_a_batch_add_up():
+    """Accumulated in parts, an update is that of the whole batch."""
+    gradients, sets = [], {"clips": clips()}
+    for parts in ([range(4)], [range(2), range(2, 4)]):
+        stage = adversarial_stage(batch=4, segments=2, overlap_frames=1, corruption=Corruption())
+        for part in parts:
+            share = 1 / len(parts)
+            stage.accumulate(sets, ClipRandom(0, 0, part), 0, share)
+        gradients.append([p.grad for one in stage.trained.values() for p in one.parameters])
+    for whole, halves in zip(*gradients, strict=True):
+        if whole is not None:
+            assert (halves - whole).norm() < 1e-4 + 0.02 * whole.norm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forcing": "none"}, "forcing: expected 'student' or 'teacher', got 'none'"),
+        ({"forcing": "teacher", "segments": 2}, "forcing: expected 'student' for several segments"),
+        ({"overlap_frames": 3}, "overlap_frames: expected 0 to less than a segment, got 3"),
+        ({"judgement": "pixel"}, "judgement: expected 'frame' or 'clip', got 'pixel'"),
+        (
+            {"whole_clips": False, "segments": 2, "palette": 1.0},
+            "regression, palette: expected whole_clips",
+        ),
+    ],
+)
+def test_bad_configurations_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        adversarial_stage(**changes)
+
+
 def test_adversarial_gradients_do_not_leak():
     """The discriminator's turn leaves nothing on the generator, and the other way round."""
     stage = adversarial_stage(segments=2, overlap_frames=1)
-    own = {"train_generator": list(stage.model.parameters()), "train_discriminator": stage.judging}
+    own = {"train_generator": stage.trained["generator"].parameters}
+    own["train_discriminator"] = stage.trained["discriminator"].parameters
     turns = []
 
     def watch(name: str, other: str) -> None:
@@ -263,9 +398,10 @@ def test_adversarial_gradients_do_not_leak():
     frozen = [p for p in stage.discriminator.parameters() if not p.requires_grad]
     train(stage, 1)
     assert turns == ["train_discriminator", "train_generator"] * 2
-    everything = [*stage.model.parameters(), *stage.judging, *frozen]
+    judging = own["train_discriminator"]
+    everything = [*stage.model.parameters(), *judging, *frozen]
     assert all(p.grad is None for p in everything)
-    assert not {id(p) for p in stage.model.parameters()} & {id(p) for p in stage.judging}
+    assert not {id(p) for p in stage.model.parameters()} & {id(p) for p in judging}
     assert {id(p) for p in frozen} == {
         id(p)
         for layer in (
@@ -283,7 +419,7 @@ def gradients_of(parameters: list[Tensor]) -> dict[int, Tensor]:
 def test_perturbation_spares_what_is_known():
     latent = torch.arange(6.0)[:, None, None].expand(8, 4, 6, 5, 5)
     judged = Judged(latent, None, known=2)
-    shaken = judged.perturbed(0.3, torch.Generator().manual_seed(0))
+    shaken = judged.perturbed(0.3, draws(8))
     assert torch.equal(judged.latents, latent) and shaken.known == 2
     noise = shaken.latents - latent
     assert not noise[:, :, :3].any()  # the frame before, and the two known ones
@@ -297,7 +433,7 @@ def test_adversarial_moves_both_networks():
     stage = adversarial_stage(segments=2, overlap_frames=1, corruption=Corruption())
     before = copy.deepcopy((stage.model, stage.discriminator))
     metrics = train(stage, 2)
-    losses = {"discriminator", "r1", "r2", "accuracy", "generator", "error"}
+    losses = {"discriminator", "r1", "r2", "accuracy", "generator", "error", "palette"}
     assert set(metrics[0]) == losses | {"discriminator_gradient", "generator_gradient"}
     assert not torch.equal(
         before[0].transformer.video_in.weight, stage.model.transformer.video_in.weight
@@ -319,7 +455,7 @@ def test_warmup_freezes_the_generator():
 
 def test_gradients_that_are_not_finite_stop_the_stage():
     stage = adversarial_stage()
-    networks = nn.ModuleList([stage.model, stage.discriminator, stage.judge_inputs])
+    networks = nn.ModuleList([stage.model, stage.discriminator])
     before = copy.deepcopy(networks.state_dict())
     data = clips()
     data.latents[:] = torch.nan
@@ -331,7 +467,7 @@ def test_gradients_that_are_not_finite_stop_the_stage():
 
 def test_discriminator_gives_a_causal_logit_per_frame():
     net = tiny_model()
-    judge = Discriminator(net.transformer).double()
+    judge = Discriminator(net).double()
     conditions = net.conditions(controls(5), PROMPTS, SIZE)
     x, previous, t = latents(5), latents(5), torch.full((2,), 0.3).double()
     before = judge(x, previous, *conditions, t)
@@ -347,7 +483,7 @@ def test_discriminator_gives_a_causal_logit_per_frame():
 def test_logits_keep_single_precision():
     """A heavy penalty multiplies differences of logits: they must not be rounded to bfloat16."""
     net = model()
-    judge = Discriminator(net.transformer)
+    judge = Discriminator(net)
     conditions = net.conditions(controls(5).float(), PROMPTS, SIZE)
     with torch.no_grad(), mixed_precision(torch.device("cpu")):
         logits = judge(latents(5).float(), latents(5).float(), *conditions, torch.rand(2))
@@ -358,5 +494,5 @@ def test_logits_keep_single_precision():
 def test_taps_sit_at_the_papers_depths():
     """16, 26 and 36 of 36 blocks (SPEC 12)."""
     with torch.device("meta"):
-        backbone = VideoTransformer(dataclasses.replace(aapt_8b(), width=128, heads=1))
-        assert Discriminator(backbone).taps == [15, 25, 35]
+        world = WorldModel(dataclasses.replace(aapt_8b(), width=128, heads=1), camera=None)
+        assert Discriminator(world).taps == [15, 25, 35]

@@ -253,7 +253,7 @@ def test_missing_option_points_to_help(capsys):
 def test_help_is_quick_and_has_examples(capsys):
     assert run() == 0
     assert "generate" in capsys.readouterr().out
-    for command in (["generate"], ["info"], ["bench", "stream"], ["train"]):
+    for command in (["generate"], ["info"], ["bench", "stream"], ["train"], ["eval"], ["plot"]):
         assert run(*command, "--help") == 0
         said = capsys.readouterr().out
         assert f"Examples:\n    aapt {' '.join(command)}" in said
@@ -268,17 +268,19 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
     calls = []
 
-    def record(recipe, out, stages, *, workers, report):
-        calls.append((recipe.name, out, list(stages), workers))
+    def record(recipe, out, stages, *, workers, report, habits, **options):
+        calls.append((recipe.name, out, stages, workers, habits.save_every))
+        assert options["parallel"].main and options["latents"] is options["weights"] is None
         report("diffusion: 1.0 min")
         return out / recipe.name
 
     monkeypatch.setattr(trainer, "run", record)
     assert run("train", "tiny-world") == 0
-    assert calls[0] == ("tiny-world", Path("runs/tiny-world"), list(trainer.STAGES), 2)
-    options = ["--stage", "encode", "--stage", "diffusion", "--out", tmp_path, "--workers", 1]
+    assert calls[0] == ("tiny-world", Path("runs/tiny-world"), None, 2, 100)
+    options = ["--stage", "clips", "--stage", "diffusion", "--out", tmp_path, "--workers", 1]
+    options += ["--save-every", 7]
     assert run("train", "tiny-world", *options) == 0
-    assert calls[1] == ("tiny-world", tmp_path, ["encode", "diffusion"], 1)
+    assert calls[1] == ("tiny-world", tmp_path, ["clips", "diffusion"], 1, 7)
     output = capsys.readouterr()
     assert output.out == f"runs/tiny-world/tiny-world\n{tmp_path}/tiny-world\n"
     assert output.err == "diffusion: 1.0 min\n" * 2
@@ -286,8 +288,8 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
 def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
     for arguments, code, message in [
-        (["huge"], 2, "aapt: recipe: expected one of tiny-world, got 'huge'"),
-        (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, encode,"),
+        (["huge"], 2, "aapt: recipe: expected one of tiny-world, paper-8b, got 'huge'"),
+        (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (
             ["tiny-world", "--stage", "diffusion"],
             1,

@@ -10,19 +10,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from aapt import cli
 from aapt.checkpoint import CheckpointError, save_config, save_module
 from aapt.config import CameraConfig, ModelConfig
+from aapt.contact_sheet import contact_sheet
 from aapt.data.world import FIELD_OF_VIEW, FORWARD_STEP, THEMES, YAW_STEP, sample_clip
 from aapt.evaluate import evaluate
-from aapt.evaluate.__main__ import main
-from aapt.evaluate.contact_sheet import contact_sheet
-from aapt.evaluate.evaluation import WINDOWS, measure
+from aapt.evaluate.drift import timeline
+from aapt.evaluate.drift_plot import plot_drift
+from aapt.evaluate.evaluation import cache_folder, measure
 from aapt.evaluate.footage import (
+    Footage,
     film_rollout,
     film_truth,
     held_out_starts,
+    latent_statistics,
     theme_footage,
-    to_pixels,
 )
 from aapt.evaluate.metrics import (
     correlation,
@@ -34,6 +37,7 @@ from aapt.evaluate.metrics import (
     sharpness,
     theme_kept,
 )
+from aapt.evaluate.moments import WINDOWS, drift_frames
 from aapt.evaluate.motion_probe import (
     MotionProbe,
     ProbeConfig,
@@ -43,6 +47,7 @@ from aapt.evaluate.motion_probe import (
     train_probe,
 )
 from aapt.generator import StreamingGenerator
+from aapt.samples import to_pixels
 from aapt.vae import CausalVAE, tiny
 from aapt.world_model import WorldModel
 
@@ -234,8 +239,8 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint):
     generator = StreamingGenerator.from_pretrained(checkpoint)
     starts = held_out_starts(2, 6, seed=0)
     first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
-    film, deviations = film_rollout(generator, starts, first, range(25), seed=0)
-    assert film.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and deviations.shape == (2, 7)
+    film, statistics = film_rollout(generator, starts, first, range(25), seed=0)
+    assert film.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and statistics.shape == (2, 7, 2)
 
     from aapt.conditioning import Control
 
@@ -282,35 +287,96 @@ def test_measuring_the_truth_finds_no_fault():
     assert swapped.sharpness == pytest.approx(1.0) and swapped.psnr < 25
 
 
-def test_evaluate_end_to_end(checkpoint, tmp_path):
-    lines = []
+def test_latent_statistics_by_hand():
+    latents = torch.zeros(1, 2, 3, 4, 4)
+    latents[:, 0, 1] = 3.0
+    latents[:, 1, 1] = -1.0
+    latents[:, :, 2, :2] = 1.0
+    offset, deviation = latent_statistics(latents)[0].T
+    assert offset.tolist() == pytest.approx([0, math.sqrt(5), 0.5])
+    expected = [np.std([3.0] * 16 + [-1.0] * 16, ddof=1), np.std([1.0, 0.0] * 16, ddof=1)]
+    assert deviation.tolist() == pytest.approx([0, *expected])
+
+
+def test_a_timeline_finds_the_second_that_is_wrong():
+    starts = held_out_starts(6, 18, seed=0)
+    seconds = [1, 2, 3]
+    frames = [frame for second in seconds for frame in drift_frames(second)]
+    assert frames == [23, 24, 47, 48, 71, 72]
+    truth = film_truth(starts, frames, HEIGHT, WIDTH)
+    pixels = truth.pixels.clone()
+    pixels[:, 2:4] = pixels[:, 2:4].flip(0) // 2  # other themes, and darker
+    latents = torch.tensor([[[0.1, 1.0], [0.2, 0.5], [0.3, 2.0]]]).expand(6, 3, 2)
+    found = timeline(Footage(frames, pixels), truth, seconds, latents)
+    real = timeline(truth, truth, seconds, latents)
+    assert found.seconds == seconds and found.latent_deviation == [1.0, 0.5, 2.0]
+    assert found.latent_offset == pytest.approx([0.1, 0.2, 0.3])
+    assert found.sharpness[::2] == [1.0, 1.0] and found.sharpness[1] == pytest.approx(0.5, abs=0.05)
+    assert found.palette_error[::2] == [0.0, 0.0] and found.palette_error[1] > 0.1
+    assert found.feature_distance[::2] == real.feature_distance[::2]
+    assert found.feature_distance[1] > real.feature_distance[1] + 0.2
+
+
+@pytest.fixture(scope="module")
+def evaluation(checkpoint, tmp_path_factory):
+    """Three checkpoints for two seconds: the report, its folder and what was logged."""
+    folder, lines = tmp_path_factory.mktemp("evaluation"), []
+    checkpoints = [checkpoint]
+    checkpoints += [save_checkpoint(folder / n, seed=1) for n in ("baseline", "other/baseline")]
     report = evaluate(
-        checkpoint,
-        tmp_path,
-        baseline=save_checkpoint(tmp_path / "baseline", seed=1),
+        checkpoints,
+        folder / "out",
         starts=2,
-        seconds=8 / 6,
+        seconds=2.0,
         probe=SMALL_PROBE,
+        cache=folder / "cache" / "aapt",
         log=lines.append,
     )
-    assert [line.split(":")[0] for line in lines][-3:] == [
-        "model rollout",
-        "baseline rollout",
+    return report, folder, lines
+
+
+def test_evaluate_end_to_end(checkpoint, evaluation):
+    report, folder, lines = evaluation
+    out = folder / "out"
+    names = [f"{checkpoint.parent.name}/{checkpoint.name}"]
+    names += [f"{folder.name}/baseline", "other/baseline"]
+    assert [line.split(":")[0] for line in lines] == [
+        "motion probe",
+        "truth",
+        "autoencoder",
+        *(f"{name} rollout" for name in names),
         "metrics",
     ]
-    saved = json.loads((tmp_path / "report.json").read_text())
+    assert {path.name for path in out.iterdir()} == {"report.json", "drift.png", "sheet.png"}
+    saved = json.loads((out / "report.json").read_text())
+    assert saved == json.loads(report.as_json())
+    assert list(saved["checkpoints"]) == names and saved["settings"]["seed"] == 0
     sources = saved["windows"]["0-1.3 s"]
     assert list(saved["windows"]) == ["0-1.3 s"]
-    assert list(sources) == ["truth", "autoencoder", "model", "baseline"]
+    assert list(sources) == ["truth", "autoencoder", *names]
     assert sources["truth"]["sharpness"] == 1.0 and sources["truth"]["palette_error"] == 0.0
-    assert sources["model"]["psnr"] == pytest.approx(report.windows["0-1.3 s"]["model"].psnr)
-    assert sources["model"] != sources["baseline"]
+    assert sources["truth"]["feature_distance"] == 0 < sources[names[0]]["feature_distance"]
+    assert sources[names[0]]["psnr"] == pytest.approx(report.windows["0-1.3 s"][names[0]].psnr)
+    assert sources[names[0]] != sources[names[1]] == sources[names[2]]  # these are the same
     assert saved["same_theme"] is None and saved["other_theme"] > 0.05
-    assert len(saved["timelines"]["model"]) == 2  # second 0 and second 1
-    assert report.table().row_count == 4
+    assert list(saved["timelines"]) == ["truth", *names]
+    assert saved["timelines"][names[1]]["seconds"] == [1, 2]
+    assert {len(values) for values in saved["timelines"][names[1]].values()} == {2}
+    table = report.table()
+    assert table.row_count == 5
+    headings = [column.header for column in table.columns]
+    assert "feature distance" in headings and "FID" not in headings
 
-    sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.width > 2 * 2 * WIDTH and sheet.height > 2 * 3 * 2 * HEIGHT
+    sheet = Image.open(out / "sheet.png")
+    assert sheet.width > 2 * 2 * WIDTH and sheet.height > 2 * 4 * 2 * HEIGHT
+    drift = np.asarray(Image.open(out / "drift.png").convert("L"))
+    assert drift.shape[1] > 1000 and drift.std() > 5
+
+    figure = plot_drift(report)
+    curves = figure.axes[2].get_lines()
+    assert [curve.get_label() for curve in curves] == ["truth", *names]
+    assert curves[1].get_ydata().tolist() == report.timelines[names[0]].sharpness
+    assert len({curve.get_color() for curve in curves}) == 4
 
 
 @pytest.mark.parametrize(
@@ -324,22 +390,89 @@ def test_evaluate_end_to_end(checkpoint, tmp_path):
 )
 def test_bad_settings_are_refused(checkpoint, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(checkpoint, tmp_path, **{"starts": 1, "seconds": 2.0} | arguments)
+        evaluate([checkpoint], tmp_path, **{"starts": 1, "seconds": 2.0} | arguments)
 
 
 def test_bad_checkpoints_are_refused(checkpoint, tmp_path):
+    short = dict(starts=1, seconds=2.0)
     with pytest.raises(CheckpointError, match="nowhere: expected a checkpoint folder"):
-        evaluate(tmp_path / "nowhere", tmp_path, starts=1, seconds=2.0)
+        evaluate([tmp_path / "nowhere"], tmp_path, **short)
     quick = save_checkpoint(tmp_path / "quick", yaw_step=2 * YAW_STEP)
     with pytest.raises(ValueError, match=r"quick: expected the world's yaw step.*got \(0\.052"):
-        evaluate(quick, tmp_path, starts=1, seconds=2.0)
+        evaluate([quick], tmp_path, **short)
     tall = save_checkpoint(tmp_path / "tall", height=2 * HEIGHT)
-    with pytest.raises(ValueError, match="baseline: expected the picture size of the model"):
-        evaluate(checkpoint, tmp_path, baseline=tall, starts=1, seconds=2.0)
+    with pytest.raises(ValueError, match="checkpoints: expected one picture size, got .*32, 64"):
+        evaluate([checkpoint, tall], tmp_path, **short)
+    with pytest.raises(ValueError, match="expected different paths, got"):
+        evaluate([checkpoint, checkpoint], tmp_path, **short)
+    with pytest.raises(ValueError, match="expected different paths, got none"):
+        evaluate([], tmp_path, **short)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quick", "tall"]
 
 
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
-    code = main([str(tmp_path / "nowhere"), "--out", str(tmp_path), "--seconds", "2"])
-    assert code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "nowhere: expected a checkpoint folder" in error
+def test_the_probe_is_kept_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "aapt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "aapt"
+
+
+# The command.
+
+
+def test_the_command_prints_a_table(checkpoint, evaluation, tmp_path, capsys, monkeypatch):
+    """Of the same numbers as before, since nothing but seeds decides them."""
+    before, folder, _ = evaluation
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    network = tmp_path / "network.pt"
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        torch.jit.script(MeanColour()).save(str(network))
+    options = ["--baseline", folder / "baseline", "--starts", 2, "--seconds", 2, "--fid", network]
+    arguments = [str(part) for part in ["eval", checkpoint, *options, "--out", tmp_path / "a"]]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "feature distance" in said.out and "FID" in said.out and "FVD" not in said.out
+    assert said.err.splitlines()[0].startswith("motion probe: ")
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["settings"]["fid"] == str(network)
+    sources, earlier = report["windows"]["0-1.3 s"], before.windows["0-1.3 s"]
+    assert sources["truth"]["fid"] is None
+    found, then = sources[checkpoint.name], next(iter(before.checkpoints))
+    assert found.pop("fid") > 0 and found.items() <= asdict(earlier[then]).items()
+    assert report["timelines"][checkpoint.name] == asdict(before.timelines[then])
+
+
+def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monkeypatch):
+    before, folder, _ = evaluation
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    options = ["--starts", 2, "--seconds", 2, "--seed", 1, "--json", "--out", tmp_path]
+    assert cli.main([str(part) for part in ["eval", checkpoint, *options]]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["settings"] == {"starts": 2, "seconds": 2.0, "seed": 1}
+    other = printed["timelines"][checkpoint.name]["palette_error"]
+    assert other not in [line.palette_error for line in before.timelines.values()]
+    assert len(list((folder / "cache" / "aapt").iterdir())) == 1
+
+
+class MeanColour(torch.nn.Module):
+    def forward(self, pictures: torch.Tensor):
+        return pictures.float().mean(dim=(2, 3))
+
+
+def test_the_command_says_what_is_wrong_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for arguments, code, message in [
+        (["nowhere", "--out", "a"], 2, "nowhere: expected a checkpoint folder"),
+        ([checkpoint, "--starts", "0", "--out", "a"], 2, "starts: expected 1 to 1000, got 0"),
+        ([checkpoint, "--seconds", "nan", "--out", "a"], 2, "seconds: expected at least 1.33"),
+        ([checkpoint, "--fvd", "no.pt", "--out", "a"], 2, "fvd: expected a TorchScript file"),
+        ([checkpoint, "--out", tmp_path / "file"], 1, "File exists"),
+        ([checkpoint, "--out", tmp_path / "a"], 1, "Not a directory"),  # the cache
+    ]:
+        assert cli.main(["eval", *map(str, arguments)]) == code
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1

@@ -8,8 +8,11 @@ import torch
 from aapt.flow import interpolate, schedule, shift, to_clean
 from aapt.losses import (
     approximate_penalty,
+    channel_weighted_error,
     discriminator_loss,
+    frame_error,
     generator_loss,
+    palette_error,
     pseudo_huber,
     sharpness_loss,
 )
@@ -66,3 +69,12 @@ def test_sharpness_loss_sees_edges_only():
     error = torch.zeros(1, 1, 1, 2, 2)
     error[..., 1] = 1.0  # one step across in both rows, none down
     assert sharpness_loss(error).item() == pytest.approx(1.0)
+
+
+def test_frame_and_palette_errors():
+    a, b = torch.zeros(1, 2, 3, 2, 2), torch.zeros(1, 2, 3, 2, 2)
+    a[0, 0, 1] = torch.tensor([[3.0, -1.0], [1.0, 1.0]])  # mean 1, mean square 3
+    torch.testing.assert_close(frame_error(a, b), torch.tensor([[0.0, 1.5, 0.0]]))
+    weights = torch.tensor([3.0, 1.0])  # 1.5 and 0.5 of the mean
+    assert palette_error(a, b, weights).item() == pytest.approx(1.5 * 1 / 6)
+    assert channel_weighted_error(a, b, weights).item() == pytest.approx(1.5 * 3 / 6)

@@ -157,7 +157,7 @@ def recurrent_frame(net, x, recycled, condition, index, words, text_lens, past) 
     for layer, block in enumerate(net.blocks):
         weights = block.video
         shared = weights.modulation(modulation)
-        q, k, v = weights.project(video, *shared[:2])
+        q, k, v = weights.project(video, *shared[:2]).unbind(2)
         past[index].append((norm_and_rotate(k, weights.k_norm, at.cos, at.sin), v))
         sink_cos, sink_sin = (at.cos, at.sin) if at.cos_sink is None else (at.cos_sink, at.sin_sink)
         q_sink = norm_and_rotate(q, weights.q_norm, sink_cos, sink_sin)
@@ -171,7 +171,7 @@ def recurrent_frame(net, x, recycled, condition, index, words, text_lens, past) 
         values = torch.cat([text_v, past[0][layer][1], *(past[i][layer][1] for i in recent)], 1)
         share = (torch.cat(scores, -1) / net.config.head_dim**0.5).softmax(-1)
         video = weights.mix(video, torch.einsum("bhqk,bkhd->bqhd", share, values), shared)
-    return net.unpatchify(video, time, SIZE)
+    return net.unpatchify(video, time, (1, *SIZE))
 
 
 def gradients(model) -> dict[str, Tensor]:

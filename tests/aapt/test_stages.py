@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from aapt.corruption import Corruption
+from aapt.curriculum import constant
 from aapt.data.procedural import VideoClips
 from aapt.optimization import Schedule
 from aapt.stages import consistency_distillation
@@ -14,11 +16,7 @@ from aapt.stages.adversarial import Adversarial
 from aapt.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
 from aapt.stages.decoder import DecoderConfig, DecoderTraining
 from aapt.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
-from aapt.stages.rollout_regression import (
-    Corruption,
-    RolloutRegression,
-    RolloutRegressionConfig,
-)
+from aapt.stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 from aapt.vae import CausalVAE, VAEConfig
 
 from .counting import (
@@ -33,23 +31,25 @@ from .counting import (
     train,
     value,
 )
-from .helpers import clips
+from .helpers import clips, draws
 
 
 def test_diffusion_learns_one_clip():
-    config = DiffusionConfig(Schedule(3e-3, 60, 5), batch=4, frames=4, shift=6.0, average=0.9)
-    stage = DiffusionAdaptation(config, model(), seed=0)
+    curriculum = constant("clips", frames=4, batch=4, steps=60)
+    config = DiffusionConfig(curriculum, Schedule(3e-3, 5), shift=6.0, average=0.9)
+    stage = DiffusionAdaptation(config, model())
     losses = [m["loss"] for m in train(stage, 60, clips(count=1, length=5))]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     exported = stage.export()
     for name, parameter in exported.named_parameters():
-        assert torch.equal(parameter, stage.average.shadow[name])
+        assert torch.equal(parameter, stage.trained["model"].average.shadow[name])
 
 
 def test_diffusion_shows_clean_pasts_and_noisy_targets():
     """Teacher forcing with one shifted t per clip, conditions in place, and MSE on v (SPEC 6)."""
-    config = DiffusionConfig(Schedule(0.0, 1), batch=256, frames=3, shift=6.0, caption_dropout=0.5)
-    stage = DiffusionAdaptation(config, recorded(0.5), seed=0)
+    curriculum = constant("clips", frames=3, batch=256, steps=1)
+    config = DiffusionConfig(curriculum, Schedule(0.0), shift=6.0, caption_dropout=0.5)
+    stage = DiffusionAdaptation(config, recorded(0.5))
     embed = copy.deepcopy(stage.model.text_encoder)
     (metrics,) = train(stage, 1, counting_clips())
     ((x_t, recycled, condition, text, text_lens, t),) = stage.model.transformer.calls
@@ -75,22 +75,23 @@ def test_diffusion_shows_clean_pasts_and_noisy_targets():
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_captions_are_dropped_as_often_as_asked(dropout):
-    config = DiffusionConfig(Schedule(0.0, 1), batch=64, frames=2, caption_dropout=dropout)
-    stage = DiffusionAdaptation(config, recorded(0.5), seed=0)
+    curriculum = constant("clips", frames=2, batch=64, steps=1)
+    config = DiffusionConfig(curriculum, Schedule(0.0), caption_dropout=dropout)
+    stage = DiffusionAdaptation(config, recorded(0.5))
     train(stage, 1, clips())  # prompts of two or three bytes
     ((*_, text_lens, _),) = stage.model.transformer.calls
     assert (text_lens == 1).all() if dropout else (text_lens > 1).all()
 
 
 def test_stages_are_reproducible():
-    config = DiffusionConfig(Schedule(1e-3, 3), batch=2, frames=3)
-    runs = [train(DiffusionAdaptation(config, model(), seed=5), 3) for _ in range(2)]
+    config = DiffusionConfig(constant("clips", frames=3, batch=2, steps=3), Schedule(1e-3))
+    runs = [train(DiffusionAdaptation(config, model()), 3) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
 def test_consistency_leaves_the_teacher_alone():
-    config = ConsistencyConfig(Schedule(1e-3, 3), batch=2, frames=3)
-    stage = ConsistencyDistillation(config, model(), seed=0)
+    config = ConsistencyConfig(constant("clips", frames=3, batch=2, steps=3), Schedule(1e-3))
+    stage = ConsistencyDistillation(config, model(), model())
     before = copy.deepcopy(stage.teacher)
     train(stage, 3)
     for a, b in zip(before.parameters(), stage.teacher.parameters(), strict=True):
@@ -110,13 +111,13 @@ def test_consistency_target_is_the_student_one_teacher_step_on(monkeypatch, time
         return compare(prediction, target)
 
     monkeypatch.setattr(consistency_distillation, "pseudo_huber", record)
-    config = ConsistencyConfig(Schedule(0.0, 1), batch=16, frames=3, times=times, shift=6.0)
-    stage = ConsistencyDistillation(config, recorded(0.5, output_clamp=4.0), seed=0)
-    with torch.no_grad():
-        stage.teacher.transformer.gain.fill_(0.25)
+    curriculum = constant("clips", frames=3, batch=16, steps=1)
+    config = ConsistencyConfig(curriculum, Schedule(0.0), times=times, shift=6.0)
+    teacher = recorded(0.25, output_clamp=4.0)
+    stage = ConsistencyDistillation(config, recorded(0.5, output_clamp=4.0), teacher)
     train(stage, 1, counting_clips())
 
-    (teacher,) = stage.teacher.transformer.calls
+    (taught,) = stage.teacher.transformer.calls
     student_earlier, student = stage.model.transformer.calls
     x_t, recycled, condition, *_, t = student
     recovered_noise(x_t, recycled, t)
@@ -125,11 +126,11 @@ def test_consistency_target_is_the_student_one_teacher_step_on(monkeypatch, time
     assert set(k.tolist()) == set(range(1, times + 1))
     earlier = stage.times[k - 1]
     torch.testing.assert_close(earlier, student_earlier[-1])
-    for other in (teacher, student_earlier):
+    for other in (taught, student_earlier):
         for mine, theirs in zip(student[1:-1], other[1:-1], strict=True):
             torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(teacher[0], x_t)
-    torch.testing.assert_close(teacher[-1], t)
+    torch.testing.assert_close(taught[0], x_t)
+    torch.testing.assert_close(taught[-1], t)
 
     step, rest, t = ((x[:, None, None, None, None]) for x in (t - earlier, earlier, t))
     one_on = x_t - step * 0.25 * x_t
@@ -141,9 +142,38 @@ def test_consistency_target_is_the_student_one_teacher_step_on(monkeypatch, time
     assert prediction.requires_grad and not target.requires_grad
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_squared_consistency(weighted):
+    """The switches of SPEC 12: MSE, and each clip weighted by 1 / (t_k - t_{k-1})."""
+    curriculum = constant("clips", frames=3, batch=16, steps=1)
+    config = ConsistencyConfig(
+        curriculum, Schedule(0.0), times=4, distance="squared", step_weight=weighted
+    )
+    stage = ConsistencyDistillation(config, recorded(0.5), recorded(0.25))
+    (metrics,) = train(stage, 1, counting_clips())
+    (x_earlier, *_, earlier), (x_t, *_, t) = stage.model.transformer.calls
+
+    def gap(at):
+        return at[:, None, None, None, None]
+
+    target = torch.where(gap(earlier) == 0, x_earlier, x_earlier * (1 - 0.5 * gap(earlier)))
+    squares = (x_t * (1 - 0.5 * gap(t)) - target).square().mean(dim=(1, 2, 3, 4))
+    expected = (squares / (t - earlier) if weighted else squares).mean().item()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(
+        ValueError, match="distance: expected 'pseudo_huber' or 'squared', got 'l1'"
+    ):
+        ConsistencyConfig(curriculum, Schedule(0.0), distance="l1")
+
+
+def regression(schedule: Schedule, steps: int = 1, batch: int = 2, **changes):
+    given = {"segment_frames": 3, "segments": 2, "schedule": schedule, **changes}
+    return RolloutRegressionConfig("clips", steps, batch, **given)
+
+
 def test_rollout_regression_runs_segments():
-    config = RolloutRegressionConfig(Schedule(1e-3, 30), batch=2, segment_frames=3, segments=2)
-    stage = RolloutRegression(config, model(), torch.ones(4), seed=0)
+    config = regression(Schedule(1e-3), steps=30)
+    stage = RolloutRegression(config, model(), torch.ones(4))
     losses = [m["loss"] for m in train(stage, 30, clips(count=1, length=7))]
     assert sum(losses[-8:]) < sum(losses[:8])
 
@@ -151,11 +181,9 @@ def test_rollout_regression_runs_segments():
 def test_rollout_regression_compares_every_segment_with_its_own_frames(made_segments):
     """A generator that gains 0.25 too much on channel 0 in every step is 0.25 n off at frame n;
     channels count by their deviation in pixels."""
-    config = RolloutRegressionConfig(
-        Schedule(0.0, 1), batch=4, segment_frames=3, segments=2, corruption=Corruption(0.0, 0.0)
-    )
+    config = regression(Schedule(0.0), batch=4, corruption=Corruption(0.0, 0.0))
     deviation = torch.tensor([3.0, 1.0, 2.0, 2.0])
-    stage = RolloutRegression(config, counting_model(1.25, 1.0, 1.0, 1.0), deviation, seed=0)
+    stage = RolloutRegression(config, counting_model(1.25, 1.0, 1.0, 1.0), deviation)
     (metrics,) = train(stage, 1, counting_clips())
     squares = sum((0.25 * n) ** 2 for n in range(1, 7))
     assert metrics["loss"] == pytest.approx(1.5 / 4 * squares / 6, rel=1e-5)
@@ -165,21 +193,16 @@ def test_rollout_regression_compares_every_segment_with_its_own_frames(made_segm
 
 
 def test_corruption_spares_most_first_frames():
-    random = torch.Generator().manual_seed(0)
-    frame = torch.zeros(64, 4, 1, 2, 2)
-    touched = [
-        (Corruption()(frame, first=True, random=random) != 0).any().item() for _ in range(100)
-    ]
-    assert 15 < sum(touched) < 45  # first_chance 0.3
-    later = Corruption()(frame, first=False, random=random)
-    share = (later != 0).flatten(1).any(1).float().mean().item()
-    assert 0.4 < share < 0.8  # clip_chance 0.6
+    frames = torch.zeros(1000, 4, 1, 2, 2)
+    for first, share in ((True, 0.3 * 0.6), (False, 0.6)):  # first_chance, clip_chance
+        touched = (Corruption()(frames, first, draws(1000)) != 0).flatten(1).any(1)
+        assert touched.float().mean().item() == pytest.approx(share, abs=0.05)
 
 
 def test_corruption_is_white_noise_and_an_offset():
-    frame = torch.ones(64, 4, 1, 16, 16)
+    frames = torch.ones(64, 4, 3, 16, 16)
     corrupt = Corruption(0.4, 0.4, clip_chance=1.0)
-    corrupted = corrupt(frame, first=False, random=torch.Generator().manual_seed(0)) - frame
+    corrupted = corrupt(frames, False, draws(64)) - frames
     offset = corrupted.mean(dim=(3, 4), keepdim=True)
     white = corrupted - offset
     # Strengths are uniform up to 0.4, one of each kind per clip.
@@ -187,12 +210,16 @@ def test_corruption_is_white_noise_and_an_offset():
     assert 0.15 < strengths.mean() < 0.25 and strengths.min() < 0.05 and strengths.max() < 0.42
     torch.testing.assert_close(white.std(dim=(3, 4)).mean(dim=(1, 2)), strengths, rtol=0.1, atol=0)
     assert offset.std().item() == pytest.approx(0.4 / 3**0.5, rel=0.25)
-    spread = offset.flatten(1).std(1)  # of the channels of a clip
+    spread = offset.flatten(1).std(1)  # of the channels and frames of a clip
     assert spread.mean() > 0.1 and spread.min() < 0.1
 
 
+def decoder_of(stage: DecoderTraining) -> nn.Module:
+    return stage.vae.decoder
+
+
 def judging(stage: Adversarial) -> nn.Module:
-    return nn.ModuleDict({"judge": stage.discriminator, "text": stage.judge_inputs.text_encoder})
+    return stage.discriminator
 
 
 def decoder_stage() -> DecoderTraining:
@@ -212,7 +239,7 @@ def decoder_stage() -> DecoderTraining:
     for parameter in vae.decoder.parameters():
         if not parameter.any():  # residual blocks start out as the identity
             nn.init.normal_(parameter, std=0.1)
-    return DecoderTraining(DecoderConfig(ONE, batch=2, video_frames=13), vae, seed=0)
+    return DecoderTraining(DecoderConfig(ONE, steps=1, batch=2, video_frames=13), vae)
 
 
 def noise_videos() -> VideoClips:
@@ -220,77 +247,73 @@ def noise_videos() -> VideoClips:
     return VideoClips([SimpleNamespace(video=video) for video in videos])
 
 
-ONE = Schedule(1e-3, 1)
+ONE = Schedule(1e-3)
+BRIEF = constant("clips", frames=4, batch=2, steps=1)
 # The text of the last block gives keys and values only.
 LAST_TEXT_QUERY = "transformer.blocks.2.text.q_norm"
 
 
 @pytest.mark.parametrize(
-    ("build", "trained", "optimizer", "silent"),
+    ("build", "trained", "name", "silent"),
     [
-        pytest.param(decoder_stage, lambda stage: stage.decoder, "optimizer", set(), id="decoder"),
         pytest.param(
-            lambda: DiffusionAdaptation(DiffusionConfig(ONE, batch=2, frames=4), model(), seed=0),
+            decoder_stage, lambda stage: stage.vae.decoder, "decoder", set(), id="decoder"
+        ),
+        pytest.param(
+            lambda: DiffusionAdaptation(DiffusionConfig(BRIEF, ONE), model()),
             lambda stage: stage.model,
-            "optimizer",
+            "model",
             {LAST_TEXT_QUERY},
             id="diffusion",
         ),
         pytest.param(
-            lambda: ConsistencyDistillation(
-                ConsistencyConfig(ONE, batch=2, frames=4), model(), seed=0
-            ),
+            lambda: ConsistencyDistillation(ConsistencyConfig(BRIEF, ONE), model(), model()),
             lambda stage: stage.model,
-            "optimizer",
+            "model",
             {LAST_TEXT_QUERY},
             id="consistency",
         ),
         pytest.param(
-            lambda: RolloutRegression(
-                RolloutRegressionConfig(ONE, batch=2, segment_frames=3, segments=2),
-                model(),
-                torch.ones(4),
-                seed=0,
-            ),
+            lambda: RolloutRegression(regression(ONE), model(), torch.ones(4)),
             lambda stage: stage.model,
-            "optimizer",
+            "model",
             {LAST_TEXT_QUERY},
             id="regression",
         ),
         pytest.param(
             lambda: adversarial_stage(segments=2, overlap_frames=1),
             lambda stage: stage.model,
-            "generator_optimizer",
+            "generator",
             {LAST_TEXT_QUERY},
             id="generator",
         ),
         pytest.param(
             lambda: adversarial_stage(segments=2, overlap_frames=1),
             judging,
-            "discriminator_optimizer",
+            "discriminator",
             # What all logits share: only their differences are trained.
-            {"judge.backbone.blocks.2.text.q_norm", "judge.norm.bias", "judge.logit.bias"},
+            {"world.transformer.blocks.2.text.q_norm", "norm.bias", "logit.bias"},
             id="discriminator",
         ),
     ],
 )
-def test_every_parameter_gets_a_gradient(build, trained, optimizer, silent):
+def test_every_parameter_gets_a_gradient(build, trained, name, silent):
     """Networks run without gradient first and with it afterwards, under one autocast: a weight cast
     in the first run must not lose its gradient in the second."""
     stage = build()
     learning, found = [], {}
-    for name, parameter in trained(stage).named_parameters():
+    for label, parameter in trained(stage).named_parameters():
         if parameter.requires_grad:
-            learning.append((name, parameter))
+            learning.append((label, parameter))
 
     def look(*_):
-        for name, parameter in learning:
-            found[name] = 0.0 if parameter.grad is None else parameter.grad.norm().item()
+        for label, parameter in learning:
+            found[label] = 0.0 if parameter.grad is None else parameter.grad.norm().item()
 
-    getattr(stage, optimizer).register_step_pre_hook(look)
+    stage.trained[name].optimizer.register_step_pre_hook(look)
     train(stage, 1, noise_videos() if isinstance(stage, DecoderTraining) else clips())
     assert silent < set(found)
-    assert {name for name, norm in found.items() if norm == 0} <= silent
+    assert {label for label, norm in found.items() if norm == 0} <= silent
     # Those that have a reason have nothing but rounding, or the reason is wrong.
     whole = sum(norm**2 for norm in found.values()) ** 0.5
-    assert {name: found[name] for name in silent if found[name] > 1e-5 * whole} == {}
+    assert {label: found[label] for label in silent if found[label] > 1e-5 * whole} == {}

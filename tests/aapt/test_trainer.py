@@ -2,62 +2,72 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aapt import Control, StreamingGenerator
+from aapt.checkpoint import read_tensors
+from aapt.curriculum import constant
 from aapt.optimization import Schedule
 from aapt.recipes import tiny_world
-from aapt.trainer import STAGES, TrainingError, run
+from aapt.trainer import run, stage_names
+from aapt.training_loop import Habits, TrainingError
+
+STAGES = stage_names(tiny_world())
 
 
 def small_recipe():
     recipe = tiny_world()
-    brief = {"schedule": Schedule(1e-3, steps=2), "batch": 2}
     model = dataclasses.replace(
         recipe.model, width=32, heads=2, head_dim=16, depth=3, rope_axes=(4, 6, 6)
     )
-    adversarial = dataclasses.replace(
-        recipe.adversarial,
-        generator_schedule=Schedule(1e-4, steps=2),
-        discriminator_schedule=Schedule(1e-4, steps=2),
-        discriminator_warmup=1,
-        batch=2,
-        segment_frames=2,
-    )
+    curriculum = constant("clips", frames=4, batch=2, steps=2)
+    small = {
+        "diffusion": {"curriculum": curriculum},
+        "consistency": {"curriculum": curriculum},
+        "regression": {"steps": 2, "batch": 2, "segment_frames": 2},
+        "long-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
+        "adversarial": {"steps": 1, "batch": 2, "segment_frames": 2, "discriminator_warmup": 1},
+    }
+    picture = {"height": 48, "width": 64, "clips": 3}
+    lengths = {
+        "clips": {"latent_frames": 6, "video_clips": 2},
+        "long-clips": {"latent_frames": 10},
+    }
     return dataclasses.replace(
         recipe,
         model=model,
-        data=dataclasses.replace(
-            recipe.data, height=48, width=64, clips=3, latent_frames=6, video_clips=2
-        ),
-        long_data=dataclasses.replace(
-            recipe.long_data, height=48, width=64, clips=3, latent_frames=10
-        ),
-        decoder=dataclasses.replace(recipe.decoder, video_frames=9, **brief),
-        diffusion=dataclasses.replace(recipe.diffusion, frames=4, **brief),
-        consistency=dataclasses.replace(recipe.consistency, frames=4, **brief),
-        regression=dataclasses.replace(recipe.regression, segment_frames=2, **brief),
-        adversarial=adversarial,
-        extension=adversarial,
+        data={
+            name: dataclasses.replace(data, **picture, **lengths[name])
+            for name, data in recipe.data.items()
+        },
+        decoder=dataclasses.replace(recipe.decoder, video_frames=9, steps=2, batch=2),
+        stages={
+            name: dataclasses.replace(config, **small[name])
+            for name, config in recipe.stages.items()
+        },
     )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("run"), []
-    folder = run(small_recipe(), out, workers=1, report=lines.append)
+    habits = Habits(save_every=1, sample_every=2)
+    folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
     return out, folder, lines
 
 
 def test_every_stage_leaves_its_result(trained):
     out, _, lines = trained
-    assert [line.split(":")[0] for line in lines] == list(STAGES)
+    assert [line.split(":")[0] for line in lines] == STAGES
     for stage in STAGES:
         assert (out / stage / "weights.safetensors").is_file()
     metrics = [json.loads(line) for line in (out / "adversarial" / "metrics.jsonl").open()]
     assert [m["step"] for m in metrics] == [0, 1]
+    assert not list(out.glob("*/states"))
+    assert (out / "regression" / "samples-2.png").is_file()
     assert "generator" not in metrics[0] and "generator" in metrics[1]
 
 
@@ -91,12 +101,32 @@ def test_unknown_stage(tmp_path):
 
 def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
     out, _, _ = trained
-    for stage in ("encoder", "encode"):
+    for stage in ("encoder", "clips"):
         (tmp_path / stage).mkdir()
         source = out / stage / "weights.safetensors"
         (tmp_path / stage / "weights.safetensors").write_bytes(source.read_bytes())
     recipe = small_recipe()
-    wild = dataclasses.replace(recipe.diffusion, schedule=Schedule(1e30, steps=5), max_norm=None)
-    with pytest.raises(TrainingError, match=r"diffusion: step \d: .*finite"):
-        run(dataclasses.replace(recipe, diffusion=wild), tmp_path, ["diffusion"])
+    wild = dataclasses.replace(
+        recipe.stages["diffusion"],
+        curriculum=constant("clips", frames=4, batch=2, steps=5),
+        schedule=Schedule(1e30),
+        max_norm=None,
+    )
+    recipe = dataclasses.replace(recipe, stages={**recipe.stages, "diffusion": wild})
+    with pytest.raises(
+        TrainingError, match=r"diffusion: step \d: .*finite.* inputs are in"
+    ) as error:
+        run(recipe, tmp_path, ["diffusion"])
+    inputs = read_tensors(Path(str(error.value).rsplit(" ", 1)[1]))
+    assert inputs["0.latents"].shape == (2, 16, 5, 6, 8)
     assert not (tmp_path / "diffusion" / "weights.safetensors").exists()
+
+
+def test_sets_of_real_clips_need_their_folder(tmp_path):
+    recipe = small_recipe()
+    elsewhere = dataclasses.replace(
+        recipe.stages["diffusion"], curriculum=constant("64x48", frames=4, batch=2, steps=1)
+    )
+    recipe = dataclasses.replace(recipe, stages={"diffusion": elsewhere}, vae=None)
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 64x48"):
+        run(recipe, tmp_path)

@@ -1,12 +1,12 @@
 """A picture of many videos: one row each, one column per moment."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-LABEL_WIDTH = 84
 LINE = 14  # height of a line of Pillow's default font
 GAP = 4
 BACKGROUND, INK = (24, 24, 28), (232, 232, 232)
@@ -26,14 +26,16 @@ def contact_sheet(
             raise ValueError(f"row {label!r}: expected {len(columns)} frames, got {len(frames)}")
     _, height, width, _ = rows[0][1].shape
     height, width = scale * height, scale * width
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = GAP + max(math.ceil(ruler.multiline_textbbox((2, 0), label)[2]) for label, _ in rows)
     size = (
-        LABEL_WIDTH + len(columns) * (width + 1),
+        left + len(columns) * (width + 1),
         LINE + GAP + len(rows) * (height + 1) + (len(groups) - 1) * GAP,
     )
     sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for place, heading in enumerate(columns):
-        draw.text((LABEL_WIDTH + place * (width + 1) + 2, 2), heading, INK)
+        draw.text((left + place * (width + 1) + 2, 2), heading, INK)
     top = LINE + GAP
     for group in groups:
         for label, frames in group:
@@ -41,7 +43,7 @@ def contact_sheet(
             for place, frame in enumerate(frames.numpy()):
                 large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
                 picture = Image.fromarray(np.ascontiguousarray(large))
-                sheet.paste(picture, (LABEL_WIDTH + place * (width + 1), top))
+                sheet.paste(picture, (left + place * (width + 1), top))
             top += height + 1
         top += GAP
     return sheet

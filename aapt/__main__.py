@@ -1,0 +1,8 @@
+"""`python -m aapt` is the command `aapt`; torchrun starts it so."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The commands that measure a model and draw what training has measured."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .command_line import Json, bad_input, say
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a bundled model.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the report goes.")
+    ],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FOLDER", help="Beside it; may be repeated.", show_default=False),
+    ] = None,
+    starts: Annotated[int, typer.Option(metavar="N", help="Worlds; six show every theme.")] = 16,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of worlds, walks and noise.")] = 0,
+    fid: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TorchScript network of frames for FID."),
+    ] = None,
+    fvd: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TorchScript network of clips for FVD.")
+    ] = None,
+    as_json: Json = False,
+):
+    """Measure a model on long videos of worlds that no training has seen.
+
+    In windows of time: sharpness, palette, distance in feature space, PSNR, and how far the camera
+    obeys, all against the rendered truth. Every second: drift. The folder gets report.json,
+    drift.png and sheet.png. A probe that reads camera motion is trained the first time, and kept
+    in the user's cache.
+
+    \b
+    Examples:
+      aapt eval tiny-world --out evaluation
+      aapt eval runs/tiny-world/tiny-world --baseline tiny-world --seconds 30 --out compared
+      aapt eval tiny-world --seed 1 --json --out second > second.json
+      aapt eval tiny-world --fvd i3d_torchscript.pt --out fvd
+    """
+    from .evaluate import evaluate
+    from .figures import MissingLibrary
+
+    checkpoints = [checkpoint, *(baseline or [])]
+    settings = dict(starts=starts, seconds=seconds, seed=seed, fid=fid, fvd=fvd)
+    with bad_input():
+        try:
+            report = evaluate(checkpoints, out, **settings, log=say)
+        except (MissingLibrary, OSError) as error:
+            say(f"aapt: {error}")
+            raise typer.Exit(1) from None
+    if as_json:
+        print(report.as_json())
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(report.table())
+
+
+def plot(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of a stage or a recipe, or metrics.jsonl."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE.png", help="Where the picture goes.")
+    ],
+):
+    """Draw what training has measured: losses, gradient norms and the rest, over updates.
+
+    Several runs lie over one another, named by their folders. The folder of a recipe stands for
+    all of its stages.
+
+    \b
+    Examples:
+      aapt plot runs/tiny-world/adversarial --out adversarial.png
+      aapt plot runs/first/adversarial runs/second/adversarial --out both.png
+    """
+    from .figures import MissingLibrary, save_figure
+    from .training_curves import plot_metrics, read_runs
+
+    with bad_input():
+        if out.suffix != ".png":
+            raise ValueError(f"out: expected a .png file, got {out}")
+        try:
+            save_figure(plot_metrics(read_runs(runs)), out)
+        except (MissingLibrary, OSError) as error:
+            say(f"aapt: {error}")
+            raise typer.Exit(1) from None

@@ -1,0 +1,82 @@
+"""Aspect buckets: the few sizes clips are encoded at, and the crop that brings a video to one."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Bucket(NamedTuple):
+    """A size of clips in pixels; written 736x416, width first."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, text: str, multiple: int = 1) -> "Bucket":
+        """'736x416'; ValueError unless both sides are positive multiples of `multiple`."""
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+        if match is None:
+            raise ValueError(f"bucket: expected WIDTHxHEIGHT such as 736x416, got {text!r}")
+        bucket = cls(int(match[1]), int(match[2]))
+        if bucket.width % multiple or bucket.height % multiple:
+            raise ValueError(f"bucket: expected multiples of {multiple}, got {text}")
+        return bucket
+
+
+class Crop(NamedTuple):
+    """A source of (columns, rows) is brought to a size, and the bucket is cut out of that.
+
+    Pictures, keypoints and lenses go through the same crop, so they stay together.
+    """
+
+    source: tuple[int, int]
+    scaled: tuple[int, int]
+    left: int
+    top: int
+    bucket: Bucket
+
+    def window(self, pixels: np.ndarray) -> np.ndarray:
+        """The bucket's part of a scaled picture (rows, columns, 3)."""
+        rows = slice(self.top, self.top + self.bucket.height)
+        return pixels[rows, self.left : self.left + self.bucket.width]
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """(..., 2) of (x, y) in pixels of the source -> pixels of the bucket."""
+        return points * np.divide(self.scaled, self.source) - (self.left, self.top)
+
+    def lens(self, lens: np.ndarray) -> np.ndarray:
+        """(fx, fy, cx, cy) in shares of the source's width and height -> of the bucket's."""
+        scale = np.divide(self.scaled, self.bucket)
+        focal, centre = lens[:2] * scale, lens[2:] * scale
+        return np.concatenate([focal, centre - np.divide((self.left, self.top), self.bucket)])
+
+
+def crop(columns: int, rows: int, bucket: Bucket, pixel_aspect: float = 1.0) -> Crop:
+    """The largest centred part of a picture that has the bucket's shape on the screen.
+
+    `pixel_aspect` is the width of a source pixel over its height.
+    """
+    scale = max(bucket.width / (columns * pixel_aspect), bucket.height / rows)
+    width = max(bucket.width, round(columns * pixel_aspect * scale))
+    height = max(bucket.height, round(rows * scale))
+    left, top = (width - bucket.width) // 2, (height - bucket.height) // 2
+    return Crop((columns, rows), (width, height), left, top, bucket)
+
+
+def choose(buckets: Sequence[Bucket], columns: int, rows: int, pixel_aspect: float = 1.0) -> Bucket:
+    """The bucket that loses least of the picture; of several of that shape the largest that does
+    not enlarge it, else the smallest."""
+
+    def preference(bucket: Bucket):
+        width, height = crop(columns, rows, bucket, pixel_aspect).scaled
+        area = bucket.width * bucket.height
+        kept = round(area / (width * height), 2)  # 1 % off is the same shape
+        enlarged = height > rows
+        return kept, not enlarged, -area if enlarged else area, bucket
+
+    return max(buckets, key=preference)

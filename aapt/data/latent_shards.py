@@ -1,0 +1,179 @@
+"""Folders of encoded clips, as `aapt encode` writes them and training reads them.
+
+index.json            what was encoded and how, the shards of each bucket, what was skipped
+videos.jsonl          one line per video: its clips, and each reason to skip something of it
+736x416/00000.safetensors
+    latents  (clips, C, 1 + T, h, w) float16, of unit deviation
+    poses    (clips, T, 4, 4, 4) and lens (clips, 4), with camera motion
+    skeletons  (clips, C, T, h, w) float16, with pose motion: the latents of the drawings
+    metadata "clips": JSON, per clip its video, start and captions
+"""
+
+import bisect
+import functools
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..conditioning import through_lens
+from ..config import CameraConfig
+from ..randomness import ClipRandom
+from .clips import ClipBatch, Clips, FirstFrame, window_starts
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+
+
+class DataError(ValueError):
+    """Encoded clips that cannot be used, and why."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`index.json` of a folder of encoded clips. DataError if there is none that fits."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{folder}: expected a folder of encoded clips with {INDEX}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, got {error}") from None
+    version = index.get("format_version") if isinstance(index, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: expected format_version {FORMAT_VERSION}, got {version}")
+    return index
+
+
+class LatentShards:
+    """The clips of one bucket of a folder, read from the disk as they are drawn.
+
+    bucket: such as '736x416'; not needed where the folder has one. camera: the model's, which
+    brings clips of any lens to its own; needed for clips with camera motion, unused otherwise.
+    Raises DataError for a folder, a bucket or a shard that is not as it should be.
+    """
+
+    def __init__(
+        self, folder: str | Path, bucket: str | None = None, camera: CameraConfig | None = None
+    ):
+        self.folder, self.camera = Path(folder), camera
+        index = read_index(self.folder)
+        buckets, self.encoding = index["buckets"], index["encoding"]
+        if bucket is None and len(buckets) == 1:
+            bucket = next(iter(buckets))
+        if bucket not in buckets:
+            raise DataError(
+                f"bucket: expected one of {', '.join(buckets) or 'none yet'} in {folder}, "
+                f"got {bucket}"
+            )
+        if self.encoding["motion"] == "camera" and camera is None:
+            raise ValueError(f"camera: expected a CameraConfig for the trajectories of {folder}")
+        self.bucket = bucket
+        self.shards = buckets[bucket]["shards"]
+        self.ends = list(itertools.accumulate(shard["clips"] for shard in self.shards))
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else 0
+            if size != shard["bytes"]:
+                raise DataError(f"{path}: expected {shard['bytes']} bytes, got {size}")
+        self._open = functools.lru_cache(maxsize=64)(self._read_shard)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def latent_frames(self) -> int:
+        """Of a clip, after its first."""
+        return self.encoding["latent_frames"]
+
+    def sample(
+        self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
+    ) -> ClipBatch:
+        clips = random.integers(len(self))
+        starts = window_starts(random, 1 + self.latent_frames, frames, first_frame)
+        choices = random.uniform().tolist()
+        windows = [
+            self._window(clip, start, frames, choice)
+            for clip, start, choice in zip(clips, starts, choices)
+        ]
+        latents, motion, prompts = zip(*windows)
+        return ClipBatch(
+            torch.stack(latents).to(random.device),
+            None if motion[0] is None else torch.stack(motion).to(random.device),
+            prompts,
+        )
+
+    def _window(
+        self, clip: int, start: int, frames: int, choice: float
+    ) -> tuple[Tensor, Tensor | None, str]:
+        """`choice` in [0, 1) picks one of the clip's captions."""
+        number = bisect.bisect_right(self.ends, clip)
+        clip -= self.ends[number - 1] if number else 0
+        path = self.folder / self.shards[number]["file"]
+        try:
+            shard, clips = self._open(path)
+            latents = shard.get_slice("latents")[clip, :, start : start + frames + 1].float()
+            motion = None
+            if self.encoding["motion"] == "camera":
+                poses = shard.get_slice("poses")[clip, start : start + frames]
+                lens = shard.get_slice("lens")[clip]
+                motion = through_lens(poses, lens, self.camera, *latents.shape[-2:])
+            elif self.encoding["motion"] == "pose":
+                motion = shard.get_slice("skeletons")[clip, :, start : start + frames].float()
+            captions = clips[clip]["captions"]
+        except (SafetensorError, OSError, LookupError, ValueError) as error:
+            raise DataError(f"{path}: expected a whole shard of clips: {error}") from None
+        return latents, motion, captions[int(choice * len(captions))]
+
+    @staticmethod
+    def _read_shard(path: Path):
+        shard = safe_open(path, framework="pt")
+        return shard, json.loads(shard.metadata()["clips"])
+
+
+class Mixture:
+    """Clips of several folders or buckets: every update draws all of its clips from one of them.
+
+    A batch has one size, so an update has one bucket, the same on all ranks and in all its draws.
+    weights: the share of updates of each part; by default the share of clips.
+    """
+
+    def __init__(self, parts: Sequence[Clips], weights: Sequence[float] | None = None):
+        weights = [len(part) for part in parts] if weights is None else list(weights)
+        if not parts or len(weights) != len(parts):
+            raise ValueError(f"weights: expected one per part ({len(parts)}), got {len(weights)}")
+        total = sum(weights)
+        if not (min(weights) >= 0 and 0 < total < float("inf")):
+            raise ValueError(f"weights: expected numbers from 0, not all 0, got {weights}")
+        self.parts, self.shares = parts, [weight / total for weight in weights]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def sample(
+        self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
+    ) -> ClipBatch:
+        # From what seeds the update's shared numbers, not from these: they move on with every draw.
+        update = random.shared.bit_generator.seed_seq.entropy
+        part = np.random.default_rng([*update, 2]).choice(len(self.parts), p=self.shares)
+        return self.parts[part].sample(random, frames, first_frame)

@@ -1,0 +1,100 @@
+"""FID and FVD: Frechet distances in the features of a network whose weights the user brings.
+
+FID (Heusel et al., 2017) judges frames, FVD (Unterthiner et al., 2018) clips of 16. The distance
+is torchmetrics'; nothing is ever downloaded. Files in use are `inception-2015-12-05.pt` and
+`i3d_torchscript.pt`, any other TorchScript file with the same inputs will do.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..figures import MissingLibrary
+
+CLIP_FRAMES = 16
+BATCH = 32  # frames or clips that go through a network together
+Kind = Literal["fid", "fvd"]
+
+
+class PretrainedDistance:
+    """A distance between generated and real videos.
+
+    Args:
+        kind: "fid": the network takes frames, uint8 (N, 3, H, W); "fvd": clips of 16 frames, float
+            (N, 3, 16, H, W) in 0 to 255. It returns features (N, D).
+        path: A TorchScript file. Of the usual arguments `return_features`, `rescale` and `resize`
+            those that its `forward` has are true.
+
+    ValueError for a file that is none; MissingLibrary without torchmetrics.
+    """
+
+    def __init__(self, kind: Kind, path: Path):
+        try:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+        except ImportError:
+            raise MissingLibrary(
+                f"torchmetrics: expected to be installed, which {kind} needs: "
+                "pip install 'aapt[train]'"
+            ) from None
+        self.kind, self.path, self._metric = kind, path, FrechetInceptionDistance
+        self.network = TorchScriptFeatures(kind, path)
+
+    @property
+    def frames(self) -> int:
+        """The least that a video must have."""
+        return 1 if self.kind == "fid" else CLIP_FRAMES
+
+    @torch.no_grad()
+    def __call__(self, videos: Tensor, truth: Tensor) -> float | None:
+        """Between uint8 (starts, F, H, W, 3) each; None where they hold less than two samples."""
+        made, real = (self._samples(x) for x in (videos, truth))
+        if min(len(made), len(real)) < 2:
+            return None
+        metric = self._metric(self.network, input_img_size=tuple(real.shape[1:]))
+        for samples, is_real in ((made, False), (real, True)):
+            for batch in samples.split(BATCH):
+                metric.update(batch, real=is_real)
+        return metric.compute().item()
+
+    def _samples(self, videos: Tensor) -> Tensor:
+        """Frames (N, 3, H, W), or clips (N, 3, 16, H, W) that do not overlap."""
+        if self.kind == "fid":
+            return videos.flatten(0, 1).permute(0, 3, 1, 2)
+        count = videos.shape[1] // CLIP_FRAMES
+        clips = videos[:, : count * CLIP_FRAMES].unflatten(1, (count, CLIP_FRAMES)).flatten(0, 1)
+        return clips.permute(0, 4, 1, 2, 3)
+
+
+class TorchScriptFeatures(nn.Module):
+    """The network of a file as a function of its pictures alone."""
+
+    def __init__(self, kind: Kind, path: Path):
+        super().__init__()
+        if not path.is_file():
+            raise ValueError(f"{kind}: expected a TorchScript file, got {path}: no such file")
+        try:
+            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+        except RuntimeError:
+            raise ValueError(f"{kind}: expected a TorchScript file, got {path}") from None
+        known = ("return_features", "rescale", "resize")
+        names = {argument.name for argument in self.network.forward.schema.arguments}
+        self.arguments = {name: True for name in known if name in names}
+        self.dtype = torch.uint8 if kind == "fid" else torch.float32
+        self.message = f"{kind}: expected {path} to return features (N, D)"
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        try:
+            features = self.network(pictures.to(self.dtype), **self.arguments)
+        except (RuntimeError, torch.jit.Error) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{self.message} of {tuple(pictures.shape)}: {reason}") from None
+        if (
+            not isinstance(features, Tensor)
+            or features.dim() != 2
+            or len(features) != len(pictures)
+        ):
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            raise ValueError(f"{self.message}, got {shape} for {len(pictures)} pictures")
+        return features

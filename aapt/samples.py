@@ -1,0 +1,101 @@
+"""Videos from a generator while it is trained: batched rollouts, and a sheet of them."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .contact_sheet import contact_sheet
+from .data.clips import ClipBatch
+from .student_forcing import StudentRollout
+from .vae import CausalVAE
+from .world_model import WorldModel
+
+SHOWN_ROWS = 160  # smaller frames are enlarged
+
+
+@torch.no_grad()
+def roll_out(
+    model: WorldModel,
+    first: Tensor,
+    text: tuple[Tensor, Tensor],
+    condition: Callable[[int], Tensor | None],
+    steps: int,
+    seed: int,
+) -> Iterator[Tensor]:
+    """Latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
+
+    first (B, C, 1, H, W) is frame 0; text (B, text_tokens, text_width) and its lengths (B,);
+    `condition(n)`: the channels (B, C', 1, H, W) of frame n, None for none. Stream i draws its
+    noise from `seed` and i alone.
+    """
+    randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(first))]
+    rollout = StudentRollout(model.transformer, *text, first)
+    yield first
+    latent = first
+    for step in range(1, steps + 1):
+        noise = torch.cat([torch.randn(first[:1].shape, generator=random) for random in randoms])
+        latent = rollout.step(noise.to(first), latent, condition(step))
+        yield latent
+
+
+@torch.no_grad()
+def decode_frames(vae: CausalVAE, latents: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each latent frame (B, C, 1, h, w) of a stream with its video: uint8 (B, F, H, W, 3)."""
+    state = None
+    for latent in latents:
+        video, state = vae.decode_frame(latent.to(vae.latent_mean.dtype), state)
+        yield latent, to_pixels(video)
+
+
+@torch.no_grad()
+def sample_sheet(
+    model: WorldModel,
+    vae: CausalVAE,
+    batch: ClipBatch,
+    frames: Sequence[int],
+    *,
+    seed: int = 0,
+    fps: int = 24,
+) -> Image.Image:
+    """What the generator makes of the starts of a batch, under the truth: two rows per clip, one
+    column for each of the latent `frames`, counted from the start.
+
+    A rollout may be longer than its clip: its motion then starts over, and the truth is blank.
+    The same batch and seed give the same noise, so that sheets of a training can be compared.
+    """
+    wanted = sorted(set(frames))
+    if not wanted or wanted[0] < 0:
+        raise ValueError(f"frames: expected latent frames from 0 on, got {list(frames)}")
+    latents, length = batch.latents, batch.latents.shape[2]
+    conditions, *text = model.conditions(batch.motion, batch.prompts, latents.shape[-2:])
+
+    def condition(step: int) -> Tensor | None:
+        place = (step - 1) % (length - 1)
+        return None if conditions is None else conditions[:, :, place : place + 1]
+
+    made = roll_out(model, latents[:, :, :1], text, condition, wanted[-1], seed)
+    model_video = _last_frames(vae, made, wanted)
+    known = [frame for frame in wanted if frame < length]
+    truth = torch.zeros_like(model_video)
+    if known:
+        truth[:, : len(known)] = _last_frames(
+            vae, latents[:, :, : known[-1] + 1].split(1, 2), known
+        )
+    seconds = [frame * vae.config.time_factor / fps for frame in wanted]
+    groups = [[(f"{i}\ntruth", truth[i]), ("model", model_video[i])] for i in range(len(latents))]
+    scale = max(1, SHOWN_ROWS // truth.shape[2])
+    return contact_sheet(groups, [f"{second:.3g} s" for second in seconds], scale)
+
+
+def _last_frames(vae: CausalVAE, latents: Iterable[Tensor], wanted: Sequence[int]) -> Tensor:
+    """The last video frame of each wanted latent frame: uint8 (B, len(wanted), H, W, 3)."""
+    video = zip(range(wanted[-1] + 1), decode_frames(vae, latents))
+    return torch.stack([pixels[:, -1] for i, (_, pixels) in video if i in wanted], dim=1)
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """Video (B, 3, F, H, W) in [-1, 1] as uint8 (B, F, H, W, 3); not-a-number becomes black."""
+    scaled = (video.float().nan_to_num(-1) * 127.5 + 127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 4, 1).to(torch.uint8).cpu()

@@ -1,0 +1,92 @@
+"""Ulysses context parallelism: a clip's tokens are sharded over ranks, except in attention, where
+its heads are (arXiv 2309.14509; SPEC 11).
+
+The gradient is exact. Every rank of a group gathers the whole output and computes the same loss L.
+All that crosses ranks is `Exchange`, whose backward is its transpose; so backward on all n ranks
+together differentiates the sum of their losses, n L, by the n copies of the parameters, and the
+mean of the copies' gradients, which FSDP takes over all ranks, is dL / dtheta. A single rank's own
+gradient means nothing: it holds its tokens' share of some parameters and all of others.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all of flat pieces: rank j receives `sent[j]` numbers, `received[j]` come from it."""
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, sent: list[int], received: list[int], group) -> Tensor:
+        ctx.arguments = received, sent, group
+        out = flat.new_empty(sum(received))
+        dist.all_to_all_single(out, flat, received, sent, group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return Exchange.apply(gradient.contiguous(), *ctx.arguments), None, None, None
+
+
+class Ulysses:
+    """The ranks that share a clip. Without a group it is one rank, and nothing moves.
+
+    Tokens (B, L, ...) are sharded contiguously and as evenly as can be: any L works on any number
+    of ranks. Heads are the last dimension but one, and their number is a multiple of `size`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def lengths(self, tokens: int) -> list[int]:
+        """How many of `tokens` each rank holds."""
+        return [(tokens + self.size - 1 - rank) // self.size for rank in range(self.size)]
+
+    def shard(self, x: Tensor) -> Tensor:
+        """This rank's tokens of (B, L, ...)."""
+        return x if self.size == 1 else x.split(self.lengths(x.shape[1]), dim=1)[self.rank]
+
+    def gather(self, x: Tensor, tokens: int) -> Tensor:
+        """All `tokens` of every rank's shard (B, l, ...)."""
+        if self.size == 1:
+            return x
+        shapes = [(len(x), length, *x.shape[2:]) for length in self.lengths(tokens)]
+        return torch.cat(self._exchange([x] * self.size, shapes), dim=1)
+
+    def to_heads(self, x: Tensor, tokens: int) -> Tensor:
+        """(B, l, ..., H, D), a shard of `tokens`, to (B, tokens, ..., H / size, D)."""
+        if self.size == 1:
+            return x
+        pieces = x.chunk(self.size, dim=-2)
+        shapes = [(len(x), length, *pieces[0].shape[2:]) for length in self.lengths(tokens)]
+        return torch.cat(self._exchange(pieces, shapes), dim=1)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """(B, L, H / size, D) to this rank's tokens (B, l, H, D)."""
+        if self.size == 1:
+            return x
+        pieces = x.split(self.lengths(x.shape[1]), dim=1)
+        shapes = [pieces[self.rank].shape] * self.size
+        return torch.cat(self._exchange(pieces, shapes), dim=-2)
+
+    def own_heads(self, x: Tensor) -> Tensor:
+        """This rank's heads of what every rank holds whole, (B, L, ..., H, D)."""
+        return x if self.size == 1 else x.chunk(self.size, dim=-2)[self.rank]
+
+    def all_heads(self, x: Tensor) -> Tensor:
+        """Every rank's heads (B, L, H / size, D), (B, L, H, D)."""
+        if self.size == 1:
+            return x
+        return torch.cat(self._exchange([x] * self.size, [x.shape] * self.size), dim=-2)
+
+    def _exchange(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Piece j goes to rank j; what comes from rank j has `shapes[j]`."""
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        sent = [piece.numel() for piece in pieces]
+        received = [torch.Size(shape).numel() for shape in shapes]
+        parts = Exchange.apply(flat, sent, received, self.group).split(received)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

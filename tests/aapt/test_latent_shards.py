@@ -1,0 +1,188 @@
+"""Encoded clips as training draws them: windows, motion, mixtures, damaged folders."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from aapt.conditioning import camera_rays
+from aapt.config import CameraConfig
+from aapt.curriculum import constant
+from aapt.data.latent_shards import DataError, LatentShards, Mixture, write_json
+from aapt.optimization import Schedule
+from aapt.randomness import ClipRandom
+from aapt.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+
+from .counting import train
+from .helpers import draws, tiny_model
+
+CAMERA = CameraConfig(1.1, 0.0, 0.0, 1.0, 1.0)
+LENGTH = 7  # latents of a clip
+SHARDS = (3, 2, 1)  # clips of each
+TURN = 0.1  # to the right
+
+
+def folder_of(path, motion="none", buckets=("48x32",), offset=0):
+    """Six clips a bucket: latent i of clip c is 10 c + i, and row n of its motion 10 c + n + 1."""
+    index = {"format_version": 1, "buckets": {}}
+    index["encoding"] = {"latent_frames": LENGTH - 1, "motion": motion}
+    for bucket in buckets:
+        width, height = (int(side) // 8 for side in bucket.split("x"))
+        shards, clip = [], offset
+        for number, count in enumerate(SHARDS):
+            values = 10.0 * torch.arange(clip, clip + count)[:, None] + torch.arange(LENGTH)
+            latents = values[:, None, :, None, None].expand(-1, 5, -1, height, width)
+            tensors = {"latents": latents.half()}
+            if motion == "camera":
+                pose = torch.eye(4)
+                pose[0, 0] = pose[2, 2] = math.cos(TURN)
+                pose[0, 2], pose[2, 0] = math.sin(TURN), -math.sin(TURN)
+                tensors["poses"] = pose.repeat(count, LENGTH - 1, 4, 1, 1)
+                tensors["poses"][..., 0, 3] = values[:, 1:, None]
+                tensors["lens"] = torch.tensor([[0.8, 1.2, 0.5, 0.4]]).repeat(count, 1)
+            elif motion == "pose":
+                tensors["skeletons"] = latents[:, :, 1:].half()
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            about = [{"captions": [f"{c}", f"{c} again"]} for c in range(clip, clip + count)]
+            name = f"{bucket}/{number:05d}.safetensors"
+            (path / bucket).mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path / name, metadata={"clips": json.dumps(about)})
+            size = (path / name).stat().st_size
+            shards.append({"file": name, "clips": count, "bytes": size})
+            clip += count
+        index["buckets"][bucket] = {"clips": sum(SHARDS), "shards": shards}
+    write_json(path / "index.json", index)
+    return path
+
+
+def test_windows_of_every_clip_and_place(tmp_path):
+    data = LatentShards(folder_of(tmp_path))
+    assert len(data) == 6 and data.latent_frames == 6
+    batch = data.sample(draws(300), 3)
+    assert batch.latents.shape == (300, 5, 4, 4, 6) and batch.latents.dtype == torch.float32
+    assert batch.motion is None
+    first = batch.latents[:, 0, 0, 0, 0]
+    clips, starts = (first // 10).int(), first % 10
+    assert clips.unique().tolist() == list(range(6)) and starts.unique().tolist() == [0, 1, 2, 3]
+    assert 0.5 < (starts == 0).float().mean() < 0.75  # half, and a quarter of the rest
+    torch.testing.assert_close(batch.latents[:, 2, :, 3, 5], first[:, None] + torch.arange(4))
+    assert [prompt.split()[0] for prompt in batch.prompts] == [str(c) for c in clips.tolist()]
+    assert {len(prompt.split()) for prompt in batch.prompts} == {1, 2}
+    never = data.sample(draws(100), 3, first_frame="never").latents[:, 0, 0, 0, 0] % 10
+    assert never.unique().tolist() == [1, 2, 3]
+
+
+def test_frames_must_fit(tmp_path):
+    data = LatentShards(folder_of(tmp_path))
+    assert data.sample(draws(2), 6).latents.shape[2] == 7
+    with pytest.raises(ValueError, match="frames: expected at most 6, got 7"):
+        data.sample(draws(2), 7)
+    with pytest.raises(ValueError, match="frames: expected at most 5, got 6"):
+        data.sample(draws(2), 6, first_frame="never")
+
+
+def test_a_rank_draws_what_one_rank_alone_would_have_drawn(tmp_path):
+    folder = folder_of(tmp_path)
+    whole = LatentShards(folder).sample(ClipRandom(3, 5, range(8)), 3)
+    for ranks in (range(0, 4), range(4, 8)):
+        part = LatentShards(folder).sample(ClipRandom(3, 5, ranks), 3)
+        assert torch.equal(part.latents, whole.latents[ranks.start : ranks.stop])
+        assert list(part.prompts) == list(whole.prompts)[ranks.start : ranks.stop]
+
+
+def test_skeletons_belong_to_the_latent_after(tmp_path):
+    batch = LatentShards(folder_of(tmp_path, "pose")).sample(draws(50), 3)
+    torch.testing.assert_close(batch.motion, batch.latents[:, :, 1:])
+
+
+def test_poses_belong_to_the_latent_after_and_have_the_models_lens(tmp_path):
+    data = LatentShards(folder_of(tmp_path, "camera"), camera=CAMERA)
+    batch = data.sample(draws(50), 3)
+    assert batch.motion.shape == (50, 3, 4, 4, 4)
+    moves = batch.motion[..., 0, 3]
+    torch.testing.assert_close(moves, batch.latents[:, 0, 1:, 0, 0, None].expand(-1, -1, 4))
+    with pytest.raises(ValueError, match="camera: expected a CameraConfig for the trajectories"):
+        LatentShards(tmp_path)
+
+
+def test_a_turn_is_seen_through_the_lens_of_its_clip(tmp_path):
+    motion = LatentShards(folder_of(tmp_path, "camera"), camera=CAMERA).sample(draws(1), 2).motion
+    rays = camera_rays(motion, CAMERA, 4, 6)
+    # Column 0 of 6 and row 1 of 4, where the lens of the clip has them at depth 1
+    x = (0.5 / 6 - 0.5) / 0.8
+    expected = (x * math.cos(TURN) + math.sin(TURN) - x, 0, math.cos(TURN) - x * math.sin(TURN) - 1)
+    assert rays[0, 3:6, 0, 1, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_stage_trains_on_shards_of_several_sizes(tmp_path):
+    model = tiny_model(latent_channels=5).float()
+    folder = folder_of(tmp_path, "camera", buckets=("48x32", "32x48"))
+    parts = [LatentShards(folder, bucket, model.camera) for bucket in ("48x32", "32x48")]
+    curriculum = constant("clips", frames=2, batch=2, steps=4)
+    stage = DiffusionAdaptation(DiffusionConfig(curriculum, Schedule(1e-3)), model)
+    losses = [metrics["loss"] for metrics in train(stage, 4, Mixture(parts))]
+    assert all(math.isfinite(loss) for loss in losses) and len(set(losses)) == 4
+
+
+def test_buckets_of_a_folder(tmp_path):
+    folder = folder_of(tmp_path, buckets=("48x32", "32x48"))
+    assert LatentShards(folder, "32x48").sample(draws(1), 2).size == (6, 4)
+    for bucket in (None, "64x64"):
+        with pytest.raises(DataError, match="bucket: expected one of 48x32, 32x48 in .*, got"):
+            LatentShards(folder, bucket)
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(DataError, match="expected a folder of encoded clips with index.json"):
+        LatentShards(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(DataError, match="index.json: expected JSON, got "):
+        LatentShards(tmp_path)
+    write_json(tmp_path / "index.json", {"format_version": 0})
+    with pytest.raises(DataError, match="index.json: expected format_version 1, got 0"):
+        LatentShards(tmp_path)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    data = LatentShards(folder_of(tmp_path))
+    shard = tmp_path / "48x32" / "00001.safetensors"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 100)
+    with pytest.raises(
+        DataError, match=rf"00001.safetensors: expected {size} bytes, got {size - 100}"
+    ):
+        LatentShards(tmp_path)
+    with pytest.raises(DataError, match="00001.safetensors: expected a whole shard of clips: "):
+        data.sample(draws(60), 3)  # it was whole when training began
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"00001.safetensors: expected {size} bytes, got 0"):
+        LatentShards(tmp_path)
+
+
+def test_a_mixture_draws_one_part_per_update(tmp_path):
+    folder = folder_of(tmp_path / "a", buckets=("48x32", "32x48"))
+    other = folder_of(tmp_path / "b", buckets=("64x32",), offset=50)
+    parts = [LatentShards(folder, "48x32"), LatentShards(folder, "32x48"), LatentShards(other)]
+    mixture, sizes = Mixture(parts, [1, 2, 1]), []
+    for step in range(200):
+        random = draws(2, step=step)
+        batch = mixture.sample(random, 2)
+        rank = draws(1, step=step)
+        rank.shared.random()
+        assert mixture.sample(random, 3).size == mixture.sample(rank, 2).size == batch.size
+        sizes.append(batch.size)
+    assert 30 < sizes.count((4, 6)) < 70 and 75 < sizes.count((6, 4)) < 125
+    assert len(set(sizes)) == 3 and len(mixture) == 18
+    assert mixture.sample(draws(2), 2).size == sizes[0]
+
+
+@pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [float("inf"), 1], [float("nan"), 1]])
+def test_weights_must_be_shares(tmp_path, weights):
+    data = LatentShards(folder_of(tmp_path))
+    with pytest.raises(ValueError, match="weights: expected "):
+        Mixture([data, data], weights)
+    assert Mixture([data, data], [0, 3]).shares == [0, 1]
+    assert Mixture([data, data]).shares == [0.5, 0.5]

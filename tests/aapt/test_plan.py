@@ -1,0 +1,169 @@
+"""The plan's counts against counted bytes, measured activations and the published arithmetic."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from aapt import cli, plan
+from aapt.config import ModelConfig
+from aapt.curriculum import constant
+from aapt.model import VideoTransformer
+from aapt.optimization import Schedule
+from aapt.recipes import aapt_8b, paper_8b, tiny_world
+from aapt.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from aapt_kernels import FrameLayout
+
+from .counting import adversarial_stage
+from .helpers import CONFIG, SIZE, clips, draws, tiny_model
+
+
+def stages():
+    config = DiffusionConfig(
+        constant("clips", frames=3, batch=2, steps=1), Schedule(1e-3), muon=True, average=0.9
+    )
+    yield DiffusionAdaptation(config, tiny_model().float())
+    yield adversarial_stage()
+
+
+@pytest.mark.parametrize("stage", list(stages()), ids=lambda stage: type(stage).__name__)
+def test_states_are_what_a_step_leaves(stage):
+    """Gradients, optimizer states and averages, byte by byte; but for the counters of steps."""
+    stage.accumulate({"clips": clips()}, draws(2), 0)
+    parts = list(stage.trained.values())
+    gradients = sum(p.grad.nbytes for part in parts for p in part.parameters if p.grad is not None)
+    stage.update(0)
+    counted = {"gradients": gradients, "optimizer": 0, "averages": 0}
+    for part in parts:
+        for optimizer in getattr(part.optimizer, "optimizers", [part.optimizer]):
+            for state in optimizer.state.values():
+                counted["optimizer"] += sum(x.nbytes for k, x in state.items() if k != "step")
+        if part.average:
+            counted["averages"] += sum(x.nbytes for x in part.average.shadow.values())
+    assert plan.trained_bytes(parts, gpus=1) == counted
+
+
+def test_shards_are_rows():
+    assert plan.sharded(torch.Size([10, 3]), 4) == 9
+    assert plan.sharded(torch.Size([3]), 8) == 1
+    eight = sum(plan.sharded(shape, 8) for shape in plan.shapes(tiny_model()))
+    assert eight == pytest.approx(sum(p.numel() for p in tiny_model().parameters()) / 8, rel=0.05)
+
+
+def saved_bytes(depth: int, checkpointed: bool) -> int:
+    """Distinct memory that a forward pass of two clips keeps, parameters aside."""
+    config = {**dataclasses.asdict(CONFIG), "width": 128, "head_dim": 64, "depth": depth}
+    model = VideoTransformer(
+        ModelConfig(**{**config, "rope_axes": (24, 20, 20), "condition_channels": 0})
+    )
+    model.blocks.bfloat16()
+    model.checkpoint_blocks = checkpointed
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    x, text = torch.randn(2, 4, 6, 8, 12), torch.randn(2, CONFIG.text_tokens, CONFIG.text_width)
+    with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        model(x, x, None, text, torch.tensor([5, 6]), torch.rand(2))
+    storages = {pointer: x.untyped_storage().nbytes() for pointer, x in kept.items()}
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_activations_are_what_is_saved(checkpointed):
+    """Of four blocks, within 3 %: modulations and log-sum-exps are left out. Norms run in bfloat16
+    here, in float32 under CUDA's autocast."""
+    config = dataclasses.replace(CONFIG, width=128, head_dim=64, rope_axes=(24, 20, 20), depth=4)
+    tokens = 6 * 4 * 6
+    expected = 4 * plan.block_bytes(config, tokens, norm=plan.HALF)
+    if checkpointed:
+        expected = plan.activation_bytes(config, tokens, checkpointed=True)
+    measured = saved_bytes(6, checkpointed) - saved_bytes(2, checkpointed)
+    assert measured == pytest.approx(2 * expected, rel=0.03)
+
+
+def test_products_are_what_is_multiplied():
+    model = tiny_model().float()
+    x, text = torch.randn(1, 4, 3, *SIZE), torch.randn(1, CONFIG.text_tokens, CONFIG.text_width)
+    condition = torch.randn(1, CONFIG.condition_channels, 3, *SIZE)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.transformer(x, x, condition, text, torch.tensor([6]), torch.rand(1))
+    assert plan.product_flops(model, 3 * 6, CONFIG.text_tokens) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 7])
+def test_attention_is_what_the_mask_shows(start):
+    frames, tokens = 5, 3
+    layout = FrameLayout(
+        CONFIG.text_tokens,
+        tokens,
+        frames,
+        CONFIG.window_frames,
+        past_frames=min(start - 1, CONFIG.window_frames) if start else None,
+    )
+    pairs = int(layout.dense_mask().sum())
+    expected = 4 * CONFIG.depth * CONFIG.width * pairs
+    assert plan.attention_flops(CONFIG, tokens, frames, start) == expected
+
+
+def test_published_arithmetic():
+    """SPEC 14: one latent frame of 736x416 far into a stream, and its cache."""
+    config = aapt_8b()
+    with torch.device("meta"):
+        blocks = VideoTransformer(config).blocks
+    assert plan.product_flops(blocks, 1196, 0) == pytest.approx(9.8e12, rel=0.01)
+    assert plan.attention_flops(config, 1196, 1, 100) == pytest.approx(20.5e12, rel=0.01)
+    assert plan.cache_bytes(config, 1196, 1, continued=False) == pytest.approx(17e9, rel=0.02)
+
+
+def test_plan_of_the_paper():
+    eight = {each.workload.name: each for each in plan.plan(paper_8b(), 8)}
+    many = {each.workload.name: each for each in plan.plan(paper_8b(), 256)}
+    assert eight["diffusion 1/3"].tokens == many["diffusion 1/3"].tokens == 256 * 30 * 1196
+    assert eight["diffusion 2/3"].workload.size == (90, 160)
+    assert eight["extension"].workload.total_frames == 19 * 6
+    assert eight["extension-5"].tokens == 64 * 55 * 6 * 880
+    assert eight["consistency"].memory["parameters"] == pytest.approx(
+        2 * eight["diffusion 1/3"].memory["parameters"]
+    )
+    for each in (*eight.values(), *many.values()):
+        assert each.at_once >= 1 and each.total < 0.9 * plan.H100.memory
+        assert each.clips * each.gpus == each.workload.batch * each.context
+    for name, each in many.items():
+        assert each.memory["optimizer"] == pytest.approx(eight[name].memory["optimizer"] / 32, 0.01)
+        assert each.seconds() == pytest.approx(eight[name].seconds() / 32)
+
+
+def test_more_gpus_to_a_clip_hold_less_of_it():
+    one, four = (plan.plan(paper_8b(), 8, context)[0] for context in (1, 4))
+    assert four.memory["activations"] / four.at_once == pytest.approx(
+        one.memory["activations"] / one.at_once / 4, rel=0.05
+    )
+    assert four.clips == 4 * one.clips
+
+
+def test_what_cannot_be_planned():
+    with pytest.raises(ValueError, match="context: expected one of 1, 2, 4, 8, which divide the 8"):
+        plan.plan(paper_8b(), 8, context=3)
+    with pytest.raises(ValueError, match="gpus: expected a number whose groups of 1 share the 256"):
+        plan.plan(paper_8b(), 7)
+    with pytest.raises(ValueError, match="gpus: expected at least 1, got 0"):
+        plan.plan(tiny_world(), 0)
+
+
+def test_command_prints_a_table(capsys):
+    assert cli.main(["train", "--plan", "tiny-world", "--gpus", "2", "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny-world on 2 H100" in out and "tiny-world on 1 H100" in out
+    rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
+    batch = math.prod((8, 10, 40))
+    assert rows["tokens per step"][:2] == [f"{batch / 1e6:.2f}", "M"]
+    assert float(rows["GiB per GPU: total *"][0]) > 0
+    assert cli.main(["train", "--plan", "tiny-world", "--gpus", "16"]) == 2
+    assert "gpus: expected a number whose groups" in capsys.readouterr().err
