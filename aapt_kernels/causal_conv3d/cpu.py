@@ -30,32 +30,64 @@ def causal_conv3d(
 ) -> tuple[Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
     buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, replicate)
-    new_state = buffer[:, :, buffer.shape[2] - past :].clone(memory_format=layout(x))
-    frames = repeat(buffer, kt, upsample, state is None).transpose(1, 2)
+    memory_format = layout(x)
+    last = buffer[:, :, buffer.shape[2] - past :]
+    new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=memory_format)
+    if past:
+        new_state.copy_(last)
+    if max(upsample) > 1:
+        buffer = repeat(buffer, kt, upsample, state is None)
+    frames = buffer.transpose(1, 2)
     margins = [kh // 2, kw // 2]
     if replicate and any(margins):
         frames, margins = F.pad(frames, _margins(weight), "replicate"), [0, 0]
 
-    plane = stride[1:], margins
-    if kt == 1:
-        out = _convolve_frames(frames[:, :: stride[0]], weight[:, :, 0], bias, *plane)
+    out = _convolve(frames, weight, bias, stride, margins, residual, memory_format)
+    return to_pixels(out) if pixels else out, new_state
+
+
+def _convolve(
+    frames: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    margins: list[int],
+    residual: Tensor | None,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """frames (batch, time, channels, height, width), the past included."""
+    kt, plane = weight.shape[2], (stride[1:], margins)
+    batch, time, _, *size = frames.shape
+    if kt > 1:
+        flat_weight = weight.transpose(1, 2).flatten(1, 2)  # (out, kt * in_channels, kh, kw)
     else:
-        frames_out = frames.shape[1] - kt + 1
-        pairs = frames_out // 2 if _pairs_pay(weight, stride, frames_out) else 0
-        parts = []
+        flat_weight = weight[:, :, 0]
+    if time == kt:  # one frame
+        window = frames.flatten(1, 2) if kt > 1 else frames[:, 0]
+        out = F.conv2d(window, flat_weight, bias, *plane).unsqueeze(2)
+        out = out.contiguous(memory_format=memory_format)
+        return out if residual is None else out.add_(residual)
+
+    starts = range(0, time - kt + 1, stride[0])
+    size = [
+        (n + 2 * margin - k) // step + 1
+        for n, margin, k, step in zip(size, margins, weight.shape[3:], stride[1:], strict=True)
+    ]
+    shape = (batch, len(weight), len(starts), *size)
+    out = torch.empty(shape, dtype=frames.dtype, memory_format=memory_format)
+    by_frame = out.transpose(1, 2)
+    if kt == 1:
+        by_frame.copy_(_convolve_frames(frames[:, :: stride[0]], flat_weight, bias, *plane))
+    else:
+        pairs = len(starts) // 2 if _pairs_pay(weight, stride) else 0
         if pairs:
-            parts.append(_convolve_pairs(frames[:, : 2 * pairs + 2], weight, bias, *plane))
-        flat_weight = weight.transpose(1, 2).flatten(1, 2)  # (out_channels, kt * in_channels, ...)
-        for t in range(2 * pairs, frames.shape[1] - kt + 1, stride[0]):
-            window = frames[:, t : t + kt].flatten(1, 2)
-            parts.append(F.conv2d(window, flat_weight, bias, *plane).unsqueeze(1))
-        out = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    out = out.transpose(1, 2)
-    if residual is not None:
-        out = out.add_(residual)
-    if pixels:
-        out = to_pixels(out)
-    return out.contiguous(memory_format=layout(x)), new_state
+            _convolve_pairs(
+                by_frame[:, : 2 * pairs], frames[:, : 2 * pairs + 2], weight, bias, *plane
+            )
+        for t, start in list(enumerate(starts))[2 * pairs :]:
+            window = frames[:, start : start + kt].flatten(1, 2)
+            by_frame[:, t] = F.conv2d(window, flat_weight, bias, *plane)
+    return out if residual is None else out.add_(residual)
 
 
 def _convolve_frames(
@@ -66,30 +98,47 @@ def _convolve_frames(
     return out.unflatten(0, frames.shape[:2])
 
 
-def _pairs_pay(weight: Tensor, stride: list[int], frames: int) -> bool:
-    """A single pair gains nothing, and sums of frames round too much in 16 bits."""
+def _pairs_pay(weight: Tensor, stride: list[int]) -> bool:
+    """Sums of frames round too much in 16 bits."""
     exact = weight.dtype == wide(weight.dtype)
-    return exact and weight.shape[2] == 3 and stride[0] == 1 and frames >= 4
+    return exact and weight.shape[2] == 3 and stride[0] == 1
 
 
 def _convolve_pairs(
-    frames: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], margins: list[int]
-) -> Tensor:
-    """Two output frames a, b at a time from frames f0 to f3, with four 2D convolutions, not six
-    (Winograd's F(2, 3) in time):
+    out: Tensor,
+    frames: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    margins: list[int],
+) -> None:
+    """Writes two output frames a, b at a time from frames f0 to f3, with four 2D convolutions, not
+    six (Winograd's F(2, 3) in time):
 
         a = w0 f0 + w1 f1 + w2 f2 = m0 + m1 + m2,   m0 = w0 (f0 - f2),  m3 = w2 (f3 - f1),
         b = w0 f1 + w1 f2 + w2 f3 = m1 - m2 + m3,   m1, m2 = (w0 ± w1 + w2) / 2 (f2 ± f1)
+
+    m1 is in both, and so brings the bias.
     """
     f0, f1, f2, f3 = frames[:, :-2:2], frames[:, 1:-2:2], frames[:, 2::2], frames[:, 3::2]
     w0, w1, w2 = weight.unbind(2)
     middle = (w0 + w2) / 2
-    m0 = _convolve_frames(f0 - f2, w0, bias, stride, margins)
-    m1 = _convolve_frames(f2 + f1, middle + w1 / 2, None, stride, margins)
-    m2 = _convolve_frames(f2 - f1, middle - w1 / 2, None, stride, margins)
-    m3 = _convolve_frames(f3 - f1, w2, bias, stride, margins)
-    out = torch.stack([m0.add_(m1).add_(m2), m3.add_(m1).sub_(m2)], dim=2)
-    return out.flatten(1, 2)
+    pictures = f0 - f2, f2 + f1, f2 - f1, f3 - f1
+    weights = w0, middle + w1 / 2, middle - w1 / 2, w2
+    if out.shape[1] == 2:  # one pair is little work: one call
+        channels = len(weight)
+        bias = None if bias is None else F.pad(bias, (channels, 2 * channels))
+        picture, stacked = torch.cat(pictures, dim=2)[:, 0], torch.cat(weights)
+        products = F.conv2d(picture, stacked, bias, stride, margins, groups=4)
+        m0, m1, m2, m3 = products.unsqueeze(1).chunk(4, dim=2)
+    else:
+        biases = None, bias, None, None
+        m0, m1, m2, m3 = (
+            _convolve_frames(*product, stride, margins)
+            for product in zip(pictures, weights, biases, strict=True)
+        )
+    torch.add(m0.add_(m1), m2, out=out[:, ::2])
+    torch.sub(m3.add_(m1), m2, out=out[:, 1::2])
 
 
 def causal_conv3d_backward(
@@ -204,8 +253,7 @@ def _write_active(
         y.copy_(x)
     else:
         inverse = x.to(y.dtype).square().mean(1, keepdim=True).add_(eps).rsqrt_()
-        torch.mul(x, inverse, out=y)
-        y.mul_(_per_channel(norm_weight, y))
+        torch.mul(x, inverse, out=y).mul_(_per_channel(norm_weight, y))
     if silu:
         F.silu(y, inplace=True)
     if y is not active:

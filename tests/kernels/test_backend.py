@@ -58,7 +58,7 @@ def test_a_forced_backend_that_cannot_run_the_op_raises(monkeypatch):
     words = "backend 'triton' cannot run qk_norm_rope on a cpu tensor: it takes CUDA tensors"
     with pytest.raises(BackendError, match=f"^{words}$"):
         qk_norm_rope(X, X, None, None, None, None)
-    assert obstacle("causal_conv3d", "triton", "cuda") == "no kernel for this op yet"
+    assert obstacle("causal_conv3d_backward", "triton", "cuda") == "no kernel for this op yet"
 
 
 def test_interpreted_triton_takes_cpu_tensors_and_only_by_name(monkeypatch):
