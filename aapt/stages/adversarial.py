@@ -17,7 +17,7 @@ from ..losses import (
     generator_loss,
     palette_error,
 )
-from ..optimization import MovingAverage, Schedule, Trained, mixed_precision
+from ..optimization import MovingAverage, Schedule, Trained, frozen, mixed_precision
 from ..randomness import ClipRandom
 from ..student_forcing import Segment, StudentRollout, frames_of, parallel_pass
 from ..teacher_forcing import teacher_forced_logits
@@ -296,8 +296,7 @@ class Adversarial:
         loss = discriminator_loss(on_real, on_fake)
         r1 = config.penalty * approximate_penalty(on_real, perturbed[0])
         r2 = config.penalty * approximate_penalty(on_fake, perturbed[1])
-        judging = self.trained["discriminator"].parameters
-        (share * (loss + r1 + r2)).backward(inputs=judging)
+        (share * (loss + r1 + r2)).backward()
         return on_real.detach(), {
             "discriminator": loss.item(),
             "r1": r1.item(),
@@ -314,10 +313,14 @@ class Adversarial:
         share: float,
     ) -> dict[str, float]:
         """Accumulates the generator's gradients. The discriminator has not moved in between."""
-        losses = {"generator": generator_loss(on_real, self.logits(fakes, t)), **errors}
-        weights = {"error": self.config.regression, "palette": self.config.palette}
-        total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
-        (share * total).backward(inputs=self.trained["generator"].parameters)
+        # The text's graph went with the discriminator's turn.
+        given = Conditions(*(x if x is None else x.detach() for x in fakes.conditions))
+        with frozen(self.discriminator):
+            judged = self.logits(replace(fakes, conditions=given), t)
+            losses = {"generator": generator_loss(on_real, judged), **errors}
+            weights = {"error": self.config.regression, "palette": self.config.palette}
+            total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+            (share * total).backward()
         return {name: loss.item() for name, loss in losses.items()}
 
     def update(self, step: int) -> dict[str, float]:
