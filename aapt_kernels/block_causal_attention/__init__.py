@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import implement, register_autograd, register_fake
 from ..checks import check_dense_rows, check_device, check_dtype, check_shape
+from ..kv_append import sm90_limit
 from ..layout import FrameLayout
 from ..precision import wide
 from . import cpu, ref
@@ -73,7 +74,6 @@ def block_causal_attention(
 
 @register_fake("block_causal_attention")
 def _(q, k, v, *_):
-
     batch, length, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((batch, heads, length), dtype=wide(q.dtype))
@@ -96,11 +96,32 @@ def _backward(ctx, dout, dlse):
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dq_sink = torch.ops.aapt.block_causal_attention_backward(
-        dout, dlse, q, k, v, out, lse, text_lens, q_sink, *ctx.arguments
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        text_lens,
+        q_sink,
+        *ctx.arguments,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv, None, None if q_sink is None else dq_sink, *[None] * len(ctx.arguments)
 
 
 register_autograd("block_causal_attention", _backward, _save)
-implement("block_causal_attention", reference=ref.reference_forward, cpu=cpu.forward)
-implement("block_causal_attention_backward", reference=ref.reference_backward, cpu=cpu.backward)
+LIMITS = {"cuda": sm90_limit}
+implement(
+    "block_causal_attention",
+    limits=LIMITS,
+    reference=ref.reference_forward,
+    cpu=cpu.forward,
+)
+implement(
+    "block_causal_attention_backward",
+    limits=LIMITS,
+    reference=ref.reference_backward,
+    cpu=cpu.backward,
+)
