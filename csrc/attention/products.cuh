@@ -45,8 +45,8 @@ HOPPER_DEVICE void multiply_pv(float (&out)[kHeadDim / 2],
   }
 }
 
-// sums = ds^T k: ds (kKeys, 64) along its columns, one panel; k (kKeys, 64), a panel in blocks of 64
-// keys that lie `block_bytes` apart.
+// sums = ds^T k: ds (kKeys, 64) along its columns, one panel; k (kKeys, 64), a panel in blocks of
+// 64 keys that lie `block_bytes` apart.
 template <int kKeys>
 HOPPER_DEVICE void multiply_transposed(float (&sums)[32], uint32_t ds, uint32_t k,
                                        uint32_t block_bytes) {

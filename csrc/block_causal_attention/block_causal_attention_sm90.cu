@@ -55,7 +55,7 @@ struct TensorMaps {
 };
 
 HOPPER_DEVICE int query_tiles(const Params& params) {
-  return (params.mask.query_rows() + kQueryTile - 1) / kQueryTile;
+  return (params.mask.query_rows + kQueryTile - 1) / kQueryTile;
 }
 
 // Later rows see more: the last tile is the longest.
@@ -69,7 +69,7 @@ HOPPER_DEVICE Schedule schedule_of(const Params& params) {
 
 HOPPER_DEVICE VisibleKeys visible_keys(const Params& params, const Item& item) {
   const int first = first_row(params, item);
-  const int last = smaller(first + kQueryTile, params.mask.query_rows()) - 1;
+  const int last = smaller(first + kQueryTile, params.mask.query_rows) - 1;
   return VisibleKeys(params.mask, params.pinned_rotation, item.batch, first, last);
 }
 
@@ -151,7 +151,7 @@ class Consumer {
 
  private:
   HOPPER_DEVICE void attend(const VisibleKeys& keys, int count, int row) {
-    const int last_row = params_.mask.query_rows() - 1, own_row = row + thread_row();
+    const int last_row = params_.mask.query_rows - 1, own_row = row + thread_row();
     const RowView views[2] = {RowView(params_.mask, smaller(own_row, last_row)),
                               RowView(params_.mask, smaller(own_row + 8, last_row))};
     float scores[kKeyTile / 2], rescale[2];
@@ -212,7 +212,7 @@ class Consumer {
 
   HOPPER_DEVICE void store(const Item& item, int first) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int rows = params_.mask.query_rows();
+    const int rows = params_.mask.query_rows;
     float inverse[2];
     HOPPER_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -253,9 +253,7 @@ class Consumer {
   }
 
   // Of the two rows of this thread in its block of 64, the first; the second comes 8 later.
-  HOPPER_DEVICE static int thread_row() {
-    return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-  }
+  HOPPER_DEVICE static int thread_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
   HOPPER_DEVICE Stage<C> stage(int i) const { return Stage<C>(before_ + i); }
   HOPPER_DEVICE uint32_t keys_at(int i) const { return smem_u32(shared_.k[stage(i).index]); }
   HOPPER_DEVICE uint32_t values_at(int i) const { return smem_u32(shared_.v[stage(i).index]); }
@@ -323,7 +321,8 @@ const char* launch(const Params& params, const Buffers& buffers, int ctas, void*
     return make_rows_map(map, rows, params.batch, params.heads, params.head_dim, box_rows);
   };
   const char* error = make_map(&maps.q, buffers.q, kQueryBlock);
-  if (params.pinned_rotation and !error) error = make_map(&maps.q_sink, buffers.q_sink, kQueryBlock);
+  if (params.pinned_rotation and !error)
+    error = make_map(&maps.q_sink, buffers.q_sink, kQueryBlock);
   if (!error) error = make_map(&maps.k, buffers.k, kKeyTile);
   if (!error) error = make_map(&maps.v, buffers.v, kKeyTile);
   if (!error) error = make_map(&maps.out, buffers.out, kQueryBlock);

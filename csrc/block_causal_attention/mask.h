@@ -30,7 +30,7 @@ struct RowView {
   int sink_end;
   Interval window;
 
-  HOPPER_DEVICE RowView() = default;
+  RowView() = default;
   HOPPER_DEVICE RowView(const FrameMask& mask, int row) {
     const int text = mask.text_tokens, tokens = mask.tokens_per_frame;
     if (row < text) {
@@ -83,7 +83,15 @@ class VisibleKeys {
   HOPPER_DEVICE int tiles() const {
     return tiles_of(text_, kKeyTile) + tiles_of(sink_, kKeyTile) + tiles_of(window_, kKeyTile);
   }
+  // Where the sink has a query of its own: the tiles met with that one, or with the other.
   HOPPER_DEVICE int sink_tiles() const { return tiles_of(sink_, kKeyTile); }
+  HOPPER_DEVICE int tiles_with(bool q_sink) const {
+    return q_sink ? sink_tiles() : tiles() - sink_tiles();
+  }
+  HOPPER_DEVICE int index_with(bool q_sink, int i) const {
+    const int text_tiles = tiles_of(text_, kKeyTile);
+    return q_sink ? text_tiles + i : i < text_tiles ? i : i + sink_tiles();
+  }
 
   HOPPER_DEVICE KeyTile tile(int index) const {
     const int text_tiles = tiles_of(text_, kKeyTile), sink_tiles = tiles_of(sink_, kKeyTile);
@@ -95,8 +103,7 @@ class VisibleKeys {
     const int end = in_text ? text_.end : in_sink ? sink_.end : window_.end;
     const int row = begin + within * kKeyTile, row_end = row + kKeyTile;
     // Once the window has left the sink behind, it has for all later rows
-    const int head_end =
-        last_.window.begin == last_.sink_end ? first_.head_end() : first_.sink_end;
+    const int head_end = last_.window.begin == last_.sink_end ? first_.head_end() : first_.sink_end;
     const bool seen =
         row_end <= head_end || (row >= last_.window.begin && row_end <= first_.window.end);
     return {row, end, in_sink && !plain_sink_, seen && row_end <= end};
@@ -118,7 +125,7 @@ class KeyRegions {
         mask.text_tokens + smaller(mask.sink_frames, frames) * mask.tokens_per_frame;
     head_ = {0, pinned_rotation ? mask.text_tokens : sink_end};
     sink_ = {head_.end, sink_end};
-    rest_ = {sink_end, mask.key_rows()};
+    rest_ = {sink_end, mask.key_rows};
   }
 
   HOPPER_DEVICE int tiles() const {
@@ -145,7 +152,7 @@ class KeyRegions {
 // The query rows that see a key; `text` keys are text, the rest of it is padding.
 HOPPER_DEVICE Interval rows_that_see(const FrameMask& mask, int text, int key) {
   const int text_tokens = mask.text_tokens, tokens = mask.tokens_per_frame;
-  if (key < text_tokens) return {0, key < text ? mask.query_rows() : 0};
+  if (key < text_tokens) return {0, key < text ? mask.query_rows : 0};
   const int frame = (key - text_tokens) / tokens;
   const int first = larger(frame - mask.frames_before, 0);
   int last = mask.frames;  // the first that does not see it any more
@@ -170,7 +177,7 @@ class VisibleRows {
     rows_ = {0, 0};
     if (first_key < keys.end) {
       const Interval first = rows_that_see(mask, text, first_key);
-      rows_ = {first.begin, any_text ? mask.query_rows() : last.end};
+      rows_ = {first.begin, any_text ? mask.query_rows : last.end};
       if (!padding) clean_ = {last.begin, first.end};
     }
     if (keys.end - keys.row < kKeyTile) clean_ = {0, 0};

@@ -14,12 +14,8 @@ struct FrameMask {
   int frames_before;  // of the key, before those
   int window_frames;  // at most as many as the key has
   int sink_frames;
+  int query_rows, key_rows;  // of both, text included
   const int64_t* text_lens;  // (batch,) on the device, or null where every text is full
-
-  constexpr int query_rows() const { return text_tokens + frames * tokens_per_frame; }
-  constexpr int key_rows() const {
-    return text_tokens + (frames_before + frames) * tokens_per_frame;
-  }
 };
 
 struct Params {
@@ -41,9 +37,7 @@ constexpr int kQueryTile = kConsumers * kQueryBlock;
 constexpr int kKeyTile = 128;
 
 // Enqueues the forward kernel on `ctas` CTAs. Returns null, or words for why it did not start.
-const char* launch_sm90(const Params& params,
-                                               const Buffers& buffers, int ctas,
-                                               void* stream);
+const char* launch_sm90(const Params& params, const Buffers& buffers, int ctas, void* stream);
 
 // The backward. Sums and outputs are dense; rows of `row_lse` and `row_delta` are padded to whole
 // query tiles, `padded_rows` in each of batch x heads.
@@ -70,9 +64,7 @@ constexpr int kSumsPerTile = 2 * 64 * 64;  // floats: a query tile of the backwa
 // Rows of a query tile of the backward: its scores and head_dim share the registers.
 constexpr int backward_query_tile(int head_dim) { return kSumsPerTile / head_dim; }
 
-const char* launch_backward_sm90(const Params& params,
-                                                        const Backward& backward,
-                                                        const BackwardBuffers& buffers,
-                                                        int ctas, void* stream);
+const char* launch_backward_sm90(const Params& params, const Backward& backward,
+                                 const BackwardBuffers& buffers, int ctas, void* stream);
 
 }  // namespace aapt::block_causal

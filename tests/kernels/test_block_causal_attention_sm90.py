@@ -14,6 +14,7 @@ from aapt_kernels.testing import assert_error_ratio
 
 LSE_TOLERANCE = 2e-5  # one key too many or too few costs more
 OPS = torch.ops.aapt
+NAMES = ("dq", "dk", "dv", "dq_sink")
 
 
 class Case:
@@ -66,6 +67,39 @@ class Case:
         assert_error_ratio(out, oracle, baseline)
         torch.testing.assert_close(lse.double(), oracle_lse, rtol=0, atol=LSE_TOLERANCE)
 
+    def backward(self, out, lse, dlse=True, deterministic=False):
+        dlse = torch.where(lse.isfinite(), self.dlse, 0) if dlse else None
+        return OPS.block_causal_attention_backward(
+            self.dout,
+            dlse,
+            self.q,
+            self.k,
+            self.v,
+            out,
+            lse,
+            self.text_lens,
+            self.q_sink,
+            *self.arguments,
+            deterministic,
+        )
+
+    def check_backward(self, **options):
+        out, lse = self.forward()
+        gradients = self.backward(out, lse, **options)
+        dlse = torch.where(lse.isfinite(), self.dlse, 0) if options.get("dlse", True) else None
+
+        def plain(dtype):
+            q, k, v, text_lens, q_sink = self.inputs(dtype)
+            exact = ref.forward(q, k, v, text_lens, q_sink, *self.arguments)
+            wide = dlse if dlse is None else dlse.to(exact[1].dtype)
+            tensors = (self.dout.to(dtype), wide, q, k, v, *exact, text_lens, q_sink)
+            return ref.backward(*tensors, *self.arguments, False)
+
+        triples = zip(NAMES, gradients, plain(torch.float64), plain(torch.bfloat16), strict=True)
+        for name, ours, oracle, baseline in triples:
+            assert_error_ratio(ours, oracle, baseline, name)
+        return gradients
+
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("pinned", [False, True])
@@ -74,3 +108,14 @@ def test_forward(kernel, schedule, name, pinned, head_dim):
     schedule(multiprocessors=3, seed=len(name))
     heads = 1 if name == "large-frames" else 2
     Case(kernel, LAYOUTS[name], heads=heads, head_dim=head_dim, pinned=pinned).check_forward()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_backward(kernel, schedule, name, pinned, head_dim, deterministic):
+    schedule(multiprocessors=3, seed=len(name))
+    heads = 1 if name == "large-frames" else 2
+    case = Case(kernel, LAYOUTS[name], heads=heads, head_dim=head_dim, pinned=pinned)
+    case.check_backward(deterministic=deterministic)
