@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import implement, register_autograd, register_fake
 from ..checks import check_dense_rows, check_device, check_dtype, check_shape
+from ..deferred import deferred
 from ..kv_append import sm90_limit
 from ..layout import FrameLayout
 from ..precision import wide
@@ -112,16 +113,18 @@ def _backward(ctx, dout, dlse):
 
 
 register_autograd("block_causal_attention", _backward, _save)
-LIMITS = {"cuda": sm90_limit}
+LIMITS = {"cuda": sm90_limit, "triton": deferred(__name__, "limit")}
 implement(
     "block_causal_attention",
     limits=LIMITS,
     reference=ref.reference_forward,
     cpu=cpu.forward,
+    triton=deferred(__name__),
 )
 implement(
     "block_causal_attention_backward",
     limits=LIMITS,
     reference=ref.reference_backward,
     cpu=cpu.backward,
+    triton=deferred(__name__, "backward"),
 )

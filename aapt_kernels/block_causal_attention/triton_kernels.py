@@ -1,11 +1,5 @@
-"""Block-causal attention forward and backward, for any GPU that Triton serves.
-
-The forward and the gradient of the queries go through the keys that a tile of query rows sees, the
-gradients of the keys through the query rows that see a tile of keys; which ones those are, a
-program finds out from the integers of the layout. Tiles that every row sees whole come first, in a
-loop without a mask, then those at an edge. Nothing is added in memory, so results do not depend on
-timing. csrc/block_causal_attention/mask.h has the same mask in words.
-"""
+"""Block-causal attention forward, and the launches of both directions, for any GPU that Triton
+serves. A program takes a tile of query rows of one head through the keys that they see."""
 
 from typing import NamedTuple
 
@@ -15,6 +9,9 @@ import triton.language as tl
 
 from ..cached_attention.triton_kernels import LOG2_E, dot, limit, load_rows
 from ..layout import FrameLayout
+from .triton_backward import keys_backward_kernel, queries_backward_kernel, stats_kernel
+from .triton_mask import INTEGERS, cut, hide, text_length, visible_keys
+from .triton_tiles import store_rows, sweep
 
 __all__ = ["backward", "forward", "limit"]
 
@@ -28,299 +25,255 @@ class Config(NamedTuple):
     stages: int
 
 
-# By bytes per element and padded head_dim: the forward, the gradients of keys, that of queries.
+# By bytes per element and padded head_dim: the forward, the gradient of queries, those of keys.
 CONFIGS = {
-    (2, 32): (Config(128, 64, 4, 3), Config(64, 128, 4, 2), Config(128, 64, 4, 2)),
-    (2, 64): (Config(128, 64, 4, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
-    (2, 128): (Config(128, 64, 8, 3), Config(32, 128, 8, 2), Config(128, 32, 8, 2)),
+    (2, 32): (Config(128, 64, 4, 3), Config(128, 64, 4, 2), Config(64, 128, 4, 2)),
+    (2, 64): (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    (2, 128): (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
     (4, 32): (Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (4, 64): (Config(64, 16, 4, 2), Config(16, 32, 8, 1), Config(32, 16, 8, 1)),
+    (4, 64): (Config(64, 16, 4, 2), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
     (4, 128): (Config(16, 32, 8, 2), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 
 
 @triton.jit
-def views(row, text, tokens, before, window, sinks):
-    """sink_end, window_begin, window_end of query rows, as key rows; nothing for text."""
-    in_frame = row >= text
-    position = before + tl.maximum(row - text, 0) // tokens
-    shown = tl.minimum(sinks, position + 1)
-    oldest = tl.maximum(position - window, shown)
-    sink_end = text + tl.where(in_frame, shown * tokens, 0)
-    window_begin = text + tl.where(in_frame, oldest * tokens, 0)
-    window_end = text + tl.where(in_frame, (position + 1) * tokens, 0)
-    return sink_end, window_begin, window_end
-
-
-@triton.jit
-def text_length(text_lens, batch, text):
-    if text_lens is None:
-        return text
-    else:
-        return tl.minimum(tl.maximum(tl.load(text_lens + batch), 0), text).to(tl.int32)
-
-
-@triton.jit
-def cut(begin, clean_begin, clean_end, end, TILE: tl.constexpr):
-    """An interval in tiles from `begin` on: its begin and end, how many tiles come before the clean
-    ones, how many those are, and how many all are. Clean is a tile within the clean interval."""
-    count = tl.maximum(tl.cdiv(end - begin, TILE), 0)
-    ahead = tl.minimum(tl.maximum(tl.cdiv(clean_begin - begin, TILE), 0), count)
-    clean = tl.maximum((tl.minimum(clean_end, end) - begin) // TILE - ahead, 0)
-    return begin, end, ahead, clean, count
-
-
-@triton.jit
-def clean_place(index, here, there, TILE: tl.constexpr):
-    """Where the clean tile of this index begins, those of both intervals counted."""
-    in_here = index < here[3]
-    return tl.where(
-        in_here,
-        here[0] + (here[2] + index) * TILE,
-        there[0] + (there[2] + index - here[3]) * TILE,
-    )
-
-
-@triton.jit
-def edge_place(index, here, there, TILE: tl.constexpr):
-    """Where the edge tile of this index begins, and where its interval ends."""
-    edges = here[4] - here[3]
-    in_here = index < edges
-    within = tl.where(in_here, index, index - edges)
-    ahead = tl.where(in_here, here[2], there[2])
-    within += tl.where(within < ahead, 0, tl.where(in_here, here[3], there[3]))
-    begin = tl.where(in_here, here[0], there[0])
-    return begin + within * TILE, tl.where(in_here, here[1], there[1])
-
-
-@triton.jit
-def visible_keys(row, rows, length, text, tokens, before, window, sinks, SPLIT: tl.constexpr):
-    """What query rows see: per row head_end (all keys below, but for padding), window_begin and
-    window_end; and the intervals of text, sink and window as (begin, clean_begin, clean_end, end).
-    Joined where they touch for all rows, unless SPLIT, for a sink with a query of its own."""
-    row = tl.minimum(row, rows - 1)
-    sink_end, window_begin, window_end = views(row, text, tokens, before, window, sinks)
-    last_sink = tl.max(sink_end, 0)
-    last = tl.max(window_end, 0)
-    # The first window is that of the first frame
-    oldest = tl.min(tl.where(row >= text, window_begin, last), 0)
-    start = tl.maximum(oldest, last_sink)
-    clean_sink = tl.min(sink_end, 0)
-    clean_start = tl.max(window_begin, 0)
-    clean_last = tl.min(window_end, 0)
-    head_end = tl.where(window_begin == sink_end, window_end, sink_end)
-    joined = clean_start == last_sink
-    if SPLIT:
-        joined = joined & False
-    sink_begin = tl.where((length == text) & (not SPLIT), 0, text)
-    text_end = tl.where(sink_begin < text, 0, length)
-    sink_stop = tl.where(joined, last, last_sink)
-    sink_clean_stop = tl.where(joined, clean_last, clean_sink)
-    start = tl.where(joined, last, start)
-    return (
-        (head_end, window_begin, window_end),
-        (text_end,),
-        (sink_begin, sink_begin, sink_clean_stop, sink_stop),
-        (start, clean_start, clean_last, last),
-    )
-
-
-@triton.jit
-def hide(s, key, end, view):
-    """Scores (rows, keys) at an edge: what a row does not see, or lies beyond `end`, is -inf."""
-    head_end, window_begin, window_end = view
-    key = key[None, :]
-    seen = (key < head_end[:, None]) | (
-        (key >= window_begin[:, None]) & (key < window_end[:, None])
-    )
-    return tl.where(seen & (key < end), s, float("-inf"))
-
-
-@triton.jit
 def attend(
-    result,
-    highest,
-    total,
-    q,
-    k,
-    v,
-    key,
-    end,
-    view,
-    k_stride,
-    v_stride,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    state, queries, k, v, key, end, shown, layout, k_stride, v_stride, scale, HEAD_DIM, WIDTH
 ):
-    """One tile of keys; at an edge `end` is where they end, else None."""
+    """One tile of keys: state is (sums, maximum, total) of the softmax, queries (q,). At an edge
+    `end` is where the keys end, else None. The maximum is in units of log2, and so is `scale`."""
+    sums, before, total = state
     active = None
     if end is not None:
         active = key < end
     k_tile = load_rows(k, key, k_stride, active, HEAD_DIM, WIDTH)
-    s = dot(q, tl.trans(k_tile))
+    s = dot(queries[0], tl.trans(k_tile))
     if end is not None:
-        s = hide(s, key, end, view)
-    before = highest
+        s = hide(s, key, end, shown, layout)
     highest = tl.maximum(before, tl.max(s, 1) * scale)
     offset = highest
-    if end is not None:
+    if end is not None:  # a row may see nothing yet
         offset = tl.where(highest == float("-inf"), 0, highest)
     p = tl.exp2(s * scale - offset[:, None])
     decay = tl.exp2(before - offset)
-    total = total * decay + tl.sum(p, 1)
     v_tile = load_rows(v, key, v_stride, active, HEAD_DIM, WIDTH)
-    result = dot(p.to(v_tile.dtype), v_tile, result * decay[:, None])
-    return result, highest, total
+    sums = dot(p.to(v_tile.dtype), v_tile, sums * decay[:, None])
+    return sums, highest, total * decay + tl.sum(p, 1)
 
 
-@triton.jit
-def sweep(
-    result,
-    highest,
-    total,
+@triton.jit(do_not_specialize=INTEGERS)
+def block_causal_attention_kernel(
     q,
     k,
     v,
-    here,
-    there,
-    view,
-    k_stride,
-    v_stride,
+    text_lens,
+    q_sink,
+    out,
+    lse,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    q_sink_batch_stride,
+    q_sink_token_stride,
+    q_sink_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    heads,
+    rows,
+    text,
+    tokens,
+    frames,
+    before,
+    window,
+    sinks,
     scale,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """All keys of two intervals."""
-    lane = tl.arange(0, KEYS)
-    for i in range(here[3] + there[3]):
-        key = clean_place(i, here, there, KEYS) + lane
-        result, highest, total = attend(
-            result,
-            highest,
-            total,
-            q,
+    """scale is positive and in units of log2; out and lse are dense. The longest tile is first."""
+    layout = (text, tokens, frames, before, window, sinks)
+    pair = tl.program_id(1)
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    k += batch * k_batch_stride + head * k_head_stride
+    v += batch * v_batch_stride + head * v_head_stride
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    active = row < rows
+    length = text_length(text_lens, batch, text)
+    split: tl.constexpr = q_sink is not None
+    shown = tl.minimum(row, rows - 1)
+    text_keys, sink, recent = visible_keys(shown, length, layout, split)
+    nothing = cut(0, 0, 0, 0, KEYS)
+    text_tiles = cut(text_keys[0], text_keys[1], text_keys[2], text_keys[3], KEYS)
+    sink_tiles = cut(sink[0], sink[1], sink[2], sink[3], KEYS)
+    recent_tiles = cut(recent[0], recent[1], recent[2], recent[3], KEYS)
+
+    state = (
+        tl.zeros((ROWS, WIDTH), tl.float32),
+        tl.full((ROWS,), float("-inf"), tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+    )
+    if split:
+        q_sink += batch * q_sink_batch_stride + head * q_sink_head_stride
+        in_frame = active & (row >= text)
+        q_tile = load_rows(q_sink, row - text, q_sink_token_stride, in_frame, HEAD_DIM, WIDTH)
+        state = sweep(
+            attend,
+            state,
+            (q_tile,),
             k,
             v,
-            key,
-            None,
-            view,
-            k_stride,
-            v_stride,
+            nothing,
+            sink_tiles,
+            nothing,
+            shown,
+            layout,
+            k_token_stride,
+            v_token_stride,
             scale,
             HEAD_DIM,
             WIDTH,
+            KEYS,
         )
-    for i in tl.range(here[4] - here[3] + there[4] - there[3], num_stages=1):
-        at, end = edge_place(i, here, there, KEYS)
-        result, highest, total = attend(
-            result,
-            highest,
-            total,
+        sink_tiles = nothing
+    q += batch * q_batch_stride + head * q_head_stride
+    q_tile = load_rows(q, row, q_token_stride, active, HEAD_DIM, WIDTH)
+    result, highest, total = sweep(
+        attend,
+        state,
+        (q_tile,),
+        k,
+        v,
+        text_tiles,
+        sink_tiles,
+        recent_tiles,
+        shown,
+        layout,
+        k_token_stride,
+        v_token_stride,
+        scale,
+        HEAD_DIM,
+        WIDTH,
+        KEYS,
+    )
+    result = result / tl.where(total == 0, 1, total)[:, None]
+    store_rows(out, result, batch, head, row, 0, rows, heads, HEAD_DIM, WIDTH)
+    tl.store(lse + pair * rows + row, (highest + tl.log2(total)) * 0.6931471805599453, mask=active)
+
+
+class Launch:
+    """What the launches of one call share."""
+
+    def __init__(self, q, k, v, text_lens, q_sink, arguments):
+        *integers, self.scale, self.prefix_grad = arguments
+        layout = FrameLayout(*integers)
+        self.rows, self.key_rows = layout.query_length, layout.key_length
+        self.batch, _, self.heads, self.head_dim = q.shape
+        self.frame_rows = self.rows - layout.text_tokens
+        if not self.frame_rows:
+            q_sink = None
+        frames = layout.key_frames
+        window = frames if layout.window_frames is None else min(layout.window_frames, frames)
+        self.layout = (
+            layout.text_tokens,
+            layout.tokens_per_frame,
+            layout.frames,
+            frames - layout.frames,
+            window,
+            min(layout.sink_frames, frames),
+        )
+        self.q, self.k, self.v = q, k, v
+        self.text_lens, self.q_sink = text_lens, q_sink
+        self.sink_end = layout.sink[1]
+        self.head_end = layout.text_tokens if q_sink is not None else self.sink_end
+        width = max(32, triton.next_power_of_2(self.head_dim))
+        self.constants = {"HEAD_DIM": self.head_dim, "WIDTH": width}
+        self.configs = CONFIGS[q.element_size(), width]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        sink = self.q if self.q_sink is None else self.q_sink
+        tensors = (self.q, sink, self.k, self.v)
+        return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+    def grid(self, tiles: int) -> tuple[int, int]:
+        return tiles, self.batch * self.heads
+
+    def options(self, config: Config) -> dict[str, int]:
+        return {
+            "ROWS": config.rows,
+            "KEYS": config.keys,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+            **self.constants,
+        }
+
+
+def forward(q, k, v, text_lens, q_sink, *arguments):
+    *integers, scale, prefix_grad = arguments
+    if scale < 0:  # the running maximum is that of the scaled scores only for a scale > 0
+        q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale
+    call = Launch(q, k, v, text_lens, q_sink, (*integers, max(scale, 1e-30), prefix_grad))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((call.batch, call.heads, call.rows), dtype=torch.float32)
+    if not q.numel():
+        return out, lse
+    config = call.configs[0]
+    with torch.cuda.device_of(q):
+        block_causal_attention_kernel[call.grid(triton.cdiv(call.rows, config.rows))](
             q,
             k,
             v,
-            at + lane,
-            end,
-            view,
-            k_stride,
-            v_stride,
-            scale,
-            HEAD_DIM,
-            WIDTH,
-        )
-    return result, highest, total
-
-
-@triton.jit
-def differentiate(
-    result,
-    q,
-    dout,
-    lse,
-    delta,
-    k,
-    v,
-    key,
-    end,
-    view,
-    k_stride,
-    v_stride,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """dq / softmax scale of one tile of keys; as `attend`."""
-    active = None
-    if end is not None:
-        active = key < end
-    k_tile = load_rows(k, key, k_stride, active, HEAD_DIM, WIDTH)
-    v_tile = load_rows(v, key, v_stride, active, HEAD_DIM, WIDTH)
-    s = dot(q, tl.trans(k_tile))
-    if end is not None:
-        s = hide(s, key, end, view)
-    p = tl.exp2(s * scale - lse[:, None])
-    ds = p * (dot(dout, tl.trans(v_tile)) - delta[:, None])
-    return dot(ds.to(k_tile.dtype), k_tile, result)
-
-
-@triton.jit
-def sweep_backward(
-    result,
-    q,
-    dout,
-    lse,
-    delta,
-    k,
-    v,
-    here,
-    there,
-    view,
-    k_stride,
-    v_stride,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    lane = tl.arange(0, KEYS)
-    for i in range(here[3] + there[3]):
-        key = clean_place(i, here, there, KEYS) + lane
-        result = differentiate(
-            result,
-            q,
-            dout,
+            text_lens,
+            call.q_sink,
+            out,
             lse,
-            delta,
-            k,
-            v,
-            key,
-            None,
-            view,
-            k_stride,
-            v_stride,
-            scale,
-            HEAD_DIM,
-            WIDTH,
+            *call.strides,
+            call.heads,
+            call.rows,
+            *call.layout,
+            call.scale * LOG2_E,
+            **call.options(config),
         )
-    for i in tl.range(here[4] - here[3] + there[4] - there[3], num_stages=1):
-        at, end = edge_place(i, here, there, KEYS)
-        result = differentiate(
-            result,
-            q,
-            dout,
-            lse,
-            delta,
-            k,
-            v,
-            at + lane,
-            end,
-            view,
-            k_stride,
-            v_stride,
-            scale,
-            HEAD_DIM,
-            WIDTH,
+    return out, lse
+
+
+def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
+    call = Launch(q, k, v, text_lens, q_sink, arguments[:-1])  # deterministic as it is
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq_sink = q.new_empty(0 if q_sink is None else q_sink.shape)
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_(), dq_sink
+    dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    stats = q.new_empty((2, *lse.shape), dtype=torch.float32)
+    _, of_queries, of_keys = call.configs
+    shared = (q, k, v, dout, stats, text_lens, call.q_sink)
+    numbers = (*call.strides, call.heads, call.rows, *call.layout)
+    regions = (call.head_end, call.sink_end - call.head_end, call.key_rows - call.sink_end)
+    with torch.cuda.device_of(q):
+        stats_kernel[call.grid(triton.cdiv(call.rows, STATS_ROWS))](
+            out, dout, lse, dlse, stats, call.heads, call.rows, ROWS=STATS_ROWS, **call.constants
         )
-    return result
+        queries_backward_kernel[call.grid(triton.cdiv(call.rows, of_queries.rows))](
+            *shared, dq, dq_sink, *numbers, call.scale, **call.options(of_queries)
+        )
+        tiles = sum(triton.cdiv(length, of_keys.keys) for length in regions)
+        keys_backward_kernel[call.grid(tiles)](
+            *shared,
+            dk,
+            dv,
+            *numbers,
+            call.key_rows,
+            call.head_end,
+            call.sink_end,
+            call.scale,
+            PREFIX_GRAD=call.prefix_grad,
+            **call.options(of_keys),
+        )
+    return dq, dk, dv, dq_sink

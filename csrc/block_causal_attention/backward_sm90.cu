@@ -20,6 +20,18 @@ namespace {
 
 using namespace hopper;
 
+// A tile of keys and what there is to do with it. The fetching thread finds out and leaves it in
+// shared memory: the others have no registers to spare.
+struct Work {
+  bool is_end;  // there is no more; nothing else is set
+  int batch, head;
+  KeyTile keys;
+  Interval rows, clean;  // tiles of query rows, see VisibleRows
+  bool takes_gradient;   // else its dk and dv are zero
+
+  HOPPER_DEVICE bool is_empty() const { return rows.begin == rows.end; }
+};
+
 // kAddsQueries: dq is summed here, else elsewhere.
 template <int kHeadDim_, bool kAddsQueries_>
 struct Config {
@@ -29,7 +41,7 @@ struct Config {
   using Sums = QuerySums<kHeadDim>;
   static constexpr int kRows = Sums::kRows;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (24 + 2 x 240)
+  // Within 65536: 128 x (40 + 2 x 232). With 24, the fetching thread spills
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   using KeyBlock = uint16_t[kPanels][64 * kPanel];
@@ -45,6 +57,7 @@ struct Config {
     alignas(1024) float dq[kConsumers][Sums::kHalf];
     alignas(16) float lse[kStages][kRows];
     alignas(16) float delta[kStages][kRows];
+    Work work[2];  // the one before is still being stored
     uint64_t keys_full, keys_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
   };
@@ -57,32 +70,28 @@ struct TensorMaps {
   TensorMap q, q_sink, k, v, dout;
 };
 
-// A tile of keys and what there is to do with it.
-template <class C>
-struct Work {
-  KeyTile keys;
-  VisibleRows<C::kRows> rows;
-  bool takes_gradient;  // else its dk and dv are zero, unless other keys are among its rows
-  int count;            // query tiles
-
-  HOPPER_DEVICE Work(const Params& params, const Backward& backward, const Item& item)
-      : keys(KeyRegions(params.mask, params.pinned_rotation).tile(item.rank)),
-        rows(params.mask, item.batch, keys) {
-    const FrameMask& mask = params.mask;
-    takes_gradient =
-        backward.prefix_grad || keys.row < mask.text_tokens || keys.end > prefix_end(mask);
-    count = C::kAddsQueries || takes_gradient ? rows.tiles() : 0;
-  }
-
-  HOPPER_DEVICE static int prefix_end(const FrameMask& mask) {
-    return mask.text_tokens + mask.frames_before * mask.tokens_per_frame;
-  }
-};
+// Keys of frames before the query's end here.
+HOPPER_DEVICE int prefix_end(const FrameMask& mask) {
+  return mask.text_tokens + mask.frames_before * mask.tokens_per_frame;
+}
 
 // Earlier keys are seen by more rows: the first tile is the longest.
 HOPPER_DEVICE Schedule schedule_of(const Params& params) {
-  const int tiles = KeyRegions(params.mask, params.pinned_rotation).tiles();
-  return Schedule(tiles, params.batch, params.heads, blockIdx.x, gridDim.x);
+  return Schedule(params.regions.tiles, params.batch, params.heads, blockIdx.x, gridDim.x);
+}
+
+template <class C>
+HOPPER_DEVICE void find_work(Work& work, const Params& params, const Backward& backward,
+                             const Item& item) {
+  const KeyTile keys = key_tile(params.mask, params.regions, item.rank);
+  const VisibleRows<C::kRows> rows(params.mask, item.batch, keys);
+  work.batch = item.batch;
+  work.head = item.head;
+  work.keys = keys;
+  work.takes_gradient = backward.prefix_grad || keys.row < params.mask.text_tokens ||
+                        keys.end > prefix_end(params.mask);
+  work.rows = C::kAddsQueries || work.takes_gradient ? rows.tiles : Interval{0, 0};
+  work.clean = rows.clean;
 }
 
 template <class C>
@@ -91,10 +100,16 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
   Schedule schedule = schedule_of(params);
   Item item;
   uint32_t n = 0, key_tiles = 0;
-  while (schedule.next(item)) {
-    const Work<C> work(params, backward, item);
-    if (work.count == 0) continue;
-    mbar_wait(&shared.keys_empty, key_tiles++ % 2 ^ 1);
+  for (bool more = true; more; ++key_tiles) {
+    more = schedule.next(item);
+    mbar_wait(&shared.keys_empty, key_tiles % 2 ^ 1);
+    Work& work = shared.work[key_tiles % 2];
+    work.is_end = !more;
+    if (more) find_work<C>(work, params, backward, item);
+    if (!more or work.is_empty()) {
+      mbar_arrive(&shared.keys_full);
+      continue;
+    }
     mbar_arrive_expect_tx(&shared.keys_full, sizeof(shared.k) + sizeof(shared.v));
     for (int block = 0; block < kConsumers; ++block) {
       for (int panel = 0; panel < C::kPanels; ++panel) {
@@ -106,8 +121,8 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
       }
     }
     const int64_t pair = static_cast<int64_t>(item.batch) * params.heads + item.head;
-    for (int i = 0; i < work.count; ++i, ++n) {
-      const int stage = n % C::kStages, row = work.rows.tile(i) * C::kRows;
+    for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n) {
+      const int stage = n % C::kStages, row = tile * C::kRows;
       const uint32_t parity = n / C::kStages % 2 ^ 1;
       constexpr uint32_t kStats = C::kRows * sizeof(float);
       const int64_t stats = pair * backward.padded_rows + row;
@@ -145,23 +160,19 @@ class Consumer {
       : shared_(shared), params_(params), backward_(backward), group_(group) {}
 
   HOPPER_DEVICE void run() {
-    Schedule schedule = schedule_of(params_);
-    Item item;
-    uint32_t key_tiles = 0;
-    while (schedule.next(item)) {
-      const Work<C> work(params_, backward_, item);
+    for (uint32_t key_tiles = 0;; ++key_tiles) {
+      mbar_wait(&shared_.keys_full, key_tiles % 2);
+      const Work& work = shared_.work[key_tiles % 2];
+      if (work.is_end) break;
       HOPPER_UNROLL
       for (int i = 0; i < C::kHeadDim / 2; ++i) dk_[i] = dv_[i] = 0.0f;
-      if (work.count > 0) {
-        mbar_wait(&shared_.keys_full, key_tiles++ % 2);
-        if (work.takes_gradient) {
-          attend<true>(work, item);
-        } else if constexpr (C::kAddsQueries) {
-          attend<false>(work, item);
-        }
-        release(&shared_.keys_empty);
+      if (work.takes_gradient) {
+        attend<true>(work);
+      } else if constexpr (C::kAddsQueries) {
+        attend<false>(work);
       }
-      store(work.keys, item);
+      release(&shared_.keys_empty);
+      store(work);
     }
     // The last sums are still being read
     if (is_leader()) tma_store_wait_read<0>();
@@ -169,23 +180,13 @@ class Consumer {
 
  private:
   template <bool kTakesGradient>
-  HOPPER_DEVICE void attend(const Work<C>& work, const Item& item) {
-    const int text = text_length(params_.mask, item.batch);
-    const int key = work.keys.row + group_ * 64 + thread_row();
-    Interval seen_by[2];
-    HOPPER_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      seen_by[half] = {0, 0};
-      if (key + 8 * half < work.keys.end) {
-        seen_by[half] = rows_that_see(params_.mask, text, key + 8 * half);
-      }
-    }
+  HOPPER_DEVICE void attend(const Work& work) {
     const uint32_t keys = smem_u32(shared_.k[group_]), values = smem_u32(shared_.v[group_]);
     float scores[C::kRows / 2], ds[C::kRows / 2], dq[kPanel / 2];
     uint32_t p_factor[C::kRows / kMmaDepth][4], ds_factor[C::kRows / kMmaDepth][4];
 
-    for (int i = 0; i < work.count; ++i, ++n_) {
-      const int stage = n_ % C::kStages, tile = work.rows.tile(i);
+    for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n_) {
+      const int stage = n_ % C::kStages;
       const uint32_t phase = n_ / C::kStages % 2;
       const uint32_t queries = smem_u32(shared_.q[stage]), dout = smem_u32(shared_.dout[stage]);
 
@@ -202,26 +203,29 @@ class Consumer {
 
       wgmma_wait<1>();
       reg_fence(scores);
-      if (!work.rows.clean(tile)) hide_rows<C::kRows>(scores, seen_by, tile * C::kRows);
+      if (tile < work.clean.begin || tile >= work.clean.end) hide(scores, work, tile * C::kRows);
       weigh(scores, shared_.lse[stage]);
       wgmma_wait<0>();
       reg_fence(ds);
+      differentiate(ds, scores, shared_.delta[stage]);
+      pack_factor<C::kRows>(ds, ds_factor);
+      if constexpr (C::kAddsQueries) share(ds_factor, shared_.ds[n_ % 2]);
       if constexpr (kTakesGradient) {
         pack_factor<C::kRows>(scores, p_factor);
         reg_fence(dv_);
         wgmma_fence();
         multiply_pv<C::kHeadDim, C::kRows>(dv_, p_factor, dout);
         wgmma_commit();
-      }
-      differentiate(ds, scores, shared_.delta[stage]);
-      pack_factor<C::kRows>(ds, ds_factor);
-      if constexpr (C::kAddsQueries) share(ds_factor, shared_.ds[n_ % 2]);
-      if constexpr (kTakesGradient) {
         reg_fence(dk_);
         wgmma_fence();
         multiply_pv<C::kHeadDim, C::kRows>(dk_, ds_factor, queries);
         wgmma_commit();
       }
+      if constexpr (kTakesGradient) {
+        wgmma_wait<1>();
+        reg_fence(dv_);
+      }
+      release(&shared_.dout_empty[stage]);
       if constexpr (C::kAddsQueries) {
         // The sums of the tile before have left; all of this tile's scores are there
         if (is_leader()) tma_store_wait_read<0>();
@@ -234,11 +238,6 @@ class Consumer {
         wgmma_commit();
       }
       if constexpr (kTakesGradient) {
-        wgmma_wait<C::kAddsQueries ? 2 : 1>();
-        reg_fence(dv_);
-      }
-      release(&shared_.dout_empty[stage]);
-      if constexpr (kTakesGradient) {
         wgmma_wait<C::kAddsQueries ? 1 : 0>();
         reg_fence(dk_);
       }
@@ -246,10 +245,21 @@ class Consumer {
       if constexpr (C::kAddsQueries) {
         wgmma_wait<0>();
         reg_fence(dq);
-        add(dq, C::Sums::half(params_, backward_.dq_sums, work.keys.in_sink, item.batch, item.head,
-                              tile, group_));
+        add(dq, work, tile);
       }
     }
+  }
+
+  HOPPER_DEVICE void hide(float (&scores)[C::kRows / 2], const Work& work, int row) {
+    const int text = text_length(params_.mask, work.batch);
+    Interval seen_by[2];
+    HOPPER_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int key = work.keys.row + group_ * 64 + thread_row() + 8 * half;
+      seen_by[half] = {0, 0};
+      if (key < work.keys.end) seen_by[half] = rows_that_see(params_.mask, text, key);
+    }
+    hide_rows<C::kRows>(scores, seen_by, row);
   }
 
   // exp(score - lse), in place. Columns are query rows.
@@ -292,7 +302,7 @@ class Consumer {
     fence_proxy_async();
   }
 
-  HOPPER_DEVICE void add(const float (&dq)[kPanel / 2], float* sums) {
+  HOPPER_DEVICE void add(const float (&dq)[kPanel / 2], const Work& work, int tile) {
     auto* own = reinterpret_cast<float4*>(shared_.dq[group_]);
     HOPPER_UNROLL
     for (int i = 0; i < kPanel / 8; ++i) {
@@ -301,23 +311,25 @@ class Consumer {
     fence_proxy_async();
     bar_sync(kGroup + group_, 128);
     if (is_leader()) {
+      float* sums = C::Sums::half(params_, backward_.dq_sums, work.keys.in_sink, work.batch,
+                                  work.head, tile, group_);
       bulk_reduce_add_f32(sums, shared_.dq[group_], sizeof(shared_.dq[group_]));
       tma_store_commit();
     }
   }
 
   // Row by row: a tile may end within the keys of another CTA.
-  HOPPER_DEVICE void store(const KeyTile& keys, const Item& item) {
+  HOPPER_DEVICE void store(const Work& work) {
     const FrameMask& mask = params_.mask;
     HOPPER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int key = keys.row + group_ * 64 + thread_row() + 8 * half;
-      if (key >= keys.end) continue;
+      const int key = work.keys.row + group_ * 64 + thread_row() + 8 * half;
+      if (key >= work.keys.end) continue;
       const bool zero =
-          !backward_.prefix_grad and key >= mask.text_tokens and key < Work<C>::prefix_end(mask);
+          !backward_.prefix_grad and key >= mask.text_tokens and key < prefix_end(mask);
       const float dk_scale = zero ? 0.0f : params_.scale, dv_scale = zero ? 0.0f : 1.0f;
-      const int64_t row = static_cast<int64_t>(item.batch) * mask.key_rows + key;
-      const int64_t at = (row * params_.heads + item.head) * C::kHeadDim + threadIdx.x % 4 * 2;
+      const int64_t row = static_cast<int64_t>(work.batch) * mask.key_rows + key;
+      const int64_t at = (row * params_.heads + work.head) * C::kHeadDim + threadIdx.x % 4 * 2;
       HOPPER_UNROLL
       for (int i = 0; i < C::kHeadDim / 8; ++i) {
         const auto pair = [&](const float (&x)[C::kHeadDim / 2], float scale) {

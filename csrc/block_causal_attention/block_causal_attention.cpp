@@ -69,6 +69,7 @@ struct Problem {
     params.heads = static_cast<int>(heads);
     params.head_dim = static_cast<int>(q.size(3));
     params.pinned_rotation = q_sink.has_value() && rows > params.mask.text_tokens;
+    params.regions = key_regions(params.mask, params.pinned_rotation);
     params.scale = static_cast<float>(scale);
     params.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
     buffers.q = row_buffer("q", q, q, rows);

@@ -115,39 +115,16 @@ class VisibleKeys {
   bool plain_sink_ = false;
 };
 
-// The rows of a key tile of the backward. Tiles do not cross the end of the sink, which many more
-// rows see than what follows, nor that of the text where the sink has a query of its own.
-class KeyRegions {
- public:
-  HOPPER_DEVICE KeyRegions(const FrameMask& mask, bool pinned_rotation) {
-    const int frames = mask.frames_before + mask.frames;
-    const int sink_end =
-        mask.text_tokens + smaller(mask.sink_frames, frames) * mask.tokens_per_frame;
-    head_ = {0, pinned_rotation ? mask.text_tokens : sink_end};
-    sink_ = {head_.end, sink_end};
-    rest_ = {sink_end, mask.key_rows};
-  }
-
-  HOPPER_DEVICE int tiles() const {
-    return tiles_of(head_, kKeyTile) + tiles_of(sink_, kKeyTile) + tiles_of(rest_, kKeyTile);
-  }
-
-  // `clean` is left to the query tiles.
-  HOPPER_DEVICE KeyTile tile(int index) const {
-    const int head_tiles = tiles_of(head_, kKeyTile), sink_tiles = tiles_of(sink_, kKeyTile);
-    const bool in_head = index < head_tiles, in_sink = !in_head && index < head_tiles + sink_tiles;
-    const int within = in_head   ? index
-                       : in_sink ? index - head_tiles
-                                 : index - head_tiles - sink_tiles;
-    const int begin = in_head ? head_.begin : in_sink ? sink_.begin : rest_.begin;
-    const int end = in_head ? head_.end : in_sink ? sink_.end : rest_.end;
-    const int row = begin + within * kKeyTile;
-    return {row, smaller(end, row + kKeyTile), in_sink, false};
-  }
-
- private:
-  Interval head_, sink_, rest_;
-};
+// A key tile of the backward; its edges are left to the query tiles.
+HOPPER_DEVICE KeyTile key_tile(const FrameMask& mask, const KeyRegions& regions, int index) {
+  const int sink_index = index - regions.head_tiles, rest_index = sink_index - regions.sink_tiles;
+  const bool in_head = sink_index < 0, in_sink = !in_head && rest_index < 0;
+  const int row = in_head   ? index * kKeyTile
+                  : in_sink ? regions.head_end + sink_index * kKeyTile
+                            : regions.sink_end + rest_index * kKeyTile;
+  const int end = in_head ? regions.head_end : in_sink ? regions.sink_end : mask.key_rows;
+  return {row, smaller(end, row + kKeyTile), in_sink, false};
+}
 
 // The query rows that see a key; `text` keys are text, the rest of it is padding.
 HOPPER_DEVICE Interval rows_that_see(const FrameMask& mask, int text, int key) {
@@ -162,39 +139,26 @@ HOPPER_DEVICE Interval rows_that_see(const FrameMask& mask, int text, int key) {
   return {text_tokens + first * tokens, text_tokens + last * tokens};
 }
 
-// The query rows that see a tile of keys, in tiles of kRows: some of its keys in all of these, all
-// of them in the clean ones.
+// The tiles of kRows query rows that see a tile of keys: some of its keys in all of these, all of
+// them in the clean ones.
 template <int kRows>
-class VisibleRows {
- public:
+struct VisibleRows {
+  Interval tiles = {0, 0}, clean = {0, 0};
+
   HOPPER_DEVICE VisibleRows(const FrameMask& mask, int batch, const KeyTile& keys) {
     const int text = text_length(mask, batch), text_tokens = mask.text_tokens;
-    const Interval last = rows_that_see(mask, text, keys.end - 1);
-    const bool padding = text < text_tokens && keys.row < text_tokens && keys.end > text;
     const bool any_text = keys.row < text;
     // Without text the first visible key is a frame's, if there is one
     const int first_key = any_text ? keys.row : larger(keys.row, text_tokens);
-    rows_ = {0, 0};
-    if (first_key < keys.end) {
-      const Interval first = rows_that_see(mask, text, first_key);
-      rows_ = {first.begin, any_text ? mask.query_rows : last.end};
-      if (!padding) clean_ = {last.begin, first.end};
-    }
-    if (keys.end - keys.row < kKeyTile) clean_ = {0, 0};
-    first_tile_ = rows_.begin / kRows;
+    if (first_key >= keys.end) return;
+    const Interval first = rows_that_see(mask, text, first_key);
+    const Interval last = rows_that_see(mask, text, keys.end - 1);
+    const int end = any_text ? mask.query_rows : last.end;
+    if (first.begin < end) tiles = {first.begin / kRows, (end + kRows - 1) / kRows};
+    const bool padding = text < text_tokens && keys.row < text_tokens && keys.end > text;
+    if (padding || keys.end - keys.row < kKeyTile) return;
+    clean = {(last.begin + kRows - 1) / kRows, first.end / kRows};
   }
-
-  HOPPER_DEVICE int tiles() const {
-    return rows_.end > rows_.begin ? (rows_.end + kRows - 1) / kRows - first_tile_ : 0;
-  }
-  HOPPER_DEVICE int tile(int index) const { return first_tile_ + index; }
-  HOPPER_DEVICE bool clean(int tile) const {
-    return clean_.begin <= tile * kRows && (tile + 1) * kRows <= clean_.end;
-  }
-
- private:
-  Interval rows_, clean_ = {0, 0};
-  int first_tile_;
 };
 
 }  // namespace aapt::block_causal

@@ -7,6 +7,11 @@
 
 namespace aapt::block_causal {
 
+constexpr int kQueryBlock = 64;  // rows of one warpgroup
+constexpr int kConsumers = 2;    // warpgroups that multiply
+constexpr int kQueryTile = kConsumers * kQueryBlock;
+constexpr int kKeyTile = 128;
+
 // FrameLayout (SPEC 3) as integers.
 struct FrameMask {
   int text_tokens, tokens_per_frame;
@@ -18,9 +23,30 @@ struct FrameMask {
   const int64_t* text_lens;  // (batch,) on the device, or null where every text is full
 };
 
+// The rows of the key tiles of the backward. Tiles do not cross the end of the sink, which many
+// more rows see than what follows, nor that of the text where the sink has a query of its own: then
+// the head is the text alone, else text and sink, and nothing is left for the sink.
+struct KeyRegions {
+  int head_end, sink_end;      // the rest ends with the keys
+  int head_tiles, sink_tiles;  // in a row
+  int tiles;                   // all
+};
+
+inline KeyRegions key_regions(const FrameMask& mask, bool pinned_rotation) {
+  const auto tiles = [](int begin, int end) { return (end - begin + kKeyTile - 1) / kKeyTile; };
+  KeyRegions regions{};
+  regions.sink_end = mask.text_tokens + mask.sink_frames * mask.tokens_per_frame;
+  regions.head_end = pinned_rotation ? mask.text_tokens : regions.sink_end;
+  regions.head_tiles = tiles(0, regions.head_end);
+  regions.sink_tiles = tiles(regions.head_end, regions.sink_end);
+  regions.tiles = regions.head_tiles + regions.sink_tiles + tiles(regions.sink_end, mask.key_rows);
+  return regions;
+}
+
 struct Params {
   int batch, heads, head_dim;
   FrameMask mask;
+  KeyRegions regions;
   bool pinned_rotation;  // the sink frames have a query of their own, q_sink
   float scale;           // of the softmax
   float scale_log2;      // times log2(e)
@@ -30,11 +56,6 @@ struct Params {
 struct Buffers {
   RowBuffer q, q_sink, k, v, out;  // q_sink.data is null without one
 };
-
-constexpr int kQueryBlock = 64;  // rows of one warpgroup
-constexpr int kConsumers = 2;    // warpgroups that multiply
-constexpr int kQueryTile = kConsumers * kQueryBlock;
-constexpr int kKeyTile = 128;
 
 // Enqueues the forward kernel on `ctas` CTAs. Returns null, or words for why it did not start.
 const char* launch_sm90(const Params& params, const Buffers& buffers, int ctas, void* stream);
