@@ -6,14 +6,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..cached_attention.triton_kernels import LOG2_E, dot, limit, load_rows
+from ..cached_attention.triton_kernels import LOG2_E, dot, load_rows
 from ..layout import FrameLayout
 from .triton_backward import keys_backward_kernel, queries_backward_kernel, stats_kernel
 from .triton_mask import INTEGERS, cut, hide, text_length, visible_keys
 from .triton_tiles import store_rows, sweep
-
-__all__ = ["backward", "forward", "limit"]
 
 STATS_ROWS = 16
 
@@ -27,13 +26,34 @@ class Config(NamedTuple):
 
 # By bytes per element and padded head_dim: the forward, the gradient of queries, those of keys.
 CONFIGS = {
-    (2, 32): (Config(128, 64, 4, 3), Config(128, 64, 4, 2), Config(64, 128, 4, 2)),
-    (2, 64): (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
-    (2, 128): (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
-    (4, 32): (Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (4, 64): (Config(64, 16, 4, 2), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
-    (4, 128): (Config(16, 32, 8, 2), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    (2, 32): (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    (2, 64): (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
+    (2, 128): (Config(64, 32, 4, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2)),
+    (4, 32): (Config(64, 32, 4, 2), Config(64, 16, 8, 1), Config(16, 32, 4, 1)),
+    (4, 64): (Config(32, 16, 4, 2), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
+# Where a warpgroup multiplies at once, and shared memory is large: compute capability 9 and 10.
+WIDE_CONFIGS = CONFIGS | {
+    (2, 32): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    (2, 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    (2, 128): (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
+}
+
+
+def limit(q: Tensor) -> str | None:
+    """What the kernels do not take. They pad a head_dim to the next of 32, 64 and 128; float32 with
+    128 would not fit the registers."""
+    most = 64 if q.dtype == torch.float32 else 128
+    if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= most:
+        return None
+    return (
+        "it takes float16 or bfloat16 with a head_dim up to 128, float32 up to 64, "
+        f"got {q.dtype} with {q.shape[-1]}"
+    )
+
+
+def is_wide(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
 
 
 @triton.jit
@@ -193,7 +213,7 @@ class Launch:
         self.head_end = layout.text_tokens if q_sink is not None else self.sink_end
         width = max(32, triton.next_power_of_2(self.head_dim))
         self.constants = {"HEAD_DIM": self.head_dim, "WIDTH": width}
-        self.configs = CONFIGS[q.element_size(), width]
+        self.configs = (WIDE_CONFIGS if is_wide(q) else CONFIGS)[q.element_size(), width]
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -101,6 +101,10 @@ class Case:
         return gradients
 
 
+QUICK = {"tiny-world", "no-text", "text-only", "two-sinks", "past-two-sinks"}
+NAMED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -113,9 +117,175 @@ def test_forward(kernel, schedule, name, pinned, head_dim):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("pinned", [False, True])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMED)
 def test_backward(kernel, schedule, name, pinned, head_dim, deterministic):
     schedule(multiprocessors=3, seed=len(name))
     heads = 1 if name == "large-frames" else 2
     case = Case(kernel, LAYOUTS[name], heads=heads, head_dim=head_dim, pinned=pinned)
     case.check_backward(deterministic=deterministic)
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 63, 64, 65, 127, 129, 150])
+def test_frame_lengths(kernel, schedule, tokens):
+    schedule(multiprocessors=4, seed=tokens)
+    frames = 2 if tokens > 64 else 5
+    case = Case(kernel, FrameLayout(9, tokens, frames, 1), head_dim=128, text_lens=[5])
+    case.check_forward()
+    case.check_backward()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_sample_has_its_own_text(kernel, schedule, deterministic):
+    schedule(multiprocessors=5, seed=2)
+    layout = FrameLayout(140, 30, 2, 1)
+    case = Case(kernel, layout, batch=4, heads=3, text_lens=[0, 1, 129, 140], pinned=True)
+    case.check_forward()
+    case.check_backward(deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_prefix_without_gradient(kernel, schedule, pinned, deterministic):
+    """Tiles of the prefix alone skip two products, and its rows are zero wherever they lie."""
+    schedule(multiprocessors=3, seed=3)
+    layout = FrameLayout(10, 100, 2, 3, past_frames=3)
+    case = Case(kernel, layout, pinned=pinned, prefix_grad=False, text_lens=[7])
+    _, dk, dv, _ = case.check_backward(deterministic=deterministic)
+    start, end = layout.prefix
+    assert (dk[:, start:end] == 0).all() and (dv[:, start:end] == 0).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
+def test_any_number_of_shares(kernel, schedule, multiprocessors):
+    schedule(multiprocessors=multiprocessors, seed=multiprocessors)
+    case = Case(kernel, FrameLayout(20, 90, 3, 1), heads=3)
+    case.check_forward()
+    case.check_backward()
+
+
+def test_more_pairs_than_take_turns(kernel, schedule):
+    schedule(multiprocessors=9, seed=4)
+    case = Case(kernel, FrameLayout(3, 17, 2, 0), batch=2, heads=13)
+    case.check_forward()
+    case.check_backward()
+
+
+@pytest.mark.parametrize("wgmma", [0, 1, 2])
+@pytest.mark.parametrize("tma", [0, 1, 2])
+def test_any_order_of_completion(kernel, schedule, tma, wgmma):
+    case = Case(kernel, FrameLayout(20, 70, 3, 1), head_dim=128, text_lens=[7], pinned=True)
+    for seed in (1, 2):
+        schedule(multiprocessors=5, seed=seed, tma=tma, wgmma=wgmma, shuffle_blocks=True)
+        case.check_forward()
+        case.check_backward(deterministic=seed == 2)
+
+
+def test_deterministic_means_bit_for_bit(kernel, schedule):
+    """Whatever the order of CTAs, copies and sums; and that order does change the other mode."""
+    case = Case(kernel, FrameLayout(20, 150, 4, 2), heads=2)
+    out, lse = case.forward()
+    results = {True: [], False: []}
+    for seed in (1, 2, 3):
+        schedule(multiprocessors=6, seed=seed, tma=1, shuffle_blocks=True)
+        for deterministic, runs in results.items():
+            runs.append(case.backward(out, lse, deterministic=deterministic))
+    for runs in results.values():
+        for run in runs[1:]:  # dk and dv are sums in one CTA in either mode
+            assert torch.equal(run[1], runs[0][1]) and torch.equal(run[2], runs[0][2])
+    assert all(torch.equal(run[0], results[True][0][0]) for run in results[True])
+    if kernel == "cpu":
+        assert any(not torch.equal(run[0], results[False][0][0]) for run in results[False])
+
+
+def test_the_mode_follows_pytorch(kernel, schedule, monkeypatch):
+    """torch.use_deterministic_algorithms, as autograd calls the op."""
+    schedule(multiprocessors=2, seed=0)
+    seen = []
+    op = OPS.block_causal_attention_backward
+    monkeypatch.setattr(
+        OPS, "block_causal_attention_backward", lambda *x: seen.append(x[-1]) or op(*x)
+    )
+    case = Case(kernel, FrameLayout(0, 8, 1, 0))
+    before = torch.are_deterministic_algorithms_enabled()
+    for wanted in (True, False):
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        q = case.q.detach().requires_grad_()
+        block_causal_attention(q, case.k, case.v, case.layout).sum().backward()
+    torch.use_deterministic_algorithms(before, warn_only=True)
+    assert seen == [True, False]
+
+
+def test_gradients_arrive_in_any_layout(kernel, schedule):
+    """Those of a sum are expanded; a transposed projection gives them head-major."""
+    schedule(multiprocessors=2, seed=0)
+    case = Case(kernel, FrameLayout(3, 40, 2, 1))
+    head_major = case.dout.transpose(1, 2).contiguous().transpose(1, 2)
+    ones = torch.ones((), dtype=torch.bfloat16, device=case.q.device)
+    for gradient in (head_major, ones.expand(case.dout.shape)):
+        results = []
+        for dout in (gradient, gradient.contiguous()):
+            q = case.q.detach().requires_grad_()
+            out = block_causal_attention(q, case.k, case.v, case.layout)
+            results += torch.autograd.grad(out, q, dout)
+        assert_error_ratio(results[0], results[1].double(), results[1])
+
+
+def test_large_scores_do_not_overflow(kernel, schedule):
+    schedule(multiprocessors=3, seed=0)
+    case = Case(kernel, FrameLayout(3, 40, 3, 1), scale=20.0)
+    out, lse = case.forward()
+    _, oracle_lse = ref.forward(*case.inputs(torch.float64), *case.arguments)
+    torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=0)
+    assert all(x.isfinite().all() for x in (out, *case.backward(out, lse)))
+
+
+def test_text_lengths_beyond_the_text_are_cut(kernel, schedule):
+    schedule(multiprocessors=2, seed=0)
+    layout = FrameLayout(9, 20, 2, 1)
+    case = Case(kernel, layout, batch=2)
+    expected, _ = case.forward()
+    case.text_lens = torch.tensor([9, 1000], dtype=torch.int32, device=case.q.device)
+    assert torch.equal(case.forward()[0], expected)
+
+
+def test_unsuitable_arguments_are_refused(kernel):
+    case = Case(kernel, FrameLayout(2, 8, 1, 0), scale=-1.0)
+    with pytest.raises(RuntimeError, match="scale: expected a positive number"):
+        case.forward()
+    case = Case(kernel, FrameLayout(2, 8, 1, 0))
+    tensors = case.inputs(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="k: expected"):
+        OPS.block_causal_attention(tensors[0], tensors[1][:, :5], *tensors[2:], *case.arguments)
+    out, lse = case.forward()
+    with pytest.raises(RuntimeError, match="lse: expected"):
+        case.backward(out, lse.double())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("past", [None, 0, 2])
+@pytest.mark.parametrize("window", [0, 1, None])
+@pytest.mark.parametrize("tokens", [1, 44, 127, 129, 172, 300])
+def test_sweep(kernel, schedule, tokens, window, past, head_dim, pinned):
+    frames = 6 if tokens < 100 else 2
+    for seed, (text, sinks) in enumerate(itertools.product((0, 64, 200), (0, 1, 2))):
+        schedule(
+            multiprocessors=(4, 9, 17)[seed % 3],
+            seed=seed,
+            tma=seed % 3,
+            wgmma=seed % 2 * 2,
+            shuffle_blocks=True,
+        )
+        layout = FrameLayout(text, tokens, frames, window, sinks, past)
+        case = Case(
+            kernel,
+            layout,
+            head_dim=head_dim,
+            text_lens=[text * (seed + 1) // 9],
+            pinned=pinned,
+            prefix_grad=past is None or seed % 2 == 0,
+            seed=seed,
+        )
+        case.check_forward()
+        case.check_backward(deterministic=seed % 4 == 3)

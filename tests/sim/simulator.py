@@ -26,20 +26,25 @@ INSTRUMENT = [
 
 RUNTIME = sorted(set((CSRC / "sim").glob("*.cpp")) - {CSRC / "sim" / "module.cpp"})
 RUNTIME.append(KERNELS / "controls.cpp")
+KERNEL_SOURCES = sorted(KERNELS.glob("*.cu"))
 HEADERS = [*(CSRC / "sim").glob("*.h"), *(CSRC / "hopper").glob("*"), *KERNELS.glob("*.*h")]
 
 
-def build(folder: Path, sources: list[Path] | None = None, headers: Sequence[Path] = ()) -> Path:
-    """The library of these kernels, by default all test kernels, with the simulator; built in
-    `folder` unless it is there for these sources."""
-    sources = sorted(KERNELS.glob("*.cu")) if sources is None else sources
+def build(
+    folder: Path,
+    sources: Sequence[Path] = KERNEL_SOURCES,
+    headers: Sequence[Path] = (),
+    name: str = "kernels",
+) -> Path:
+    """The library of these kernels with the simulator, built in `folder` unless it is there for
+    these sources. `headers`: theirs, besides those of the simulator and the test kernels."""
     digest = hash_of([Path(__file__), *RUNTIME, *HEADERS, *sources, *headers])
-    library = folder / f"libkernels-{digest}.so"
+    library = folder / f"lib{name}-{digest}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one test process builds for all
         if library.exists():
             return library
-        for old in folder.glob("libkernels-*.so"):
+        for old in folder.glob(f"lib{name}-*.so"):
             old.unlink()
         objects = [compile_once(folder, source, headers) for source in (*RUNTIME, *sources)]
         # -Bsymbolic: not the functions of another simulator in the process

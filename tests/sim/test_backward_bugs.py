@@ -70,7 +70,11 @@ BUGS = {
         "bar_sync(kScores, 128 * kConsumers);\n        if (is_leader()) tma_store_wait_read<0>();",
         "is not ordered after the read by bulk store",
     ),
-    "reductions are not committed": ("tma_store_commit();", "", "may still read shared memory"),
+    "reductions are not committed": (
+        "tma_store_commit();",
+        "",
+        "is not ordered after the read by bulk store",
+    ),
     "the last sums are left alone": (
         "// The last sums are still being read\n    if (is_leader()) tma_store_wait_read<0>();",
         "",
@@ -92,7 +96,7 @@ BUGS = {
         "work.head, tile > 0 ? tile - 1 : 0, group_)",
         None,
     ),
-    "dout released while dv needs it": (
+    "dout is not released": (
         "      release(&shared_.dout_empty[stage]);\n",
         "",
         "deadlock",
@@ -107,12 +111,7 @@ BUGS = {
         "reg_fence(dq);",
         "while a wgmma on it is in flight",
     ),
-    "lanes that still read a tile's lse": (
-        "    warp_sync();\n    if (threadIdx.x % 32 == 0) mbar_arrive(empty);",
-        "    if (threadIdx.x % 32 == 0) mbar_arrive(empty);",
-        "is not ordered after the read by",
-    ),
-    "keys released before the queries": (
+    "keys are not released": (
         "      release(&shared_.keys_empty);\n      store(work);",
         "      store(work);",
         "deadlock",
@@ -120,7 +119,7 @@ BUGS = {
     "work overwritten while it is stored": (
         "Work& work = shared.work[key_tiles % 2];",
         "Work& work = shared.work[0];",
-        "is not ordered after the write by",
+        "is not ordered after the read by thread",
     ),
     "lse not counted": (
         "mbar_arrive_expect_tx(&shared.q_full[stage], sizeof(typename C::RowBlock) + kStats);",
@@ -178,7 +177,7 @@ class Problem:
             np.linalg.norm(from_bf16(ours) - exact) / np.linalg.norm(exact)
             for ours, exact in zip(results, self.gradients, strict=True)
         ]
-        return max(errors) < 2**-7  # BF16 weights, their gradients and the results: 2^-9 each
+        return bool(max(errors) < 2**-7)  # BF16 weights, their gradients and the results: 2^-9 each
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +186,9 @@ def problem():
 
 
 @pytest.fixture(scope="module")
-def planted(simulator, request):
+def planted(request):
     """planted(name): the simulator of the source with that bug; without a name, as it is."""
-    folder = request.config.cache.mkdir("backward_bugs")
+    folder = request.config.cache.mkdir("simulator")
 
     def make(name=None):
         source = KERNEL.read_text()
@@ -201,12 +200,10 @@ def planted(simulator, request):
         source = source.replace("run(launch<Config<128, true>>)", "nullptr")
         source = source.replace("run(launch<Config<128, false>>)", "nullptr")
         source = source.replace("run(launch<Config<64, false>>)", "nullptr")
-        number = 0 if name is None else 1 + list(BUGS).index(name)
-        subfolder = folder / f"{number}"
-        subfolder.mkdir(exist_ok=True)
-        path = subfolder / "backward_sm90.cu"
+        stem = "right" if name is None else f"bug{list(BUGS).index(name)}"
+        path = folder / f"{stem}_sm90.cu"
         path.write_text(source)
-        return Simulator(build(subfolder, [path, *OTHERS, DRIVER], HEADERS))
+        return Simulator(build(folder, [path, *OTHERS, DRIVER], HEADERS, stem))
 
     return make
 
