@@ -1,6 +1,6 @@
 """What the sm_90a kernels of block_causal_attention should give on a GPU: a prediction, no figure.
 
-    python benchmarks/training_model.py
+    python -m benchmarks.training_model
 
 Counted exactly, as csrc/block_causal_attention/{mask,schedule}.h cut and deal the work: *waste*,
 the elements of all tiles over those that the mask shows, less one; *edges*, the share of tiles that
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from aapt_kernels import FrameLayout
+
+from .shapes import TRAINING_CUDA, TrainingShape
 
 MULTIPROCESSORS = 132
 TILE = 128  # query rows of the forward; keys
@@ -27,45 +29,17 @@ TARGETS = {"forward": 640e12, "backward": 520e12}
 
 
 @dataclass(frozen=True)
-class Shape:
-    layout: FrameLayout
-    heads: int
-    head_dim: int = 128
-    batch: int = 1
-
-    @property
-    def pairs(self) -> int:
-        return self.batch * self.heads
-
-    @property
-    def visible(self) -> int:
-        """Elements of the mask that are shown, of one head."""
-        text, tokens = self.layout.text_tokens, self.layout.tokens_per_frame
-        frames = map(self.layout.intervals, range(self.layout.frames))
-        return text * text + tokens * sum(end - start for frame in frames for start, end in frame)
-
-    @property
-    def rows_of_backward(self) -> int:
-        """Of a query tile there."""
-        return 8192 // self.head_dim
-
-    def flops(self, products: int) -> int:
-        """Of as many matrix products: two in the forward, five in the backward."""
-        return 2 * products * self.visible * self.head_dim * self.pairs
-
-    def bytes(self, query_tensors: int, key_tensors: int) -> int:
-        """Of BF16 tensors, each read or written once."""
-        rows = query_tensors * self.layout.query_length + key_tensors * self.layout.key_length
-        return 2 * rows * self.head_dim * self.pairs
-
-
-@dataclass(frozen=True)
 class Tile:
     """A tile of one operand: its first row, and the tiles of the other that it meets."""
 
     row: int
     count: int
     clean: int
+
+
+def rows_of_backward(shape: TrainingShape) -> int:
+    """Of a query tile there."""
+    return 8192 // shape.head_dim
 
 
 def row_view(layout: FrameLayout, row: int) -> tuple[int, int, int]:
@@ -77,7 +51,7 @@ def row_view(layout: FrameLayout, row: int) -> tuple[int, int, int]:
     return sink[1], *window
 
 
-def query_tiles(shape: Shape, pinned: bool = False) -> list[Tile]:
+def query_tiles(shape: TrainingShape, pinned: bool = False) -> list[Tile]:
     """The work of the forward, in order of rows. pinned: with q_sink."""
     layout = shape.layout
     text, length = layout.text_tokens, layout.query_length
@@ -113,14 +87,14 @@ def _query_tile(layout: FrameLayout, first: int, last: int, text: int, pinned: b
     return Tile(first, count, clean)
 
 
-def key_tiles(shape: Shape, pinned: bool = False) -> list[Tile]:
+def key_tiles(shape: TrainingShape, pinned: bool = False) -> list[Tile]:
     """The work of the backward, in order of keys."""
     layout = shape.layout
     sink_end = layout.sink[1]
     starts = [0, layout.text_tokens, sink_end] if pinned else [0, sink_end]
     regions = zip(starts, [*starts[1:], layout.key_length], strict=True)
     return [
-        _key_tile(layout, row, min(row + TILE, end), shape.rows_of_backward)
+        _key_tile(layout, row, min(row + TILE, end), rows_of_backward(shape))
         for start, end in regions
         for row in range(start, end, TILE)
     ]
@@ -172,11 +146,13 @@ class Direction:
     seconds: float
 
 
-def schedule(shape: Shape, tiles: list[Tile], rows: int, products: int, rate: float) -> Direction:
+def schedule(
+    shape: TrainingShape, tiles: list[Tile], rows: int, products: int, rate: float
+) -> Direction:
     """A kernel of so many products per tile of rows x TILE, whose inner loop runs at `rate`."""
     step = 2 * products * rows * TILE * shape.head_dim / (rate / MULTIPROCESSORS)
     shares = [[0, 0] for _ in range(MULTIPROCESSORS)]
-    for cta, _, tile in deal(tiles, shape.pairs):
+    for cta, _, tile in deal(tiles, shape.batch * shape.heads):
         shares[cta][0] += tile.count
         shares[cta][1] += 1
     count = sum(tile.count for tile in tiles)
@@ -185,7 +161,7 @@ def schedule(shape: Shape, tiles: list[Tile], rows: int, products: int, rate: fl
         tiles=count,
         waste=count * rows * TILE / shape.visible - 1,
         edges=1 - sum(tile.clean for tile in tiles) / count,
-        balance=count * shape.pairs / MULTIPROCESSORS / most,
+        balance=count * shape.batch * shape.heads / MULTIPROCESSORS / most,
         seconds=max(steps * step + items * ITEM_SECONDS for steps, items in shares),
     )
 
@@ -203,9 +179,9 @@ class Prediction:
         return self.backward.seconds + self.around
 
 
-def predict(shape: Shape) -> Prediction:
+def predict(shape: TrainingShape) -> Prediction:
     queries, keys = query_tiles(shape)[::-1], key_tiles(shape)
-    rows = shape.rows_of_backward
+    rows = rows_of_backward(shape)
     forward = schedule(shape, queries, TILE, 2, FORWARD_FLOPS)
     backward = schedule(shape, keys, rows, 5, BACKWARD_FLOPS)
     copy = COPY_RATE * PEAK_BYTES
@@ -213,7 +189,7 @@ def predict(shape: Shape) -> Prediction:
     convert = shape.bytes(2 + 2 + 1, 0) / copy  # float32 sums cleared and read, dq written
     of_keys = schedule(shape, keys, rows, 4, BACKWARD_FLOPS)
     of_queries = schedule(shape, queries, TILE, 3, BACKWARD_FLOPS)
-    added = backward.tiles * shape.pairs * rows * shape.head_dim * 4
+    added = backward.tiles * shape.batch * shape.heads * rows * shape.head_dim * 4
     return Prediction(
         forward,
         backward,
@@ -221,14 +197,6 @@ def predict(shape: Shape) -> Prediction:
         deterministic=of_keys.seconds + of_queries.seconds + statistics,
         sums_bytes=added / backward.seconds,
     )
-
-
-SHAPES = {
-    "31 x 1196, window 30": Shape(FrameLayout(512, 1196, 31, 30), 24),
-    "61 x 880, window 30": Shape(FrameLayout(512, 880, 61, 30), 24),
-    "16 x 3600, window 15": Shape(FrameLayout(512, 3600, 16, 15), 24),
-    "tiny world: 16 x 40, 3 heads of 64": Shape(FrameLayout(25, 40, 16, 8), 3, 64, batch=8),
-}
 
 
 def tables() -> str:
@@ -239,7 +207,7 @@ def tables() -> str:
         "| frames x tokens | tiles of a head, forward / backward | waste | edges | balance |",
         "|---|---|---|---|---|",
     ]
-    predictions = {name: predict(shape) for name, shape in SHAPES.items()}
+    predictions = {name: predict(shape) for name, shape in TRAINING_CUDA.items()}
     for name, model in predictions.items():
         both = (model.forward, model.backward)
         cells = [" / ".join(str(x.tiles) for x in both)]
@@ -254,7 +222,7 @@ def tables() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, model in predictions.items():
-        shape = SHAPES[name]
+        shape = TRAINING_CUDA[name]
         if shape.head_dim != 128:
             continue  # no rate is known to assume
         floors = [

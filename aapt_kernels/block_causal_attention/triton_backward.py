@@ -61,10 +61,10 @@ def differentiate(
         active = key < end
     k_tile = load_rows(k, key, k_stride, active, HEAD_DIM, WIDTH)
     v_tile = load_rows(v, key, v_stride, active, HEAD_DIM, WIDTH)
-    s = dot(q, tl.trans(k_tile))
+    s = dot(q, tl.trans(k_tile)) * scale
     if end is not None:
         s = hide(s, key, end, shown, layout)
-    p = tl.exp2(s * scale - lse[:, None])
+    p = tl.exp2(s - lse[:, None])
     ds = p * (dot(dout, tl.trans(v_tile)) - delta[:, None])
     return (dot(ds.to(k_tile.dtype), k_tile, state[0]),)
 
@@ -213,14 +213,14 @@ def gather_keys(
     if stop is not None:
         active = (row >= first) & (row < rows)
     q_tile = load_rows(q, row - first, q_stride, active, HEAD_DIM, WIDTH)
-    s = dot(k_tile, tl.trans(q_tile))
+    s = dot(k_tile, tl.trans(q_tile)) * scale
     if stop is not None:
         lse_row = tl.load(lse + row, mask=row < rows, other=float("inf"))
         seen = (row[None, :] >= seen_by[0][:, None]) & (row[None, :] < seen_by[1][:, None])
         s = tl.where(seen, s, float("-inf"))
     else:
         lse_row = tl.load(lse + row)
-    p = tl.exp2(s * scale - lse_row[None, :])
+    p = tl.exp2(s - lse_row[None, :])
     dout_tile = load_rows(dout, row, dout_stride, active, HEAD_DIM, WIDTH)
     dv = dot(p.to(dout_tile.dtype), dout_tile, dv)
     delta_row = tl.load(delta + row, mask=row < rows, other=0)

@@ -20,6 +20,12 @@ def model(monkeypatch):
     return import_module("benchmarks.training_model")
 
 
+@pytest.fixture
+def shapes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return import_module("benchmarks.shapes")
+
+
 @pytest.fixture(scope="module")
 def kernel_work(tmp_path_factory):
     """What the kernels do, compiled for the host: lists of integers by kind."""
@@ -82,9 +88,9 @@ LARGE = [
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("layout", LARGE, ids=str)
-def test_the_kernel_follows_the_model(model, kernel_work, layout, pinned, head_dim, heads):
-    shape, ctas = model.Shape(layout, heads, head_dim), 132
-    lines = kernel_work(layout, pinned, shape.rows_of_backward, heads, ctas)
+def test_the_kernel_follows_the_model(model, shapes, kernel_work, layout, pinned, head_dim, heads):
+    shape, ctas = shapes.TrainingShape(layout, heads, head_dim), 132
+    lines = kernel_work(layout, pinned, model.rows_of_backward(shape), heads, ctas)
     queries, keys = model.query_tiles(shape, pinned)[::-1], model.key_tiles(shape, pinned)
     for kind, tiles in (("f", queries), ("b", keys)):
         expected = [
@@ -96,12 +102,12 @@ def test_the_kernel_follows_the_model(model, kernel_work, layout, pinned, head_d
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_visible_area_is_that_of_the_mask(model, layout):
-    assert model.Shape(layout, 1).visible == int(layout.dense_mask().sum())
+def test_the_visible_area_is_that_of_the_mask(shapes, layout):
+    assert shapes.TrainingShape(layout, 1, 64).visible == int(layout.dense_mask().sum())
 
 
-def test_the_target_shapes_waste_less_than_three_percent(model):
-    for shape in model.SHAPES.values():
+def test_the_target_shapes_waste_less_than_three_percent(model, shapes):
+    for shape in shapes.TRAINING_CUDA.values():
         if shape.head_dim != 128:
             continue
         prediction = model.predict(shape)
