@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aapt_kernels import FrameLayout, block_causal_attention
+from aapt_kernels.backend import BackendError
 from aapt_kernels.block_causal_attention import ref
 from aapt_kernels.block_causal_attention.cases import LAYOUTS
 from aapt_kernels.testing import assert_error_ratio
@@ -259,6 +260,9 @@ def test_unsuitable_arguments_are_refused(kernel):
     out, lse = case.forward()
     with pytest.raises(RuntimeError, match="lse: expected"):
         case.backward(out, lse.double())
+    x = torch.zeros(1, 8, 1, 32, dtype=torch.bfloat16, device=case.q.device)
+    with pytest.raises(BackendError, match="it takes bfloat16 with head_dim 64 or 128"):
+        block_causal_attention(x, x, x, FrameLayout(0, 8, 1, 0))
 
 
 @pytest.mark.slow
