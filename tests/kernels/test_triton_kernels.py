@@ -254,10 +254,10 @@ def test_attention_with_any_scale(dtype, scale):
 
 # text, tokens, frames, window, sinks, past; head_dim, lens, clamped, prefix_grad
 TRAINING = [
-    (FrameLayout(5, 40, 3, 1), 32, (5, 2), False, True),
+    pytest.param((FrameLayout(5, 40, 3, 1), 32, (5, 2), False, True), marks=SLOW),
     (FrameLayout(5, 40, 3, 1), 40, (0, 5), True, True),
     (FrameLayout(0, 7, 12, 3, 2), 64, None, True, True),
-    (FrameLayout(3, 23, 3, 1, 1, 2), 64, (3, 1), False, False),
+    pytest.param((FrameLayout(3, 23, 3, 1, 1, 2), 64, (3, 1), False, False), marks=SLOW),
     (FrameLayout(3, 23, 2, 0, 1, 3), 16, (0, 2), True, False),
     pytest.param((FrameLayout(70, 65, 3, None), 128, (66, 3), True, True), marks=SLOW),
     pytest.param((FrameLayout(9, 129, 2, 1, 0), 64, (9, 9), False, True), marks=SLOW),

@@ -46,14 +46,15 @@ def build(
             return library
         for old in folder.glob(f"lib{name}-*.so"):
             old.unlink()
-        objects = [compile_once(folder, source, headers) for source in (*RUNTIME, *sources)]
+        objects = [compile_once(folder, source) for source in RUNTIME]
+        objects += [compile_once(folder, source, headers) for source in sources]
         # -Bsymbolic: not the functions of another simulator in the process
         link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True, text=True)
     return library
 
 
-def compile_once(folder: Path, source: Path, headers: Sequence[Path]) -> str:
+def compile_once(folder: Path, source: Path, headers: Sequence[Path] = ()) -> str:
     """The object of a source, compiled unless it is there."""
     digest = hash_of([Path(__file__), *HEADERS, *headers, source])
     target = folder / f"{source.stem}-{source.suffix[1:]}-{digest}.o"

@@ -215,7 +215,22 @@ def test_right_without_a_bug(planted, problem):
         assert result is True, result
 
 
-@pytest.mark.parametrize("name", BUGS)
+# Each costs a compilation: in every run those of the barriers and the reduction.
+QUICK = {
+    "scores are not fenced",
+    "no barrier between scores and dq",
+    "one place for scores, read and written",
+    "a warp's barrier before the reduction",
+    "sums overwritten while they leave",
+    "the last sums are left alone",
+    "sums overwrite those of other keys",
+    "q released before dk is done",
+    "edges are not hidden",
+}
+NAMED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in BUGS]
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_planted_bug(planted, problem, name):
     words = BUGS[name][2]
     results = [problem.run(planted(name), seed=seed) for seed in (1, 2)]
