@@ -27,6 +27,11 @@ from cubin import (
 REQUIRED: dict[str, tuple[str, ...]] = {
     "kv_append_kernel": ("LDG.E.128", "STG.E.128"),
     "cached_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "block_causal_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "block_causal_backward_kernel": ("HGMMA", "UTMALDG"),
+    "block_causal_dq_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "block_causal_rows_kernel": ("LDG.E.128",),
+    "block_causal_convert_kernel": ("LDG.E.128",),
 }
 
 
