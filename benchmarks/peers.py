@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import deterministic as memory
 
-from aapt_kernels import backend, use_backend
+from aapt_kernels import FrameLayout, backend, use_backend
 
 Peer = Callable[[], object] | Exception
 
@@ -77,6 +78,99 @@ def attentions(q: Tensor, k: Tensor, v: Tensor, device: str) -> dict[str, Peer]:
         "FA3": attempt(lambda: flash("flash_attn_interface")),
         "FA4": attempt(lambda: flash("flash_attn.cute")),
     }
+
+
+def masked_attentions(
+    layout: FrameLayout, device: str, timed: Callable[[Callable], Callable[[], object]]
+) -> dict[str, Peer]:
+    """Attention of q, k, v (B, L, H, D) under the mask of `layout`; `timed` makes of such a
+    function what is to run."""
+
+    def dense():
+        mask = layout.dense_mask("cuda" if device == "cuda" else "cpu")
+
+        def attend(*tensors):
+            q, k, v = (x.transpose(1, 2) for x in tensors)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+        return timed(attend)
+
+    def flex():
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def visible(batch, head, query, key):  # it takes no bound method
+            return layout.mask_mod(batch, head, query, key)
+
+        mask = create_block_mask(
+            visible,
+            None,
+            None,
+            layout.query_length,
+            layout.key_length,
+            device="cuda" if device == "cuda" else "cpu",
+            _compile=device == "cuda",  # else it would make the dense mask
+        )
+        attend = compiled(flex_attention, device)
+
+        def run(*tensors):
+            return attend(*(x.transpose(1, 2) for x in tensors), block_mask=mask).transpose(1, 2)
+
+        return timed(run)
+
+    def per_frame(attend: Callable):
+        """A loop over frames with an attention that needs no mask; (B, L, H, D)."""
+
+        def run(q, k, v):
+            text, tokens = layout.text_tokens, layout.tokens_per_frame
+            outs = [attend(q[:, :text], k[:, :text], v[:, :text])] if text else []
+            for frame in range(layout.frames):
+                start = text + frame * tokens
+                seen = [slice(*interval) for interval in layout.intervals(frame)]
+                keys, values = (torch.cat([x[:, part] for part in seen], dim=1) for x in (k, v))
+                outs.append(attend(q[:, start : start + tokens], keys, values))
+            return torch.cat(outs, dim=1)
+
+        return timed(run)
+
+    def sdpa(choice: SDPBackend | None):
+        def attend(*tensors):
+            q, k, v = (x.transpose(1, 2) for x in tensors)
+            if choice is None:
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            with sdpa_kernel(choice):
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        return lambda: per_frame(attend)
+
+    def flash(module: str):
+        attend = import_module(module).flash_attn_func
+        return per_frame(lambda *tensors: first(attend(*tensors)))
+
+    if device == "cpu":
+        return {"dense-mask SDPA": attempt(dense), "SDPA per frame": attempt(sdpa(None))}
+    return {
+        "SDPA, dense mask": attempt(dense),
+        "SDPA cuDNN per frame": attempt(sdpa(SDPBackend.CUDNN_ATTENTION)),
+        "SDPA flash (FA2) per frame": attempt(sdpa(SDPBackend.FLASH_ATTENTION)),
+        "FlexAttention compiled": attempt(flex),
+        "FA3 per frame": attempt(lambda: flash("flash_attn_interface")),
+    }
+
+
+def deterministic(call: Callable[[], object]) -> Callable[[], object]:
+    """The same in PyTorch's deterministic mode, without the fill of fresh memory."""
+
+    def run():
+        before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            memory.fill_uninitialized_memory = before[1]
+
+    return run
 
 
 def first(result):

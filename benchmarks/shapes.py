@@ -1,10 +1,10 @@
-"""The sizes that benchmarks of one-frame ops run at."""
+"""The sizes that benchmarks of attention run at."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from aapt_kernels import KVCache
+from aapt_kernels import FrameLayout, KVCache
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,74 @@ def shapes_for(device: str) -> dict[str, Shape]:
 
 def dtypes_for(device: str) -> list[torch.dtype]:
     return [torch.float32, torch.bfloat16] if device == "cpu" else [torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """A whole clip under the mask of `layout`."""
+
+    layout: FrameLayout
+    heads: int
+    head_dim: int
+    batch: int = 1
+
+    @property
+    def visible(self) -> int:
+        """Elements of the mask that are shown, of one head."""
+        text, tokens = self.layout.text_tokens, self.layout.tokens_per_frame
+        frames = map(self.layout.intervals, range(self.layout.frames))
+        seen = sum(end - start for frame in frames for start, end in frame)
+        return text * text + tokens * seen
+
+    def flops(self, products: int) -> int:
+        """Of as many matrix products, two in the forward and five in the backward, where the mask
+        shows something."""
+        return 2 * products * self.visible * self.head_dim * self.heads * self.batch
+
+    def bytes(self, query_tensors: int, key_tensors: int) -> int:
+        """Of BF16 tensors, each read or written once."""
+        rows = query_tensors * self.layout.query_length + key_tensors * self.layout.key_length
+        return 2 * rows * self.head_dim * self.heads * self.batch
+
+    def reduced(self) -> "TrainingShape":
+        """As odd, and small enough for a CPU in no time."""
+        layout = self.layout
+        tokens = layout.tokens_per_frame % 128 or 8
+        return replace(
+            self,
+            layout=replace(
+                layout, text_tokens=16, tokens_per_frame=tokens, frames=3, window_frames=1
+            ),
+            heads=min(self.heads, 2),
+        )
+
+    def make_inputs(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+        """q, k and v, normal."""
+        lengths = (self.layout.query_length, *[self.layout.key_length] * 2)
+        sizes = [(self.batch, length, self.heads, self.head_dim) for length in lengths]
+        return [torch.randn(size, dtype=dtype, device=device) for size in sizes]
+
+
+TRAINING_CPU = {
+    "video": TrainingShape(FrameLayout(0, 128, 32, 6), 8, 64),
+    "tiny-world training": TrainingShape(FrameLayout(24, 40, 8, 6), 6, 32, batch=8),
+    "tiny-world segment": TrainingShape(FrameLayout(24, 40, 8, 6, past_frames=6), 6, 32, batch=8),
+}
+
+# aapt-8b at three sizes, a text of 512 tokens; the bundled model.
+TRAINING_CUDA = {
+    f"{frames} x {tokens}, window {window}": TrainingShape(
+        FrameLayout(512, tokens, frames, window), heads=24, head_dim=128
+    )
+    for frames, tokens, window in ((31, 1196, 30), (61, 880, 30), (16, 3600, 15))
+}
+TRAINING_CUDA["tiny world"] = TrainingShape(FrameLayout(25, 40, 16, 8), 3, 64, batch=8)
+
+
+def training_shapes_for(device: str) -> dict[str, TrainingShape]:
+    """By what --device says: cpu, cuda, or dry."""
+    if device == "cpu":
+        return TRAINING_CPU
+    if device == "cuda":
+        return TRAINING_CUDA
+    return {f"{name}, reduced": shape.reduced() for name, shape in TRAINING_CUDA.items()}

@@ -4,6 +4,17 @@
 #include <torch/csrc/stable/library.h>
 
 namespace {
+// The layout integers are FrameLayout's; q, k, v are (batch, length, heads, head_dim).
+constexpr const char* BLOCK_CAUSAL_ATTENTION =
+    "block_causal_attention(Tensor q, Tensor k, Tensor v, Tensor? text_lens, Tensor? q_sink, "
+    "int text_tokens, int tokens_per_frame, int frames, int? window_frames, int sink_frames, "
+    "int? past_frames, float scale, bool prefix_grad) -> (Tensor out, Tensor lse)";
+constexpr const char* BLOCK_CAUSAL_ATTENTION_BACKWARD =
+    "block_causal_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+    "Tensor out, Tensor lse, Tensor? text_lens, Tensor? q_sink, int text_tokens, "
+    "int tokens_per_frame, int frames, int? window_frames, int sink_frames, int? past_frames, "
+    "float scale, bool prefix_grad, bool deterministic) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_sink)";
 constexpr const char* KV_APPEND =
     "kv_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
@@ -20,6 +31,8 @@ constexpr const char* CAUSAL_CONV3D =
 
 // The ops with a kernel written for sm_90a.
 [[maybe_unused]] void define_kernels(torch::stable::detail::StableLibrary& m) {
+  m.def(BLOCK_CAUSAL_ATTENTION);
+  m.def(BLOCK_CAUSAL_ATTENTION_BACKWARD);
   m.def(KV_APPEND);
   m.def(CACHED_ATTENTION);
   m.def(CAUSAL_CONV3D);
@@ -28,16 +41,8 @@ constexpr const char* CAUSAL_CONV3D =
 
 #ifndef AAPT_SIM
 STABLE_TORCH_LIBRARY(aapt, m) {
-  // The layout integers are FrameLayout's; q, k, v are (batch, length, heads, head_dim).
-  m.def(
-      "block_causal_attention(Tensor q, Tensor k, Tensor v, Tensor? text_lens, Tensor? q_sink, "
-      "int text_tokens, int tokens_per_frame, int frames, int? window_frames, int sink_frames, "
-      "int? past_frames, float scale, bool prefix_grad) -> (Tensor out, Tensor lse)");
-  m.def(
-      "block_causal_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
-      "Tensor out, Tensor lse, Tensor? text_lens, Tensor? q_sink, int text_tokens, "
-      "int tokens_per_frame, int frames, int? window_frames, int sink_frames, int? past_frames, "
-      "float scale, bool prefix_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_sink)");
+  m.def(BLOCK_CAUSAL_ATTENTION);
+  m.def(BLOCK_CAUSAL_ATTENTION_BACKWARD);
 
   m.def(
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "

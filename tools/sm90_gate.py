@@ -29,6 +29,11 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "cached_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
     "causal_conv3d_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
     "activate_kernel": ("LDG.E.128", "STG.E.128"),
+    "block_causal_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "block_causal_backward_kernel": ("HGMMA", "UTMALDG"),
+    "block_causal_dq_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "block_causal_rows_kernel": ("LDG.E.128",),
+    "block_causal_convert_kernel": ("LDG.E.128",),
 }
 
 

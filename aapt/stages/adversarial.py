@@ -313,10 +313,11 @@ class Adversarial:
         share: float,
     ) -> dict[str, float]:
         """Accumulates the generator's gradients. The discriminator has not moved in between."""
-        channels, *words = fakes.conditions
-        fakes = replace(fakes, conditions=Conditions(channels, *(x.detach() for x in words)))
+        # The text's graph went with the discriminator's turn.
+        given = Conditions(*(x if x is None else x.detach() for x in fakes.conditions))
         with frozen(self.discriminator):
-            losses = {"generator": generator_loss(on_real, self.logits(fakes, t)), **errors}
+            judged = self.logits(replace(fakes, conditions=given), t)
+            losses = {"generator": generator_loss(on_real, judged), **errors}
             weights = {"error": self.config.regression, "palette": self.config.palette}
             total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
             (share * total).backward()

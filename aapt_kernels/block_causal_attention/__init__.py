@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..backend import implement, register_autograd, register_fake
 from ..checks import check_dense_rows, check_device, check_dtype, check_shape
+from ..deferred import deferred
+from ..kv_append import sm90_limit
 from ..layout import FrameLayout
 from ..precision import wide
 from . import cpu, ref
@@ -37,6 +39,10 @@ def block_causal_attention(
     given. prefix_grad=False leaves the gradient rows of `[sink | past]` in k and v zero and saves
     their cost. return_lse also returns the log-sum-exp of the scores, (B, H, query_length) float32
     (float64 for float64 inputs), -inf in a row that sees nothing; it has a gradient as well.
+
+    The sm_90a backward adds to dq in an order that varies from run to run; under
+    torch.use_deterministic_algorithms(True) it computes dq apart, which takes about 40 % more
+    arithmetic. All other backends are deterministic anyway.
 
     Raises ValueError or TypeError where an argument does not fit the layout or q.
     """
@@ -73,7 +79,6 @@ def block_causal_attention(
 
 @register_fake("block_causal_attention")
 def _(q, k, v, *_):
-
     batch, length, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((batch, heads, length), dtype=wide(q.dtype))
@@ -96,11 +101,34 @@ def _backward(ctx, dout, dlse):
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dq_sink = torch.ops.aapt.block_causal_attention_backward(
-        dout, dlse, q, k, v, out, lse, text_lens, q_sink, *ctx.arguments
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        text_lens,
+        q_sink,
+        *ctx.arguments,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv, None, None if q_sink is None else dq_sink, *[None] * len(ctx.arguments)
 
 
 register_autograd("block_causal_attention", _backward, _save)
-implement("block_causal_attention", reference=ref.reference_forward, cpu=cpu.forward)
-implement("block_causal_attention_backward", reference=ref.reference_backward, cpu=cpu.backward)
+LIMITS = {"cuda": sm90_limit, "triton": deferred(__name__, "limit")}
+implement(
+    "block_causal_attention",
+    limits=LIMITS,
+    reference=ref.reference_forward,
+    cpu=cpu.forward,
+    triton=deferred(__name__),
+)
+implement(
+    "block_causal_attention_backward",
+    limits=LIMITS,
+    reference=ref.reference_backward,
+    cpu=cpu.backward,
+    triton=deferred(__name__, "backward"),
+)

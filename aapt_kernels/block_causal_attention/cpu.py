@@ -192,7 +192,7 @@ def forward(q, k, v, text_lens, q_sink, *arguments):
 
 
 def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
-    problem = Problem(q, k, v, text_lens, q_sink, arguments)
+    problem = Problem(q, k, v, text_lens, q_sink, arguments[:-1])
     douts = problem.head_major(dout)
     dlse = None if dlse is None else dlse.to(problem.dtype).flatten(0, 1)[..., None]
     dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))

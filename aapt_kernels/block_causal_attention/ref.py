@@ -50,7 +50,7 @@ def forward(q, k, v, text_lens, q_sink, *arguments):
 
 
 def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
-    *integers, scale, prefix_grad = arguments
+    *integers, scale, prefix_grad, _ = arguments
     layout = FrameLayout(*integers)
     p = probabilities(scores(q, k, q_sink, text_lens, layout, scale))
     dv = torch.einsum("bhqk,bqhd->bkhd", p, dout)

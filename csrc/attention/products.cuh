@@ -45,6 +45,22 @@ HOPPER_DEVICE void multiply_pv(float (&out)[kHeadDim / 2],
   }
 }
 
+// sums = ds^T k: ds (kKeys, 64) along its columns, one panel; k (kKeys, 64), a panel in blocks of
+// 64 keys that lie `block_bytes` apart.
+template <int kKeys>
+HOPPER_DEVICE void multiply_transposed(float (&sums)[32], uint32_t ds, uint32_t k,
+                                       uint32_t block_bytes) {
+  HOPPER_UNROLL
+  for (int i = 0; i < kKeys / kMmaDepth; ++i) {
+    constexpr int kPerBlock = 64 / kMmaDepth, kStep = kMmaDepth * kPanelRow;
+    hopper::wgmma_ss<64, 1, 1>(
+        sums, hopper::make_desc(ds + i * kStep, kKeys * kPanelRow, kSwizzleStride, hopper::SW_128),
+        hopper::make_desc(k + i / kPerBlock * block_bytes + i % kPerBlock * kStep, block_bytes,
+                          kSwizzleStride, hopper::SW_128),
+        i != 0);
+  }
+}
+
 // Scores, as they came out of one product, become the left factor of the next.
 template <int kKeys>
 HOPPER_DEVICE void pack_factor(const float (&scores)[kKeys / 2],

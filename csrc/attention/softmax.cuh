@@ -9,18 +9,10 @@ struct OnlineSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY};  // of the raw scores
   float sum[2] = {0.0f, 0.0f};                // of this thread's columns, until `reduce`
 
-  // Turns raw scores into weights relative to the new maximum, and returns in `rescale` what older
-  // weights are now worth. The first `valid` columns are keys; at least one must be.
+  // Turns raw scores, -inf where a key is hidden, into weights relative to the new maximum, and
+  // returns in `rescale` what older weights are now worth. A row may see nothing, so far or ever.
   template <int kKeys>
-  HOPPER_DEVICE void add(float (&scores)[kKeys / 2], float (&rescale)[2], int valid,
-                         float scale_log2) {
-    if (valid < kKeys) {
-      const int column = threadIdx.x % 4 * 2;
-      HOPPER_UNROLL
-      for (int i = 0; i < kKeys / 2; ++i) {
-        if (i / 4 * 8 + column + i % 2 >= valid) scores[i] = -INFINITY;
-      }
-    }
+  HOPPER_DEVICE void add(float (&scores)[kKeys / 2], float (&rescale)[2], float scale_log2) {
     HOPPER_UNROLL
     for (int row = 0; row < 2; ++row) {
       float highest = maximum[row];
@@ -30,7 +22,7 @@ struct OnlineSoftmax {
       }
       highest = fmaxf(highest, hopper::shfl_xor(highest, 1));
       highest = fmaxf(highest, hopper::shfl_xor(highest, 2));
-      const float offset = highest * scale_log2;
+      const float offset = highest == -INFINITY ? 0.0f : highest * scale_log2;
       rescale[row] = hopper::exp2_approx(maximum[row] * scale_log2 - offset);
       maximum[row] = highest;
       float added = 0.0f;
@@ -53,6 +45,16 @@ struct OnlineSoftmax {
     }
   }
 };
+
+// Hides all columns of a fragment but the first `valid`.
+template <int kKeys>
+HOPPER_DEVICE void hide_columns(float (&scores)[kKeys / 2], int valid) {
+  const int column = threadIdx.x % 4 * 2;
+  HOPPER_UNROLL
+  for (int i = 0; i < kKeys / 2; ++i) {
+    if (i / 4 * 8 + column + i % 2 >= valid) scores[i] = -INFINITY;
+  }
+}
 
 // Multiplies the two rows of an accumulator fragment.
 template <int kSize>

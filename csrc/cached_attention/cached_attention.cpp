@@ -4,20 +4,11 @@
 #include <optional>
 #include <tuple>
 
+#include "attention/host_rows.h"
 #include "cached_attention/params.h"
-#include "host.h"
 
 namespace aapt {
 namespace {
-
-RowBuffer row_buffer(const char* name, const Tensor& tensor, const Tensor& q, int64_t length) {
-  const Strides strides = check_rows(name, tensor, q, length);
-  const auto bytes = [&](int64_t elements) {
-    return static_cast<uint64_t>(elements * tensor.element_size());
-  };
-  return {device_pointer(tensor), bytes(strides.token), bytes(strides.head), bytes(strides.batch),
-          static_cast<int>(length)};
-}
 
 std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step,
                                             Tensor text_lens, std::optional<Tensor> q_sink,

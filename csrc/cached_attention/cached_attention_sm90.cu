@@ -6,6 +6,7 @@
 // scores of the next key tile are multiplied together with the values of this one. `schedule.h`
 // keeps every SM busy to the end.
 
+#include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "attention/softmax.cuh"
 #include "cached_attention/params.h"
@@ -154,7 +155,8 @@ class Consumer {
       wgmma_wait<0>();
       reg_fence(scores);
       release(&shared_.k_empty[stage(first).index]);
-      softmax_.template add<C::kKeyTile>(scores, rescale, tile.valid, params_.scale_log2);
+      if (tile.valid < C::kKeyTile) hide_columns<C::kKeyTile>(scores, tile.valid);
+      softmax_.template add<C::kKeyTile>(scores, rescale, params_.scale_log2);
       pack_factor<C::kKeyTile>(scores, p);
     }
     for (int turn = 1; turn < turns; ++turn) {
@@ -181,7 +183,8 @@ class Consumer {
       wgmma_wait<1>();
       reg_fence(scores);
       release(&shared_.k_empty[stage(i).index]);
-      softmax_.template add<C::kKeyTile>(scores, rescale, tile.valid, params_.scale_log2);
+      if (tile.valid < C::kKeyTile) hide_columns<C::kKeyTile>(scores, tile.valid);
+      softmax_.template add<C::kKeyTile>(scores, rescale, params_.scale_log2);
       wgmma_wait<0>();
       reg_fence(out_);
       release(&shared_.v_empty[stage(before).index]);
@@ -361,25 +364,18 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   }
 }
 
-const char* make_map(TensorMap* map, const RowBuffer& rows, const CachedAttentionParams& params,
-                     int box_rows) {
-  const uint64_t dims[] = {static_cast<uint64_t>(params.head_dim),
-                           static_cast<uint64_t>(rows.tokens), static_cast<uint64_t>(params.heads),
-                           static_cast<uint64_t>(params.batch)};
-  const uint64_t strides[] = {rows.token_stride, rows.head_stride, rows.batch_stride};
-  const uint32_t box[] = {kPanel, static_cast<uint32_t>(box_rows), 1, 1};
-  return make_tensor_map(map, rows.data, 2, 4, dims, strides, box, SW_128);
-}
-
 template <class C>
 const char* launch(const CachedAttentionParams& params, const CachedAttentionBuffers& buffers,
                    int ctas, void* stream) {
   TensorMaps maps{};
-  const char* error = make_map(&maps.q, buffers.q, params, kQueryBlock);
-  if (C::kSinkQuery and !error) error = make_map(&maps.q_sink, buffers.q_sink, params, kQueryBlock);
-  if (!error) error = make_map(&maps.k, buffers.k, params, C::kKeyTile);
-  if (!error) error = make_map(&maps.v, buffers.v, params, C::kKeyTile);
-  if (!error) error = make_map(&maps.out, buffers.out, params, kQueryBlock);
+  const auto make_map = [&](TensorMap* map, const RowBuffer& rows, int box_rows) {
+    return make_rows_map(map, rows, params.batch, params.heads, params.head_dim, box_rows);
+  };
+  const char* error = make_map(&maps.q, buffers.q, kQueryBlock);
+  if (C::kSinkQuery and !error) error = make_map(&maps.q_sink, buffers.q_sink, kQueryBlock);
+  if (!error) error = make_map(&maps.k, buffers.k, C::kKeyTile);
+  if (!error) error = make_map(&maps.v, buffers.v, C::kKeyTile);
+  if (!error) error = make_map(&maps.out, buffers.out, kQueryBlock);
   if (error) return error;
   return HOPPER_LAUNCH(cached_attention_kernel<C>, dim3(ctas), dim3(C::kThreads),
                        sizeof(typename C::Shared), stream, maps, params);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "attention/rows.h"
+
 namespace aapt {
 
 struct CachedAttentionParams {
@@ -23,13 +25,6 @@ struct CachedAttentionParams {
   float* partial_out;
   float* partial_stats;
   uint32_t* arrivals;  // per query block of 64 rows, zero
-};
-
-// Device buffers of BF16 rows: distances in bytes between tokens, heads and batch entries.
-struct RowBuffer {
-  void* data;
-  uint64_t token_stride, head_stride, batch_stride;
-  int tokens;
 };
 
 struct CachedAttentionBuffers {

@@ -15,10 +15,6 @@
 
 namespace aapt {
 
-struct Interval {
-  int begin, end;  // cache rows
-};
-
 // The keys that one batch entry sees: one interval of cache rows, or three where the sink frames
 // have a query of their own.
 template <int kKeyTile>

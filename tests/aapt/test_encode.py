@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from aapt import cli
+from aapt import cli, cli_train
 from aapt.data import clip_reader, encode
 from aapt.data.buckets import Bucket
 from aapt.data.clip_reader import CutConfig
@@ -322,7 +322,7 @@ def command(vae, monkeypatch):
 
     Generator.vae = vae
     Generator.model = type("Model", (), {"config": type("Config", (), {"patch": 2})})
-    monkeypatch.setattr(cli, "_load", lambda name: Generator)
+    monkeypatch.setattr(cli_train, "load", lambda name: Generator)
     return lambda *arguments: cli.main(["encode", *map(str, arguments)])
 
 

@@ -18,6 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton_gate import compile_ahead, launch_signature  # noqa: E402
 
+from aapt_kernels.block_causal_attention import triton_backward as training_backward  # noqa: E402
+from aapt_kernels.block_causal_attention import triton_kernels as training  # noqa: E402
 from aapt_kernels.cached_attention import triton_kernels as attention  # noqa: E402
 from aapt_kernels.causal_conv3d import triton_kernels as convolution  # noqa: E402
 from aapt_kernels.kv_append import triton_kernels as append  # noqa: E402
@@ -26,10 +28,10 @@ from aapt_kernels.qk_norm_rope import triton_kernels as norm_rope  # noqa: E402
 SLOW = pytest.mark.slow
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FLOAT32 = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink", "dq_weight", "dk_weight")
-FLOAT32 += ("lse", "parts", "part_lses")
+FLOAT32 += ("lse", "parts", "part_lses", "dlse", "stats")
 POINTERS = ("q", "k", "v", "k_cache", "v_cache", "q_sink", "q_out", "k_out", "q_sink_out", "out")
 POINTERS += ("x", "past", "weight", "norm_weight", "bias", "residual")
-POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out")
+POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out", "dv", "dout")
 
 
 def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=()):
@@ -158,7 +160,46 @@ def test_activation_moves_16_bytes_per_access(capability):
     assert find_failures(compiled, {"activate_kernel": ("LDG.E.128", "STG.E.128")}) == []
 
 
+def training_cases():
+    """Forward, gradient of queries, gradients of keys: BF16 with 128 per head, for sm_80 the
+    largest; others are slow."""
+    kernels = (
+        training.block_causal_attention_kernel,
+        training_backward.queries_backward_kernel,
+        training_backward.keys_backward_kernel,
+    )
+    for capability, table in ((80, training.CONFIGS), (90, training.WIDE_CONFIGS)):
+        for (element_size, width), configs in table.items():
+            dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
+            for kernel, config in zip(kernels, configs, strict=True):
+                usual = (element_size, width) == (2, 128)
+                usual = usual and (capability == 90 or kernel is kernels[-1])
+                case = (kernel, capability, dtype, width, config)
+                yield pytest.param(*case, marks=[] if usual else SLOW, id=kernel.__name__)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "dtype", "width", "config"), list(training_cases())
+)
+def test_training_attention_uses_tensor_cores(kernel, capability, dtype, width, config):
+    constants = {"HEAD_DIM": width, "WIDTH": width, "ROWS": config.rows, "KEYS": config.keys}
+    if "PREFIX_GRAD" in kernel.arg_names:
+        constants["PREFIX_GRAD"] = False
+    compiled = build(kernel, dtype, constants, capability, config.warps, config.stages)
+    wide = capability == 90 and max(config.rows, config.keys) >= 64
+    product = "HGMMA" if wide else "HMMA"
+    assert find_failures(compiled, {kernel.__name__: (product,)}) == []
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_statistics_of_the_training_backward(capability):
+    constants = {"HEAD_DIM": 128, "WIDTH": 128, "ROWS": training.STATS_ROWS}
+    compiled = build(training_backward.stats_kernel, torch.bfloat16, constants, capability)
+    assert find_failures(compiled, {"stats_kernel": ("LDG.E.128",)}) == []
+
+
 def test_every_kernel_of_the_package_is_here():
     folder = Path(attention.__file__).parents[1]
     found = {path.parent.name for path in folder.glob("*/triton_kernels.py")}
-    assert found == {"cached_attention", "causal_conv3d", "kv_append", "qk_norm_rope"}
+    ops = ("block_causal_attention", "cached_attention", "causal_conv3d")
+    assert found == {*ops, "kv_append", "qk_norm_rope"}

@@ -109,9 +109,8 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(backend, name, dtype):
     def plain(inputs):
         tensors = [inputs[name] for name in ("q", "k", "v")]
         out, lse = ref.forward(*tensors, lens, inputs["q_sink"], *arguments)
-        gradients = ref.backward(
-            inputs["dout"], inputs["dlse"], *tensors, out, lse, lens, inputs["q_sink"], *arguments
-        )
+        rest = (out, lse, lens, inputs["q_sink"], *arguments, False)
+        gradients = ref.backward(inputs["dout"], inputs["dlse"], *tensors, *rest)
         return out, lse, *gradients
 
     actual = differentiate(

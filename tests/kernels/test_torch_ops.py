@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from aapt_kernels import (
     FrameLayout,
@@ -50,7 +51,7 @@ def test_block_causal_attention_backward(optional):
     arguments = [x.detach() if torch.is_tensor(x) else x for x in attention_arguments(optional)]
     out, lse = OPS.block_causal_attention(*arguments)
     dlse = torch.randn_like(lse) if optional else None
-    backward = (torch.randn_like(out), dlse, *arguments[:3], out, lse, *arguments[3:])
+    backward = (torch.randn_like(out), dlse, *arguments[:3], out, lse, *arguments[3:], False)
     opcheck(OPS.block_causal_attention_backward.default, backward)
 
 
@@ -104,6 +105,25 @@ def test_training_compiles_without_a_break(backend):
         leaves = [x.clone().requires_grad_(), torch.ones(4, requires_grad=True)]
         loss = run(*leaves)
         results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_training_compiles_with_activation_checkpointing(backend):
+    q, k, v = torch.randn(3, 1, LAYOUT.query_length, 2, 4)
+    prefix = torch.randn(1, LAYOUT.key_length - LAYOUT.query_length, 2, 4)
+
+    def attend(q, k, v):
+        k, v = (torch.cat([x[:, :2], prefix, x[:, 2:]], dim=1) for x in (k, v))
+        return block_causal_attention(q, k, v, LAYOUT).square()
+
+    def loss(q, k, v):
+        return checkpoint(attend, q, k, v, use_reentrant=False).sum()
+
+    results = []
+    for run in (lambda *x: attend(*x).sum(), compiled(loss)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        results.append(torch.autograd.grad(run(*leaves), leaves))
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(graph, eager)
 

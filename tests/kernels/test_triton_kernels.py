@@ -5,8 +5,17 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from aapt_kernels import KVCache, cached_attention, kv_append, qk_norm_rope, use_backend
+from aapt_kernels import (
+    FrameLayout,
+    KVCache,
+    block_causal_attention,
+    cached_attention,
+    kv_append,
+    qk_norm_rope,
+    use_backend,
+)
 from aapt_kernels.backend import BackendError, interpreted
+from aapt_kernels.block_causal_attention import ref as training
 from aapt_kernels.cached_attention import ref as attention
 from aapt_kernels.qk_norm_rope import ref as norm_rope
 from aapt_kernels.testing import assert_error_ratio
@@ -241,6 +250,95 @@ def test_attention_with_any_scale(dtype, scale):
         scale,
         lambda: cached_attention(q, cache, 1, q_sink=q_sink, scale=scale, return_lse=True),
     )
+
+
+# text, tokens, frames, window, sinks, past; head_dim, lens, clamped, prefix_grad
+TRAINING = [
+    pytest.param((FrameLayout(5, 40, 3, 1), 32, (5, 2), False, True), marks=SLOW),
+    (FrameLayout(5, 40, 3, 1), 40, (0, 5), True, True),
+    (FrameLayout(0, 7, 12, 3, 2), 64, None, True, True),
+    pytest.param((FrameLayout(3, 23, 3, 1, 1, 2), 64, (3, 1), False, False), marks=SLOW),
+    (FrameLayout(3, 23, 2, 0, 1, 3), 16, (0, 2), True, False),
+    pytest.param((FrameLayout(70, 65, 3, None), 128, (66, 3), True, True), marks=SLOW),
+    pytest.param((FrameLayout(9, 129, 2, 1, 0), 64, (9, 9), False, True), marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("case", TRAINING, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(x, marks=SLOW) for x in (torch.float32, torch.float16))],
+)
+def test_training_attention(dtype, case):
+    layout, head_dim, lens, clamped, prefix_grad = case
+    if dtype == torch.float32 and head_dim > 64:
+        pytest.skip("float32 is taken up to 64")
+    frame_rows = layout.query_length - layout.text_tokens
+    q, dout = normal(2, 2, layout.query_length, 2, head_dim, dtype=dtype).unbind()
+    k, v = normal(2, layout.key_length, 2, 2, head_dim, dtype=dtype).unbind(2)
+    q_sink = normal(2, frame_rows, 2, head_dim, dtype=dtype) if clamped else None
+    lens = None if lens is None else torch.tensor(lens, device=DEVICE)
+    dlse = normal(2, 2, layout.query_length)
+    names = ("q", "k", "v", "q_sink") if clamped else ("q", "k", "v")
+    leaves = dict(zip(names, (q, k, v, q_sink), strict=False))
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    out, lse = block_causal_attention(
+        **leaves,
+        layout=layout,
+        text_lens=lens,
+        scale=0.2,
+        prefix_grad=prefix_grad,
+        return_lse=True,
+    )
+    dlse = torch.where(lse.isfinite(), dlse, 0)
+    gradients = torch.autograd.grad((out, lse), list(leaves.values()), (dout, dlse))
+
+    def plain(dtype):
+        arguments = (lens, *cast(dtype, q_sink), *layout.integers, 0.2, prefix_grad)
+        tensors = cast(dtype, q, k, v)
+        forward = training.forward(*tensors, *arguments)
+        incoming = (*cast(dtype, dout), dlse.to(forward[1].dtype))
+        backward = training.backward(*incoming, *tensors, *forward, *arguments, False)
+        return *forward, *backward[: len(names)]
+
+    for name, ours, exact, baseline in zip(
+        ("out", "lse", *names),
+        (out, lse, *gradients),
+        plain(torch.float64),
+        plain(dtype),
+        strict=True,
+    ):
+        assert_error_ratio(ours, exact, baseline, name)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_training_attention_with_any_scale(scale):
+    layout = FrameLayout(2, 5, 2, 1)
+    q, k, v = normal(3, 1, layout.query_length, 1, 16).unbind()
+    q_sink = normal(1, 10, 1, 16)
+    leaves = [x.requires_grad_() for x in (q, k, v, q_sink)]
+    results = []
+    for name in ("triton", "reference"):
+        with use_backend(name):
+            out = block_causal_attention(*leaves[:3], layout, q_sink=leaves[3], scale=scale)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_training_attention_is_a_torch_op():
+    layout = FrameLayout(2, 5, 2, 1)
+    q = normal(1, layout.query_length, 1, 8).requires_grad_()
+    arguments = (q, q, q, None, None, *layout.integers, 0.3, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    opcheck(torch.ops.aapt.block_causal_attention.default, arguments, test_utils=checks)
+
+
+def test_the_limit_of_training_attention_names_itself():
+    x = normal(1, 1, 1, 128)
+    words = "float16 or bfloat16 with a head_dim up to 128, float32 up to 64, got torch.float32"
+    with pytest.raises(BackendError, match=words):
+        block_causal_attention(x, x, x, FrameLayout(0, 1, 1, 0))
 
 
 def test_a_limit_names_itself():

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import re
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,36 +24,54 @@ INSTRUMENT = [
 ]
 
 
-def build(folder: Path) -> Path:
-    """The library of all test kernels in `folder`, built unless it is there for these sources."""
-    runtime = sorted(set((CSRC / "sim").glob("*.cpp")) - {CSRC / "sim" / "module.cpp"})
-    kernels = sorted(KERNELS.glob("*.cu"))
-    sources = [*runtime, KERNELS / "controls.cpp", *kernels]
-    headers = [*(CSRC / "sim").glob("*.h"), *(CSRC / "hopper").glob("*"), *KERNELS.glob("*.*h")]
-    digest = hashlib.sha256()
-    for path in sorted([Path(__file__), *sources, *headers]):
-        digest.update(path.read_bytes())
-    library = folder / f"libkernels-{digest.hexdigest()[:16]}.so"
+RUNTIME = sorted(set((CSRC / "sim").glob("*.cpp")) - {CSRC / "sim" / "module.cpp"})
+RUNTIME.append(KERNELS / "controls.cpp")
+KERNEL_SOURCES = sorted(KERNELS.glob("*.cu"))
+HEADERS = [*(CSRC / "sim").glob("*.h"), *(CSRC / "hopper").glob("*"), *KERNELS.glob("*.*h")]
+
+
+def build(
+    folder: Path,
+    sources: Sequence[Path] = KERNEL_SOURCES,
+    headers: Sequence[Path] = (),
+    name: str = "kernels",
+) -> Path:
+    """The library of these kernels with the simulator, built in `folder` unless it is there for
+    these sources. `headers`: theirs, besides those of the simulator and the test kernels."""
+    digest = hash_of([Path(__file__), *RUNTIME, *HEADERS, *sources, *headers])
+    library = folder / f"lib{name}-{digest}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one test process builds for all
         if library.exists():
             return library
-        for old in folder.glob("*.so"):
+        for old in folder.glob(f"lib{name}-*.so"):
             old.unlink()
-        objects = []
-        for source in sources:
-            objects.append(str(folder / f"{source.stem}-{source.suffix[1:]}.o"))
-            flags = INSTRUMENT if source.suffix == ".cu" else []
-            subprocess.run(
-                [*COMPILE, *flags, "-c", str(source), "-o", objects[-1]],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
+        objects = [compile_once(folder, source) for source in RUNTIME]
+        objects += [compile_once(folder, source, headers) for source in sources]
         # -Bsymbolic: not the functions of another simulator in the process
         link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True, text=True)
     return library
+
+
+def compile_once(folder: Path, source: Path, headers: Sequence[Path] = ()) -> str:
+    """The object of a source, compiled unless it is there."""
+    digest = hash_of([Path(__file__), *HEADERS, *headers, source])
+    target = folder / f"{source.stem}-{source.suffix[1:]}-{digest}.o"
+    if not target.exists():
+        for old in folder.glob(f"{source.stem}-{source.suffix[1:]}-*.o"):
+            old.unlink()
+        flags = INSTRUMENT if source.suffix == ".cu" else []
+        command = [*COMPILE, *flags, "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    return str(target)
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_bugs(header: str) -> dict[str, int]:

@@ -1,0 +1,20 @@
+// The host side of rows.h.
+#pragma once
+
+#include "attention/rows.h"
+#include "host.h"
+
+namespace aapt {
+
+// Checks a tensor as `check_rows` does, and says where its rows lie.
+inline RowBuffer row_buffer(const char* name, const Tensor& tensor, const Tensor& q,
+                            int64_t length) {
+  const Strides strides = check_rows(name, tensor, q, length);
+  const auto bytes = [&](int64_t elements) {
+    return static_cast<uint64_t>(elements * tensor.element_size());
+  };
+  return {device_pointer(tensor), bytes(strides.token), bytes(strides.head), bytes(strides.batch),
+          static_cast<int>(length)};
+}
+
+}  // namespace aapt

@@ -1,0 +1,19 @@
+// Where the rows of a BF16 (batch, tokens, heads, head_dim) tensor lie, as kernels are told.
+#pragma once
+
+#include <cstdint>
+
+namespace aapt {
+
+// A device buffer: distances in bytes between tokens, heads and batch entries.
+struct RowBuffer {
+  void* data;
+  uint64_t token_stride, head_stride, batch_stride;
+  int tokens;
+};
+
+struct Interval {
+  int begin, end;  // rows, half-open
+};
+
+}  // namespace aapt

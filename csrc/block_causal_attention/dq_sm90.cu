@@ -1,0 +1,318 @@
+// dq of block-causal attention on sm_90a, in a fixed order: a CTA keeps 128 query rows and goes
+// through the keys that they see, as the forward does, and like it meets the sink with q_sink where
+// there is one: that is an item of work by itself, with dq_sink as its result.
+
+#include "attention/maps.cuh"
+#include "attention/products.cuh"
+#include "attention/softmax.cuh"
+#include "block_causal_attention/backward.h"
+#include "block_causal_attention/mask.h"
+#include "block_causal_attention/masking.cuh"
+#include "block_causal_attention/schedule.h"
+#include "hopper/hopper.cuh"
+
+namespace aapt::block_causal {
+namespace {
+
+using namespace hopper;
+
+template <int kHeadDim_, int kStages_>
+struct Config {
+  static constexpr int kHeadDim = kHeadDim_, kStages = kStages_;
+  static constexpr int kPanels = kHeadDim / kPanel;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  // Within 65536: 128 x (40 + 2 x 232)
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+  using QueryBlock = uint16_t[kPanels][kQueryBlock * kPanel];
+  using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
+
+  struct Shared {
+    alignas(1024) QueryBlock q[kConsumers];  // once read, dq
+    alignas(1024) QueryBlock dout[kConsumers];
+    alignas(1024) KeyBlock k[kStages];
+    alignas(1024) KeyBlock v[kStages];
+    uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  };
+};
+
+enum Barrier { kGroup = 1 };
+
+struct TensorMaps {
+  TensorMap q, q_sink, k, v, dout, dq, dq_sink;
+};
+
+// A tile of queries with q or q_sink, and the keys that it meets.
+struct Work {
+  int row;
+  bool of_sink;
+  VisibleKeys keys;
+  int count;
+
+  HOPPER_DEVICE Work(const Params& params, const Item& item)
+      : row((query_tiles(params) - 1 - item.rank / queries(params)) * kQueryTile),
+        of_sink(item.rank % queries(params) == 1),
+        keys(params.mask, params.pinned_rotation, item.batch, row,
+             smaller(row + kQueryTile, params.mask.query_rows) - 1) {
+    count = params.pinned_rotation ? keys.tiles_with(of_sink) : keys.tiles();
+  }
+
+  HOPPER_DEVICE KeyTile tile(const Params& params, int i) const {
+    return keys.tile(params.pinned_rotation ? keys.index_with(of_sink, i) : i);
+  }
+
+  HOPPER_DEVICE static int query_tiles(const Params& params) {
+    return (params.mask.query_rows + kQueryTile - 1) / kQueryTile;
+  }
+  HOPPER_DEVICE static int queries(const Params& params) { return params.pinned_rotation ? 2 : 1; }
+  HOPPER_DEVICE static Schedule schedule(const Params& params) {
+    return Schedule(query_tiles(params) * queries(params), params.batch, params.heads, blockIdx.x,
+                    gridDim.x);
+  }
+};
+
+template <class C>
+HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& maps,
+                                 const Params& params) {
+  Schedule schedule = Work::schedule(params);
+  Item item;
+  for (uint32_t n = 0; schedule.next(item); ++n) {
+    const Work work(params, item);
+    mbar_wait(&shared.q_empty, n % 2 ^ 1);
+    mbar_arrive_expect_tx(&shared.q_full, sizeof(shared.q) + sizeof(shared.dout));
+    for (int block = 0; block < kConsumers; ++block) {
+      const int row = work.row + block * kQueryBlock;
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        if (work.of_sink) {  // q_sink has frames only; rows before give zeros
+          tma_load_4d(shared.q[block][panel], &maps.q_sink, &shared.q_full, panel * kPanel,
+                      row - params.mask.text_tokens, item.head, item.batch);
+        } else {
+          tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row,
+                      item.head, item.batch);
+        }
+        tma_load_4d(shared.dout[block][panel], &maps.dout, &shared.q_full, panel * kPanel, row,
+                    item.head, item.batch);
+      }
+    }
+  }
+}
+
+template <class C>
+HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps,
+                              const Params& params) {
+  Schedule schedule = Work::schedule(params);
+  Item item;
+  uint32_t n = 0;
+  while (schedule.next(item)) {
+    const Work work(params, item);
+    for (int i = 0; i < work.count; ++i, ++n) {
+      const int stage = n % C::kStages, row = work.tile(params, i).row;
+      const uint32_t parity = n / C::kStages % 2 ^ 1;
+      const auto fetch = [&](typename C::KeyBlock& tile, const TensorMap& map, uint64_t* full,
+                             uint64_t* empty) {
+        mbar_wait(empty, parity);
+        mbar_arrive_expect_tx(full, sizeof(tile));
+        for (int panel = 0; panel < C::kPanels; ++panel) {
+          tma_load_4d(tile[panel], &map, full, panel * kPanel, row, item.head, item.batch);
+        }
+      };
+      fetch(shared.k[stage], maps.k, &shared.k_full[stage], &shared.k_empty[stage]);
+      fetch(shared.v[stage], maps.v, &shared.v_full[stage], &shared.v_empty[stage]);
+    }
+  }
+}
+
+// One of the two warpgroups that multiply: 64 of the query rows.
+template <class C>
+class Consumer {
+ public:
+  HOPPER_DEVICE Consumer(typename C::Shared& shared, const TensorMaps& maps, const Params& params,
+                         const Backward& backward, int group)
+      : shared_(shared), maps_(maps), params_(params), backward_(backward), group_(group) {}
+
+  HOPPER_DEVICE void run() {
+    Schedule schedule = Work::schedule(params_);
+    Item item;
+    for (uint32_t n = 0; schedule.next(item); ++n) {
+      const Work work(params_, item);
+      mbar_wait(&shared_.q_full, n % 2);
+      attend(work, item);
+      store(work, item);
+    }
+  }
+
+ private:
+  HOPPER_DEVICE void attend(const Work& work, const Item& item) {
+    const int last_row = params_.mask.query_rows - 1;
+    const int row = work.row + group_ * kQueryBlock + thread_row();
+    const RowView views[2] = {RowView(params_.mask, smaller(row, last_row)),
+                              RowView(params_.mask, smaller(row + 8, last_row))};
+    const int64_t pair = static_cast<int64_t>(item.batch) * params_.heads + item.head;
+    const int64_t stats = pair * backward_.padded_rows + row;
+    const float lse[2] = {backward_.row_lse[stats], backward_.row_lse[stats + 8]};
+    const float delta[2] = {backward_.row_delta[stats], backward_.row_delta[stats + 8]};
+    const uint32_t queries = smem_u32(shared_.q[group_]), dout = smem_u32(shared_.dout[group_]);
+    float scores[kKeyTile / 2], ds[kKeyTile / 2];
+    uint32_t factor[kKeyTile / kMmaDepth][4];
+
+    HOPPER_UNROLL
+    for (int i = 0; i < C::kHeadDim / 2; ++i) dq_[i] = 0.0f;
+    for (int i = 0; i < work.count; ++i, ++n_) {
+      const int stage = n_ % C::kStages;
+      const uint32_t phase = n_ / C::kStages % 2;
+      const KeyTile tile = work.tile(params_, i);
+      const uint32_t keys = smem_u32(shared_.k[stage]), values = smem_u32(shared_.v[stage]);
+      mbar_wait(&shared_.k_full[stage], phase);
+      reg_fence(scores);
+      wgmma_fence();
+      multiply_qk<C::kHeadDim, kKeyTile>(scores, queries, keys);
+      wgmma_commit();
+      mbar_wait(&shared_.v_full[stage], phase);
+      reg_fence(ds);
+      wgmma_fence();
+      multiply_qk<C::kHeadDim, kKeyTile>(ds, dout, values);
+      wgmma_commit();
+
+      wgmma_wait<1>();
+      reg_fence(scores);
+      if (!tile.clean) hide_keys<kKeyTile>(scores, views, tile);
+      HOPPER_UNROLL
+      for (int j = 0; j < kKeyTile / 2; ++j) {
+        scores[j] = exp2_approx(scores[j] * params_.scale_log2 - lse[j / 2 % 2]);
+      }
+      wgmma_wait<0>();
+      reg_fence(ds);
+      release(&shared_.v_empty[stage]);
+      HOPPER_UNROLL
+      for (int j = 0; j < kKeyTile / 2; ++j) ds[j] = scores[j] * (ds[j] - delta[j / 2 % 2]);
+      pack_factor<kKeyTile>(ds, factor);
+      reg_fence(dq_);
+      wgmma_fence();
+      multiply_pv<C::kHeadDim, kKeyTile>(dq_, factor, keys);
+      wgmma_commit();
+      wgmma_wait<0>();
+      reg_fence(dq_);
+      release(&shared_.k_empty[stage]);
+    }
+  }
+
+  HOPPER_DEVICE void store(const Work& work, const Item& item) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const float scale[2] = {params_.scale, params_.scale};
+    scale_rows(dq_, scale);
+    // Every warp of the group has done with the queries that lie here
+    bar_sync(kGroup + group_, 128);
+    const uint32_t row = warp * 16 + lane % 16, half_columns = lane / 16 * 16;
+    HOPPER_UNROLL
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      auto* panel = reinterpret_cast<uint8_t*>(shared_.q[group_][i / 4]);
+      stmatrix_x4(panel + sw128(row, i % 4 * 32 + half_columns),
+                  pack_bf16(dq_[8 * i], dq_[8 * i + 1]), pack_bf16(dq_[8 * i + 2], dq_[8 * i + 3]),
+                  pack_bf16(dq_[8 * i + 4], dq_[8 * i + 5]),
+                  pack_bf16(dq_[8 * i + 6], dq_[8 * i + 7]));
+    }
+    fence_proxy_async();
+    bar_sync(kGroup + group_, 128);
+    if (threadIdx.x % 128 == 0) {
+      const int first = work.row + group_ * kQueryBlock;
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        if (work.of_sink) {
+          tma_store_4d(&maps_.dq_sink, shared_.q[group_][panel], panel * kPanel,
+                       first - params_.mask.text_tokens, item.head, item.batch);
+        } else {
+          tma_store_4d(&maps_.dq, shared_.q[group_][panel], panel * kPanel, first, item.head,
+                       item.batch);
+        }
+      }
+      tma_store_commit();
+      tma_store_wait_read<0>();
+      mbar_arrive(&shared_.q_empty);
+    }
+  }
+
+  // Of the two rows of this thread in its block of 64, the first; the second comes 8 later.
+  HOPPER_DEVICE static int thread_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+  HOPPER_DEVICE void release(uint64_t* empty) {
+    if (threadIdx.x % 32 == 0) mbar_arrive(empty);
+  }
+
+  typename C::Shared& shared_;
+  const TensorMaps& maps_;
+  const Params& params_;
+  const Backward& backward_;
+  const int group_;
+  uint32_t n_ = 0;  // key tiles so far
+  float dq_[C::kHeadDim / 2];
+};
+
+template <class C>
+HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
+    block_causal_dq_kernel(HOPPER_GRID_CONSTANT const TensorMaps maps,
+                           HOPPER_GRID_CONSTANT const Params params,
+                           HOPPER_GRID_CONSTANT const Backward backward) {
+  HOPPER_SHARED(memory);
+  auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
+  if (threadIdx.x == 0) {
+    mbar_init(&shared.q_full, 1);
+    mbar_init(&shared.q_empty, kConsumers);
+    for (int i = 0; i < C::kStages; ++i) {
+      mbar_init(&shared.k_full[i], 1);
+      mbar_init(&shared.v_full[i], 1);
+      mbar_init(&shared.k_empty[i], 4 * kConsumers);
+      mbar_init(&shared.v_empty[i], 4 * kConsumers);
+    }
+    fence_barrier_init();
+  }
+  cta_sync();
+
+  const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
+  if (group == 0) {
+    setmaxnreg_dec<C::kProducerRegisters>();
+    const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
+    if (warp == 0 and elect_one()) fetch_keys<C>(shared, maps, params);
+    if (warp == 1 and elect_one()) fetch_queries<C>(shared, maps, params);
+  } else {
+    setmaxnreg_inc<C::kConsumerRegisters>();
+    Consumer<C>(shared, maps, params, backward, group - 1).run();
+  }
+}
+
+// A dense output.
+RowBuffer dense_rows(const Params& params, uint16_t* data, int rows) {
+  const uint64_t head = 2 * static_cast<uint64_t>(params.head_dim), token = head * params.heads;
+  return {data, token, head, token * rows, rows};
+}
+
+template <class C>
+const char* launch(const Params& params, const Backward& backward, const BackwardBuffers& buffers,
+                   int ctas, void* stream) {
+  TensorMaps maps{};
+  const auto make_map = [&](TensorMap* map, const RowBuffer& rows, int box_rows) {
+    return make_rows_map(map, rows, params.batch, params.heads, params.head_dim, box_rows);
+  };
+  const Buffers& forward = buffers.forward;
+  const int rows = params.mask.query_rows, frame_rows = rows - params.mask.text_tokens;
+  const char* error = make_map(&maps.q, forward.q, kQueryBlock);
+  if (!error) error = make_map(&maps.dq, dense_rows(params, backward.dq, rows), kQueryBlock);
+  if (!error) error = make_map(&maps.dout, buffers.dout, kQueryBlock);
+  if (!error) error = make_map(&maps.k, forward.k, kKeyTile);
+  if (!error) error = make_map(&maps.v, forward.v, kKeyTile);
+  if (params.pinned_rotation) {
+    const RowBuffer dq_sink = dense_rows(params, backward.dq_sink, frame_rows);
+    if (!error) error = make_map(&maps.q_sink, forward.q_sink, kQueryBlock);
+    if (!error) error = make_map(&maps.dq_sink, dq_sink, kQueryBlock);
+  }
+  if (error) return error;
+  return HOPPER_LAUNCH(block_causal_dq_kernel<C>, dim3(ctas), dim3(C::kThreads),
+                       sizeof(typename C::Shared), stream, maps, params, backward);
+}
+
+}  // namespace
+
+const char* launch_dq(const Params& params, const Backward& backward,
+                      const BackwardBuffers& buffers, int ctas, void* stream) {
+  return params.head_dim == 64 ? launch<Config<64, 4>>(params, backward, buffers, ctas, stream)
+                               : launch<Config<128, 2>>(params, backward, buffers, ctas, stream);
+}
+
+}  // namespace aapt::block_causal
