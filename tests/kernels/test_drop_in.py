@@ -1,5 +1,5 @@
-"""The recipes of docs/drop-in.md: the blocks that are printed there run here, and give what the code
-gives that they replace."""
+"""The recipes of docs/drop-in.md: the blocks that are printed there run here, and give what the
+code gives that they replace."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from aapt_kernels import FrameLayout
 from aapt_kernels.block_causal_attention.cases import LAYOUTS
+from aapt_kernels.testing import assert_error_ratio
 
 PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
 
@@ -83,11 +85,7 @@ def test_flex_attention_takes_the_mask_of_a_layout(name):
 
 # diffusers
 
-FRAMES, ROWS, COLUMNS = (
-    9,
-    4,
-    6,
-)  # 6 tokens a frame; the window of the page leaves frames 1 and 2 out
+FRAMES, ROWS, COLUMNS = 9, 4, 6  # more frames than the sink and the window of the page
 TOKENS = ROWS // 2 * (COLUMNS // 2)
 
 
@@ -171,6 +169,34 @@ def test_wan_block_causal(backend, wan, clip, checkpointing):
     for block in wan.blocks:
         block.attn1.set_processor(Masked(ours["layout"].dense_mask()))
     assert_same(actual, outcome(wan, run(before, transformer=wan, **clip)["output"]))
+
+
+def test_wan_in_half_precision(backend, wan, clip):
+    """No further from float32 than twice what diffusers is under a dense mask."""
+    before, after = recipe("diffusers: Wan")
+    timestep = clip["timestep"]
+    outputs = {}
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float32):  # in this order of the same weights
+            wan.to(dtype)
+            clip = {name: x.to(dtype) for name, x in clip.items()} | {"timestep": timestep}
+            ours = run(after, transformer=wan, **clip)
+            for block in wan.blocks:
+                block.attn1.set_processor(Masked(ours["layout"].dense_mask()))
+            theirs = run(before, transformer=wan, **clip)["output"]
+            outputs[dtype] = ours["output"], theirs
+    actual, baseline = outputs[torch.bfloat16]
+    assert actual.dtype == torch.bfloat16
+    assert_error_ratio(actual, outputs[torch.float32][1], baseline)
+
+
+def test_wan_compiles_without_a_break(wan, clip):
+    before, after = recipe("diffusers: Wan")
+    expected = outcome(wan, run(after, transformer=wan, **clip)["output"])
+    graphs = CompileCounterWithBackend("aot_eager")
+    wan.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    assert_same(outcome(wan, run(before, transformer=wan, **clip)["output"]), expected)
+    assert graphs.frame_count > 0
 
 
 def test_wan_does_not_see_the_future(backend, wan, clip):
