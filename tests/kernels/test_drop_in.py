@@ -209,6 +209,15 @@ def test_wan_does_not_see_the_future(backend, wan, clip):
     assert (second[:, :, -2:] - first[:, :, -2:]).abs().max() > 0.1
 
 
+def test_wan_of_another_size_is_an_error(wan, clip):
+    before, after = recipe("diffusers: Wan")
+    run(after, transformer=wan, **clip)
+    clip["latents"], clip["timestep"] = clip["latents"][:, :, :-1], clip["timestep"][:, :-TOKENS]
+    words = r"^q: expected \(batch, 54, heads, head_dim\) .*, got \(2, 48, 2, 12\)$"
+    with pytest.raises(ValueError, match=words):
+        run(before, transformer=wan, **clip)
+
+
 # Self-Forcing
 
 BATCH, HEADS, HEAD_DIM, GRID = 2, 2, 12, (2, 3)
