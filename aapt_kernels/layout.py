@@ -1,11 +1,13 @@
 """FrameLayout: the block-causal mask as a handful of integers (SPEC 3)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Interval = tuple[int, int]  # half-open
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,24 @@ class FrameLayout:
             (first_frame + window * tokens, first_frame + (position + 1) * tokens),
         )
 
-    def mask_mod(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """The mask as FlexAttention wants it: `create_block_mask(layout.mask_mod, ...)`."""
+    @property
+    def mask_mod(self) -> MaskMod:
+        """The mask as a function of (batch, head, query, key) indices, for FlexAttention:
+        `create_block_mask(layout.mask_mod, None, None, layout.query_length, layout.key_length)`.
+        A plain function, as it takes no methods."""
         text, tokens = self.text_tokens, self.tokens_per_frame
         before = self.key_frames - self.frames
-        query_frame = torch.div(query - text, tokens, rounding_mode="floor") + before
-        key_frame = torch.div(key - text, tokens, rounding_mode="floor")
-        seen = key_frame <= query_frame
-        if self.window_frames is not None:
-            recent = key_frame >= query_frame - self.window_frames
-            seen = seen & (recent | (key_frame < self.sink_frames))
-        return (key < text) | ((query >= text) & seen)
+        window, sink = self.window_frames, self.sink_frames
+
+        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            query_frame = torch.div(query - text, tokens, rounding_mode="floor") + before
+            key_frame = torch.div(key - text, tokens, rounding_mode="floor")
+            seen = key_frame <= query_frame
+            if window is not None:
+                seen = seen & ((key_frame >= query_frame - window) | (key_frame < sink))
+            return (key < text) | ((query >= text) & seen)
+
+        return mask_mod
 
     def dense_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """(query_length, key_length) bool, True where seen: for references and small problems."""

@@ -98,11 +98,8 @@ def masked_attentions(
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        def visible(batch, head, query, key):  # it takes no bound method
-            return layout.mask_mod(batch, head, query, key)
-
         mask = create_block_mask(
-            visible,
+            layout.mask_mod,
             None,
             None,
             layout.query_length,
