@@ -56,11 +56,18 @@ def save_module(path: Path, module: nn.Module, dtype: torch.dtype | None = None)
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, whole or not at all. OSError where they cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_module(path: Path, module: nn.Module) -> None:

@@ -72,7 +72,8 @@ def train(
     The same command goes on after an interruption: a stage whose result is in the folder is not run
     again, and one that was stopped goes on from its last saved state, bit for bit. Each stage's
     folder gets metrics.jsonl and sheets of samples. Under torchrun all ranks train together. The
-    last line printed is the checkpoint's folder, for --model.
+    last line printed is the checkpoint's folder, for --model, or that of the stages where a recipe
+    has no autoencoder.
 
     \b
     Examples:

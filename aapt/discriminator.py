@@ -53,6 +53,8 @@ class Discriminator(nn.Module):
         self.judgement = judgement
         config = world.config
         self.taps = [round(fraction * config.depth) - 1 for fraction in TAP_FRACTIONS]
+        if min(self.taps) < 0 or len(set(self.taps)) < len(self.taps):
+            raise ValueError(f"depth: expected enough blocks for three heads, got {config.depth}")
         self.heads = nn.ModuleList(LogitHead(config) for _ in self.taps)
         joined = len(self.taps) * config.width
         self.norm = nn.LayerNorm(joined)

@@ -165,5 +165,9 @@ class Trained:
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """bfloat16 matrix products with float32 parameters."""
+    """bfloat16 matrix products with float32 parameters.
+
+    One context for what runs without gradient and another one for what runs with it: a cast that is
+    kept from the first would hand its gradient on after FSDP has reduced it.
+    """
     return torch.autocast(device.type, torch.bfloat16)

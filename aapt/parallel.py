@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -78,7 +80,9 @@ class Parallel:
         if cuda:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            # The other ranks wait while one renders clips or trains the decoder.
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         return cls(
             rank=dist.get_rank(),
             world=world,
@@ -155,6 +159,12 @@ class Parallel:
         module.set_force_sum_reduction_for_comms(self.device.type == "cpu")  # gloo has no mean
         for method in methods:
             register_fsdp_forward_method(module, method)
+
+    def reshard(self, model: nn.Module) -> None:
+        """Give up parameters that a rollout has left gathered."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def gather(self, model: nn.Module) -> dict[str, Tensor]:
         """The whole state of a model on the main rank's CPU, to export it; nothing elsewhere. Every

@@ -79,7 +79,8 @@ def paper_8b() -> Recipe:
     extension = replace(
         adversarial,
         start="adversarial",
-        segments=2,  # 10 + 9 = 19 s
+        judge="adversarial",
+        segments=2,  # up to 10 + 9 = 19 s
         overlap_frames=6,
         batch=64,
         generator_schedule=Schedule(1e-5),
@@ -96,8 +97,8 @@ def paper_8b() -> Recipe:
             "consistency": ConsistencyConfig(distillation, **adam),
             "adversarial": adversarial,
             "extension": extension,
-            # 10 + 5 x 9 = 55 s
-            "extension-5": replace(extension, start="extension", segments=6),
+            # up to 10 + 5 x 9 = 55 s
+            "extension-5": replace(extension, start="extension", judge="extension", segments=6),
         },
     )
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from .checkpoint import load_module, read_tensors, save_config, save_module, save_tensors
 from .data.clips import Clips
-from .data.latent_shards import LatentShards
+from .data.latent_shards import LatentShards, write_json
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES, Clip
 from .discriminator import Discriminator
+from .optimization import mixed_precision
 from .parallel import Parallel
 from .randomness import ClipRandom
 from .recipes import Recipe, StageConfig
@@ -33,6 +34,7 @@ from .world_model import WorldModel
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
 FIT_CLIPS = 60  # a linear map needs no more
+DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 SAMPLES = 3  # clips of a sheet
 SAMPLE_SECONDS = (0, 1, 5, 10, 30, 60)
 LATENTS_PER_SECOND = 6
@@ -88,23 +90,28 @@ class Run:
         self.sets = EncodedSets(self)
 
     def claim(self) -> None:
-        """Write the recipe into the folder, or check that it is the one already there.
+        """Write the recipe into the folder, or check that it is the one already there. Every rank
+        calls it.
 
-        ValueError naming the first part that differs: results of two recipes never mix.
+        ValueError naming the first part that differs: results of two recipes never mix. What the
+        recipe of an older version does not say may be anything.
         """
+        said = self.parallel.agree(self._claim() if self.parallel.main else None)
+        if said:
+            raise ValueError(f"{said}; train another recipe in another folder")
+
+    def _claim(self) -> str | None:
         ours = json.loads(json.dumps(asdict(self.recipe)))
         path = self.out / "recipe.json"
         if not path.is_file():
             self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(ours, indent=2) + "\n")
-            return
+            write_json(path, ours)
+            return None
         theirs = json.loads(path.read_text())
-        for part in ours:
-            if theirs.get(part) != ours[part]:
-                raise ValueError(
-                    f"{path}: {part}: expected {ours[part]}, got {theirs.get(part)}; "
-                    "train another recipe in another folder"
-                )
+        for part, value in ours.items():
+            if not _fits(value, theirs.get(part, value)):
+                return f"{path}: {part}: expected {value}, got {theirs[part]}"
+        return None
 
     def result(self, stage: str) -> Path:
         return self.out / stage / "weights.safetensors"
@@ -138,8 +145,9 @@ class Run:
         elif stage == "decoder":
             config, folder = self.recipe.decoder, self.out / stage
             data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
-            decoder = DecoderTraining(config, self.vae("encoder"))
-            given = {"seed": self.recipe.seed, "parallel": Parallel.single()}
+            alone = Parallel.single(self.parallel.device)
+            decoder = DecoderTraining(config, self.vae("encoder").to(alone.device))
+            given = {"seed": self.recipe.seed, "parallel": alone}
             made = train(decoder, {config.clips: data}, folder, **given, habits=self.habits)
             save_module(self.result(stage), made)
             drop_states(folder)
@@ -165,10 +173,15 @@ class Run:
         given = {"seed": self.recipe.seed, "parallel": parallel, "habits": self.habits}
         sample = self.sampler(name, stage) if self.recipe.vae else None
         made = train(stage, self.sets, folder, **given, sample=sample)
-        tensors = parallel.gather(made)
-        if parallel.main:
-            save_tensors(self.result(name), {k: x.contiguous() for k, x in tensors.items()})
-            drop_states(folder)
+        if isinstance(stage, Adversarial):
+            self.save(folder / DISCRIMINATOR, stage.discriminator)
+        self.save(self.result(name), made)
+        drop_states(folder)
+
+    def save(self, path: Path, network: nn.Module) -> None:
+        tensors = self.parallel.gather(network)
+        if self.parallel.main:
+            save_tensors(path, {name: x.contiguous() for name, x in tensors.items()})
 
     def stage(self, config: StageConfig) -> Stage:
         """A stage with its networks, sharded over the ranks. A generator that rolls out keeps its
@@ -184,9 +197,17 @@ class Run:
                 return RolloutRegression(config, model, self.pixel_deviation())
             case AdversarialConfig():
                 model = self.network(config.start, rolls_out=config.forcing == "student")
-                judge = Discriminator(self.model(config.judge), config.judgement)
+                judge = self.discriminator(config)
                 self.place(judge, judge.world)
                 return Adversarial(config, model, judge, self.pixel_deviation())
+
+    def discriminator(self, config: AdversarialConfig) -> Discriminator:
+        """From stage 1 with new logit heads, or the one that an adversarial stage has trained."""
+        if isinstance(self.recipe.stages[config.judge], AdversarialConfig):
+            judge = Discriminator(self.model(None), config.judgement)
+            load_module(self.out / config.judge / DISCRIMINATOR, judge)
+            return judge
+        return Discriminator(self.model(config.judge), config.judgement)
 
     def network(self, start: str | None, rolls_out: bool = False) -> WorldModel:
         model = self.model(start)
@@ -217,7 +238,9 @@ class Run:
         frames = [LATENTS_PER_SECOND * second for second in SAMPLE_SECONDS]
 
         def sample(done: int) -> None:
-            sheet = sample_sheet(stage.model, vae, batch, frames)
+            with mixed_precision(parallel.device):
+                sheet = sample_sheet(stage.model, vae, batch, frames)
+            parallel.reshard(stage.model)
             if parallel.main:
                 sheet.save(self.out / name / f"samples-{done}.png")
 
@@ -251,6 +274,13 @@ class Run:
         return folder
 
 
+def _fits(ours, theirs) -> bool:
+    """Whether two recipes agree in everything that the stored one says."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return all(key in ours and _fits(ours[key], theirs[key]) for key in theirs)
+    return ours == theirs
+
+
 def run(
     recipe: Recipe,
     out: Path,
@@ -270,12 +300,11 @@ def run(
         if stage not in names:
             raise ValueError(f"stages: expected some of {', '.join(names)}, got {stage}")
     run_ = Run(recipe, out, **options)
-    main = run_.parallel.main
-    if main:
-        run_.claim()
+    run_.claim()
     for stage in stages or names:
         if run_.parallel.agree(run_.result(stage).is_file()):
             report(f"{stage}: already done")
+            drop_states(run_.out / stage)  # of a run that was stopped right after its result
             continue
         start = time.perf_counter()
         run_.run(stage)
@@ -283,4 +312,4 @@ def run(
     done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
     if not (done and recipe.vae):
         return out
-    return run_.export(done[-1]) if main else out / recipe.name
+    return run_.export(done[-1]) if run_.parallel.main else out / recipe.name

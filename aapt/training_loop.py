@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def train(
     inputs are then in the folder.
     """
     name = folder.name
+    seed = seed << 32 | zlib.crc32(name.encode())  # no stage draws what another one has
     start = load_training_state(folder / STATES, stage.trained, parallel)
     monitor = Monitor(folder, name, stage.steps, start) if parallel.main else None
     with monitor or nullcontext():

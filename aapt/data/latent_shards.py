@@ -88,6 +88,10 @@ class LatentShards:
             )
         if self.encoding["motion"] == "camera" and camera is None:
             raise ValueError(f"camera: expected a CameraConfig for the trajectories of {folder}")
+        if camera is not None and self.encoding["motion"] != "camera":
+            raise DataError(
+                f"{folder}: expected clips with camera motion, got {self.encoding['motion']}"
+            )
         self.bucket = bucket
         self.shards = buckets[bucket]["shards"]
         self.ends = list(itertools.accumulate(shard["clips"] for shard in self.shards))

@@ -187,8 +187,9 @@ class Adversarial:
             noise = random.normal(batch.latents.shape[1], new, *batch.size)
             with precision:
                 segment = rollout.roll(noise, frames_of(channels, place), start)
-                fake = segment.output
-                if not self.warming(step):
+            fake = segment.output
+            if not self.warming(step):
+                with precision:
                     text, text_lens = model.text_encoder(batch.prompts)
                     fake = parallel_pass(model.transformer, segment, text, text_lens)
             history = torch.cat([history, fake], dim=2)
@@ -319,7 +320,8 @@ class Adversarial:
             judged = self.logits(replace(fakes, conditions=given), t)
             losses = {"generator": generator_loss(on_real, judged), **errors}
             weights = {"error": self.config.regression, "palette": self.config.palette}
-            total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+            weighed = {name: weights.get(name, 1.0) for name in losses}
+            total = sum(weight * losses[name] for name, weight in weighed.items() if weight)
             (share * total).backward()
         return {name: loss.item() for name, loss in losses.items()}
 

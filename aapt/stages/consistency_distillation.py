@@ -70,16 +70,16 @@ class ConsistencyDistillation:
         noise = random.normal(*batch.targets.shape[1:])
         x_t = interpolate(batch.targets, noise, t)
         given = (batch.motion, batch.prompts, batch.size)
+        with mixed_precision(noise.device), torch.no_grad():
+            conditions = teacher.conditions(*given)
+            output = teacher.transformer(x_t, batch.recycled, *conditions, t).float()
+            v = velocity(teacher.config, output, x_t, batch.recycled)
+            x_earlier = x_t - per_clip(t - earlier) * v
+            conditions = self.model.conditions(*given)
+            target = self.predict(x_earlier, batch, conditions, earlier)
+            # f(x, 0) = x
+            target = torch.where(per_clip(earlier) == 0, x_earlier, target)
         with mixed_precision(noise.device):
-            with torch.no_grad():
-                conditions = teacher.conditions(*given)
-                output = teacher.transformer(x_t, batch.recycled, *conditions, t).float()
-                v = velocity(teacher.config, output, x_t, batch.recycled)
-                x_earlier = x_t - per_clip(t - earlier) * v
-                conditions = self.model.conditions(*given)
-                target = self.predict(x_earlier, batch, conditions, earlier)
-                # f(x, 0) = x
-                target = torch.where(per_clip(earlier) == 0, x_earlier, target)
             conditions = self.model.conditions(*given)
             prediction = self.predict(x_t, batch, conditions, t)
         distance = pseudo_huber if config.distance == "pseudo_huber" else frame_error

@@ -77,6 +77,7 @@ class RolloutRegression:
             start = config.corruption(rollout.last, index == 0, random)
             with precision:
                 segment = rollout.roll(noise[:, :, frames], frames_of(channels, frames), start)
+            with precision:
                 text, text_lens = model.text_encoder(batch.prompts)
                 fake = parallel_pass(model.transformer, segment, text, text_lens)
             error = channel_weighted_error(fake, batch.targets[:, :, frames], self.pixel_deviation)

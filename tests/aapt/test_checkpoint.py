@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from aapt import checkpoint
 from aapt.checkpoint import CheckpointError, load_config, load_module, save_config, save_module
 
 
@@ -99,3 +100,13 @@ def test_config_versions(tmp_path):
         load_config(tmp_path)
     with pytest.raises(CheckpointError, match="expected a checkpoint folder with config.json"):
         load_config(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def fail(*_):
+        raise checkpoint.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="cannot be written: .*No space left on device"):
+        checkpoint.save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())

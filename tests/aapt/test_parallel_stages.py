@@ -85,13 +85,18 @@ def clips() -> LatentClips:
     )
 
 
-def updates(contexts: list[int]) -> dict[str, dict[str, Tensor]]:
-    """The second update of every stage. Half precision, whose rounding hides errors, is off."""
+def updates(contexts: list[int], half: bool = False) -> dict[str, dict[str, Tensor]]:
+    """The second update of every stage; half precision, whose rounding hides errors, is off unless
+    it is asked for."""
     for module in (
-        adversarial,
-        consistency_distillation,
-        diffusion_adaptation,
-        rollout_regression,
+        ()
+        if half
+        else (
+            adversarial,
+            consistency_distillation,
+            diffusion_adaptation,
+            rollout_regression,
+        )
     ):
         module.mixed_precision = lambda device: nullcontext()
     results = {}
@@ -136,3 +141,14 @@ def test_stages_on_many_ranks_equal_one(world, alone):
                     msg=lambda text, m=message: m + text,
                 )
             assert set(expected) - set(result) == set()
+
+
+def test_half_precision_loses_no_gradient():
+    """Weights cast without gradient first must not keep theirs from being reduced in time."""
+    (expected,) = ranks.run(1, updates, [1], True)
+    results, _ = ranks.run(2, updates, [1], True)
+    for name, result in results.items():
+        norms = [key for key in result if key.endswith("gradient")]
+        assert norms
+        for key in norms:
+            assert result[key] == pytest.approx(expected[name][key], rel=0.05), (name, key)

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import read_tensors
 from aapt.curriculum import constant
 from aapt.optimization import Schedule
+from aapt.parallel import Parallel
 from aapt.recipes import tiny_world
-from aapt.trainer import run, stage_names
+from aapt.trainer import Run, run, stage_names
 from aapt.training_loop import Habits, TrainingError
+
+from . import ranks
 
 STAGES = stage_names(tiny_world())
 
@@ -85,6 +90,44 @@ def test_finished_stages_are_not_run_again(trained):
     lines = []
     assert run(small_recipe(), out, workers=1, report=lines.append) == folder
     assert lines == [f"{stage}: already done" for stage in STAGES]
+
+
+def on_ranks(out: Path) -> None:
+    habits = Habits(save_every=1, sample_every=1)
+    given = {"workers": 1, "habits": habits, "parallel": Parallel.from_environment()}
+    run(small_recipe(), out, report=lambda line: None, **given)
+
+
+def test_ranks_train_together(trained, tmp_path):
+    """With a sheet of samples after every update, the last one too, which leaves parameters
+    gathered."""
+    for name in ("encoder", "clips", "long-clips", "decoder", "diffusion", "consistency"):
+        shutil.copytree(trained[0] / name, tmp_path / name)
+    ranks.run(2, on_ranks, tmp_path)
+    assert (tmp_path / "adversarial" / "samples-2.png").is_file()
+    assert (tmp_path / "adversarial" / "discriminator.safetensors").is_file()
+    StreamingGenerator.from_pretrained(tmp_path / "tiny-world")
+
+
+def test_a_recipe_of_before_a_new_field_still_fits(trained):
+    path = trained[0] / "recipe.json"
+    whole = path.read_text()
+    older = json.loads(whole)
+    del older["vae"]["patch_size"]
+    path.write_text(json.dumps(older))
+    assert run(small_recipe(), trained[0], report=lambda line: None) == trained[1]
+    path.write_text(whole)
+
+
+def test_an_extension_goes_on_with_its_discriminator(trained, tmp_path):
+    recipe = small_recipe()
+    first = recipe.stages["adversarial"]
+    again = dataclasses.replace(first, start="adversarial", judge="adversarial")
+    recipe = dataclasses.replace(recipe, stages={**recipe.stages, "extension": again})
+    made = Run(recipe, trained[0])
+    kept = read_tensors(trained[0] / "adversarial" / "discriminator.safetensors")
+    judge = made.stage(again).discriminator.state_dict()
+    assert all(torch.equal(judge[name], tensor) for name, tensor in kept.items())
 
 
 def test_two_recipes_never_mix(trained):
