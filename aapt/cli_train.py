@@ -24,8 +24,12 @@ def train(
         int, typer.Option(metavar="N", min=1, help="Processes that render training clips.")
     ] = 2,
     latents: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Clips of `aapt encode`, for recipes of real data."),
+        list[str] | None,
+        typer.Option(
+            metavar="[SET=]FOLDER",
+            help="Clips of `aapt encode`, for recipes of real data; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
@@ -103,7 +107,11 @@ def train(
             return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     folder = out or Path("runs") / recipe
     habits = Habits(save_every, sample_every, clips_at_once, checkpoint_blocks)
-    options = {"workers": workers, "habits": habits, "latents": latents, "weights": weights}
+    folders = {}
+    for given in latents or ():
+        name, _, path = given.rpartition("=")
+        folders[name] = Path(path)
+    options = {"workers": workers, "habits": habits, "latents": folders, "weights": weights}
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)

@@ -48,6 +48,19 @@ class Curriculum:
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
+    @property
+    def needs(self) -> dict[str, int]:
+        """Latent frames after the first that clips must have, by set."""
+        needs: dict[str, int] = {}
+        for phase in self.phases:
+            for source in phase.sources:
+                needs[source.clips] = max(source.frames, needs.get(source.clips, 0))
+        return needs
+
+    @property
+    def batches(self) -> set[int]:
+        return {phase.batch for phase in self.phases}
+
     def phase(self, step: int) -> Phase:
         """The phase of update `step`; past the end, the last."""
         for phase in self.phases:

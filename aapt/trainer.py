@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .checkpoint import load_module, read_tensors, save_config, save_module, save_tensors
 from .data.clips import Clips
-from .data.latent_shards import LatentShards, write_json
+from .data.latent_shards import LatentShards, read_index, write_json
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES, Clip
 from .discriminator import Discriminator
@@ -34,6 +34,7 @@ from .world_model import WorldModel
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
 FIT_CLIPS = 60  # a linear map needs no more
+ANY_SET = ""
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 SAMPLES = 3  # clips of a sheet
 SAMPLE_SECONDS = (0, 1, 5, 10, 30, 60)
@@ -57,10 +58,12 @@ class EncodedSets(dict):
         run = self.run
         if name in run.recipe.data:
             self[name] = latent_clips(read_tensors(run.result(name)))
-        elif run.latents is None:
+            return self[name]
+        folder = run.latents.get(name, run.latents.get(ANY_SET))
+        if folder is None:
             raise ValueError(f"latents: expected the folder with clips of {name}, got none")
-        else:
-            self[name] = LatentShards(run.latents, name, run.recipe.camera)
+        bucket = name if name in read_index(folder)["buckets"] else None
+        self[name] = LatentShards(folder, bucket, run.recipe.camera)
         return self[name]
 
 
@@ -69,7 +72,8 @@ class Run:
 
     Args:
         workers: Processes that render clips.
-        latents: A folder of `aapt encode`, for sets that the recipe does not make itself.
+        latents: Folders of `aapt encode` by set, for those that the recipe does not make itself;
+            under `ANY_SET` one that has the others' as buckets.
         weights: What the first stage starts from, None for random weights.
     """
 
@@ -81,12 +85,12 @@ class Run:
         *,
         parallel: Parallel | None = None,
         habits: Habits | None = None,
-        latents: Path | None = None,
+        latents: Mapping[str, Path] | None = None,
         weights: Path | None = None,
     ):
         self.recipe, self.out, self.workers = recipe, out, workers
         self.parallel, self.habits = parallel or Parallel.single(), habits or Habits()
-        self.latents, self.weights = latents, weights
+        self.latents, self.weights = latents or {}, weights
         self.sets = EncodedSets(self)
 
     def claim(self) -> None:
@@ -112,6 +116,24 @@ class Run:
             if not _fits(value, theirs.get(part, value)):
                 return f"{path}: {part}: expected {value}, got {theirs[part]}"
         return None
+
+    def check(self, stages: Sequence[str]) -> None:
+        """What would stop stages that are still to come, said before the first of them runs:
+        ValueError for clips that are missing or too short, and batches that ranks cannot share."""
+        for name in stages:
+            config = self.recipe.stages.get(name)
+            if config is None or self.result(name).is_file():
+                continue
+            for batch in config.batches:
+                self.parallel.clips(batch)
+            for clips, needed in config.needs.items():
+                made = self.recipe.data.get(clips)
+                has = made.latent_frames - 1 if made else self.sets[clips].latent_frames
+                if has < needed:
+                    raise ValueError(
+                        f"{clips}: expected clips of {needed} latent frames after the first for "
+                        f"stage {name}, got {has}"
+                    )
 
     def result(self, stage: str) -> Path:
         return self.out / stage / "weights.safetensors"
@@ -300,6 +322,7 @@ def run(
         if stage not in names:
             raise ValueError(f"stages: expected some of {', '.join(names)}, got {stage}")
     run_ = Run(recipe, out, **options)
+    run_.check(stages or names)
     run_.claim()
     for stage in stages or names:
         if run_.parallel.agree(run_.result(stage).is_file()):

@@ -26,7 +26,7 @@ Variants = Mapping[str, StageConfig]
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants that differ in what is asked, and in nothing else.
+    """Variants to compare.
 
     Attributes:
         question: What it answers.
@@ -58,13 +58,15 @@ def plain(**changes) -> AdversarialConfig:
 
 
 def drift() -> Experiment:
-    extension = {"steps": 60, "discriminator_warmup": 20}
+    """All continue the same short training for as many updates, and differ in how far they roll."""
+    longer = plain(start="short", steps=60, discriminator_warmup=20, overlap_frames=2)
     return Experiment(
         "Does training on longer rollouts stop the drift of a minute? (paper, Table 5)",
         {
             "short": plain(),
-            "extension-1": plain(start="short", segments=2, **extension),
-            "extension-5": plain(start="extension-1", segments=6, **extension),
+            "extension-0": replace(longer, segments=1),
+            "extension-1": replace(longer, segments=2),
+            "extension-5": replace(longer, segments=6),
         },
         tiny_world(),
         beside=("regression",),
@@ -73,15 +75,17 @@ def drift() -> Experiment:
 
 def teacher_forcing(clamp: float | None = tiny_world().model.output_clamp) -> Experiment:
     recipe = tiny_world()
-    forced = plain(start="consistency", forcing="teacher", corruption=None)
+    variants = {
+        f"{forcing}{'-corrupted' if corruption else ''}": plain(
+            start="consistency", forcing=forcing, corruption=corruption
+        )
+        for forcing in ("student", "teacher")
+        for corruption in (None, Corruption())
+    }
     return Experiment(
         "Does teacher-forced adversarial training fail when it is rolled out? (paper, Figure 7) "
         f"Output clamp: {clamp}.",
-        {
-            "student": plain(start="consistency"),
-            "teacher": forced,
-            "teacher-corrupted": replace(forced, corruption=Corruption()),
-        },
+        variants,
         replace(recipe, model=replace(recipe.model, output_clamp=clamp)),
         beside=("consistency",),
     )

@@ -38,6 +38,10 @@ class ClipBatch:
 class Clips(Protocol):
     """What a stage draws from."""
 
+    @property
+    def latent_frames(self) -> int:
+        """Of a clip, after its first."""
+
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
     ) -> ClipBatch:
@@ -70,6 +74,10 @@ class LatentClips:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def latent_frames(self) -> int:
+        return self.latents.shape[2] - 1
 
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"

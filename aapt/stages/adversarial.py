@@ -73,6 +73,17 @@ class AdversarialConfig:
     regression: float = 0.0
     palette: float = 0.0
 
+    @property
+    def needs(self) -> dict[str, int]:
+        later = self.segments - 1
+        followed = later * (self.segment_frames - self.overlap_frames) if self.whole_clips else 0
+        # Real clips of later segments leave out latent 0, so they need one more.
+        return {self.clips: self.segment_frames + max(followed, min(later, 1))}
+
+    @property
+    def batches(self) -> set[int]:
+        return {self.batch}
+
     def __post_init__(self):
         if self.forcing not in ("student", "teacher"):
             raise ValueError(f"forcing: expected 'student' or 'teacher', got {self.forcing!r}")

@@ -33,6 +33,14 @@ class ConsistencyConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     max_norm: float | None = None
 
+    @property
+    def needs(self) -> dict[str, int]:
+        return self.curriculum.needs
+
+    @property
+    def batches(self) -> set[int]:
+        return self.curriculum.batches
+
     def __post_init__(self):
         if self.distance not in ("pseudo_huber", "squared"):
             raise ValueError(

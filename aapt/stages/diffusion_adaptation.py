@@ -25,6 +25,14 @@ class DiffusionConfig:
     average: float | None = None
     max_norm: float | None = None
 
+    @property
+    def needs(self) -> dict[str, int]:
+        return self.curriculum.needs
+
+    @property
+    def batches(self) -> set[int]:
+        return self.curriculum.batches
+
 
 class DiffusionAdaptation:
     """All frames in parallel, one t per clip, the clean previous frame recycled, MSE on v."""

@@ -40,6 +40,14 @@ class RolloutRegressionConfig:
     def frames(self) -> int:
         return self.segments * self.segment_frames
 
+    @property
+    def needs(self) -> dict[str, int]:
+        return {self.clips: self.frames}
+
+    @property
+    def batches(self) -> set[int]:
+        return {self.batch}
+
 
 class RolloutRegression:
     """Squared error between the generator's own rollout and the real clip, same controls.

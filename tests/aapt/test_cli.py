@@ -270,7 +270,7 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
     def record(recipe, out, stages, *, workers, report, habits, **options):
         calls.append((recipe.name, out, stages, workers, habits.save_every))
-        assert options["parallel"].main and options["latents"] is options["weights"] is None
+        assert options["parallel"].main and options["latents"] == {} and options["weights"] is None
         report("diffusion: 1.0 min")
         return out / recipe.name
 

@@ -165,6 +165,22 @@ def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
     assert not (tmp_path / "diffusion" / "weights.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        ("regression", {"segments": 3}, "clips: expected clips of 6 latent frames .* got 5"),
+        ("adversarial", {"segments": 5}, "long-clips: expected clips of 10 latent frames"),
+    ],
+)
+def test_clips_that_are_too_short_are_said_first(tmp_path, stage, change, message):
+    recipe = small_recipe()
+    longer = dataclasses.replace(recipe.stages[stage], **change)
+    recipe = dataclasses.replace(recipe, stages={**recipe.stages, stage: longer})
+    with pytest.raises(ValueError, match=message):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_sets_of_real_clips_need_their_folder(tmp_path):
     recipe = small_recipe()
     elsewhere = dataclasses.replace(
