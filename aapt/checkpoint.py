@@ -22,10 +22,21 @@ class CheckpointError(ValueError):
 def save_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json`, versioned, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format_version": FORMAT_VERSION, **config}, indent=2)
-    partial = folder / "config.json.partial"
-    partial.write_text(text + "\n")
-    os.replace(partial, folder / "config.json")
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, **config})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    try:
+        with partial.open("w") as file:
+            json.dump(value, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_config(folder: Path) -> dict[str, Any]:

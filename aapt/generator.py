@@ -12,7 +12,7 @@ from .checkpoint import CheckpointError, load_config, load_module
 from .conditioning import Control, control_rays
 from .config import CameraConfig, ModelConfig
 from .student_forcing import StudentRollout
-from .vae import CausalVAE, VAEConfig
+from .vae import CausalVAE, VAEConfig, to_bytes
 from .world_model import WorldModel
 
 BUNDLED = Path(__file__).parent / "assets"
@@ -181,8 +181,7 @@ class Stream:
 
 def to_pixels(video: Tensor) -> np.ndarray:
     """Video (1, 3, F, H, W) in [-1, 1] as uint8 (F, H, W, 3)."""
-    scaled = (video[0].float() * 127.5 + 127.5).round().clamp(0, 255)
-    return scaled.permute(1, 2, 3, 0).to(torch.uint8).cpu().numpy()
+    return to_bytes(video[0]).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def bundled_models() -> list[str]:

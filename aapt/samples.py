@@ -9,7 +9,7 @@ from torch import Tensor
 from .contact_sheet import contact_sheet
 from .data.clips import ClipBatch
 from .student_forcing import StudentRollout
-from .vae import CausalVAE
+from .vae import CausalVAE, to_bytes
 from .world_model import WorldModel
 
 SHOWN_ROWS = 160  # smaller frames are enlarged
@@ -97,5 +97,4 @@ def _last_frames(vae: CausalVAE, latents: Iterable[Tensor], wanted: Sequence[int
 
 def to_pixels(video: Tensor) -> Tensor:
     """Video (B, 3, F, H, W) in [-1, 1] as uint8 (B, F, H, W, 3); not-a-number becomes black."""
-    scaled = (video.float().nan_to_num(-1) * 127.5 + 127.5).round().clamp(0, 255)
-    return scaled.permute(0, 2, 3, 4, 1).to(torch.uint8).cpu()
+    return to_bytes(video.nan_to_num(-1)).permute(0, 2, 3, 4, 1).cpu()

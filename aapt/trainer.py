@@ -10,9 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import load_module, read_tensors, save_config, save_module, save_tensors
+from .checkpoint import (
+    load_module,
+    read_tensors,
+    save_config,
+    save_module,
+    save_tensors,
+    write_json,
+)
 from .data.clips import Clips
-from .data.latent_shards import LatentShards, read_index, write_json
+from .data.latent_shards import LatentShards, read_index
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES, Clip
 from .discriminator import Discriminator

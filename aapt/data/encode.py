@@ -25,11 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint import write_json
 from ..conditioning import camera_rays, through_lens
 from ..config import CameraConfig
 from ..vae import CausalVAE
 from .clip_reader import CutConfig, RawClip, read_clips
-from .latent_shards import FORMAT_VERSION, INDEX, DataError, read_index, write_json
+from .latent_shards import FORMAT_VERSION, INDEX, DataError, read_index
 from .procedural import to_video
 from .sources import Sample, Skipped, find_samples
 

@@ -13,7 +13,6 @@ import bisect
 import functools
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,6 @@ INDEX = "index.json"
 
 class DataError(ValueError):
     """Encoded clips that cannot be used, and why."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from .config import VAEConfig, light, original, tiny, wan
 from .cost import Work, decoder_work, flops_per_latent_frame, total
-from .model import CausalVAE, DecoderState
+from .model import CausalVAE, DecoderState, to_bytes
 from .wan_weights import load_wan
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_wan",
     "original",
     "tiny",
+    "to_bytes",
     "total",
     "wan",
 ]

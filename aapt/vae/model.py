@@ -26,7 +26,7 @@ from .layers import (
 VIDEO_CHANNELS = 3
 
 
-def to_pixels(video: Tensor) -> Tensor:
+def to_bytes(video: Tensor) -> Tensor:
     """Video in [-1, 1] as uint8."""
     return (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -241,4 +241,4 @@ class CausalVAE(nn.Module):
             return self.decoder(latent, state, pixels)
         video, new_state = self.decoder(latent, state)
         video = video + self.linear.to_video(latent, starts=state is None)
-        return to_pixels(video) if pixels else video, new_state
+        return to_bytes(video) if pixels else video, new_state

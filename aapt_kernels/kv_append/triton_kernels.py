@@ -14,6 +14,7 @@ from ..qk_norm_rope.triton_kernels import (
     offsets,
     rotate,
     store_halves,
+    store_queries,
     tiling,
 )
 
@@ -97,16 +98,27 @@ def kv_append_kernel(
     low, high = rotate(k_low, k_high, c, s)
     store_halves(k_cache, k_at, low, high, active, HEAD_DIM, WIDTH)
 
-    # Query, and the same query as the pinned frame sees it
-    q_low, q_high = normalise(
-        q_low, q_high, q_weight, head, heads, EPS, HEAD_DIM, WIDTH, ACROSS, WIDE
+    store_queries(
+        q_low,
+        q_high,
+        q_weight,
+        c,
+        s,
+        cos_sink,
+        sin_sink,
+        q_out,
+        q_sink_out,
+        out,
+        token,
+        head,
+        active,
+        heads,
+        EPS,
+        HEAD_DIM,
+        WIDTH,
+        ACROSS,
+        WIDE,
     )
-    low, high = rotate(q_low, q_high, c, s)
-    store_halves(q_out, out, low, high, active, HEAD_DIM, WIDTH)
-    if cos_sink is not None:
-        c, s = load_angles(cos_sink, sin_sink, token, active, HEAD_DIM, WIDTH, WIDE)
-        low, high = rotate(q_low, q_high, c, s)
-        store_halves(q_sink_out, out, low, high, active, HEAD_DIM, WIDTH)
 
 
 def forward(q, k, v, k_cache, v_cache, step, q_weight, k_weight, *arguments):

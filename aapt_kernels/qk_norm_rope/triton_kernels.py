@@ -159,6 +159,38 @@ def rotate_back(low, high, cos, sin):
     return low, high
 
 
+@triton.jit
+def store_queries(
+    low,
+    high,
+    weight,
+    cos,
+    sin,
+    cos_sink,
+    sin_sink,
+    q_out,
+    q_sink_out,
+    out,
+    token,
+    head,
+    active,
+    heads,
+    EPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACROSS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Queries, normalised and rotated, and the same ones as the pinned frame sees them."""
+    low, high = normalise(low, high, weight, head, heads, EPS, HEAD_DIM, WIDTH, ACROSS, WIDE)
+    rotated_low, rotated_high = rotate(low, high, cos, sin)
+    store_halves(q_out, out, rotated_low, rotated_high, active, HEAD_DIM, WIDTH)
+    if cos_sink is not None:
+        cos, sin = load_angles(cos_sink, sin_sink, token, active, HEAD_DIM, WIDTH, WIDE)
+        low, high = rotate(low, high, cos, sin)
+        store_halves(q_sink_out, out, low, high, active, HEAD_DIM, WIDTH)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_kernel(
     q,
@@ -205,15 +237,27 @@ def qk_norm_rope_kernel(
     low, high = rotate(k_low, k_high, c, s)
     store_halves(k_out, out, low, high, active, HEAD_DIM, WIDTH)
 
-    q_low, q_high = normalise(
-        q_low, q_high, q_weight, head, heads, EPS, HEAD_DIM, WIDTH, ACROSS, WIDE
+    store_queries(
+        q_low,
+        q_high,
+        q_weight,
+        c,
+        s,
+        cos_sink,
+        sin_sink,
+        q_out,
+        q_sink_out,
+        out,
+        token,
+        head,
+        active,
+        heads,
+        EPS,
+        HEAD_DIM,
+        WIDTH,
+        ACROSS,
+        WIDE,
     )
-    low, high = rotate(q_low, q_high, c, s)
-    store_halves(q_out, out, low, high, active, HEAD_DIM, WIDTH)
-    if cos_sink is not None:
-        c, s = load_angles(cos_sink, sin_sink, token, active, HEAD_DIM, WIDTH, WIDE)
-        low, high = rotate(q_low, q_high, c, s)
-        store_halves(q_sink_out, out, low, high, active, HEAD_DIM, WIDTH)
 
 
 @triton.jit

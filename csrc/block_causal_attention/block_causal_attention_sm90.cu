@@ -4,6 +4,7 @@
 // take turns, so that one's softmax runs under the other's products. Text and frames are rows of
 // one sequence, cut into tiles of 128: `mask.h` says which keys each of them sees.
 
+#include "attention/barriers.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "attention/softmax.cuh"
@@ -288,18 +289,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                                   HOPPER_GRID_CONSTANT const Params params) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
-  if (threadIdx.x == 0) {
-    mbar_init(&shared.q_full, 1);
-    mbar_init(&shared.q_empty, kConsumers);
-    for (int i = 0; i < C::kStages; ++i) {
-      mbar_init(&shared.k_full[i], 1);
-      mbar_init(&shared.v_full[i], 1);
-      mbar_init(&shared.k_empty[i], 4 * kConsumers);
-      mbar_init(&shared.v_empty[i], 4 * kConsumers);
-    }
-    fence_barrier_init();
-  }
-  cta_sync();
+  init_barriers<C::kStages>(shared, kConsumers);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {

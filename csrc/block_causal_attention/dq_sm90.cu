@@ -2,6 +2,7 @@
 // through the keys that they see, as the forward does, and like it meets the sink with q_sink where
 // there is one: that is an item of work by itself, with dq_sink as its result.
 
+#include "attention/barriers.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "attention/softmax.cuh"
@@ -252,18 +253,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                            HOPPER_GRID_CONSTANT const Backward backward) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
-  if (threadIdx.x == 0) {
-    mbar_init(&shared.q_full, 1);
-    mbar_init(&shared.q_empty, kConsumers);
-    for (int i = 0; i < C::kStages; ++i) {
-      mbar_init(&shared.k_full[i], 1);
-      mbar_init(&shared.v_full[i], 1);
-      mbar_init(&shared.k_empty[i], 4 * kConsumers);
-      mbar_init(&shared.v_empty[i], 4 * kConsumers);
-    }
-    fence_barrier_init();
-  }
-  cta_sync();
+  init_barriers<C::kStages>(shared, kConsumers);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {

@@ -6,6 +6,7 @@
 // scores of the next key tile are multiplied together with the values of this one. `schedule.h`
 // keeps every SM busy to the end.
 
+#include "attention/barriers.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "attention/softmax.cuh"
@@ -338,18 +339,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                             HOPPER_GRID_CONSTANT const CachedAttentionParams params) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
-  if (threadIdx.x == 0) {
-    mbar_init(&shared.q_full, 1);
-    mbar_init(&shared.q_empty, kConsumers);
-    for (int i = 0; i < C::kStages; ++i) {
-      mbar_init(&shared.k_full[i], 1);
-      mbar_init(&shared.v_full[i], 1);
-      mbar_init(&shared.k_empty[i], 4 * kConsumers);
-      mbar_init(&shared.v_empty[i], 4 * kConsumers);
-    }
-    fence_barrier_init();
-  }
-  cta_sync();
+  init_barriers<C::kStages>(shared, kConsumers);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {

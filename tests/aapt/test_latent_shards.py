@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from aapt.checkpoint import write_json
 from aapt.conditioning import camera_rays
 from aapt.config import CameraConfig
 from aapt.curriculum import constant
-from aapt.data.latent_shards import DataError, LatentShards, Mixture, write_json
+from aapt.data.latent_shards import DataError, LatentShards, Mixture
 from aapt.optimization import Schedule
 from aapt.randomness import ClipRandom
 from aapt.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
