@@ -128,7 +128,20 @@ def stage_three() -> Experiment:
     )
 
 
+def adversarial() -> Experiment:
+    """The recipe's own last two stages, against more updates of the one before."""
+    stages = tiny_world().stages
+    regression = replace(stages["long-regression"], start="long-regression")
+    return Experiment(
+        "Does the adversarial stage earn its place? Both lines below the first continue it.",
+        {"adversarial": stages["adversarial"], "more-regression": regression},
+        tiny_world(),
+        beside=("long-regression",),
+    )
+
+
 EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
+    "adversarial": adversarial,
     "drift": drift,
     "teacher-forcing": teacher_forcing,
     "teacher-forcing-unclamped": partial(teacher_forcing, clamp=None),
@@ -155,7 +168,8 @@ def train(experiment: Experiment, seed: int, shared: Path, out: Path) -> dict[st
     recipe = replace(recipe, stages={**recipe.stages, **experiment.variants})
     run = Run(recipe, out, workers=1)
     run.claim()
-    for stage in ("encoder", "decoder", *recipe.data, *experiment.recipe.stages):
+    given = [stage for stage in experiment.recipe.stages if stage not in experiment.variants]
+    for stage in ("encoder", "decoder", *recipe.data, *given):
         source, link = shared.resolve() / stage, out / stage
         if source.is_dir() and not link.exists():
             os.symlink(source, link)
