@@ -59,7 +59,8 @@ def plain(**changes) -> AdversarialConfig:
 
 def drift() -> Experiment:
     """All continue the same short training for as many updates, and differ in how far they roll."""
-    longer = plain(start="short", steps=60, discriminator_warmup=20, overlap_frames=2)
+    further = dict(steps=60, discriminator_warmup=20, overlap_frames=2)
+    longer = plain(start="short", judge="short", **further)
     return Experiment(
         "Does training on longer rollouts stop the drift of a minute? (paper, Table 5)",
         {
