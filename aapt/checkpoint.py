@@ -54,6 +54,13 @@ def load_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def tuples(value: Any) -> Any:
+    """A part of a configuration read from JSON, which has no tuples; ours has no lists."""
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+
 def save_module(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Write a module's parameters and persistent buffers, floating ones as `dtype`, whole or not
     at all."""

@@ -20,7 +20,7 @@ import typer
 from rich import progress
 from rich.console import Console
 
-from .cli_measure import evaluate, plot
+from .cli_measure import evaluate, evaluate_vae, plot
 from .cli_train import encode, train
 from .command_line import MODEL, InputError, Json, Model, bad_input, ctrl_c, load, say, table
 
@@ -328,6 +328,7 @@ def bench_stream(
 for command in (train, encode, plot):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command("eval-vae")(evaluate_vae)
 
 
 def _prompt(generator, prompt: str | None) -> str:

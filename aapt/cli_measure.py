@@ -1,5 +1,7 @@
 """The commands that measure a model and draw what training has measured."""
 
+import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .command_line import Json, bad_input, say
+from .command_line import Json, bad_input, say, table
 
 
 def evaluate(
@@ -60,6 +62,75 @@ def evaluate(
         print(report.as_json())
     else:
         Console(width=None if sys.stdout.isatty() else 200).print(report.table())
+
+
+def evaluate_vae(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A bundled model or a checkpoint folder with a light decoder.")
+    ],
+    videos: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where clips are cut from.", show_default="held-out worlds"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Of clips.", show_default="the model's")
+    ] = None,
+    clips: Annotated[int, typer.Option(metavar="N", min=1, help="How many clips.")] = 24,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 2.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of held-out worlds.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="PyTorch's")
+    ] = None,
+    as_json: Json = False,
+):
+    """Compare a light decoder with the original one: PSNR, SSIM, flicker, sharpness, time.
+
+    Both decode the same latents of clips that neither has seen, and are timed by turns on one
+    latent frame after the other.
+
+    \b
+    Examples:
+      aapt eval-vae tiny-world
+      aapt eval-vae runs/vae-light/vae-light --threads 1 --json > decoders.json
+      aapt eval-vae runs/wan-light/wan-light --videos held-out/ --size 480x256
+    """
+    import torch
+
+    from .data.buckets import Bucket
+    from .environment import environment
+    from .evaluate.decoders import compare_decoders
+    from .figures import MissingLibrary
+
+    if threads:
+        torch.set_num_threads(threads)
+    with bad_input():
+        bucket = Bucket.parse(size) if size else None
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
+        given = dict(videos=videos, size=bucket, clips=clips, seconds=seconds, seed=seed)
+        try:
+            report = compare_decoders(checkpoint, **given, log=say)
+        except (MissingLibrary, OSError) as error:
+            say(f"aapt: {error}")
+            raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(report | environment(), indent=2))
+        return
+    rows = [("clips", f"{report['clips']} of {report['frames']} frames, {report['size']}")]
+    rows += [
+        (
+            name,
+            f"{r['psnr']:.2f} dB, SSIM {r['ssim']:.4f}, flicker {r['flicker']:.5f}, sharpness "
+            f"{r['sharpness']:.4f}, {r['step_ms']:.1f} ms, {r['parameters'] / 1e6:.2f} M",
+        )
+        for name, r in report["decoders"].items()
+    ]
+    rows.append(("truth", f"sharpness {report['sharpness']:.4f}"))
+    rows.append(("agreement", f"{report['agreement']:.2f} dB"))
+    rows.append(("speed", f"{report['speedup']:.2f} x, {report['threads']} threads"))
+    table(rows)
 
 
 def plot(

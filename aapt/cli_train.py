@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,26 @@ def train(
         Path | None,
         typer.Option(
             metavar="FILE", help="What the first stage starts from.", show_default="random weights"
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="For light decoders: the original, a checkpoint or diffusers' Wan.",
+            show_default="tiny-world",
+        ),
+    ] = None,
+    videos: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="... what they learn from.", show_default="procedural clips"
+        ),
+    ] = None,
+    perceptual: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="... TorchScript network that compares pictures, as for LPIPS."
         ),
     ] = None,
     save_every: Annotated[
@@ -79,6 +100,9 @@ def train(
     last line printed is the checkpoint's folder, for --model, or that of the stages where a recipe
     has no autoencoder.
 
+    The recipes vae-light and wan-light make a light decoder for an autoencoder that there is. The
+    checkpoint is then the one of --vae with that decoder.
+
     \b
     Examples:
       aapt train tiny-world
@@ -86,18 +110,26 @@ def train(
       aapt train tiny-world --sample-every 100 && aapt plot runs/tiny-world/diffusion --out d.png
       torchrun --nproc-per-node 8 -m aapt train paper-8b --latents clips/ --weights b.safetensors
       aapt train --plan paper-8b --gpus 8
+      aapt train vae-light && aapt eval-vae runs/vae-light/vae-light
+      aapt train wan-light --vae Wan2.1/vae --videos videos/ --perceptual vgg16.pt
       aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
     """
-    from . import trainer
+    from . import light_vae, trainer
     from .checkpoint import CheckpointError
     from .parallel import Parallel
-    from .recipes import RECIPES
+    from .recipes import LIGHT_RECIPES, RECIPES
     from .training_loop import Habits, TrainingError
 
+    for_light = {"vae": vae, "videos": videos, "perceptual": perceptual}
+    for_worlds = {"stage": stage, "latents": latents, "weights": weights, "plan": plan}
     with bad_input():
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
-        names = trainer.stage_names(RECIPES[recipe]())
+        known = RECIPES | LIGHT_RECIPES
+        if recipe not in known:
+            raise ValueError(f"recipe: expected one of {', '.join(known)}, got {recipe!r}")
+        for name, value in (for_worlds if recipe in LIGHT_RECIPES else for_light).items():
+            if value:
+                raise ValueError(f"{name}: not for the recipe {recipe}")
+        names = trainer.stage_names(RECIPES[recipe]()) if recipe in RECIPES else []
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
@@ -111,14 +143,16 @@ def train(
     for given in latents or ():
         name, _, path = given.rpartition("=")
         folders[name] = Path(path)
-    options = {"workers": workers, "habits": habits, "latents": folders, "weights": weights}
+    if recipe in LIGHT_RECIPES:
+        make = partial(light_vae.run, LIGHT_RECIPES[recipe](), folder, **for_light)
+    else:
+        options = {"latents": folders, "weights": weights}
+        make = partial(trainer.run, RECIPES[recipe](), folder, stage, **options)
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)
         report = say if parallel.main else _quiet
-        done = trainer.run(
-            RECIPES[recipe](), folder, stage, report=report, parallel=parallel, **options
-        )
+        done = make(report=report, parallel=parallel, workers=workers, habits=habits)
         if parallel.main:
             print(done)
     except (TrainingError, CheckpointError, OSError) as error:

@@ -8,7 +8,7 @@ import nvtx
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, load_config, load_module
+from .checkpoint import CheckpointError, load_config, load_module, tuples
 from .conditioning import Control, control_rays
 from .config import CameraConfig, ModelConfig
 from .student_forcing import StudentRollout
@@ -72,9 +72,9 @@ class StreamingGenerator:
         config = load_config(folder)
         try:
             model = WorldModel(
-                ModelConfig(**_tuples(config["model"])), CameraConfig(**_tuples(config["camera"]))
+                ModelConfig(**tuples(config["model"])), CameraConfig(**tuples(config["camera"]))
             )
-            vae = CausalVAE(VAEConfig(**_tuples(config["vae"])))
+            vae = CausalVAE(VAEConfig(**tuples(config["vae"])))
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
@@ -187,10 +187,3 @@ def to_pixels(video: Tensor) -> np.ndarray:
 def bundled_models() -> list[str]:
     """Names of the checkpoints that ship with the package."""
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-
-
-def _tuples(value):
-    """JSON has no tuples; the configurations have no lists."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

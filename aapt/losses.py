@@ -1,4 +1,4 @@
-"""The losses of the three stages, as pure functions (SPEC 6-8, 12)."""
+"""The losses of all stages, as pure functions (SPEC 6-9, 12)."""
 
 import torch
 import torch.nn.functional as F
@@ -55,3 +55,14 @@ def sharpness_loss(error: Tensor) -> Tensor:
     across = torch.diff(error, dim=-1).abs().mean()
     down = torch.diff(error, dim=-2).abs().mean()
     return across + down
+
+
+def reconstruction_loss(error: Tensor, squares: float, edges: float) -> Tensor:
+    """Absolute error, squared error and edges of an error video (B, 3, F, H, W)."""
+    return error.abs().mean() + squares * error.square().mean() + edges * sharpness_loss(error)
+
+
+def flicker_loss(error: Tensor) -> Tensor:
+    """Mean absolute change of an error video (B, 3, F, H, W) from each frame to the next: nothing
+    where a video moves as it should, whatever it looks like."""
+    return torch.diff(error, dim=2).abs().mean()

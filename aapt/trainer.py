@@ -1,6 +1,5 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,20 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import light_vae
 from .checkpoint import (
     load_module,
     read_tensors,
     save_config,
     save_module,
     save_tensors,
-    write_json,
 )
 from .data.clips import Clips
 from .data.latent_shards import LatentShards, read_index
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
-from .data.world import THEMES, Clip
+from .data.world import THEMES
 from .discriminator import Discriminator
 from .optimization import mixed_precision
 from .parallel import Parallel
@@ -33,9 +32,11 @@ from .stages.adversarial import Adversarial, AdversarialConfig
 from .stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
 from .stages.decoder import DecoderTraining, measure_latents
 from .stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from .stages.light_decoder import LightDecoderTraining
 from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
-from .training_loop import Habits, drop_states, train
+from .training_loop import Habits, claim, drop_states, train
 from .vae import CausalVAE
+from .vae_folder import LIGHT, ORIGINAL, save_vaes
 from .world_model import WorldModel
 
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
@@ -51,7 +52,8 @@ LATENTS_PER_SECOND = 6
 def stage_names(recipe: Recipe) -> list[str]:
     """All stages of a recipe in order: the autoencoder's and the data's first."""
     made = ["encoder", *recipe.data, "decoder"] if recipe.vae else []
-    return [*made, *recipe.stages]
+    light = [light_vae.STAGE] if recipe.light_decoder else []
+    return [*made, *light, *recipe.stages]
 
 
 class EncodedSets(dict):
@@ -107,22 +109,11 @@ class Run:
         ValueError naming the first part that differs: results of two recipes never mix. What the
         recipe of an older version does not say may be anything.
         """
-        said = self.parallel.agree(self._claim() if self.parallel.main else None)
+        said = self.parallel.agree(
+            claim(self.out, asdict(self.recipe)) if self.parallel.main else None
+        )
         if said:
             raise ValueError(f"{said}; train another recipe in another folder")
-
-    def _claim(self) -> str | None:
-        ours = json.loads(json.dumps(asdict(self.recipe)))
-        path = self.out / "recipe.json"
-        if not path.is_file():
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(path, ours)
-            return None
-        theirs = json.loads(path.read_text())
-        for part, value in ours.items():
-            if not _fits(value, theirs.get(part, value)):
-                return f"{path}: {part}: expected {value}, got {theirs[part]}"
-        return None
 
     def check(self, stages: Sequence[str]) -> None:
         """What would stop stages that are still to come, said before the first of them runs:
@@ -146,9 +137,17 @@ class Run:
         return self.out / stage / "weights.safetensors"
 
     def vae(self, stage: str) -> CausalVAE:
-        vae = CausalVAE(self.recipe.vae)
+        if stage == light_vae.STAGE:
+            vae = light_vae.new_light(self.recipe.light_decoder, CausalVAE(self.recipe.vae))
+        else:
+            vae = CausalVAE(self.recipe.vae)
         load_module(self.result(stage), vae)
         return vae
+
+    def autoencoder(self) -> CausalVAE:
+        """The best there is by now."""
+        decoders = [s for s in (light_vae.STAGE, "decoder") if self.result(s).is_file()]
+        return self.vae([*decoders, "encoder"][0])
 
     def model(self, stage: str | None) -> WorldModel:
         """A new model with the weights that `stage` has made."""
@@ -180,9 +179,20 @@ class Run:
             made = train(decoder, {config.clips: data}, folder, **given, habits=self.habits)
             save_module(self.result(stage), made)
             drop_states(folder)
+        elif stage == light_vae.STAGE:
+            self.lighten()
         else:
             clips = render_clips(self.recipe.data[stage], self.workers)
             save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
+
+    def lighten(self) -> None:
+        """A light decoder for the autoencoder."""
+        config, alone = self.recipe.light_decoder, Parallel.single(self.parallel.device)
+        original = self.vae("decoder").to(alone.device)
+        stage = LightDecoderTraining(config, original, light_vae.new_light(config, original))
+        data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
+        folder = self.out / light_vae.STAGE
+        light_vae.train_light(stage, data, folder, self.recipe.seed, alone, self.habits)
 
     def fit_encoder(self) -> CausalVAE:
         """A linear encoder in closed form, and the scale of its latents."""
@@ -192,8 +202,9 @@ class Run:
         measure_latents(vae, (to_video(video[None]) for video in data.videos))
         return vae
 
-    def videos(self, count: int) -> Iterator[Clip]:
-        return render_clips(self.recipe.data[self.recipe.decoder.clips], self.workers, count)
+    def videos(self, count: int) -> Iterator[Tensor]:
+        clips = render_clips(self.recipe.data[self.recipe.decoder.clips], self.workers, count)
+        return (clip.video for clip in clips)
 
     def train(self, name: str) -> None:
         """Train one generator, on all ranks together."""
@@ -249,7 +260,7 @@ class Run:
         network.to(self.parallel.device)
         self.parallel.shard(network, keep_gathered)
 
-    def pixel_deviation(self) -> torch.Tensor:
+    def pixel_deviation(self) -> Tensor:
         """How far a unit of each latent channel moves pixels; all alike without an autoencoder."""
         if self.recipe.vae is None:
             return torch.ones(self.recipe.model.latent_channels, device=self.parallel.device)
@@ -259,8 +270,7 @@ class Run:
         """Draws `samples-<updates>.png` into a stage's folder: always the same clips and noise,
         from what the weights are at the time, as long as a stream of a minute."""
         recipe, parallel = self.recipe, self.parallel
-        vae = self.vae("decoder" if self.result("decoder").is_file() else "encoder")
-        vae.to(parallel.device)
+        vae = self.autoencoder().to(parallel.device)
         random = ClipRandom(recipe.seed, 0, range(SAMPLES), parallel.device)
         clips = self.sets[recipe.decoder.clips]
         batch = clips.sample(random, clips.latents.shape[2] - 1)  # all of a clip, from its first
@@ -282,8 +292,6 @@ class Run:
         size = recipe.data[recipe.decoder.clips]
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
-        vae = "decoder" if self.result("decoder").is_file() else "encoder"
-        save_module(folder / "vae.safetensors", self.vae(vae), torch.bfloat16)
         shutil.copyfile(SAMPLE_IMAGE, folder / SAMPLE_IMAGE.name)
         save_config(
             folder,
@@ -297,17 +305,18 @@ class Run:
                 "sample": {"image": SAMPLE_IMAGE.name, "prompt": SAMPLE_PROMPT},
                 "model": asdict(recipe.model),
                 "camera": asdict(recipe.camera),
-                "vae": asdict(recipe.vae),
+                **self.export_vae(folder),
             },
         )
         return folder
 
-
-def _fits(ours, theirs) -> bool:
-    """Whether two recipes agree in everything that the stored one says."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return all(key in ours and _fits(ours[key], theirs[key]) for key in theirs)
-    return ours == theirs
+    def export_vae(self, folder: Path) -> dict[str, dict]:
+        """The autoencoder, and the original one beside it if its decoder is a light one; returns
+        what `config.json` says of them."""
+        vaes = {LIGHT: self.autoencoder()}
+        if self.result(light_vae.STAGE).is_file():
+            vaes[ORIGINAL] = self.vae("decoder")
+        return save_vaes(folder, vaes, torch.bfloat16)
 
 
 def run(

@@ -1,5 +1,6 @@
 """The loop around every stage: updates, what is shown of them, and what survives a crash."""
 
+import json
 import math
 import shutil
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .checkpoint import write_json
 from .monitor import Monitor
 from .parallel import Parallel
 from .randomness import ClipRandom
@@ -109,3 +111,25 @@ def parts(
 def drop_states(folder: Path) -> None:
     """Once a stage's result is on the disk."""
     shutil.rmtree(folder / STATES, ignore_errors=True)
+
+
+def claim(folder: Path, recipe: dict) -> str | None:
+    """Write a recipe into a folder that has none; else say where the one there differs."""
+    ours = json.loads(json.dumps(recipe))
+    path = folder / "recipe.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, ours)
+        return None
+    theirs = json.loads(path.read_text())
+    for part, value in ours.items():
+        if not _fits(value, theirs.get(part, value)):
+            return f"{path}: {part}: expected {value}, got {theirs[part]}"
+    return None
+
+
+def _fits(ours, theirs) -> bool:
+    """Whether two recipes agree in everything that the stored one says."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return all(key in ours and _fits(ours[key], theirs[key]) for key in theirs)
+    return ours == theirs

@@ -46,10 +46,10 @@ def _single_thread() -> None:
 
 
 class VideoClips:
-    """Rendered clips as pixels: uint8 (clips, F, H, W, 3)."""
+    """Clips as pixels: each uint8 (F, H, W, 3), all of one shape."""
 
-    def __init__(self, clips: Iterable[Clip]):
-        self.videos = torch.stack([clip.video for clip in clips])
+    def __init__(self, videos: Iterable[Tensor]):
+        self.videos = torch.stack(list(videos))
 
     def sample(self, random: ClipRandom, frames: int) -> Tensor:
         """Random windows (B, 3, frames, H, W) in [-1, 1]."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.procedural import VideoClips
 from ..flow import per_clip
-from ..losses import sharpness_loss
+from ..losses import reconstruction_loss
 from ..optimization import MovingAverage, Schedule, Trained, mixed_precision
 from ..randomness import ClipRandom
 from ..vae import CausalVAE
@@ -62,11 +62,7 @@ class DecoderTraining:
             noise = random.normal(*latent.shape[1:])
             decoded = vae.decode(latent + per_clip(strength) * noise)
         error = decoded.float() - video
-        loss = (
-            error.abs().mean()
-            + config.squares * error.square().mean()
-            + config.edges * sharpness_loss(error)
-        )
+        loss = reconstruction_loss(error, config.squares, config.edges)
         (share * loss).backward()
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)
         return {"loss": loss.item(), "psnr": psnr.item()}

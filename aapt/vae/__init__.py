@@ -1,6 +1,6 @@
 """The causal video autoencoder: configurations, the network, what a frame costs."""
 
-from .config import VAEConfig, light, original, tiny, wan
+from .config import VAEConfig, light, lighter, original, tiny, tiny_light, wan
 from .cost import Work, decoder_work, flops_per_latent_frame, total
 from .model import CausalVAE, DecoderState, to_bytes
 from .wan_weights import load_wan
@@ -13,9 +13,11 @@ __all__ = [
     "decoder_work",
     "flops_per_latent_frame",
     "light",
+    "lighter",
     "load_wan",
     "original",
     "tiny",
+    "tiny_light",
     "to_bytes",
     "total",
     "wan",

@@ -1,6 +1,6 @@
 """Shapes of the autoencoder (SPEC 9): the paper's two decoders, the bundled one, Wan 2.1's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 UPSAMPLES = ("nearest", "shuffle", "separate")
 
@@ -71,16 +71,21 @@ def original() -> VAEConfig:
     )
 
 
-def light() -> VAEConfig:
-    """The paper's light decoder behind the original encoder (SPEC 9)."""
-    return VAEConfig(
-        encoder_channels=(128, 256, 512, 512),
-        decoder_channels=(64, 128, 256, 512),
-        encoder_blocks=(2, 2, 2, 2),
-        decoder_blocks=(2, 2, 2, 2),
-        strides=((2, 2), (2, 2), (1, 2)),
-        mid_attention=True,
+def lighter(config: VAEConfig) -> VAEConfig:
+    """A cheaper decoder as the paper has it (SPEC 9): half the channels at every scale but the
+    coarsest, and one residual block less where there are several."""
+    *finer, coarsest = config.decoder_channels
+    return replace(
+        config,
+        decoder_channels=(*(channels // 2 for channels in finer), coarsest),
+        decoder_blocks=tuple(blocks - (blocks > 1) for blocks in config.decoder_blocks),
     )
+
+
+def light() -> VAEConfig:
+    """The paper's light decoder behind the original encoder: [64, 128, 256, 512], two residual
+    blocks per scale."""
+    return lighter(original())
 
 
 def wan(base: int = 96) -> VAEConfig:
@@ -117,3 +122,9 @@ def tiny() -> VAEConfig:
         upsample="shuffle",
         linear_skip=True,
     )
+
+
+def tiny_light() -> VAEConfig:
+    """`tiny` with half the work: no residual block at the finest scale, where most of it was, and
+    two thirds of the channels."""
+    return replace(tiny(), decoder_channels=(32, 64, 96), decoder_blocks=(0, 2, 1))

@@ -1,7 +1,6 @@
 """Every stage takes real steps on small clips: what each network is shown, and what moves."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,7 +243,7 @@ def decoder_stage() -> DecoderTraining:
 
 def noise_videos() -> VideoClips:
     videos = torch.randint(256, (2, 13, 16, 16, 3), dtype=torch.uint8)
-    return VideoClips([SimpleNamespace(video=video) for video in videos])
+    return VideoClips(videos)
 
 
 ONE = Schedule(1e-3)

@@ -49,6 +49,7 @@ def small_recipe():
             for name, data in recipe.data.items()
         },
         decoder=dataclasses.replace(recipe.decoder, video_frames=9, steps=2, batch=2),
+        light_decoder=dataclasses.replace(recipe.light_decoder, video_frames=9, steps=2, batch=2),
         stages={
             name: dataclasses.replace(config, **small[name])
             for name, config in recipe.stages.items()
@@ -101,7 +102,15 @@ def on_ranks(out: Path) -> None:
 def test_ranks_train_together(trained, tmp_path):
     """With a sheet of samples after every update, the last one too, which leaves parameters
     gathered."""
-    for name in ("encoder", "clips", "long-clips", "decoder", "diffusion", "consistency"):
+    for name in (
+        "encoder",
+        "clips",
+        "long-clips",
+        "decoder",
+        "light-decoder",
+        "diffusion",
+        "consistency",
+    ):
         shutil.copytree(trained[0] / name, tmp_path / name)
     ranks.run(2, on_ranks, tmp_path)
     assert (tmp_path / "adversarial" / "samples-2.png").is_file()

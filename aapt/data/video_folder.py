@@ -1,0 +1,59 @@
+"""Clips of a user's videos as pixels, for training that needs nothing else of them."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .buckets import Bucket, crop
+from .sources import Sample, Skipped, find_samples
+from .video_reader import at_rate, pictures
+
+
+def video_clips(
+    source: Path,
+    size: Bucket,
+    frames: int,
+    count: int,
+    *,
+    fps: int = 24,
+    report: Callable[[str], None] = print,
+) -> Iterator[Tensor]:
+    """Up to `count` clips of `frames` frames, uint8 (frames, H, W, 3), cropped to `size`.
+
+    As many videos as can be, in the order of their names, give as few clips each as can be; what
+    cannot be read is reported and left out. ValueError if no clip is long enough.
+    """
+    samples = find_samples(source)
+    each = math.ceil(count / len(samples))
+    made = 0
+    for sample in samples[:: max(1, len(samples) // count)]:
+        try:
+            for clip in islice(_cut(sample, size, frames, fps), min(each, count - made)):
+                made += 1
+                yield clip
+        except Skipped as skipped:
+            report(f"{sample.name}: {skipped}")
+        if made == count:
+            return
+    if not made:
+        raise ValueError(
+            f"videos: expected videos of {frames} frames or more at {fps} fps in {source}, got none"
+        )
+
+
+def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor]:
+    if sample.video is None:
+        raise Skipped("broken archive", sample.broken)
+    clip: list[np.ndarray] = []
+    with sample.video.open() as file:
+        for _, picture in at_rate(pictures(file), fps):
+            part = crop(*picture.size, size, picture.pixel_aspect)
+            clip.append(part.window(picture.pixels(*part.scaled)))
+            if len(clip) == frames:
+                yield torch.from_numpy(np.stack(clip))
+                clip = []

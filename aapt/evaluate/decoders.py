@@ -1,0 +1,160 @@
+"""A light decoder and the original one behind the same encoder, on videos neither has seen."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import load_config
+from ..data.buckets import Bucket
+from ..data.procedural import to_video
+from ..data.video_folder import video_clips
+from ..figures import MissingLibrary
+from ..samples import to_pixels
+from ..vae import CausalVAE
+from ..vae_folder import LIGHT, ORIGINAL, find_checkpoint, load_vae
+from . import metrics
+from .footage import film_truth, held_out_starts
+
+FPS = 24
+WARMUP = 6  # steps of each decoder before its time counts
+
+
+def compare_decoders(
+    checkpoint: str | Path,
+    *,
+    videos: Path | None = None,
+    size: Bucket | None = None,
+    clips: int = 24,
+    seconds: float = 2.0,
+    seed: int = 0,
+    steps: int = 60,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Both decoders of a checkpoint: how they reconstruct clips, and how fast they stream.
+
+    `videos`: where clips are cut from, None for held-out walks of the procedural world; `size`: of
+    clips, None for the checkpoint's. For each decoder:
+
+        psnr: dB, over all pixels.
+        ssim: Structural similarity, mean over frames (torchmetrics).
+        flicker: Mean absolute difference, in shares of the full range, between how the decoded
+            pixel changes from a frame to the next and how the true one does.
+        sharpness: Mean absolute difference of horizontal neighbours, in the same shares.
+        step_ms: Median time of one latent frame in a stream, batch 1.
+
+    Of both, `agreement` is the PSNR of one with the other as truth, and `speedup` the median over
+    turns of the original's time over the light one's; `sharpness` is the truth's. ValueError for a
+    checkpoint with one decoder alone.
+    """
+    if ORIGINAL not in load_config(find_checkpoint(checkpoint)):
+        raise ValueError(
+            f"{checkpoint}: expected a light decoder and the original one, got one alone"
+        )
+    vaes = {"original": load_vae(checkpoint, ORIGINAL), "light": load_vae(checkpoint, LIGHT)}
+    for vae in vaes.values():
+        vae.eval().requires_grad_(False)
+    size = size or _own_size(checkpoint)
+    latents = max(1, round(seconds * FPS / vaes["light"].config.time_factor))
+    frames = 1 + vaes["light"].config.time_factor * latents
+    if videos is None:
+        starts = held_out_starts(clips, latents, seed)
+        truth = film_truth(starts, range(frames), size.height, size.width).pixels
+    else:
+        truth = torch.stack(list(video_clips(videos, size, frames, clips, fps=FPS, report=log)))
+    decoded, latent = _decode(vaes, truth)
+    step_ms, speedup = time_by_turns(vaes, latent, steps)
+    return {
+        "checkpoint": str(checkpoint),
+        "clips": len(truth),
+        "frames": frames,
+        "size": str(size),
+        "decoders": {
+            name: {
+                **quality(video, truth),
+                "step_ms": step_ms[name],
+                "parameters": sum(p.numel() for p in vaes[name].decoder.parameters()),
+            }
+            for name, video in decoded.items()
+        },
+        "sharpness": metrics.sharpness(truth),
+        "agreement": metrics.psnr(decoded["light"], decoded["original"]),
+        "speedup": speedup,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def quality(video: Tensor, truth: Tensor) -> dict[str, float]:
+    """Of a decoded video, both uint8 (clips, F, H, W, 3), see `compare_decoders`."""
+    return {
+        "psnr": metrics.psnr(video, truth),
+        "ssim": ssim(video, truth),
+        "flicker": flicker(video, truth),
+        "sharpness": metrics.sharpness(video),
+    }
+
+
+def flicker(video: Tensor, truth: Tensor) -> float:
+    """Mean |(v[t+1] - v[t]) - (truth[t+1] - truth[t])| of uint8 (clips, F, H, W, 3), in shares of
+    the full range: nothing where the error stands still."""
+    total = sum((a.int() - b.int()).diff(dim=0).abs().sum().item() for a, b in zip(video, truth))
+    return total / 255 / truth[:, 1:].numel()
+
+
+def ssim(video: Tensor, truth: Tensor) -> float:
+    """Mean structural similarity of frames (Wang et al., 2004); MissingLibrary without
+    torchmetrics."""
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError:
+        raise MissingLibrary(
+            "torchmetrics: expected to be installed, which SSIM needs: pip install 'aapt[train]'"
+        ) from None
+    scores = [
+        structural_similarity_index_measure(
+            *(clip.permute(0, 3, 1, 2).float() for clip in pair), data_range=255.0
+        )
+        for pair in zip(video, truth)
+    ]
+    return torch.stack(scores).mean().item()
+
+
+@torch.inference_mode()
+def _decode(vaes: dict[str, CausalVAE], truth: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What each makes of the same latents, uint8 like the truth, and the last clip's latents."""
+    decoded = {name: [] for name in vaes}
+    for clip in truth:
+        latent = vaes["original"].encode(to_video(clip[None]))
+        for name, vae in vaes.items():
+            decoded[name].append(to_pixels(vae.decode(latent)))
+    return {name: torch.cat(videos) for name, videos in decoded.items()}, latent
+
+
+@torch.inference_mode()
+def time_by_turns(
+    vaes: dict[str, CausalVAE], latent: Tensor, steps: int
+) -> tuple[dict[str, float], float]:
+    """Median milliseconds of a streamed latent frame of each, and the original's over the light
+    one's. The two take turns, so that what else the machine does falls on both."""
+    states = {name: vae.decode_frame(latent[:, :, :1])[1] for name, vae in vaes.items()}
+    times = {name: [] for name in vaes}
+    for step in range(WARMUP + steps):
+        place = step % latent.shape[2]
+        for name, vae in vaes.items():
+            start = time.perf_counter()
+            _, states[name] = vae.decode_frame(latent[:, :, place : place + 1], states[name])
+            times[name].append(1e3 * (time.perf_counter() - start))
+    times = {name: values[WARMUP:] for name, values in times.items()}
+    ratios = [slow / fast for slow, fast in zip(times["original"], times["light"])]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return medians, statistics.median(ratios)
+
+
+def _own_size(checkpoint: str | Path) -> Bucket:
+    config = load_config(find_checkpoint(checkpoint))
+    if "width" not in config:
+        raise ValueError(f"size: expected WIDTHxHEIGHT, {checkpoint} has none of its own")
+    return Bucket(config["width"], config["height"])

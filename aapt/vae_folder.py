@@ -1,0 +1,80 @@
+"""Autoencoders on disk: alone or with the model they belong to, ours or Wan's.
+
+A checkpoint with a light decoder keeps the original one beside it: `original_vae` in `config.json`
+is the shape of what `original_vae.safetensors` holds.
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .checkpoint import CheckpointError, load_config, load_module, save_config, save_module, tuples
+from .generator import BUNDLED
+from .vae import CausalVAE, VAEConfig, load_wan
+from .vae.wan_weights import WEIGHTS
+
+LIGHT, ORIGINAL = "vae", "original_vae"
+
+
+def load_vae(name: str | Path, part: str = LIGHT) -> CausalVAE:
+    """The autoencoder that a bundled model or a checkpoint folder decodes with; with `part`
+    ORIGINAL the one with the decoder that a light decoder was made from. A folder of diffusers'
+    Wan has one decoder for both.
+
+    CheckpointError, naming what was expected and what is there.
+    """
+    folder = find_checkpoint(name)
+    if (folder / WEIGHTS).is_file():
+        return load_wan(folder)
+    config = load_config(folder)
+    part = part if part in config else LIGHT
+    try:
+        vae = CausalVAE(VAEConfig(**tuples(config[part])))
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: expected key {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    load_module(folder / f"{part}.safetensors", vae)
+    return vae
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """A folder, or that of a bundled model."""
+    folder = Path(name)
+    return folder if (folder / "config.json").is_file() else BUNDLED / str(name)
+
+
+def save_vaes(
+    folder: Path, vaes: dict[str, CausalVAE], dtype: torch.dtype | None = None
+) -> dict[str, dict]:
+    """Write autoencoders by part, as `dtype`; returns what `config.json` says of them."""
+    for part, vae in vaes.items():
+        save_module(folder / f"{part}.safetensors", vae, dtype)
+    return {part: asdict(vae.config) for part, vae in vaes.items()}
+
+
+def with_light_decoder(
+    source: str | Path, light: CausalVAE, original: CausalVAE, out: Path, name: str
+) -> Path:
+    """Write to `out` what the checkpoint `source` has, with a light decoder; returns `out`.
+
+    Of a folder that is an autoencoder alone, so is the new one. The encoder stays bit for bit:
+    weights are stored in bfloat16 where the original's lose nothing by it.
+    """
+    folder = find_checkpoint(source)
+    config = {"name": name}
+    if not (folder / WEIGHTS).is_file():
+        config |= load_config(folder)
+        others = ["model.safetensors"] if "model" in config else []
+        if sample := config.get("sample"):
+            others.append(Path(sample["image"]).name)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in others:
+            if not (out / file).exists() or not (out / file).samefile(folder / file):
+                shutil.copyfile(folder / file, out / file)
+    lossless = all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in original.state_dict().values())
+    dtype = torch.bfloat16 if lossless else None
+    save_config(out, config | save_vaes(out, {LIGHT: light, ORIGINAL: original}, dtype))
+    return out
