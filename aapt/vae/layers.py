@@ -146,9 +146,7 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
-    def forward(
-        self, x: Tensor, stream: Stream, then: CausalConv3d | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x, stream)
         x = self.conv1(x, stream, then=self.conv2, keep_out=False)
         return self.conv2(x, stream, residual, then=then)

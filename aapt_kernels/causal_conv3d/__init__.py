@@ -47,8 +47,8 @@ def causal_conv3d(
     any length add up to the whole clip; a stream with a stride in time would not, so that takes no
     state.
 
-    `next_norm_weight` asks for a third result, silu(rms_norm(out) * next_norm_weight): what the next
-    convolution would make of `out`, which then takes it as its x. `keep_out=False` gives None for
+    `next_norm_weight` asks for a third result, silu(rms_norm(out) * next_norm_weight): what the
+    next convolution would make of `out`, for it to take as its x. `keep_out=False` gives None for
     an `out` that nothing else reads. `fuses_next_norm` says where this saves a pass.
 
     `share_state` lets the returned state be a view of x, where x needs neither norm nor SiLU and is
@@ -61,9 +61,9 @@ def causal_conv3d(
     place; changes through `.data` they do not see. Warm up before capturing a CUDA graph.
 
     Differentiable in x, weight, bias, norm_weight and residual, once, without `next_norm_weight`;
-    neither the given nor the returned state carries a gradient. Under autocast all tensors are cast to its dtype; otherwise
-    they share one. Raises ValueError, or TypeError for a dtype, naming the input that breaks this
-    contract.
+    neither the given nor the returned state carries a gradient. Under autocast all tensors are cast
+    to its dtype; otherwise they share one. Raises ValueError, or TypeError for a dtype, naming the
+    input that breaks this contract.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

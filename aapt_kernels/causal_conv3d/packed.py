@@ -19,12 +19,13 @@ class PackedWeights:
     """`pack(weight, *options)`, remembered for frozen weights as long as they live.
 
     A weight that changes in place (load_state_dict, an optimiser) is packed again when it is next
-    used, to the same address, which CUDA graphs may hold: they replay with the new weights from then
-    on. Changes that autograd does not count, through `.data`, are not seen. A weight that requires a
-    gradient is packed in every call: it is about to change, and sharding does that uncounted.
+    used, to the same address, which CUDA graphs may hold: from then on they replay with the new
+    weights. Changes that autograd does not count, through `.data`, are not seen. A weight that
+    requires a gradient is packed in every call: it is about to change, and sharding does that
+    uncounted.
 
-    Capture a CUDA graph after a call outside of it; what a capture has to pack itself belongs to the
-    graph and is packed in every replay.
+    Capture a CUDA graph after a call outside of it: what a capture has to pack itself belongs to
+    the graph and is packed in every replay.
     """
 
     def __init__(self, pack: Callable[..., Tensor]):
