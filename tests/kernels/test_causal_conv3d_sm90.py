@@ -247,6 +247,26 @@ def test_frozen_weights_are_packed_once(kernel):
     assert len(sm90.packed_weights._packed) == held - 1
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_graph_replays_with_changed_weights(kernel, warm):
+    if kernel != "cuda":
+        pytest.skip("graphs are the device's")
+    (x, weight, bias), options = make(Case((1, 6, 9), (64, 64), batch=1), kernel)
+
+    def run():
+        return causal_conv3d(x, weight, bias, **options)[0]
+
+    if warm:
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    weight.neg_()
+    wanted = run()  # packs again; a graph that packs itself does so anyway
+    graph.replay()
+    assert torch.equal(out, wanted)
+
+
 def test_one_weight_for_two_upsamplings(kernel):
     (x, weight, bias), options = make(Case((1, 3, 4), (8, 8), batch=1), kernel)
     for options["upsample"] in ((1, 2), (2, 2), (1, 2)):
