@@ -27,14 +27,19 @@ def causal_conv3d(
     upsample: list[int],
     replicate: bool,
     pixels: bool,
-) -> tuple[Tensor, Tensor]:
+    next_norm_weight: Tensor | None,
+    keep_out: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
     buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, replicate)
     memory_format = layout(x)
-    last = buffer[:, :, buffer.shape[2] - past :]
-    new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=memory_format)
-    if past:
-        new_state.copy_(last)
+    new_state = x.new_empty(0)
+    if keep_state:
+        last = buffer[:, :, buffer.shape[2] - past :]
+        new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=memory_format)
+        if past:
+            new_state.copy_(last)
     if max(upsample) > 1:
         buffer = repeat(buffer, kt, upsample, state is None)
     frames = buffer.transpose(1, 2)
@@ -43,7 +48,12 @@ def causal_conv3d(
         frames, margins = F.pad(frames, _margins(weight), "replicate"), [0, 0]
 
     out = _convolve(frames, weight, bias, stride, margins, residual, memory_format)
-    return to_pixels(out) if pixels else out, new_state
+    active = x.new_empty(0)
+    if next_norm_weight is not None:
+        active = torch.empty_like(out)
+        _write_active(active, out, next_norm_weight, eps, True)
+        out = out if keep_out else x.new_empty(0)
+    return to_pixels(out) if pixels else out, new_state, active
 
 
 def _convolve(
