@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
+from .packed import PackedWeights
 from .ref import frames_to_skip, layout, past_frames, to_pixels
 
 LAST = torch.channels_last_3d
+DILATION = [1, 1, 1]
+MAX_PACKED_PIXELS = 4096  # beyond, packing is less than 2 % of a convolution, and memory for long
 
 
 def causal_conv3d(
@@ -86,7 +89,7 @@ def _convolve_pairs(
     torch.sub(f3, f1, out=into[3])
     if bias is not None:
         bias = F.pad(bias, (len(bias), 2 * len(bias)))
-    products = _conv3d(sums, _pair_weights(weight), bias, stride, margins, groups=4)
+    products = _conv3d(sums, weight, bias, stride, margins, pairs=True)
     m0, m1, m2, m3 = products.chunk(4, dim=1)
     shape = (batch, len(weight), 2 * pairs, *m0.shape[3:])
     out = torch.empty(shape, dtype=frames.dtype, memory_format=LAST)
@@ -101,13 +104,22 @@ def _conv3d(
     bias: Tensor | None,
     stride: list[int],
     margins: list[int],
-    groups: int = 1,
+    pairs: bool = False,
 ) -> Tensor:
-    """Asks for oneDNN by name: ATen itself takes a slow path for small float32 inputs."""
-    frames, padding = frames.contiguous(memory_format=LAST), [0, *margins]
-    if frames.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        dilation = [1, 1, 1]
-        return torch.mkldnn_convolution(frames, weight, bias, padding, stride, dilation, groups)
+    """`pairs`: with `_pair_weights`, in four groups. Asks for oneDNN by name: ATen itself takes a
+    slow path for small float32 inputs. On small pictures packing the weights takes a share of the
+    time; those of frozen weights are kept."""
+    frames, padding, groups = frames.contiguous(memory_format=LAST), [0, *margins], 1 + 3 * pairs
+    onednn = frames.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    pixels = frames.numel() // max(frames.shape[1], 1)
+    if onednn and not weight.requires_grad and pixels <= MAX_PACKED_PIXELS:
+        packed = packed_weights(weight, frames.shape, tuple(stride), tuple(padding), groups)
+        return torch.ops.mkldnn._convolution_pointwise(
+            frames, packed, bias, padding, stride, DILATION, groups, "none", [], ""
+        )
+    weight = _pair_weights(weight) if pairs else weight
+    if onednn:
+        return torch.mkldnn_convolution(frames, weight, bias, padding, stride, DILATION, groups)
     return F.conv3d(frames, weight, bias, stride, padding, groups=groups)
 
 
@@ -116,6 +128,23 @@ def _pair_weights(weight: Tensor) -> Tensor:
     w0, w1, w2 = weight.split(1, dim=2)
     middle, half = (w0 + w2) / 2, w1 / 2
     return torch.cat([w0, middle + half, middle - half, w2])
+
+
+def _pack(
+    weight: Tensor,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """In the blocks that oneDNN multiplies for frames of this shape."""
+    weight = _pair_weights(weight) if groups == 4 else weight
+    return torch._C._nn.mkldnn_reorder_conv3d_weight(
+        weight.to_mkldnn(), padding, stride, DILATION, groups, shape
+    )
+
+
+packed_weights = PackedWeights(_pack)
 
 
 def causal_conv3d_backward(
