@@ -38,6 +38,9 @@ class Encoder(nn.Module):
 
     Wan's strided convolutions pad a picture at its right and lower edge only. On a mirrored
     picture, with mirrored weights, they pad both edges as ours do: a "separate" encoder has one.
+
+    On an sm_90 device Triton runs the convolutions with a stride and the first, which reads three
+    channels; the hand-written kernel runs the others, in bfloat16.
     """
 
     def __init__(self, config: VAEConfig):
