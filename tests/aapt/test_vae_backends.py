@@ -27,7 +27,7 @@ class Convolutions(TorchDispatchMode):
 
 @pytest.fixture
 def sm90(monkeypatch):
-    """bfloat16 tensors without numbers, for which backends are chosen as on a device with all kernels."""
+    """bfloat16 tensors without numbers; backends are chosen as on a device with all kernels."""
     monkeypatch.setitem(backend.PREFERENCE, "cpu", backend.PREFERENCE["cuda"])
     monkeypatch.setattr(backend, "unavailable", lambda name: None)
     monkeypatch.setattr(backend, "takes", lambda name, device: "cpu")
