@@ -12,7 +12,7 @@ from .checkpoint import CheckpointError, load_config, load_module, tuples
 from .conditioning import Control, control_rays
 from .config import CameraConfig, ModelConfig
 from .student_forcing import StudentRollout
-from .vae import CausalVAE, VAEConfig, to_bytes
+from .vae import CausalVAE, DecoderStream, VAEConfig
 from .world_model import WorldModel
 
 BUNDLED = Path(__file__).parent / "assets"
@@ -134,8 +134,8 @@ class Stream:
         pixels = torch.from_numpy(first_frame.copy()).to(device)
         video = pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
         latent = generator.vae.encode(video.to(generator.vae.latent_mean.dtype))
-        decoded, self._decoder = generator.vae.decode_frame(latent)
-        self.first_frame = to_pixels(decoded)
+        self._decoder = DecoderStream(generator.vae, latent.shape)
+        self.first_frame = to_array(self._decoder.decode(latent))
         latent = latent.to(model.transformer.video_in.weight.dtype)
         self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent)
         self._prompt = prompt
@@ -166,7 +166,7 @@ class Stream:
         """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3)."""
         if not isinstance(control, Control):
             raise ValueError(f"control: expected a Control, got {control!r}")
-        vae, recycled = self.generator.vae, self._rollout.last
+        recycled = self._rollout.last
         with nvtx.annotate("condition"):
             controls = recycled.new_tensor([[[control.yaw, control.forward]]])
             rays = control_rays(controls, self.generator.model.camera, *recycled.shape[-2:])
@@ -174,14 +174,12 @@ class Stream:
         with nvtx.annotate("generate"):
             latent = self._rollout.step(noise, recycled, rays)
         with nvtx.annotate("decode"):
-            latent = latent.to(vae.latent_mean.dtype)
-            video, self._decoder = vae.decode_frame(latent, self._decoder)
-            return to_pixels(video)
+            return to_array(self._decoder.decode(latent))
 
 
-def to_pixels(video: Tensor) -> np.ndarray:
-    """Video (1, 3, F, H, W) in [-1, 1] as uint8 (F, H, W, 3)."""
-    return to_bytes(video[0]).permute(1, 2, 3, 0).cpu().numpy()
+def to_array(pixels: Tensor) -> np.ndarray:
+    """uint8 (1, 3, F, H, W) as (F, H, W, 3)."""
+    return pixels[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
 def bundled_models() -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .contact_sheet import contact_sheet
 from .data.clips import ClipBatch
 from .student_forcing import StudentRollout
-from .vae import CausalVAE, to_bytes
+from .vae import CausalVAE, DecoderStream, to_bytes
 from .world_model import WorldModel
 
 SHOWN_ROWS = 160  # smaller frames are enlarged
@@ -43,10 +43,10 @@ def roll_out(
 @torch.no_grad()
 def decode_frames(vae: CausalVAE, latents: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each latent frame (B, C, 1, h, w) of a stream with its video: uint8 (B, F, H, W, 3)."""
-    state = None
+    stream = None
     for latent in latents:
-        video, state = vae.decode_frame(latent.to(vae.latent_mean.dtype), state)
-        yield latent, to_pixels(video)
+        stream = stream or DecoderStream(vae, latent.shape)
+        yield latent, stream.decode(latent).permute(0, 2, 3, 4, 1).cpu()
 
 
 @torch.no_grad()
@@ -97,4 +97,4 @@ def _last_frames(vae: CausalVAE, latents: Iterable[Tensor], wanted: Sequence[int
 
 def to_pixels(video: Tensor) -> Tensor:
     """Video (B, 3, F, H, W) in [-1, 1] as uint8 (B, F, H, W, 3); not-a-number becomes black."""
-    return to_bytes(video.nan_to_num(-1)).permute(0, 2, 3, 4, 1).cpu()
+    return to_bytes(video).permute(0, 2, 3, 4, 1).cpu()

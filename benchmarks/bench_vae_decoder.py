@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from aapt.vae import CausalVAE, decoder_work, layers, light, total
+from aapt.vae.stream import capture
 from aapt_kernels import causal_conv3d
 from aapt_kernels.causal_conv3d import fuses_next_norm
 from aapt_kernels.causal_conv3d.cases import ACTIVE, Case, make_inputs
@@ -105,19 +106,6 @@ def test_convolution(against, mode, device, name):
     against(ours, rivals, rounds=10, iterations=1, work=Work(flops, 2 * moved))
 
 
-def graphed(step, device):
-    """`step` captured and replayed; itself where there is no device."""
-    if device.type != "cuda":
-        return step
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 @pytest.mark.parametrize("height, width", [(416, 736), (720, 1280)])
 def test_steady_step_of_the_light_decoder(against, mode, device, monkeypatch, height, width):
     """Weights do not change times. The peer returns no pixels, ours does."""
@@ -138,7 +126,7 @@ def test_steady_step_of_the_light_decoder(against, mode, device, monkeypatch, he
         with torch.no_grad():
             _, state = vae.decode_frame(latent)
             step = wrap(lambda: vae.decode_frame(latent, state, pixels=pixels)[0])
-            return graphed(step, device)
+            return capture(step, device)
 
     def plain(x, weight, bias, **options):
         options["pixels"] = False

@@ -10,6 +10,7 @@ Three ways lead from a scale to the finer one, each with its way back:
 first frame of a stream passes by time (Wan's).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,13 @@ DecoderState = tuple[Tensor, ...]
 class Stream:
     """The states of one pass through the convolutions: read and replaced in running order.
 
+    `out`: where the new ones go, which may be where the old ones are. A convolution has read its
+    own by then, and no other reads it.
     `active`: for a convolution, its input, normed and activated by the one before.
     """
 
-    def __init__(self, states: DecoderState | None):
-        self.states = states
+    def __init__(self, states: DecoderState | None, out: DecoderState | None = None):
+        self.states, self.out = states, out
         self.new_states: list[Tensor] = []
         self.active: dict[CausalConv3d, Tensor] = {}
 
@@ -45,6 +48,8 @@ class Stream:
         return None if self.states is None else self.states[len(self.new_states)]
 
     def push(self, state: Tensor) -> None:
+        if self.out is not None:
+            state = self.out[len(self.new_states)].copy_(state)
         self.new_states.append(state)
 
 
@@ -65,11 +70,10 @@ class CausalConv3d(nn.Module):
         padding: str = "zeros",
     ):
         super().__init__()
-        kt, *space = kernel
-        fan_in = in_channels * kt * space[0] * space[1]
-        # In memory the taps in time come before the channels, as the CPU's convolution reads them.
-        weight = torch.empty(out_channels, kt, in_channels, *space).transpose(1, 2)
-        self.weight = nn.Parameter(weight)
+        fan_in = in_channels * math.prod(kernel)
+        weight = torch.empty(out_channels, in_channels, *kernel)
+        # Channels last in memory, as the activations have them
+        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last_3d))
         nn.init.normal_(self.weight, std=fan_in**-0.5)
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.norm_weight = nn.Parameter(torch.ones(in_channels)) if norm else None

@@ -25,11 +25,13 @@ from .layers import (
 )
 
 VIDEO_CHANNELS = 3
+LAST = torch.channels_last_3d
 
 
 def to_bytes(video: Tensor) -> Tensor:
-    """Video in [-1, 1] as uint8."""
-    return (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    """Video in [-1, 1] as uint8; not-a-number becomes black."""
+    levels = (video.float() * 127.5 + 127.5).round().clamp(0, 255)
+    return levels.nan_to_num(0).to(torch.uint8)
 
 
 class Encoder(nn.Module):
@@ -37,6 +39,9 @@ class Encoder(nn.Module):
 
     Wan's strided convolutions pad a picture at its right and lower edge only. On a mirrored
     picture, with mirrored weights, they pad both edges as ours do: a "separate" encoder has one.
+
+    On an sm_90 device Triton runs the convolutions with a stride and the first, which reads three
+    channels; the hand-written kernel runs the others, in bfloat16.
     """
 
     def __init__(self, config: VAEConfig):
@@ -66,7 +71,8 @@ class Encoder(nn.Module):
         stream = Stream(None)
         if self.mirrored:
             video = video.flip(3, 4)
-        x = self.conv_in(fold_pixels(video, self.patch_size), stream)
+        x = fold_pixels(video, self.patch_size).contiguous(memory_format=LAST)
+        x = self.conv_in(x, stream)
         for layer in self.layers:
             x = layer(x, stream)
         latent = self.conv_out(x, stream)
@@ -109,9 +115,13 @@ class Decoder(nn.Module):
         )
 
     def forward(
-        self, latent: Tensor, state: DecoderState | None, pixels: bool = False
+        self,
+        latent: Tensor,
+        state: DecoderState | None,
+        pixels: bool = False,
+        state_out: DecoderState | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        stream = Stream(state)
+        stream = Stream(state, state_out)
         x = latent
         if self.projection is not None:
             x = self.projection(x, stream)
@@ -222,13 +232,19 @@ class CausalVAE(nn.Module):
         return self.decode_frame(latent)[0]
 
     def decode_frame(
-        self, latent: Tensor, state: DecoderState | None = None, *, pixels: bool = False
+        self,
+        latent: Tensor,
+        state: DecoderState | None = None,
+        *,
+        pixels: bool = False,
+        state_out: DecoderState | None = None,
     ) -> tuple[Tensor, DecoderState]:
         """Next chunk of a stream, one latent frame or more; returns (video, state for the next).
 
         `state` None starts a stream. A state is never written to, so streams cannot mix and an
-        old state can be resumed twice. No gradient flows through it. With `pixels` the video is
-        uint8: [-1, 1] becomes 0 to 255.
+        old state can be resumed twice; unless it is given as `state_out` too, whose tensors
+        receive the new state. No gradient flows through it. With `pixels` the video is uint8:
+        [-1, 1] becomes 0 to 255.
         """
         channels = self.config.latent_channels
         if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] == 0:
@@ -236,11 +252,10 @@ class CausalVAE(nn.Module):
                 f"latent: expected (batch, {channels}, time, height, width) with at least one "
                 f"frame, got {tuple(latent.shape)}"
             )
-        latent = latent * self.latent_std + self.latent_mean
-        if latent.dtype == torch.bfloat16:  # as the tensor cores want it, from here to the video
-            latent = latent.contiguous(memory_format=torch.channels_last_3d)
+        # Channels last from here to the video, as tensor cores and oneDNN want them
+        latent = (latent * self.latent_std + self.latent_mean).contiguous(memory_format=LAST)
         if self.linear is None:
-            return self.decoder(latent, state, pixels)
-        video, new_state = self.decoder(latent, state)
+            return self.decoder(latent, state, pixels, state_out)
+        video, new_state = self.decoder(latent, state, state_out=state_out)
         video = video + self.linear.to_video(latent, starts=state is None)
         return to_bytes(video) if pixels else video, new_state

@@ -48,8 +48,9 @@ def repeat(x: Tensor, kt: int, upsample: list[int], starts: bool) -> Tensor:
 
 
 def to_pixels(video: Tensor) -> Tensor:
-    """[-1, 1] -> uint8."""
-    return (video.to(wide(video.dtype)) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    """[-1, 1] -> uint8; not-a-number becomes 0."""
+    levels = (video.to(wide(video.dtype)) * 127.5 + 127.5).round().clamp(0, 255)
+    return levels.nan_to_num(0).to(torch.uint8)
 
 
 def causal_conv3d(

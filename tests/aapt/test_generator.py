@@ -10,7 +10,8 @@ import torch
 
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import CheckpointError, save_config, save_module
-from aapt.vae import CausalVAE, VAEConfig
+from aapt.generator import to_array
+from aapt.vae import CausalVAE, VAEConfig, to_bytes
 
 from .helpers import CAMERA, tiny_model
 
@@ -88,14 +89,12 @@ def test_streams_never_touch_each_other(generator, picture):
 
 def test_streaming_decode_equals_whole_clip(generator, picture):
     """The stream's pixels are those of decoding all its latents at once."""
-    from aapt.generator import to_pixels
-
     stream = generator.open(picture, "ab", seed=0)
     latents, frames = [stream._rollout.last], [stream.first_frame]
     for control in WALK:
         frames.append(stream.step(control))
         latents.append(stream._rollout.last)
-    whole = to_pixels(generator.vae.decode(torch.cat(latents, dim=2)))
+    whole = to_array(to_bytes(generator.vae.decode(torch.cat(latents, dim=2))))
     difference = np.abs(whole.astype(int) - np.concatenate(frames).astype(int))
     assert difference.max() <= 1  # rounding to uint8
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aapt.vae import CausalVAE, layers, light, wan
+from aapt.vae import CausalVAE, DecoderStream, layers, light, wan
 from aapt_kernels import backend, causal_conv3d, use_backend
 
 pytestmark = pytest.mark.skipif(bool(backend.no_sim()), reason=str(backend.no_sim()))
@@ -106,3 +106,13 @@ def test_interleaved_streams_equal_each_alone():
                 videos[stream].append(video)
     for stream in (0, 1):
         assert torch.equal(torch.cat(videos[stream], dim=2), alone[stream])
+
+
+@pytest.mark.parametrize("name", ["nearest", "separate"])
+def test_a_stream_in_fixed_memory_gives_the_same_bits(name):
+    vae = make_vae(name).bfloat16()
+    latent = torch.randn(1, 16, 3, 2, 2).bfloat16()
+    with use_backend("sim"):
+        stream = DecoderStream(vae, latent[:, :, :1].shape)
+        pixels = torch.cat([stream.decode(frame) for frame in latent.split(1, dim=2)], dim=2)
+        assert torch.equal(pixels, decode(vae, latent, (1, 1, 1), pixels=True))
