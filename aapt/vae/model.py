@@ -19,6 +19,7 @@ from .layers import (
     Upsample,
     active,
     fold_pixels,
+    last_frames,
     middle,
     unfold_channels,
 )
@@ -108,17 +109,23 @@ class Decoder(nn.Module):
         )
 
     def forward(
-        self, latent: Tensor, state: DecoderState | None, pixels: bool = False
+        self,
+        latent: Tensor,
+        state: DecoderState | None,
+        pixels: bool = False,
+        last: int | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        stream = Stream(state)
-        x = latent
-        if self.projection is not None:
-            x = self.projection(x, stream)
-        x = self.conv_in(x, stream)
-        for layer in self.layers:
-            x = layer(x, stream)
-        video = unfold_channels(self.conv_out(x, stream, pixels=pixels), 1, self.patch_size)
-        return video, tuple(stream.new_states)
+        """`last`: how many video frames to return, None for all. Of the others no more is made than
+        these and the next state need."""
+        front = [self.conv_in] if self.projection is None else [self.projection, self.conv_in]
+        needs = [last]  # input frames of each layer, from the last layer to the first
+        for layer in reversed([*front, *self.layers, self.conv_out]):
+            needs.append(None if last is None else layer.needs(needs[-1]))
+        stream, x = Stream(state), latent
+        for layer in (*front, *self.layers):
+            x = layer(last_frames(x, needs.pop()), stream)
+        x = self.conv_out(last_frames(x, needs.pop()), stream, pixels=pixels)
+        return unfold_channels(last_frames(x, last), 1, self.patch_size), tuple(stream.new_states)
 
 
 class LinearSkip(nn.Module):
@@ -220,13 +227,19 @@ class CausalVAE(nn.Module):
         return self.decode_frame(latent)[0]
 
     def decode_frame(
-        self, latent: Tensor, state: DecoderState | None = None, *, pixels: bool = False
+        self,
+        latent: Tensor,
+        state: DecoderState | None = None,
+        *,
+        pixels: bool = False,
+        last: int | None = None,
     ) -> tuple[Tensor, DecoderState]:
         """Next chunk of a stream, one latent frame or more; returns (video, state for the next).
 
         `state` None starts a stream. A state is never written to, so streams cannot mix and an
         old state can be resumed twice. No gradient flows through it. With `pixels` the video is
-        uint8: [-1, 1] becomes 0 to 255.
+        uint8: [-1, 1] becomes 0 to 255. `last`: return the video of so many of the latent frames,
+        and make of the others only what these and the next state need; not where a stream starts.
         """
         channels = self.config.latent_channels
         if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] == 0:
@@ -234,11 +247,17 @@ class CausalVAE(nn.Module):
                 f"latent: expected (batch, {channels}, time, height, width) with at least one "
                 f"frame, got {tuple(latent.shape)}"
             )
+        if last is not None and (state is None or not 1 <= last <= latent.shape[2]):
+            raise ValueError(
+                f"last: expected 1 to {latent.shape[2]} frames behind a state, got {last} "
+                f"{'without' if state is None else 'behind'} one"
+            )
+        frames = None if last is None else last * self.config.time_factor
         latent = latent * self.latent_std + self.latent_mean
         if latent.dtype == torch.bfloat16:  # as the tensor cores want it, from here to the video
             latent = latent.contiguous(memory_format=torch.channels_last_3d)
         if self.linear is None:
-            return self.decoder(latent, state, pixels)
-        video, new_state = self.decoder(latent, state)
-        video = video + self.linear.to_video(latent, starts=state is None)
+            return self.decoder(latent, state, pixels, frames)
+        video, new_state = self.decoder(latent, state, last=frames)
+        video = video + self.linear.to_video(last_frames(latent, last), starts=state is None)
         return to_bytes(video) if pixels else video, new_state
