@@ -74,9 +74,19 @@ def test_a_rollout_is_the_streaming_path_with_a_generator_per_stream():
 def test_decoding_frame_by_frame_is_decoding_the_clip(vae):
     clip = latents(4).float()
     whole = to_pixels(vae.decode(clip))
-    parts = [pixels for _, pixels in decode_frames(vae, clip.split(1, dim=2))]
+    parts = [pixels for _, pixels in decode_frames(vae, clip.split(1, dim=2), range(4))]
     assert [part.shape[1] for part in parts] == [1, 4, 4, 4]
     assert (torch.cat(parts, dim=1).int() - whole.int()).abs().max() <= 1
+
+
+def test_wanted_frames_are_those_of_the_whole_stream(vae):
+    clip = latents(14).float()
+    whole = dict(decode_frames(vae, clip.split(1, dim=2), range(14)))
+    for wanted in ({0, 3, 4, 11}, {13}):
+        parts = dict(decode_frames(vae, clip.split(1, dim=2), wanted))
+        assert set(parts) == wanted
+        for number, pixels in parts.items():
+            assert (pixels.int() - whole[number].int()).abs().max() <= 1
 
 
 def test_the_sheet_shows_the_truth_over_the_model(vae):
