@@ -24,6 +24,9 @@ class StreamingGenerator:
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
     >>> frames = stream.step(Control(forward=1.0))  # uint8 (4, H, W, 3)
+
+    A diffusion model, which needs many passes for a frame, has `sampling`; it opens no streams and
+    is there to be measured (`samples.roll_out`).
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class StreamingGenerator:
     def open(self, first_frame: np.ndarray, prompt: str, seed: int = 0) -> "Stream":
         """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size.
 
-        ValueError for a diffusion model too, which needs many passes for a frame.
+        ValueError for another size, and for a diffusion model.
         """
         if self.sampling is not None:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from PIL import Image
 
 from aapt import cli
 from aapt.checkpoint import CheckpointError, save_config, save_module
-from aapt.config import CameraConfig, ModelConfig
+from aapt.config import CameraConfig, ModelConfig, SamplingConfig
 from aapt.contact_sheet import contact_sheet
 from aapt.data.world import FIELD_OF_VIEW, FORWARD_STEP, THEMES, YAW_STEP, sample_clip
 from aapt.evaluate import evaluate
@@ -273,6 +273,25 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint):
         frames.append(stream.step(Control(yaw, forward)))
     expected = torch.from_numpy(np.concatenate(frames))
     assert (film.pixels[1].int() - expected.int()).abs().max() <= 1
+
+
+def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint):
+    """One step from noise without guidance is the one pass of a generator without clamp."""
+    starts = held_out_starts(2, 3, seed=0)
+    first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
+    generator = StreamingGenerator.from_pretrained(checkpoint)
+    model = generator.model.transformer
+    model.config = replace(model.config, output_clamp=None)
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or "video_out" in name:  # so that time and prompt matter
+            torch.nn.init.normal_(parameter, std=0.2)
+    films = []
+    for sampling in (None, (1, 6.0, 1.0), (2, 6.0, 1.0), (2, 6.0, 4.0)):
+        generator.sampling = SamplingConfig(*sampling) if sampling else None
+        films.append(film_rollout(generator, starts, first, range(13), seed=0)[0].pixels.int())
+    one_pass, one_step, two_steps, guided = films
+    assert (one_pass - one_step).abs().max() <= 1
+    assert (two_steps - one_step).abs().max() > 10 and (guided - two_steps).abs().max() > 10
 
 
 def test_pixels_that_are_not_numbers_are_black():
