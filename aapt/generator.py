@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointError, load_config, load_module, tuples
 from .conditioning import Control, control_rays
-from .config import CameraConfig, ModelConfig
+from .config import CameraConfig, ModelConfig, SamplingConfig
 from .student_forcing import StudentRollout
 from .vae import CausalVAE, DecoderStream, VAEConfig
 from .world_model import WorldModel
@@ -24,6 +24,9 @@ class StreamingGenerator:
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
     >>> frames = stream.step(Control(forward=1.0))  # uint8 (4, H, W, 3)
+
+    A diffusion model, which needs many passes for a frame, has `sampling`; it opens no streams and
+    is there to be measured (`samples.roll_out`).
     """
 
     def __init__(
@@ -36,12 +39,14 @@ class StreamingGenerator:
         fps: int = 24,
         prompts: Sequence[str] = (),
         sample: tuple[Path, str] | None = None,
+        sampling: SamplingConfig | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.height, self.width, self.fps = height, width, fps
         self.themes = tuple(prompts)
         self._sample = sample
+        self.sampling = sampling
         factor = vae.config.space_factor
         granularity = factor * model.config.patch
         if height % granularity or width % granularity:
@@ -78,6 +83,8 @@ class StreamingGenerator:
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
+            if sampling := config.get("sampling"):
+                picture["sampling"] = SamplingConfig(**sampling)
             generator = cls(model, vae, **picture)
         except KeyError as error:
             raise CheckpointError(f"{folder / 'config.json'}: expected key {error}") from None
@@ -108,7 +115,15 @@ class StreamingGenerator:
         return self.vae.latent_mean.device
 
     def open(self, first_frame: np.ndarray, prompt: str, seed: int = 0) -> "Stream":
-        """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size."""
+        """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size.
+
+        ValueError for another size, and for a diffusion model.
+        """
+        if self.sampling is not None:
+            raise ValueError(
+                f"model: expected one forward pass per frame to stream, got a diffusion model of "
+                f"{self.sampling.passes}; `aapt eval` rolls it out"
+            )
         expected = (self.height, self.width, 3)
         first_frame = np.asarray(first_frame)
         if first_frame.shape != expected or first_frame.dtype != np.uint8:

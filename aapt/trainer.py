@@ -287,8 +287,9 @@ class Run:
 
     def export(self, stage: str, folder: Path | None = None) -> Path:
         """A checkpoint folder that StreamingGenerator loads, in bfloat16; returns `folder`, which
-        is named after the recipe unless given."""
-        recipe = self.recipe
+        is named after the recipe unless given. That of a diffusion stage says how it is sampled."""
+        recipe, config = self.recipe, self.recipe.stages[stage]
+        sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
         size = recipe.data[recipe.decoder.clips]
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
@@ -298,6 +299,7 @@ class Run:
             {
                 "name": recipe.name,
                 "stage": stage,
+                "sampling": sampling,
                 "height": size.height,
                 "width": size.width,
                 "fps": 24,

@@ -121,6 +121,10 @@ class CausalConv3d(nn.Module):
         same = self.norm_weight is None or self.eps == then.eps
         return then.norm_weight is not None and then.silu and same
 
+    def needs(self, frames: int) -> int:
+        """How many of its last input frames the last `frames` of its output are made of."""
+        return math.ceil((frames + self.weight.shape[2] - 1) / self.upsample[0])
+
 
 class Call(NamedTuple):
     """One convolution of a pass, with the size of its input."""
@@ -155,6 +159,9 @@ class ResidualBlock(nn.Module):
         x = self.conv1(x, stream, then=self.conv2, keep_out=False)
         return self.conv2(x, stream, residual, then=then)
 
+    def needs(self, frames: int) -> int:
+        return self.conv1.needs(self.conv2.needs(frames))
+
     def calls(self, *size: int) -> list[Call]:
         shortcut = [] if self.shortcut is None else [Call(self.shortcut, *size)]
         return [*shortcut, Call(self.conv1, *size), Call(self.conv2, *size, residual=True)]
@@ -179,6 +186,9 @@ class FrameAttention(nn.Module):
         out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         out = out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
         return self.proj(out, stream, residual=x, then=then)
+
+    def needs(self, frames: int) -> int:
+        return frames
 
     def calls(self, *size: int) -> list[Call]:
         return [Call(self.qkv, *size), Call(self.proj, *size, residual=True)]
@@ -257,6 +267,9 @@ class Upsample(nn.Module):
         x = unfold_channels(x, time, space)
         return x[:, :, time - 1 :] if stream.starts else x
 
+    def needs(self, frames: int) -> int:
+        return self.conv.needs(math.ceil(frames / self.stride[0]) if self.shuffle else frames)
+
     def calls(self, *size: int) -> list[Call]:
         return [Call(self.conv, *size)]
 
@@ -294,6 +307,11 @@ class SeparateUpsample(nn.Module):
         later = unfold_channels(self.time_conv(later, stream), time, 1)
         return torch.cat([first, later], dim=2).contiguous(memory_format=memory)
 
+    def needs(self, frames: int) -> int:
+        if self.time_conv is None:
+            return frames
+        return self.time_conv.needs(math.ceil(frames / self.stride[0]))
+
     def calls(self, frames: int, height: int, width: int) -> list[Call]:
         if self.time_conv is None:
             return [Call(self.conv, frames, height, width)]
@@ -307,6 +325,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """Channels last if they are, else contiguous."""
     last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
     return torch.channels_last_3d if last else torch.contiguous_format
+
+
+def last_frames(x: Tensor, count: int | None) -> Tensor:
+    """The last `count` frames of (B, C, T, H, W), or all, lying in memory as all did."""
+    if count is None or count >= x.shape[2]:
+        return x
+    return x[:, :, -count:].contiguous(memory_format=memory_format(x))
 
 
 def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:
