@@ -28,7 +28,7 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="[SET=]FOLDER",
-            help="Clips of `aapt encode`, for recipes of real data; may be repeated.",
+            help="Clips of `aapt encode`, for recipes of real data; repeated, several for a set.",
             show_default=False,
         ),
     ] = None,
@@ -118,6 +118,7 @@ def train(
     from .checkpoint import CheckpointError
     from .parallel import Parallel
     from .recipes import LIGHT_RECIPES, RECIPES
+    from .run_inputs import Inputs
     from .training_loop import Habits, TrainingError
 
     for_light = {"vae": vae, "videos": videos, "perceptual": perceptual}
@@ -139,15 +140,15 @@ def train(
             return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     folder = out or Path("runs") / recipe
     habits = Habits(save_every, sample_every, clips_at_once, checkpoint_blocks)
-    folders = {}
-    for given in latents or ():
-        name, _, path = given.rpartition("=")
-        folders[name] = Path(path)
     if recipe in LIGHT_RECIPES:
         make = partial(light_vae.run, LIGHT_RECIPES[recipe](), folder, **for_light)
     else:
-        options = {"latents": folders, "weights": weights}
-        make = partial(trainer.run, RECIPES[recipe](), folder, stage, **options)
+        folders: dict[str, list[Path]] = {}
+        for given in latents or ():
+            name, _, path = given.rpartition("=")
+            folders.setdefault(name, []).append(Path(path))
+        inputs = Inputs(folders, weights)
+        make = partial(trainer.run, RECIPES[recipe](), folder, stage, inputs=inputs)
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)
@@ -254,9 +255,7 @@ def encode(
         latent_frames = max(1, round(seconds * fps / per_latent))
         clip = 1 + per_latent * latent_frames
         config = CutConfig(
-            buckets=tuple(
-                Bucket.parse_family(family, granularity) for family in bucket or [size]
-            ),
+            buckets=tuple(Bucket.parse_family(family, granularity) for family in bucket or [size]),
             latent_frames=latent_frames,
             stride=clip if stride is None else max(1, round(stride * fps)),
             fps=fps,

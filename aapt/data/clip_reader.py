@@ -108,7 +108,8 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
             windows = _windows(at_rate(pictures(file), config.fps, start, end), config)
             for parts, frames in windows:
                 try:
-                    yield from _clips(sample, captions, parts, frames, trajectory, keypoints, config)
+                    given = trajectory, keypoints, config
+                    yield from _clips(sample, captions, parts, frames, *given)
                 except Skipped as skipped:
                     yield skipped
     except Skipped as skipped:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import save_config, write_json
+from ..checkpoint import file_digest, save_config, write_json
 from ..conditioning import camera_rays, through_lens
 from ..config import CameraConfig
 from ..vae import CausalVAE
@@ -234,9 +234,7 @@ class ShardFolder:
     Raises ValueError where the folder belongs to another job.
     """
 
-    def __init__(
-        self, out: Path, encoding: dict[str, Any], samples: list[Sample], vae: CausalVAE
-    ):
+    def __init__(self, out: Path, encoding: dict[str, Any], samples: list[Sample], vae: CausalVAE):
         self.out, self.encoding, self.videos = out, encoding, len(samples)
         self.shards: dict[str, list[dict[str, Any]]] = {}
         self.written = Counter()  # clips of each bucket in whole shards
@@ -307,8 +305,9 @@ class ShardFolder:
         shards = self.shards.get(bucket, [])
         name = f"{bucket}/{len(shards):05d}.safetensors"
         shard.write(self.out / name, like=self.out / INDEX)
-        size = (self.out / name).stat().st_size
-        entry = {"file": name, "clips": len(shard.clips), "bytes": size}
+        path = self.out / name
+        entry = {"file": name, "clips": len(shard.clips), "bytes": path.stat().st_size}
+        entry["sha256"] = file_digest(path)
         if self.encoding["motion"] == "camera":
             entry["ray_squares"] = (shard.squares / len(shard.clips)).tolist()
         self.shards[bucket] = [*shards, entry]

@@ -49,6 +49,7 @@ class FakeGenerator:
     themes = ("a meadow of blocks", "a desert of blocks")
     sample_prompt = themes[0]
     step_seconds = 0.0
+    driven_by = "camera"
 
     def __init__(self, folder):
         self.folder = Path(folder)

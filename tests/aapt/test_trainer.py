@@ -26,7 +26,13 @@ STAGES = stage_names(tiny_world())
 def small_recipe():
     recipe = tiny_world()
     model = dataclasses.replace(
-        recipe.model, width=32, heads=2, head_dim=16, depth=3, rope_axes=(4, 6, 6)
+        recipe.model,
+        width=32,
+        heads=2,
+        head_dim=16,
+        depth=3,
+        rope_axes=(4, 6, 6),
+        reference_grid=(3, 4),
     )
     curriculum = constant("clips", frames=4, batch=2, steps=2)
     small = {
@@ -142,7 +148,7 @@ def test_an_extension_goes_on_with_its_discriminator(trained, tmp_path):
 def test_two_recipes_never_mix(trained):
     out, _, _ = trained
     other = dataclasses.replace(small_recipe(), seed=1)
-    with pytest.raises(ValueError, match=r"recipe.json: seed: expected 1, got 0; train another"):
+    with pytest.raises(ValueError, match=r"recipe.json: seed: expected 1, got 0; train in another"):
         run(other, out)
 
 
