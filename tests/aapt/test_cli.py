@@ -22,6 +22,7 @@ from PIL import Image
 
 from aapt import cli, media
 from aapt.generator import BUNDLED, StreamingGenerator
+from aapt.run_inputs import Inputs
 
 HEIGHT, WIDTH = 80, 128
 
@@ -271,7 +272,7 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
     def record(recipe, out, stages, *, workers, report, habits, **options):
         calls.append((recipe.name, out, stages, workers, habits.save_every))
-        assert options["parallel"].main and options["latents"] == {} and options["weights"] is None
+        assert options["parallel"].main and options["inputs"] == Inputs({}, None)
         report("diffusion: 1.0 min")
         return out / recipe.name
 
@@ -289,7 +290,7 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
 def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
     for arguments, code, message in [
-        (["huge"], 2, "aapt: recipe: expected one of tiny-world, paper-8b, got 'huge'"),
+        (["huge"], 2, "aapt: recipe: expected one of tiny-world, paper-8b, vae-light, wan-light, got 'huge'"),
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (
             ["tiny-world", "--stage", "diffusion"],

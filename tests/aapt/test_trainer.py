@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from aapt import Control, StreamingGenerator
+from aapt import Control, StreamingGenerator, trainer
 from aapt.checkpoint import read_tensors
 from aapt.curriculum import constant
 from aapt.optimization import Schedule
@@ -21,6 +21,7 @@ from aapt.training_loop import Habits, TrainingError
 from . import ranks
 
 STAGES = stage_names(tiny_world())
+BRIEF = (0, 1)  # seconds of a sheet of samples
 
 
 def small_recipe():
@@ -67,7 +68,9 @@ def small_recipe():
 def trained(tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("run"), []
     habits = Habits(save_every=1, sample_every=2)
-    folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "SAMPLE_SECONDS", BRIEF)
+        folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
     return out, folder, lines
 
 
@@ -102,6 +105,7 @@ def test_finished_stages_are_not_run_again(trained):
 def on_ranks(out: Path) -> None:
     habits = Habits(save_every=1, sample_every=1)
     given = {"workers": 1, "habits": habits, "parallel": Parallel.from_environment()}
+    trainer.SAMPLE_SECONDS = BRIEF  # in a process of its own
     run(small_recipe(), out, report=lambda line: None, **given)
 
 
