@@ -123,10 +123,11 @@ def evaluate_vae(
         (
             name,
             f"{r['psnr']:.2f} dB, SSIM {r['ssim']:.4f}, flicker {r['flicker']:.5f}, sharpness "
-            f"{r['sharpness']:.2f}, {r['step_ms']:.1f} ms, {r['parameters'] / 1e6:.2f} M",
+            f"{r['sharpness']:.4f}, {r['step_ms']:.1f} ms, {r['parameters'] / 1e6:.2f} M",
         )
         for name, r in report["decoders"].items()
     ]
+    rows.append(("truth", f"sharpness {report['sharpness']:.4f}"))
     rows.append(("agreement", f"{report['agreement']:.2f} dB"))
     rows.append(("speed", f"{report['speedup']:.2f} x, {report['threads']} threads"))
     table(rows)

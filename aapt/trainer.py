@@ -161,8 +161,8 @@ class Run:
         """The best there is by now for the latents of a set."""
         if self.recipe.vae is None:
             return self.inputs.autoencoder(clips)
-        made = (light_vae.STAGE, "decoder", "encoder")
-        return self.vae(next(stage for stage in made if self.result(stage).is_file()))
+        decoders = [s for s in (light_vae.STAGE, "decoder") if self.result(s).is_file()]
+        return self.vae([*decoders, "encoder"][0])
 
     def model(self, stage: str | None) -> WorldModel:
         """A new model with the weights that `stage` has made."""

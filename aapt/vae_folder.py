@@ -72,7 +72,8 @@ def with_light_decoder(
             others.append(Path(sample["image"]).name)
         out.mkdir(parents=True, exist_ok=True)
         for file in others:
-            shutil.copyfile(folder / file, out / file)
+            if not (out / file).exists() or not (out / file).samefile(folder / file):
+                shutil.copyfile(folder / file, out / file)
     lossless = all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in original.state_dict().values())
     dtype = torch.bfloat16 if lossless else None
     save_config(out, config | save_vaes(out, {LIGHT: light, ORIGINAL: original}, dtype))

@@ -43,11 +43,12 @@ def compare_decoders(
         ssim: Structural similarity, mean over frames (torchmetrics).
         flicker: Mean absolute difference, in shares of the full range, between how the decoded
             pixel changes from a frame to the next and how the true one does.
-        sharpness: Mean absolute difference of horizontal neighbours, relative to the truth's.
+        sharpness: Mean absolute difference of horizontal neighbours, in the same shares.
         step_ms: Median time of one latent frame in a stream, batch 1.
 
-    `agreement` is the PSNR of one with the other as truth, `speedup` the median over turns of the
-    original's time over the light one's. ValueError for a checkpoint with one decoder alone.
+    Of both, `agreement` is the PSNR of one with the other as truth, and `speedup` the median over
+    turns of the original's time over the light one's; `sharpness` is the truth's. ValueError for a
+    checkpoint with one decoder alone.
     """
     if ORIGINAL not in load_config(find_checkpoint(checkpoint)):
         raise ValueError(
@@ -66,7 +67,7 @@ def compare_decoders(
         truth = torch.stack(list(video_clips(videos, size, frames, clips, fps=FPS, report=log)))
     decoded, latent = _decode(vaes, truth)
     step_ms, speedup = time_by_turns(vaes, latent, steps)
-    report = {
+    return {
         "checkpoint": str(checkpoint),
         "clips": len(truth),
         "frames": frames,
@@ -79,11 +80,11 @@ def compare_decoders(
             }
             for name, video in decoded.items()
         },
+        "sharpness": metrics.sharpness(truth),
         "agreement": metrics.psnr(decoded["light"], decoded["original"]),
         "speedup": speedup,
         "threads": torch.get_num_threads(),
     }
-    return report
 
 
 def quality(video: Tensor, truth: Tensor) -> dict[str, float]:
@@ -92,7 +93,7 @@ def quality(video: Tensor, truth: Tensor) -> dict[str, float]:
         "psnr": metrics.psnr(video, truth),
         "ssim": ssim(video, truth),
         "flicker": flicker(video, truth),
-        "sharpness": metrics.sharpness(video) / metrics.sharpness(truth),
+        "sharpness": metrics.sharpness(video),
     }
 
 

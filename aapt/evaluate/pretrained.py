@@ -70,7 +70,7 @@ class PretrainedDistance:
 class TorchScriptFeatures(nn.Module):
     """The network of a file as a function of its pictures alone."""
 
-    def __init__(self, kind: Kind, path: Path):
+    def __init__(self, kind: str, path: Path):
         super().__init__()
         if not path.is_file():
             raise ValueError(f"{kind}: expected a TorchScript file, got {path}: no such file")

@@ -290,7 +290,11 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
 def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
     for arguments, code, message in [
-        (["huge"], 2, "aapt: recipe: expected one of tiny-world, paper-8b, vae-light, wan-light, got 'huge'"),
+        (
+            ["huge"],
+            2,
+            "aapt: recipe: expected one of tiny-world, paper-8b, vae-light, wan-light, got 'huge'",
+        ),
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (
             ["tiny-world", "--stage", "diffusion"],
