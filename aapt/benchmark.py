@@ -1,5 +1,6 @@
 """How fast a stream runs: latency to the first frames, step latency, rate and memory."""
 
+import itertools
 import resource
 import sys
 import time
@@ -22,8 +23,9 @@ def bench_stream(
     First-frame latency is from `open` to four frames in the hands of the caller: once for the first
     stream of the process and once for the next. `steps` steps follow WARMUP_STEPS untimed ones.
     """
-    script = load_controls("walk", generator.frames_per_step / generator.fps)
-    controls = iter(script)
+    controls = itertools.repeat(generator.still())
+    if generator.driven_by == "camera":
+        controls = iter(load_controls("walk", generator.frames_per_step / generator.fps))
     on_gpu = generator.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(generator.device)

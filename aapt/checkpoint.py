@@ -1,5 +1,6 @@
 """Checkpoints: a folder with `config.json` and one safetensors file per network."""
 
+import hashlib
 import json
 import os
 import struct
@@ -37,6 +38,18 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes. CheckpointError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def load_config(folder: Path) -> dict[str, Any]:

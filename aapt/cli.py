@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,10 @@ def generate(
         str | None,
         typer.Option(metavar="TEXT", help="What the world is.", show_default="the model's first"),
     ] = None,
-    controls: Annotated[str, typer.Option(metavar="PRESET|FILE", help="How to move.")] = "walk",
+    controls: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET|FILE", help="How to move.", show_default="walk"),
+    ] = None,
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of the video.")] = 10.0,
     model: Model = MODEL,
     seed: Annotated[
@@ -123,12 +127,14 @@ def generate(
     with bad_input():
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
-        script = load_controls(controls)
+        script = load_controls(controls or "walk")
         picture = media.load_image(image) if image else None
         media.output_kind(out)
     generator = load(model)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
+    if generator.driven_by != "camera":
+        script = _undriven(generator, controls)
     steps = max(1, round(seconds / step_seconds))
 
     with bad_input():
@@ -143,6 +149,19 @@ def generate(
         except OSError as error:
             raise ValueError(f"out: cannot open {out}: {error.strerror}") from None
     _finish(_play(stream, writer, itertools.islice(script, steps), steps))
+
+
+def _undriven(generator, controls: str | None) -> Iterator:
+    """What plays a model without a camera: its prompt alone."""
+    with bad_input():
+        if generator.driven_by == "channels":
+            raise ValueError(
+                "model: expected one that a camera or its prompt drives, got one driven by "
+                "condition channels, which StreamingGenerator's streams take"
+            )
+        if controls is not None:
+            raise ValueError(f"controls: expected none, the model has no camera, got {controls}")
+    return itertools.repeat(generator.still())
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .command_line import MODEL, InputError, Json, Model, bad_input, ctrl_c, load, say, table
+from .command_line import MODEL, InputError, Json, bad_input, ctrl_c, load, say, table
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="[SET=]FOLDER",
-            help="Clips of `aapt encode`, for recipes of real data; may be repeated.",
+            help="Clips of `aapt encode`, for recipes of real data; repeated, several for a set.",
             show_default=False,
         ),
     ] = None,
@@ -118,6 +118,7 @@ def train(
     from .checkpoint import CheckpointError
     from .parallel import Parallel
     from .recipes import LIGHT_RECIPES, RECIPES
+    from .run_inputs import Inputs
     from .training_loop import Habits, TrainingError
 
     for_light = {"vae": vae, "videos": videos, "perceptual": perceptual}
@@ -139,15 +140,15 @@ def train(
             return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     folder = out or Path("runs") / recipe
     habits = Habits(save_every, sample_every, clips_at_once, checkpoint_blocks)
-    folders = {}
-    for given in latents or ():
-        name, _, path = given.rpartition("=")
-        folders[name] = Path(path)
     if recipe in LIGHT_RECIPES:
         make = partial(light_vae.run, LIGHT_RECIPES[recipe](), folder, **for_light)
     else:
-        options = {"latents": folders, "weights": weights}
-        make = partial(trainer.run, RECIPES[recipe](), folder, stage, **options)
+        folders: dict[str, list[Path]] = {}
+        for given in latents or ():
+            name, _, path = given.rpartition("=")
+            folders.setdefault(name, []).append(Path(path))
+        inputs = Inputs(folders, weights)
+        make = partial(trainer.run, RECIPES[recipe](), folder, stage, inputs=inputs)
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)
@@ -176,11 +177,19 @@ def encode(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where shards of latents go.")
     ],
-    model: Model = MODEL,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="Whose VAE: a bundled model, a checkpoint, or a VAE alone such as Wan 2.1's.",
+        ),
+    ] = MODEL,
     bucket: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="WxH", help="A size of clips; may be repeated.", show_default="the model's"
+            metavar="WxH[+WxH...]",
+            help="A size of clips, or several that a video is encoded at; may be repeated.",
+            show_default="the model's",
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 5.0,
@@ -222,6 +231,8 @@ def encode(
     Examples:
       aapt encode videos/ --out latents/
       aapt encode shards/ --bucket 736x416 --bucket 416x736 --model mine/ --out latents/
+      aapt encode videos/ --bucket 736x416+1280x720+640x352 --model Wan2.1/vae --seconds 15 \
+        --device cuda --out latents/
       aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
     """
     import torch
@@ -230,10 +241,11 @@ def encode(
     from .data.buckets import Bucket
     from .data.clip_reader import CutConfig
 
-    generator = load(model)
-    granularity = generator.vae.config.space_factor * generator.model.config.patch
-    fps, per_latent = generator.fps, generator.frames_per_step
     with bad_input():
+        vae, size, fps, patch = _autoencoder(model)
+        if size is None and not bucket:
+            raise ValueError(f"bucket: expected one or more, as {model} is a VAE of no size")
+        granularity, per_latent = vae.config.space_factor * patch, vae.config.time_factor
         for name, value in (
             ("seconds", seconds),
             ("stride", seconds if stride is None else stride),
@@ -243,10 +255,7 @@ def encode(
         latent_frames = max(1, round(seconds * fps / per_latent))
         clip = 1 + per_latent * latent_frames
         config = CutConfig(
-            buckets=tuple(
-                Bucket.parse(size, granularity)
-                for size in bucket or [f"{generator.width}x{generator.height}"]
-            ),
+            buckets=tuple(Bucket.parse_family(family, granularity) for family in bucket or [size]),
             latent_frames=latent_frames,
             stride=clip if stride is None else max(1, round(stride * fps)),
             fps=fps,
@@ -257,7 +266,7 @@ def encode(
             min_score=min_score,
         )
         try:
-            vae = generator.vae.to(torch.device(device))
+            vae = vae.to(torch.device(device))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: cannot use {device}: {error}") from None
         options = {"shard_clips": shard_clips, "workers": workers, "report": say}
@@ -279,3 +288,20 @@ def encode(
     if not index["buckets"]:
         say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
         raise typer.Exit(1)
+
+
+def _autoencoder(model: str):
+    """The VAE of a model with the model's size, frames per second and latent pixels along a token's
+    side; of one that stands alone the size is None, the others are the paper's."""
+    from .checkpoint import load_config
+    from .config import ModelConfig
+    from .vae.wan_weights import WEIGHTS
+    from .vae_folder import find_checkpoint, load_vae
+
+    folder = find_checkpoint(model)
+    ours = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file()
+    if folder.is_dir() and not (ours and "model" in load_config(folder)):
+        return load_vae(model), None, 24, ModelConfig.patch
+    generator = load(model)
+    size = f"{generator.width}x{generator.height}"
+    return generator.vae, size, generator.fps, generator.model.config.patch

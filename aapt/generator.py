@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import nvtx
@@ -20,6 +21,9 @@ BUNDLED = Path(__file__).parent / "assets"
 
 class StreamingGenerator:
     """A world model with its VAE, ready to open streams of `height` x `width` pixels.
+
+    What drives a stream depends on the model: a camera's controls, condition channels (a skeleton's
+    latents), or the prompt alone.
 
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
@@ -55,8 +59,10 @@ class StreamingGenerator:
             )
         for name, ours, vaes in (
             ("latent_channels", model.config.latent_channels, vae.config.latent_channels),
-            ("camera.frames", model.camera.frames, vae.config.time_factor),
+            ("camera.frames", model.camera and model.camera.frames, vae.config.time_factor),
         ):
+            if ours is None:
+                continue
             if ours != vaes:
                 raise ValueError(f"{name}: expected {vaes}, as the VAE has it, got {ours}")
         self.latent_size = (height // factor, width // factor)
@@ -76,8 +82,9 @@ class StreamingGenerator:
             )
         config = load_config(folder)
         try:
+            camera = config["camera"]
             model = WorldModel(
-                ModelConfig(**tuples(config["model"])), CameraConfig(**tuples(config["camera"]))
+                ModelConfig(**tuples(config["model"])), CameraConfig(**camera) if camera else None
             )
             vae = CausalVAE(VAEConfig(**tuples(config["vae"])))
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
@@ -114,8 +121,57 @@ class StreamingGenerator:
     def device(self) -> torch.device:
         return self.vae.latent_mean.device
 
-    def open(self, first_frame: np.ndarray, prompt: str, seed: int = 0) -> "Stream":
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """Pictures as latents: uint8 (1 + 4 n, H, W, 3) to (channels, 1 + n, h, w). All but the
+        first of a drawn skeleton's are the condition channels of n steps (SPEC 10)."""
+        video = torch.from_numpy(pixels.copy()).to(self.device)
+        video = video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        return self.vae.encode(video.to(self.vae.latent_mean.dtype))[0]
+
+    def condition(self, control: Control | Tensor | None) -> Tensor | None:
+        """The channels (1, condition_channels, 1, h, w) that drive one step.
+
+        ValueError unless `control` is what this model takes: a `Control` with a camera, one latent
+        frame's channels (condition_channels, h, w) where it has some without, else None.
+        """
+        model = self.model
+        like = model.transformer.video_in.weight
+        if self.driven_by == "camera":
+            if not isinstance(control, Control):
+                raise ValueError(f"control: expected a Control, got {control!r}")
+            controls = like.new_tensor([[[control.yaw, control.forward]]])
+            return control_rays(controls, model.camera, *self.latent_size)
+        if self.driven_by == "prompt":
+            if control is not None:
+                raise ValueError(
+                    f"control: expected None, the prompt alone drives this model, got {control!r}"
+                )
+            return None
+        shape = (model.config.condition_channels, *self.latent_size)
+        if not isinstance(control, Tensor) or control.shape != shape:
+            got = tuple(control.shape) if isinstance(control, Tensor) else repr(control)
+            raise ValueError(f"control: expected condition channels {shape}, got {got}")
+        return control.to(like)[None, :, None]
+
+    @property
+    def driven_by(self) -> Literal["camera", "channels", "prompt"]:
+        """What the control of a step is, see `condition`."""
+        if self.model.camera:
+            return "camera"
+        return "channels" if self.model.config.condition_channels else "prompt"
+
+    def still(self) -> Control | Tensor | None:
+        """The control of a step that nothing drives."""
+        channels = torch.zeros(self.model.config.condition_channels, *self.latent_size)
+        return {"camera": Control(), "channels": channels, "prompt": None}[self.driven_by]
+
+    def open(
+        self, first_frame: np.ndarray, prompt: str, seed: int = 0, recache: bool = False
+    ) -> "Stream":
         """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size.
+
+        recache: a new prompt also rewrites what the stream remembers, see `Stream.prompt`.
 
         ValueError for another size, and for a diffusion model.
         """
@@ -133,7 +189,7 @@ class StreamingGenerator:
             )
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
-        return Stream(self, first_frame, prompt, seed)
+        return Stream(self, first_frame, prompt, seed, recache)
 
 
 class Stream:
@@ -141,19 +197,23 @@ class Stream:
 
     @torch.inference_mode()
     def __init__(
-        self, generator: StreamingGenerator, first_frame: np.ndarray, prompt: str, seed: int
+        self,
+        generator: StreamingGenerator,
+        first_frame: np.ndarray,
+        prompt: str,
+        seed: int,
+        recache: bool,
     ):
         self.generator = generator
         model, device = generator.model, generator.device
         self._random = torch.Generator(device).manual_seed(seed)
-        pixels = torch.from_numpy(first_frame.copy()).to(device)
-        video = pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
-        latent = generator.vae.encode(video.to(generator.vae.latent_mean.dtype))
+        latent = generator.encode(first_frame[None])[None]
         self._decoder = DecoderStream(generator.vae, latent.shape)
         self.first_frame = to_array(self._decoder.decode(latent))
         latent = latent.to(model.transformer.video_in.weight.dtype)
-        self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent)
+        self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent, recache)
         self._prompt = prompt
+        self.steps = 0  # latent frames made so far
 
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, str):
@@ -161,13 +221,9 @@ class Stream:
         return self.generator.model.text_encoder([prompt])
 
     @property
-    def steps(self) -> int:
-        """Latent frames made so far."""
-        return self._rollout.frames
-
-    @property
     def prompt(self) -> str:
-        """The text in force. Setting it changes the next steps; the past keeps what made it."""
+        """The text in force. Setting it changes the next steps; the past keeps what made it, or,
+        of a stream opened with `recache`, is computed again under the new text (SPEC 2)."""
         return self._prompt
 
     @prompt.setter
@@ -177,17 +233,18 @@ class Stream:
         self._prompt = prompt
 
     @torch.inference_mode()
-    def step(self, control: Control) -> np.ndarray:
-        """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3)."""
-        if not isinstance(control, Control):
-            raise ValueError(f"control: expected a Control, got {control!r}")
+    def step(self, control: Control | Tensor | None = None) -> np.ndarray:
+        """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3).
+
+        control: what `StreamingGenerator.condition` takes.
+        """
         recycled = self._rollout.last
         with nvtx.annotate("condition"):
-            controls = recycled.new_tensor([[[control.yaw, control.forward]]])
-            rays = control_rays(controls, self.generator.model.camera, *recycled.shape[-2:])
+            condition = self.generator.condition(control)
             noise = recycled.new_empty(recycled.shape).normal_(generator=self._random)
         with nvtx.annotate("generate"):
-            latent = self._rollout.step(noise, recycled, rays)
+            latent = self._rollout.step(noise, recycled, condition)
+        self.steps += 1
         with nvtx.annotate("decode"):
             return to_array(self._decoder.decode(latent))
 

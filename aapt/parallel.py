@@ -196,6 +196,16 @@ class Parallel:
         dist.all_gather_object(values, value)
         return values
 
+    def wait(self) -> None:
+        """Until every rank is here.
+
+        The last thing a process does together with others: gloo's threads may still hold tensors
+        of what came before, and let go of them only while there is an interpreter to ask. One that
+        ends at once after another collective sometimes aborts.
+        """
+        if self.mesh is not None:
+            dist.barrier()
+
     def close(self) -> None:
         if self.mesh is not None:
             dist.destroy_process_group()

@@ -2,11 +2,12 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from . import light_vae
@@ -17,8 +18,7 @@ from .checkpoint import (
     save_module,
     save_tensors,
 )
-from .data.clips import Clips
-from .data.latent_shards import LatentShards, read_index
+from .data.clips import ClipBatch, Clips
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES
 from .discriminator import Discriminator
@@ -26,7 +26,8 @@ from .optimization import mixed_precision
 from .parallel import Parallel
 from .randomness import ClipRandom
 from .recipes import Recipe, StageConfig
-from .samples import sample_sheet
+from .run_inputs import Inputs, claim_inputs
+from .samples import sample_sheet, to_pixels
 from .stages import Stage
 from .stages.adversarial import Adversarial, AdversarialConfig
 from .stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
@@ -35,14 +36,13 @@ from .stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from .stages.light_decoder import LightDecoderTraining
 from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 from .training_loop import Habits, claim, drop_states, train
-from .vae import CausalVAE
+from .vae import CausalVAE, VAEConfig
 from .vae_folder import LIGHT, ORIGINAL, save_vaes
 from .world_model import WorldModel
 
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
 FIT_CLIPS = 60  # a linear map needs no more
-ANY_SET = ""
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 SAMPLES = 3  # clips of a sheet
 SAMPLE_SECONDS = (0, 1, 5, 10, 30, 60)
@@ -68,11 +68,7 @@ class EncodedSets(dict):
         if name in run.recipe.data:
             self[name] = latent_clips(read_tensors(run.result(name)))
             return self[name]
-        folder = run.latents.get(name, run.latents.get(ANY_SET))
-        if folder is None:
-            raise ValueError(f"latents: expected the folder with clips of {name}, got none")
-        bucket = name if name in read_index(folder)["buckets"] else None
-        self[name] = LatentShards(folder, bucket, run.recipe.camera)
+        self[name] = run.inputs.clips(name, run.recipe.camera)
         return self[name]
 
 
@@ -81,9 +77,7 @@ class Run:
 
     Args:
         workers: Processes that render clips.
-        latents: Folders of `aapt encode` by set, for those that the recipe does not make itself;
-            under `ANY_SET` one that has the others' as buckets.
-        weights: What the first stage starts from, None for random weights.
+        inputs: Clips for sets that the recipe does not make itself, weights to start from.
     """
 
     def __init__(
@@ -94,37 +88,51 @@ class Run:
         *,
         parallel: Parallel | None = None,
         habits: Habits | None = None,
-        latents: Mapping[str, Path] | None = None,
-        weights: Path | None = None,
+        inputs: Inputs | None = None,
     ):
         self.recipe, self.out, self.workers = recipe, out, workers
         self.parallel, self.habits = parallel or Parallel.single(), habits or Habits()
-        self.latents, self.weights = latents or {}, weights
+        self.inputs = inputs or Inputs()
         self.sets = EncodedSets(self)
 
-    def claim(self) -> None:
-        """Write the recipe into the folder, or check that it is the one already there. Every rank
-        calls it.
+    def claim(self, stages: Sequence[str] = ()) -> None:
+        """Write the recipe, and what `stages` are given, into the folder, or check that they are
+        those already there. Every rank calls it.
 
-        ValueError naming the first part that differs: results of two recipes never mix. What the
-        recipe of an older version does not say may be anything.
+        ValueError naming the first part that differs: results of two recipes, or of other inputs,
+        never mix. What the recipe of an older version does not say may be anything.
         """
-        said = self.parallel.agree(
-            claim(self.out, asdict(self.recipe)) if self.parallel.main else None
-        )
+        said = self.parallel.agree(self._claim(stages) if self.parallel.main else None)
         if said:
-            raise ValueError(f"{said}; train another recipe in another folder")
+            raise ValueError(f"{said}; train in another folder")
+
+    def _claim(self, stages: Sequence[str]) -> str | None:
+        if said := claim(self.out, asdict(self.recipe)):
+            return said
+        configs = [self.recipe.stages[name] for name in self.waiting(stages)]
+        sets = {clips for config in configs for clips in config.needs} - set(self.recipe.data)
+        starts = any(config.start is None for config in configs)
+        return claim_inputs(self.out, self.inputs.facts(sorted(sets), starts))
+
+    def waiting(self, stages: Sequence[str]) -> list[str]:
+        """Those of `stages` that train a generator and are still to come."""
+        return [n for n in stages if n in self.recipe.stages and not self.result(n).is_file()]
 
     def check(self, stages: Sequence[str]) -> None:
         """What would stop stages that are still to come, said before the first of them runs:
-        ValueError for clips that are missing or too short, and batches that ranks cannot share."""
-        for name in stages:
-            config = self.recipe.stages.get(name)
-            if config is None or self.result(name).is_file():
-                continue
+        ValueError for clips that are missing or too short, that are not moved by what the model is
+        conditioned on or are latents of several autoencoders, and for batches that ranks cannot
+        share."""
+        digests = {}
+        for name in self.waiting(stages):
+            config = self.recipe.stages[name]
             for batch in config.batches:
                 self.parallel.clips(batch)
             for clips, needed in config.needs.items():
+                if clips not in self.recipe.data:
+                    model = self.recipe.model
+                    given = model.condition_channels, self.recipe.camera
+                    digests[clips] = self.inputs.check(clips, *given)
                 made = self.recipe.data.get(clips)
                 has = made.latent_frames - 1 if made else self.sets[clips].latent_frames
                 if has < needed:
@@ -132,6 +140,11 @@ class Run:
                         f"{clips}: expected clips of {needed} latent frames after the first for "
                         f"stage {name}, got {has}"
                     )
+        if len(set(digests.values())) > 1:
+            raise ValueError(
+                f"latents: expected those of one autoencoder for {', '.join(digests)}, "
+                f"got {len(set(digests.values()))}"
+            )
 
     def result(self, stage: str) -> Path:
         return self.out / stage / "weights.safetensors"
@@ -144,15 +157,17 @@ class Run:
         load_module(self.result(stage), vae)
         return vae
 
-    def autoencoder(self) -> CausalVAE:
-        """The best there is by now."""
+    def autoencoder(self, clips: str) -> CausalVAE:
+        """The best there is by now for the latents of a set."""
+        if self.recipe.vae is None:
+            return self.inputs.autoencoder(clips)
         decoders = [s for s in (light_vae.STAGE, "decoder") if self.result(s).is_file()]
         return self.vae([*decoders, "encoder"][0])
 
     def model(self, stage: str | None) -> WorldModel:
         """A new model with the weights that `stage` has made."""
         model = WorldModel(self.recipe.model, self.recipe.camera)
-        path = self.weights if stage is None else self.result(stage)
+        path = self.inputs.weights if stage is None else self.result(stage)
         if path is not None:
             load_module(path, model)
         return model
@@ -211,8 +226,7 @@ class Run:
         parallel, folder = self.parallel, self.out / name
         stage = self.stage(self.recipe.stages[name])
         given = {"seed": self.recipe.seed, "parallel": parallel, "habits": self.habits}
-        sample = self.sampler(name, stage) if self.recipe.vae else None
-        made = train(stage, self.sets, folder, **given, sample=sample)
+        made = train(stage, self.sets, folder, **given, sample=self.sampler(name, stage))
         if isinstance(stage, Adversarial):
             self.save(folder / DISCRIMINATOR, stage.discriminator)
         self.save(self.result(name), made)
@@ -269,11 +283,8 @@ class Run:
     def sampler(self, name: str, stage: Stage) -> Callable[[int], None]:
         """Draws `samples-<updates>.png` into a stage's folder: always the same clips and noise,
         from what the weights are at the time, as long as a stream of a minute."""
-        recipe, parallel = self.recipe, self.parallel
-        vae = self.autoencoder().to(parallel.device)
-        random = ClipRandom(recipe.seed, 0, range(SAMPLES), parallel.device)
-        clips = self.sets[recipe.decoder.clips]
-        batch = clips.sample(random, clips.latents.shape[2] - 1)  # all of a clip, from its first
+        parallel = self.parallel
+        batch, vae = self.shown(name)
         frames = [LATENTS_PER_SECOND * second for second in SAMPLE_SECONDS]
 
         def sample(done: int) -> None:
@@ -285,37 +296,63 @@ class Run:
 
         return sample
 
+    def shown(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
+        """A few whole clips that a stage learns from, always the same, and their autoencoder."""
+        name = next(iter(self.recipe.stages[stage].needs))
+        if self.recipe.decoder:
+            name = self.recipe.decoder.clips
+        random = ClipRandom(self.recipe.seed, 0, range(SAMPLES), self.parallel.device)
+        clips = self.sets[name]
+        vae = self.autoencoder(name).to(self.parallel.device)
+        return clips.sample(random, clips.latent_frames), vae
+
     def export(self, stage: str, folder: Path | None = None) -> Path:
         """A checkpoint folder that StreamingGenerator loads, in bfloat16; returns `folder`, which
-        is named after the recipe unless given. That of a diffusion stage says how it is sampled."""
-        recipe, config = self.recipe, self.recipe.stages[stage]
+        is named after the recipe unless given. That of a diffusion stage says how it is sampled.
+
+        Its pictures have the size that positions are counted on (SPEC 4).
+        """
+        recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
         sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
-        size = recipe.data[recipe.decoder.clips]
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
-        shutil.copyfile(SAMPLE_IMAGE, folder / SAMPLE_IMAGE.name)
+        vaes = self.export_vae(stage, folder)
+        pixels = model.patch * VAEConfig(**vaes[LIGHT]).space_factor
+        rows, columns = model.reference_grid
         save_config(
             folder,
             {
                 "name": recipe.name,
                 "stage": stage,
                 "sampling": sampling,
-                "height": size.height,
-                "width": size.width,
+                "height": rows * pixels,
+                "width": columns * pixels,
                 "fps": 24,
-                "prompts": [theme.prompts[0] for theme in THEMES],
-                "sample": {"image": SAMPLE_IMAGE.name, "prompt": SAMPLE_PROMPT},
-                "model": asdict(recipe.model),
-                "camera": asdict(recipe.camera),
-                **self.export_vae(folder),
+                "prompts": [theme.prompts[0] for theme in THEMES] if recipe.data else [],
+                "sample": {"image": SAMPLE_IMAGE.name, "prompt": self.export_sample(stage, folder)},
+                "model": asdict(model),
+                "camera": recipe.camera and asdict(recipe.camera),
+                **vaes,
             },
         )
         return folder
 
-    def export_vae(self, folder: Path) -> dict[str, dict]:
+    def export_sample(self, stage: str, folder: Path) -> str:
+        """A picture to start from; returns its prompt. Of the user's videos, a clip's first."""
+        path = folder / SAMPLE_IMAGE.name
+        if self.recipe.data:
+            shutil.copyfile(SAMPLE_IMAGE, path)
+            return SAMPLE_PROMPT
+        batch, vae = self.shown(stage)
+        with torch.no_grad():
+            video = vae.decode(batch.latents[:1, :, :1])
+        Image.fromarray(to_pixels(video)[0, 0].numpy()).save(path)
+        return batch.prompts[0]
+
+    def export_vae(self, stage: str, folder: Path) -> dict[str, dict]:
         """The autoencoder, and the original one beside it if its decoder is a light one; returns
         what `config.json` says of them."""
-        vaes = {LIGHT: self.autoencoder()}
+        vaes = {LIGHT: self.autoencoder(next(iter(self.recipe.stages[stage].needs)))}
         if self.result(light_vae.STAGE).is_file():
             vaes[ORIGINAL] = self.vae("decoder")
         return save_vaes(folder, vaes, torch.bfloat16)
@@ -341,7 +378,7 @@ def run(
             raise ValueError(f"stages: expected some of {', '.join(names)}, got {stage}")
     run_ = Run(recipe, out, **options)
     run_.check(stages or names)
-    run_.claim()
+    run_.claim(stages or names)
     for stage in stages or names:
         if run_.parallel.agree(run_.result(stage).is_file()):
             report(f"{stage}: already done")
@@ -351,6 +388,7 @@ def run(
         run_.run(stage)
         report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
     done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
-    if not (done and recipe.vae):
-        return out
-    return run_.export(done[-1]) if run_.parallel.main else out / recipe.name
+    if done and run_.parallel.main:
+        run_.export(done[-1])
+    run_.parallel.wait()
+    return out / recipe.name if done else out

@@ -27,6 +27,11 @@ class Bucket(NamedTuple):
             raise ValueError(f"bucket: expected multiples of {multiple}, got {text}")
         return bucket
 
+    @classmethod
+    def parse_family(cls, text: str, multiple: int = 1) -> tuple["Bucket", ...]:
+        """'736x416+1280x720': sizes that one video is encoded at; ValueError as of `parse`."""
+        return tuple(cls.parse(part, multiple) for part in text.split("+"))
+
 
 class Crop(NamedTuple):
     """A source of (columns, rows) is brought to a size, and the bucket is cut out of that.
@@ -68,15 +73,29 @@ def crop(columns: int, rows: int, bucket: Bucket, pixel_aspect: float = 1.0) -> 
     return Crop((columns, rows), (width, height), left, top, bucket)
 
 
-def choose(buckets: Sequence[Bucket], columns: int, rows: int, pixel_aspect: float = 1.0) -> Bucket:
-    """The bucket that loses least of the picture; of several of that shape the largest that does
-    not enlarge it, else the smallest."""
+def choose(
+    families: Sequence[Sequence[Bucket]], columns: int, rows: int, pixel_aspect: float = 1.0
+) -> list[Bucket]:
+    """The buckets a picture goes into: those of one family that do not enlarge it, else the
+    family's smallest.
+
+    It is the family of the bucket that loses least of the picture; of several of that shape the
+    largest that does not enlarge it, else the smallest.
+    """
+
+    def enlarges(bucket: Bucket) -> bool:
+        return crop(columns, rows, bucket, pixel_aspect).scaled[1] > rows
+
+    def area(bucket: Bucket) -> int:
+        return bucket.width * bucket.height
 
     def preference(bucket: Bucket):
         width, height = crop(columns, rows, bucket, pixel_aspect).scaled
-        area = bucket.width * bucket.height
-        kept = round(area / (width * height), 2)  # 1 % off is the same shape
-        enlarged = height > rows
-        return kept, not enlarged, -area if enlarged else area, bucket
+        kept = round(area(bucket) / (width * height), 2)  # 1 % off is the same shape
+        enlarged = enlarges(bucket)
+        return kept, not enlarged, -area(bucket) if enlarged else area(bucket), bucket
 
-    return max(buckets, key=preference)
+    best = max((bucket for family in families for bucket in family), key=preference)
+    family = next(family for family in families if best in family)
+    fitting = [bucket for bucket in family if not enlarges(bucket)]
+    return sorted(fitting) or [min(family, key=area)]

@@ -24,9 +24,9 @@ MAX_GAP = 0.1  # seconds from a frame's time to the nearest picture: below 5 fps
 @dataclass(frozen=True)
 class CutConfig:
     """How clips are cut: of 1 + `frames_per_latent` * `latent_frames` frames at `fps`, a start
-    every `stride` frames, in the bucket that crops least."""
+    every `stride` frames, in all sizes of the family of buckets that crops least."""
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[tuple[Bucket, ...], ...]
     latent_frames: int
     stride: int
     fps: int = 24
@@ -40,8 +40,12 @@ class CutConfig:
         for name in ("latent_frames", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if not self.buckets:
+        sizes = [bucket for family in self.buckets for bucket in family]
+        if not sizes or not all(self.buckets):
             raise ValueError("buckets: expected one or more, got none")
+        for bucket in sizes:
+            if sizes.count(bucket) > 1:
+                raise ValueError(f"buckets: expected each once, got {bucket} again")
         if self.motion not in ("none", "camera", "pose"):
             raise ValueError(f"motion: expected none, camera or pose, got {self.motion!r}")
 
@@ -77,7 +81,7 @@ class _Frame(NamedTuple):
     time: float
     shown: float  # the time of the picture shown
     index: int  # of that picture
-    pixels: np.ndarray
+    pixels: list[np.ndarray]  # in every size
 
 
 def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]:
@@ -102,9 +106,10 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
             keypoints = parse_keypoints(blob.text("bad keypoints"))
         with sample.video.open() as file:
             windows = _windows(at_rate(pictures(file), config.fps, start, end), config)
-            for part, frames in windows:
+            for parts, frames in windows:
                 try:
-                    yield _clip(sample, captions, part, frames, trajectory, keypoints, config)
+                    given = trajectory, keypoints, config
+                    yield from _clips(sample, captions, parts, frames, *given)
                 except Skipped as skipped:
                     yield skipped
     except Skipped as skipped:
@@ -117,38 +122,43 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
 
 def _windows(
     source: Iterator[tuple[float, Picture]], config: CutConfig
-) -> Iterator[tuple[Crop, list[_Frame]]]:
-    """Every `stride` frames the next `config.frames` of them, cropped and resized."""
-    part = None
+) -> Iterator[tuple[list[Crop], list[_Frame]]]:
+    """Every `stride` frames the next `config.frames` of them, cropped and resized to every size."""
+    parts: list[Crop] = []
     window: deque[_Frame] = deque(maxlen=config.frames)
     count = 0
     for time, picture in source:
-        if part is None:
-            bucket = choose(config.buckets, *picture.size, picture.pixel_aspect)
-            part = crop(*picture.size, bucket, picture.pixel_aspect)
-        elif picture.size != part.source:
-            raise Skipped("size changes", f"at {time:.3f} s from {part.source} to {picture.size}")
-        again = window and window[-1].index == picture.index
-        pixels = window[-1].pixels if again else part.window(picture.pixels(*part.scaled))
+        if not parts:
+            buckets = choose(config.buckets, *picture.size, picture.pixel_aspect)
+            parts = [crop(*picture.size, bucket, picture.pixel_aspect) for bucket in buckets]
+        elif picture.size != parts[0].source:
+            raise Skipped(
+                "size changes", f"at {time:.3f} s from {parts[0].source} to {picture.size}"
+            )
+        if window and window[-1].index == picture.index:
+            pixels = window[-1].pixels
+        else:
+            pixels = [part.window(picture.pixels(*part.scaled)) for part in parts]
         window.append(_Frame(time, picture.time, picture.index, pixels))
         count += 1
         if count >= config.frames and (count - config.frames) % config.stride == 0:
-            yield part, list(window)
+            yield parts, list(window)
     if count < config.frames:
         raise Skipped(
             "too short", f"expected {config.frames} frames at {config.fps} fps, got {count}"
         )
 
 
-def _clip(
+def _clips(
     sample: Sample,
     captions: list[str],
-    part: Crop,
+    parts: list[Crop],
     frames: list[_Frame],
     trajectory: Trajectory | None,
     keypoints: list[np.ndarray] | None,
     config: CutConfig,
-) -> RawClip:
+) -> Iterator[RawClip]:
+    """One window in every size. Skipped where it cannot be used."""
     start = frames[0].time
     for frame in frames:
         if abs(frame.time - frame.shown) > MAX_GAP:
@@ -156,11 +166,13 @@ def _clip(
     motion = {}
     if trajectory is not None:
         motion["poses"] = _poses(frames, trajectory, config)
-        motion["lens"] = torch.from_numpy(part.lens(trajectory.lens.numpy())).float()
-    if keypoints is not None:
-        motion["skeletons"] = _skeletons(frames, keypoints, part, config)
-    video = np.stack([frame.pixels for frame in frames])
-    return RawClip(video, part.bucket, sample.name, start, captions, **motion)
+    for size, part in enumerate(parts):
+        if trajectory is not None:
+            motion["lens"] = torch.from_numpy(part.lens(trajectory.lens.numpy())).float()
+        if keypoints is not None:
+            motion["skeletons"] = _skeletons(frames, keypoints, part, config)
+        video = np.stack([frame.pixels[size] for frame in frames])
+        yield RawClip(video, part.bucket, sample.name, start, captions, **motion)
 
 
 def _poses(frames: list[_Frame], trajectory: Trajectory, config: CutConfig) -> Tensor:

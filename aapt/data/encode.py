@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import write_json
+from ..checkpoint import file_digest, save_config, write_json
 from ..conditioning import camera_rays, through_lens
 from ..config import CameraConfig
 from ..vae import CausalVAE
+from ..vae_folder import LIGHT, save_vaes
 from .clip_reader import CutConfig, RawClip, read_clips
 from .latent_shards import FORMAT_VERSION, INDEX, DataError, read_index
 from .procedural import to_video
@@ -64,13 +65,11 @@ def summary(index: dict[str, Any]) -> list[tuple[str, str]]:
 
 @dataclass
 class Outcome:
-    """What became of one video: `clips` in `bucket` from place `first` on, and [reason, detail] of
-    each skip."""
+    """What became of one video: by bucket the place of its first clip and their number, and
+    [reason, detail] of each skip."""
 
     video: str
-    bucket: str | None = None
-    first: int = 0
-    clips: int = 0
+    clips: dict[str, list[int]] = field(default_factory=dict)
     skipped: list[list[str]] = field(default_factory=list)
 
 
@@ -93,7 +92,7 @@ def encode(
     """
     samples = find_samples(source)
     try:
-        folder = ShardFolder(out, _encoding(vae, config, shard_clips), samples)
+        folder = ShardFolder(out, _encoding(vae, config, shard_clips), samples, vae)
     except OSError as error:
         raise EncodeError(f"{error}") from None
     if folder.complete:
@@ -112,10 +111,12 @@ def encode(
                     if isinstance(clip, Skipped):
                         outcome.skipped.append([clip.reason, clip.detail])
                         continue
-                    bucket = outcome.bucket = str(clip.bucket)
-                    outcome.first = folder.first_place(number, bucket)
-                    place = outcome.first + outcome.clips
-                    outcome.clips += 1
+                    bucket = str(clip.bucket)
+                    first, count = outcome.clips.setdefault(
+                        bucket, [folder.first_place(number, bucket), 0]
+                    )
+                    place = first + count
+                    outcome.clips[bucket][1] += 1
                     if place < folder.written[bucket]:
                         continue
                     shard = shards.setdefault(bucket, Shard(vae))
@@ -221,7 +222,7 @@ def _encoding(vae: CausalVAE, config: CutConfig, shard_clips: int) -> dict[str, 
         weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return {
         **dataclasses.asdict(config),
-        "buckets": [str(bucket) for bucket in config.buckets],
+        "buckets": ["+".join(map(str, family)) for family in config.buckets],
         "shard_clips": shard_clips,
         "vae": weights.hexdigest(),
     }
@@ -233,7 +234,7 @@ class ShardFolder:
     Raises ValueError where the folder belongs to another job.
     """
 
-    def __init__(self, out: Path, encoding: dict[str, Any], samples: list[Sample]):
+    def __init__(self, out: Path, encoding: dict[str, Any], samples: list[Sample], vae: CausalVAE):
         self.out, self.encoding, self.videos = out, encoding, len(samples)
         self.shards: dict[str, list[dict[str, Any]]] = {}
         self.written = Counter()  # clips of each bucket in whole shards
@@ -247,6 +248,8 @@ class ShardFolder:
         else:
             out.mkdir(parents=True, exist_ok=True)
             self.save()
+        if not (out / "config.json").exists():  # beside the latents, what decodes them
+            save_config(out, save_vaes(out, {LIGHT: vae}))
 
     def _resume(self, samples: list[Sample]) -> None:
         index = read_index(self.out)
@@ -267,7 +270,7 @@ class ShardFolder:
         for number, line in enumerate(lines, start=1):
             try:
                 self._add(Outcome(**json.loads(line)))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, AttributeError):
                 raise DataError(f"{journal}: line {number}: expected a video's outcome") from None
         names = [sample.name for sample in samples]
         known = [outcome.video for outcome in self.outcomes]
@@ -279,19 +282,19 @@ class ShardFolder:
 
     def _add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        self.found[outcome.bucket] += outcome.clips
+        self.found.update({bucket: count for bucket, (_, count) in outcome.clips.items()})
 
     def first_place(self, number: int, bucket: str) -> int:
         """The place in its bucket of the first clip of video `number`."""
         known = number < len(self.outcomes)
-        return self.outcomes[number].first if known else self.found[bucket]
+        return self.outcomes[number].clips[bucket][0] if known else self.found[bucket]
 
     def is_done(self, number: int) -> bool:
         """Whether all clips of video `number` are known and in whole shards."""
         if number >= len(self.outcomes):
             return False
-        outcome = self.outcomes[number]
-        return outcome.first + outcome.clips <= self.written[outcome.bucket]
+        clips = self.outcomes[number].clips
+        return all(first + count <= self.written[name] for name, (first, count) in clips.items())
 
     def contents(self) -> str:
         """What a later run, or a reader, finds."""
@@ -302,8 +305,9 @@ class ShardFolder:
         shards = self.shards.get(bucket, [])
         name = f"{bucket}/{len(shards):05d}.safetensors"
         shard.write(self.out / name, like=self.out / INDEX)
-        size = (self.out / name).stat().st_size
-        entry = {"file": name, "clips": len(shard.clips), "bytes": size}
+        path = self.out / name
+        entry = {"file": name, "clips": len(shard.clips), "bytes": path.stat().st_size}
+        entry["sha256"] = file_digest(path)
         if self.encoding["motion"] == "camera":
             entry["ray_squares"] = (shard.squares / len(shard.clips)).tolist()
         self.shards[bucket] = [*shards, entry]
@@ -334,7 +338,7 @@ class ShardFolder:
             "videos": {
                 "found": self.videos,
                 "read": len(self.outcomes),
-                "used": sum(outcome.clips > 0 for outcome in self.outcomes),
+                "used": sum(bool(outcome.clips) for outcome in self.outcomes),
             },
             "skipped": dict(sorted(reasons.items())),
             "buckets": {

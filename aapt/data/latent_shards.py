@@ -1,6 +1,7 @@
 """Folders of encoded clips, as `aapt encode` writes them and training reads them.
 
 index.json            what was encoded and how, the shards of each bucket, what was skipped
+config.json           with vae.safetensors, the autoencoder that decodes them (`vae_folder`)
 videos.jsonl          one line per video: its clips, and each reason to skip something of it
 736x416/00000.safetensors
     latents  (clips, C, 1 + T, h, w) float16, of unit deviation
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..conditioning import through_lens
 from ..config import CameraConfig
 from ..randomness import ClipRandom
-from .clips import ClipBatch, Clips, FirstFrame, window_starts
+from .clips import ClipBatch, FirstFrame, window_starts
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -141,23 +142,20 @@ class LatentShards:
 
 
 class Mixture:
-    """Clips of several folders or buckets: every update draws all of its clips from one of them.
+    """Clips of several folders or buckets as one set: every update draws all of its clips from one
+    of them, as often as it has clips.
 
     A batch has one size, so an update has one bucket, the same on all ranks and in all its draws.
-    weights: the share of updates of each part; by default the share of clips.
     """
 
-    def __init__(self, parts: Sequence[Clips], weights: Sequence[float] | None = None):
-        weights = [len(part) for part in parts] if weights is None else list(weights)
-        if not parts or len(weights) != len(parts):
-            raise ValueError(f"weights: expected one per part ({len(parts)}), got {len(weights)}")
-        total = sum(weights)
-        if not (min(weights) >= 0 and 0 < total < float("inf")):
-            raise ValueError(f"weights: expected numbers from 0, not all 0, got {weights}")
-        self.parts, self.shares = parts, [weight / total for weight in weights]
+    def __init__(self, parts: Sequence[LatentShards]):
+        self.parts = parts
+        self.shares = [len(part) / sum(map(len, parts)) for part in parts]
 
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
+    @property
+    def latent_frames(self) -> int:
+        """Of the shortest clip, after its first."""
+        return min(part.latent_frames for part in self.parts)
 
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"

@@ -215,6 +215,8 @@ def _load(folder: str | Path) -> StreamingGenerator:
     """A checkpoint that moves as the bundled world does."""
     generator = StreamingGenerator.from_pretrained(folder)
     camera = generator.model.camera
+    if camera is None:
+        raise ValueError(f"{folder}: expected a model with a camera, to walk as the world does")
     expected = (YAW_STEP, FORWARD_STEP, FRAMES_PER_LATENT)
     got = (camera.yaw_step, camera.forward_step, generator.frames_per_step)
     if got != expected:

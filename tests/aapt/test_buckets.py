@@ -34,15 +34,27 @@ def test_the_bucket_that_crops_least(size, aspect, expected):
         kept[bucket] = min(ratio, 1 / ratio)
     assert kept[expected] == max(kept.values()) or expected is SQUARE
     for order in ([WIDE, TALL, SQUARE], [SQUARE, TALL, WIDE]):
-        assert kept[choose(order, *size, aspect)] == pytest.approx(max(kept.values()), abs=0.01)
+        (chosen,) = choose([(bucket,) for bucket in order], *size, aspect)
+        assert kept[chosen] == pytest.approx(max(kept.values()), abs=0.01)
 
 
 def test_of_one_shape_the_largest_that_is_not_enlarged():
-    buckets = [Bucket(160, 80), Bucket(320, 160), Bucket(640, 320)]
-    assert choose(buckets, 500, 250) == (320, 160)
-    assert choose(buckets, 640, 320) == (640, 320)
-    assert choose(buckets, 100, 50) == (160, 80)
-    assert choose(buckets, 4000, 2000) == (640, 320)
+    buckets = [(Bucket(160, 80),), (Bucket(320, 160),), (Bucket(640, 320),)]
+    assert choose(buckets, 500, 250) == [(320, 160)]
+    assert choose(buckets, 640, 320) == [(640, 320)]
+    assert choose(buckets, 100, 50) == [(160, 80)]
+    assert choose(buckets, 4000, 2000) == [(640, 320)]
+
+
+def test_of_a_family_all_that_are_not_enlarged():
+    wide = Bucket.parse_family("1280x720+736x416+640x352", 16)
+    families = [wide, (TALL, Bucket(352, 640))]
+    assert choose(families, 1920, 1080) == sorted(wide)
+    assert choose(families, 1000, 562) == [(640, 352), (736, 416)]
+    assert choose(families, 64, 36) == [(640, 352)]
+    assert choose(families, 720, 1280) == [(352, 640), TALL]
+    with pytest.raises(ValueError, match="bucket: expected multiples of 16, got 640x360"):
+        Bucket.parse_family("1280x720+640x360", 16)
 
 
 def test_crop_by_hand():

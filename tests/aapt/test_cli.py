@@ -22,6 +22,7 @@ from PIL import Image
 
 from aapt import cli, media
 from aapt.generator import BUNDLED, StreamingGenerator
+from aapt.run_inputs import Inputs
 
 HEIGHT, WIDTH = 80, 128
 
@@ -49,6 +50,7 @@ class FakeGenerator:
     themes = ("a meadow of blocks", "a desert of blocks")
     sample_prompt = themes[0]
     step_seconds = 0.0
+    driven_by = "camera"
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -270,7 +272,7 @@ def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
 
     def record(recipe, out, stages, *, workers, report, habits, **options):
         calls.append((recipe.name, out, stages, workers, habits.save_every))
-        assert options["parallel"].main and options["latents"] == {} and options["weights"] is None
+        assert options["parallel"].main and options["inputs"] == Inputs({}, None)
         report("diffusion: 1.0 min")
         return out / recipe.name
 

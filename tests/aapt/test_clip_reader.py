@@ -21,7 +21,7 @@ from .test_keypoints import entry, person
 from .test_trajectories import controlled, trajectory, yawed
 from .videos import grey, numbers, sound, video
 
-CONFIG = CutConfig((Bucket(24, 16),), latent_frames=2, stride=9)  # clips of 9 frames
+CONFIG = CutConfig(((Bucket(24, 16),),), latent_frames=2, stride=9)  # clips of 9 frames
 
 
 def read(folder, data, config=CONFIG, caption="a", **sidecars):
@@ -51,11 +51,11 @@ def test_clips_start_every_stride(tmp_path, length, stride, starts):
 def test_a_clip_is_cropped_to_its_bucket(tmp_path):
     frames = np.zeros((9, 32, 64, 3), np.uint8)
     frames[:, :, :16], frames[:, :, -16:] = 255, 255  # what a square loses
-    config = dataclasses.replace(CONFIG, buckets=(Bucket(16, 8), Bucket(16, 16)))
+    config = dataclasses.replace(CONFIG, buckets=((Bucket(16, 8),), (Bucket(16, 16),)))
     (wide,) = read(tmp_path, video(frames), config)
     assert wide.bucket == (16, 8) and wide.video[:, 4, 1].min() > 200
     (square,) = read(
-        tmp_path, video(frames), dataclasses.replace(config, buckets=(Bucket(16, 16),))
+        tmp_path, video(frames), dataclasses.replace(config, buckets=((Bucket(16, 16),),))
     )
     assert square.video.shape[1:3] == (16, 16) and square.video[:, :, 3:13].max() == 0
 
@@ -151,7 +151,7 @@ def test_poses_are_those_between_the_frames_of_the_clip(tmp_path):
 
 
 def test_the_lens_is_cropped_with_the_picture(tmp_path):
-    config = dataclasses.replace(CAMERA, buckets=(Bucket(16, 16),))
+    config = dataclasses.replace(CAMERA, buckets=((Bucket(16, 16),),))
     text = trajectory([yawed(0.0)] * 9, lens=(0.8, 1.2, 0.55, 0.4))
     (clip,) = read(tmp_path, video(grey(9, 32, 64)), config, **{"camera.txt": text})
     np.testing.assert_allclose(clip.lens, [1.6, 1.2, 0.6, 0.4], rtol=1e-6)  # half the width is left
@@ -204,7 +204,7 @@ def test_motion_that_is_missing_or_broken_is_skipped(tmp_path, motion, kind):
     assert skipped.startswith(f"bad {name}: expected ")
 
 
-POSE = dataclasses.replace(CONFIG, motion="pose", buckets=(Bucket(64, 64),))
+POSE = dataclasses.replace(CONFIG, motion="pose", buckets=((Bucket(64, 64),),))
 
 
 def test_skeletons_are_drawn_where_the_people_are(tmp_path):
@@ -219,7 +219,7 @@ def test_skeletons_are_drawn_where_the_people_are(tmp_path):
 
 def test_skeletons_follow_the_pictures_that_are_shown(tmp_path):
     arms = [entry(person({6: (2 * n, 20), 8: (2 * n, 44)})) for n in range(20)]
-    config = dataclasses.replace(POSE, buckets=(Bucket(96, 64),))
+    config = dataclasses.replace(POSE, buckets=((Bucket(96, 64),),))
     data = video(grey(20, 64, 96), rate=48)
     (clip,) = read(tmp_path, data, config, **{"keypoints.json": json.dumps(arms)})
     lit = [np.flatnonzero(frame[32].any(axis=1)).mean() for frame in clip.skeletons[1:]]

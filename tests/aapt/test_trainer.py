@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from aapt import Control, StreamingGenerator
+from aapt import Control, StreamingGenerator, trainer
 from aapt.checkpoint import read_tensors
 from aapt.config import SamplingConfig
 from aapt.curriculum import constant
@@ -22,12 +22,19 @@ from aapt.training_loop import Habits, TrainingError
 from . import ranks
 
 STAGES = stage_names(tiny_world())
+BRIEF = (0, 1)  # seconds of a sheet of samples
 
 
 def small_recipe():
     recipe = tiny_world()
     model = dataclasses.replace(
-        recipe.model, width=32, heads=2, head_dim=16, depth=3, rope_axes=(4, 6, 6)
+        recipe.model,
+        width=32,
+        heads=2,
+        head_dim=16,
+        depth=3,
+        rope_axes=(4, 6, 6),
+        reference_grid=(3, 4),
     )
     curriculum = constant("clips", frames=4, batch=2, steps=2)
     small = {
@@ -62,7 +69,9 @@ def small_recipe():
 def trained(tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("run"), []
     habits = Habits(save_every=1, sample_every=2)
-    folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "SAMPLE_SECONDS", BRIEF)
+        folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
     return out, folder, lines
 
 
@@ -106,6 +115,7 @@ def test_finished_stages_are_not_run_again(trained):
 def on_ranks(out: Path) -> None:
     habits = Habits(save_every=1, sample_every=1)
     given = {"workers": 1, "habits": habits, "parallel": Parallel.from_environment()}
+    trainer.SAMPLE_SECONDS = BRIEF  # in a process of its own
     run(small_recipe(), out, report=lambda line: None, **given)
 
 
@@ -152,7 +162,7 @@ def test_an_extension_goes_on_with_its_discriminator(trained, tmp_path):
 def test_two_recipes_never_mix(trained):
     out, _, _ = trained
     other = dataclasses.replace(small_recipe(), seed=1)
-    with pytest.raises(ValueError, match=r"recipe.json: seed: expected 1, got 0; train another"):
+    with pytest.raises(ValueError, match=r"recipe.json: seed: expected 1, got 0; train in another"):
         run(other, out)
 
 

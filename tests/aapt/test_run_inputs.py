@@ -1,0 +1,233 @@
+"""From a folder of videos to a checkpoint that streams, and runs that are given something else."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aapt import StreamingGenerator, cli, trainer
+from aapt.checkpoint import CheckpointError, save_module
+from aapt.config import ModelConfig
+from aapt.curriculum import Curriculum, Phase, Source
+from aapt.data.buckets import Bucket
+from aapt.data.clip_reader import CutConfig
+from aapt.data.encode import encode
+from aapt.data.latent_shards import LatentShards, Mixture
+from aapt.optimization import Schedule
+from aapt.recipes import RECIPES, Recipe
+from aapt.run_inputs import ANY_SET, Inputs
+from aapt.stages.adversarial import AdversarialConfig
+from aapt.stages.diffusion_adaptation import DiffusionConfig
+from aapt.trainer import run
+from aapt.training_loop import Habits
+from aapt.vae import CausalVAE, tiny
+from aapt.world_model import WorldModel
+
+from .videos import video
+
+MODEL = ModelConfig(
+    width=32,
+    heads=2,
+    head_dim=16,
+    depth=3,
+    text_width=8,
+    text_tokens=12,
+    window_frames=2,
+    reference_grid=(2, 3),
+    rope_axes=(4, 6, 6),
+)
+RATE = Schedule(1e-3)
+SIZES = (Bucket(48, 32), Bucket(96, 64), Bucket(32, 16))
+
+
+def recipe(**changes) -> Recipe:
+    """As `paper-8b`: latents come encoded, no camera, sets named by their size, one of them only
+    for the last stage."""
+    both = (Source("48x32", frames=2), Source("96x64", frames=1))
+    curriculum = Curriculum((Phase(1, 2, both[:1]), Phase(1, 2, both)))
+    stages = {
+        "diffusion": DiffusionConfig(curriculum, RATE),
+        "adversarial": AdversarialConfig(
+            clips="32x16",
+            steps=1,
+            batch=2,
+            segment_frames=2,
+            start="diffusion",
+            generator_schedule=RATE,
+            discriminator_schedule=RATE,
+        ),
+    }
+    given = {"name": "small", "seed": 0, "model": MODEL, "camera": None, "data": {}}
+    return Recipe(**{**given, "stages": stages, **changes})
+
+
+def vae(seed: int = 0) -> CausalVAE:
+    torch.manual_seed(seed)
+    return CausalVAE(tiny()).eval()
+
+
+def encoded(folder, seed: int = 0, weights: int = 0):
+    """Three clips at every size."""
+    noise = np.random.default_rng(seed).integers(0, 255, (27, 64, 96, 3), dtype=np.uint8)
+    videos = folder / "videos"
+    videos.mkdir(parents=True)
+    for name, frames in (("a", noise[:18]), ("b", noise[18:])):
+        (videos / f"{name}.mkv").write_bytes(video(frames))
+        (videos / f"{name}.txt").write_text(f"this is {name}")
+    encode(videos, vae(weights), folder / "latents", CutConfig((SIZES,), 2, stride=9))
+    return folder / "latents"
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return encoded(tmp_path_factory.mktemp("data"))
+
+
+def train(out, latents, weights=None, habits=None, stages=None, made=None):
+    folders = latents if isinstance(latents, dict) else {ANY_SET: [latents]}
+    inputs = Inputs(folders, weights)
+    quiet = {"report": lambda line: None, "habits": habits}
+    return run(made or recipe(), out, stages, inputs=inputs, **quiet)
+
+
+@pytest.fixture(scope="module")
+def trained(latents, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "SAMPLE_SECONDS", (0, 1))
+        return train(out, latents, habits=Habits(sample_every=1))
+
+
+def test_one_call_makes_every_set(latents):
+    index = json.loads((latents / "index.json").read_text())
+    assert {name: bucket["clips"] for name, bucket in index["buckets"].items()} == {
+        "32x16": 3,
+        "48x32": 3,
+        "96x64": 3,
+    }
+    (line, _) = (latents / "videos.jsonl").read_text().splitlines()
+    assert json.loads(line)["clips"] == {str(size): [0, 2] for size in sorted(SIZES)}
+
+
+def test_the_checkpoint_streams_from_its_prompt_alone(trained):
+    generator = StreamingGenerator.from_pretrained(trained)
+    assert (generator.height, generator.width) == (32, 48) and generator.driven_by == "prompt"
+    picture = np.asarray(Image.open(generator.sample_image()).convert("RGB"))
+    assert generator.sample_prompt.startswith("this is ")
+    picture = np.resize(picture, (32, 48, 3))
+    stream = generator.open(picture, generator.sample_prompt)
+    assert stream.step().shape == (4, 32, 48, 3) and stream.steps == 1
+    with pytest.raises(ValueError, match="control: expected None, the prompt alone drives"):
+        stream.step(torch.zeros(1))
+    for stage in ("diffusion", "adversarial"):
+        assert (trained.parent / stage / "samples-1.png").is_file()
+
+
+def test_the_checkpoint_is_played_by_the_command(trained, tmp_path, capsys):
+    given = ["generate", "--model", str(trained), "--seconds", "0.3", "--out"]
+    assert cli.main([*given, str(tmp_path / "f")]) == 0
+    assert len(list((tmp_path / "f").glob("*.png"))) == 9
+    capsys.readouterr()
+    assert cli.main([*given, str(tmp_path / "g"), "--controls", "walk"]) == 2
+    assert "controls: expected none, the model has no camera" in capsys.readouterr().err
+    assert cli.main(["eval", str(trained), "--out", str(tmp_path / "e")]) == 2
+    assert "expected a model with a camera" in capsys.readouterr().err
+    assert cli.main(["bench", "stream", "--model", str(trained), "--steps", "1"]) == 0
+
+
+def test_a_model_that_skeletons_drive(latents, tmp_path):
+    for name in ("index.json", "config.json", "vae.safetensors", "videos.jsonl"):
+        (tmp_path / "l").mkdir(exist_ok=True)
+        shutil.copy(latents / name, tmp_path / "l" / name)
+    posed = recipe(model=ModelConfig(**{**MODEL.__dict__, "condition_channels": 16}))
+    with pytest.raises(ValueError, match="expected clips with pose motion, got none"):
+        train(tmp_path / "run", latents, made=posed)
+    generator = StreamingGenerator(WorldModel(posed.model, None), vae(), height=32, width=48)
+    drawn = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
+    channels = generator.encode(drawn)
+    with torch.no_grad():
+        expected = vae().encode(torch.from_numpy(drawn).permute(3, 0, 1, 2)[None] / 127.5 - 1)
+    torch.testing.assert_close(channels, expected[0])
+    stream = generator.open(drawn[0], "a")
+    for step in (1, 2):
+        assert stream.step(channels[:, step]).shape == (4, 32, 48, 3)
+    assert stream.step(generator.still()).shape == (4, 32, 48, 3)
+    with pytest.raises(ValueError, match=r"control: expected condition channels \(16, 4, 6\), got"):
+        stream.step(channels)
+    with pytest.raises(ValueError, match="control: expected condition channels .*, got None"):
+        stream.step()
+
+
+def test_what_was_given_is_kept(trained, latents):
+    kept = json.loads((trained.parent / "inputs.json").read_text())
+    assert kept["weights"] is None
+    assert set(kept["latents"]) == {"48x32", "96x64", "32x16"}
+    (part,) = kept["latents"]["96x64"]
+    assert part["folder"] == str(latents) and part["bucket"] == "96x64"
+
+
+def test_a_run_keeps_its_inputs(latents, tmp_path):
+    """Refused while a stage is to come, wherever the same inputs lie now."""
+    out, weights = tmp_path / "run", tmp_path / "start.safetensors"
+    torch.manual_seed(0)
+    save_module(weights, WorldModel(MODEL, None))
+    other = encoded(tmp_path / "other", seed=1)
+    train(out, latents, weights, stages=["diffusion"])
+    (out / "diffusion" / "weights.safetensors").rename(tmp_path / "made")
+    with pytest.raises(ValueError, match=r"inputs.json: weights: expected .*start.* got none"):
+        train(out, latents)
+    with pytest.raises(ValueError, match=r"latents 48x32: expected .*latents \(.*, got .*other"):
+        train(out, other, weights)
+    (tmp_path / "made").rename(out / "diffusion" / "weights.safetensors")
+    moved = shutil.copytree(latents, tmp_path / "moved")
+    train(out, {"32x16": [moved]}, stages=["adversarial"])  # no stage needs the others any more
+    kept = json.loads((out / "inputs.json").read_text())
+    assert kept["weights"]["file"] == str(weights) and len(kept["latents"]) == 3
+
+
+def test_sets_in_several_folders(latents, tmp_path):
+    other = encoded(tmp_path, seed=1)
+    inputs = Inputs({ANY_SET: [latents, other], "96x64": [other]})
+    mixture = inputs.clips("48x32", None)
+    assert isinstance(mixture, Mixture) and mixture.shares == [0.5, 0.5]
+    assert isinstance(inputs.clips("96x64", None), LatentShards)
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 64x64, got "):
+        inputs.clips("64x64", None)
+    with pytest.raises(
+        ValueError, match="latents: expected a bucket 64x64, or one for it, in .*, "
+    ):
+        Inputs({"64x64": [latents]}).clips("64x64", None)
+
+
+def test_latents_of_two_autoencoders_never_mix(latents, tmp_path):
+    other = encoded(tmp_path, weights=1)
+    with pytest.raises(ValueError, match="48x32: expected latents of one autoencoder, got 2"):
+        train(tmp_path / "run", {"48x32": [latents, other], ANY_SET: [latents]})
+    with pytest.raises(ValueError, match="latents: expected those of one autoencoder for 48x32, "):
+        train(tmp_path / "run", {"48x32": [other], ANY_SET: [latents]})
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_there(latents, tmp_path):
+    with pytest.raises(CheckpointError, match="none.safetensors: cannot be read: No such file"):
+        train(tmp_path / "run", latents, tmp_path / "none.safetensors")
+
+
+def test_the_command_from_videos_to_a_checkpoint(latents, tmp_path, monkeypatch, capsys):
+    """The commands of docs/data.md, on small videos, with an autoencoder that stands alone."""
+    monkeypatch.setitem(RECIPES, "small", recipe)
+    out = tmp_path / "latents"
+    given = ["encode", str(latents.parent / "videos"), "--model", str(latents), "--out", str(out)]
+    assert cli.main(given) == 2
+    assert "bucket: expected one or more, as " in capsys.readouterr().err
+    given += ["--seconds", str(8 / 24), "--bucket", "+".join(map(str, SIZES))]
+    assert cli.main(given) == 0
+    assert (out / "index.json").read_bytes() != b"" and (out / "vae.safetensors").is_file()
+    capsys.readouterr()
+    run = tmp_path / "run"
+    assert cli.main(["train", "small", "--latents", str(out), "--out", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "small")
+    assert StreamingGenerator.from_pretrained(run / "small").driven_by == "prompt"
