@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_kernels import causal_conv3d
+from aapt_kernels.causal_conv3d import fuses_next_norm
 
 from .config import VAEConfig
 
@@ -28,6 +29,7 @@ DecoderState = tuple[Tensor, ...]
 class Stream:
     """The states of one pass through the convolutions: read and replaced in running order.
 
+    `active`: for a convolution, its input, normed and activated by the one before.
     `out`: where the new ones go, which may be where the old ones are. A convolution has read its
     own by then, and no other reads it.
     """
@@ -35,6 +37,7 @@ class Stream:
     def __init__(self, states: DecoderState | None, out: DecoderState | None = None):
         self.states, self.out = states, out
         self.new_states: list[Tensor] = []
+        self.active: dict[CausalConv3d, Tensor] = {}
 
     @property
     def starts(self) -> bool:
@@ -78,24 +81,45 @@ class CausalConv3d(nn.Module):
         self.stride, self.upsample, self.padding = stride, upsample, padding
 
     def forward(
-        self, x: Tensor, stream: Stream, residual: Tensor | None = None, pixels: bool = False
-    ) -> Tensor:
-        out, state = causal_conv3d(
+        self,
+        x: Tensor | None,
+        stream: Stream,
+        residual: Tensor | None = None,
+        pixels: bool = False,
+        then: "CausalConv3d | None" = None,
+        keep_out: bool = True,
+    ) -> Tensor | None:
+        """Also norms the output for `then`, the convolution that does so next, where a kernel can;
+        without `keep_out` the output is then None, for `then` alone."""
+        active = stream.active.pop(self, None)
+        options = dict(norm_weight=self.norm_weight, eps=self.eps, silu=self.silu)
+        if active is not None:
+            x, options = active, dict(eps=self.eps)
+        fuses = then is not None and self._norms_for(then) and fuses_next_norm(x, self.weight)
+        if fuses:
+            options |= dict(next_norm_weight=then.norm_weight, eps=then.eps, keep_out=keep_out)
+        out, state, *normed = causal_conv3d(
             x,
             self.weight,
             self.bias,
             state=stream.pop(),
-            norm_weight=self.norm_weight,
-            eps=self.eps,
-            silu=self.silu,
             residual=residual,
             stride=self.stride,
             upsample=self.upsample,
             padding=self.padding,
             pixels=pixels,
+            share_state=True,
+            **options,
         )
         stream.push(state)
+        if fuses:
+            stream.active[then] = normed[0]
         return out
+
+    def _norms_for(self, then: "CausalConv3d") -> bool:
+        """Whether one epsilon serves both norms."""
+        same = self.norm_weight is None or self.eps == then.eps
+        return then.norm_weight is not None and then.silu and same
 
 
 class Call(NamedTuple):
@@ -126,13 +150,19 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x, stream)
-        return self.conv2(self.conv1(x, stream), stream, residual)
+        x = self.conv1(x, stream, then=self.conv2, keep_out=False)
+        return self.conv2(x, stream, residual, then=then)
 
     def calls(self, *size: int) -> list[Call]:
         shortcut = [] if self.shortcut is None else [Call(self.shortcut, *size)]
         return [*shortcut, Call(self.conv1, *size), Call(self.conv2, *size, residual=True)]
+
+
+def norm_of(layer: nn.Module) -> CausalConv3d | None:
+    """The convolution that norms the input of a layer, and activates it."""
+    return layer if isinstance(layer, CausalConv3d) else getattr(layer, "conv1", None)
 
 
 class FrameAttention(nn.Module):
@@ -144,11 +174,11 @@ class FrameAttention(nn.Module):
         self.proj = CausalConv3d(channels, channels, (1, 1, 1))
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         qkv = self.qkv(x, stream).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, H*W, 3C)
         out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         out = out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
-        return self.proj(out, stream, residual=x)
+        return self.proj(out, stream, residual=x, then=then)
 
     def calls(self, *size: int) -> list[Call]:
         return [Call(self.qkv, *size), Call(self.proj, *size, residual=True)]
@@ -219,10 +249,10 @@ class Upsample(nn.Module):
             padding=config.padding,
         )
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.conv(x, stream)
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         if not self.shuffle:
-            return x
+            return self.conv(x, stream, then=then)
+        x = self.conv(x, stream)
         time, space = self.stride
         x = unfold_channels(x, time, space)
         return x[:, :, time - 1 :] if stream.starts else x
@@ -246,10 +276,10 @@ class SeparateUpsample(nn.Module):
             in_channels, out_channels, (1, 3, 3), upsample=(1, space), padding=config.padding
         )
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         if self.time_conv is not None:
             x = self._upsample_time(x, stream)
-        return self.conv(x, stream)
+        return self.conv(x, stream, then=then)
 
     def _upsample_time(self, x: Tensor, stream: Stream) -> Tensor:
         time = self.stride[0]

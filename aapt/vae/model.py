@@ -20,6 +20,7 @@ from .layers import (
     active,
     fold_pixels,
     middle,
+    norm_of,
     unfold_channels,
 )
 
@@ -125,8 +126,9 @@ class Decoder(nn.Module):
         if self.projection is not None:
             x = self.projection(x, stream)
         x = self.conv_in(x, stream)
-        for layer in self.layers:
-            x = layer(x, stream)
+        followers = [*self.layers[1:], self.conv_out]
+        for layer, follower in zip(self.layers, followers, strict=True):
+            x = layer(x, stream, norm_of(follower))
         video = unfold_channels(self.conv_out(x, stream, pixels=pixels), 1, self.patch_size)
         return video, tuple(stream.new_states)
 

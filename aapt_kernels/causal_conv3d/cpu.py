@@ -30,13 +30,18 @@ def causal_conv3d(
     upsample: list[int],
     replicate: bool,
     pixels: bool,
-) -> tuple[Tensor, Tensor]:
+    next_norm_weight: Tensor | None,
+    keep_out: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
     frames, past = _frames(x, weight, state, norm_weight, eps, silu, upsample, replicate)
-    last = frames[:, :, frames.shape[2] - past :]
-    new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=layout(x))
-    if past:
-        new_state.copy_(last)
+    new_state = x.new_empty(0)
+    if keep_state:
+        last = frames[:, :, frames.shape[2] - past :]
+        new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=layout(x))
+        if past:
+            new_state.copy_(last)
     if max(upsample) > 1:
         frames = _repeat(frames, kt, upsample, state is None)
     margins = [kh // 2, kw // 2]
@@ -46,8 +51,14 @@ def causal_conv3d(
     out = _convolve(frames, weight, bias, stride, margins)
     if residual is not None:
         out += residual
+    active = x.new_empty(0)
+    if next_norm_weight is not None:
+        active = torch.empty(out.shape, dtype=out.dtype, memory_format=layout(x))
+        _write_active(active, out, next_norm_weight, eps, True)
+    if not keep_out:
+        return x.new_empty(0), new_state, active
     out = to_pixels(out) if pixels else out
-    return out.contiguous(memory_format=layout(x)), new_state
+    return out.contiguous(memory_format=layout(x)), new_state, active
 
 
 def _convolve(
