@@ -45,7 +45,7 @@ class DecoderStream:
     The first and the steady step are a CUDA graph each, captured here; elsewhere the same steps run
     without one. A graph holds the addresses of what it reads and writes, so every stream has its
     own graphs, states and scratch memory: streams share the weights alone, and may run side by
-    side. Weights may change in place but not move.
+    side. The weights must stay as and where they are.
 
     The states are one set of buffers: what a convolution leaves behind is copied over what it has
     read. ValueError for another shape.

@@ -51,13 +51,14 @@ def causal_conv3d(
     out = _convolve(frames, weight, bias, stride, margins)
     if residual is not None:
         out += residual
-    out = out.contiguous(memory_format=layout(x))
     active = x.new_empty(0)
     if next_norm_weight is not None:
-        active = torch.empty_like(out)
+        active = torch.empty(out.shape, dtype=out.dtype, memory_format=layout(x))
         _write_active(active, out, next_norm_weight, eps, True)
-        out = out if keep_out else x.new_empty(0)
-    return to_pixels(out) if pixels else out, new_state, active
+    if not keep_out:
+        return x.new_empty(0), new_state, active
+    out = to_pixels(out) if pixels else out
+    return out.contiguous(memory_format=layout(x)), new_state, active
 
 
 def _convolve(
