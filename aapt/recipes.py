@@ -186,6 +186,8 @@ def tiny_world() -> Recipe:
                 muon=True,
                 average=0.999,
                 max_norm=1.0,
+                sampling_steps=8,
+                guidance=3.0,  # with 10 the picture is lost within seconds
             ),
             "consistency": ConsistencyConfig(
                 constant("clips", frames=10, batch=8, steps=60),

@@ -204,7 +204,7 @@ class Result:
     Attributes:
         report: The evaluation's.
         minutes: CPU minutes of each part of the work, as far as they are known.
-        speeds: Forward passes and milliseconds per latent frame, of each checkpoint.
+        speeds: Forward passes and CPU milliseconds per latent frame, of each checkpoint.
     """
 
     report: dict
@@ -276,7 +276,7 @@ def read(path: Path) -> dict:
 
 @torch.inference_mode()
 def speed(folder: Path, frames: int = 20) -> tuple[int, float]:
-    """Forward passes and milliseconds per latent frame of one stream, the decoder left out: the
+    """Forward passes and CPU milliseconds per latent frame of one stream, the decoder left out: the
     fastest of `frames` behind a full window."""
     generator = StreamingGenerator.from_pretrained(folder)
     model, sampling = generator.model, generator.sampling
@@ -286,7 +286,7 @@ def speed(folder: Path, frames: int = 20) -> tuple[int, float]:
     text = model.text_encoder([generator.sample_prompt])
     before = model.config.window_frames + 1
     stream = roll_out(model, latent, text, lambda _: channels, before + frames, 0, sampling)
-    times = [time.perf_counter() for _ in stream][before:]
+    times = [time.process_time() for _ in stream][before:]
     taken = min(after - begun for begun, after in zip(times, times[1:]))
     return sampling.passes if sampling else 1, round(1000 * taken, 2)
 
@@ -322,7 +322,7 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
             lines += [f"| {source} | " + " | ".join(cells) + " |"]
     if experiment.samplings:
         lines += ["", "## Cost of a latent frame, one stream without the decoder", ""]
-        lines += heading(("forward passes", "ms"))
+        lines += heading(("forward passes", "CPU ms"))
         for source in sources:
             passes, taken = zip(*(result.speeds[source] for result in results.values()))
             lines += [f"| {source} | {passes[0]} | {spread(taken, '{:.1f}')} |"]
@@ -356,7 +356,7 @@ def publish(
     path.write_text(page(experiment, name, results) + mark + reading)
     shutil.copyfile(out / "drift.png", docs / f"{name}-drift.png")
     with Image.open(out / "sheet.png") as sheet:
-        sheet.save(docs / f"{name}-sheet.jpg", quality=85)
+        sheet.save(docs / f"{name}-sheet.jpg")
 
 
 def main() -> None:
