@@ -91,7 +91,10 @@ def save_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata)
+        partial.chmod(mode)  # safetensors would let nobody else read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
