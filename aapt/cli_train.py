@@ -134,6 +134,8 @@ def train(
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
+        if gpus and not plan:
+            raise ValueError("gpus: expected --plan with it")
         if plan:
             from .plan import print_plans
 
