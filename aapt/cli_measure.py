@@ -40,6 +40,8 @@ def evaluate(
     drift.png and sheet.png. A probe that reads camera motion is trained the first time, and kept
     in the user's cache.
 
+    A diffusion checkpoint is rolled out in the steps and with the guidance of its config.json.
+
     \b
     Examples:
       aapt eval tiny-world --out evaluation

@@ -68,6 +68,38 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How a diffusion model makes a frame: `steps` Euler steps along v, each with guidance.
+
+    Attributes:
+        steps, shift: Of the times t_k = shift(k / steps), shifted as in training (SPEC 7).
+        guidance: w of v = v_empty + w (v_prompt - v_empty), 1 for none; 10 in the paper (SPEC 12).
+    """
+
+    steps: int
+    shift: float
+    guidance: float
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: expected 1 or more, got {self.steps}")
+        if not self.shift > 0:
+            raise ValueError(f"shift: expected more than 0, got {self.shift}")
+        if not self.guidance >= 0:
+            raise ValueError(f"guidance: expected 0 or more, got {self.guidance}")
+
+    @property
+    def branches(self) -> int:
+        """Passes of a step: with the prompt, and with an empty one where the two differ."""
+        return 1 if self.guidance == 1 else 2
+
+    @property
+    def passes(self) -> int:
+        """Forward passes (NFE) per latent frame."""
+        return self.steps * self.branches
+
+
+@dataclass(frozen=True)
 class CameraConfig:
     """How controls move the camera, and how its rays are scaled (SPEC 10).
 

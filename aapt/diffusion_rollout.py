@@ -3,23 +3,22 @@
 import torch
 from torch import Tensor
 
+from .config import SamplingConfig
 from .flow import per_clip, schedule
 from .model import VideoTransformer, velocity
 
 
 class DiffusionRollout:
-    """A batch of streams, each frame denoised over `steps` times with guidance, one NFE of twice
-    the batch per time (SPEC 6, 12).
+    """A batch of streams, each frame denoised over the times of a schedule (SPEC 6, 12). With
+    guidance every time is one pass over twice the batch.
 
     In training all frames of a clip share one t. So every time has a cache of its own, where a
     frame sees those before it as they were at that time.
 
     Args:
         text, text_lens: Of the prompts, (B, text_tokens, text_width) and (B,).
-        unguided: The same two of empty prompts.
+        unguided: The same two of empty prompts; not looked at without guidance.
         first: The user's frame, (B, C, 1, H, W).
-        shift: Of the times, as in training.
-        guidance: w of v = v_empty + w (v_prompt - v_empty); 10 in the paper.
     """
 
     @torch.no_grad()
@@ -30,16 +29,12 @@ class DiffusionRollout:
         text_lens: Tensor,
         unguided: tuple[Tensor, Tensor],
         first: Tensor,
-        *,
-        steps: int,
-        shift: float,
-        guidance: float,
+        sampling: SamplingConfig,
     ):
-        if steps < 1:
-            raise ValueError(f"steps: expected 1 or more, got {steps}")
-        self.model, self.guidance, self.last = model, guidance, first
-        self.times = schedule(steps, shift).to(first.device)
-        text, text_lens = torch.cat([text, unguided[0]]), torch.cat([text_lens, unguided[1]])
+        self.model, self.sampling = model, sampling
+        self.times = schedule(sampling.steps, sampling.shift).to(first.device)
+        if sampling.branches == 2:
+            text, text_lens = torch.cat([text, unguided[0]]), torch.cat([text_lens, unguided[1]])
         self.caches = []
         for time in self.times[1:]:
             pairs = model.encode_text(text, text_lens, time.expand(len(text)))
@@ -51,15 +46,16 @@ class DiffusionRollout:
     @torch.no_grad()
     def step(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
         """The next latent frame (B, C, 1, H, W)."""
-        model, x = self.model, noise
-        both = recycled.repeat(2, 1, 1, 1, 1)
-        driven = None if condition is None else condition.repeat(2, 1, 1, 1, 1)
+        model, sampling, x = self.model, self.sampling, noise
+        copies = (sampling.branches, 1, 1, 1, 1)
+        before = recycled.repeat(copies)
+        driven = None if condition is None else condition.repeat(copies)
         for index in reversed(range(len(self.caches))):
-            doubled = x.repeat(2, 1, 1, 1, 1)
-            time = self.times[index + 1].expand(len(doubled))
-            output = model.step(doubled, both, driven, time, self.caches[index]).to(x.dtype)
-            guided, free = velocity(model.config, output, doubled, both).chunk(2)
-            v = free + self.guidance * (guided - free)
+            noisy = x.repeat(copies)
+            time = self.times[index + 1].expand(len(noisy))
+            output = model.step(noisy, before, driven, time, self.caches[index]).to(x.dtype)
+            v, *free = velocity(model.config, output, noisy, before).chunk(sampling.branches)
+            if free:
+                v = free[0] + sampling.guidance * (v - free[0])
             x = x - per_clip((self.times[index + 1] - self.times[index]).expand(len(x))) * v
-        self.last = x
         return x

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .checkpoint import CheckpointError, load_config, load_module, tuples
 from .conditioning import Control, control_rays
-from .config import CameraConfig, ModelConfig
+from .config import CameraConfig, ModelConfig, SamplingConfig
 from .student_forcing import StudentRollout
-from .vae import CausalVAE, VAEConfig, to_bytes
+from .vae import CausalVAE, DecoderStream, VAEConfig
 from .world_model import WorldModel
 
 BUNDLED = Path(__file__).parent / "assets"
@@ -28,6 +28,9 @@ class StreamingGenerator:
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
     >>> frames = stream.step(Control(forward=1.0))  # uint8 (4, H, W, 3)
+
+    A diffusion model, which needs many passes for a frame, has `sampling`; it opens no streams and
+    is there to be measured (`samples.roll_out`).
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class StreamingGenerator:
         fps: int = 24,
         prompts: Sequence[str] = (),
         sample: tuple[Path, str] | None = None,
+        sampling: SamplingConfig | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.height, self.width, self.fps = height, width, fps
         self.themes = tuple(prompts)
         self._sample = sample
+        self.sampling = sampling
         factor = vae.config.space_factor
         granularity = factor * model.config.patch
         if height % granularity or width % granularity:
@@ -85,6 +90,8 @@ class StreamingGenerator:
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
+            if sampling := config.get("sampling"):
+                picture["sampling"] = SamplingConfig(**sampling)
             generator = cls(model, vae, **picture)
         except KeyError as error:
             raise CheckpointError(f"{folder / 'config.json'}: expected key {error}") from None
@@ -165,7 +172,14 @@ class StreamingGenerator:
         """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size.
 
         recache: a new prompt also rewrites what the stream remembers, see `Stream.prompt`.
+
+        ValueError for another size, and for a diffusion model.
         """
+        if self.sampling is not None:
+            raise ValueError(
+                f"model: expected one forward pass per frame to stream, got a diffusion model of "
+                f"{self.sampling.passes}; `aapt eval` rolls it out"
+            )
         expected = (self.height, self.width, 3)
         first_frame = np.asarray(first_frame)
         if first_frame.shape != expected or first_frame.dtype != np.uint8:
@@ -194,8 +208,8 @@ class Stream:
         model, device = generator.model, generator.device
         self._random = torch.Generator(device).manual_seed(seed)
         latent = generator.encode(first_frame[None])[None]
-        decoded, self._decoder = generator.vae.decode_frame(latent)
-        self.first_frame = to_pixels(decoded)
+        self._decoder = DecoderStream(generator.vae, latent.shape)
+        self.first_frame = to_array(self._decoder.decode(latent))
         latent = latent.to(model.transformer.video_in.weight.dtype)
         self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent, recache)
         self._prompt = prompt
@@ -224,7 +238,7 @@ class Stream:
 
         control: what `StreamingGenerator.condition` takes.
         """
-        vae, recycled = self.generator.vae, self._rollout.last
+        recycled = self._rollout.last
         with nvtx.annotate("condition"):
             condition = self.generator.condition(control)
             noise = recycled.new_empty(recycled.shape).normal_(generator=self._random)
@@ -232,14 +246,12 @@ class Stream:
             latent = self._rollout.step(noise, recycled, condition)
         self.steps += 1
         with nvtx.annotate("decode"):
-            latent = latent.to(vae.latent_mean.dtype)
-            video, self._decoder = vae.decode_frame(latent, self._decoder)
-            return to_pixels(video)
+            return to_array(self._decoder.decode(latent))
 
 
-def to_pixels(video: Tensor) -> np.ndarray:
-    """Video (1, 3, F, H, W) in [-1, 1] as uint8 (F, H, W, 3)."""
-    return to_bytes(video[0]).permute(1, 2, 3, 0).cpu().numpy()
+def to_array(pixels: Tensor) -> np.ndarray:
+    """uint8 (1, 3, F, H, W) as (F, H, W, 3)."""
+    return pixels[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
 def bundled_models() -> list[str]:

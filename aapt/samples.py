@@ -1,13 +1,15 @@
 """Videos from a generator while it is trained: batched rollouts, and a sheet of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .config import SamplingConfig
 from .contact_sheet import contact_sheet
 from .data.clips import ClipBatch
+from .diffusion_rollout import DiffusionRollout
 from .student_forcing import StudentRollout
 from .vae import CausalVAE, to_bytes
 from .world_model import WorldModel
@@ -23,15 +25,20 @@ def roll_out(
     condition: Callable[[int], Tensor | None],
     steps: int,
     seed: int,
+    sampling: SamplingConfig | None = None,
 ) -> Iterator[Tensor]:
     """Latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
 
     first (B, C, 1, H, W) is frame 0; text (B, text_tokens, text_width) and its lengths (B,);
     `condition(n)`: the channels (B, C', 1, H, W) of frame n, None for none. Stream i draws its
-    noise from `seed` and i alone.
+    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame.
     """
     randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(first))]
-    rollout = StudentRollout(model.transformer, *text, first)
+    if sampling is None:
+        rollout = StudentRollout(model.transformer, *text, first)
+    else:
+        unguided = model.text_encoder([""] * len(first))
+        rollout = DiffusionRollout(model.transformer, *text, unguided, first, sampling)
     yield first
     latent = first
     for step in range(1, steps + 1):
@@ -41,12 +48,22 @@ def roll_out(
 
 
 @torch.no_grad()
-def decode_frames(vae: CausalVAE, latents: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each latent frame (B, C, 1, h, w) of a stream with its video: uint8 (B, F, H, W, 3)."""
-    state = None
-    for latent in latents:
-        video, state = vae.decode_frame(latent.to(vae.latent_mean.dtype), state)
-        yield latent, to_pixels(video)
+def decode_frames(
+    vae: CausalVAE, latents: Iterable[Tensor], wanted: Container[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Numbers of the wanted latent frames (B, C, 1, h, w) of a stream, counted from 0, each with
+    its video: uint8 (B, F, H, W, 3). Those between them cost little."""
+    state, pending = None, []
+    for number, latent in enumerate(latents):
+        pending.append(latent.to(vae.latent_mean.dtype))
+        if number == 0:
+            video, state = vae.decode_frame(pending.pop(), pixels=True)
+        elif number in wanted:
+            chunk = torch.cat(pending, dim=2)
+            video, state = vae.decode_frame(chunk, state, pixels=True, last=1)
+            pending.clear()
+        if number in wanted:
+            yield number, video.permute(0, 2, 3, 4, 1).cpu()
 
 
 @torch.no_grad()
@@ -91,10 +108,10 @@ def sample_sheet(
 
 def _last_frames(vae: CausalVAE, latents: Iterable[Tensor], wanted: Sequence[int]) -> Tensor:
     """The last video frame of each wanted latent frame: uint8 (B, len(wanted), H, W, 3)."""
-    video = zip(range(wanted[-1] + 1), decode_frames(vae, latents))
-    return torch.stack([pixels[:, -1] for i, (_, pixels) in video if i in wanted], dim=1)
+    stream = (latent for _, latent in zip(range(wanted[-1] + 1), latents))
+    return torch.stack([video[:, -1] for _, video in decode_frames(vae, stream, wanted)], dim=1)
 
 
 def to_pixels(video: Tensor) -> Tensor:
     """Video (B, 3, F, H, W) in [-1, 1] as uint8 (B, F, H, W, 3); not-a-number becomes black."""
-    return to_bytes(video.nan_to_num(-1)).permute(0, 2, 3, 4, 1).cpu()
+    return to_bytes(video).permute(0, 2, 3, 4, 1).cpu()

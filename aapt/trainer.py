@@ -322,11 +322,12 @@ class Run:
 
     def export(self, stage: str, folder: Path | None = None) -> Path:
         """A checkpoint folder that StreamingGenerator loads, in bfloat16; returns `folder`, which
-        is named after the recipe unless given.
+        is named after the recipe unless given. That of a diffusion stage says how it is sampled.
 
         Its pictures have the size that positions are counted on (SPEC 4).
         """
-        recipe, model = self.recipe, self.recipe.model
+        recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
+        sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
@@ -337,6 +338,7 @@ class Run:
             {
                 "name": recipe.name,
                 "stage": stage,
+                "sampling": sampling,
                 "height": rows * pixels,
                 "width": columns * pixels,
                 "fps": 24,

@@ -9,6 +9,7 @@ sm_90a sources on a simulated device (development builds), and `triton` under it
 
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import _library as native
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference", "sim")
+SM90 = {"cuda": "aapt_sm90", "sim": "aapt_sim"}  # namespaces of the hand-written kernels
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("aapt", "FRAGMENT")
@@ -46,7 +48,8 @@ def implement(
     **implementations: Callable,
 ) -> None:
     """Give the schema `aapt::<op>` its implementations, by backend name. Each takes the schema's
-    arguments. The sm_90a kernels are not named here: they are `torch.ops.aapt_sm90.<op>`.
+    arguments. The sm_90a kernels are not named here: they are `torch.ops.aapt_sm90.<op>`. One that
+    does not take the schema's arguments is called by `sm90`, which gets the namespace before them.
 
     `limits`: by backend, why it does not take these arguments; None if it does.
     """
@@ -72,15 +75,20 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable) -> N
 
 
 def resolve(op: str, tensor: Tensor, *rest) -> Callable:
-    """The implementation that runs `op` on these arguments, or BackendError; without `rest`, on
-    some arguments of which `tensor` is the first."""
+    """The implementation that runs `op` on these arguments, or BackendError."""
+    return implementation(op, choose(op, tensor, *rest))
+
+
+def choose(op: str, tensor: Tensor, *rest) -> str:
+    """The backend that runs `op` on these arguments, or BackendError; without `rest`, on some
+    arguments of which `tensor` is the first."""
     device = tensor.device.type
     reasons = []
     for name in PREFERENCE.get(device, ()) if _forced == "auto" else (_forced,):
         limit = _limits[op].get("cuda" if name == "sim" else name, _no_limit)
         reason = obstacle(op, name, device) or limit(tensor, *rest)
         if not reason:
-            return implementation(op, name)
+            return name
         reasons.append(f"backend '{name}' cannot run {op} on a {device} tensor: {reason}")
     raise BackendError("; ".join(reasons) or f"no backend runs {op} on a {device} tensor")
 
@@ -91,11 +99,11 @@ def _no_limit(tensor: Tensor, *rest) -> None:
 
 def implementation(op: str, name: str) -> Callable | None:
     """The function behind one cell of the table, None where nobody has written it."""
-    if name == "cuda":
-        return getattr(torch.ops.aapt_sm90, op, None)
-    if name == "sim":
-        return getattr(torch.ops.aapt_sim, op, None)
-    return _implementations[op].get(name)
+    if name not in SM90:
+        return _implementations[op].get(name)
+    kernels = getattr(torch.ops, SM90[name])
+    kernel, caller = getattr(kernels, op, None), _implementations[op].get("sm90")
+    return partial(caller, kernels) if kernel and caller else kernel
 
 
 def obstacle(op: str, name: str, device: str) -> str | None:

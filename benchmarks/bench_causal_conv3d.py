@@ -4,6 +4,8 @@ The backend "reference" is the plain composition (concatenate the cached frames,
 add), "cpu" the one `auto` takes. Run with `pytest benchmarks/bench_causal_conv3d.py`.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -31,30 +33,44 @@ def test_decode_frame(benchmark, dtype, backend):
 
 
 def test_decode_frame_against_concatenation(monkeypatch, record_property):
-    """The same network, float32, in one process and by turns, over `concatenating_conv3d`."""
+    """The same network, float32, in one process and by turns, over `concatenating_conv3d`, in both
+    layouts of memory. Ratios of medians."""
     torch.manual_seed(0)
     vae = CausalVAE(tiny()).requires_grad_(False)
     for parameter in vae.parameters():
         parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.2)
+    plain = copy.deepcopy(vae)
+    for parameter in plain.parameters():
+        parameter.data = parameter.contiguous()
     latent = torch.randn(1, 16, 1, 10, 16)
     _, state = vae.decode_frame(latent)
+    contiguous = tuple(part.contiguous() for part in state)
 
-    def decode(convolution):
+    def decode(convolution, vae, state):
         def run():
             monkeypatch.setattr(layers, "causal_conv3d", convolution)
             return vae.decode_frame(latent, state)
 
         return run
 
-    steps = {"ours": decode(causal_conv3d), "concatenated": decode(concatenating_conv3d)}
+    steps = {
+        "ours": decode(causal_conv3d, vae, state),
+        "concatenated, NCDHW": decode(concatenating_conv3d, plain, contiguous),
+        "concatenated, NDHWC": decode(concatenating_conv3d, vae, state),
+    }
     with torch.inference_mode():
-        for ours, plain in zip(steps["ours"]()[0], steps["concatenated"]()[0], strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
-        times = time_by_turns(steps, torch.device("cpu"), rounds=40)
-    ratio = times["concatenated"].median / times["ours"].median
-    words = ", ".join(f"{name} {1e3 * t.median:.1f} ms" for name, t in times.items())
-    print(f"\n{torch.get_num_threads()} threads: {words}: {ratio:.2f} times as fast")
-    record_property("result", {"summary": f"{words}: {ratio:.2f} times as fast"})
+        outputs = [step() for step in steps.values()]
+        times = time_by_turns(steps, torch.device("cpu"), rounds=60)
+    (video, ours), *peers = outputs
+    for peer_video, theirs in peers:
+        torch.testing.assert_close(video, peer_video, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    own = times.pop("ours").median
+    words = f"{torch.get_num_threads()} threads: ours {1e3 * own:.1f} ms"
+    for name, peer in times.items():
+        words += f"; {name} {1e3 * peer.median:.1f} ms, {peer.median / own:.2f} times as long"
+    print(f"\n{words}")
+    record_property("result", {"summary": words})
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

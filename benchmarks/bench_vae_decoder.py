@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from aapt.vae import CausalVAE, decoder_work, layers, light, total
+from aapt.vae.stream import capture
 from aapt_kernels import causal_conv3d
+from aapt_kernels.causal_conv3d import fuses_next_norm
 from aapt_kernels.causal_conv3d.cases import ACTIVE, Case, make_inputs
 
 from .compositions import concatenating_conv3d
@@ -29,6 +31,7 @@ CONVOLUTIONS = {
     "256 -> 256": Case((1, 104, 184), (256, 256), residual=True, **ACTIVE),
     "512 -> 512": Case((1, 52, 92), (512, 512), residual=True, **ACTIVE),
     "128 -> 128, twice the size": Case((2, 208, 368), (128, 128), upsample=(2, 2)),
+    "64 -> 64, normed for the next": Case((4, 416, 736), (64, 64), next_norm=True),
     "64 -> 3": Case((4, 416, 736), (64, 3), **ACTIVE),
 }
 
@@ -53,6 +56,8 @@ def prepare(case, mode, device):
     inputs, options = make_inputs(replace(case, batch=1, state=True), torch.bfloat16)
     options |= {"eps": 1e-6, "pixels": False, "residual": options.get("residual")}
     options.setdefault("norm_weight", None)
+    if case.next_norm:
+        options["keep_out"] = False
 
     def move(value, memory_format):
         if not isinstance(value, torch.Tensor):
@@ -74,14 +79,17 @@ def test_convolution(against, mode, device, name):
     inputs, options = arguments(LAST)
 
     def ours():
-        return causal_conv3d(*inputs, **options)[0]
+        return wanted(causal_conv3d(*inputs, **options))
+
+    def wanted(outputs):
+        return outputs[2 if case.next_norm else 0]
 
     def cudnn(memory_format):
         inputs, options = arguments(memory_format)
         if options["upsample"] != (1, 1):  # the peer keeps its past at the output's rate
             options["state"] = options["state"].repeat_interleave(2, dim=2)
         run = compiled(concatenating_conv3d, mode)
-        return lambda: run(*inputs, **options)[0]
+        return lambda: wanted(run(*inputs, **options))
 
     rivals = {
         "cuDNN NDHWC, compiled": attempt(lambda: cudnn(LAST)),
@@ -98,19 +106,6 @@ def test_convolution(against, mode, device, name):
     against(ours, rivals, rounds=10, iterations=1, work=Work(flops, 2 * moved))
 
 
-def graphed(step, device):
-    """`step` captured and replayed; itself where there is no device."""
-    if device.type != "cuda":
-        return step
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 @pytest.mark.parametrize("height, width", [(416, 736), (720, 1280)])
 def test_steady_step_of_the_light_decoder(against, mode, device, monkeypatch, height, width):
     """Weights do not change times. The peer returns no pixels, ours does."""
@@ -122,18 +117,25 @@ def test_steady_step_of_the_light_decoder(against, mode, device, monkeypatch, he
         vae = CausalVAE(config).bfloat16().requires_grad_(False)
         latent = torch.randn(1, 16, 1, size[0] // 8, size[1] // 8, dtype=torch.bfloat16)
 
-    def decode(convolution, pixels, wrap=lambda f: f):
+    def choose(convolution, fuses):
         monkeypatch.setattr(layers, "causal_conv3d", convolution)
+        monkeypatch.setattr(layers, "fuses_next_norm", fuses)
+
+    def decode(convolution, fuses, pixels, wrap=lambda f: f):
+        choose(convolution, fuses)
         with torch.no_grad():
             _, state = vae.decode_frame(latent)
             step = wrap(lambda: vae.decode_frame(latent, state, pixels=pixels)[0])
-            return graphed(step, device)
+            return capture(step, device)
 
     def plain(x, weight, bias, **options):
         options["pixels"] = False
         return concatenating_conv3d(x, weight, bias, **options)
 
-    ours = decode(causal_conv3d, True)
-    rivals = {"cuDNN, compiled": attempt(lambda: decode(plain, False, lambda f: compiled(f, mode)))}
-    monkeypatch.setattr(layers, "causal_conv3d", causal_conv3d)
+    def cudnn():
+        return decode(plain, lambda *_: False, False, lambda f: compiled(f, mode))
+
+    ours = decode(causal_conv3d, fuses_next_norm, True)
+    rivals = {"cuDNN, compiled": attempt(cudnn)}
+    choose(causal_conv3d, fuses_next_norm)
     against(ours, rivals, rounds=5, iterations=1, work=Work(work.folded_flops, work.bytes))

@@ -46,13 +46,16 @@ def concatenating_conv3d(
     upsample: tuple[int, int],
     padding: str,
     pixels: bool,
-) -> tuple[Tensor, Tensor]:
+    next_norm_weight: Tensor | None = None,
+    keep_out: bool = True,
+    share_state: bool = False,
+) -> tuple[Tensor, ...]:
     """`causal_conv3d` as public video autoencoders write it: norm and SiLU by themselves, past
     frames concatenated in front, padding made around that, a copy of the last frames kept."""
     if stride != (1, 1, 1) or padding != "zeros" or pixels:
         raise ValueError("concatenating_conv3d: expected no stride, zeros and no pixels")
     if norm_weight is not None:
-        x = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * norm_weight.view(-1, 1, 1, 1)
+        x = rms_norm(x, norm_weight)
     if silu:
         x = F.silu(x)
     kt, kh, kw = weight.shape[2:]
@@ -71,4 +74,12 @@ def concatenating_conv3d(
         x = F.interpolate(x, size=size, mode="nearest-exact")
     x = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, past, 0))
     out = F.conv3d(x, weight, bias)
-    return (out if residual is None else out + residual), last
+    out = out if residual is None else out + residual
+    if next_norm_weight is None:
+        return out, last
+    return (out if keep_out else None), last, F.silu(rms_norm(out, next_norm_weight))
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Over the channels of x (B, C, T, H, W), as those autoencoders compute it."""
+    return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * weight.view(-1, 1, 1, 1)

@@ -4,33 +4,49 @@
 
 Both floors of every layer of a steady step: FLOPs with upsampling folded, and bytes with norms
 fused; then what the kernel of csrc/causal_conv3d adds by its design: whole tiles of 8 x 32 pixels,
-whole waves of 132 multiprocessors, whole blocks of channels, a separate pass for norm and SiLU, and
-weights packed in every step.
+whole waves of 132 multiprocessors, whole blocks of channels, and norms: a pass of their own, or
+instructions behind the product. At the end, what each part of the design saves.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from aapt.vae import CausalVAE, VAEConfig, Work, decoder_work, light, original, total
+from aapt.vae.layers import CausalConv3d, ResidualBlock, SeparateUpsample, Upsample, norm_of
 
 MULTIPROCESSORS = 132
 PEAK_FLOPS = 790e12  # dense BF16 that large products reach on an H200
 PEAK_BYTES = 4.3e12  # per second
+CLOCK = 1.5e9  # cycles per second while it does
 MAIN_LOOP = 0.8  # of PEAK_FLOPS, within a tile: assumed
 TILE = (8, 32)  # columns, rows
 LAUNCH_SECONDS = 2e-6  # between kernels of a graph: assumed
-KERNELS_PER_CONVOLUTION = 3  # activate, pack, convolve
+MAX_NORMED_CHANNELS = 128
+MAX_TAP_ROWS = 32
+# Norm and SiLU of a tile: 1600 instructions of each of 8 warps on 4 schedulers, as compiled
+NORM_CYCLES = 3200
+# Sums of a tile through shared memory, where the taps are rows of the product: estimated
+ROWS_CYCLES = 1500
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Design(NamedTuple):
+    packs_once: bool = True
+    taps_in_rows: bool = True
+    norms_next: bool = True
+
+
+BUILT = Design()
+
+
+class Prediction(NamedTuple):
     flops_floor: float
     bytes_floor: float
     tiles: float  # useful share of what whole tiles, blocks and waves compute
-    kernel: float  # seconds of the main loop at MAIN_LOOP and `tiles`
-    extra: float  # seconds of the passes that are not fused yet, and of launches
+    kernel: float  # seconds of the main loop at MAIN_LOOP and `tiles`, and of what follows it
+    extra: float  # seconds of the passes that are not fused, and of launches
 
     @property
     def floor(self) -> float:
@@ -45,39 +61,88 @@ def whole(size: int, unit: int) -> int:
     return math.ceil(size / unit) * unit
 
 
-def predict(work: Work, conv=None, frames=0, height=0, width=0) -> Prediction:
-    """frames, height, width: of the input. Attention has no convolution: both floors."""
+def predict(
+    work: Work,
+    conv: CausalConv3d | None = None,
+    frames: int = 0,
+    height: int = 0,
+    width: int = 0,
+    *,
+    design: Design = BUILT,
+    normed: bool = False,
+    outputs: tuple[bool, bool] = (True, False),
+) -> Prediction:
+    """frames, height, width: of the input, `normed` by the convolution before. `outputs`: whether
+    the output is written as it is, and normed for the next. Attention has no convolution: both
+    floors."""
     flops, moved = work.folded_flops / PEAK_FLOPS, work.bytes / PEAK_BYTES
     if conv is None:
         return Prediction(flops, moved, 1.0, flops, LAUNCH_SECONDS)
-    out_channels, in_channels = conv.weight.shape[:2]
+    out_channels, in_channels, kt, kh, kw = conv.weight.shape
     repeats, copies = conv.upsample
-    wide = out_channels > 64
-    channels, in_work = (128, 1) if wide else (64, 2)
-    columns, rows = math.ceil(width / TILE[0]), math.ceil(height / TILE[1])
-    groups = math.ceil(frames / in_work) * repeats * copies**2
-    tiles = columns * rows * groups * math.ceil(out_channels / channels)
-    waves = math.ceil(tiles / MULTIPROCESSORS) * MULTIPROCESSORS
-    computed = waves * TILE[0] * TILE[1] * channels * in_work * whole(in_channels, 64)
-    useful = height * width * frames * repeats * copies**2 * out_channels * in_channels
-    activation = 0
-    if conv.norm_weight is not None or conv.silu:
-        activation = 2 * 2 * in_channels * frames * height * width  # read and written
-    packed = 2 * 2 * conv.weight.numel()
-    extra = (activation + packed) / PEAK_BYTES + KERNELS_PER_CONVOLUTION * LAUNCH_SECONDS
-    efficiency = useful / computed
-    return Prediction(flops, moved, efficiency, flops / (efficiency * MAIN_LOOP), extra)
+    phases = repeats * copies**2
+    taps = kh * kw
+    rows = design.taps_in_rows and phases == 1 and 1 < taps and taps * out_channels <= MAX_TAP_ROWS
+    channels, in_work = (128, 1) if out_channels > 64 else (64, 2)
+    columns, lines = (n - (k - 1) * rows for n, k in zip(TILE, (kw, kh), strict=True))
+    tiles = math.ceil(width / columns) * math.ceil(height / lines)
+    tiles *= math.ceil(frames / in_work) * phases * math.ceil(out_channels / channels)
+    waves = math.ceil(tiles / MULTIPROCESSORS)
+    computed = waves * MULTIPROCESSORS * math.prod(TILE) * channels * in_work
+    pixels = height * width * frames
+    useful = pixels * phases * out_channels * (taps if rows else 1)
+    efficiency = useful * in_channels / (computed * whole(in_channels, 64))
+    behind = NORM_CYCLES * outputs[1] + ROWS_CYCLES * rows
+    kernel = flops / (efficiency * MAIN_LOOP) + waves * behind / CLOCK
+
+    past = -(-(kt - 1) // repeats)
+    passed, kernels = 0, 1
+    if (conv.norm_weight is not None or conv.silu) and not normed:
+        passed = 2 * frames  # read and written
+    elif not past <= frames <= 2 * past:  # else the state is a view
+        passed = 2 * past
+    passed *= 2 * in_channels * height * width
+    kernels += passed > 0
+    if not design.packs_once:
+        passed, kernels = passed + 2 * 2 * conv.weight.numel(), kernels + 1
+    moved += (sum(outputs) - 1) * 2 * pixels * phases * out_channels / PEAK_BYTES
+    extra = passed / PEAK_BYTES + kernels * LAUNCH_SECONDS
+    return Prediction(flops, moved, efficiency, kernel, extra)
 
 
-def predictions(config: VAEConfig, height: int, width: int) -> list[tuple[Work, Prediction]]:
+def followers(decoder: nn.Module) -> dict[CausalConv3d, CausalConv3d]:
+    """For a convolution, the one whose norm and SiLU run behind it."""
+    pairs = {}
+    for layer, follower in zip(decoder.layers, [*decoder.layers[1:], decoder.conv_out]):
+        last = None
+        if isinstance(layer, ResidualBlock):
+            pairs[layer.conv1], last = layer.conv2, layer.conv2
+        elif isinstance(layer, (Upsample, SeparateUpsample)):
+            last = layer.conv
+        then = norm_of(follower)
+        if last is not None and then is not None and then.silu:
+            pairs[last] = then
+    return {a: b for a, b in pairs.items() if len(a.weight) <= MAX_NORMED_CHANNELS}
+
+
+def predictions(
+    config: VAEConfig, height: int, width: int, design: Design = BUILT
+) -> list[tuple[Work, Prediction]]:
     with torch.device("meta"):
         decoder = CausalVAE(config).decoder
     modules = dict(decoder.named_modules())
+    pairs = followers(decoder) if design.norms_next else {}
     h, w = height // config.space_factor, width // config.space_factor
     frames, rows = 1, []
     for work in decoder_work(config, height, width):
         conv = modules.get(work.name)
-        rows.append((work, predict(work, conv, frames, h, w)))
+        within = work.name.endswith("conv1")  # of a block: nothing else reads its output
+        outputs = (not (within and conv in pairs), conv in pairs)
+        normed = conv in pairs.values()
+        size = frames, h, w
+        rows.append(
+            (work, predict(work, conv, *size, design=design, normed=normed, outputs=outputs))
+        )
         if conv is not None:
             repeats, copies = conv.upsample
             frames, h, w = frames * repeats, h * copies, w * copies
@@ -113,7 +178,18 @@ def table(name: str, config: VAEConfig, height: int, width: int) -> str:
     return "\n".join(rows)
 
 
+def savings(config: VAEConfig, height: int, width: int) -> str:
+    """One part of the design after the other."""
+    design, words = Design(False, False, False), []
+    for part in ("", *Design._fields):
+        design = design._replace(**{part: True} if part else {})
+        seconds = sum(m.seconds for _, m in predictions(config, height, width, design))
+        words.append(f"{part or 'without'} {1e3 * seconds:.2f} ms")
+    return ", ".join(words)
+
+
 if __name__ == "__main__":
     for name, config in (("light", light()), ("original", original())):
         for height, width in ((416, 736), (720, 1280)):
-            print(table(name, config, height, width), end="\n\n")
+            print(table(name, config, height, width))
+            print(f"in steps: {savings(config, height, width)}", end="\n\n")

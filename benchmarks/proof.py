@@ -2,22 +2,32 @@
 
 RUN is a folder of `aapt train tiny-world`: every experiment starts from its stages. Each variant is
 trained, exported and measured once per seed; a second call goes on where the first was stopped. The
-result is a page and two pictures in `docs/proof/`.
+result is a page and two pictures in `docs/proof/`. What stands in a page under the heading
+"Reading", at its end, is written by hand and stays.
 """
 
 import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from PIL import Image
+
+from aapt.checkpoint import load_config, save_config, write_json
+from aapt.config import SamplingConfig
 from aapt.corruption import Corruption
 from aapt.curriculum import constant
 from aapt.evaluate import evaluate
+from aapt.generator import StreamingGenerator
 from aapt.recipes import Recipe, StageConfig, tiny_world
+from aapt.samples import roll_out
 from aapt.stages.adversarial import AdversarialConfig
 from aapt.trainer import Run
 
@@ -33,12 +43,16 @@ class Experiment:
         variants: Named stages; one may start from another.
         recipe: The recipe they belong to.
         beside: Stages of that recipe to measure as well.
+        samplings: Ways to sample its diffusion stage, by name, to measure as well.
+        starts: Worlds of the evaluation.
     """
 
     question: str
     variants: Variants
     recipe: Recipe
     beside: tuple[str, ...] = ()
+    samplings: Mapping[str, SamplingConfig] = field(default_factory=dict)
+    starts: int = 16
 
 
 def plain(**changes) -> AdversarialConfig:
@@ -59,7 +73,8 @@ def plain(**changes) -> AdversarialConfig:
 
 def drift() -> Experiment:
     """All continue the same short training for as many updates, and differ in how far they roll."""
-    longer = plain(start="short", steps=60, discriminator_warmup=20, overlap_frames=2)
+    further = dict(steps=60, discriminator_warmup=20, overlap_frames=2)
+    longer = plain(start="short", judge="short", **further)
     return Experiment(
         "Does training on longer rollouts stop the drift of a minute? (paper, Table 5)",
         {
@@ -140,8 +155,26 @@ def adversarial() -> Experiment:
     )
 
 
+def baselines() -> Experiment:
+    """Nothing is trained. Few worlds and steps: 8 with guidance are 16 passes for every frame."""
+    recipe = tiny_world()
+    shift = recipe.stages["diffusion"].shift
+    guidances = {"diffusion-guidance-10": 10.0, "diffusion-guidance-3": 3.0, "diffusion": 1.0}
+    return Experiment(
+        "What does one forward pass per frame give up against many? The diffusion model of stage 1 "
+        "(8 steps), the consistency-only model of stage 2, and what the later stages add. "
+        "(paper, Figure 3 and Table 1)",
+        {},
+        recipe,
+        beside=("consistency", "regression", "adversarial"),
+        samplings={name: SamplingConfig(8, shift, w) for name, w in guidances.items()},
+        starts=6,
+    )
+
+
 EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "adversarial": adversarial,
+    "baselines": baselines,
     "drift": drift,
     "teacher-forcing": teacher_forcing,
     "teacher-forcing-unclamped": partial(teacher_forcing, clamp=None),
@@ -149,6 +182,8 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "no-recycling": partial(recycling, recycle=False),
     "stage-three": stage_three,
 }
+MINUTES = "minutes.json"
+READING = "\n## Reading\n"
 WINDOWS = ("4-6 s", "55-60 s")
 COLUMNS = (
     ("latent deviation", "latent_deviation", "{:.2f}"),
@@ -162,61 +197,142 @@ COLUMNS = (
 )
 
 
-def train(experiment: Experiment, seed: int, shared: Path, out: Path) -> dict[str, Path]:
-    """Checkpoint folders of all variants under one seed."""
-    recipe = replace(experiment.recipe, seed=seed)
-    recipe = replace(recipe, stages={**recipe.stages, **experiment.variants})
-    run = Run(recipe, out, workers=1)
+@dataclass(frozen=True)
+class Result:
+    """What came out under one seed.
+
+    Attributes:
+        report: The evaluation's.
+        minutes: CPU minutes of each part of the work, as far as they are known.
+        speeds: Forward passes and milliseconds per latent frame, of each checkpoint.
+    """
+
+    report: dict
+    minutes: Mapping[str, float]
+    speeds: Mapping[str, tuple[int, float]]
+
+
+def train(experiment: Experiment, run: Run, shared: Path) -> None:
+    """Makes the variants, beside the stages they start from."""
     run.claim()
     given = [stage for stage in experiment.recipe.stages if stage not in experiment.variants]
-    for stage in ("encoder", "decoder", *recipe.data, *given):
-        source, link = shared.resolve() / stage, out / stage
+    for stage in ("encoder", "decoder", *run.recipe.data, *given):
+        source, link = shared.resolve() / stage, run.out / stage
         if source.is_dir() and not link.exists():
             os.symlink(source, link)
-    folders = {}
     for name in experiment.variants:
         if not run.result(name).is_file():
-            run.run(name)
-        folders[name] = out / "checkpoints" / name
+            with counted(run.out, name):
+                run.run(name)
+
+
+def export(experiment: Experiment, run: Run) -> dict[str, Path]:
+    """Checkpoint folders of all that is to be measured."""
+    sources = {name: name for name in (*experiment.beside, *experiment.variants)}
+    sources |= {name: "diffusion" for name in experiment.samplings}
+    folders = {name: run.out / "checkpoints" / name for name in sources}
+    for name, stage in sources.items():
         if not (folders[name] / "config.json").is_file():
-            run.export(name, folders[name])
+            run.export(stage, folders[name])
+        if sampling := experiment.samplings.get(name):
+            config = load_config(folders[name])
+            save_config(folders[name], config | {"sampling": asdict(sampling)})
     return folders
 
 
-def measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> dict:
-    """The evaluation's report on all variants under one seed, from its file if it is there."""
-    folders = train(experiment, seed, shared, out)
-    run = Run(replace(experiment.recipe, seed=seed), out, workers=1)
-    beside = {name: out / "checkpoints" / name for name in experiment.beside}
-    for name, folder in beside.items():
-        if not (folder / "config.json").is_file():
-            run.export(name, folder)
-    report = out / "evaluation" / "report.json"
+def measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Result:
+    """All variants under one seed, trained and measured unless their files are there."""
+    recipe = replace(experiment.recipe, seed=seed)
+    recipe = replace(recipe, stages={**recipe.stages, **experiment.variants})
+    run = Run(recipe, out, workers=1)
+    train(experiment, run, shared)
+    folders = export(experiment, run)
+    report, speeds = out / "evaluation" / "report.json", out / "speeds.json"
     if not report.is_file():
-        checkpoints = [*beside.values(), *folders.values()]
-        evaluate(checkpoints, report.parent, seed=seed, log=lambda line: print(line, flush=True))
-    return json.loads(report.read_text())
+        settings = {"starts": experiment.starts, "seed": seed}
+        with counted(out, "evaluation"):
+            say = partial(print, flush=True)
+            evaluate(list(folders.values()), report.parent, **settings, log=say)
+    if experiment.samplings and not speeds.is_file():
+        write_json(speeds, {name: speed(folder) for name, folder in folders.items()})
+    return Result(json.loads(report.read_text()), read(out / MINUTES), read(speeds))
 
 
-def page(experiment: Experiment, name: str, reports: Mapping[int, dict]) -> str:
+@contextmanager
+def counted(out: Path, part: str) -> Iterator[None]:
+    """Adds the CPU minutes of a part of the work, its processes included, to a file."""
+    begun = sum(os.times()[:4])
+    try:
+        yield
+    finally:
+        minutes = read(out / MINUTES)
+        spent = (sum(os.times()[:4]) - begun) / 60
+        write_json(out / MINUTES, {**minutes, part: round(minutes.get(part, 0) + spent, 2)})
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@torch.inference_mode()
+def speed(folder: Path, frames: int = 20) -> tuple[int, float]:
+    """Forward passes and milliseconds per latent frame of one stream, the decoder left out: the
+    fastest of `frames` behind a full window."""
+    generator = StreamingGenerator.from_pretrained(folder)
+    model, sampling = generator.model, generator.sampling
+    height, width = generator.latent_size
+    latent = torch.zeros(1, model.config.latent_channels, 1, height, width)
+    channels = torch.zeros(1, model.config.condition_channels, 1, height, width)
+    text = model.text_encoder([generator.sample_prompt])
+    before = model.config.window_frames + 1
+    stream = roll_out(model, latent, text, lambda _: channels, before + frames, 0, sampling)
+    times = [time.perf_counter() for _ in stream][before:]
+    taken = min(after - begun for begun, after in zip(times, times[1:]))
+    return sampling.passes if sampling else 1, round(1000 * taken, 2)
+
+
+def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> str:
     """The result in Markdown: means over seeds, and how far seeds are apart."""
+    seeds = " ".join(map(str, results))
+    first = next(iter(results.values())).report
+    settings, machine = first["settings"], first["environment"]
     lines = [
         f"# {name}",
         "",
         experiment.question,
         "",
-        f"`python benchmarks/proof.py {name}`, seeds {', '.join(map(str, reports))}; 16 held-out "
-        "worlds each. Means over seeds, with the largest distance of a seed from them.",
+        f"`python benchmarks/proof.py {name} --run RUN --seeds {seeds}`, RUN a folder of "
+        f"`aapt train tiny-world`. {settings['starts']} held-out worlds of "
+        f"{settings['seconds']:g} s for each seed. Means over seeds, with the largest distance of "
+        "a seed from them.",
     ]
+    parts = dict.fromkeys(part for result in results.values() for part in result.minutes)
+    if parts:
+        taken = {
+            part: [r.minutes[part] for r in results.values() if part in r.minutes] for part in parts
+        }
+        shown = ", ".join(f"{part} {spread(minutes, '{:.1f}')}" for part, minutes in taken.items())
+        lines += ["", f"CPU minutes ({machine['cpu']}, {machine['threads']} threads): {shown}."]
+    sources = (*experiment.beside, *experiment.variants, *experiment.samplings)
     for window in WINDOWS:
-        lines += ["", f"## {window}", ""]
-        lines += ["| | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |"]
-        lines += ["|---" * (1 + len(COLUMNS)) + "|"]
-        for variant in (*experiment.beside, *experiment.variants):
-            found = [report["windows"][window][variant] for report in reports.values()]
+        lines += ["", f"## {window}", "", *heading(title for title, _, _ in COLUMNS)]
+        for source in sources:
+            found = [result.report["windows"][window][source] for result in results.values()]
             cells = (spread([each[field] for each in found], form) for _, field, form in COLUMNS)
-            lines += [f"| {variant} | " + " | ".join(cells) + " |"]
+            lines += [f"| {source} | " + " | ".join(cells) + " |"]
+    if experiment.samplings:
+        lines += ["", "## Cost of a latent frame, one stream without the decoder", ""]
+        lines += heading(("forward passes", "ms"))
+        for source in sources:
+            passes, taken = zip(*(result.speeds[source] for result in results.values()))
+            lines += [f"| {source} | {passes[0]} | {spread(taken, '{:.1f}')} |"]
+    lines += ["", f"![Drift over time]({name}-drift.png)", "", f"![Frames]({name}-sheet.jpg)"]
     return "\n".join(lines) + "\n"
+
+
+def heading(titles: Iterable[str]) -> list[str]:
+    titles = ["", *titles]
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
@@ -230,6 +346,19 @@ def spread(values: Sequence[float | None], form: str) -> str:
     return shown
 
 
+def publish(
+    experiment: Experiment, name: str, results: Mapping[int, Result], out: Path, docs: Path
+):
+    """Writes the page, less its reading, and the pictures of the evaluation in `out`."""
+    docs.mkdir(parents=True, exist_ok=True)
+    path = docs / f"{name}.md"
+    _, mark, reading = (path.read_text() if path.is_file() else "").partition(READING)
+    path.write_text(page(experiment, name, results) + mark + reading)
+    shutil.copyfile(out / "drift.png", docs / f"{name}-drift.png")
+    with Image.open(out / "sheet.png") as sheet:
+        sheet.save(docs / f"{name}-sheet.jpg", quality=85)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
@@ -240,15 +369,9 @@ def main() -> None:
     given = parser.parse_args()
     name = given.experiment
     experiment = EXPERIMENTS[name]()
-    reports = {}
-    for seed in given.seeds:
-        out = given.out / name / f"seed-{seed}"
-        reports[seed] = measure(experiment, seed, given.run, out)
-    given.docs.mkdir(parents=True, exist_ok=True)
-    (given.docs / f"{name}.md").write_text(page(experiment, name, reports))
-    first = given.out / name / f"seed-{given.seeds[0]}" / "evaluation"
-    for picture in ("drift.png", "sheet.png"):
-        shutil.copyfile(first / picture, given.docs / f"{name}-{picture}")
+    folders = {seed: given.out / name / f"seed-{seed}" for seed in given.seeds}
+    results = {seed: measure(experiment, seed, given.run, out) for seed, out in folders.items()}
+    publish(experiment, name, results, folders[given.seeds[0]] / "evaluation", given.docs)
 
 
 if __name__ == "__main__":

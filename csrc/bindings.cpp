@@ -24,10 +24,19 @@ constexpr const char* CACHED_ATTENTION =
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
     "Tensor? q_sink, int text_tokens, int tokens_per_frame, int window_frames, int sink_frames, "
     "float scale) -> (Tensor out, Tensor lse)";
-constexpr const char* CAUSAL_CONV3D =
+[[maybe_unused]] constexpr const char* CAUSAL_CONV3D =
     "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
     "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, bool replicate, "
-    "bool pixels) -> (Tensor out, Tensor state)";
+    "bool pixels, Tensor? next_norm_weight, bool keep_out, bool keep_state) "
+    "-> (Tensor out, Tensor state, Tensor active)";
+// The kernel takes weights that causal_conv3d_pack has folded and laid out for it.
+[[maybe_unused]] constexpr const char* CAUSAL_CONV3D_KERNEL =
+    "causal_conv3d(Tensor x, Tensor packed, Tensor? bias, Tensor? state, Tensor? norm_weight, "
+    "float eps, bool silu, Tensor? residual, int[3] kernel, int[2] upsample, bool replicate, "
+    "bool pixels, Tensor? next_norm_weight, bool keep_out, bool keep_state) "
+    "-> (Tensor out, Tensor state, Tensor active)";
+[[maybe_unused]] constexpr const char* CAUSAL_CONV3D_PACK =
+    "causal_conv3d_pack(Tensor weight, int[2] upsample) -> Tensor packed";
 
 // The ops with a kernel written for sm_90a.
 [[maybe_unused]] void define_kernels(torch::stable::detail::StableLibrary& m) {
@@ -35,7 +44,8 @@ constexpr const char* CAUSAL_CONV3D =
   m.def(BLOCK_CAUSAL_ATTENTION_BACKWARD);
   m.def(KV_APPEND);
   m.def(CACHED_ATTENTION);
-  m.def(CAUSAL_CONV3D);
+  m.def(CAUSAL_CONV3D_KERNEL);
+  m.def(CAUSAL_CONV3D_PACK);
 }
 }  // namespace
 
@@ -65,7 +75,7 @@ STABLE_TORCH_LIBRARY(aapt, m) {
 }
 #endif
 
-// The hand-written kernels of this build, under the schema of their op.
+// The hand-written kernels of this build.
 #if defined(AAPT_SIM)
 STABLE_TORCH_LIBRARY(aapt_sim, m) { define_kernels(m); }
 #elif defined(AAPT_SM90)

@@ -27,7 +27,8 @@ from cubin import (
 REQUIRED: dict[str, tuple[str, ...]] = {
     "kv_append_kernel": ("LDG.E.128", "STG.E.128"),
     "cached_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
-    "causal_conv3d_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "causal_conv3d_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "MUFU.TANH"),
+    "causal_conv3d_rows_kernel": ("HGMMA", "UTMALDG"),
     "activate_kernel": ("LDG.E.128", "STG.E.128"),
     "block_causal_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
     "block_causal_backward_kernel": ("HGMMA", "UTMALDG"),

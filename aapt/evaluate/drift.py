@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .features import describe, feature_distance
-from .footage import Footage
-from .moments import drift_frames
+from .features import feature_distance
+from .stretch import Stretch
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,19 @@ class Timeline:
     feature_distance: list[float]
 
 
-def timeline(film: Footage, truth: Footage, seconds: Sequence[int], latents: Tensor) -> Timeline:
-    """Measures a source whose `latent_statistics` at the seconds are (starts, len(seconds), 2)."""
-    real = torch.cat([describe(truth[drift_frames(second)]) for second in seconds])
+def timeline(
+    film: Sequence[Stretch], truth: Sequence[Stretch], seconds: Sequence[int], latents: Tensor
+) -> Timeline:
+    """Measures a source, a stretch for each second, whose `latent_statistics` at the seconds are
+    (starts, len(seconds), 2)."""
+    real = torch.cat([clips.features for clips in truth])
     offset, deviation = latents.double().mean(dim=0).T.tolist()
-    found = Timeline(list(seconds), offset, deviation, [], [], [])
-    for second in seconds:
-        clips, true_clips = film[drift_frames(second)], truth[drift_frames(second)]
-        contrast = metrics.sharpness(true_clips)
-        found.sharpness.append(metrics.sharpness(clips) / contrast if contrast else None)
-        palettes = metrics.palette(clips), metrics.palette(true_clips)
-        found.palette_error.append(metrics.palette_error(*palettes))
-        found.feature_distance.append(feature_distance(describe(clips), real))
-    return found
+    pairs = list(zip(film, truth, strict=True))
+    return Timeline(
+        seconds=list(seconds),
+        latent_offset=offset,
+        latent_deviation=deviation,
+        sharpness=[clips.sharpness_over(true) for clips, true in pairs],
+        palette_error=[metrics.palette_error(clips.palette, true.palette) for clips, true in pairs],
+        feature_distance=[feature_distance(clips.features, real) for clips in film],
+    )

@@ -18,7 +18,7 @@ from ..generator import StreamingGenerator
 from . import metrics
 from .drift import timeline
 from .drift_plot import plot_drift
-from .features import describe, feature_distance
+from .features import feature_distance
 from .footage import (
     Footage,
     Start,
@@ -38,6 +38,7 @@ from .moments import (
 from .motion_probe import MotionProbe, ProbeConfig, load_probe
 from .pretrained import PretrainedDistance
 from .report import AUTOENCODER, TRUTH, Measurement, Report
+from .stretch import Stretch
 
 
 def evaluate(
@@ -85,6 +86,9 @@ def evaluate(
     frames = sorted(frames.union(*(drift_frames(s) for s in drift_seconds)))
     seconds_taken: dict[str, float] = {}
 
+    def each_second(film: Footage) -> list[Stretch]:
+        return [Stretch.of(film[drift_frames(second)]) for second in drift_seconds]
+
     @contextmanager
     def timed(part: str) -> Iterator[None]:
         begun = time.perf_counter()
@@ -107,22 +111,24 @@ def evaluate(
         )
         statistics[TRUTH] = real
     steady = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(drift_seconds), -1)
-    timelines = {TRUTH: timeline(truth, truth, drift_seconds, steady)}
+    true_seconds = each_second(truth)
+    timelines = {TRUTH: timeline(true_seconds, true_seconds, drift_seconds, steady)}
     for name, generator in generators.items():
         with timed(f"{name} rollout"):
             films[name], latents = film_rollout(generator, walks, truth[[0]][:, 0], frames, seed)
         statistics[name] = [latents[:, window.first : window.last + 1] for window in windows]
-        each_second = latents[:, [STEPS_PER_SECOND * second for second in drift_seconds]]
-        timelines[name] = timeline(films[name], truth, drift_seconds, each_second)
+        latents = latents[:, [STEPS_PER_SECOND * second for second in drift_seconds]]
+        timelines[name] = timeline(each_second(films[name]), true_seconds, drift_seconds, latents)
 
     themes = torch.tensor([walk.world.theme for walk in walks])
     with timed("metrics"):
         measured = {}
         for place, window in enumerate(windows):
+            real = Stretch.of(truth[window.frames][:, 1:])
             measured[window.name] = {
                 name: measure(
                     film[window.frames],
-                    truth[window.frames],
+                    real,
                     statistics[name][place] if name in statistics else None,
                     torch.stack([w.controls[window.first - 1 : window.last] for w in walks]),
                     themes,
@@ -154,7 +160,7 @@ def evaluate(
 
 def measure(
     video: Tensor,
-    truth: Tensor,
+    truth: Stretch,
     latents: Tensor | None,
     controls: Tensor,
     themes: Tensor,
@@ -162,27 +168,25 @@ def measure(
     probe: MotionProbe,
     networks: Sequence[PretrainedDistance] = (),
 ) -> Measurement:
-    """One window of a video source, and of the truth: uint8 (starts, 1 + 4 T, H, W, 3), the first
-    frame only there for the motion of the second.
+    """One window of a video source, uint8 (starts, 1 + 4 T, H, W, 3), against the truth without the
+    first frame, which is only there for the motion of the second.
 
     latents: `latent_statistics` of its latent frames (starts, T, 2), None where it has none;
     controls (starts, T, 2); themes (starts,); references: palettes (themes, 6).
     """
     motion = torch.stack([probe.estimate(clip) for clip in video])
-    video, truth = video[:, 1:], truth[:, 1:]
-    colours = metrics.palette(video)
-    contrast = metrics.sharpness(truth)
-    psnr = metrics.psnr(video, truth)
-    described, real = (_pairs(clips) for clips in (video, truth))
-    distances = {n.kind: n(video, truth) for n in networks if video.shape[1] >= n.frames}
+    clips = Stretch.of(video[:, 1:])
+    psnr = metrics.psnr(clips.video, truth.video)
+    frames = clips.video.shape[1]
+    distances = {n.kind: n(clips.video, truth.video) for n in networks if frames >= n.frames}
     yaw, forward = ((motion[..., axis], controls[..., axis]) for axis in (0, 1))
     return Measurement(
         latent_offset=None if latents is None else latents[..., 0].mean().item(),
         latent_deviation=None if latents is None else latents[..., 1].mean().item(),
-        sharpness=metrics.sharpness(video) / contrast if contrast else None,
-        palette_error=metrics.palette_error(colours, metrics.palette(truth)),
-        theme_kept=metrics.theme_kept(colours, references, themes),
-        feature_distance=feature_distance(described, real),
+        sharpness=clips.sharpness_over(truth),
+        palette_error=metrics.palette_error(clips.palette, truth.palette),
+        theme_kept=metrics.theme_kept(clips.palette, references, themes),
+        feature_distance=feature_distance(clips.features, truth.features),
         psnr=psnr if math.isfinite(psnr) else None,
         yaw_correlation=metrics.correlation(*yaw),
         forward_correlation=metrics.correlation(*forward),
@@ -190,12 +194,6 @@ def measure(
         forward_gain=metrics.gain(*forward),
         **distances,
     )
-
-
-def _pairs(video: Tensor) -> Tensor:
-    """Features (starts T, D) of the last two frames of every latent frame of a window."""
-    pairs = video.unflatten(1, (-1, FRAMES_PER_LATENT))[:, :, -2:]
-    return torch.cat([describe(clips) for clips in pairs])
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,7 @@
 """Held-out walks, and the video frames of them that an evaluation keeps: rendered or generated."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..conditioning import control_rays
 from ..data.procedural import to_video
-from ..data.world import THEMES, World, make_world, render, sample_trajectory
+from ..data.world import FRAMES_PER_LATENT, THEMES, World, make_world, render, sample_trajectory
 from ..generator import StreamingGenerator
 from ..samples import decode_frames, roll_out, to_pixels
 
@@ -133,13 +134,19 @@ def film_rollout(
         return control_rays(controls[:, step - 1 : step], model.camera, *latent.shape[-2:])
 
     text = model.text_encoder([start.prompt for start in starts])
-    latents = roll_out(model, latent, text, rays, controls.shape[1], seed)
-    pixels, statistics, begin = [], [], 0
-    for latent, video in decode_frames(generator.vae, latents):
-        statistics.append(latent_statistics(latent))
-        chosen = [i for i in range(video.shape[1]) if begin + i in wanted]
-        pixels.append(video[:, chosen])
-        begin += video.shape[1]
+    steps = controls.shape[1]
+    latents = roll_out(model, latent, text, rays, steps, seed, generator.sampling)
+    statistics = []
+
+    def measured() -> Iterator[Tensor]:
+        for latent in latents:
+            statistics.append(latent_statistics(latent))
+            yield latent
+
+    pixels, chosen = [], {math.ceil(frame / FRAMES_PER_LATENT) for frame in wanted}
+    for number, video in decode_frames(generator.vae, measured(), chosen):
+        begin = FRAMES_PER_LATENT * number - video.shape[1] + 1
+        pixels.append(video[:, [i for i in range(video.shape[1]) if begin + i in wanted]])
     return Footage(sorted(wanted), torch.cat(pixels, dim=1)), torch.cat(statistics, dim=1).cpu()
 
 

@@ -14,7 +14,7 @@ GROUND_ROWS = 4  # the ground band is the bottom 1/4
 
 def sharpness(video: Tensor) -> float:
     """Mean absolute difference of horizontal neighbours."""
-    total = sum((clip[..., 1:, :].int() - clip[..., :-1, :].int()).abs().sum() for clip in video)
+    total = sum(clip.short().diff(dim=-2).abs().sum() for clip in video)
     return total.item() / 255 / video[..., 1:, :].numel()
 
 
@@ -22,7 +22,7 @@ def psnr(video: Tensor, truth: Tensor) -> float:
     """Peak signal-to-noise ratio in dB over all pixels; infinite for equal videos."""
     _same_shape(video, truth)
     error = sum(
-        (a.double() - b.double()).square().sum().item() for a, b in zip(video, truth, strict=True)
+        (a.int() - b.int()).square().sum().item() for a, b in zip(video, truth, strict=True)
     )
     return math.inf if error == 0 else 10 * math.log10(255**2 * video.numel() / error)
 

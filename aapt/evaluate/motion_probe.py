@@ -110,16 +110,15 @@ def matching_costs(triples: Tensor) -> Tensor:
 
 
 def _costs(here: Tensor, there: Tensor) -> Tensor:
-    height, width = here.shape[-2:]
+    channels, height, width = here.shape[1:]
     reach_y, reach_x = REACH
+    here, there = (x.transpose(0, 1).contiguous() for x in (here, there))  # quick to sum over
     padded = F.pad(there, (reach_x, reach_x, reach_y, reach_y), mode="replicate")
-    costs = torch.stack(
-        [
-            F.avg_pool2d((here - padded[..., y : y + height, x : x + width]).abs().mean(1), CELL)
-            for y, x in _shifts()
-        ],
-        dim=1,
-    )
+    costs = []
+    for y, x in _shifts():
+        difference = (here - padded[..., y : y + height, x : x + width]).abs_().sum(0)
+        costs.append(F.avg_pool2d(difference.div_(channels), CELL))
+    costs = torch.stack(costs, dim=1)
     return costs / (costs.mean(dim=1, keepdim=True) + FLAT) - 1
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..config import SamplingConfig
 from ..curriculum import Curriculum
 from ..data.clips import Clips
 from ..flow import interpolate, shift
@@ -24,6 +25,13 @@ class DiffusionConfig:
     muon: bool = False  # in place of AdamW (ours, for small models)
     average: float | None = None
     max_norm: float | None = None
+    sampling_steps: int = 32  # of the baseline that the trained model is, with its guidance
+    guidance: float = 10.0
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the trained model makes a frame."""
+        return SamplingConfig(self.sampling_steps, self.shift, self.guidance)
 
     @property
     def needs(self) -> dict[str, int]:

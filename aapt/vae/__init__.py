@@ -3,11 +3,13 @@
 from .config import VAEConfig, light, lighter, original, tiny, tiny_light, wan
 from .cost import Work, decoder_work, flops_per_latent_frame, total
 from .model import CausalVAE, DecoderState, to_bytes
+from .stream import DecoderStream
 from .wan_weights import load_wan
 
 __all__ = [
     "CausalVAE",
     "DecoderState",
+    "DecoderStream",
     "VAEConfig",
     "Work",
     "decoder_work",

@@ -10,6 +10,7 @@ Three ways lead from a scale to the finer one, each with its way back:
 first frame of a stream passes by time (Wan's).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_kernels import causal_conv3d
+from aapt_kernels.causal_conv3d import fuses_next_norm
 
 from .config import VAEConfig
 
@@ -25,11 +27,17 @@ DecoderState = tuple[Tensor, ...]
 
 
 class Stream:
-    """The states of one pass through the convolutions: read and replaced in running order."""
+    """The states of one pass through the convolutions: read and replaced in running order.
 
-    def __init__(self, states: DecoderState | None):
-        self.states = states
+    `out`: where the new ones go, which may be where the old ones are. A convolution has read its
+    own by then, and no other reads it.
+    `active`: for a convolution, its input, normed and activated by the one before.
+    """
+
+    def __init__(self, states: DecoderState | None, out: DecoderState | None = None):
+        self.states, self.out = states, out
         self.new_states: list[Tensor] = []
+        self.active: dict[CausalConv3d, Tensor] = {}
 
     @property
     def starts(self) -> bool:
@@ -40,6 +48,8 @@ class Stream:
         return None if self.states is None else self.states[len(self.new_states)]
 
     def push(self, state: Tensor) -> None:
+        if self.out is not None:
+            state = self.out[len(self.new_states)].copy_(state)
         self.new_states.append(state)
 
 
@@ -60,11 +70,10 @@ class CausalConv3d(nn.Module):
         padding: str = "zeros",
     ):
         super().__init__()
-        kt, *space = kernel
-        fan_in = in_channels * kt * space[0] * space[1]
-        # In memory the taps in time come before the channels, as the CPU's convolution reads them.
-        weight = torch.empty(out_channels, kt, in_channels, *space).transpose(1, 2)
-        self.weight = nn.Parameter(weight)
+        fan_in = in_channels * math.prod(kernel)
+        weight = torch.empty(out_channels, in_channels, *kernel)
+        # Channels last in memory, as the activations have them
+        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last_3d))
         nn.init.normal_(self.weight, std=fan_in**-0.5)
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.norm_weight = nn.Parameter(torch.ones(in_channels)) if norm else None
@@ -72,24 +81,49 @@ class CausalConv3d(nn.Module):
         self.stride, self.upsample, self.padding = stride, upsample, padding
 
     def forward(
-        self, x: Tensor, stream: Stream, residual: Tensor | None = None, pixels: bool = False
-    ) -> Tensor:
-        out, state = causal_conv3d(
+        self,
+        x: Tensor | None,
+        stream: Stream,
+        residual: Tensor | None = None,
+        pixels: bool = False,
+        then: "CausalConv3d | None" = None,
+        keep_out: bool = True,
+    ) -> Tensor | None:
+        """Also norms the output for `then`, the convolution that does so next, where a kernel can;
+        without `keep_out` the output is then None, for `then` alone."""
+        active = stream.active.pop(self, None)
+        options = dict(norm_weight=self.norm_weight, eps=self.eps, silu=self.silu)
+        if active is not None:
+            x, options = active, dict(eps=self.eps)
+        fuses = then is not None and self._norms_for(then) and fuses_next_norm(x, self.weight)
+        if fuses:
+            options |= dict(next_norm_weight=then.norm_weight, eps=then.eps, keep_out=keep_out)
+        out, state, *normed = causal_conv3d(
             x,
             self.weight,
             self.bias,
             state=stream.pop(),
-            norm_weight=self.norm_weight,
-            eps=self.eps,
-            silu=self.silu,
             residual=residual,
             stride=self.stride,
             upsample=self.upsample,
             padding=self.padding,
             pixels=pixels,
+            share_state=True,
+            **options,
         )
         stream.push(state)
+        if fuses:
+            stream.active[then] = normed[0]
         return out
+
+    def _norms_for(self, then: "CausalConv3d") -> bool:
+        """Whether one epsilon serves both norms."""
+        same = self.norm_weight is None or self.eps == then.eps
+        return then.norm_weight is not None and then.silu and same
+
+    def needs(self, frames: int) -> int:
+        """How many of its last input frames the last `frames` of its output are made of."""
+        return math.ceil((frames + self.weight.shape[2] - 1) / self.upsample[0])
 
 
 class Call(NamedTuple):
@@ -120,13 +154,22 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x, stream)
-        return self.conv2(self.conv1(x, stream), stream, residual)
+        x = self.conv1(x, stream, then=self.conv2, keep_out=False)
+        return self.conv2(x, stream, residual, then=then)
+
+    def needs(self, frames: int) -> int:
+        return self.conv1.needs(self.conv2.needs(frames))
 
     def calls(self, *size: int) -> list[Call]:
         shortcut = [] if self.shortcut is None else [Call(self.shortcut, *size)]
         return [*shortcut, Call(self.conv1, *size), Call(self.conv2, *size, residual=True)]
+
+
+def norm_of(layer: nn.Module) -> CausalConv3d | None:
+    """The convolution that norms the input of a layer, and activates it."""
+    return layer if isinstance(layer, CausalConv3d) else getattr(layer, "conv1", None)
 
 
 class FrameAttention(nn.Module):
@@ -138,11 +181,14 @@ class FrameAttention(nn.Module):
         self.proj = CausalConv3d(channels, channels, (1, 1, 1))
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         qkv = self.qkv(x, stream).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, H*W, 3C)
         out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         out = out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
-        return self.proj(out, stream, residual=x)
+        return self.proj(out, stream, residual=x, then=then)
+
+    def needs(self, frames: int) -> int:
+        return frames
 
     def calls(self, *size: int) -> list[Call]:
         return [Call(self.qkv, *size), Call(self.proj, *size, residual=True)]
@@ -213,13 +259,16 @@ class Upsample(nn.Module):
             padding=config.padding,
         )
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.conv(x, stream)
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         if not self.shuffle:
-            return x
+            return self.conv(x, stream, then=then)
+        x = self.conv(x, stream)
         time, space = self.stride
         x = unfold_channels(x, time, space)
         return x[:, :, time - 1 :] if stream.starts else x
+
+    def needs(self, frames: int) -> int:
+        return self.conv.needs(math.ceil(frames / self.stride[0]) if self.shuffle else frames)
 
     def calls(self, *size: int) -> list[Call]:
         return [Call(self.conv, *size)]
@@ -240,10 +289,10 @@ class SeparateUpsample(nn.Module):
             in_channels, out_channels, (1, 3, 3), upsample=(1, space), padding=config.padding
         )
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
         if self.time_conv is not None:
             x = self._upsample_time(x, stream)
-        return self.conv(x, stream)
+        return self.conv(x, stream, then=then)
 
     def _upsample_time(self, x: Tensor, stream: Stream) -> Tensor:
         time = self.stride[0]
@@ -258,6 +307,11 @@ class SeparateUpsample(nn.Module):
         later = unfold_channels(self.time_conv(later, stream), time, 1)
         return torch.cat([first, later], dim=2).contiguous(memory_format=memory)
 
+    def needs(self, frames: int) -> int:
+        if self.time_conv is None:
+            return frames
+        return self.time_conv.needs(math.ceil(frames / self.stride[0]))
+
     def calls(self, frames: int, height: int, width: int) -> list[Call]:
         if self.time_conv is None:
             return [Call(self.conv, frames, height, width)]
@@ -271,6 +325,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """Channels last if they are, else contiguous."""
     last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
     return torch.channels_last_3d if last else torch.contiguous_format
+
+
+def last_frames(x: Tensor, count: int | None) -> Tensor:
+    """The last `count` frames of (B, C, T, H, W), or all, lying in memory as all did."""
+    if count is None or count >= x.shape[2]:
+        return x
+    return x[:, :, -count:].contiguous(memory_format=memory_format(x))
 
 
 def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:

@@ -19,16 +19,20 @@ from .layers import (
     Upsample,
     active,
     fold_pixels,
+    last_frames,
     middle,
+    norm_of,
     unfold_channels,
 )
 
 VIDEO_CHANNELS = 3
+LAST = torch.channels_last_3d
 
 
 def to_bytes(video: Tensor) -> Tensor:
-    """Video in [-1, 1] as uint8."""
-    return (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    """Video in [-1, 1] as uint8; not-a-number becomes black."""
+    levels = (video.float() * 127.5 + 127.5).round().clamp(0, 255)
+    return levels.nan_to_num(0).to(torch.uint8)
 
 
 class Encoder(nn.Module):
@@ -36,6 +40,9 @@ class Encoder(nn.Module):
 
     Wan's strided convolutions pad a picture at its right and lower edge only. On a mirrored
     picture, with mirrored weights, they pad both edges as ours do: a "separate" encoder has one.
+
+    On an sm_90 device Triton runs the convolutions with a stride and the first, which reads three
+    channels; the hand-written kernel runs the others, in bfloat16.
     """
 
     def __init__(self, config: VAEConfig):
@@ -65,7 +72,8 @@ class Encoder(nn.Module):
         stream = Stream(None)
         if self.mirrored:
             video = video.flip(3, 4)
-        x = self.conv_in(fold_pixels(video, self.patch_size), stream)
+        x = fold_pixels(video, self.patch_size).contiguous(memory_format=LAST)
+        x = self.conv_in(x, stream)
         for layer in self.layers:
             x = layer(x, stream)
         latent = self.conv_out(x, stream)
@@ -108,17 +116,29 @@ class Decoder(nn.Module):
         )
 
     def forward(
-        self, latent: Tensor, state: DecoderState | None, pixels: bool = False
+        self,
+        latent: Tensor,
+        state: DecoderState | None,
+        pixels: bool = False,
+        state_out: DecoderState | None = None,
+        last: int | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        stream = Stream(state)
-        x = latent
-        if self.projection is not None:
-            x = self.projection(x, stream)
-        x = self.conv_in(x, stream)
-        for layer in self.layers:
-            x = layer(x, stream)
-        video = unfold_channels(self.conv_out(x, stream, pixels=pixels), 1, self.patch_size)
-        return video, tuple(stream.new_states)
+        """`last`: how many video frames to return, None for all. Of the others no more is made than
+        these and the next state need."""
+        front = [self.conv_in] if self.projection is None else [self.projection, self.conv_in]
+        needs = [last]  # input frames of each layer, from the last layer to the first
+        for layer in reversed([*front, *self.layers, self.conv_out]):
+            needs.append(None if last is None else layer.needs(needs[-1]))
+        stream, x = Stream(state, state_out), latent
+        for conv in front:
+            x = conv(last_frames(x, needs.pop()), stream)
+        followers = [*self.layers[1:], self.conv_out]
+        for layer, follower in zip(self.layers, followers, strict=True):
+            # A norm made ahead would be one of all frames
+            then = norm_of(follower) if last is None else None
+            x = layer(last_frames(x, needs.pop()), stream, then)
+        x = self.conv_out(last_frames(x, needs.pop()), stream, pixels=pixels)
+        return unfold_channels(last_frames(x, last), 1, self.patch_size), tuple(stream.new_states)
 
 
 class LinearSkip(nn.Module):
@@ -220,13 +240,21 @@ class CausalVAE(nn.Module):
         return self.decode_frame(latent)[0]
 
     def decode_frame(
-        self, latent: Tensor, state: DecoderState | None = None, *, pixels: bool = False
+        self,
+        latent: Tensor,
+        state: DecoderState | None = None,
+        *,
+        pixels: bool = False,
+        state_out: DecoderState | None = None,
+        last: int | None = None,
     ) -> tuple[Tensor, DecoderState]:
         """Next chunk of a stream, one latent frame or more; returns (video, state for the next).
 
         `state` None starts a stream. A state is never written to, so streams cannot mix and an
-        old state can be resumed twice. No gradient flows through it. With `pixels` the video is
-        uint8: [-1, 1] becomes 0 to 255.
+        old state can be resumed twice; unless it is given as `state_out` too, whose tensors
+        receive the new state. No gradient flows through it. With `pixels` the video is uint8:
+        [-1, 1] becomes 0 to 255. `last`: return the video of so many of the latent frames, and
+        make of the others only what these and the next state need; not where a stream starts.
         """
         channels = self.config.latent_channels
         if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] == 0:
@@ -234,11 +262,16 @@ class CausalVAE(nn.Module):
                 f"latent: expected (batch, {channels}, time, height, width) with at least one "
                 f"frame, got {tuple(latent.shape)}"
             )
-        latent = latent * self.latent_std + self.latent_mean
-        if latent.dtype == torch.bfloat16:  # as the tensor cores want it, from here to the video
-            latent = latent.contiguous(memory_format=torch.channels_last_3d)
+        if last is not None and (state is None or not 1 <= last <= latent.shape[2]):
+            raise ValueError(
+                f"last: expected 1 to {latent.shape[2]} frames behind a state, got {last} "
+                f"{'without' if state is None else 'behind'} one"
+            )
+        frames = None if last is None else last * self.config.time_factor
+        # Channels last from here to the video, as tensor cores and oneDNN want them
+        latent = (latent * self.latent_std + self.latent_mean).contiguous(memory_format=LAST)
         if self.linear is None:
-            return self.decoder(latent, state, pixels)
-        video, new_state = self.decoder(latent, state)
-        video = video + self.linear.to_video(latent, starts=state is None)
+            return self.decoder(latent, state, pixels, state_out, frames)
+        video, new_state = self.decoder(latent, state, state_out=state_out, last=frames)
+        video = video + self.linear.to_video(last_frames(latent, last), starts=state is None)
         return to_bytes(video) if pixels else video, new_state

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..backend import implement
+from ..backend import choose, implement
 from ..checks import check_device, check_dtype, check_shape
 from ..deferred import deferred
-from . import cpu, ref
+from . import cpu, ref, sm90
 from .ref import layout, past_frames
 
 PADDINGS = ("zeros", "replicate")
+MAX_NORMED_CHANNELS = 128  # that a tile of a kernel holds, and so can norm in its epilogue
 
 
 def causal_conv3d(
@@ -26,7 +27,10 @@ def causal_conv3d(
     upsample: tuple[int, int] = (1, 1),
     padding: str = "zeros",
     pixels: bool = False,
-) -> tuple[Tensor, Tensor]:
+    next_norm_weight: Tensor | None = None,  # (out_channels,)
+    keep_out: bool = True,
+    share_state: bool = False,
+) -> tuple[Tensor | None, ...]:
     """conv3d(silu(rms_norm(x) * norm_weight)) + bias + residual, and the state for the next chunk.
 
     Output frame t reads input frames up to t * stride[0] only. The norm takes the root mean square
@@ -43,22 +47,37 @@ def causal_conv3d(
     any length add up to the whole clip; a stream with a stride in time would not, so that takes no
     state.
 
+    `next_norm_weight` asks for a third result, silu(rms_norm(out) * next_norm_weight): what the
+    next convolution would make of `out`, for it to take as its x. `keep_out=False` gives None for
+    an `out` that nothing else reads. `fuses_next_norm` says where this saves a pass.
+
+    `share_state` lets the returned state be a view of x, where x needs neither norm nor SiLU and is
+    at most twice as long: x must then stay as it is.
+
     `pixels` gives uint8, round(127.5 out + 127.5), without a gradient. Output and state have their
     channels last in memory if x has, else they are contiguous.
 
-    Differentiable in x, weight, bias, norm_weight and residual, once; neither the given nor the
-    returned state carries a gradient. Under autocast all tensors are cast to its dtype; otherwise
-    they share one. Raises ValueError, or TypeError for a dtype, naming the input that breaks this
-    contract.
+    Kernels fold and pack a weight that requires no gradient once, and again when it has changed in
+    place; changes through `.data` they do not see. Warm up before capturing a CUDA graph.
+
+    Differentiable in x, weight, bias, norm_weight and residual, once, without `next_norm_weight`;
+    neither the given nor the returned state carries a gradient. Under autocast all tensors are cast
+    to its dtype; otherwise they share one. Raises ValueError, or TypeError for a dtype, naming the
+    input that breaks this contract.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-        bias, state, norm_weight, residual = (
-            None if t is None else t.to(dtype) for t in (bias, state, norm_weight, residual)
+        bias, state, norm_weight, residual, next_norm_weight = (
+            None if t is None else t.to(dtype)
+            for t in (bias, state, norm_weight, residual, next_norm_weight)
         )
-    _check(x, weight, bias, state, norm_weight, residual, stride, upsample, padding)
-    return torch.ops.aapt.causal_conv3d(
+    optional = bias, state, norm_weight, residual, next_norm_weight
+    _check(x, weight, *optional, stride, upsample, padding)
+    _check_next(x, weight, *optional, pixels, keep_out)
+    frames, past = x.shape[2], past_frames(weight.shape[2], upsample[0])
+    shared = share_state and norm_weight is None and not silu and past <= frames <= 2 * past
+    out, new_state, active = torch.ops.aapt.causal_conv3d(
         x,
         weight,
         bias,
@@ -71,10 +90,50 @@ def causal_conv3d(
         upsample,
         padding == "replicate",
         pixels,
+        next_norm_weight,
+        keep_out,
+        not shared,
     )
+    if shared:
+        new_state = x.detach()[:, :, frames - past :]
+    if next_norm_weight is None:
+        return out, new_state
+    return out if keep_out else None, new_state, active
 
 
-def _check(x, weight, bias, state, norm_weight, residual, stride, upsample, padding) -> None:
+def fuses_next_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `next_norm_weight` is cheaper than a norm in front of the next convolution: the
+    kernel that takes x norms in its epilogue, and there is no gradient to compute."""
+    out_channels = weight.shape[0]
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    if out_channels > MAX_NORMED_CHANNELS or out_channels % 8:
+        return False
+    return choose("causal_conv3d", x) in ("cuda", "sim", "triton")
+
+
+def _check_next(
+    x, weight, bias, state, norm_weight, residual, next_norm_weight, pixels, keep_out
+) -> None:
+    if next_norm_weight is None:
+        if not keep_out:
+            raise ValueError("keep_out: expected True without next_norm_weight, got False")
+        return
+    if pixels:
+        raise ValueError("pixels: expected False with next_norm_weight, got True")
+    given = dict(x=x, weight=weight, bias=bias, norm_weight=norm_weight, residual=residual)
+    given["next_norm_weight"] = next_norm_weight
+    for name, tensor in given.items():
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor without gradient with next_norm_weight, got "
+                f"requires_grad=True"
+            )
+
+
+def _check(
+    x, weight, bias, state, norm_weight, residual, next_norm_weight, stride, upsample, padding
+) -> None:
     if padding not in PADDINGS:
         raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
     if len(stride) != 3 or min(stride) < 1:
@@ -102,6 +161,7 @@ def _check(x, weight, bias, state, norm_weight, residual, stride, upsample, padd
             residual,
             (batch, out_channels, *_out_size(x, stride, upsample, state is None)),
         ),
+        "next_norm_weight": (next_norm_weight, (out_channels,)),
     }
     given = {name: pair for name, pair in optional.items() if pair[0] is not None}
     steps = f"upsample {tuple(upsample)}" if max(upsample) > 1 else f"stride {tuple(stride)}"
@@ -138,14 +198,22 @@ def _fake(
     upsample,
     replicate,
     pixels,
+    next_norm_weight,
+    keep_out,
+    keep_state,
 ):
-    def empty(*size, dtype=x.dtype):
+    def empty(wanted, size, dtype=x.dtype):
+        if not wanted:
+            return x.new_empty(0)
         return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout(x))
 
-    size = _out_size(x, stride, upsample, state is None)
-    out = empty(x.shape[0], weight.shape[0], *size, dtype=torch.uint8 if pixels else x.dtype)
+    size = (*x.shape[:1], *weight.shape[:1], *_out_size(x, stride, upsample, state is None))
     past = past_frames(weight.shape[2], upsample[0])
-    return out, empty(*x.shape[:2], past, *x.shape[3:])
+    return (
+        empty(keep_out, size, torch.uint8 if pixels else x.dtype),
+        empty(keep_state, (*x.shape[:2], past, *x.shape[3:])),
+        empty(next_norm_weight is not None, size),
+    )
 
 
 def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, replicate):
@@ -159,14 +227,14 @@ def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsam
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, state, norm_weight, eps, silu, residual, *options, pixels = inputs
+    x, weight, bias, state, norm_weight, eps, silu, residual, *options, pixels, _, _, _ = inputs
     ctx.save_for_backward(x, weight, state, norm_weight)
     ctx.options = eps, silu, *options
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
     ctx.mark_non_differentiable(*output if pixels else output[1:])
 
 
-def _backward(ctx, dout, _):
+def _backward(ctx, dout, *_):
     saved = ctx.saved_tensors  # read once: checkpointing hands it out no second time
     dx, dweight, dbias, dnorm_weight = torch.ops.aapt.causal_conv3d_backward(
         dout, *saved, *ctx.options
@@ -180,39 +248,17 @@ def _backward(ctx, dout, _):
         None,
         None,
         dout if ctx.has_residual else None,
-        None,
-        None,
-        None,
-        None,
+        *[None] * 7,
     )
-
-
-def sm90_limit(x, weight=None, bias=None, state=None, norm_weight=None, *options) -> str | None:
-    """Why the sm_90a kernel does not take these arguments; None if it does."""
-    if x.dtype != torch.bfloat16:
-        return f"it takes bfloat16, got {x.dtype}"
-    if layout(x) != torch.channels_last_3d:
-        return "it takes channels last in memory (torch.channels_last_3d)"
-    if x.shape[1] % 8 or x.shape[1] > 1024:
-        return f"it takes a multiple of 8 input channels, at most 1024, got {x.shape[1]}"
-    if weight is None:
-        return None
-    _, _, residual, stride, upsample, _, pixels = options
-    if max(weight.shape[3:]) > 3:
-        return f"it takes kh and kw of 1 or 3, got {tuple(weight.shape)}"
-    if max(stride) > 1 or max(upsample) > 2:
-        return f"it takes no stride and an upsampling of at most 2, got {stride}, {upsample}"
-    if residual is not None and (pixels or weight.shape[0] % 8):
-        return "it takes a residual with a multiple of 8 output channels and no pixels"
-    return None
 
 
 implement(
     "causal_conv3d",
-    limits={"cuda": sm90_limit, "triton": deferred(__name__, "limit")},
+    limits={"cuda": sm90.limit, "triton": deferred(__name__, "limit")},
     cpu=cpu.causal_conv3d,
     reference=ref.causal_conv3d,
     triton=deferred(__name__),
+    sm90=sm90.forward,
 )
 implement(
     "causal_conv3d_backward",

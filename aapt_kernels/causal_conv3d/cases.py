@@ -22,9 +22,14 @@ class Case:
     silu: bool = False
     state: bool = False
     residual: bool = False
+    next_norm: bool = False
 
 
 ACTIVE = dict(norm=True, silu=True)
+
+# What the specification takes and `make_inputs` leaves out.
+ABSENT = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False)
+ABSENT |= dict(next_norm_weight=None, keep_out=True, keep_state=True)
 
 CASES = {
     "plain": Case((4, 6, 7), (3, 5)),
@@ -46,6 +51,8 @@ CASES = {
     "up-both": Case((2, 4, 3), (3, 4), upsample=(2, 2), state=True, **ACTIVE),
     "up-both-start": Case((3, 2, 3), (3, 4), upsample=(2, 2), residual=True, **ACTIVE),
     "up-replicate": Case((2, 3, 2), (3, 4), upsample=(2, 2), padding="replicate"),
+    "next-norm": Case((3, 5, 4), (4, 6), state=True, residual=True, next_norm=True, **ACTIVE),
+    "next-norm-up": Case((2, 3, 4), (3, 4), upsample=(2, 2), next_norm=True),
     "up-threefold": Case((2, 2, 3), (2, 3), kernel=(5, 3, 1), upsample=(3, 3), state=True),
 }
 
@@ -74,4 +81,6 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[list[Ten
         options["state"] = normal(case.batch, inner, past, *size)
     if case.residual:
         options["residual"] = normal(case.batch, outer, *out_size)
+    if case.next_norm:
+        options["next_norm_weight"] = 1 + normal(outer, scale=0.3)
     return [x, weight, bias], options

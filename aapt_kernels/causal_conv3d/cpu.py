@@ -1,9 +1,7 @@
-"""CPU implementation: the prologue writes straight behind the past frames, then ATen convolves.
+"""CPU implementation: the prologue writes straight behind the past frames, then oneDNN convolves.
 
-Frames lie one after another in memory, (batch, time, channels, height, width). So the kt frames
-that an output frame reads are one picture of kt * channels channels, where they lie, and a 2D
-convolution does the work: ATen's 3D convolution takes a slow path for small float32 inputs. The
-backward pass recomputes the prologue instead of keeping it.
+Frames have their channels last in memory, as oneDNN reads them, with the past in front: nothing is
+concatenated. The backward pass recomputes the prologue instead of keeping it.
 """
 
 import torch
@@ -11,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
-from .ref import frames_to_skip, layout, past_frames, repeat, to_pixels
+from .packed import PackedWeights
+from .ref import frames_to_skip, layout, past_frames, to_pixels
+
+LAST = torch.channels_last_3d
+DILATION = [1, 1, 1]
+MAX_PACKED_PIXELS = 4096  # beyond, packing is less than 2 % of a convolution, and memory for long
 
 
 def causal_conv3d(
@@ -27,118 +30,131 @@ def causal_conv3d(
     upsample: list[int],
     replicate: bool,
     pixels: bool,
-) -> tuple[Tensor, Tensor]:
+    next_norm_weight: Tensor | None,
+    keep_out: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
-    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, replicate)
-    memory_format = layout(x)
-    last = buffer[:, :, buffer.shape[2] - past :]
-    new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=memory_format)
-    if past:
-        new_state.copy_(last)
+    frames, past = _frames(x, weight, state, norm_weight, eps, silu, upsample, replicate)
+    new_state = x.new_empty(0)
+    if keep_state:
+        last = frames[:, :, frames.shape[2] - past :]
+        new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=layout(x))
+        if past:
+            new_state.copy_(last)
     if max(upsample) > 1:
-        buffer = repeat(buffer, kt, upsample, state is None)
-    frames = buffer.transpose(1, 2)
+        frames = _repeat(frames, kt, upsample, state is None)
     margins = [kh // 2, kw // 2]
     if replicate and any(margins):
         frames, margins = F.pad(frames, _margins(weight), "replicate"), [0, 0]
 
-    out = _convolve(frames, weight, bias, stride, margins, residual, memory_format)
-    return to_pixels(out) if pixels else out, new_state
+    out = _convolve(frames, weight, bias, stride, margins)
+    if residual is not None:
+        out += residual
+    out = out.contiguous(memory_format=layout(x))
+    active = x.new_empty(0)
+    if next_norm_weight is not None:
+        active = torch.empty_like(out)
+        _write_active(active, out, next_norm_weight, eps, True)
+        out = out if keep_out else x.new_empty(0)
+    return to_pixels(out) if pixels else out, new_state, active
 
 
 def _convolve(
-    frames: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    margins: list[int],
-    residual: Tensor | None,
-    memory_format: torch.memory_format,
-) -> Tensor:
-    """frames (batch, time, channels, height, width), the past included."""
-    kt, plane = weight.shape[2], (stride[1:], margins)
-    batch, time, _, *size = frames.shape
-    if kt > 1:
-        flat_weight = weight.transpose(1, 2).flatten(1, 2)  # (out, kt * in_channels, kh, kw)
-    else:
-        flat_weight = weight[:, :, 0]
-    if time == kt:  # one frame
-        window = frames.flatten(1, 2) if kt > 1 else frames[:, 0]
-        out = F.conv2d(window, flat_weight, bias, *plane).unsqueeze(2)
-        out = out.contiguous(memory_format=memory_format)
-        return out if residual is None else out.add_(residual)
-
-    starts = range(0, time - kt + 1, stride[0])
-    size = [
-        (n + 2 * margin - k) // step + 1
-        for n, margin, k, step in zip(size, margins, weight.shape[3:], stride[1:], strict=True)
-    ]
-    shape = (batch, len(weight), len(starts), *size)
-    out = torch.empty(shape, dtype=frames.dtype, memory_format=memory_format)
-    by_frame = out.transpose(1, 2)
-    if kt == 1:
-        by_frame.copy_(_convolve_frames(frames[:, :: stride[0]], flat_weight, bias, *plane))
-    else:
-        pairs = len(starts) // 2 if _pairs_pay(weight, stride) else 0
-        if pairs:
-            _convolve_pairs(
-                by_frame[:, : 2 * pairs], frames[:, : 2 * pairs + 2], weight, bias, *plane
-            )
-        for t, start in list(enumerate(starts))[2 * pairs :]:
-            window = frames[:, start : start + kt].flatten(1, 2)
-            by_frame[:, t] = F.conv2d(window, flat_weight, bias, *plane)
-    return out if residual is None else out.add_(residual)
-
-
-def _convolve_frames(
     frames: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], margins: list[int]
 ) -> Tensor:
-    """A 2D convolution of every frame of (batch, time, channels, height, width)."""
-    out = F.conv2d(frames.flatten(0, 1), weight, bias, stride, margins)
-    return out.unflatten(0, frames.shape[:2])
-
-
-def _pairs_pay(weight: Tensor, stride: list[int]) -> bool:
-    """Sums of frames round too much in 16 bits."""
+    """frames (batch, channels, time, height, width), the past included."""
+    outputs = (frames.shape[2] - weight.shape[2]) // stride[0] + 1
+    # Sums of frames round too much in 16 bits
     exact = weight.dtype == wide(weight.dtype)
-    return exact and weight.shape[2] == 3 and stride[0] == 1
+    if not exact or weight.shape[2] != 3 or stride[0] > 1 or outputs == 1:
+        return _conv3d(frames, weight, bias, stride, margins)
+    if outputs % 2 == 0:
+        return _convolve_pairs(frames, weight, bias, stride, margins)
+    first = _conv3d(frames[:, :, :3], weight, bias, stride, margins)
+    rest = _convolve_pairs(frames[:, :, 1:], weight, bias, stride, margins)
+    return torch.cat([first, rest], dim=2)
 
 
 def _convolve_pairs(
-    out: Tensor,
-    frames: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    margins: list[int],
-) -> None:
-    """Writes two output frames a, b at a time from frames f0 to f3, with four 2D convolutions, not
-    six (Winograd's F(2, 3) in time):
+    frames: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], margins: list[int]
+) -> Tensor:
+    """Two output frames a, b at a time from frames f0 to f3, with four flat convolutions, not six
+    (Winograd's F(2, 3) in time):
 
         a = w0 f0 + w1 f1 + w2 f2 = m0 + m1 + m2,   m0 = w0 (f0 - f2),  m3 = w2 (f3 - f1),
         b = w0 f1 + w1 f2 + w2 f3 = m1 - m2 + m3,   m1, m2 = (w0 ± w1 + w2) / 2 (f2 ± f1)
 
-    m1 is in both, and so brings the bias.
+    m1 is in both, and so brings the bias. The four are the groups of one convolution.
     """
-    f0, f1, f2, f3 = frames[:, :-2:2], frames[:, 1:-2:2], frames[:, 2::2], frames[:, 3::2]
-    w0, w1, w2 = weight.unbind(2)
-    middle = (w0 + w2) / 2
-    pictures = f0 - f2, f2 + f1, f2 - f1, f3 - f1
-    weights = w0, middle + w1 / 2, middle - w1 / 2, w2
-    if out.shape[1] == 2:  # one pair is little work: one call
-        channels = len(weight)
-        bias = None if bias is None else F.pad(bias, (channels, 2 * channels))
-        picture, stacked = torch.cat(pictures, dim=2)[:, 0], torch.cat(weights)
-        products = F.conv2d(picture, stacked, bias, stride, margins, groups=4)
-        m0, m1, m2, m3 = products.unsqueeze(1).chunk(4, dim=2)
-    else:
-        biases = None, bias, None, None
-        m0, m1, m2, m3 = (
-            _convolve_frames(*product, stride, margins)
-            for product in zip(pictures, weights, biases, strict=True)
+    f0, f1 = frames[:, :, :-2:2], frames[:, :, 1:-2:2]
+    f2, f3 = frames[:, :, 2::2], frames[:, :, 3::2]
+    batch, channels, pairs, *size = f0.shape
+    shape = (batch, 4 * channels, pairs, *size)
+    sums = torch.empty(shape, dtype=frames.dtype, memory_format=LAST)
+    into = sums.chunk(4, dim=1)
+    torch.sub(f0, f2, out=into[0])
+    torch.add(f2, f1, out=into[1])
+    torch.sub(f2, f1, out=into[2])
+    torch.sub(f3, f1, out=into[3])
+    if bias is not None:
+        bias = F.pad(bias, (len(bias), 2 * len(bias)))
+    products = _conv3d(sums, weight, bias, stride, margins, pairs=True)
+    m0, m1, m2, m3 = products.chunk(4, dim=1)
+    shape = (batch, len(weight), 2 * pairs, *m0.shape[3:])
+    out = torch.empty(shape, dtype=frames.dtype, memory_format=LAST)
+    torch.add(m0.add_(m1), m2, out=out[:, :, ::2])
+    torch.sub(m3.add_(m1), m2, out=out[:, :, 1::2])
+    return out
+
+
+def _conv3d(
+    frames: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    margins: list[int],
+    pairs: bool = False,
+) -> Tensor:
+    """`pairs`: with `_pair_weights`, in four groups. Asks for oneDNN by name: ATen itself takes a
+    slow path for small float32 inputs. On small pictures packing the weights takes a share of the
+    time; those of frozen weights are kept."""
+    frames, padding, groups = frames.contiguous(memory_format=LAST), [0, *margins], 1 + 3 * pairs
+    onednn = frames.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    pixels = frames.numel() // max(frames.shape[1], 1)
+    if onednn and not weight.requires_grad and pixels <= MAX_PACKED_PIXELS:
+        packed = packed_weights(weight, frames.shape, tuple(stride), tuple(padding), groups)
+        return torch.ops.mkldnn._convolution_pointwise(
+            frames, packed, bias, padding, stride, DILATION, groups, "none", [], ""
         )
-    torch.add(m0.add_(m1), m2, out=out[:, ::2])
-    torch.sub(m3.add_(m1), m2, out=out[:, 1::2])
+    weight = _pair_weights(weight) if pairs else weight
+    if onednn:
+        return torch.mkldnn_convolution(frames, weight, bias, padding, stride, DILATION, groups)
+    return F.conv3d(frames, weight, bias, stride, padding, groups=groups)
+
+
+def _pair_weights(weight: Tensor) -> Tensor:
+    """Weights of m0 to m3, (4 * out_channels, in_channels, 1, kh, kw)."""
+    w0, w1, w2 = weight.split(1, dim=2)
+    middle, half = (w0 + w2) / 2, w1 / 2
+    return torch.cat([w0, middle + half, middle - half, w2])
+
+
+def _pack(
+    weight: Tensor,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """In the blocks that oneDNN multiplies for frames of this shape."""
+    weight = _pair_weights(weight) if groups == 4 else weight
+    return torch._C._nn.mkldnn_reorder_conv3d_weight(
+        weight.to_mkldnn(), padding, stride, DILATION, groups, shape
+    )
+
+
+packed_weights = PackedWeights(_pack)
 
 
 def causal_conv3d_backward(
@@ -154,14 +170,14 @@ def causal_conv3d_backward(
     replicate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and norm_weight (empty without one)."""
-    buffer, past = _buffer(x, weight, state, norm_weight, eps, silu, upsample, replicate)
+    frames, past = _frames(x, weight, state, norm_weight, eps, silu, upsample, replicate)
     kt, kh, kw = weight.shape[2:]
-    frames = repeat(buffer, kt, upsample, state is None)
+    frames = _repeat(frames, kt, upsample, state is None)
     padded, left = frames, [0, kh // 2, kw // 2]
     if replicate:
         padded, left = F.pad(frames, _margins(weight), "replicate"), [0, 0, 0]
     grad, dweight, dbias = torch.ops.aten.convolution_backward(
-        dout.contiguous(),
+        dout.contiguous(memory_format=LAST),
         padded,
         weight,
         [weight.shape[0]],
@@ -180,10 +196,15 @@ def causal_conv3d_backward(
     if replicate and state is None and past:
         dactive[:, :, 0] += grad[:, :, :past].sum(2)
     dx, dnorm_weight = _prologue_backward(dactive, x, norm_weight, eps, silu)
-    return dx, dweight, dbias, dnorm_weight
+    return _laid_out_like(dx, x), _laid_out_like(dweight, weight), dbias, dnorm_weight
 
 
-def _buffer(
+def _laid_out_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    like = torch.empty_like(tensor)
+    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)
+
+
+def _frames(
     x: Tensor,
     weight: Tensor,
     state: Tensor | None,
@@ -193,27 +214,39 @@ def _buffer(
     upsample: list[int],
     replicate: bool,
 ) -> tuple[Tensor, int]:
-    """[past frames | prologue of x] along time, in the dtype of x, frame after frame in memory; and
-    how many past frames there are."""
+    """[past frames | prologue of x] along time, in the dtype of x, channels last in memory; and how
+    many past frames there are."""
     past = past_frames(weight.shape[2], upsample[0])
-    identity = norm_weight is None and not silu
-    if past == 0 and identity:
+    x = x.contiguous(memory_format=LAST)
+    if past == 0 and norm_weight is None and not silu:
         return x, past
     batch, channels, time, *size = x.shape
-    buffer = x.new_empty(batch, past + time, channels, *size).transpose(1, 2)
-    active = buffer[:, :, past:]
+    shape = (batch, channels, past + time, *size)
+    frames = torch.empty(shape, dtype=x.dtype, memory_format=LAST)
+    active = frames[:, :, past:]
     _write_active(active, x, norm_weight, eps, silu)
     if state is not None:
-        buffer[:, :, :past].copy_(state)
+        frames[:, :, :past].copy_(state)
     elif replicate:
-        buffer[:, :, :past].copy_(active[:, :, :1])
+        frames[:, :, :past].copy_(active[:, :, :1])
     else:
-        buffer[:, :, :past].zero_()
-    return buffer, past
+        frames[:, :, :past].zero_()
+    return frames, past
+
+
+def _repeat(frames: Tensor, kt: int, upsample: list[int], starts: bool) -> Tensor:
+    """`ref.repeat` in one copy, channels last."""
+    time, space = upsample
+    batch, channels, count, height, width = frames.shape
+    copies = frames.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
+    copies = copies.expand(batch, count, time, height, space, width, space, channels)
+    size = (count * time, height * space, width * space)
+    copies = copies.reshape(batch, *size, channels).permute(0, 4, 1, 2, 3)
+    return copies[:, :, frames_to_skip(kt, time, starts) :]
 
 
 def _sum_copies(grad: Tensor, skipped: int, upsample: list[int]) -> Tensor:
-    """Gradient of what `repeat` copies."""
+    """Gradient of what `_repeat` copies."""
     time, space = upsample
     if space > 1:
         grad = grad.unflatten(4, (-1, space)).sum(5).unflatten(3, (-1, space)).sum(4)
@@ -252,7 +285,8 @@ def _write_active(
     if norm_weight is None:
         y.copy_(x)
     else:
-        inverse = x.to(y.dtype).square().mean(1, keepdim=True).add_(eps).rsqrt_()
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=y.dtype)
+        inverse = size.square_().div_(x.shape[1]).add_(eps).rsqrt_()
         torch.mul(x, inverse, out=y).mul_(_per_channel(norm_weight, y))
     if silu:
         F.silu(y, inplace=True)
@@ -276,7 +310,8 @@ def _prologue_backward(
     if silu:
         grad = torch.ops.aten.silu_backward(grad, normed * scale)
     product = grad * normed
-    dnorm_weight = product.sum((0, 2, 3, 4)).to(norm_weight.dtype)
+    # Row by row first: one long sum over the outer dimensions rounds more
+    dnorm_weight = product.sum((0, 2, 3, 4), dtype=torch.float64).to(norm_weight.dtype)
     mean = product.mul_(scale).mean(1, keepdim=True)
     dx = torch.mul(grad, scale).sub_(normed.mul_(mean)).mul_(inverse)
     return dx.to(x.dtype), dnorm_weight

@@ -48,8 +48,9 @@ def repeat(x: Tensor, kt: int, upsample: list[int], starts: bool) -> Tensor:
 
 
 def to_pixels(video: Tensor) -> Tensor:
-    """[-1, 1] -> uint8."""
-    return (video.to(wide(video.dtype)) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    """[-1, 1] -> uint8; not-a-number becomes 0."""
+    levels = (video.to(wide(video.dtype)) * 127.5 + 127.5).round().clamp(0, 255)
+    return levels.nan_to_num(0).to(torch.uint8)
 
 
 def causal_conv3d(
@@ -65,7 +66,10 @@ def causal_conv3d(
     upsample: list[int],
     replicate: bool,
     pixels: bool,
-) -> tuple[Tensor, Tensor]:
+    next_norm_weight: Tensor | None,
+    keep_out: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     kt, kh, kw = weight.shape[2:]
     a = prologue(x, norm_weight, eps, silu)
     past, starts = state, state is None
@@ -82,8 +86,12 @@ def causal_conv3d(
     out = F.conv3d(a, weight, bias, stride)
     if residual is not None:
         out = out + residual
+    active = None if next_norm_weight is None else prologue(out, next_norm_weight, eps, True)
     out = to_pixels(out) if pixels else out
-    return out.contiguous(memory_format=layout(x)), new_state
+    returned = out if keep_out else None, new_state if keep_state else None, active
+    return tuple(
+        x.new_empty(0) if t is None else t.contiguous(memory_format=layout(x)) for t in returned
+    )
 
 
 def causal_conv3d_backward(
@@ -101,8 +109,8 @@ def causal_conv3d_backward(
     """Gradients of x, weight, bias and norm_weight (empty without one), by differentiation."""
 
     def forward(x, weight, bias, norm_weight):
-        options = eps, silu, None, stride, upsample, replicate, False
-        out, _ = causal_conv3d(x, weight, bias, state, norm_weight, *options)
+        options = eps, silu, None, stride, upsample, replicate, False, None, True, True
+        out, _, _ = causal_conv3d(x, weight, bias, state, norm_weight, *options)
         return out
 
     bias = weight.new_zeros(len(weight))

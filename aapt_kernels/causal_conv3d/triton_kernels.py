@@ -1,7 +1,8 @@
 """Implicit matrix product for any GPU that Triton serves.
 
 One kernel norms and activates, one convolves: a program takes a run of pixels of one output frame
-and a block of output channels, and walks the taps and blocks of input channels. Past frames are
+and a block of output channels, and walks the taps and blocks of input channels. Where the block has
+all output channels it can norm and activate them for the next convolution too. Past frames are
 read from the state, where they lie. Sums run in the same order whatever the chunk. Upsampling is
 not folded into the weights.
 """
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import interpreted
+from .packed import PackedWeights
 from .ref import frames_to_skip, layout, past_frames
 
 INTERPRETED = tl.constexpr(interpreted())
@@ -80,7 +82,9 @@ def causal_conv3d_kernel(
     weight,
     bias,
     residual,
+    next_norm_weight,
     out,
+    active,
     x_batch_stride,
     x_channel_stride,
     x_time_stride,
@@ -113,12 +117,14 @@ def causal_conv3d_kernel(
     COPIES: tl.constexpr,
     REPLICATE: tl.constexpr,
     PIXELS: tl.constexpr,
+    EPS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """weight (KT, KH, KW, in_channels, out_channels), dense; past has the layout of x, residual
-    that of out.
+    """weight (KT, KH, KW, in_channels, out_channels), dense; past has the layout of x; residual,
+    out and active share theirs. One of the two may be None; `active`, which is out normed and
+    activated, needs all output channels in one block.
     `skipped`: of the frames of [past | x], repeated, those in front of output frame 0's first."""
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     channel = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -165,7 +171,7 @@ def causal_conv3d_kernel(
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="tf32x3")
 
-    active = inside[:, None] & (channel < out_channels)[None, :]
+    stored = inside[:, None] & (channel < out_channels)[None, :]
     at = (
         batch.to(tl.int64) * out_batch_stride
         + frame.to(tl.int64) * out_time_stride
@@ -176,12 +182,17 @@ def causal_conv3d_kernel(
         added = tl.load(bias + channel, mask=channel < out_channels, other=0)
         sums += added.to(tl.float32)[None, :]
     if residual is not None:
-        sums += tl.load(residual + at, mask=active, other=0).to(tl.float32)
+        sums += tl.load(residual + at, mask=stored, other=0).to(tl.float32)
     if PIXELS:
         level = tl.minimum(tl.maximum(sums * 127.5 + 127.5, 0.0), 255.0)
-        tl.store(out + at, tl.floor(level + 0.5).to(tl.uint8), mask=active)
-    else:
-        tl.store(out + at, sums, mask=active)
+        tl.store(out + at, tl.floor(level + 0.5).to(tl.uint8), mask=stored)
+    elif out is not None:
+        tl.store(out + at, sums, mask=stored)
+    if active is not None:  # channels past the last are zero
+        mean = tl.sum(sums * sums, axis=1, keep_dims=True) / out_channels
+        weights = tl.load(next_norm_weight + channel, mask=channel < out_channels, other=0)
+        y = sums / tl.sqrt(mean + EPS) * weights.to(tl.float32)[None, :]
+        tl.store(active + at, y / (1 + tl.exp(-y)), mask=stored)
 
 
 def blocks_of(out_channels: int, in_channels: int) -> dict:
@@ -194,6 +205,9 @@ def blocks_of(out_channels: int, in_channels: int) -> dict:
         "num_warps": 8 if block_out == 128 else 4,
         "num_stages": 3,
     }
+
+
+packed_weights = PackedWeights(lambda weight: weight.permute(2, 3, 4, 1, 0).contiguous())
 
 
 def activate(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
@@ -246,6 +260,9 @@ def forward(
     upsample,
     replicate,
     pixels,
+    next_norm_weight,
+    keep_out,
+    keep_state,
 ):
     batch, channels, frames, height, width = x.shape
     out_channels, _, kt, kh, kw = weight.shape
@@ -256,20 +273,28 @@ def forward(
     size = [(n * copies - 1) // step + 1 for n, step in zip(x.shape[3:], stride[1:], strict=True)]
     memory = layout(x)
     shape = (batch, out_channels, out_frames, *size)
-    dtype = torch.uint8 if pixels else x.dtype
-    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
+    constants = blocks_of(out_channels, channels)
+    norms = next_norm_weight is not None
+    in_epilogue = norms and out_channels <= constants["BLOCK_OUT"]
+
+    def output(dtype):
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
+
+    nothing = x.new_empty(0)
+    writes_out = keep_out or (norms and not in_epilogue)
+    out = output(torch.uint8 if pixels else x.dtype) if writes_out else None
+    normed = output(x.dtype) if in_epilogue else None
     with torch.cuda.device_of(x):
         active = x.contiguous(memory_format=memory)
         if norm_weight is not None or silu:
             active = activate(x, norm_weight, eps, silu)
-        new_state = next_state(active, state, past, replicate)
+        new_state = next_state(active, state, past, replicate) if keep_state else nothing
         past_layout = active.stride()[:3]
         if state is not None:
             state = state.contiguous(memory_format=memory)
             past_layout = state.stride()[:3]
         if residual is not None:
             residual = residual.contiguous(memory_format=memory)
-        constants = blocks_of(out_channels, channels)
         grid = (
             triton.cdiv(size[0] * size[1], constants["BLOCK_PIXELS"]),
             triton.cdiv(out_channels, constants["BLOCK_OUT"]),
@@ -278,13 +303,15 @@ def forward(
         causal_conv3d_kernel[grid](
             active,
             state,
-            weight.permute(2, 3, 4, 1, 0).contiguous(),
+            packed_weights(weight),
             bias,
             residual,
+            next_norm_weight,
             out,
+            normed,
             *active.stride(),
             *past_layout,
-            *out.stride(),
+            *(out if writes_out else normed).stride(),
             past,
             height,
             width,
@@ -303,6 +330,9 @@ def forward(
             COPIES=copies,
             REPLICATE=replicate,
             PIXELS=pixels,
+            EPS=eps,
             **constants,
         )
-    return out, new_state
+        if norms and not in_epilogue:
+            normed = activate(out, next_norm_weight, eps, True)
+    return out if keep_out else nothing, new_state, normed if norms else nothing

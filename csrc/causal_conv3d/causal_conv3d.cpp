@@ -16,19 +16,26 @@ using OptionalTensor = std::optional<Tensor>;
 // Rounds towards minus infinity.
 int floor_div(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
 
-// Checks (batch, channels, frames, height, width) with channels last in memory.
+// Checks (batch, channels, frames, height, width) with channels last in memory. Batch entries may
+// lie apart where `pitch` wants to know how many frames.
 void check_frames(const char* name, const Tensor& tensor, const Tensor& x,
-                  std::initializer_list<int64_t> shape) {
+                  std::initializer_list<int64_t> shape, int* pitch = nullptr) {
   bool fits = tensor.dim() == 5;
   for (int64_t i = 0; i < 5 && fits; ++i) fits = tensor.size(i) == shape.begin()[i];
   STD_TORCH_CHECK(fits && on_device_of(x, tensor) && tensor.scalar_type() == ScalarType::BFloat16,
                   name, ": expected a bfloat16 tensor of its contract's shape on the device of x");
   int64_t stride = 1;
-  for (const int64_t dim : {1, 4, 3, 2, 0}) {
-    STD_TORCH_CHECK(tensor.size(dim) == 1 || tensor.stride(dim) == stride, name,
-                    ": expected channels last in memory (torch.channels_last_3d)");
+  bool last = true;
+  for (const int64_t dim : {1, 4, 3, 2}) {
+    last = last && (tensor.size(dim) == 1 || tensor.stride(dim) == stride);
     stride *= tensor.size(dim);
   }
+  const int64_t frame = std::max<int64_t>(stride / std::max<int64_t>(tensor.size(2), 1), 1);
+  const int64_t frames = tensor.size(0) == 1 ? tensor.size(2) : tensor.stride(0) / frame;
+  if (pitch != nullptr) *pitch = static_cast<int>(frames);
+  last = last && (tensor.size(0) == 1 || tensor.stride(0) == frames * frame);
+  STD_TORCH_CHECK(last && (pitch != nullptr || frames == tensor.size(2) || tensor.numel() == 0),
+                  name, ": expected channels last in memory (torch.channels_last_3d)");
   STD_TORCH_CHECK(is_row_aligned(tensor), name, ": expected a 16-byte boundary");
 }
 
@@ -84,39 +91,86 @@ void set_phases(CausalConv3dParams& params, int kt, int kh, int kw, bool starts)
   }
 }
 
-std::tuple<Tensor, Tensor> causal_conv3d(Tensor x, Tensor weight, OptionalTensor bias,
-                                         OptionalTensor state, OptionalTensor norm_weight,
-                                         double eps, bool silu, OptionalTensor residual,
-                                         std::vector<int64_t> stride, std::vector<int64_t> upsample,
-                                         bool replicate, bool pixels) {
-  STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5, "x, weight: expected five dimensions");
-  const int64_t batch = x.size(0), in_channels = x.size(1), frames = x.size(2);
-  const int64_t height = x.size(3), width = x.size(4), out_channels = weight.size(0);
-  const int64_t kt = weight.size(2), kh = weight.size(3), kw = weight.size(4);
-  STD_TORCH_CHECK(std::max({stride[0], stride[1], stride[2]}) == 1,
-                  "stride: expected (1, 1, 1) for the sm_90a kernel");
+// Matrices of packed weights: one for every tap of every phase.
+int64_t products(const CausalConv3dParams& params) {
+  return int64_t{params.phases} * params.taps_time * params.taps_y * params.taps_x;
+}
+
+// The options that decide how weights are folded and packed.
+void check_geometry(int64_t kt, int64_t kh, int64_t kw, const std::vector<int64_t>& upsample) {
   STD_TORCH_CHECK(
       std::min(upsample[0], upsample[1]) >= 1 && std::max(upsample[0], upsample[1]) <= kMaxRepeats,
       "upsample: expected at most ", kMaxRepeats, " for the sm_90a kernel");
   STD_TORCH_CHECK((kh == 1 || kh == 3) && (kw == 1 || kw == 3) && kt >= 1 && kt <= 64,
                   "weight: expected kh and kw of 1 or 3 for the sm_90a kernel");
-  STD_TORCH_CHECK(weight.size(1) == in_channels && in_channels % 8 == 0 && in_channels > 0,
+}
+
+void check_launch(const char* error) {
+  STD_TORCH_CHECK(error == nullptr, "causal_conv3d: ", error);
+}
+
+// (out_channels, in_channels, kt, kh, kw) -> (phases x taps, out_channels, in_channels)
+Tensor pack_weights(Tensor weight, std::vector<int64_t> upsample) {
+  STD_TORCH_CHECK(
+      weight.dim() == 5 && on_device(weight) && weight.scalar_type() == ScalarType::BFloat16,
+      "weight: expected five dimensions of bfloat16 on the device");
+  const int64_t kt = weight.size(2), kh = weight.size(3), kw = weight.size(4);
+  check_geometry(kt, kh, kw, upsample);
+  const DeviceScope scope(weight);
+  CausalConv3dParams params{};
+  params.frames = 1;
+  params.out_channels = weight.size(0);
+  params.in_channels = weight.size(1);
+  params.repeats = upsample[0];
+  params.copies = upsample[1];
+  set_phases(params, kt, kh, kw, false);
+  const Tensor packed =
+      torch::stable::new_empty(weight, {products(params), weight.size(0), weight.size(1)});
+  if (packed.numel() == 0) return packed;
+  PackParams pack{};
+  pack.weight = static_cast<const uint16_t*>(device_pointer(weight));
+  for (int i = 0; i < 5; ++i) pack.stride[i] = weight.stride(i);
+  pack.kt = kt;
+  pack.kh = kh;
+  pack.kw = kw;
+  pack.packed = static_cast<uint16_t*>(device_pointer(packed));
+  const int32_t device = weight.get_device_index();
+  check_launch(launch_pack_sm90(pack, params, multiprocessors(device), current_stream(device)));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_conv3d(Tensor x, Tensor packed, OptionalTensor bias,
+                                                 OptionalTensor state, OptionalTensor norm_weight,
+                                                 double eps, bool silu, OptionalTensor residual,
+                                                 std::vector<int64_t> kernel,
+                                                 std::vector<int64_t> upsample, bool replicate,
+                                                 bool pixels, OptionalTensor next_norm_weight,
+                                                 bool keep_out, bool keep_state) {
+  STD_TORCH_CHECK(x.dim() == 5 && packed.dim() == 3, "x, packed: expected 5 and 3 dimensions");
+  const int64_t batch = x.size(0), in_channels = x.size(1), frames = x.size(2);
+  const int64_t height = x.size(3), width = x.size(4), out_channels = packed.size(1);
+  const int64_t kt = kernel[0], kh = kernel[1], kw = kernel[2];
+  check_geometry(kt, kh, kw, upsample);
+  STD_TORCH_CHECK(in_channels % 8 == 0 && in_channels > 0,
                   "x: expected a multiple of 8 channels for the sm_90a kernel");
   STD_TORCH_CHECK(!(residual && (out_channels % 8 != 0 || pixels)),
                   "residual: expected none with pixels or other than a multiple of 8 channels");
-  STD_TORCH_CHECK(on_device_of(x, weight) && weight.scalar_type() == ScalarType::BFloat16,
-                  "weight: expected bfloat16 on the device of x");
+  STD_TORCH_CHECK(!(next_norm_weight && (out_channels % 8 != 0 || pixels)),
+                  "next_norm_weight: expected none with pixels or other than a multiple of 8 "
+                  "channels");
   const int64_t past = (kt - 1 + upsample[0] - 1) / upsample[0];
   const int64_t outputs = batch * upsample[0] * frames * upsample[1] * upsample[1] * height * width;
   // Pixels and tiles are counted with 32 bits
   STD_TORCH_CHECK(frames >= 1 && outputs * std::max(out_channels, in_channels) <
                                      int64_t{256} * std::numeric_limits<int32_t>::max(),
                   "x: expected one frame or more, and fewer than 2^39 outputs");
+  CausalConv3dParams params{};
   check_frames("x", x, x, {batch, in_channels, frames, height, width});
-  if (state) check_frames("state", *state, x, {batch, in_channels, past, height, width});
+  if (state) {
+    check_frames("state", *state, x, {batch, in_channels, past, height, width}, &params.past_pitch);
+  }
   const DeviceScope scope(x);
 
-  CausalConv3dParams params{};
   params.batch = batch;
   params.frames = frames;
   params.height = height;
@@ -127,7 +181,10 @@ std::tuple<Tensor, Tensor> causal_conv3d(Tensor x, Tensor weight, OptionalTensor
   params.copies = upsample[1];
   params.replicate = replicate;
   params.pixels = pixels;
+  params.eps = static_cast<float>(eps);
   set_phases(params, kt, kh, kw, !state);
+  params.weights = check_dense("packed", packed, x, ScalarType::BFloat16,
+                               {products(params), out_channels, in_channels});
   params.bias = check_vector("bias", bias, x, out_channels);
   const int64_t out_height = height * upsample[1], out_width = width * upsample[1];
   if (residual) {
@@ -135,15 +192,28 @@ std::tuple<Tensor, Tensor> causal_conv3d(Tensor x, Tensor weight, OptionalTensor
                  {batch, out_channels, params.out_frames, out_height, out_width});
     params.residual = device_pointer(*residual);
   }
-  const Tensor out = new_frames(x, out_channels, params.out_frames, out_height, out_width,
-                                pixels ? ScalarType::Byte : ScalarType::BFloat16);
-  const Tensor new_state = new_frames(x, in_channels, past, height, width);
-  if (x.numel() == 0 || out_channels == 0) return {out, new_state};
-  params.out = device_pointer(out);
+  const auto output = [&](bool wanted, ScalarType dtype = ScalarType::BFloat16) {
+    if (!wanted) return torch::stable::new_empty(x, {0});
+    return new_frames(x, out_channels, params.out_frames, out_height, out_width, dtype);
+  };
+  // More channels than a tile has are normed by a pass over the output
+  const bool norms = next_norm_weight.has_value();
+  const bool in_epilogue = norms && out_channels <= kMaxNormedChannels;
+  const bool writes_out = keep_out || (norms && !in_epilogue);
+  const Tensor active = output(norms);
+  const Tensor out = output(writes_out, pixels ? ScalarType::Byte : ScalarType::BFloat16);
+  // Without norm and SiLU x is read in place, and its last frames need not be kept
+  const bool identity = !norm_weight && !silu;
+  STD_TORCH_CHECK(keep_state || identity, "keep_state: expected True with a norm or SiLU");
+  const Tensor new_state = keep_state ? new_frames(x, in_channels, past, height, width)
+                                      : torch::stable::new_empty(x, {0});
+  if (x.numel() == 0 || out_channels == 0) return {out, new_state, active};
+  if (writes_out) params.out = device_pointer(out);
+  if (in_epilogue) params.active = device_pointer(active);
+  params.next_norm_weight = check_vector("next_norm_weight", next_norm_weight, x, out_channels);
 
   // Activated frames that are still needed after this call go straight to the new state, where
-  // the convolution reads them. Without norm and SiLU x is read in place.
-  const bool identity = !norm_weight && !silu;
+  // the convolution reads them.
   const int64_t kept = identity ? 0 : past;
   params.past_frames = past;
   params.past = state ? device_pointer(*state) : nullptr;
@@ -158,9 +228,6 @@ std::tuple<Tensor, Tensor> causal_conv3d(Tensor x, Tensor weight, OptionalTensor
   const int32_t device = x.get_device_index();
   const int processors = multiprocessors(device);
   void* const stream = current_stream(device);
-  const auto check = [](const char* error) {
-    STD_TORCH_CHECK(error == nullptr, "causal_conv3d: ", error);
-  };
 
   ActivateParams activate{};
   activate.batch = params.batch;
@@ -168,8 +235,9 @@ std::tuple<Tensor, Tensor> causal_conv3d(Tensor x, Tensor weight, OptionalTensor
   activate.pixels = height * width;
   activate.channels = params.in_channels;
   activate.first = std::min<int64_t>(frames - past, 0);
-  if (identity) activate.first = frames - past;
+  if (identity) activate.first = keep_state ? frames - past : frames;
   activate.past_frames = past;
+  activate.past_pitch = params.past_pitch;
   activate.body_frames = frames - past;
   activate.tail_frames = past;
   activate.tail_offset = past - frames;
@@ -178,28 +246,34 @@ std::tuple<Tensor, Tensor> causal_conv3d(Tensor x, Tensor weight, OptionalTensor
   activate.body = identity ? nullptr : const_cast<void*>(params.body);
   activate.tail = device_pointer(new_state);
   activate.norm_weight = check_vector("norm_weight", norm_weight, x, in_channels);
-  activate.eps = static_cast<float>(eps);
+  activate.eps = params.eps;
   activate.silu = silu;
   activate.replicate = replicate;
-  if (activate.first < params.frames) check(launch_activate_sm90(activate, processors, stream));
+  if (activate.first < params.frames) {
+    check_launch(launch_activate_sm90(activate, processors, stream));
+  }
+  check_launch(launch_causal_conv3d_sm90(params, processors, stream));
 
-  const Tensor packed =
-      torch::stable::new_empty(x, {params.phases * params.taps_time * params.taps_y * params.taps_x,
-                                   out_channels, in_channels});
-  PackParams pack{};
-  pack.weight = static_cast<const uint16_t*>(device_pointer(weight));
-  for (int i = 0; i < 5; ++i) pack.stride[i] = weight.stride(i);
-  pack.kt = kt;
-  pack.kh = kh;
-  pack.kw = kw;
-  pack.packed = static_cast<uint16_t*>(device_pointer(packed));
-  params.weights = pack.packed;
-  check(launch_pack_sm90(pack, params, processors, stream));
-  check(launch_causal_conv3d_sm90(params, processors, stream));
-  return {out, new_state};
+  if (norms && !in_epilogue) {
+    ActivateParams next{};
+    next.batch = params.batch;
+    next.frames = next.body_frames = params.out_frames;
+    next.pixels = out_height * out_width;
+    next.channels = params.out_channels;
+    next.x = params.out;
+    next.body = device_pointer(active);
+    next.norm_weight = params.next_norm_weight;
+    next.eps = params.eps;
+    next.silu = true;
+    check_launch(launch_activate_sm90(next, processors, stream));
+  }
+  return {keep_out ? out : output(false), new_state, active};
 }
 
 }  // namespace
 }  // namespace aapt
 
-AAPT_KERNELS(m) { m.impl("causal_conv3d", TORCH_BOX(&aapt::causal_conv3d)); }
+AAPT_KERNELS(m) {
+  m.impl("causal_conv3d", TORCH_BOX(&aapt::causal_conv3d));
+  m.impl("causal_conv3d_pack", TORCH_BOX(&aapt::pack_weights));
+}

@@ -27,7 +27,8 @@ struct CausalConv3dParams {
 
   // Input frame t lies in one of three tensors: t < 0 in `past`, at past_frames + t; from
   // body_frames on in `tail`, at t + tail_offset; else in `body`.
-  int past_frames, body_frames, tail_frames, tail_offset;
+  // In memory the batch entries of `past` lie past_pitch frames apart.
+  int past_frames, past_pitch, body_frames, tail_frames, tail_offset;
   const void *past, *body, *tail;  // `past` may be null: then zeros, or with `replicate` frame 0
   bool replicate;                  // at the edges, else zeros
 
@@ -36,15 +37,22 @@ struct CausalConv3dParams {
   const void* weights;   // (phases, taps_time, taps_y, taps_x, out_channels, in_channels)
   const uint16_t* bias;  // null without one
   const void* residual;  // like out, or null
-  void* out;
-  bool pixels;  // out is uint8
+  void* out;             // null where only `active` is wanted
+  bool pixels;           // out is uint8
+
+  void* active;                      // out, normed and activated for the next convolution; or null
+  const uint16_t* next_norm_weight;  // of that norm
+  float eps;
 };
+
+// A tile of at most so many output channels norms its own pixels.
+constexpr int kMaxNormedChannels = 128;
 
 // Norm, SiLU and a copy: writes the input frames from `first` on, of which negative ones are past
 // frames, those before `body_frames` to `body` and the others to `tail`.
 struct ActivateParams {
   int batch, frames, pixels, channels;  // of x; pixels in a frame
-  int first, past_frames, body_frames, tail_frames, tail_offset;
+  int first, past_frames, past_pitch, body_frames, tail_frames, tail_offset;
   const void *x, *past;  // `past` may be null, as above
   void *body, *tail;
   const uint16_t* norm_weight;  // null without a norm

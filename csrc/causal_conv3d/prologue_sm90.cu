@@ -1,5 +1,5 @@
-// What runs before the convolution: RMS norm and SiLU of every pixel, and its weights laid out for
-// the tensor cores.
+// What runs before the convolution: RMS norm and SiLU of every pixel; and, once for every version
+// of the weights, laying them out for the tensor cores.
 //
 // Memory-bound: a pixel's channels are read once and written once, 16 bytes per access, by a group
 // of neighbouring lanes; frames are written where the convolution reads them, the last ones
@@ -61,7 +61,7 @@ HOPPER_DEVICE Pixel locate(const ActivateParams& params, int index) {
   place.activates = not from_past;
   if (from_past) {
     place.from =
-        static_cast<const uint4*>(params.past) + at(params.past_frames, params.past_frames + frame);
+        static_cast<const uint4*>(params.past) + at(params.past_pitch, params.past_frames + frame);
   } else if (frame < 0 and not params.replicate) {
     place.from = nullptr;
   } else {

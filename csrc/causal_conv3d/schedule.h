@@ -8,6 +8,7 @@ namespace aapt {
 
 // A tile of output: pixels in space of one frame, or of two that follow each other, and a block of
 // output channels. Coordinates are those of the input; `phase` says which output elements they are.
+// With the taps in the rows of the product (kTapsInRows) its margin is part of the tile.
 constexpr int kTileWidth = 8;  // a group of rows of wgmma
 constexpr int kTileHeight = 32;
 constexpr int kTilePixels = kTileWidth * kTileHeight;
@@ -16,14 +17,20 @@ struct ConvTile {
   int phase, batch, frame, y, x, out_channel;
 };
 
-template <int kChannels, int kFrames>
+template <int kChannels, int kFrames, bool kTapsInRows>
 class ConvSchedule {
  public:
   HOPPER_DEVICE explicit ConvSchedule(const CausalConv3dParams& params)
       : params_(params),
-        columns_((params.width + kTileWidth - 1) / kTileWidth),
-        rows_((params.height + kTileHeight - 1) / kTileHeight),
+        width_(kTileWidth - (kTapsInRows ? 2 * params.margin_x : 0)),
+        height_(kTileHeight - (kTapsInRows ? 2 * params.margin_y : 0)),
+        columns_((params.width + width_ - 1) / width_),
+        rows_((params.height + height_ - 1) / height_),
         blocks_((params.out_channels + kChannels - 1) / kChannels) {}
+
+  // Of the output of one frame that a tile makes.
+  HOPPER_DEVICE int tile_width() const { return width_; }
+  HOPPER_DEVICE int tile_height() const { return height_; }
 
   // Neighbouring CTAs share weights and the edges of their tiles. False past the last tile.
   HOPPER_DEVICE bool locate(int index, ConvTile& tile) const {
@@ -32,9 +39,9 @@ class ConvSchedule {
       const int count = columns_ * rows_ * groups * params_.batch * blocks_;
       if (index < count) {
         tile.phase = phase;
-        tile.x = index % columns_ * kTileWidth;
+        tile.x = index % columns_ * width_;
         index /= columns_;
-        tile.y = index % rows_ * kTileHeight;
+        tile.y = index % rows_ * height_;
         index /= rows_;
         tile.frame = params_.phase[phase].first_frame + index % groups * kFrames;
         index /= groups;
@@ -49,7 +56,7 @@ class ConvSchedule {
 
  private:
   const CausalConv3dParams& params_;
-  const int columns_, rows_, blocks_;
+  const int width_, height_, columns_, rows_, blocks_;
 };
 
 }  // namespace aapt

@@ -99,6 +99,12 @@ HOPPER_DEVICE float rsqrt_approx(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// To 2^-11 of the value.
+HOPPER_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 HOPPER_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t pair;

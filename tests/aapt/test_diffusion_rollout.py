@@ -1,8 +1,11 @@
 """The diffusion baseline against the parallel pass that trained it."""
 
+import math
+
 import pytest
 import torch
 
+from aapt.config import SamplingConfig
 from aapt.diffusion_rollout import DiffusionRollout
 from aapt.flow import schedule
 from aapt.model import velocity
@@ -19,7 +22,7 @@ def test_every_time_sees_the_past_at_that_time(steps, guidance):
     rays, text, text_lens = model.conditions(controls(frames), PROMPTS, SIZE)
     empty = model.text_encoder([""] * 2)
     rollout = DiffusionRollout(
-        model.transformer, text, text_lens, empty, first, steps=steps, shift=6.0, guidance=guidance
+        model.transformer, text, text_lens, empty, first, SamplingConfig(steps, 6.0, guidance)
     )
     outputs = [first]
     for index in range(frames):
@@ -37,20 +40,34 @@ def test_every_time_sees_the_past_at_that_time(steps, guidance):
         v = speeds[1] + guidance * (speeds[0] - speeds[1])
         x = x - (times[index] - times[index - 1]) * v
     torch.testing.assert_close(torch.cat(outputs[1:], dim=2), x, rtol=1e-5, atol=1e-5)
-    assert torch.equal(rollout.last, outputs[-1])
 
 
-def test_no_steps():
-    model = tiny_model()
-    text, text_lens = model.text_encoder(PROMPTS)
-    with pytest.raises(ValueError, match="steps: expected 1 or more, got 0"):
-        DiffusionRollout(
-            model.transformer,
-            text,
-            text_lens,
-            (text, text_lens),
-            latents(1),
-            steps=0,
-            shift=6.0,
-            guidance=1.0,
-        )
+@pytest.mark.parametrize(("steps", "guidance", "passes"), [(1, 1.0, 1), (8, 1.0, 8), (8, 10.0, 16)])
+def test_passes_per_frame_are_those_that_run(steps, guidance, passes, monkeypatch):
+    """Without guidance none is wasted on an empty prompt."""
+    sampling, model = SamplingConfig(steps, 6.0, guidance), tiny_model()
+    text, batches, step = model.text_encoder(PROMPTS), [], model.transformer.step
+    rollout = DiffusionRollout(model.transformer, *text, text, latents(1), sampling)
+
+    def counting(x, *arguments):
+        batches.append(len(x))
+        return step(x, *arguments)
+
+    monkeypatch.setattr(model.transformer, "step", counting)
+    rays = model.channels(controls(1), SIZE)
+    rollout.step(latents(1), latents(1), rays)
+    assert len(batches) == steps and sum(batches) == 2 * passes == 2 * sampling.passes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((0, 6.0, 1.0), "steps: expected 1 or more, got 0"),
+        ((1, 0.0, 1.0), r"shift: expected more than 0, got 0\.0"),
+        ((1, math.nan, 1.0), "shift: expected more than 0, got nan"),
+        ((1, 6.0, -1.0), r"guidance: expected 0 or more, got -1\.0"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(*settings)

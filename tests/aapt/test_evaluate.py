@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from PIL import Image
 
 from aapt import cli
 from aapt.checkpoint import CheckpointError, save_config, save_module
-from aapt.config import CameraConfig, ModelConfig
+from aapt.config import CameraConfig, ModelConfig, SamplingConfig
 from aapt.contact_sheet import contact_sheet
 from aapt.data.world import FIELD_OF_VIEW, FORWARD_STEP, THEMES, YAW_STEP, sample_clip
 from aapt.evaluate import evaluate
@@ -43,9 +43,11 @@ from aapt.evaluate.motion_probe import (
     ProbeConfig,
     augment,
     load_probe,
+    matching_costs,
     shrink_triples,
     train_probe,
 )
+from aapt.evaluate.stretch import Stretch
 from aapt.generator import StreamingGenerator
 from aapt.samples import to_pixels
 from aapt.vae import CausalVAE, tiny
@@ -189,6 +191,27 @@ def test_a_mirrored_triple_turns_the_other_way():
     assert torch.equal(controls[:, 1], torch.full((64,), 0.7))
 
 
+def test_matching_costs_by_hand():
+    """Of a cell that moves by (1, -3): every shift and every pixel in turn, in float64."""
+    random = torch.Generator().manual_seed(0)
+    start = torch.rand(1, 3, 16, 24, generator=random)
+    triple = torch.cat([start, start.roll((1, -3), dims=(2, 3)), start], dim=1)
+    padded = np.pad(triple[0, 3:6].double(), ((0, 0), (2, 2), (6, 6)), mode="edge")
+    here, found = triple[0, :3].double().numpy(), matching_costs(triple)[0].double()
+    for row, column in ((0, 0), (1, 1)):
+        rows, columns = (slice(8 * n, 8 * n + 8) for n in (row, column))
+        costs = np.array(
+            [
+                [np.abs(here - padded[:, y : y + 16, x : x + 24])[:, rows, columns].mean()]
+                for y in range(5)
+                for x in range(13)
+            ]
+        )[:, 0]
+        expected = costs / (costs.mean() + 0.02) - 1
+        np.testing.assert_allclose(found[:65, row, column], expected, atol=1e-5)
+    assert found[:65, 1, 1].argmin() == 3 * 13 + 3  # two rows and six columns are no shift
+
+
 def test_a_short_training_already_reads_which_way_the_camera_turns():
     config = ProbeConfig(clips=24, held_out_clips=6, steps=100, batch=32)
     _, quality = train_probe(config, HEIGHT, WIDTH)
@@ -252,6 +275,25 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint):
     assert (film.pixels[1].int() - expected.int()).abs().max() <= 1
 
 
+def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint):
+    """One step from noise without guidance is the one pass of a generator without clamp."""
+    starts = held_out_starts(2, 3, seed=0)
+    first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
+    generator = StreamingGenerator.from_pretrained(checkpoint)
+    model = generator.model.transformer
+    model.config = replace(model.config, output_clamp=None)
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or "video_out" in name:  # so that time and prompt matter
+            torch.nn.init.normal_(parameter, std=0.2)
+    films = []
+    for sampling in (None, (1, 6.0, 1.0), (2, 6.0, 1.0), (2, 6.0, 4.0)):
+        generator.sampling = SamplingConfig(*sampling) if sampling else None
+        films.append(film_rollout(generator, starts, first, range(13), seed=0)[0].pixels.int())
+    one_pass, one_step, two_steps, guided = films
+    assert (one_pass - one_step).abs().max() <= 1
+    assert (two_steps - one_step).abs().max() > 10 and (guided - two_steps).abs().max() > 10
+
+
 def test_pixels_that_are_not_numbers_are_black():
     video = torch.tensor([math.nan, math.inf, -math.inf, 0.0]).view(1, 1, 1, 1, 4)
     pixels = to_pixels(video.expand(1, 3, 1, 1, 4))
@@ -279,10 +321,11 @@ def test_measuring_the_truth_finds_no_fault():
     themes = torch.tensor([0, 1])
     references = palette(theme_footage(HEIGHT, WIDTH))
     probe = MotionProbe(HEIGHT, WIDTH, 2)
-    found = measure(truth, truth, None, controls, themes, references, probe)
+    real = Stretch.of(truth[:, 1:])
+    found = measure(truth, real, None, controls, themes, references, probe)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
     assert found.psnr is None and found.latent_deviation is None
-    swapped = measure(truth.flip(0), truth, None, controls, themes, references, probe)
+    swapped = measure(truth.flip(0), real, None, controls, themes, references, probe)
     assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
     assert swapped.sharpness == pytest.approx(1.0) and swapped.psnr < 25
 
@@ -307,8 +350,11 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     pixels = truth.pixels.clone()
     pixels[:, 2:4] = pixels[:, 2:4].flip(0) // 2  # other themes, and darker
     latents = torch.tensor([[[0.1, 1.0], [0.2, 0.5], [0.3, 2.0]]]).expand(6, 3, 2)
-    found = timeline(Footage(frames, pixels), truth, seconds, latents)
-    real = timeline(truth, truth, seconds, latents)
+    film, true = (
+        [Stretch.of(footage[drift_frames(second)]) for second in seconds]
+        for footage in (Footage(frames, pixels), truth)
+    )
+    found, real = (timeline(source, true, seconds, latents) for source in (film, true))
     assert found.seconds == seconds and found.latent_deviation == [1.0, 0.5, 2.0]
     assert found.latent_offset == pytest.approx([0.1, 0.2, 0.3])
     assert found.sharpness[::2] == [1.0, 1.0] and found.sharpness[1] == pytest.approx(0.5, abs=0.05)

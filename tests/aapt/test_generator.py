@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from aapt import Control, StreamingGenerator
-from aapt.checkpoint import CheckpointError, save_config, save_module
-from aapt.vae import CausalVAE, VAEConfig
+from aapt.checkpoint import CheckpointError, load_config, save_config, save_module
+from aapt.config import SamplingConfig
+from aapt.generator import to_array
+from aapt.vae import CausalVAE, VAEConfig, to_bytes
 
 from .helpers import CAMERA, tiny_model
 
@@ -88,14 +90,12 @@ def test_streams_never_touch_each_other(generator, picture):
 
 def test_streaming_decode_equals_whole_clip(generator, picture):
     """The stream's pixels are those of decoding all its latents at once."""
-    from aapt.generator import to_pixels
-
     stream = generator.open(picture, "ab", seed=0)
     latents, frames = [stream._rollout.last], [stream.first_frame]
     for control in WALK:
         frames.append(stream.step(control))
         latents.append(stream._rollout.last)
-    whole = to_pixels(generator.vae.decode(torch.cat(latents, dim=2)))
+    whole = to_array(to_bytes(generator.vae.decode(torch.cat(latents, dim=2))))
     difference = np.abs(whole.astype(int) - np.concatenate(frames).astype(int))
     assert difference.max() <= 1  # rounding to uint8
 
@@ -187,6 +187,23 @@ def test_broken_checkpoints_name_what_is_wrong(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="config.json: expected key 'camera'"):
         StreamingGenerator.from_pretrained(tmp_path)
+
+
+def test_a_diffusion_model_says_that_it_does_not_stream(folder, picture, tmp_path):
+    for name in ("model.safetensors", "vae.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = {**load_config(folder), "sampling": {"steps": 8, "shift": 6.0, "guidance": 3.0}}
+    save_config(tmp_path, config)
+    generator = StreamingGenerator.from_pretrained(tmp_path)
+    assert generator.sampling == SamplingConfig(8, 6.0, 3.0)
+    with pytest.raises(
+        ValueError, match="one forward pass per frame .* diffusion model of 16; `aapt"
+    ):
+        generator.open(picture, "ab")
+    for wrong, message in [({"steps": 0}, "steps: expected 1"), ({"width": 3}, "'width'")]:
+        save_config(tmp_path, {**config, "sampling": {**config["sampling"], **wrong}})
+        with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+            StreamingGenerator.from_pretrained(tmp_path)
 
 
 def test_no_sample_is_said(generator):

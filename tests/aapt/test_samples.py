@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from aapt.config import SamplingConfig
 from aapt.contact_sheet import contact_sheet
 from aapt.data.clips import ClipBatch
+from aapt.diffusion_rollout import DiffusionRollout
 from aapt.samples import decode_frames, roll_out, sample_sheet, to_pixels
 from aapt.student_forcing import StudentRollout
 from aapt.vae import CausalVAE, VAEConfig
@@ -71,12 +73,41 @@ def test_a_rollout_is_the_streaming_path_with_a_generator_per_stream():
     assert torch.allclose(list(single)[3], made[3][:1], atol=1e-5)
 
 
+def test_a_diffusion_model_is_rolled_out_with_the_same_noise():
+    """Against its sampler, step by step; one pass per frame gives another video."""
+    net, given, sampling = model(), batch(), SamplingConfig(steps=2, shift=6.0, guidance=3.0)
+    condition, *text = net.conditions(given.motion, given.prompts, SIZE)
+    first, rays = given.latents[:, :, :1], condition.split(1, dim=2)
+    made = list(roll_out(net, first, text, lambda n: rays[n - 1], 3, 5, sampling))
+
+    empty = net.text_encoder([""] * 2)
+    rollout = DiffusionRollout(net.transformer, *text, empty, first, sampling)
+    randoms = [torch.Generator().manual_seed((5 << 20) + i) for i in range(2)]
+    latent = first
+    for frame in range(3):
+        noise = torch.cat([torch.randn(first[:1].shape, generator=r) for r in randoms])
+        latent = rollout.step(noise, latent, rays[frame])
+        torch.testing.assert_close(made[frame + 1], latent)
+    one_pass = list(roll_out(net, first, text, lambda n: rays[n - 1], 3, seed=5))
+    assert (made[1] - one_pass[1]).abs().max() > 0.1
+
+
 def test_decoding_frame_by_frame_is_decoding_the_clip(vae):
     clip = latents(4).float()
     whole = to_pixels(vae.decode(clip))
-    parts = [pixels for _, pixels in decode_frames(vae, clip.split(1, dim=2))]
+    parts = [pixels for _, pixels in decode_frames(vae, clip.split(1, dim=2), range(4))]
     assert [part.shape[1] for part in parts] == [1, 4, 4, 4]
     assert (torch.cat(parts, dim=1).int() - whole.int()).abs().max() <= 1
+
+
+def test_wanted_frames_are_those_of_the_whole_stream(vae):
+    clip = latents(14).float()
+    whole = dict(decode_frames(vae, clip.split(1, dim=2), range(14)))
+    for wanted in ({0, 3, 4, 11}, {13}):
+        parts = dict(decode_frames(vae, clip.split(1, dim=2), wanted))
+        assert set(parts) == wanted
+        for number, pixels in parts.items():
+            assert (pixels.int() - whole[number].int()).abs().max() <= 1
 
 
 def test_the_sheet_shows_the_truth_over_the_model(vae):

@@ -15,6 +15,7 @@ import torch
 
 from aapt import Control, StreamingGenerator, trainer
 from aapt.checkpoint import read_tensors
+from aapt.config import SamplingConfig
 from aapt.curriculum import constant
 from aapt.optimization import Schedule
 from aapt.parallel import Parallel
@@ -97,6 +98,15 @@ def test_the_checkpoint_streams(trained):
     stream = generator.open(np.zeros((48, 64, 3), np.uint8), generator.sample_prompt)
     assert stream.step(Control(forward=1.0)).shape == (4, 48, 64, 3)
     assert generator.sample_image().is_file()
+
+
+def test_an_exported_stage_says_how_it_is_sampled(trained, tmp_path):
+    out, folder, _ = trained
+    made = Run(small_recipe(), out).export("diffusion", tmp_path)
+    config = small_recipe().stages["diffusion"]
+    expected = SamplingConfig(config.sampling_steps, config.shift, config.guidance)
+    assert StreamingGenerator.from_pretrained(made).sampling == expected
+    assert StreamingGenerator.from_pretrained(folder).sampling is None
 
 
 def test_finished_stages_are_not_run_again(trained):

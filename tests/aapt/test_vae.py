@@ -72,6 +72,50 @@ def test_chunked_decoding_equals_the_whole_clip(name, plan):
     assert error <= 1e-4 * whole.abs().max()
 
 
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_last_frames_of_a_chunk_are_those_of_the_whole_clip(name, last):
+    """And so are all frames of the chunk after it."""
+    vae = make_vae(CONFIGS[name], torch.float64)
+    latent = torch.randn(1, 16, 20, 3, 5, dtype=torch.float64)
+    whole = vae.decode(latent)
+    _, state = vae.decode_frame(latent[:, :, :1])
+    video, state = vae.decode_frame(latent[:, :, 1:17], state, last=last)
+    torch.testing.assert_close(video, whole[:, :, 65 - 4 * last : 65])
+    after, _ = vae.decode_frame(latent[:, :, 17:], state)
+    torch.testing.assert_close(after, whole[:, :, 65:])
+
+
+def test_the_last_frames_cost_less_than_all(monkeypatch):
+    vae, sizes = make_vae(tiny()), []
+    latent = torch.randn(1, 16, 13, 3, 5)
+    _, state = vae.decode_frame(latent[:, :, :1])
+
+    def counting(x, *args, **kwargs):
+        sizes.append(x.shape[2])
+        return causal_conv3d(x, *args, **kwargs)
+
+    monkeypatch.setattr("aapt.vae.layers.causal_conv3d", counting)
+    vae.decode_frame(latent[:, :, 1:], state, last=1)
+    # By hand, from the end: 4 frames of the finest scale, and its block sees 2 before them; these 6
+    # are 3 of the middle scale, whose two blocks see 2 each; these 7 are 4 of the coarsest, whose
+    # block and first convolution see 2 each. After them the linear skip.
+    assert sizes == [8, 6, 6, 4, 7, 7, 5, 5, 3, 6, 6, 4, 1]
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_last_frames_that_are_not_there(last):
+    vae = make_vae(tiny())
+    latent = torch.randn(1, 16, 2, 3, 5)
+    _, state = vae.decode_frame(latent)
+    with pytest.raises(
+        ValueError, match=f"last: expected 1 to 2 frames behind a state, got {last}"
+    ):
+        vae.decode_frame(latent, state, last=last)
+    with pytest.raises(ValueError, match="got 1 without one"):
+        vae.decode_frame(latent, last=1)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_latent_frame_reaches_the_video(name):
     """An output that ignored the state, or the latent, would pass the chunking test."""

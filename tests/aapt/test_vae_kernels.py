@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aapt.vae import CausalVAE, light, wan
-from aapt_kernels import backend, use_backend
+from aapt.vae import CausalVAE, DecoderStream, layers, light, wan
+from aapt_kernels import backend, causal_conv3d, use_backend
 
 pytestmark = pytest.mark.skipif(bool(backend.no_sim()), reason=str(backend.no_sim()))
 
@@ -68,6 +68,31 @@ def test_pictures_are_those_of_float32(name):
     assert (pixels - levels).abs().max() <= 0.5 + spacing  # the video has been rounded
 
 
+@pytest.mark.parametrize("name", ["nearest", "separate"])
+def test_norms_run_behind_the_convolution_before(monkeypatch, name):
+    """All but the first of them."""
+    vae = make_vae(name).bfloat16()
+    convs = [m for m in vae.decoder.modules() if isinstance(m, layers.CausalConv3d)]
+    normed = [m for m in convs if m.norm_weight is not None and m.silu]
+    in_front, behind = [], []
+
+    def spy(x, *args, **options):
+        in_front.append(options.get("norm_weight") is not None and options["silu"])
+        behind.append(options.get("next_norm_weight") is not None)
+        return causal_conv3d(x, *args, **options)
+
+    monkeypatch.setattr(layers, "causal_conv3d", spy)
+    latent = torch.randn(1, 16, 1, 2, 1).bfloat16()
+    with use_backend("sim"):
+        decode(vae, latent, (1,))
+    assert sum(in_front) + sum(behind) == len(normed)
+    assert sum(in_front) == 1
+    behind.clear()
+    with use_backend("cpu"):
+        decode(vae, latent, (1,))
+    assert not any(behind)
+
+
 def test_interleaved_streams_equal_each_alone():
     vae = make_vae("nearest").bfloat16()
     latents = torch.randn(2, 1, 16, 2, 2, 2).bfloat16()
@@ -81,3 +106,13 @@ def test_interleaved_streams_equal_each_alone():
                 videos[stream].append(video)
     for stream in (0, 1):
         assert torch.equal(torch.cat(videos[stream], dim=2), alone[stream])
+
+
+@pytest.mark.parametrize("name", ["nearest", "separate"])
+def test_a_stream_in_fixed_memory_gives_the_same_bits(name):
+    vae = make_vae(name).bfloat16()
+    latent = torch.randn(1, 16, 3, 2, 2).bfloat16()
+    with use_backend("sim"):
+        stream = DecoderStream(vae, latent[:, :, :1].shape)
+        pixels = torch.cat([stream.decode(frame) for frame in latent.split(1, dim=2)], dim=2)
+        assert torch.equal(pixels, decode(vae, latent, (1, 1, 1), pixels=True))

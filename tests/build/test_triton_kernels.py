@@ -30,7 +30,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FLOAT32 = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink", "dq_weight", "dk_weight")
 FLOAT32 += ("lse", "parts", "part_lses", "dlse", "stats")
 POINTERS = ("q", "k", "v", "k_cache", "v_cache", "q_sink", "q_out", "k_out", "q_sink_out", "out")
-POINTERS += ("x", "past", "weight", "norm_weight", "bias", "residual")
+POINTERS += ("x", "past", "weight", "norm_weight", "bias", "residual", "next_norm_weight", "active")
 POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out", "dv", "dout")
 
 
@@ -121,7 +121,12 @@ def test_merging_the_splits(capability):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("channels", "copies"), [((64, 64), 1), ((512, 256), 2), pytest.param((16, 3), 1, marks=SLOW)]
+    ("channels", "copies"),
+    [
+        ((64, 64), 1),
+        ((512, 256), 2),
+        *(pytest.param(channels, 1, marks=SLOW) for channels in ((16, 3), (128, 128))),
+    ],
 )
 def test_convolution_uses_tensor_cores(channels, copies, capability):
     inner, outer = channels
@@ -130,7 +135,15 @@ def test_convolution_uses_tensor_cores(channels, copies, capability):
     kernel = {name: 3 for name in ("KT", "KH", "KW")}
     strides = {name: 1 for name in ("TIME_STRIDE", "ROW_STRIDE", "COLUMN_STRIDE")}
     last = {name: 1 for name in ("x_channel_stride", "past_channel_stride", "out_channel_stride")}
-    options = {"REPEATS": copies, "COPIES": copies, "REPLICATE": False, "PIXELS": False}
+    options = {
+        "REPEATS": copies,
+        "COPIES": copies,
+        "REPLICATE": False,
+        "PIXELS": False,
+        "EPS": 1e-6,
+    }
+    if outer > constants["BLOCK_OUT"]:  # else the next norm is in it
+        options |= {"next_norm_weight": None, "active": None}
     compiled = build(
         convolution.causal_conv3d_kernel,
         torch.bfloat16,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from aapt_kernels import causal_conv3d, use_backend
 from aapt_kernels.causal_conv3d import ref
-from aapt_kernels.causal_conv3d.cases import ACTIVE, CASES, Case, make_inputs
+from aapt_kernels.causal_conv3d.cases import ABSENT, ACTIVE, CASES, Case, make_inputs
 
 BACKENDS = ("cpu", "reference")
 
@@ -23,12 +23,17 @@ def oracle(
     stride=(1, 1, 1),
     upsample=(1, 1),
     padding="zeros",
+    next_norm_weight=None,
     eps=1e-6,
 ):
     """Frame by frame, tap by tap: every tap is a 2D convolution of one earlier frame. With copies,
     output frame t is at t - (copies - 1) of an endless stream that starts with frame 0's."""
+
+    def normed(x, weight):
+        return F.rms_norm(x.movedim(1, -1), weight.shape, weight, eps).movedim(-1, 1)
+
     if norm_weight is not None:
-        x = F.rms_norm(x.movedim(1, -1), norm_weight.shape, norm_weight, eps).movedim(-1, 1)
+        x = normed(x, norm_weight)
     if silu:
         x = x * torch.sigmoid(x)
     kt, kh, kw = weight.shape[2:]
@@ -58,14 +63,19 @@ def oracle(
     past = (kt - 1 + repeats - 1) // repeats
     last = [frame(t) for t in range(x.shape[2] - past, x.shape[2])]
     new_state = torch.stack(last, dim=2) if last else x[:, :, :0]
-    return out if residual is None else out + residual, new_state
+    out = out if residual is None else out + residual
+    if next_norm_weight is None:
+        return out, new_state
+    y = normed(out, next_norm_weight)
+    return out, new_state, y * torch.sigmoid(y)
 
 
 def specification(x, weight, bias, **options):
     """The reference under autograd: what plain PyTorch makes of it at the same precision."""
-    options = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False) | options
+    options = ABSENT | options
     options["replicate"] = options.pop("padding") == "replicate"
-    return ref.causal_conv3d(x, weight, bias, **options)
+    out, state, active = ref.causal_conv3d(x, weight, bias, **options)
+    return (out, state, active) if options["next_norm_weight"] is not None else (out, state)
 
 
 def differentiable(inputs, options):
@@ -82,6 +92,8 @@ def cast(value, dtype):
 
 
 def outputs_and_gradients(function, inputs, options):
+    if "next_norm_weight" in options:
+        return [out.detach() for out in function(*inputs, **options)]
     inputs, options, leaves = differentiable(inputs, options)
     out, state = function(*inputs, **options)
     generator = torch.Generator().manual_seed(1)
@@ -128,16 +140,27 @@ def test_gradcheck(name):
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "norm", "one-frame", "replicate-down", "up-both-start"])
+OPCHECKS = ("plain", "norm", "one-frame", "replicate-down", "up-both-start")
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize("name", OPCHECKS)
 def test_opcheck(name, grad):
-    (x, weight, bias), options = make_inputs(CASES[name], torch.float32)
+    inputs, options = make_inputs(CASES[name], torch.float32)
     if grad:
-        (x, weight, bias), options, _ = differentiable([x, weight, bias], options)
+        inputs, options, _ = differentiable(inputs, options)
+    opcheck(inputs, options, True, True)
+
+
+@pytest.mark.parametrize("keep_out, keep_state", [(True, True), (False, False)])
+def test_opcheck_next_norm(keep_out, keep_state):
+    inputs, options = make_inputs(Case((2, 3, 4), (3, 4), next_norm=True), torch.float32)
+    opcheck(inputs, options, keep_out, keep_state)
+
+
+def opcheck(inputs, options, *keep):
     args = (
-        x,
-        weight,
-        bias,
+        *inputs,
         options.get("state"),
         options.get("norm_weight"),
         1e-6,
@@ -147,6 +170,8 @@ def test_opcheck(name, grad):
         list(options["upsample"]),
         options["padding"] == "replicate",
         False,
+        options.get("next_norm_weight"),
+        *keep,
     )
     torch.library.opcheck(torch.ops.aapt.causal_conv3d.default, args)
 
@@ -215,6 +240,29 @@ def test_future_does_not_leak():
     assert after[:, :, 2:].isnan().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_nobody_needs_is_not_returned(backend):
+    inputs, options = make_inputs(CASES["next-norm"], torch.float32)
+    with use_backend(backend):
+        out, state, active = causal_conv3d(*inputs, **options)
+        nothing, _, alone = causal_conv3d(*inputs, **options, keep_out=False)
+    assert nothing is None and out.shape == active.shape
+    torch.testing.assert_close(alone, active)
+
+
+@pytest.mark.parametrize("frames, shares", [(1, False), (2, True), (4, True), (5, False)])
+def test_a_shared_state_is_a_view_of_x(frames, shares):
+    case = Case((frames, 4, 5), (3, 4), state=True, residual=True)
+    (x, weight, bias), options = make_inputs(case, torch.float32)
+    out, state = causal_conv3d(x, weight, bias, **options)
+    same, view = causal_conv3d(x, weight, bias, share_state=True, **options)
+    assert torch.equal(same, out) and torch.equal(view, state)
+    assert (view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == shares
+    active = make_inputs(Case((frames, 4, 5), (3, 4), **ACTIVE), torch.float32)
+    _, state = causal_conv3d(*active[0], share_state=True, **active[1])
+    assert state.untyped_storage().data_ptr() != active[0][0].untyped_storage().data_ptr()
+
+
 def test_given_and_returned_state_are_left_alone():
     (x, weight, bias), options = make_inputs(CASES["chunk"], torch.float32)
     given = options["state"].clone()
@@ -248,6 +296,9 @@ BAD = [
     (dict(upsample=(2,)), "upsample: expected two integers >= 1, got (2,)"),
     (dict(upsample=(2, 2), stride=(1, 2, 2)), "upsample: expected (1, 1) with stride (1, 2, 2)"),
     (dict(upsample=(2, 2), state=(2, 3, 2, 6, 7)), "state: expected (2, 3, 1, 6, 7) for x"),
+    (dict(next_norm_weight=(3,)), "next_norm_weight: expected (5,) for x (2, 3, 4, 6, 7), weight"),
+    (dict(next_norm_weight=(5,), pixels=True), "pixels: expected False with next_norm_weight"),
+    (dict(keep_out=False), "keep_out: expected True without next_norm_weight, got False"),
     (dict(padding="reflect"), "padding: expected one of zeros, replicate, got 'reflect'"),
 ]
 
@@ -255,11 +306,21 @@ BAD = [
 @pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
 def test_bad_input_is_named(change, message):
     arguments = dict(x=(2, 3, 4, 6, 7), weight=(5, 3, 3, 3, 3), bias=(5,)) | change
-    tensors = {"x", "weight", "bias", "state", "norm_weight", "residual"}
+    tensors = {"x", "weight", "bias", "state", "norm_weight", "residual", "next_norm_weight"}
     arguments = {k: torch.zeros(v) if k in tensors else v for k, v in arguments.items()}
     with pytest.raises(ValueError) as error:
         causal_conv3d(**arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["weight", "residual", "next_norm_weight"])
+def test_next_norm_has_no_gradient(name):
+    (x, weight, bias), options = make_inputs(CASES["next-norm"], torch.float32)
+    (options | {"weight": weight})[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor without gradient with next"):
+        causal_conv3d(x, weight, bias, **options)
+    with torch.no_grad():
+        causal_conv3d(x, weight, bias, **options)
 
 
 def test_mixed_dtypes_and_gradient_in_state_are_refused():

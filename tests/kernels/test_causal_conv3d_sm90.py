@@ -3,13 +3,15 @@
 Both run the same source through the same host code. The oracle is the reference in float64.
 """
 
+import gc
+
 import pytest
 import torch
 
 from aapt_kernels import causal_conv3d, use_backend
 from aapt_kernels.backend import BackendError
-from aapt_kernels.causal_conv3d import ref
-from aapt_kernels.causal_conv3d.cases import ACTIVE, Case, make_inputs
+from aapt_kernels.causal_conv3d import ref, sm90
+from aapt_kernels.causal_conv3d.cases import ABSENT, ACTIVE, Case, make_inputs
 from aapt_kernels.testing import assert_error_ratio
 
 LAST = torch.channels_last_3d
@@ -37,16 +39,19 @@ def plain(inputs, options, dtype):
     def cast(value):
         return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
-    rest = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False) | options
+    rest = ABSENT | options
     rest["replicate"] = rest.pop("padding") == "replicate"
     return ref.causal_conv3d(*map(cast, inputs), **{name: cast(v) for name, v in rest.items()})
 
 
-def check(case, device, seed=0):
+def check(case, device, seed=0, **more):
     inputs, options = make(case, device, seed)
-    outputs = causal_conv3d(*inputs, **options)
+    outputs = causal_conv3d(*inputs, **options, **more)
     exact, baseline = (plain(inputs, options, dtype) for dtype in (torch.float64, torch.bfloat16))
-    for name, ours, wanted, same in zip(("out", "state"), outputs, exact, baseline, strict=True):
+    names = ("out", "state", "active")[: len(outputs)]
+    for name, ours, wanted, same in zip(names, outputs, exact, baseline):
+        if ours is None:
+            continue
         assert ours.dtype == torch.bfloat16
         assert ours.is_contiguous(memory_format=LAST) or ours.numel() == 0
         assert_error_ratio(ours, wanted, same, name)
@@ -77,10 +82,42 @@ UPSAMPLED = {
 }
 
 
+# Few channels, no residual: a row of the product for every tap in space and channel
+ROWS = {
+    "wider than a tile": Case((3, 31, 13), (64, 3), batch=1, state=True, **ACTIVE),
+    "two blocks of channels": Case((2, 5, 7), (72, 3), batch=2),
+    "replicated": Case((1, 32, 7), (16, 2), batch=1, padding="replicate", silu=True),
+    "one direction": Case((2, 34, 5), (16, 8), batch=1, kernel=(2, 3, 1), state=True),
+    "flat": Case((2, 3, 9), (8, 1), batch=1, kernel=(1, 1, 3), bias=False),
+}
+NEXT_NORM = {
+    "a frame each": Case((3, 33, 9), (16, 64), batch=1, state=True, residual=True, next_norm=True),
+    "not all rows": Case((1, 5, 9), (16, 40), batch=2, next_norm=True, **ACTIVE),
+    "shared pixels": Case((1, 9, 10), (64, 128), batch=1, residual=True, next_norm=True),
+    "odd channels": Case((2, 33, 5), (16, 72), batch=1, next_norm=True),
+    "two tiles of channels": Case((2, 3, 11), (16, 136), batch=1, residual=True, next_norm=True),
+    "upsampled": Case((2, 5, 9), (16, 64), batch=1, upsample=(2, 2), next_norm=True),
+    "replicated": Case((2, 5, 9), (16, 64), padding="replicate", residual=True, next_norm=True),
+}
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(kernel, schedule, name):
     schedule(multiprocessors=3, seed=len(name))
     check(SIZES[name], kernel)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_taps_in_the_rows(kernel, schedule, name):
+    schedule(multiprocessors=3, seed=len(name))
+    check(ROWS[name], kernel)
+
+
+@pytest.mark.parametrize("keep_out", [False, True])
+@pytest.mark.parametrize("name", NEXT_NORM)
+def test_next_norm(kernel, schedule, name, keep_out):
+    schedule(multiprocessors=2 + keep_out, seed=len(name))
+    check(NEXT_NORM[name], kernel, keep_out=keep_out)
 
 
 @pytest.mark.parametrize("name", UPSAMPLED)
@@ -115,6 +152,17 @@ def test_any_order_of_completion(kernel, schedule, wide, tma, wgmma):
     check(case, kernel, seed=tma)
 
 
+@pytest.mark.parametrize("wgmma", [0, 2])
+@pytest.mark.parametrize("tma", [0, 1, 2])
+@pytest.mark.parametrize("channels", [3, 64, 128])
+def test_any_order_of_completion_behind_the_product(kernel, schedule, channels, tma, wgmma):
+    """Two tiles one after the other through the same staging."""
+    schedule(multiprocessors=1, seed=1 + tma, tma=tma, wgmma=wgmma)
+    norms = channels > 3
+    case = Case((2, 3, 9), (16, channels), batch=1, next_norm=norms, residual=norms and tma != 1)
+    check(case, kernel, seed=tma)
+
+
 @pytest.mark.parametrize(
     "channels, upsample, padding",
     [
@@ -144,11 +192,87 @@ def test_pixels(kernel, channels):
     case = Case((2, 5, 9), (64, channels), batch=1, state=True, **ACTIVE)
     inputs, options = make(case, kernel)
     out, _ = causal_conv3d(*inputs, **options, pixels=True)
-    exact, _ = plain(inputs, options, torch.float64)
+    exact, *_ = plain(inputs, options, torch.float64)
     levels = (exact * 127.5 + 127.5).clamp(0, 255)
     assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=LAST)
     assert (out.double() - levels).abs().max() < 1  # what is convolved has been rounded too
     assert out.min() == 0 and out.max() == 255
+
+
+@pytest.mark.parametrize("frames", [2, 4])
+def test_a_view_serves_as_state(kernel, frames):
+    """Of the chunk before, whose other frames lie between those of the batch entries."""
+    case = Case((2 * frames, 2, 3), (16, 8), batch=2, kernel=(3, 1, 1))
+    (x, weight, bias), options = make(case, kernel)
+    whole, last = causal_conv3d(x, weight, bias, **options)
+    outs, state = [], None
+    for chunk in x.split(frames, dim=2):
+        chunk = chunk.contiguous(memory_format=LAST)
+        out, state = causal_conv3d(chunk, weight, bias, state=state, share_state=True, **options)
+        assert state.untyped_storage().data_ptr() == chunk.untyped_storage().data_ptr()
+        outs.append(out)
+    assert torch.equal(torch.cat(outs, dim=2), whole) and torch.equal(state, last)
+
+
+def test_frozen_weights_are_packed_once(kernel):
+    """And again for every change in place, to the same address; a trained weight in every call."""
+    (x, weight, bias), options = make(Case((1, 2, 3), (8, 8), kernel=(1, 3, 3)), kernel)
+    (_, other, _), _ = make(Case((1, 2, 3), (8, 8), kernel=(1, 3, 3)), kernel, seed=1)
+
+    def run(weight):
+        return causal_conv3d(x, weight, bias, **options)[0]
+
+    def packed(weight):
+        (entry,) = sm90.packed_weights._packed[weight].values()
+        return entry.tensor
+
+    wanted, changed = run(weight), run(other)
+    first = packed(weight)
+    before, address = first.clone(), first.data_ptr()
+    assert torch.equal(run(weight), wanted) and packed(weight) is first
+    assert packed(other) is not first
+
+    weight.copy_(other)  # as load_state_dict does
+    assert torch.equal(run(weight), changed)
+    assert packed(weight).data_ptr() == address and not torch.equal(packed(weight), before)
+
+    weight.data = other.clone()
+    assert torch.equal(run(weight), changed)
+    trained = torch.nn.Parameter(weight.clone())
+    run(trained)
+    assert trained not in sm90.packed_weights._packed
+    held = len(sm90.packed_weights._packed)
+    del weight
+    gc.collect()
+    assert len(sm90.packed_weights._packed) == held - 1
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_graph_replays_with_changed_weights(kernel, warm):
+    if kernel != "cuda":
+        pytest.skip("graphs are the device's")
+    (x, weight, bias), options = make(Case((1, 6, 9), (64, 64), batch=1), kernel)
+
+    def run():
+        return causal_conv3d(x, weight, bias, **options)[0]
+
+    if warm:
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    weight.neg_()
+    wanted = run()  # packs again; a graph that packs itself does so anyway
+    graph.replay()
+    assert torch.equal(out, wanted)
+
+
+def test_one_weight_for_two_upsamplings(kernel):
+    (x, weight, bias), options = make(Case((1, 3, 4), (8, 8), batch=1), kernel)
+    for options["upsample"] in ((1, 2), (2, 2), (1, 2)):
+        out, _ = causal_conv3d(x, weight, bias, **options)
+        exact, baseline = (plain([x, weight, bias], options, t) for t in (torch.float64, x.dtype))
+        assert_error_ratio(out, exact[0], baseline[0])
 
 
 def test_state_and_input_are_left_alone(kernel):
@@ -169,6 +293,7 @@ def test_state_and_input_are_left_alone(kernel):
         (dict(stride=(1, 2, 2)), "it takes no stride and an upsampling of at most 2, got"),
         (dict(upsample=(3, 1)), "it takes no stride and an upsampling of at most 2, got"),
         (dict(channels=(16, 3), residual=True), "it takes a residual with a multiple of 8"),
+        (dict(channels=(16, 3), next_norm=True), "it takes next_norm_weight with a multiple of 8"),
     ],
 )
 def test_limits_name_themselves(kernel, change, words):
@@ -187,7 +312,11 @@ def test_limits_name_themselves(kernel, change, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", [*SIZES, *UPSAMPLED])
-def test_sweep(kernel, schedule, name, seed):
+@pytest.mark.parametrize(
+    "case",
+    [*SIZES.values(), *UPSAMPLED.values(), *ROWS.values(), *NEXT_NORM.values()],
+    ids=[*SIZES, *UPSAMPLED, *ROWS, *NEXT_NORM],
+)
+def test_sweep(kernel, schedule, case, seed):
     schedule(multiprocessors=(1, 4, 9, 17)[seed], seed=seed, tma=seed % 3, wgmma=seed % 2 * 2)
-    check((SIZES | UPSAMPLED)[name], kernel, seed)
+    check(case, kernel, seed)

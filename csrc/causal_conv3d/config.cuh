@@ -1,0 +1,94 @@
+// The shapes, the shared memory and the tensor maps of causal_conv3d's kernel.
+#pragma once
+
+#include "causal_conv3d/params.h"
+#include "causal_conv3d/schedule.h"
+#include "hopper/hopper.cuh"
+
+namespace aapt {
+
+using namespace hopper;
+
+constexpr int kGroups = 2;           // warpgroups that multiply
+constexpr int kGroupChannels = 64;   // rows of one's product: output channels
+constexpr int kDepth = 64;           // input channels of a slab
+constexpr int kMmaDepth = 16;        // of one instruction
+constexpr uint32_t kRowBytes = 128;  // of one pixel, and of one output channel's weights
+constexpr uint32_t kSwizzleStride = 8 * kRowBytes;
+constexpr int kMaxSlabPixels = (kTileWidth + 2 * kMaxMargin) * (kTileHeight + 2 * kMaxMargin);
+constexpr int kSlabBytes = (kMaxSlabPixels * kRowBytes + 1023) / 1024 * 1024;
+constexpr int kMaxTapRows = 32;  // float sums of a tile, so many rows, fit its staging
+
+// How the two warpgroups share a tile. Above 64 output channels they share pixels and take 64
+// channels each; below they share weights and take one frame each. With very few channels a product
+// has a row for every tap in space and channel (kTapsInRows).
+template <bool kShareWeights_, bool kTapsInRows_ = false>
+struct Config {
+  static constexpr bool kShareWeights = kShareWeights_, kTapsInRows = kTapsInRows_;
+  static constexpr int kChannels = kShareWeights ? kGroupChannels : kGroups * kGroupChannels;
+  static constexpr int kFrames = kShareWeights ? kGroups : 1;
+  // As much as 227 KB of shared memory hold; two frames in work need two slabs at a time
+  static constexpr int kSlabs = kShareWeights ? 3 : 2;
+  static constexpr int kWeightStages = 4;
+  static constexpr int kThreads = 128 * (1 + kGroups);
+  // Within 65536: 128 x (56 + 2 x 224). With 40, the fetching threads spill.
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  using Schedule = ConvSchedule<kChannels, kFrames, kTapsInRows>;
+
+  struct Shared {
+    alignas(1024) uint8_t slab[kSlabs][kSlabBytes];
+    alignas(1024) uint8_t weights[kWeightStages][kChannels * kRowBytes];
+    // The residual of a tile, then the tile on its way out: rows of 64 channels
+    alignas(1024) uint8_t staging[kGroups][kTilePixels * kRowBytes];
+    uint64_t slab_full[kSlabs], slab_ready[kSlabs], slab_empty[kSlabs];
+    uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
+    uint64_t residual_full[kGroups], staging_empty[kGroups];
+  };
+};
+
+struct TensorMaps {
+  TensorMap past, body, tail, weights;
+  TensorMap out[kMaxPhases], active[kMaxPhases], residual[kMaxPhases];
+};
+
+// A ring: the stage of the n-th use, and the parity of its barriers then.
+template <int kStages>
+struct Stage {
+  int index;
+  uint32_t parity;
+  HOPPER_DEVICE explicit Stage(uint32_t n) : index(n % kStages), parity(n / kStages % 2) {}
+};
+
+HOPPER_DEVICE int depth_blocks(const CausalConv3dParams& params) {
+  return (params.in_channels + kDepth - 1) / kDepth;
+}
+template <class C>
+HOPPER_DEVICE int slab_width(const CausalConv3dParams& params) {
+  return kTileWidth + (C::kTapsInRows ? 0 : 2 * params.margin_x);
+}
+template <class C>
+HOPPER_DEVICE int slab_height(const CausalConv3dParams& params) {
+  return kTileHeight + (C::kTapsInRows ? 0 : 2 * params.margin_y);
+}
+// Products of one slab
+template <class C>
+HOPPER_DEVICE int taps_per_slab(const CausalConv3dParams& params) {
+  return C::kTapsInRows ? 1 : params.taps_y * params.taps_x;
+}
+// Input frames that a tile reads, for each block of channels
+template <class C>
+HOPPER_DEVICE int slabs_per_block(const CausalConv3dParams& params) {
+  return params.taps_time + C::kFrames - 1;
+}
+
+// The output channels and the frame of one warpgroup in a tile.
+template <class C>
+HOPPER_DEVICE int group_channel(const ConvTile& tile, int group) {
+  return tile.out_channel + (C::kShareWeights ? 0 : group * kGroupChannels);
+}
+template <class C>
+HOPPER_DEVICE int group_frame(const ConvTile& tile, int group) {
+  return tile.frame + (C::kShareWeights ? group : 0);
+}
+
+}  // namespace aapt

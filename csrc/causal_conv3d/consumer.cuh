@@ -1,0 +1,353 @@
+// The warpgroups of causal_conv3d that multiply, and what they make of their sums: bias, residual,
+// and where a tile holds all output channels the norm and the SiLU of the next convolution.
+#pragma once
+
+#include "causal_conv3d/config.cuh"
+
+namespace aapt {
+
+enum Barrier { kGroupBarrier = 1, kBothGroups = kGroupBarrier + kGroups };  // the first: one each
+
+// A thread of warp w holds, of every 8 pixels, pixels 2 (lane % 4) and the next, of output channels
+// 16 w + lane / 4 and that plus 8: element i of the sums is channel half (i / 2) % 2, pixel
+// 8 (i / 4) + 2 (lane % 4) + i % 2.
+template <class C>
+class Consumer {
+ public:
+  HOPPER_DEVICE Consumer(typename C::Shared& shared, const TensorMaps& maps,
+                         const CausalConv3dParams& params, int group)
+      : shared_(shared),
+        maps_(maps),
+        params_(params),
+        group_(group),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4) {}
+
+  HOPPER_DEVICE void run() {
+    const typename C::Schedule schedule(params_);
+    ConvTile tile;
+    uint32_t n = 0;
+    for (int index = blockIdx.x; schedule.locate(index, tile); index += gridDim.x, ++n) {
+      multiply(tile);
+      if constexpr (C::kTapsInRows) {
+        add_rows(tile, schedule);
+      } else if (params_.pixels or params_.out_channels % 8 != 0) {
+        store_elements(tile);
+      } else if (params_.active != nullptr) {
+        store_normed(tile, n);
+      } else {
+        add_and_stage<false>(tile, n, true);
+        store_staging(maps_.out[tile.phase], tile);
+        give_staging_back();
+      }
+    }
+  }
+
+ private:
+  HOPPER_DEVICE void multiply(const ConvTile& tile) {
+    const ConvPhase& phase = params_.phase[tile.phase];
+    const int slabs = slabs_per_block<C>(params_), blocks = depth_blocks(params_);
+    const int taps = taps_per_slab<C>(params_), width = slab_width<C>(params_);
+    const int first_pixel =
+        C::kTapsInRows ? 0
+                       : (phase.tap_y + params_.margin_y) * width + phase.tap_x + params_.margin_x;
+    // With one frame each, the second group's frames are one later
+    const int offset = C::kShareWeights ? group_ : 0;
+    int accumulate = 0;
+    uint64_t* slab_in_use = nullptr;
+    uint64_t* weights_in_use = nullptr;
+    reg_fence(sums_);
+    for (int block = 0; block < blocks; ++block) {
+      for (int i = 0; i < slabs; ++i, ++slabs_) {
+        const Stage<C::kSlabs> slab(slabs_);
+        uint64_t* const slab_empty = &shared_.slab_empty[slab.index];
+        mbar_wait(
+            params_.replicate ? &shared_.slab_ready[slab.index] : &shared_.slab_full[slab.index],
+            slab.parity);
+        if (i < offset or i >= offset + params_.taps_time) {  // only the other group's
+          warp_sync();
+          release(slab_empty);
+          continue;
+        }
+        for (int tap = 0; tap < taps; ++tap, ++weights_) {
+          const Stage<C::kWeightStages> weights(weights_);
+          mbar_wait(&shared_.weights_full[weights.index], weights.parity);
+          const int pixel = first_pixel + tap / params_.taps_x * width + tap % params_.taps_x;
+          multiply_tap(smem_u32(shared_.weights[weights.index]) +
+                           (C::kShareWeights ? 0 : group_ * kGroupChannels * kRowBytes),
+                       smem_u32(shared_.slab[slab.index]) + pixel * kRowBytes, width, accumulate);
+          accumulate = 1;
+          wgmma_wait<1>();  // the tap before has been read
+          if (weights_in_use != nullptr) release(weights_in_use);
+          weights_in_use = &shared_.weights_empty[weights.index];
+          if (tap == 0 and slab_in_use != nullptr) release(slab_in_use);
+        }
+        slab_in_use = slab_empty;
+      }
+    }
+    wgmma_wait<0>();
+    reg_fence(sums_);
+    release(weights_in_use);
+    release(slab_in_use);
+  }
+
+  // sums += weights (64 channels, depth) x slab (depth, 256 pixels), one tap.
+  HOPPER_DEVICE void multiply_tap(uint32_t weights, uint32_t pixels, int width, int accumulate) {
+    wgmma_fence();
+    HOPPER_UNROLL
+    for (int k = 0; k < kDepth / kMmaDepth; ++k) {
+      // Rows of 8 pixels lie a slab's row apart
+      const uint64_t a = make_desc(weights + k * kMmaDepth * 2, 16, kSwizzleStride, SW_128);
+      const uint64_t b = make_desc(pixels + k * kMmaDepth * 2, 16, width * kRowBytes, SW_128);
+      wgmma_ss<kTilePixels, 0, 0>(sums_, a, b, k == 0 ? accumulate : 1);
+    }
+    wgmma_commit();
+  }
+
+  HOPPER_DEVICE float load_value(const uint16_t* values, int channel) const {
+    if (values == nullptr or channel >= params_.out_channels) return 0.0f;
+    return float_from_bits(static_cast<uint32_t>(load_readonly(values + channel)) << 16);
+  }
+
+  // Of this thread's two channels; zeros past the last.
+  HOPPER_DEVICE void load_values(const uint16_t* values, const ConvTile& tile,
+                                 float (&two)[2]) const {
+    const int channel = group_channel<C>(tile, group_) + warp_ * 16 + lane_ / 4;
+    two[0] = load_value(values, channel);
+    two[1] = load_value(values, channel + 8);
+  }
+
+  // Where this lane's row of 16 channels x 16 pixels lies for ldmatrix and stmatrix.
+  HOPPER_DEVICE uint8_t* staged(int i) const {
+    const uint32_t pixel = 16 * i + lane_ / 16 * 8 + lane_ % 8;
+    return shared_.staging[group_] + sw128(pixel, warp_ * 32 + lane_ / 8 % 2 * 16);
+  }
+
+  // Bias and residual; then into the staging, where channels come to lie together, if `stage`. The
+  // sums are left as they are unless `keep`.
+  template <bool keep>
+  HOPPER_DEVICE void add_and_stage(const ConvTile& tile, uint32_t n, bool stage) {
+    const bool has_residual = params_.residual != nullptr;
+    float bias[2];
+    load_values(params_.bias, tile, bias);
+    if (has_residual) mbar_wait(&shared_.residual_full[group_], n % 2);
+    group_sync();  // the tile before has left
+    HOPPER_UNROLL
+    for (int i = 0; i < kTilePixels / 16; ++i) {  // 16 channels x 16 pixels
+      uint8_t* const at = staged(i);
+      float* const sums = sums_ + 8 * i;
+      uint32_t residual[4] = {0, 0, 0, 0};
+      if (has_residual) ldmatrix_x4_trans(residual, at);
+      uint32_t pairs[4];
+      HOPPER_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float2 more = unpack_bf16(residual[j]);
+        const float low = sums[2 * j] + bias[j % 2] + more.x;
+        const float high = sums[2 * j + 1] + bias[j % 2] + more.y;
+        if (keep) sums[2 * j] = low;
+        if (keep) sums[2 * j + 1] = high;
+        pairs[j] = pack_bf16(low, high);
+      }
+      if (stage) stmatrix_x4_trans(at, pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+  }
+
+  // Out by TMA, by one thread, which returns when the staging has been read.
+  HOPPER_DEVICE void store_staging(const TensorMap& map, const ConvTile& tile) {
+    fence_proxy_async();
+    group_sync();
+    if (threadIdx.x % 128 == 0) {
+      tma_store_5d(&map, shared_.staging[group_], group_channel<C>(tile, group_), tile.x, tile.y,
+                   group_frame<C>(tile, group_) - params_.phase[tile.phase].first_frame,
+                   tile.batch);
+      tma_store_commit();
+      tma_store_wait_read<0>();
+    }
+  }
+
+  HOPPER_DEVICE void give_staging_back() {
+    if (threadIdx.x % 128 == 0 and params_.residual != nullptr) {
+      mbar_arrive(&shared_.staging_empty[group_]);
+    }
+  }
+
+  // RMS norm over the channels of every pixel and SiLU, from the sums before they are rounded; the
+  // tile itself goes out first if it is wanted.
+  HOPPER_DEVICE void store_normed(const ConvTile& tile, uint32_t n) {
+    const bool has_out = params_.out != nullptr;
+    add_and_stage<true>(tile, n, has_out);
+    if (has_out) store_staging(maps_.out[tile.phase], tile);
+    group_sync();  // from here on the staging is scratch
+    scale_pixels();
+    float weight[2];
+    load_values(params_.next_norm_weight, tile, weight);
+    weight[0] *= 0.5f;
+    weight[1] *= 0.5f;
+    HOPPER_UNROLL
+    for (int i = 0; i < kTilePixels / 16; ++i) {
+      float* const sums = sums_ + 8 * i;
+      uint32_t pairs[4];
+      HOPPER_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float low = sums[2 * j] * weight[j % 2], high = sums[2 * j + 1] * weight[j % 2];
+        pairs[j] = pack_bf16(silu_of_twice(low), silu_of_twice(high));
+      }
+      stmatrix_x4_trans(staged(i), pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+    store_staging(maps_.active[tile.phase], tile);
+    give_staging_back();
+  }
+
+  // Divides the sums of every pixel by their root mean square over the channels.
+  HOPPER_DEVICE void scale_pixels() {
+    float* const squares = scratch(group_);  // of each warp's 16 channels: 4 x 256
+    float* const scales = squares + 4 * kTilePixels;
+    HOPPER_UNROLL
+    for (int i = 0; i < kTilePixels / 32; ++i) {
+      squares[warp_ * kTilePixels + 32 * i + my_pixel_of_32()] = sum_of_squares(sums_ + 16 * i);
+    }
+    channels_sync();
+    HOPPER_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int pixel = threadIdx.x % 128 + 128 * i;
+      float sum = 0.0f;
+      HOPPER_UNROLL
+      for (int part = 0; part < C::kChannels / 16; ++part) {
+        const float* const from = C::kShareWeights ? squares : scratch(part / 4);
+        sum += from[part % 4 * kTilePixels + pixel];
+      }
+      scales[pixel] = 1.0f / sqrtf(sum / params_.out_channels + params_.eps);
+    }
+    group_sync();
+    HOPPER_UNROLL
+    for (int i = 0; i < kTilePixels / 8; ++i) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * i + 2 * (lane_ % 4));
+      sums_[4 * i] *= scale.x;
+      sums_[4 * i + 1] *= scale.y;
+      sums_[4 * i + 2] *= scale.x;
+      sums_[4 * i + 3] *= scale.y;
+    }
+    channels_sync();  // the other group has read this one's squares
+  }
+
+  // Over a warp's 16 channels, of 32 pixels: lanes that hold other channels of the same pixels
+  // exchange halves, so that each ends with one pixel.
+  HOPPER_DEVICE float sum_of_squares(const float* sums) const {
+    float part[8];
+    HOPPER_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const float low = sums[4 * (i / 2) + i % 2], high = sums[4 * (i / 2) + 2 + i % 2];
+      part[i] = low * low + high * high;
+    }
+    HOPPER_UNROLL
+    for (int half = 4; half > 0; half /= 2) {
+      const bool upper = lane_ & (4 * half);
+      HOPPER_UNROLL
+      for (int i = 0; i < half; ++i) {
+        const float sent = upper ? part[i] : part[i + half];
+        part[i] = (upper ? part[i + half] : part[i]) + shfl_xor(sent, 4 * half);
+      }
+    }
+    return part[0];
+  }
+  HOPPER_DEVICE int my_pixel_of_32() const {
+    const int part = lane_ / 4;
+    return part / 2 * 8 + 2 * (lane_ % 4) + part % 2;
+  }
+
+  // 2 x sigmoid(2 x), with one approximation: the epilogue waits for those.
+  static HOPPER_DEVICE float silu_of_twice(float x) { return x + x * tanh_approx(x); }
+
+  HOPPER_DEVICE float* scratch(int group) const {
+    return reinterpret_cast<float*>(shared_.staging[group]);
+  }
+  HOPPER_DEVICE void group_sync() const { bar_sync(kGroupBarrier + group_, 128); }
+  // Between all who hold channels of a pixel.
+  HOPPER_DEVICE void channels_sync() const {
+    if constexpr (C::kShareWeights) {
+      group_sync();
+    } else {
+      bar_sync(kBothGroups, 128 * kGroups);
+    }
+  }
+
+  // For a few channels, or bytes: every thread stores what it has.
+  HOPPER_DEVICE void store_elements(const ConvTile& tile) {
+    float bias[2];
+    load_values(params_.bias, tile, bias);
+    HOPPER_UNROLL
+    for (int i = 0; i < kTilePixels / 2; ++i) {
+      const int half = i / 2 % 2, pixel = 8 * (i / 4) + 2 * (lane_ % 4) + i % 2;
+      const int channel = group_channel<C>(tile, group_) + warp_ * 16 + lane_ / 4 + 8 * half;
+      store_element(tile, tile.x + pixel % kTileWidth, tile.y + pixel / kTileWidth, channel,
+                    sums_[i] + bias[half]);
+    }
+  }
+
+  // Where the product has a row for every tap in space and channel, an output element is the sum of
+  // one row for every tap, shifted by it.
+  HOPPER_DEVICE void add_rows(const ConvTile& tile, const typename C::Schedule& schedule) {
+    const int taps = params_.taps_y * params_.taps_x, channels = params_.out_channels;
+    float* const rows = scratch(group_);
+    // Rows of the product lie 256 floats apart: in banks of their own
+    const auto at = [](int row, int pixel) { return row * kTilePixels + (pixel ^ row % 4 * 8); };
+    group_sync();  // the tile before has been added up
+    HOPPER_UNROLL
+    for (int i = 0; i < kTilePixels / 2; i += 2) {
+      const int row = warp_ * 16 + lane_ / 4 + i / 2 % 2 * 8;
+      const int pixel = 8 * (i / 4) + 2 * (lane_ % 4);
+      if (row < taps * channels) {
+        *reinterpret_cast<float2*>(rows + at(row, pixel)) = {sums_[i], sums_[i + 1]};
+      }
+    }
+    group_sync();
+    const int width = schedule.tile_width();
+    const int elements = width * schedule.tile_height() * channels;
+    for (int i = threadIdx.x % 128; i < elements; i += 128) {
+      const int channel = i % channels, x = i / channels % width, y = i / channels / width;
+      float sum = load_value(params_.bias, channel);
+      for (int tap = 0; tap < taps; ++tap) {
+        const int pixel = (y + tap / params_.taps_x) * kTileWidth + x + tap % params_.taps_x;
+        sum += rows[at(tap * channels + channel, pixel)];
+      }
+      store_element(tile, tile.x + x, tile.y + y, channel, sum);
+    }
+  }
+
+  HOPPER_DEVICE void store_element(const ConvTile& tile, int x, int y, int channel, float value) {
+    const ConvPhase& phase = params_.phase[tile.phase];
+    const int frame = group_frame<C>(tile, group_) - phase.first_frame;
+    if (frame >= phase.frames or channel >= params_.out_channels or x >= params_.width or
+        y >= params_.height) {
+      return;
+    }
+    const int64_t out_frame = static_cast<int64_t>(tile.batch) * params_.out_frames +
+                              phase.out_frame + frame * params_.repeats;
+    const int64_t row =
+        out_frame * params_.height * params_.copies + phase.out_y + y * params_.copies;
+    const int64_t at = (row * params_.width * params_.copies + phase.out_x + x * params_.copies) *
+                           params_.out_channels +
+                       channel;
+    if (params_.pixels) {
+      const float level = rintf(127.5f * value + 127.5f);
+      static_cast<uint8_t*>(params_.out)[at] =
+          static_cast<uint8_t>(fminf(fmaxf(level, 0.0f), 255.0f));
+    } else {
+      static_cast<uint16_t*>(params_.out)[at] = static_cast<uint16_t>(pack_bf16(value, 0.0f));
+    }
+  }
+
+  // By one lane of each warp.
+  HOPPER_DEVICE void release(uint64_t* empty) {
+    if (lane_ == 0) mbar_arrive(empty);
+  }
+
+  typename C::Shared& shared_;
+  const TensorMaps& maps_;
+  const CausalConv3dParams& params_;
+  const int group_, lane_, warp_;
+  uint32_t slabs_ = 0, weights_ = 0;  // counted over all tiles
+  float sums_[kTilePixels / 2];
+};
+
+}  // namespace aapt

@@ -1,0 +1,132 @@
+"""The pages of the proof, from small invented reports, and the files they are made of."""
+
+import dataclasses
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from aapt.checkpoint import load_config, save_config
+from aapt.config import SamplingConfig
+from aapt.generator import BUNDLED
+from aapt.recipes import tiny_world
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"cpu": "a processor", "threads": 1}
+
+
+@pytest.fixture
+def proof(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return import_module("benchmarks.proof")
+
+
+def result(proof, sharpness, **others):
+    """Of two sources, `plain` and `sampled`, the second half as sharp; no theme is known."""
+    fields = {field: 1.0 for _, field, _ in proof.COLUMNS} | {"theme_kept": None}
+    measured = {
+        source: fields | {"sharpness": share * sharpness}
+        for source, share in (("plain", 1), ("sampled", 0.5))
+    }
+    report = {
+        "settings": {"starts": 6, "seconds": 60.0, "seed": 0},
+        "environment": MACHINE,
+        "windows": {window: measured for window in proof.WINDOWS},
+    }
+    return proof.Result(report, **{"minutes": {}, "speeds": {}} | others)
+
+
+@pytest.fixture
+def experiment(proof):
+    sampled = {"sampled": SamplingConfig(8, 6.0, 10.0)}
+    return proof.Experiment("Is it?", {}, tiny_world(), ("plain",), sampled, starts=6)
+
+
+def test_a_page_shows_means_and_distances_over_seeds(proof, experiment):
+    speeds = {"plain": (1, 2.0), "sampled": (16, 40.0)}
+    results = {
+        0: result(proof, 0.8, minutes={"evaluation": 3.0}, speeds=speeds),
+        2: result(proof, 0.6, minutes={"evaluation": 5.0, "plain": 7.0}, speeds=speeds),
+    }
+    text = proof.page(experiment, "small", results)
+    assert text.startswith("# small\n\nIs it?\n")
+    assert "`python benchmarks/proof.py small --run RUN --seeds 0 2`" in text
+    assert "6 held-out worlds of 60 s" in text
+    assert "(a processor, 1 threads): evaluation 4.0 ± 1.0, plain 7.0." in text
+    late = text.partition("## 55-60 s")[2].splitlines()
+    assert late[2].split(" | ")[:3] == ["| ", "latent deviation", "sharpness"]
+    assert late[3] == "|---" * (1 + len(proof.COLUMNS)) + "|"
+    assert late[4].split(" | ")[:3] == ["| plain", "1.00 ± 0.00", "0.70 ± 0.10"]
+    assert late[5].split(" | ")[:3] == ["| sampled", "1.00 ± 0.00", "0.35 ± 0.05"]
+    assert late[4].split(" | ")[5] == "-"
+    assert "| sampled | 16 | 40.0 ± 0.0 |" in text
+    assert "](small-sheet.jpg)" in text and "](small-drift.png)" in text
+
+
+def test_what_is_not_known_is_left_out(proof, experiment):
+    only_one = dataclasses.replace(experiment, samplings={})
+    text = proof.page(only_one, "small", {1: result(proof, 0.8)})
+    assert "CPU minutes" not in text and "forward passes" not in text and "±" not in text
+
+
+def test_the_reading_of_a_page_survives(proof, experiment, tmp_path):
+    pictures, docs = tmp_path / "evaluation", tmp_path / "docs"
+    pictures.mkdir()
+    for name in ("drift.png", "sheet.png"):
+        Image.new("RGB", (8, 6)).save(pictures / name)
+    speeds = {"speeds": {"plain": (1, 2.0), "sampled": (16, 40.0)}}
+    proof.publish(experiment, "small", {0: result(proof, 0.8, **speeds)}, pictures, docs)
+    path, reading = docs / "small.md", "\n## Reading\n\nBy hand.\n\n## More\n"
+    first = path.read_text()
+    assert first == proof.page(experiment, "small", {0: result(proof, 0.8, **speeds)})
+    path.write_text(first + reading)
+    proof.publish(experiment, "small", {0: result(proof, 0.4, **speeds)}, pictures, docs)
+    again = path.read_text()
+    assert again.endswith(reading) and again.count("## Reading") == 1
+    assert "0.40" in again and "0.80" not in again
+    assert {p.name for p in docs.iterdir()} == {"small.md", "small-drift.png", "small-sheet.jpg"}
+    with Image.open(docs / "small-sheet.jpg") as sheet:
+        assert sheet.format == "JPEG" and sheet.size == (8, 6)
+
+
+def test_minutes_add_up_over_calls_that_were_stopped(proof, tmp_path, monkeypatch):
+    clock = iter([0.0, 60.0, 100.0, 130.0])
+    monkeypatch.setattr(proof.os, "times", lambda: (next(clock), 0.0, 0.0, 0.0, 0.0))
+    with pytest.raises(KeyboardInterrupt), proof.counted(tmp_path, "short"):
+        raise KeyboardInterrupt
+    with proof.counted(tmp_path, "short"):
+        pass
+    assert json.loads((tmp_path / "minutes.json").read_text()) == {"short": 1.5}
+
+
+class FakeRun:
+    def __init__(self, out):
+        self.out, self.exported = out, []
+
+    def export(self, stage, folder):
+        self.exported.append(stage)
+        save_config(folder, {"stage": stage, "sampling": None})
+
+
+def test_one_stage_is_sampled_in_several_ways(proof, experiment, tmp_path):
+    run = FakeRun(tmp_path)
+    for _ in range(2):  # a second call finds everything there
+        folders = proof.export(experiment, run)
+    assert run.exported == ["plain", "diffusion"]
+    assert load_config(folders["plain"])["sampling"] is None
+    expected = {"steps": 8, "shift": 6.0, "guidance": 10.0}
+    assert load_config(folders["sampled"]) == {"stage": "diffusion", "sampling": expected}
+
+
+def test_a_frame_of_the_bundled_model_is_one_pass(proof):
+    passes, milliseconds = proof.speed(BUNDLED / "tiny-world", frames=1)
+    assert passes == 1 and milliseconds > 0
+
+
+def test_every_experiment_can_be_made(proof):
+    for name, make in proof.EXPERIMENTS.items():
+        made = make()
+        assert made.question and {*made.variants, *made.beside, *made.samplings}, name
+        assert set(made.beside) <= set(made.recipe.stages)
