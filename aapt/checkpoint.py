@@ -91,7 +91,10 @@ def save_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata)
+        partial.chmod(mode)  # safetensors would let nobody else read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -107,7 +110,11 @@ def load_module(path: Path, module: nn.Module) -> None:
     Raises CheckpointError naming the file and the first tensor that is truncated, missing,
     unexpected or of another shape; the module is then unchanged.
     """
-    tensors = read_tensors(path)
+    fill_module(path, read_tensors(path), module)
+
+
+def fill_module(path: Path, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Fill a module with what was read from `path`; errors as of `load_module`."""
     wanted = module.state_dict()
     for name, tensor in wanted.items():
         if name not in tensors:

@@ -97,8 +97,8 @@ def train(
     The same command goes on after an interruption: a stage whose result is in the folder is not run
     again, and one that was stopped goes on from its last saved state, bit for bit. Each stage's
     folder gets metrics.jsonl and sheets of samples. Under torchrun all ranks train together. The
-    last line printed is the checkpoint's folder, for --model, or that of the stages where a recipe
-    has no autoencoder.
+    last line printed is the checkpoint's folder, for --model. What --latents and --weights were is
+    kept in inputs.json; a run does not go on with others.
 
     The recipes vae-light and wan-light make a light decoder for an autoencoder that there is. The
     checkpoint is then the one of --vae with that decoder.
@@ -134,6 +134,8 @@ def train(
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
+        if gpus and not plan:
+            raise ValueError("gpus: expected --plan with it")
         if plan:
             from .plan import print_plans
 

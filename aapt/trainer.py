@@ -26,7 +26,7 @@ from .optimization import mixed_precision
 from .parallel import Parallel
 from .randomness import ClipRandom
 from .recipes import Recipe, StageConfig
-from .run_inputs import Inputs, claim_inputs
+from .run_inputs import ANY_SET, Inputs, claim_inputs
 from .samples import sample_sheet, to_pixels
 from .stages import Stage
 from .stages.adversarial import Adversarial, AdversarialConfig
@@ -123,9 +123,22 @@ class Run:
         ValueError for clips that are missing or too short, that are not moved by what the model is
         conditioned on or are latents of several autoencoders, and for batches that ranks cannot
         share."""
+        every = {clips for config in self.recipe.stages.values() for clips in config.needs}
+        encoded = sorted(every - set(self.recipe.data))
+        for name in self.inputs.latents:
+            if name not in encoded and not (name == ANY_SET and encoded):
+                raise ValueError(
+                    f"latents: expected clips of {', '.join(encoded) or 'no set'}, which "
+                    f"{self.recipe.name} does not make itself, got {name or 'a folder'}"
+                )
         digests = {}
         for name in self.waiting(stages):
             config = self.recipe.stages[name]
+            for before in {config.start, getattr(config, "judge", None)} - {None, *stages}:
+                if not self.result(before).is_file():
+                    raise ValueError(
+                        f"stage {name}: expected the result of {before} in {self.out}, got none"
+                    )
             for batch in config.batches:
                 self.parallel.clips(batch)
             for clips, needed in config.needs.items():
@@ -167,9 +180,10 @@ class Run:
     def model(self, stage: str | None) -> WorldModel:
         """A new model with the weights that `stage` has made."""
         model = WorldModel(self.recipe.model, self.recipe.camera)
-        path = self.inputs.weights if stage is None else self.result(stage)
-        if path is not None:
-            load_module(path, model)
+        if stage is not None:
+            load_module(self.result(stage), model)
+        elif self.inputs.weights is not None:
+            model.load_start(self.inputs.weights)
         return model
 
     def run(self, stage: str) -> None:

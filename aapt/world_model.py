@@ -1,10 +1,12 @@
 """A transformer with what turns prompts and controls into its inputs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .checkpoint import fill_module, read_tensors
 from .conditioning import camera_rays, control_rays
 from .config import CameraConfig, ModelConfig
 from .model import VideoTransformer
@@ -34,6 +36,22 @@ class WorldModel(nn.Module):
         self.camera = camera
         self.transformer = VideoTransformer(config)
         self.text_encoder = ByteTextEncoder(config.text_tokens, config.text_width)
+
+    def load_start(self, path: Path) -> None:
+        """Fill the model with weights to train on from. A model with fewer condition channels will
+        do: the others stay as they were initialised, which is not zero (SPEC 10).
+
+        Raises CheckpointError as `load_module` does.
+        """
+        name, area = "transformer.video_in.weight", self.config.patch**2
+        tensors, whole = read_tensors(path), self.state_dict()[name].clone()
+        given = tensors.get(name, whole)
+        if given.dim() == 2 and given.shape[0] == len(whole) and given.shape[1] % area == 0:
+            channels = given.shape[1] // area  # of a pixel: noise, recycled frame, conditions
+            if 2 * self.config.latent_channels <= channels < self.config.input_channels:
+                whole.unflatten(1, (area, -1))[..., :channels] = given.unflatten(1, (area, -1))
+                tensors[name] = whole
+        fill_module(path, tensors, self)
 
     def conditions(
         self, motion: Tensor | None, prompts: Sequence[str], size: Sequence[int]

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import file_digest, save_config, write_json
+from ..checkpoint import file_digest, save_config, save_tensors, write_json
 from ..conditioning import camera_rays, through_lens
 from ..config import CameraConfig
 from ..vae import CausalVAE
@@ -128,7 +125,7 @@ def encode(
             folder.write(bucket, shards[bucket], report)
         folder.complete = True
         return folder.save()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise EncodeError(f"{error}; {folder.contents()}") from None
 
 
@@ -190,19 +187,9 @@ class Shard:
             raise EncodeError(f"{source}: the VAE's latents are not finite in float16")
         return latent
 
-    def write(self, path: Path, like: Path) -> None:
-        """Whole or not at all, and readable by those who may read `like`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+    def write(self, path: Path) -> None:
         stacked = {name: torch.stack(tensors) for name, tensors in self.tensors.items()}
-        try:
-            save_file(stacked, partial, metadata={"clips": json.dumps(self.clips)})
-            shutil.copymode(like, partial)  # safetensors lets nobody else read
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_tensors(path, stacked, {"clips": json.dumps(self.clips)})
 
 
 def _ray_squares(clip: RawClip, height: int, width: int) -> Tensor:
@@ -304,8 +291,8 @@ class ShardFolder:
     def write(self, bucket: str, shard: Shard, report: Callable[[str], None]) -> None:
         shards = self.shards.get(bucket, [])
         name = f"{bucket}/{len(shards):05d}.safetensors"
-        shard.write(self.out / name, like=self.out / INDEX)
         path = self.out / name
+        shard.write(path)
         entry = {"file": name, "clips": len(shard.clips), "bytes": path.stat().st_size}
         entry["sha256"] = file_digest(path)
         if self.encoding["motion"] == "camera":

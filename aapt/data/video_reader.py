@@ -1,5 +1,6 @@
 """Video files as upright RGB pictures at an even rate, whatever their codec, rate or clock."""
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -75,6 +76,11 @@ def pictures(file: BinaryIO) -> Iterator[Picture]:
                     last = Picture(index, time - start, frame, aspect, scaler)
                     yield last
     except av.FFmpegError as error:
+        raise Skipped("cannot be decoded", f"{_after(last)}: {error.strerror}") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Not the disk: what the file says sent FFmpeg to before its start, as in an empty one.
         raise Skipped("cannot be decoded", f"{_after(last)}: {error.strerror}") from None
     if last is None:
         raise Skipped("no video", "the video stream has no pictures")

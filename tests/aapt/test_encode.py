@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from aapt import cli, cli_train
+from aapt import checkpoint, cli, cli_train
 from aapt.data import clip_reader, encode
 from aapt.data.buckets import Bucket
 from aapt.data.clip_reader import CutConfig
@@ -110,6 +110,7 @@ def test_latents_are_those_of_the_clips(whole, videos, vae):
         with safe_open(path, "pt") as shard:
             about += json.loads(shard.metadata()["clips"])
         assert path.stat().st_mode & stat.S_IROTH == (whole / "index.json").stat().st_mode & 4
+    assert (whole / "vae.safetensors").stat().st_mode == (whole / "index.json").stat().st_mode
     latents = torch.cat(latents)
     assert latents.dtype == torch.float16 and latents.shape == (6, 16, 3, 2, 4)
     for clip, latent, facts in zip(found, latents, about, strict=True):
@@ -222,16 +223,16 @@ def test_another_job_does_not_go_into_the_folder(whole, videos, vae, tmp_path):
 
 
 def test_a_full_disk_leaves_whole_shards(whole, videos, vae, tmp_path, monkeypatch):
-    out, save, saved = tmp_path / "out", encode.save_file, []
+    out, save, saved = tmp_path / "out", checkpoint.save_file, []
 
     def full(tensors, path, metadata):
         saved.append(path)
-        if len(saved) == 3:
+        if len(saved) == 4:  # the VAE is the first
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(encode, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(encode.EncodeError) as error:
         run(videos, vae, out)
     assert "No space left on device" in str(error.value)
@@ -373,10 +374,10 @@ def test_the_command_says_what_is_wrong(command, videos, whole, tmp_path, capsys
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(encode, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     assert command(videos, "--out", tmp_path / "full", "--seconds", 0.3) == 1
     said = capsys.readouterr().err
-    assert "No space left" in said and said.endswith("whole shards; the same command goes on\n")
+    assert "No space left" in said and said.endswith("; the same command goes on\n")
 
 
 def test_ctrl_c_ends_the_command_between_clips(command, videos, whole, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """From a folder of videos to a checkpoint that streams, and runs that are given something else."""
 
+import dataclasses
 import json
 import shutil
 
@@ -17,7 +18,7 @@ from aapt.data.clip_reader import CutConfig
 from aapt.data.encode import encode
 from aapt.data.latent_shards import LatentShards, Mixture
 from aapt.optimization import Schedule
-from aapt.recipes import RECIPES, Recipe
+from aapt.recipes import RECIPES, Recipe, tiny_world
 from aapt.run_inputs import ANY_SET, Inputs
 from aapt.stages.adversarial import AdversarialConfig
 from aapt.stages.diffusion_adaptation import DiffusionConfig
@@ -139,10 +140,7 @@ def test_the_checkpoint_is_played_by_the_command(trained, tmp_path, capsys):
 
 
 def test_a_model_that_skeletons_drive(latents, tmp_path):
-    for name in ("index.json", "config.json", "vae.safetensors", "videos.jsonl"):
-        (tmp_path / "l").mkdir(exist_ok=True)
-        shutil.copy(latents / name, tmp_path / "l" / name)
-    posed = recipe(model=ModelConfig(**{**MODEL.__dict__, "condition_channels": 16}))
+    posed = recipe(model=dataclasses.replace(MODEL, condition_channels=16))
     with pytest.raises(ValueError, match="expected clips with pose motion, got none"):
         train(tmp_path / "run", latents, made=posed)
     generator = StreamingGenerator(WorldModel(posed.model, None), vae(), height=32, width=48)
@@ -209,6 +207,41 @@ def test_latents_of_two_autoencoders_never_mix(latents, tmp_path):
     with pytest.raises(ValueError, match="latents: expected those of one autoencoder for 48x32, "):
         train(tmp_path / "run", {"48x32": [other], ANY_SET: [latents]})
     assert not (tmp_path / "run").exists()
+
+
+def test_latents_that_no_stage_asks_for(latents, tmp_path):
+    for given, got in (({"64x64": [latents]}, "64x64"), ({ANY_SET: [latents], "a": []}, "a")):
+        message = f"latents: expected clips of 32x16, 48x32, 96x64, which .*, got {got}"
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "run", given)
+    with pytest.raises(ValueError, match="expected clips of no set, which tiny-world .* a folder"):
+        train(tmp_path / "run", latents, made=tiny_world())
+
+
+def test_a_stage_without_the_one_before(latents, tmp_path):
+    with pytest.raises(ValueError, match="adversarial: expected the result of diffusion in .*/run"):
+        train(tmp_path / "run", latents, stages=["adversarial"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_conditions_starts_from_one_without(tmp_path):
+    """What it makes of a condition that is zero is what the other made (SPEC 10)."""
+    torch.manual_seed(0)
+    before = WorldModel(MODEL, None)
+    for parameter in before.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_module(tmp_path / "before.safetensors", before)
+    posed = WorldModel(dataclasses.replace(MODEL, condition_channels=16), None)
+    posed.load_start(tmp_path / "before.safetensors")
+    x, recycled, condition = torch.randn(3, 1, 16, 2, 4, 6)
+    words, time = posed.text_encoder(["ab"]), torch.ones(1)
+    expected = before.transformer(x, recycled, None, *words, time)
+    made = posed.transformer(x, recycled, torch.zeros_like(condition), *words, time)
+    torch.testing.assert_close(made, expected)
+    assert not torch.allclose(posed.transformer(x, recycled, condition, *words, time), expected)
+    with pytest.raises(CheckpointError, match=r"video_in.weight: expected \(32, 128\), got"):
+        save_module(tmp_path / "posed.safetensors", posed)
+        before.load_start(tmp_path / "posed.safetensors")
 
 
 def test_weights_that_are_not_there(latents, tmp_path):

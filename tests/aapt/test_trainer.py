@@ -1,8 +1,12 @@
 """A whole recipe, small: from rendered clips to a checkpoint that streams."""
 
 import dataclasses
+import importlib
+import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +140,44 @@ def test_ranks_train_together(trained, tmp_path):
     assert (tmp_path / "adversarial" / "samples-2.png").is_file()
     assert (tmp_path / "adversarial" / "discriminator.safetensors").is_file()
     StreamingGenerator.from_pretrained(tmp_path / "tiny-world")
+
+
+def killed(out: Path, stage: str, at: str, count: int) -> None:
+    """Runs a stage and dies when it calls a function of `os` or of the loop, the n-th time."""
+    module, _, name = at.rpartition(".")
+    module, calls = importlib.import_module(module), itertools.count(1)
+    real = getattr(module, name)
+
+    def deadly(*arguments, **options):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(module, name, deadly)
+    habits = Habits(save_every=1, sample_every=None)
+    run(small_recipe(), out, [stage], workers=1, habits=habits, report=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "at", "count", "states"),
+    [
+        ("clips", "os.replace", 1, 0),  # the tensors are written and not yet in their place
+        ("decoder", "aapt.training_loop.parts", 2, 1),  # within an update
+        ("decoder", "os.replace", 1, 1),
+    ],
+)
+def test_a_preparation_that_was_killed_goes_on(trained, tmp_path, stage, at, count, states):
+    """To the very same bytes, with nothing half written under a result's name."""
+    for name in ("recipe.json", "encoder/weights.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(trained[0] / name, tmp_path / name)
+    assert ranks.run(1, killed, tmp_path, stage, at, count) == [signal.SIGKILL]
+    result = tmp_path / stage / "weights.safetensors"
+    assert not result.exists()
+    assert len(list(tmp_path.glob("*/states/step-*"))) == states
+    run(small_recipe(), tmp_path, [stage], workers=1, report=lambda line: None)
+    assert result.read_bytes() == (trained[0] / stage / "weights.safetensors").read_bytes()
+    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / stage / "states").exists()
 
 
 def test_a_recipe_of_before_a_new_field_still_fits(trained):
