@@ -1,5 +1,6 @@
 """The streaming generator: a first frame and controls in, four video frames per step out."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -51,6 +52,7 @@ class StreamingGenerator:
         self.themes = tuple(prompts)
         self._sample = sample
         self.sampling = sampling
+        self._idle_decoders: list[DecoderStream] = []
         factor = vae.config.space_factor
         granularity = factor * model.config.patch
         if height % granularity or width % granularity:
@@ -191,6 +193,15 @@ class StreamingGenerator:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
         return Stream(self, first_frame, prompt, seed, recache)
 
+    def _borrow_decoder(self, stream: "Stream", shape: Sequence[int]) -> DecoderStream:
+        """A decoder for as long as `stream` lives: one that an earlier stream has left if there is,
+        for a new one captures two CUDA graphs."""
+        decoder = self._idle_decoders.pop() if self._idle_decoders else None
+        decoder = decoder or DecoderStream(self.vae, shape)
+        decoder.reset()
+        weakref.finalize(stream, self._idle_decoders.append, decoder).atexit = False
+        return decoder
+
 
 class Stream:
     """One video being made. Streams of one generator share nothing but weights."""
@@ -208,7 +219,7 @@ class Stream:
         model, device = generator.model, generator.device
         self._random = torch.Generator(device).manual_seed(seed)
         latent = generator.encode(first_frame[None])[None]
-        self._decoder = DecoderStream(generator.vae, latent.shape)
+        self._decoder = generator._borrow_decoder(self, latent.shape)
         self.first_frame = to_array(self._decoder.decode(latent))
         latent = latent.to(model.transformer.video_in.weight.dtype)
         self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent, recache)

@@ -303,8 +303,8 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
         "",
         f"`python benchmarks/proof.py {name} --run RUN --seeds {seeds}`, RUN a folder of "
         f"`aapt train tiny-world`. {settings['starts']} held-out worlds of "
-        f"{settings['seconds']:g} s for each seed. Means over seeds, with the largest distance of "
-        "a seed from them.",
+        f"{settings['seconds']:g} s for each seed, all through the recipe's original decoder."
+        + (" Means over seeds ± the largest distance of a seed." if len(results) > 1 else ""),
     ]
     parts = dict.fromkeys(part for result in results.values() for part in result.minutes)
     if parts:
@@ -312,7 +312,7 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
             part: [r.minutes[part] for r in results.values() if part in r.minutes] for part in parts
         }
         shown = ", ".join(f"{part} {spread(minutes, '{:.1f}')}" for part, minutes in taken.items())
-        lines += ["", f"CPU minutes ({machine['cpu']}, {machine['threads']} threads): {shown}."]
+        lines += ["", f"CPU minutes ({machine['cpu']}, threads: {machine['threads']}): {shown}."]
     sources = (*experiment.beside, *experiment.variants, *experiment.samplings)
     for window in WINDOWS:
         lines += ["", f"## {window}", "", *heading(title for title, _, _ in COLUMNS)]

@@ -25,7 +25,7 @@ def capture(
                 function()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = function()
 
     def replay() -> Tensor:
@@ -60,7 +60,9 @@ class DecoderStream:
             )
         self.vae = vae
         self.frames = 0  # latent frames decoded since the start
-        with torch.inference_mode(False):  # or nothing outside of it could write to the buffers
+        # Without inference mode, or nothing outside of it could write to the buffers; leaving it
+        # turns gradients on.
+        with torch.inference_mode(False), torch.no_grad():
             self._latent = vae.latent_mean.new_zeros(tuple(shape))
             _, state = vae.decode_frame(self._latent, pixels=True)
             self._state = tuple(torch.empty_like(part) for part in state)

@@ -103,8 +103,11 @@ def causal_conv3d(
 
 def fuses_next_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether `next_norm_weight` is cheaper than a norm in front of the next convolution: the
-    kernel that takes x norms in its epilogue, and there is no gradient to compute."""
+    kernel that takes x norms in its epilogue, and there is no gradient to compute. Never under
+    autocast, where the kernel is chosen by another dtype than that of x."""
     out_channels = weight.shape[0]
+    if torch.is_autocast_enabled(x.device.type):
+        return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     if out_channels > MAX_NORMED_CHANNELS or out_channels % 8:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+MAX_KEPT = 16  # of one weight: a CPU packs for every size of picture
+
 
 class Packed(NamedTuple):
     tensor: Tensor
@@ -18,11 +20,11 @@ class Packed(NamedTuple):
 class PackedWeights:
     """`pack(weight, *options)`, remembered for frozen weights as long as they live.
 
-    A weight that changes in place (load_state_dict, an optimiser) is packed again when it is next
-    used, to the same address, which CUDA graphs may hold: from then on they replay with the new
-    weights. Changes that autograd does not count, through `.data`, are not seen. A weight that
-    requires a gradient is packed in every call: it is about to change, and sharding does that
-    uncounted.
+    A weight that changes in place (load_state_dict, an optimiser) is packed again in the next call
+    outside of CUDA graphs, to the same address: graphs that hold it replay with the old weights
+    until then, and with the new ones after. Changes that autograd does not count, through `.data`,
+    are not seen. A weight that requires a gradient is packed in every call: it is about to change,
+    and sharding does that uncounted. Of one weight the `MAX_KEPT` newest are kept.
 
     Capture a CUDA graph after a call outside of it: what a capture has to pack itself belongs to
     the graph and is packed in every replay.
@@ -40,13 +42,17 @@ class PackedWeights:
         before = of_weight.get(options)
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         if before is None or before.version != version:
-            tensor = self._pack(weight, *options)
+            # A tensor of inference mode could not be written to outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                tensor = self._pack(weight, *options)
             if capturing:
                 return tensor
             if before is not None and like(tensor, before.tensor):
                 tensor = before.tensor.copy_(tensor)
             before = Packed(tensor, version, *mark(tensor))
-            self._packed[weight] = of_weight | {options: before}
+            of_weight = {key: kept for key, kept in of_weight.items() if key != options}
+            newest = list(of_weight.items())[1 - MAX_KEPT :]
+            self._packed[weight] = dict([*newest, (options, before)])
         elif before.ready is not None and not capturing:  # a capture begins with all work done
             stream = torch.cuda.current_stream(weight.device)
             if stream != before.stream:

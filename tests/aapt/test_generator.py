@@ -1,6 +1,7 @@
 """Streams: seeds, isolation, prompts, memory, and checkpoints that cannot be used."""
 
 import dataclasses
+import gc
 import json
 import resource
 
@@ -86,6 +87,20 @@ def test_streams_never_touch_each_other(generator, picture):
     for index in range(2):
         frames = np.concatenate([pair[index] for pair in together])
         assert np.array_equal(frames, alone[index])
+
+
+def test_a_stream_takes_over_what_one_that_ended_has_left(generator, picture):
+    frames, decoders = [], []
+    for _ in range(2):
+        stream = generator.open(picture, "a desert", seed=3)
+        other = generator.open(picture, "a desert", seed=4)
+        other.step(Control(yaw=1.0))
+        frames.append([stream.first_frame, *(stream.step(Control(forward=1.0)) for _ in range(3))])
+        decoders.append({id(stream._decoder), id(other._decoder)})
+        del stream, other
+        gc.collect()
+    assert decoders[0] == decoders[1] and len(decoders[0]) == 2
+    assert np.array_equal(np.concatenate(frames[0]), np.concatenate(frames[1]))
 
 
 def test_streaming_decode_equals_whole_clip(generator, picture):

@@ -132,6 +132,21 @@ def test_other_shapes_are_refused_and_change_nothing(replays):
     assert torch.equal(torch.cat([first, second], dim=2), expected(vae, latents))
 
 
+def test_nothing_has_a_gradient_where_graphs_are_captured(monkeypatch):
+    seen = []
+
+    def capture(function, device, pool=None):
+        seen.append(torch.is_grad_enabled())
+        return function
+
+    monkeypatch.setattr(stream, "capture", capture)
+    vae = make_vae(CONFIGS["tiny"]).requires_grad_(True)
+    DecoderStream(vae, (1, 16, 1, 3, 4))
+    with torch.inference_mode():
+        DecoderStream(vae, (1, 16, 1, 3, 4))
+    assert seen == [False] * 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["light", "wan", "tiny"])

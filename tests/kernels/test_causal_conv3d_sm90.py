@@ -10,7 +10,7 @@ import torch
 
 from aapt_kernels import causal_conv3d, use_backend
 from aapt_kernels.backend import BackendError
-from aapt_kernels.causal_conv3d import ref, sm90
+from aapt_kernels.causal_conv3d import fuses_next_norm, ref, sm90
 from aapt_kernels.causal_conv3d.cases import ABSENT, ACTIVE, Case, make_inputs
 from aapt_kernels.testing import assert_error_ratio
 
@@ -320,3 +320,11 @@ def test_limits_name_themselves(kernel, change, words):
 def test_sweep(kernel, schedule, case, seed):
     schedule(multiprocessors=(1, 4, 9, 17)[seed], seed=seed, tma=seed % 3, wgmma=seed % 2 * 2)
     check(case, kernel, seed)
+
+
+def test_autocast_hides_the_dtype_that_a_kernel_would_take(kernel):
+    """The op casts before it chooses, so nobody can say whether that kernel norms."""
+    weight = torch.zeros(64, 64, 1, 1, 1)
+    x = torch.zeros(1, 64, 1, 2, 2).to(memory_format=LAST)
+    with torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
+        assert not fuses_next_norm(x, weight)
