@@ -121,15 +121,17 @@ def claim(folder: Path, recipe: dict) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, ours)
         return None
-    theirs = json.loads(path.read_text())
-    for part, value in ours.items():
-        if not _fits(value, theirs.get(part, value)):
-            return f"{path}: {part}: expected {value}, got {theirs[part]}"
+    said = _difference(ours, json.loads(path.read_text()))
+    return said and f"{path}: {said}"
+
+
+def _difference(ours, theirs, part: str = "") -> str | None:
+    """The first part in which a recipe differs from what the stored one says of it."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return None if ours == theirs else f"{part}: expected {ours}, got {theirs}"
+    for key, value in theirs.items():
+        name = f"{part}.{key}" if part else key
+        said = _difference(ours[key], value, name) if key in ours else f"{name}: not expected"
+        if said:
+            return said
     return None
-
-
-def _fits(ours, theirs) -> bool:
-    """Whether two recipes agree in everything that the stored one says."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return all(key in ours and _fits(ours[key], theirs[key]) for key in theirs)
-    return ours == theirs
