@@ -184,6 +184,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"
+SHEET_WIDTH = 960
 WINDOWS = ("4-6 s", "55-60 s")
 COLUMNS = (
     ("latent deviation", "latent_deviation", "{:.2f}"),
@@ -356,6 +357,7 @@ def publish(
     path.write_text(page(experiment, name, results) + mark + reading)
     shutil.copyfile(out / "drift.png", docs / f"{name}-drift.png")
     with Image.open(out / "sheet.png") as sheet:
+        sheet.thumbnail((SHEET_WIDTH, sheet.height))
         sheet.save(docs / f"{name}-sheet.jpg")
 
 

@@ -54,7 +54,7 @@ def test_a_page_shows_means_and_distances_over_seeds(proof, experiment):
     assert text.startswith("# small\n\nIs it?\n")
     assert "`python benchmarks/proof.py small --run RUN --seeds 0 2`" in text
     assert "6 held-out worlds of 60 s" in text
-    assert "(a processor, 1 threads): evaluation 4.0 ± 1.0, plain 7.0." in text
+    assert "(a processor, threads: 1): evaluation 4.0 ± 1.0, plain 7.0." in text
     late = text.partition("## 55-60 s")[2].splitlines()
     assert late[2].split(" | ")[:3] == ["| ", "latent deviation", "sharpness"]
     assert late[3] == "|---" * (1 + len(proof.COLUMNS)) + "|"
