@@ -1,6 +1,5 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from .data.clips import ClipBatch, Clips
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES
 from .discriminator import Discriminator
+from .media import fit_image, load_image
 from .optimization import mixed_precision
 from .parallel import Parallel
 from .randomness import ClipRandom
@@ -332,18 +332,19 @@ class Run:
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
         pixels = model.patch * VAEConfig(**vaes[LIGHT]).space_factor
-        rows, columns = model.reference_grid
+        height, width = (pixels * tokens for tokens in model.reference_grid)
+        prompt = self.export_sample(stage, folder, height, width)
         save_config(
             folder,
             {
                 "name": recipe.name,
                 "stage": stage,
                 "sampling": sampling,
-                "height": rows * pixels,
-                "width": columns * pixels,
+                "height": height,
+                "width": width,
                 "fps": 24,
                 "prompts": [theme.prompts[0] for theme in THEMES] if recipe.data else [],
-                "sample": {"image": SAMPLE_IMAGE.name, "prompt": self.export_sample(stage, folder)},
+                "sample": {"image": SAMPLE_IMAGE.name, "prompt": prompt},
                 "model": asdict(model),
                 "camera": recipe.camera and asdict(recipe.camera),
                 **vaes,
@@ -351,17 +352,19 @@ class Run:
         )
         return folder
 
-    def export_sample(self, stage: str, folder: Path) -> str:
-        """A picture to start from; returns its prompt. Of the user's videos, a clip's first."""
-        path = folder / SAMPLE_IMAGE.name
+    def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
+        """A picture to start from, of the checkpoint's size; returns its prompt. Of the user's
+        videos, a clip's first."""
         if self.recipe.data:
-            shutil.copyfile(SAMPLE_IMAGE, path)
-            return SAMPLE_PROMPT
-        batch, vae = self.shown(stage)
-        with torch.no_grad():
-            video = vae.decode(batch.latents[:1, :, :1])
-        Image.fromarray(to_pixels(video)[0, 0].numpy()).save(path)
-        return batch.prompts[0]
+            picture, prompt = load_image(SAMPLE_IMAGE), SAMPLE_PROMPT
+        else:
+            batch, vae = self.shown(stage)
+            with torch.no_grad():
+                video = vae.decode(batch.latents[:1, :, :1])
+            picture, prompt = Image.fromarray(to_pixels(video)[0, 0].numpy()), batch.prompts[0]
+        pixels, _ = fit_image(picture, height, width)
+        Image.fromarray(pixels).save(folder / SAMPLE_IMAGE.name)
+        return prompt
 
     def export_vae(self, stage: str, folder: Path) -> dict[str, dict]:
         """The autoencoder, and the original one beside it if its decoder is a light one; returns
