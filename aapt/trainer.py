@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import light_vae
 from .checkpoint import (
+    load_config,
     load_module,
     read_tensors,
     save_config,
@@ -272,7 +273,8 @@ class Run:
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
         """From stage 1 with new logit heads, or the one that an adversarial stage has trained."""
         if isinstance(self.recipe.stages[config.judge], AdversarialConfig):
-            judge = Discriminator(self.model(None), config.judgement)
+            world = WorldModel(self.recipe.model, self.recipe.camera)
+            judge = Discriminator(world, config.judgement)
             load_module(self.out / config.judge / DISCRIMINATOR, judge)
             return judge
         return Discriminator(self.model(config.judge), config.judgement)
@@ -352,6 +354,16 @@ class Run:
         )
         return folder
 
+    def exported(self, stage: str) -> bool:
+        """Whether the checkpoint is that of `stage` and newer than every result: its configuration
+        is written last."""
+        folder = self.out / self.recipe.name
+        config = folder / "config.json"
+        if not config.is_file() or load_config(folder).get("stage") != stage:
+            return False
+        results = filter(Path.is_file, map(self.result, stage_names(self.recipe)))
+        return config.stat().st_mtime >= max(result.stat().st_mtime for result in results)
+
     def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
         """A picture to start from, of the checkpoint's size; returns its prompt. Of the user's
         videos, a clip's first."""
@@ -384,7 +396,8 @@ def run(
     **options,
 ) -> Path:
     """Run `stages` of a recipe in `out`, all unless given, skipping those already done, and export
-    a checkpoint of the last generator there is. `options`: of `Run`. Every rank calls it.
+    a checkpoint of the last generator there is, unless that is done too. `options`: of `Run`. Every
+    rank calls it.
 
     Returns the checkpoint's folder. Raises TrainingError when a metric or a gradient is not
     finite, ValueError for an unknown stage or a folder that holds another recipe.
@@ -405,7 +418,7 @@ def run(
         run_.run(stage)
         report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
     done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
-    if done and run_.parallel.main:
+    if done and run_.parallel.main and not run_.exported(done[-1]):
         run_.export(done[-1])
     run_.parallel.wait()
     return out / recipe.name if done else out

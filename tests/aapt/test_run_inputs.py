@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -183,6 +184,19 @@ def test_a_run_keeps_its_inputs(latents, tmp_path):
     train(out, {"32x16": [moved]}, stages=["adversarial"])  # no stage needs the others any more
     kept = json.loads((out / "inputs.json").read_text())
     assert kept["weights"]["file"] == str(weights) and len(kept["latents"]) == 3
+
+
+def test_a_finished_run_needs_no_inputs(trained, latents):
+    """Unless its checkpoint is older than a result, or not whole."""
+    out, config = trained.parent, trained / "config.json"
+    assert train(out, {}) == trained
+    os.utime(config, (0, 0))
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 32x16"):
+        train(out, {})
+    config.unlink()
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 32x16"):
+        train(out, {})
+    assert train(out, latents) == trained and config.is_file()
 
 
 def test_sets_in_several_folders(latents, tmp_path):

@@ -21,6 +21,7 @@ from aapt.curriculum import constant
 from aapt.optimization import Schedule
 from aapt.parallel import Parallel
 from aapt.recipes import tiny_world
+from aapt.run_inputs import Inputs
 from aapt.trainer import Run, run, stage_names
 from aapt.training_loop import Habits, TrainingError
 
@@ -196,7 +197,8 @@ def test_an_extension_goes_on_with_its_discriminator(trained, tmp_path):
     first = recipe.stages["adversarial"]
     again = dataclasses.replace(first, start="adversarial", judge="adversarial")
     recipe = dataclasses.replace(recipe, stages={**recipe.stages, "extension": again})
-    made = Run(recipe, trained[0])
+    start = Inputs(weights=tmp_path / "none.safetensors")  # not for a discriminator that there is
+    made = Run(recipe, trained[0], inputs=start)
     kept = read_tensors(trained[0] / "adversarial" / "discriminator.safetensors")
     judge = made.stage(again).discriminator.state_dict()
     assert all(torch.equal(judge[name], tensor) for name, tensor in kept.items())
