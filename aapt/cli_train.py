@@ -295,14 +295,13 @@ def encode(
 def _autoencoder(model: str):
     """The VAE of a model with the model's size, frames per second and latent pixels along a token's
     side; of one that stands alone the size is None, the others are the paper's."""
-    from .checkpoint import load_config
+    from .checkpoint import find_checkpoint, load_config
     from .config import ModelConfig
     from .vae.wan_weights import WEIGHTS
-    from .vae_folder import find_checkpoint, load_vae
+    from .vae_folder import load_vae
 
     folder = find_checkpoint(model)
-    ours = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file()
-    if folder.is_dir() and not (ours and "model" in load_config(folder)):
+    if (folder / WEIGHTS).is_file() or "model" not in load_config(folder):
         return load_vae(model), None, 24, ModelConfig.patch
     generator = load(model)
     size = f"{generator.width}x{generator.height}"

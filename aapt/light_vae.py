@@ -89,7 +89,7 @@ def run(
         )
         light = train_light(stage, data, out / STAGE, recipe.seed, parallel, habits)
         report(f"{STAGE}: {(time.perf_counter() - start) / 60:.1f} min")
-    return with_light_decoder(source, light, original, out / recipe.name, recipe.name)
+    return with_light_decoder(source, light, original, out / recipe.name)
 
 
 def new_light(config: LightDecoderConfig, original: CausalVAE) -> CausalVAE:

@@ -190,7 +190,7 @@ def test_wan(movies, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vae": "nowhere"}, "nowhere: expected a checkpoint folder with config.json"),
+        ({"vae": "nowhere"}, "nowhere: expected a checkpoint folder or one of tiny-world"),
         ({"videos": "nowhere"}, "videos: expected a folder, a .tar or a video, got nowhere"),
         ({"perceptual": "nowhere"}, "perceptual: expected a TorchScript file, got nowhere"),
         ({"recipe": small_recipe(shape=tiny())}, r"encoder_channels: expected \(4, 8, 8\)"),
@@ -233,6 +233,10 @@ def test_weights_that_do_not_fit(folder, tmp_path):
     save_config(broken, {"name": "nothing"})
     with pytest.raises(CheckpointError, match="config.json: expected key 'vae'"):
         load_vae(broken)
+    (broken / "config.json").unlink()
+    for of in (load_vae, StreamingGenerator.from_pretrained):
+        with pytest.raises(CheckpointError, match="broken: expected a checkpoint folder or one of"):
+            of(broken)
 
 
 def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
