@@ -140,10 +140,12 @@ def _clips(
 ) -> VideoClips:
     data = recipe.data
     if videos is None:
-        return VideoClips(clip.video for clip in render_clips(data, workers, data.video_clips))
+        rendered = render_clips(data, workers, data.video_clips)
+        return VideoClips((clip.video for clip in rendered), data.video_clips)
     frames = 4 * data.latent_frames - 3
     size = Bucket(data.width, data.height)
-    clips = VideoClips(video_clips(videos, size, frames, data.video_clips, report=report))
+    count = data.video_clips
+    clips = VideoClips(video_clips(videos, size, frames, count, report=report), count)
     report(f"{videos}: {len(clips.videos)} clips of {frames} frames, {size}")
     return clips
 

@@ -1,7 +1,7 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from .stages.light_decoder import LightDecoderTraining
 from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 from .training_loop import Habits, claim, drop_states, train
 from .vae import CausalVAE, VAEConfig
-from .vae_folder import LIGHT, ORIGINAL, save_vaes
+from .vae_folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from .world_model import WorldModel
 
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
@@ -202,7 +202,7 @@ class Run:
             save_module(self.result(stage), self.fit_encoder())
         elif stage == "decoder":
             config, folder = self.recipe.decoder, self.out / stage
-            data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
+            data = self.videos(self.recipe.data[config.clips].video_clips)
             alone = Parallel.single(self.parallel.device)
             decoder = DecoderTraining(config, self.vae("encoder").to(alone.device))
             given = {"seed": self.recipe.seed, "parallel": alone}
@@ -220,21 +220,21 @@ class Run:
         config, alone = self.recipe.light_decoder, Parallel.single(self.parallel.device)
         original = self.vae("decoder").to(alone.device)
         stage = LightDecoderTraining(config, original, light_vae.new_light(config, original))
-        data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
+        data = self.videos(self.recipe.data[config.clips].video_clips)
         folder = self.out / light_vae.STAGE
         light_vae.train_light(stage, data, folder, self.recipe.seed, alone, self.habits)
 
     def fit_encoder(self) -> CausalVAE:
         """A linear encoder in closed form, and the scale of its latents."""
-        data = VideoClips(self.videos(FIT_CLIPS))
+        data = self.videos(FIT_CLIPS)
         vae = CausalVAE(self.recipe.vae)
         vae.linear.fit(to_video(data.videos))
         measure_latents(vae, (to_video(video[None]) for video in data.videos))
         return vae
 
-    def videos(self, count: int) -> Iterator[Tensor]:
+    def videos(self, count: int) -> VideoClips:
         clips = render_clips(self.recipe.data[self.recipe.decoder.clips], self.workers, count)
-        return (clip.video for clip in clips)
+        return VideoClips((clip.video for clip in clips), count)
 
     def train(self, name: str) -> None:
         """Train one generator, on all ranks together."""
@@ -380,11 +380,12 @@ class Run:
 
     def export_vae(self, stage: str, folder: Path) -> dict[str, dict]:
         """The autoencoder, and the original one beside it if its decoder is a light one; returns
-        what `config.json` says of them."""
+        what `config.json` says of them. One that was given stays bit for bit."""
         vaes = {LIGHT: self.autoencoder(next(iter(self.recipe.stages[stage].needs)))}
         if self.result(light_vae.STAGE).is_file():
             vaes[ORIGINAL] = self.vae("decoder")
-        return save_vaes(folder, vaes, torch.bfloat16)
+        dtype = torch.bfloat16 if self.recipe.vae else lossless_dtype(vaes[LIGHT])
+        return save_vaes(folder, vaes, dtype)
 
 
 def run(

@@ -43,6 +43,13 @@ def load_vae(name: str | Path, part: str = LIGHT) -> CausalVAE:
     return vae
 
 
+def lossless_dtype(vae: CausalVAE) -> torch.dtype | None:
+    """What weights are stored as bit for bit: bfloat16 if they lose nothing by it, else theirs."""
+    weights = vae.state_dict().values()
+    same = all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in weights)
+    return torch.bfloat16 if same else None
+
+
 def save_vaes(
     folder: Path, vaes: dict[str, CausalVAE], dtype: torch.dtype | None = None
 ) -> dict[str, dict]:
@@ -58,7 +65,7 @@ def with_light_decoder(
     """Write to `out` what the checkpoint `source` has, its name too, with a light decoder; returns
     `out`.
 
-    Of a folder that is an autoencoder alone, so is the new one.
+    Of a folder that is an autoencoder alone, so is the new one. The original stays bit for bit.
     """
     folder = find_checkpoint(source)
     config = {}
@@ -71,5 +78,6 @@ def with_light_decoder(
         for file in others:
             if not (out / file).exists() or not (out / file).samefile(folder / file):
                 shutil.copyfile(folder / file, out / file)
-    save_config(out, config | save_vaes(out, {LIGHT: light, ORIGINAL: original}))
+    vaes = {LIGHT: light, ORIGINAL: original}
+    save_config(out, config | save_vaes(out, vaes, lossless_dtype(original)))
     return out

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from aapt import StreamingGenerator, cli, trainer
-from aapt.checkpoint import CheckpointError, save_module
+from aapt.checkpoint import CheckpointError, read_tensors, save_module
 from aapt.config import ModelConfig
 from aapt.curriculum import Curriculum, Phase, Source
 from aapt.data.buckets import Bucket
@@ -125,6 +125,13 @@ def test_the_checkpoint_streams_from_its_prompt_alone(trained):
         stream.step(torch.zeros(1))
     for stage in ("diffusion", "adversarial"):
         assert (trained.parent / stage / "samples-1.png").is_file()
+
+
+def test_the_checkpoint_has_the_autoencoder_of_its_latents(trained):
+    """Bit for bit: bfloat16 would round this one."""
+    kept = read_tensors(trained / "vae.safetensors")
+    for name, tensor in vae().state_dict().items():
+        assert kept[name].dtype == torch.float32 and torch.equal(kept[name], tensor), name
 
 
 def test_the_checkpoint_is_played_by_the_command(trained, tmp_path, capsys):
