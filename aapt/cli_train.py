@@ -42,20 +42,24 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|FOLDER",
-            help="For light decoders: the original, a checkpoint or diffusers' Wan.",
-            show_default="tiny-world",
+            help="What a light decoder is made for: a checkpoint, or diffusers' Wan.",
+            show_default="tiny-world for vae-light; wan-light needs one",
         ),
     ] = None,
     videos: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="... what they learn from.", show_default="procedural clips"
+            metavar="FOLDER",
+            help="What a light decoder learns from.",
+            show_default="procedural clips for vae-light; wan-light needs them",
         ),
     ] = None,
     perceptual: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="... TorchScript network that compares pictures, as for LPIPS."
+            metavar="FILE",
+            help="A TorchScript network by which a light decoder is compared, as for LPIPS.",
+            show_default="none",
         ),
     ] = None,
     save_every: Annotated[
@@ -209,7 +213,7 @@ def encode(
         typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
     ] = 0.5,
     max_turn: Annotated[
-        float, typer.Option(metavar="DEGREES", min=0, help="... or turns further a frame.")
+        float, typer.Option(metavar="DEGREES", min=0, help="Drop clips whose camera turns further a frame.")
     ] = 15.0,
     min_score: Annotated[
         float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")
