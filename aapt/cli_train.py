@@ -213,7 +213,10 @@ def encode(
         typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
     ] = 0.5,
     max_turn: Annotated[
-        float, typer.Option(metavar="DEGREES", min=0, help="Drop clips whose camera turns further a frame.")
+        float,
+        typer.Option(
+            metavar="DEGREES", min=0, help="Drop clips whose camera turns further a frame."
+        ),
     ] = 15.0,
     min_score: Annotated[
         float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")

@@ -251,6 +251,22 @@ def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
         make(folder, None, made.parent)
 
 
+def test_a_mistyped_path_claims_no_folder(folder, movies, network, tmp_path):
+    """And the same inputs are the same elsewhere, others of the same name are not."""
+    out, recipe = tmp_path / "run", small_recipe(steps=1)
+    for given in ({"movies": tmp_path / "none"}, {"perceptual": tmp_path / "none"}):
+        with pytest.raises(ValueError, match="got .*none"):
+            make(**{"folder": folder, "movies": movies, "out": out, "recipe": recipe, **given})
+        assert not out.exists()
+    make(folder, movies, out, recipe, perceptual=network)
+    moved = shutil.copytree(movies, tmp_path / "moved")
+    shutil.copyfile(network, tmp_path / "halves.pt")
+    make(folder, moved, out, recipe, perceptual=tmp_path / "halves.pt")
+    (moved / "b.mkv").unlink()
+    with pytest.raises(ValueError, match="recipe.json: videos: expected .*; train another recipe"):
+        make(folder, moved, out, recipe, perceptual=network)
+
+
 def test_a_loss_that_is_not_finite_stops(folder, movies, tmp_path):
     recipe = small_recipe(schedule=Schedule(1e30), max_norm=1e38, steps=4)
     with pytest.raises(TrainingError, match=rf"{STAGE}: step \d: .*finite.* inputs are in"):
