@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,40 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 FORMAT_VERSION = 1
+BUNDLED = Path(__file__).parent / "assets"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, and why."""
+
+
+def bundled_models() -> list[str]:
+    """Names of the checkpoints that ship with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """A folder with `config.json`, or that of a bundled model. CheckpointError for neither."""
+    for folder in (Path(name), BUNDLED / str(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"{name}: expected a checkpoint folder or one of {', '.join(bundled_models())}"
+    )
+
+
+@contextmanager
+def reading_config(folder: Path) -> Iterator[None]:
+    """Turns what a configuration lacks, or what its values cannot be, into a CheckpointError."""
+    path = folder / "config.json"
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{path}: expected key {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def save_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -42,20 +42,24 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|FOLDER",
-            help="For light decoders: the original, a checkpoint or diffusers' Wan.",
-            show_default="tiny-world",
+            help="What a light decoder is made for: a checkpoint, or diffusers' Wan.",
+            show_default="tiny-world for vae-light; wan-light needs one",
         ),
     ] = None,
     videos: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="... what they learn from.", show_default="procedural clips"
+            metavar="FOLDER",
+            help="What a light decoder learns from.",
+            show_default="procedural clips for vae-light; wan-light needs them",
         ),
     ] = None,
     perceptual: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="... TorchScript network that compares pictures, as for LPIPS."
+            metavar="FILE",
+            help="A TorchScript network by which a light decoder is compared, as for LPIPS.",
+            show_default="none",
         ),
     ] = None,
     save_every: Annotated[
@@ -209,7 +213,10 @@ def encode(
         typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
     ] = 0.5,
     max_turn: Annotated[
-        float, typer.Option(metavar="DEGREES", min=0, help="... or turns further a frame.")
+        float,
+        typer.Option(
+            metavar="DEGREES", min=0, help="Drop clips whose camera turns further a frame."
+        ),
     ] = 15.0,
     min_score: Annotated[
         float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")
@@ -295,14 +302,13 @@ def encode(
 def _autoencoder(model: str):
     """The VAE of a model with the model's size, frames per second and latent pixels along a token's
     side; of one that stands alone the size is None, the others are the paper's."""
-    from .checkpoint import load_config
+    from .checkpoint import find_checkpoint, load_config
     from .config import ModelConfig
     from .vae.wan_weights import WEIGHTS
-    from .vae_folder import find_checkpoint, load_vae
+    from .vae_folder import load_vae
 
     folder = find_checkpoint(model)
-    ours = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file()
-    if folder.is_dir() and not (ours and "model" in load_config(folder)):
+    if (folder / WEIGHTS).is_file() or "model" not in load_config(folder):
         return load_vae(model), None, 24, ModelConfig.patch
     generator = load(model)
     size = f"{generator.width}x{generator.height}"

@@ -10,14 +10,13 @@ import nvtx
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, load_config, load_module, tuples
+from .checkpoint import find_checkpoint, load_config, load_module, reading_config, tuples
 from .conditioning import Control, control_rays
 from .config import CameraConfig, ModelConfig, SamplingConfig
 from .student_forcing import StudentRollout
-from .vae import CausalVAE, DecoderStream, VAEConfig
+from .vae import CausalVAE, DecoderStream
+from .vae_folder import load_vae
 from .world_model import WorldModel
-
-BUNDLED = Path(__file__).parent / "assets"
 
 
 class StreamingGenerator:
@@ -75,32 +74,20 @@ class StreamingGenerator:
 
         Raises CheckpointError, naming what was expected and what is there.
         """
-        folder = Path(name)
-        if not (folder / "config.json").is_file():
-            folder = BUNDLED / str(name)
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{name}: expected a checkpoint folder or one of {', '.join(bundled_models())}"
-            )
+        folder = find_checkpoint(name)
         config = load_config(folder)
-        try:
+        with reading_config(folder):
             camera = config["camera"]
             model = WorldModel(
                 ModelConfig(**tuples(config["model"])), CameraConfig(**camera) if camera else None
             )
-            vae = CausalVAE(VAEConfig(**tuples(config["vae"])))
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
                 picture["sampling"] = SamplingConfig(**sampling)
-            generator = cls(model, vae, **picture)
-        except KeyError as error:
-            raise CheckpointError(f"{folder / 'config.json'}: expected key {error}") from None
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+            generator = cls(model, load_vae(folder), **picture)
         load_module(folder / "model.safetensors", model)
-        load_module(folder / "vae.safetensors", vae)
         return generator
 
     def sample_image(self) -> Path:
@@ -263,8 +250,3 @@ class Stream:
 def to_array(pixels: Tensor) -> np.ndarray:
     """uint8 (1, 3, F, H, W) as (F, H, W, 3)."""
     return pixels[0].permute(1, 2, 3, 0).cpu().numpy()
-
-
-def bundled_models() -> list[str]:
-    """Names of the checkpoints that ship with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))

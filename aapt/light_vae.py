@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_module, save_module
+from .checkpoint import file_digest, load_module, save_module
 from .contact_sheet import contact_sheet
 from .data.buckets import Bucket
 from .data.procedural import VideoClips, render_clips, to_video
-from .data.video_folder import video_clips
+from .data.video_folder import source_digest, video_clips
 from .parallel import Parallel
 from .perceptual import PerceptualDistance
 from .recipes import LightRecipe
@@ -53,7 +53,8 @@ def run(
         perceptual: The file of a `PerceptualDistance`.
         workers: Processes that render clips.
 
-    Returns the new checkpoint's folder. The same call goes on after an interruption. Raises
+    Returns the new checkpoint's folder. The same call goes on after an interruption, wherever the
+    same inputs lie by then: `recipe.json` keeps digests of them. Raises
     CheckpointError for an autoencoder that cannot be used, ValueError for other bad input and for a
     folder that holds other results, TrainingError where a metric or a gradient is not finite.
     """
@@ -69,7 +70,11 @@ def run(
     original = load_vae(source, ORIGINAL)
     light = new_light(recipe.decoder, original)
     distance = PerceptualDistance(perceptual) if perceptual else None
-    of = {"original": _digest(original), "videos": _text(videos), "perceptual": _text(perceptual)}
+    of = {
+        "original": _digest(original),
+        "videos": videos and source_digest(videos),
+        "perceptual": perceptual and file_digest(perceptual),
+    }
     if said := claim(out, asdict(recipe) | of):
         raise ValueError(f"{said}; train another recipe in another folder")
 
@@ -89,7 +94,7 @@ def run(
         )
         light = train_light(stage, data, out / STAGE, recipe.seed, parallel, habits)
         report(f"{STAGE}: {(time.perf_counter() - start) / 60:.1f} min")
-    return with_light_decoder(source, light, original, out / recipe.name, recipe.name)
+    return with_light_decoder(source, light, original, out / recipe.name)
 
 
 def new_light(config: LightDecoderConfig, original: CausalVAE) -> CausalVAE:
@@ -140,10 +145,12 @@ def _clips(
 ) -> VideoClips:
     data = recipe.data
     if videos is None:
-        return VideoClips(clip.video for clip in render_clips(data, workers, data.video_clips))
+        rendered = render_clips(data, workers, data.video_clips)
+        return VideoClips((clip.video for clip in rendered), data.video_clips)
     frames = 4 * data.latent_frames - 3
     size = Bucket(data.width, data.height)
-    clips = VideoClips(video_clips(videos, size, frames, data.video_clips, report=report))
+    count = data.video_clips
+    clips = VideoClips(video_clips(videos, size, frames, count, report=report), count)
     report(f"{videos}: {len(clips.videos)} clips of {frames} frames, {size}")
     return clips
 
@@ -154,7 +161,3 @@ def _digest(vae: CausalVAE) -> str:
     for tensor in vae.state_dict().values():
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -66,3 +66,8 @@ def flicker_loss(error: Tensor) -> Tensor:
     """Mean absolute change of an error video (B, 3, F, H, W) from each frame to the next: nothing
     where a video moves as it should, whatever it looks like."""
     return torch.diff(error, dim=2).abs().mean()
+
+
+def psnr(video: Tensor, truth: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1]."""
+    return -10 * torch.log10((video - truth).square().mean() / 4).item()

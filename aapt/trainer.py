@@ -1,8 +1,7 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from . import light_vae
 from .checkpoint import (
+    load_config,
     load_module,
     read_tensors,
     save_config,
@@ -22,6 +22,7 @@ from .data.clips import ClipBatch, Clips
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES
 from .discriminator import Discriminator
+from .media import fit_image, load_image
 from .optimization import mixed_precision
 from .parallel import Parallel
 from .randomness import ClipRandom
@@ -37,7 +38,7 @@ from .stages.light_decoder import LightDecoderTraining
 from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 from .training_loop import Habits, claim, drop_states, train
 from .vae import CausalVAE, VAEConfig
-from .vae_folder import LIGHT, ORIGINAL, save_vaes
+from .vae_folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from .world_model import WorldModel
 
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "sample.png"
@@ -201,7 +202,7 @@ class Run:
             save_module(self.result(stage), self.fit_encoder())
         elif stage == "decoder":
             config, folder = self.recipe.decoder, self.out / stage
-            data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
+            data = self.videos(self.recipe.data[config.clips].video_clips)
             alone = Parallel.single(self.parallel.device)
             decoder = DecoderTraining(config, self.vae("encoder").to(alone.device))
             given = {"seed": self.recipe.seed, "parallel": alone}
@@ -219,21 +220,21 @@ class Run:
         config, alone = self.recipe.light_decoder, Parallel.single(self.parallel.device)
         original = self.vae("decoder").to(alone.device)
         stage = LightDecoderTraining(config, original, light_vae.new_light(config, original))
-        data = VideoClips(self.videos(self.recipe.data[config.clips].video_clips))
+        data = self.videos(self.recipe.data[config.clips].video_clips)
         folder = self.out / light_vae.STAGE
         light_vae.train_light(stage, data, folder, self.recipe.seed, alone, self.habits)
 
     def fit_encoder(self) -> CausalVAE:
         """A linear encoder in closed form, and the scale of its latents."""
-        data = VideoClips(self.videos(FIT_CLIPS))
+        data = self.videos(FIT_CLIPS)
         vae = CausalVAE(self.recipe.vae)
         vae.linear.fit(to_video(data.videos))
         measure_latents(vae, (to_video(video[None]) for video in data.videos))
         return vae
 
-    def videos(self, count: int) -> Iterator[Tensor]:
+    def videos(self, count: int) -> VideoClips:
         clips = render_clips(self.recipe.data[self.recipe.decoder.clips], self.workers, count)
-        return (clip.video for clip in clips)
+        return VideoClips((clip.video for clip in clips), count)
 
     def train(self, name: str) -> None:
         """Train one generator, on all ranks together."""
@@ -272,7 +273,8 @@ class Run:
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
         """From stage 1 with new logit heads, or the one that an adversarial stage has trained."""
         if isinstance(self.recipe.stages[config.judge], AdversarialConfig):
-            judge = Discriminator(self.model(None), config.judgement)
+            world = WorldModel(self.recipe.model, self.recipe.camera)
+            judge = Discriminator(world, config.judgement)
             load_module(self.out / config.judge / DISCRIMINATOR, judge)
             return judge
         return Discriminator(self.model(config.judge), config.judgement)
@@ -332,18 +334,19 @@ class Run:
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
         pixels = model.patch * VAEConfig(**vaes[LIGHT]).space_factor
-        rows, columns = model.reference_grid
+        height, width = (pixels * tokens for tokens in model.reference_grid)
+        prompt = self.export_sample(stage, folder, height, width)
         save_config(
             folder,
             {
                 "name": recipe.name,
                 "stage": stage,
                 "sampling": sampling,
-                "height": rows * pixels,
-                "width": columns * pixels,
+                "height": height,
+                "width": width,
                 "fps": 24,
                 "prompts": [theme.prompts[0] for theme in THEMES] if recipe.data else [],
-                "sample": {"image": SAMPLE_IMAGE.name, "prompt": self.export_sample(stage, folder)},
+                "sample": {"image": SAMPLE_IMAGE.name, "prompt": prompt},
                 "model": asdict(model),
                 "camera": recipe.camera and asdict(recipe.camera),
                 **vaes,
@@ -351,25 +354,38 @@ class Run:
         )
         return folder
 
-    def export_sample(self, stage: str, folder: Path) -> str:
-        """A picture to start from; returns its prompt. Of the user's videos, a clip's first."""
-        path = folder / SAMPLE_IMAGE.name
+    def exported(self, stage: str) -> bool:
+        """Whether the checkpoint is that of `stage` and newer than every result: its configuration
+        is written last."""
+        folder = self.out / self.recipe.name
+        config = folder / "config.json"
+        if not config.is_file() or load_config(folder).get("stage") != stage:
+            return False
+        results = filter(Path.is_file, map(self.result, stage_names(self.recipe)))
+        return config.stat().st_mtime >= max(result.stat().st_mtime for result in results)
+
+    def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
+        """A picture to start from, of the checkpoint's size; returns its prompt. Of the user's
+        videos, a clip's first."""
         if self.recipe.data:
-            shutil.copyfile(SAMPLE_IMAGE, path)
-            return SAMPLE_PROMPT
-        batch, vae = self.shown(stage)
-        with torch.no_grad():
-            video = vae.decode(batch.latents[:1, :, :1])
-        Image.fromarray(to_pixels(video)[0, 0].numpy()).save(path)
-        return batch.prompts[0]
+            picture, prompt = load_image(SAMPLE_IMAGE), SAMPLE_PROMPT
+        else:
+            batch, vae = self.shown(stage)
+            with torch.no_grad():
+                video = vae.decode(batch.latents[:1, :, :1])
+            picture, prompt = Image.fromarray(to_pixels(video)[0, 0].numpy()), batch.prompts[0]
+        pixels, _ = fit_image(picture, height, width)
+        Image.fromarray(pixels).save(folder / SAMPLE_IMAGE.name)
+        return prompt
 
     def export_vae(self, stage: str, folder: Path) -> dict[str, dict]:
         """The autoencoder, and the original one beside it if its decoder is a light one; returns
-        what `config.json` says of them."""
+        what `config.json` says of them. One that was given stays bit for bit."""
         vaes = {LIGHT: self.autoencoder(next(iter(self.recipe.stages[stage].needs)))}
         if self.result(light_vae.STAGE).is_file():
             vaes[ORIGINAL] = self.vae("decoder")
-        return save_vaes(folder, vaes, torch.bfloat16)
+        dtype = torch.bfloat16 if self.recipe.vae else lossless_dtype(vaes[LIGHT])
+        return save_vaes(folder, vaes, dtype)
 
 
 def run(
@@ -381,7 +397,8 @@ def run(
     **options,
 ) -> Path:
     """Run `stages` of a recipe in `out`, all unless given, skipping those already done, and export
-    a checkpoint of the last generator there is. `options`: of `Run`. Every rank calls it.
+    a checkpoint of the last generator there is, unless that is done too. `options`: of `Run`. Every
+    rank calls it.
 
     Returns the checkpoint's folder. Raises TrainingError when a metric or a gradient is not
     finite, ValueError for an unknown stage or a folder that holds another recipe.
@@ -402,7 +419,7 @@ def run(
         run_.run(stage)
         report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
     done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
-    if done and run_.parallel.main:
+    if done and run_.parallel.main and not run_.exported(done[-1]):
         run_.export(done[-1])
     run_.parallel.wait()
     return out / recipe.name if done else out

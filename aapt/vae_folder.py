@@ -10,8 +10,15 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointError, load_config, load_module, save_config, save_module, tuples
-from .generator import BUNDLED
+from .checkpoint import (
+    find_checkpoint,
+    load_config,
+    load_module,
+    reading_config,
+    save_config,
+    save_module,
+    tuples,
+)
 from .vae import CausalVAE, VAEConfig, load_wan
 from .vae.wan_weights import WEIGHTS
 
@@ -30,20 +37,17 @@ def load_vae(name: str | Path, part: str = LIGHT) -> CausalVAE:
         return load_wan(folder)
     config = load_config(folder)
     part = part if part in config else LIGHT
-    try:
+    with reading_config(folder):
         vae = CausalVAE(VAEConfig(**tuples(config[part])))
-    except KeyError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: expected key {error}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     load_module(folder / f"{part}.safetensors", vae)
     return vae
 
 
-def find_checkpoint(name: str | Path) -> Path:
-    """A folder, or that of a bundled model."""
-    folder = Path(name)
-    return folder if (folder / "config.json").is_file() else BUNDLED / str(name)
+def lossless_dtype(vae: CausalVAE) -> torch.dtype | None:
+    """What weights are stored as bit for bit: bfloat16 if they lose nothing by it, else theirs."""
+    weights = vae.state_dict().values()
+    same = all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in weights)
+    return torch.bfloat16 if same else None
 
 
 def save_vaes(
@@ -56,17 +60,17 @@ def save_vaes(
 
 
 def with_light_decoder(
-    source: str | Path, light: CausalVAE, original: CausalVAE, out: Path, name: str
+    source: str | Path, light: CausalVAE, original: CausalVAE, out: Path
 ) -> Path:
-    """Write to `out` what the checkpoint `source` has, with a light decoder; returns `out`.
+    """Write to `out` what the checkpoint `source` has, its name too, with a light decoder; returns
+    `out`.
 
-    Of a folder that is an autoencoder alone, so is the new one. The encoder stays bit for bit:
-    weights are stored in bfloat16 where the original's lose nothing by it.
+    Of a folder that is an autoencoder alone, so is the new one. The original stays bit for bit.
     """
     folder = find_checkpoint(source)
-    config = {"name": name}
+    config = {}
     if not (folder / WEIGHTS).is_file():
-        config |= load_config(folder)
+        config = load_config(folder)
         others = ["model.safetensors"] if "model" in config else []
         if sample := config.get("sample"):
             others.append(Path(sample["image"]).name)
@@ -74,7 +78,6 @@ def with_light_decoder(
         for file in others:
             if not (out / file).exists() or not (out / file).samefile(folder / file):
                 shutil.copyfile(folder / file, out / file)
-    lossless = all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in original.state_dict().values())
-    dtype = torch.bfloat16 if lossless else None
-    save_config(out, config | save_vaes(out, {LIGHT: light, ORIGINAL: original}, dtype))
+    vaes = {LIGHT: light, ORIGINAL: original}
+    save_config(out, config | save_vaes(out, vaes, lossless_dtype(original)))
     return out

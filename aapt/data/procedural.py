@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -46,10 +47,15 @@ def _single_thread() -> None:
 
 
 class VideoClips:
-    """Clips as pixels: each uint8 (F, H, W, 3), all of one shape."""
+    """Clips as pixels: at most `count`, each uint8 (F, H, W, 3), all of one shape."""
 
-    def __init__(self, videos: Iterable[Tensor]):
-        self.videos = torch.stack(list(videos))
+    def __init__(self, videos: Iterable[Tensor], count: int):
+        first = next(videos := iter(videos))
+        self.videos = first.new_empty(count, *first.shape)  # beside a list, twice the memory
+        made = 0
+        for made, video in enumerate(chain([first], videos), start=1):
+            self.videos[made - 1] = video
+        self.videos = self.videos[:made]
 
     def sample(self, random: ClipRandom, frames: int) -> Tensor:
         """Random windows (B, 3, frames, H, W) in [-1, 1]."""

@@ -1,5 +1,6 @@
 """Clips of a user's videos as pixels, for training that needs nothing else of them."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -44,6 +45,16 @@ def video_clips(
         raise ValueError(
             f"videos: expected videos of {frames} frames or more at {fps} fps in {source}, got none"
         )
+
+
+def source_digest(source: Path) -> str:
+    """SHA-256 of the names and sizes of a source's videos. ValueError if it has none."""
+    digest = hashlib.sha256()
+    for sample in find_samples(source):
+        blob = sample.video  # a file, a member of a tar, or none in a tar that is broken
+        size = blob and (blob.path.stat().st_size if blob.size is None else blob.size)
+        digest.update(f"{sample.name}\0{size}\n".encode())
+    return digest.hexdigest()
 
 
 def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_config
+from ..checkpoint import find_checkpoint, load_config
 from ..data.buckets import Bucket
 from ..data.procedural import to_video
 from ..data.video_folder import video_clips
 from ..figures import MissingLibrary
 from ..samples import to_pixels
 from ..vae import CausalVAE
-from ..vae_folder import LIGHT, ORIGINAL, find_checkpoint, load_vae
+from ..vae_folder import LIGHT, ORIGINAL, load_vae
 from . import metrics
 from .footage import film_truth, held_out_starts
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.procedural import VideoClips
 from ..flow import per_clip
-from ..losses import reconstruction_loss
+from ..losses import psnr, reconstruction_loss
 from ..optimization import MovingAverage, Schedule, Trained, mixed_precision
 from ..randomness import ClipRandom
 from ..vae import CausalVAE
@@ -61,11 +61,10 @@ class DecoderTraining:
             strength = config.latent_noise * random.uniform()
             noise = random.normal(*latent.shape[1:])
             decoded = vae.decode(latent + per_clip(strength) * noise)
-        error = decoded.float() - video
-        loss = reconstruction_loss(error, config.squares, config.edges)
+        decoded = decoded.float()
+        loss = reconstruction_loss(decoded - video, config.squares, config.edges)
         (share * loss).backward()
-        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        return {"loss": loss.item(), "psnr": psnr.item()}
+        return {"loss": loss.item(), "psnr": psnr(decoded.detach(), video)}
 
     def update(self, step: int) -> dict[str, float]:
         config = self.config

@@ -17,6 +17,7 @@ from ..losses import (
     discriminator_loss,
     flicker_loss,
     generator_loss,
+    psnr,
     reconstruction_loss,
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen, mixed_precision
@@ -199,8 +200,3 @@ class LightDecoderTraining:
     def export(self) -> CausalVAE:
         self.trained["decoder"].export()
         return self.light
-
-
-def psnr(video: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of videos in [-1, 1]."""
-    return -10 * torch.log10((video - truth).square().mean() / 4).item()

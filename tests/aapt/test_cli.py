@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from aapt import cli, media
-from aapt.generator import BUNDLED, StreamingGenerator
+from aapt.checkpoint import BUNDLED
+from aapt.generator import StreamingGenerator
 from aapt.run_inputs import Inputs
 
 HEIGHT, WIDTH = 80, 128

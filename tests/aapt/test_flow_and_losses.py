@@ -14,6 +14,7 @@ from aapt.losses import (
     generator_loss,
     palette_error,
     pseudo_huber,
+    psnr,
     sharpness_loss,
 )
 
@@ -78,3 +79,10 @@ def test_frame_and_palette_errors():
     weights = torch.tensor([3.0, 1.0])  # 1.5 and 0.5 of the mean
     assert palette_error(a, b, weights).item() == pytest.approx(1.5 * 1 / 6)
     assert channel_weighted_error(a, b, weights).item() == pytest.approx(1.5 * 3 / 6)
+
+
+def test_psnr():
+    """Of the full range, which is 2 here: an error of a tenth of it is 20 dB."""
+    truth = torch.zeros(1, 3, 2, 4, 4)
+    assert psnr(truth + 0.2, truth) == pytest.approx(20, abs=1e-5)
+    assert psnr(truth, truth) == math.inf

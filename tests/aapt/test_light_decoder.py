@@ -58,7 +58,14 @@ def stage(perceptual=None, **changes) -> LightDecoderTraining:
 
 def videos() -> VideoClips:
     torch.manual_seed(2)
-    return VideoClips(torch.randint(256, (2, 9, 16, 16, 3), dtype=torch.uint8))
+    return VideoClips(torch.randint(256, (2, 9, 16, 16, 3), dtype=torch.uint8), 2)
+
+
+def test_fewer_clips_than_there_could_be():
+    """A source may end early; what is kept is in the order of the source, and not a list of it."""
+    clips = torch.randint(256, (3, 5, 2, 2, 3), dtype=torch.uint8)
+    made = VideoClips(iter(clips), 7).videos
+    assert made.dtype == torch.uint8 and torch.equal(made, clips)
 
 
 def test_reconstruction_of_a_known_error():

@@ -190,7 +190,7 @@ def test_wan(movies, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vae": "nowhere"}, "nowhere: expected a checkpoint folder with config.json"),
+        ({"vae": "nowhere"}, "nowhere: expected a checkpoint folder or one of tiny-world"),
         ({"videos": "nowhere"}, "videos: expected a folder, a .tar or a video, got nowhere"),
         ({"perceptual": "nowhere"}, "perceptual: expected a TorchScript file, got nowhere"),
         ({"recipe": small_recipe(shape=tiny())}, r"encoder_channels: expected \(4, 8, 8\)"),
@@ -233,6 +233,10 @@ def test_weights_that_do_not_fit(folder, tmp_path):
     save_config(broken, {"name": "nothing"})
     with pytest.raises(CheckpointError, match="config.json: expected key 'vae'"):
         load_vae(broken)
+    (broken / "config.json").unlink()
+    for of in (load_vae, StreamingGenerator.from_pretrained):
+        with pytest.raises(CheckpointError, match="broken: expected a checkpoint folder or one of"):
+            of(broken)
 
 
 def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
@@ -245,6 +249,22 @@ def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
         make(other, movies, made.parent)
     with pytest.raises(ValueError, match="recipe.json: videos: expected None, got"):
         make(folder, None, made.parent)
+
+
+def test_a_mistyped_path_claims_no_folder(folder, movies, network, tmp_path):
+    """And the same inputs are the same elsewhere, others of the same name are not."""
+    out, recipe = tmp_path / "run", small_recipe(steps=1)
+    for given in ({"movies": tmp_path / "none"}, {"perceptual": tmp_path / "none"}):
+        with pytest.raises(ValueError, match="got .*none"):
+            make(**{"folder": folder, "movies": movies, "out": out, "recipe": recipe, **given})
+        assert not out.exists()
+    make(folder, movies, out, recipe, perceptual=network)
+    moved = shutil.copytree(movies, tmp_path / "moved")
+    shutil.copyfile(network, tmp_path / "halves.pt")
+    make(folder, moved, out, recipe, perceptual=tmp_path / "halves.pt")
+    (moved / "b.mkv").unlink()
+    with pytest.raises(ValueError, match="recipe.json: videos: expected .*; train another recipe"):
+        make(folder, moved, out, recipe, perceptual=network)
 
 
 def test_a_loss_that_is_not_finite_stops(folder, movies, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from aapt import StreamingGenerator, cli, trainer
-from aapt.checkpoint import CheckpointError, save_module
+from aapt.checkpoint import CheckpointError, read_tensors, save_module
 from aapt.config import ModelConfig
 from aapt.curriculum import Curriculum, Phase, Source
 from aapt.data.buckets import Bucket
@@ -116,15 +117,21 @@ def test_one_call_makes_every_set(latents):
 def test_the_checkpoint_streams_from_its_prompt_alone(trained):
     generator = StreamingGenerator.from_pretrained(trained)
     assert (generator.height, generator.width) == (32, 48) and generator.driven_by == "prompt"
-    picture = np.asarray(Image.open(generator.sample_image()).convert("RGB"))
+    picture = np.asarray(Image.open(generator.sample_image()))
     assert generator.sample_prompt.startswith("this is ")
-    picture = np.resize(picture, (32, 48, 3))
     stream = generator.open(picture, generator.sample_prompt)
     assert stream.step().shape == (4, 32, 48, 3) and stream.steps == 1
     with pytest.raises(ValueError, match="control: expected None, the prompt alone drives"):
         stream.step(torch.zeros(1))
     for stage in ("diffusion", "adversarial"):
         assert (trained.parent / stage / "samples-1.png").is_file()
+
+
+def test_the_checkpoint_has_the_autoencoder_of_its_latents(trained):
+    """Bit for bit: bfloat16 would round this one."""
+    kept = read_tensors(trained / "vae.safetensors")
+    for name, tensor in vae().state_dict().items():
+        assert kept[name].dtype == torch.float32 and torch.equal(kept[name], tensor), name
 
 
 def test_the_checkpoint_is_played_by_the_command(trained, tmp_path, capsys):
@@ -184,6 +191,19 @@ def test_a_run_keeps_its_inputs(latents, tmp_path):
     train(out, {"32x16": [moved]}, stages=["adversarial"])  # no stage needs the others any more
     kept = json.loads((out / "inputs.json").read_text())
     assert kept["weights"]["file"] == str(weights) and len(kept["latents"]) == 3
+
+
+def test_a_finished_run_needs_no_inputs(trained, latents):
+    """Unless its checkpoint is older than a result, or not whole."""
+    out, config = trained.parent, trained / "config.json"
+    assert train(out, {}) == trained
+    os.utime(config, (0, 0))
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 32x16"):
+        train(out, {})
+    config.unlink()
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 32x16"):
+        train(out, {})
+    assert train(out, latents) == trained and config.is_file()
 
 
 def test_sets_in_several_folders(latents, tmp_path):

@@ -243,7 +243,7 @@ def decoder_stage() -> DecoderTraining:
 
 def noise_videos() -> VideoClips:
     videos = torch.randint(256, (2, 13, 16, 16, 3), dtype=torch.uint8)
-    return VideoClips(videos)
+    return VideoClips(videos, 2)
 
 
 ONE = Schedule(1e-3)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from aapt.checkpoint import load_config, save_config
+from aapt.checkpoint import BUNDLED, load_config, save_config
 from aapt.config import SamplingConfig
-from aapt.generator import BUNDLED
 from aapt.recipes import tiny_world
 
 ROOT = Path(__file__).parents[2]
