@@ -71,6 +71,15 @@ def small_recipe():
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As ranks have it: results of several processes are compared byte for byte."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("run"), []
