@@ -1,7 +1,7 @@
 """Makes a light decoder for an autoencoder that there is: the recipes `vae-light` and `wan-light`.
 
 run(vae_light(), Path("runs/vae-light"))                            # for the bundled world
-run(wan_light(), out, source="Wan2.1/vae", videos=Path("videos/"))  # for one's own
+run(wan_light(), out, vae="Wan2.1/vae", videos=Path("videos/"))  # for one's own
 """
 
 import hashlib

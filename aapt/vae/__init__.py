@@ -2,7 +2,8 @@
 
 from .config import VAEConfig, light, lighter, original, tiny, tiny_light, wan
 from .cost import Work, decoder_work, flops_per_latent_frame, total
-from .model import CausalVAE, DecoderState, to_bytes
+from .layers import to_bytes
+from .model import CausalVAE, DecoderState
 from .stream import DecoderStream
 from .wan_weights import load_wan
 

@@ -22,17 +22,12 @@ from .layers import (
     last_frames,
     middle,
     norm_of,
+    to_bytes,
     unfold_channels,
 )
 
 VIDEO_CHANNELS = 3
 LAST = torch.channels_last_3d
-
-
-def to_bytes(video: Tensor) -> Tensor:
-    """Video in [-1, 1] as uint8; not-a-number becomes black."""
-    levels = (video.float() * 127.5 + 127.5).round().clamp(0, 255)
-    return levels.nan_to_num(0).to(torch.uint8)
 
 
 class Encoder(nn.Module):

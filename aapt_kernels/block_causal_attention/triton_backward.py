@@ -13,7 +13,7 @@ from .triton_mask import (
     hide,
     rows_that_see,
     text_length,
-    visible_keys,
+    visible_tiles,
 )
 from .triton_tiles import store_rows, sweep
 
@@ -117,11 +117,8 @@ def queries_backward_kernel(
     length = text_length(text_lens, batch, text)
     split: tl.constexpr = q_sink is not None
     shown = tl.minimum(row, rows - 1)
-    text_keys, sink, recent = visible_keys(shown, length, layout, split)
-    nothing = cut(0, 0, 0, 0, KEYS)
-    text_tiles = cut(text_keys[0], text_keys[1], text_keys[2], text_keys[3], KEYS)
-    sink_tiles = cut(sink[0], sink[1], sink[2], sink[3], KEYS)
-    recent_tiles = cut(recent[0], recent[1], recent[2], recent[3], KEYS)
+    tiles = visible_tiles(shown, length, layout, split, KEYS)
+    text_tiles, sink_tiles, recent_tiles, nothing = tiles
 
     dout += (batch * rows * heads + head) * HEAD_DIM
     dout_tile = load_rows(dout, row, heads * HEAD_DIM, active, HEAD_DIM, WIDTH)

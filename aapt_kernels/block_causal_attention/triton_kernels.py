@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cached_attention.triton_kernels import LOG2_E, dot, load_rows
 from ..layout import FrameLayout
 from .triton_backward import keys_backward_kernel, queries_backward_kernel, stats_kernel
-from .triton_mask import INTEGERS, cut, hide, text_length, visible_keys
+from .triton_mask import INTEGERS, hide, text_length, visible_tiles
 from .triton_tiles import store_rows, sweep
 
 STATS_ROWS = 16
@@ -127,11 +127,8 @@ def block_causal_attention_kernel(
     length = text_length(text_lens, batch, text)
     split: tl.constexpr = q_sink is not None
     shown = tl.minimum(row, rows - 1)
-    text_keys, sink, recent = visible_keys(shown, length, layout, split)
-    nothing = cut(0, 0, 0, 0, KEYS)
-    text_tiles = cut(text_keys[0], text_keys[1], text_keys[2], text_keys[3], KEYS)
-    sink_tiles = cut(sink[0], sink[1], sink[2], sink[3], KEYS)
-    recent_tiles = cut(recent[0], recent[1], recent[2], recent[3], KEYS)
+    tiles = visible_tiles(shown, length, layout, split, KEYS)
+    text_tiles, sink_tiles, recent_tiles, nothing = tiles
 
     state = (
         tl.zeros((ROWS, WIDTH), tl.float32),

@@ -95,6 +95,18 @@ def cut(begin, clean_begin, clean_end, end, TILE: tl.constexpr):
 
 
 @triton.jit
+def visible_tiles(row, length, layout, SPLIT: tl.constexpr, TILE: tl.constexpr):
+    """The intervals of `visible_keys`, each `cut`, and one of nothing."""
+    text, sink, recent = visible_keys(row, length, layout, SPLIT)
+    return (
+        cut(text[0], text[1], text[2], text[3], TILE),
+        cut(sink[0], sink[1], sink[2], sink[3], TILE),
+        cut(recent[0], recent[1], recent[2], recent[3], TILE),
+        cut(0, 0, 0, 0, TILE),
+    )
+
+
+@triton.jit
 def clean_place(index, a, b, c, TILE: tl.constexpr):
     """Where the clean tile of this index begins, those of three intervals counted."""
     after_a = index - a[3]

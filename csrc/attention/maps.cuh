@@ -7,14 +7,27 @@
 
 namespace aapt {
 
-// Tiles of `box_rows` tokens x 64 columns. Returns null, or words that say what is wrong.
-inline const char* make_rows_map(hopper::TensorMap* map, const RowBuffer& rows, int batch,
-                                 int heads, int head_dim, int box_rows) {
-  const uint64_t dims[] = {static_cast<uint64_t>(head_dim), static_cast<uint64_t>(rows.tokens),
-                           static_cast<uint64_t>(heads), static_cast<uint64_t>(batch)};
-  const uint64_t strides[] = {rows.token_stride, rows.head_stride, rows.batch_stride};
-  const uint32_t box[] = {kPanel, static_cast<uint32_t>(box_rows), 1, 1};
-  return hopper::make_tensor_map(map, rows.data, 2, 4, dims, strides, box, hopper::SW_128);
-}
+// Makes the maps of a launch, in tiles of `box_rows` tokens x 64 columns. `error` says in words
+// what is wrong with the first that cannot be made, else it is null; none is made after that.
+template <class Params>
+class MapMaker {
+ public:
+  explicit MapMaker(const Params& params) : params_(params) {}
+
+  void operator()(hopper::TensorMap* map, const RowBuffer& rows, int box_rows) {
+    if (error != nullptr) return;
+    const uint64_t dims[] = {
+        static_cast<uint64_t>(params_.head_dim), static_cast<uint64_t>(rows.tokens),
+        static_cast<uint64_t>(params_.heads), static_cast<uint64_t>(params_.batch)};
+    const uint64_t strides[] = {rows.token_stride, rows.head_stride, rows.batch_stride};
+    const uint32_t box[] = {kPanel, static_cast<uint32_t>(box_rows), 1, 1};
+    error = hopper::make_tensor_map(map, rows.data, 2, 4, dims, strides, box, hopper::SW_128);
+  }
+
+  const char* error = nullptr;
+
+ private:
+  const Params& params_;
+};
 
 }  // namespace aapt

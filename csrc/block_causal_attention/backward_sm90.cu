@@ -393,16 +393,14 @@ template <class C>
 const char* launch(const Params& params, const Backward& backward, const BackwardBuffers& buffers,
                    int ctas, void* stream) {
   TensorMaps maps{};
-  const auto make_map = [&](TensorMap* map, const RowBuffer& rows, int box_rows) {
-    return make_rows_map(map, rows, params.batch, params.heads, params.head_dim, box_rows);
-  };
+  MapMaker make_map(params);
   const Buffers& forward = buffers.forward;
-  const char* error = make_map(&maps.q, forward.q, C::kRows);
-  if (params.pinned_rotation and !error) error = make_map(&maps.q_sink, forward.q_sink, C::kRows);
-  if (!error) error = make_map(&maps.k, forward.k, 64);
-  if (!error) error = make_map(&maps.v, forward.v, 64);
-  if (!error) error = make_map(&maps.dout, buffers.dout, C::kRows);
-  if (error) return error;
+  make_map(&maps.q, forward.q, C::kRows);
+  if (params.pinned_rotation) make_map(&maps.q_sink, forward.q_sink, C::kRows);
+  make_map(&maps.k, forward.k, 64);
+  make_map(&maps.v, forward.v, 64);
+  make_map(&maps.dout, buffers.dout, C::kRows);
+  if (make_map.error) return make_map.error;
   return HOPPER_LAUNCH(block_causal_backward_kernel<C>, dim3(ctas), dim3(C::kThreads),
                        sizeof(typename C::Shared), stream, maps, params, backward);
 }

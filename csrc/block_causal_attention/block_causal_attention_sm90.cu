@@ -307,16 +307,13 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
 template <class C>
 const char* launch(const Params& params, const Buffers& buffers, int ctas, void* stream) {
   TensorMaps maps{};
-  const auto make_map = [&](TensorMap* map, const RowBuffer& rows, int box_rows) {
-    return make_rows_map(map, rows, params.batch, params.heads, params.head_dim, box_rows);
-  };
-  const char* error = make_map(&maps.q, buffers.q, kQueryBlock);
-  if (params.pinned_rotation and !error)
-    error = make_map(&maps.q_sink, buffers.q_sink, kQueryBlock);
-  if (!error) error = make_map(&maps.k, buffers.k, kKeyTile);
-  if (!error) error = make_map(&maps.v, buffers.v, kKeyTile);
-  if (!error) error = make_map(&maps.out, buffers.out, kQueryBlock);
-  if (error) return error;
+  MapMaker make_map(params);
+  make_map(&maps.q, buffers.q, kQueryBlock);
+  if (params.pinned_rotation) make_map(&maps.q_sink, buffers.q_sink, kQueryBlock);
+  make_map(&maps.k, buffers.k, kKeyTile);
+  make_map(&maps.v, buffers.v, kKeyTile);
+  make_map(&maps.out, buffers.out, kQueryBlock);
+  if (make_map.error) return make_map.error;
   return HOPPER_LAUNCH(block_causal_attention_kernel<C>, dim3(ctas), dim3(C::kThreads),
                        sizeof(typename C::Shared), stream, maps, params);
 }

@@ -277,22 +277,20 @@ template <class C>
 const char* launch(const Params& params, const Backward& backward, const BackwardBuffers& buffers,
                    int ctas, void* stream) {
   TensorMaps maps{};
-  const auto make_map = [&](TensorMap* map, const RowBuffer& rows, int box_rows) {
-    return make_rows_map(map, rows, params.batch, params.heads, params.head_dim, box_rows);
-  };
+  MapMaker make_map(params);
   const Buffers& forward = buffers.forward;
   const int rows = params.mask.query_rows, frame_rows = rows - params.mask.text_tokens;
-  const char* error = make_map(&maps.q, forward.q, kQueryBlock);
-  if (!error) error = make_map(&maps.dq, dense_rows(params, backward.dq, rows), kQueryBlock);
-  if (!error) error = make_map(&maps.dout, buffers.dout, kQueryBlock);
-  if (!error) error = make_map(&maps.k, forward.k, kKeyTile);
-  if (!error) error = make_map(&maps.v, forward.v, kKeyTile);
+  make_map(&maps.q, forward.q, kQueryBlock);
+  make_map(&maps.dq, dense_rows(params, backward.dq, rows), kQueryBlock);
+  make_map(&maps.dout, buffers.dout, kQueryBlock);
+  make_map(&maps.k, forward.k, kKeyTile);
+  make_map(&maps.v, forward.v, kKeyTile);
   if (params.pinned_rotation) {
     const RowBuffer dq_sink = dense_rows(params, backward.dq_sink, frame_rows);
-    if (!error) error = make_map(&maps.q_sink, forward.q_sink, kQueryBlock);
-    if (!error) error = make_map(&maps.dq_sink, dq_sink, kQueryBlock);
+    make_map(&maps.q_sink, forward.q_sink, kQueryBlock);
+    make_map(&maps.dq_sink, dq_sink, kQueryBlock);
   }
-  if (error) return error;
+  if (make_map.error) return make_map.error;
   return HOPPER_LAUNCH(block_causal_dq_kernel<C>, dim3(ctas), dim3(C::kThreads),
                        sizeof(typename C::Shared), stream, maps, params, backward);
 }

@@ -358,15 +358,13 @@ template <class C>
 const char* launch(const CachedAttentionParams& params, const CachedAttentionBuffers& buffers,
                    int ctas, void* stream) {
   TensorMaps maps{};
-  const auto make_map = [&](TensorMap* map, const RowBuffer& rows, int box_rows) {
-    return make_rows_map(map, rows, params.batch, params.heads, params.head_dim, box_rows);
-  };
-  const char* error = make_map(&maps.q, buffers.q, kQueryBlock);
-  if (C::kSinkQuery and !error) error = make_map(&maps.q_sink, buffers.q_sink, kQueryBlock);
-  if (!error) error = make_map(&maps.k, buffers.k, C::kKeyTile);
-  if (!error) error = make_map(&maps.v, buffers.v, C::kKeyTile);
-  if (!error) error = make_map(&maps.out, buffers.out, kQueryBlock);
-  if (error) return error;
+  MapMaker make_map(params);
+  make_map(&maps.q, buffers.q, kQueryBlock);
+  if (C::kSinkQuery) make_map(&maps.q_sink, buffers.q_sink, kQueryBlock);
+  make_map(&maps.k, buffers.k, C::kKeyTile);
+  make_map(&maps.v, buffers.v, C::kKeyTile);
+  make_map(&maps.out, buffers.out, kQueryBlock);
+  if (make_map.error) return make_map.error;
   return HOPPER_LAUNCH(cached_attention_kernel<C>, dim3(ctas), dim3(C::kThreads),
                        sizeof(typename C::Shared), stream, maps, params);
 }
