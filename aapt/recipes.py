@@ -169,6 +169,9 @@ def tiny_world() -> Recipe:
             "long-clips": ProceduralData(
                 height=80, width=128, clips=1200, latent_frames=33, first_seed=200_000
             ),
+            "longer-clips": ProceduralData(
+                height=80, width=128, clips=600, latent_frames=49, first_seed=400_000
+            ),
         },
         decoder=DecoderConfig(
             schedule=Schedule(1e-3, warmup=50, decay="cosine"),
@@ -209,23 +212,33 @@ def tiny_world() -> Recipe:
                 corruption=Corruption(offset=1.2),
                 start="regression",
             ),
-            "adversarial": AdversarialConfig(
+            # Offsets cost motion: more of the same on short rollouts, where the clip still says
+            # what is right, and on fewer offsets, brings it back.
+            "further-regression": replace(
+                regression,
                 clips="long-clips",
+                steps=800,
+                corruption=Corruption(offset=1.2, clip_chance=0.4),
+                start="long-regression",
+            ),
+            "adversarial": AdversarialConfig(
+                clips="longer-clips",
                 steps=220,
                 batch=2,
                 segment_frames=8,
-                segments=4,
+                segments=6,
                 whole_clips=True,
                 generator_schedule=Schedule(5e-5, warmup=20),
                 discriminator_schedule=Schedule(2e-4),
-                start="long-regression",
+                start="further-regression",
                 penalty=20.0,
                 discriminator_warmup=60,
                 average=0.98,
                 max_norm=100.0,
                 corruption=Corruption(offset=1.2),
+                mismatch=1.0,
                 regression=1.0,
-                palette=5.0,
+                palette=10.0,
             ),
         },
     )

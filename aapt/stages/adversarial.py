@@ -45,6 +45,8 @@ class AdversarialConfig:
         judgement: One logit per "frame", or per "clip" by a discriminator that is not causal.
         corruption: Of recycled frames: the first of each segment, or all of them under teacher
             forcing.
+        mismatch: Weight of real frames under another clip's motion, which the discriminator has to
+            tell from those under their own: it learns to look at the controls (ours).
         regression, palette: Weights of a squared error against the real clip, and of one between
             the mean colours of frames, beside the adversarial loss (ours, for small models).
     """
@@ -70,6 +72,7 @@ class AdversarialConfig:
     forcing: Literal["student", "teacher"] = "student"
     judgement: Judgement = "frame"
     corruption: Corruption | None = None
+    mismatch: float = 0.0
     regression: float = 0.0
     palette: float = 0.0
 
@@ -92,6 +95,8 @@ class AdversarialConfig:
                 "forcing: expected 'student' for several segments or one logit per clip, "
                 "got 'teacher'"
             )
+        if self.forcing == "teacher" and self.mismatch:
+            raise ValueError(f"mismatch: expected 0 under teacher forcing, got {self.mismatch}")
         if not 0 <= self.overlap_frames < (self.shortest_segment or self.segment_frames):
             raise ValueError(
                 f"overlap_frames: expected 0 to less than a segment, got {self.overlap_frames}"
@@ -139,6 +144,10 @@ class Adversarial:
         discriminator: Discriminator,
         pixel_deviation: Tensor,
     ):
+        if config.mismatch and not model.config.condition_channels:
+            raise ValueError(
+                f"mismatch: expected 0 for a model that nothing controls, got {config.mismatch}"
+            )
         self.config = config
         self.model = model
         self.pixel_deviation = pixel_deviation
@@ -221,7 +230,10 @@ class Adversarial:
                 known,
             )
             targets = batch.targets[:, :, place] if whole == config.segments else None
-            seen = self.compete(reals, fakes, fake, targets, random, step, share / config.segments)
+            misled = self.misled(clips, reals, random) if config.mismatch else None
+            seen = self.compete(
+                reals, fakes, misled, fake, targets, random, step, share / config.segments
+            )
             for name, value in seen.items():
                 metrics[name] = metrics.get(name, 0.0) + value / config.segments
         return metrics
@@ -244,12 +256,13 @@ class Adversarial:
         real = replace(real, real=batch.latents)
         continued = torch.cat([batch.recycled[:, :, :1], fake], dim=2)
         fakes = replace(real, latents=continued)
-        return self.compete(real, fakes, fake, batch.targets, random, step, share)
+        return self.compete(real, fakes, None, fake, batch.targets, random, step, share)
 
     def compete(
         self,
         real: Judged,
         fakes: Judged,
+        misled: Judged | None,
         fake: Tensor,
         targets: Tensor | None,
         random: ClipRandom,
@@ -258,7 +271,7 @@ class Adversarial:
     ) -> dict[str, float]:
         """Both turns on one segment; `fake` are its new frames, `targets` the real ones there."""
         t = random.uniform()
-        on_real, metrics = self.train_discriminator(real, fakes, t, random, share)
+        on_real, metrics = self.train_discriminator(real, fakes, misled, t, random, share)
         if not self.warming(step):
             errors = {}
             if targets is not None:
@@ -277,6 +290,12 @@ class Adversarial:
             words = self.discriminator.world.text_encoder(prompts)
         return Judged(latents, Conditions(channels, *words), known)
 
+    def misled(self, clips: Clips, real: Judged, random: ClipRandom) -> Judged:
+        """The same frames under the motion of other clips."""
+        frames, *size = real.latents.shape[2:]
+        other = self.model.channels(clips.sample(random, frames - 1, "never").motion, size)
+        return replace(real, conditions=real.conditions._replace(condition=other))
+
     def logits(self, judged: Judged, t: Tensor) -> Tensor:
         """One logit per frame that carries a loss, (B, T - known), or per clip (B, 1)."""
         x, previous = judged.latents[:, :, 1:], judged.latents[:, :, :-1]
@@ -290,30 +309,42 @@ class Adversarial:
         return logits[:, known:].float()
 
     def train_discriminator(
-        self, real: Judged, fakes: Judged, t: Tensor, random: ClipRandom, share: float
+        self,
+        real: Judged,
+        fakes: Judged,
+        misled: Judged | None,
+        t: Tensor,
+        random: ClipRandom,
+        share: float,
     ) -> tuple[Tensor, dict[str, float]]:
         """Accumulates the discriminator's gradients; returns its logits on real frames too."""
         config = self.config
         together = [real, fakes.detach()]
         together += [judged.perturbed(config.perturbation, random) for judged in together]
+        together += [misled] if misled else []
         latents = torch.cat([judged.latents for judged in together])
         if real.real is None:
             channels, *words = zip(*(judged.conditions for judged in together), strict=True)
             channels = None if channels[0] is None else torch.cat(channels)
             conditions = Conditions(channels, *map(torch.cat, words))
-            joined, times = Judged(latents, conditions, real.known), t.repeat(4)
+            joined, times = Judged(latents, conditions, real.known), t.repeat(len(together))
         else:  # all four continue the same clips
             joined, times = replace(real, latents=latents), t
-        on_real, on_fake, *perturbed = self.logits(joined, times).chunk(4)
-        loss = discriminator_loss(on_real, on_fake)
-        r1 = config.penalty * approximate_penalty(on_real, perturbed[0])
-        r2 = config.penalty * approximate_penalty(on_fake, perturbed[1])
-        (share * (loss + r1 + r2)).backward()
+        on_real, on_fake, near_real, near_fake, *on_misled = self.logits(joined, times).chunk(
+            len(together)
+        )
+        losses = {
+            "discriminator": discriminator_loss(on_real, on_fake),
+            "r1": config.penalty * approximate_penalty(on_real, near_real),
+            "r2": config.penalty * approximate_penalty(on_fake, near_fake),
+        }
+        if misled:
+            losses["mismatch"] = config.mismatch * discriminator_loss(on_real, *on_misled)
+        (share * sum(losses.values())).backward()
+        accuracy = (on_real > on_fake).float().mean()
         return on_real.detach(), {
-            "discriminator": loss.item(),
-            "r1": r1.item(),
-            "r2": r2.item(),
-            "accuracy": (on_real > on_fake).float().mean().item(),
+            **{name: loss.item() for name, loss in losses.items()},
+            "accuracy": accuracy.item(),
         }
 
     def train_generator(

@@ -262,6 +262,36 @@ def test_later_segments_borrow_the_motion_of_other_clips(made_segments):
     torch.testing.assert_close(fake[:, :, 0], first.condition[:, :, 2], rtol=0, atol=2e-3)
 
 
+def test_the_discriminator_is_shown_motion_that_does_not_fit():
+    """The real frames once more under the motion of other clips, told apart as fakes are."""
+    weight, batch = 0.5, 8
+    stage = adversarial_stage(
+        counting_model(*[1.0] * 4),
+        batch=batch,
+        segments=2,
+        overlap_frames=1,
+        penalty=0.0,
+        mismatch=weight,
+    )
+    with recording(stage) as judgements:
+        (metrics,) = train(stage, 1, counting_clips())
+    expected = 0.0
+    for known, judgement in enumerate(judgements[::2]):
+        x, previous, condition, text, text_lens, t = (a.chunk(5) for a in judgement.arguments)
+        for same in (x, previous, text, text_lens, t):
+            assert torch.equal(same[0], same[4])
+        assert_drives(condition[0], value(x[0]))
+        moved = (condition[4] - condition[0]).abs().amax(dim=(1, 2, 3, 4)) > 0.005
+        assert moved.float().mean() >= 0.5  # windows of so short clips may fall together
+        logits = judgement.logits.clone().requires_grad_()
+        on_real, on_fake, _, _, on_misled = logits[:, known:].chunk(5)
+        mismatch = weight * F.softplus(on_misled - on_real).mean()
+        ((F.softplus(on_fake - on_real).mean() + mismatch) / 2).backward()
+        torch.testing.assert_close(judgement.gradient, logits.grad)
+        expected += mismatch.item() / 2
+    assert metrics["mismatch"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_model_without_conditions(made_segments):
     """Nothing but a picture and a prompt, as in the paper's first model."""
     worlds = [WorldModel(dataclasses.replace(CONFIG, condition_channels=0), None) for _ in "gd"]
@@ -271,6 +301,8 @@ def test_a_model_without_conditions(made_segments):
     metrics = train(stage, 1)
     assert metrics[0]["generator_gradient"] > 0
     assert [segment.condition for segment in made_segments] == [None, None]
+    with pytest.raises(ValueError, match="mismatch: expected 0 for a model that nothing controls"):
+        Adversarial(dataclasses.replace(config, mismatch=1.0), worlds[0], stage.discriminator, torch.ones(4))
 
 
 def test_segments_of_drawn_lengths(made_segments):
@@ -355,6 +387,10 @@ def test_halves_of_a_batch_add_up():
         ({"forcing": "none"}, "forcing: expected 'student' or 'teacher', got 'none'"),
         ({"forcing": "teacher", "segments": 2}, "forcing: expected 'student' for several segments"),
         ({"overlap_frames": 3}, "overlap_frames: expected 0 to less than a segment, got 3"),
+        (
+            {"forcing": "teacher", "mismatch": 1.0},
+            "mismatch: expected 0 under teacher forcing, got 1.0",
+        ),
         ({"judgement": "pixel"}, "judgement: expected 'frame' or 'clip', got 'pixel'"),
         (
             {"whole_clips": False, "segments": 2, "palette": 1.0},

@@ -48,12 +48,14 @@ def small_recipe():
         "consistency": {"curriculum": curriculum},
         "regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "long-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
+        "further-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "adversarial": {"steps": 1, "batch": 2, "segment_frames": 2, "discriminator_warmup": 1},
     }
     picture = {"height": 48, "width": 64, "clips": 3}
     lengths = {
         "clips": {"latent_frames": 6, "video_clips": 2},
         "long-clips": {"latent_frames": 10},
+        "longer-clips": {"latent_frames": 14},
     }
     return dataclasses.replace(
         recipe,
@@ -141,6 +143,7 @@ def test_ranks_train_together(trained, tmp_path):
         "encoder",
         "clips",
         "long-clips",
+        "longer-clips",
         "decoder",
         "light-decoder",
         "diffusion",
@@ -252,7 +255,7 @@ def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
     ("stage", "change", "message"),
     [
         ("regression", {"segments": 3}, "clips: expected clips of 6 latent frames .* got 5"),
-        ("adversarial", {"segments": 5}, "long-clips: expected clips of 10 latent frames"),
+        ("adversarial", {"segments": 7}, "longer-clips: expected clips of 14 latent frames"),
     ],
 )
 def test_clips_that_are_too_short_are_said_first(tmp_path, stage, change, message):
