@@ -123,7 +123,7 @@ def paper_8b() -> Recipe:
 
 
 def tiny_world() -> Recipe:
-    """The bundled model: 128x80, made on two CPU cores in about two hours and a half."""
+    """The bundled model: 128x80, made on two CPU cores in about four hours."""
     camera = CameraConfig(
         field_of_view=FIELD_OF_VIEW,
         yaw_step=YAW_STEP,
@@ -156,6 +156,25 @@ def tiny_world() -> Recipe:
         schedule=Schedule(5e-4, warmup=30, decay="cosine"),
         muon=True,
     )
+    adversarial = AdversarialConfig(
+        clips="long-clips",
+        steps=220,
+        batch=2,
+        segment_frames=8,
+        segments=4,
+        whole_clips=True,
+        generator_schedule=Schedule(5e-5, warmup=20),
+        discriminator_schedule=Schedule(2e-4),
+        start="long-regression",
+        penalty=20.0,
+        discriminator_warmup=60,
+        average=0.98,
+        max_norm=100.0,
+        corruption=Corruption(offset=1.2),
+        regression=1.0,
+        palette=5.0,
+    )
+    extension = replace(adversarial, clips="longer-clips", segments=6, mismatch=1.0)
     return Recipe(
         name="tiny-world",
         seed=0,
@@ -212,8 +231,17 @@ def tiny_world() -> Recipe:
                 corruption=Corruption(offset=1.2),
                 start="regression",
             ),
-            # Offsets cost motion: more of the same on short rollouts, where the clip still says
-            # what is right, and on fewer offsets, brings it back.
+            "adversarial": adversarial,
+            # Three seconds more per rollout, and a discriminator that learns to look at the controls.
+            "extension": replace(
+                extension,
+                steps=160,
+                discriminator_warmup=40,
+                start="adversarial",
+                judge="adversarial",
+            ),
+            # Offsets cost motion: more regression on short rollouts, where the clip still says what
+            # is right, and with fewer offsets, brings it back.
             "further-regression": replace(
                 regression,
                 clips="long-clips",
@@ -221,24 +249,14 @@ def tiny_world() -> Recipe:
                 corruption=Corruption(offset=1.2, clip_chance=0.4),
                 start="long-regression",
             ),
-            "adversarial": AdversarialConfig(
-                clips="longer-clips",
-                steps=220,
-                batch=2,
-                segment_frames=8,
-                segments=6,
-                whole_clips=True,
-                generator_schedule=Schedule(5e-5, warmup=20),
-                discriminator_schedule=Schedule(2e-4),
-                start="further-regression",
-                penalty=20.0,
-                discriminator_warmup=60,
-                average=0.98,
-                max_norm=100.0,
-                corruption=Corruption(offset=1.2),
-                mismatch=1.0,
-                regression=1.0,
+            # From there once more, before the discriminator that has learnt the most.
+            "final": replace(
+                extension,
+                steps=180,
+                discriminator_warmup=20,
                 palette=10.0,
+                start="further-regression",
+                judge="extension",
             ),
         },
     )

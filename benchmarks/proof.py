@@ -59,13 +59,11 @@ def plain(**changes) -> AdversarialConfig:
     """Stage 3 as in the paper, without our errors against the clip, brief enough for a CPU."""
     config = replace(
         tiny_world().stages["adversarial"],
-        clips="long-clips",
         start="regression",
         steps=100,
         discriminator_warmup=40,
         segments=1,
         whole_clips=False,
-        mismatch=0.0,
         regression=0.0,
         palette=0.0,
         corruption=Corruption(),
@@ -146,22 +144,12 @@ def stage_three() -> Experiment:
 
 
 def adversarial() -> Experiment:
-    """Rollouts of five seconds, with our errors against the clip, against more updates of the
-    stage before."""
-    regression = tiny_world().stages["long-regression"]
-    long = plain(
-        start="long-regression",
-        steps=220,
-        discriminator_warmup=60,
-        segments=4,
-        whole_clips=True,
-        regression=1.0,
-        palette=5.0,
-        corruption=regression.corruption,
-    )
+    """The recipe's own last two stages, against more updates of the one before."""
+    stages = tiny_world().stages
+    regression = replace(stages["long-regression"], start="long-regression")
     return Experiment(
         "Does the adversarial stage earn its place? Both lines below the first continue it.",
-        {"adversarial": long, "more-regression": replace(regression, start="long-regression")},
+        {"adversarial": stages["adversarial"], "more-regression": regression},
         tiny_world(),
         beside=("long-regression",),
     )

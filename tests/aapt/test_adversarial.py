@@ -302,7 +302,9 @@ def test_a_model_without_conditions(made_segments):
     assert metrics[0]["generator_gradient"] > 0
     assert [segment.condition for segment in made_segments] == [None, None]
     with pytest.raises(ValueError, match="mismatch: expected 0 for a model that nothing controls"):
-        Adversarial(dataclasses.replace(config, mismatch=1.0), worlds[0], stage.discriminator, torch.ones(4))
+        Adversarial(
+            dataclasses.replace(config, mismatch=1.0), worlds[0], stage.discriminator, torch.ones(4)
+        )
 
 
 def test_segments_of_drawn_lengths(made_segments):

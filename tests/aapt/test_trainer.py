@@ -43,13 +43,14 @@ def small_recipe():
         reference_grid=(3, 4),
     )
     curriculum = constant("clips", frames=4, batch=2, steps=2)
+    judged = {"steps": 1, "batch": 2, "segment_frames": 2, "discriminator_warmup": 1}
     small = {
         "diffusion": {"curriculum": curriculum},
         "consistency": {"curriculum": curriculum},
         "regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "long-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "further-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
-        "adversarial": {"steps": 1, "batch": 2, "segment_frames": 2, "discriminator_warmup": 1},
+        **dict.fromkeys(("adversarial", "extension", "final"), judged),
     }
     picture = {"height": 48, "width": 64, "clips": 3}
     lengths = {
@@ -255,7 +256,7 @@ def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
     ("stage", "change", "message"),
     [
         ("regression", {"segments": 3}, "clips: expected clips of 6 latent frames .* got 5"),
-        ("adversarial", {"segments": 7}, "longer-clips: expected clips of 14 latent frames"),
+        ("final", {"segments": 7}, "longer-clips: expected clips of 14 latent frames"),
     ],
 )
 def test_clips_that_are_too_short_are_said_first(tmp_path, stage, change, message):
