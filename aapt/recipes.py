@@ -232,7 +232,7 @@ def tiny_world() -> Recipe:
                 start="regression",
             ),
             "adversarial": adversarial,
-            # Three seconds more per rollout, and a discriminator that learns to look at the controls.
+            # Eight seconds per rollout, and a discriminator that learns to look at the controls.
             "extension": replace(
                 extension,
                 steps=160,
