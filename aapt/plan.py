@@ -31,7 +31,6 @@ SPACE_FACTOR = 8  # pixels to a latent pixel, in a recipe whose latents come enc
 FLOAT, HALF = 4, 2  # bytes: parameters and what belongs to them; gathered blocks, activations
 STATES = {torch.optim.AdamW: 2, torch.optim.RMSprop: 1, torch.optim.Muon: 1}  # per parameter
 TRANSIENT = 1.5  # a running block with its gradients, relative to what it saves
-COPIES = 4  # clips before a learning discriminator: real, fake, and both perturbed
 
 
 @dataclass(frozen=True)
@@ -208,9 +207,10 @@ def _plan(
         bytes_ = activation_bytes(config, local, checkpointed)
         running = TRANSIENT * block_bytes(config, local) * checkpointed
         if judged:
-            bytes_ += COPIES * activation_bytes(config, local, checkpointed)
-            bytes_ += COPIES * tapped_bytes(config, local)
-            running *= COPIES
+            copies = stage.config.copies
+            bytes_ += copies * activation_bytes(config, local, checkpointed)
+            bytes_ += copies * tapped_bytes(config, local)
+            running *= copies
         return bytes_ + running
 
     each = {"cache": 0.0, "activations": activations(checkpointed=True)}
@@ -317,7 +317,8 @@ def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
             passes += 2  # the teacher, and the student without gradient
         total += passes * forward
         for judge in others:
-            total += (4 * COPIES + 3) * forward_flops(judge, config, load.size, load.frames, 0)
+            passes = 4 * stage.config.copies + 3
+            total += passes * forward_flops(judge, config, load.size, load.frames, 0)
     return total
 
 

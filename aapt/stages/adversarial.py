@@ -80,8 +80,14 @@ class AdversarialConfig:
     def needs(self) -> dict[str, int]:
         later = self.segments - 1
         followed = later * (self.segment_frames - self.overlap_frames) if self.whole_clips else 0
-        # Real clips of later segments leave out latent 0, so they need one more.
-        return {self.clips: self.segment_frames + max(followed, min(later, 1))}
+        # Real clips of later segments, and motion that does not fit, leave out latent 0: one more.
+        behind_first = 1 if later or self.mismatch else 0
+        return {self.clips: self.segment_frames + max(followed, behind_first)}
+
+    @property
+    def copies(self) -> int:
+        """Clips before the learning discriminator: real, fake, both perturbed, and the mismatch."""
+        return 5 if self.mismatch else 4
 
     @property
     def batches(self) -> set[int]:

@@ -292,6 +292,14 @@ def test_the_discriminator_is_shown_motion_that_does_not_fit():
     assert metrics["mismatch"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_motion_that_does_not_fit_needs_a_frame_more():
+    """It never comes from before latent 1; clips that are said to be long enough are."""
+    stage = adversarial_stage(counting_model(*[1.0] * 4), mismatch=1.0)
+    assert stage.config.needs == {"clips": 4}
+    train(stage, 1, counting_clips(length=5))
+    assert adversarial_stage().config.needs == {"clips": 3}
+
+
 def test_a_model_without_conditions(made_segments):
     """Nothing but a picture and a prompt, as in the paper's first model."""
     worlds = [WorldModel(dataclasses.replace(CONFIG, condition_channels=0), None) for _ in "gd"]

@@ -11,10 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from aapt import cli, plan
 from aapt.config import ModelConfig
 from aapt.curriculum import constant
+from aapt.discriminator import Discriminator
 from aapt.model import VideoTransformer
 from aapt.optimization import Schedule
 from aapt.recipes import aapt_8b, paper_8b, tiny_world
 from aapt.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from aapt.world_model import WorldModel
 from aapt_kernels import FrameLayout
 
 from .counting import adversarial_stage
@@ -146,6 +148,25 @@ def test_more_gpus_to_a_clip_hold_less_of_it():
         one.memory["activations"] / one.at_once / 4, rel=0.05
     )
     assert four.clips == 4 * one.clips
+
+
+def test_a_fifth_clip_is_judged_where_motion_does_not_fit():
+    """Arithmetic of the discriminator: it learns from five clips in place of four, in 4 passes
+    each, and judges one for the generator in 3."""
+    recipe = tiny_world()
+    extension = recipe.stages["extension"]
+    judge = Discriminator(WorldModel(recipe.model, recipe.camera))
+    plans = []
+    for mismatch in (0.0, 1.0):
+        changed = dataclasses.replace(extension, mismatch=mismatch)
+        stages = {**recipe.stages, "extension": changed}
+        made = plan.plan(dataclasses.replace(recipe, stages=stages), 1)
+        plans.append(next(each for each in made if each.workload.name == "extension"))
+    four, five = plans
+    forward = plan.forward_flops(judge, recipe.model, four.workload.size, 8, 0)
+    more = extension.batch * extension.segments * 4 * forward
+    assert five.flops - four.flops == pytest.approx(more)
+    assert five.memory["activations"] > four.memory["activations"]
 
 
 def test_what_cannot_be_planned():
