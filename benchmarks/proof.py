@@ -155,6 +155,20 @@ def adversarial() -> Experiment:
     )
 
 
+def final() -> Experiment:
+    """The stage that the bundled model comes from, against as many updates of the one before."""
+    stages = tiny_world().stages
+    stage = stages["final"]
+    updates = stage.discriminator_warmup + stage.steps
+    regression = replace(stages["further-regression"], start="further-regression", steps=updates)
+    return Experiment(
+        "Does the last adversarial stage earn its place? Both lines below the first continue it.",
+        {"final": stage, "more-regression": regression},
+        tiny_world(),
+        beside=("further-regression",),
+    )
+
+
 def baselines() -> Experiment:
     """Nothing is trained. Few worlds and steps: 8 with guidance are 16 passes for every frame."""
     recipe = tiny_world()
@@ -176,6 +190,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "adversarial": adversarial,
     "baselines": baselines,
     "drift": drift,
+    "final": final,
     "teacher-forcing": teacher_forcing,
     "teacher-forcing-unclamped": partial(teacher_forcing, clamp=None),
     "recycling": recycling,
