@@ -369,7 +369,7 @@ def _model_facts(name: str, generator) -> dict[str, Any]:
         "fps": generator.fps,
         "frames_per_step": generator.frames_per_step,
         "tokens_per_step": rows * columns,
-        "window_frames": config.window_frames,
+        "window_frames": config.window((rows, columns)),
         "config": dataclasses.asdict(config),
         "prompts": list(generator.themes),
     }

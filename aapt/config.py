@@ -8,7 +8,8 @@ from typing import Literal
 class ModelConfig:
     """A causal video transformer (SPEC 2-4).
 
-    Sizes are in tokens, latent pixels or latent frames; `window_frames` is N of SPEC 3.
+    Sizes are in tokens, latent pixels or latent frames; `window_frames` is N of SPEC 3, for token
+    grids that `grid_windows` has no other for.
     """
 
     width: int
@@ -20,6 +21,7 @@ class ModelConfig:
     window_frames: int
     reference_grid: tuple[int, int]  # token grid (rows, columns) that positions are stretched onto
     rope_axes: tuple[int, int, int]  # rotated channels of a head for time, rows, columns
+    grid_windows: tuple[tuple[int, int, int], ...] = ()  # (rows, columns, N)
     rope_theta: float = 10_000.0
     latent_channels: int = 16
     condition_channels: int = 0
@@ -36,6 +38,11 @@ class ModelConfig:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.window_frames < 0:
             raise ValueError(f"window_frames: expected 0 or more, got {self.window_frames}")
+        if not _are_grid_windows(self.grid_windows):
+            raise ValueError(
+                "grid_windows: expected a tuple of (rows, columns, window_frames), each grid once, "
+                f"got {self.grid_windows!r}"
+            )
         if self.sink_distance not in ("absolute", "clamped"):
             raise ValueError(
                 f"sink_distance: expected 'absolute' or 'clamped', got {self.sink_distance!r}"
@@ -65,6 +72,26 @@ class ModelConfig:
                 f"latent size: expected multiples of {self.patch}, got {height} x {width}"
             )
         return height // self.patch, width // self.patch
+
+    def window(self, grid: tuple[int, int]) -> int:
+        """N of SPEC 3 for frames of `grid` = (rows, columns) of tokens."""
+        for rows, columns, frames in self.grid_windows:
+            if (rows, columns) == grid:
+                return frames
+        return self.window_frames
+
+
+def _are_grid_windows(windows: object) -> bool:
+    """Whether they are (rows, columns, N) of grids that are all different."""
+    if not isinstance(windows, tuple):
+        return False
+    for entry in windows:
+        if not isinstance(entry, tuple) or [*map(type, entry)] != [int] * 3:
+            return False
+        rows, columns, frames = entry
+        if rows < 1 or columns < 1 or frames < 0:
+            return False
+    return len({entry[:2] for entry in windows}) == len(windows)
 
 
 @dataclass(frozen=True)

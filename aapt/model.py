@@ -146,7 +146,7 @@ class VideoTransformer(nn.Module):
                 text_tokens=text.shape[1],
                 tokens_per_frame=tokens_per_frame,
                 frames=frames,
-                window_frames=self.config.window_frames,
+                window_frames=self.config.window(grid),
                 past_frames=prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None,
             )
         else:  # one great frame, at distances that are never clamped
@@ -210,15 +210,15 @@ class VideoTransformer(nn.Module):
 
     def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
         """An empty cache for latents of `size` = (height, width)."""
-        rows, columns = self.config.token_grid(*size)
+        grid = self.config.token_grid(*size)
         return KVCache(
             batch,
             self.config.depth,
             self.config.heads // self.context.size,
             self.config.head_dim,
             text_tokens=self.config.text_tokens,
-            tokens_per_frame=rows * columns,
-            window_frames=self.config.window_frames,
+            tokens_per_frame=grid[0] * grid[1],
+            window_frames=self.config.window(grid),
             dtype=dtype,
             device=self.video_in.weight.device,
         )

@@ -215,7 +215,7 @@ def _plan(
 
     each = {"cache": 0.0, "activations": activations(checkpointed=True)}
     if load.rolled:
-        each["cache"] = cache_bytes(config, rows * columns, context, load.segments > 1)
+        each["cache"] = cache_bytes(config, (rows, columns), context, load.segments > 1)
     clips = load.batch // groups
     room = gpu.usable * gpu.memory - sum(fixed.values())
     at_once = max(0, min(clips, math.floor(room / sum(each.values()))))
@@ -297,12 +297,12 @@ def tapped_bytes(config: ModelConfig, tokens: int) -> float:
     return len(TAP_FRACTIONS) * (FLOAT + HALF + 2 * HALF) * config.width * tokens
 
 
-def cache_bytes(config: ModelConfig, frame_tokens: int, context: int, continued: bool) -> float:
+def cache_bytes(config: ModelConfig, grid: tuple[int, int], context: int, continued: bool) -> float:
     """A clip's KV cache (SPEC 5); a segment that continues another has a copy of its frames."""
-    frames = (config.window_frames + 2) * frame_tokens
-    if continued:
-        frames += (config.window_frames + 1) * frame_tokens
-    return 2 * HALF * config.depth * config.width / context * (config.text_tokens + frames)
+    window = config.window(grid)
+    frames = window + 2 + (window + 1 if continued else 0)
+    tokens = config.text_tokens + frames * math.prod(grid)
+    return 2 * HALF * config.depth * config.width / context * tokens
 
 
 def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
@@ -327,7 +327,7 @@ def forward_flops(
 ) -> float:
     """One clip's forward pass of frames `start` ... `start + frames`."""
     rows, columns = config.token_grid(*size)
-    attention = attention_flops(config, rows * columns, frames, start)
+    attention = attention_flops(config, (rows, columns), frames, start)
     return product_flops(network, frames * rows * columns, config.text_tokens) + attention
 
 
@@ -346,10 +346,10 @@ def product_flops(network: nn.Module, tokens: int, text: int) -> float:
     return total
 
 
-def attention_flops(config: ModelConfig, tokens: int, frames: int, start: int) -> float:
-    """Attention of frames of `tokens` over exactly what the mask shows (SPEC 3)."""
-    text = config.text_tokens
-    shown = sum(1 + min(i, config.window_frames + 1) for i in range(start, start + frames))
+def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, start: int) -> float:
+    """Attention of frames of `grid` tokens over exactly what the mask shows (SPEC 3)."""
+    text, tokens, window = config.text_tokens, math.prod(grid), config.window(grid)
+    shown = sum(1 + min(i, window + 1) for i in range(start, start + frames))
     pairs = text * text + tokens * (frames * text + tokens * shown)
     return 4 * config.depth * config.width * pairs
 

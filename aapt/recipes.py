@@ -59,7 +59,7 @@ class LightRecipe:
 
 
 def aapt_8b() -> ModelConfig:
-    """The paper's generator (SPEC 2): 736x416, N = 30."""
+    """The paper's generator (SPEC 1, 2): N = 30 at 736x416, N = 15 at 1280x720."""
     return ModelConfig(
         width=3072,
         heads=24,
@@ -70,6 +70,7 @@ def aapt_8b() -> ModelConfig:
         window_frames=30,
         reference_grid=(26, 46),
         rope_axes=(16, 56, 56),
+        grid_windows=((45, 80, 15),),
     )
 
 

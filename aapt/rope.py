@@ -31,18 +31,14 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.reference_grid = config.reference_grid
-        self.clamp_distance = (
-            config.window_frames + 1 if config.sink_distance == "clamped" else None
-        )
+        self.config = config
         self.axes = dict(zip(("time", "rows", "columns"), config.rope_axes, strict=True))
-        self.theta = config.rope_theta
         for name in self.axes:
             self.register_buffer(f"{name}_frequency", self._frequencies(name), persistent=False)
 
     def _frequencies(self, name: str) -> Tensor:
         exponent = torch.arange(0, self.axes[name], 2, dtype=torch.float64) / self.axes[name]
-        return self.theta**-exponent
+        return self.config.rope_theta**-exponent
 
     def _apply(self, fn, recurse=True):
         # Frequencies stay float64 whatever the model's dtype: an angle at frame 5000 would lose
@@ -55,15 +51,16 @@ class RotaryPositions(nn.Module):
     def forward(self, frames: Tensor, grid: tuple[int, int]) -> Rotation:
         """`frames`: indices (T,) of any integer type; `grid`: rows and columns of tokens."""
         cos, sin = self._table(frames, grid)
-        if self.clamp_distance is None:
+        if self.config.sink_distance == "absolute":
             return Rotation(cos, sin)
-        return Rotation(cos, sin, *self._table(frames.clamp(max=self.clamp_distance), grid))
+        distances = frames.clamp(max=self.config.window(grid) + 1)
+        return Rotation(cos, sin, *self._table(distances, grid))
 
     def _table(self, frames: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         device = self.time_frequency.device
         rows, columns = (
             torch.arange(size, dtype=torch.float64, device=device) * (reference / size)
-            for size, reference in zip(grid, self.reference_grid, strict=True)
+            for size, reference in zip(grid, self.config.reference_grid, strict=True)
         )
         time = frames.to(device, torch.float64)
         shape = (len(time), len(rows), len(columns), -1)

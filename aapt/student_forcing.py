@@ -50,7 +50,8 @@ class StudentRollout:
         self.time = first.new_ones(len(first))
         self.cache = None
         self.frames = 0  # in the cache's count
-        self.past = Past(model.config.window_frames) if recache else None
+        grid = model.config.token_grid(*first.shape[-2:])
+        self.past = Past(model.config.window(grid)) if recache else None
         self.set_text(text, text_lens)
 
     @torch.no_grad()

@@ -101,27 +101,34 @@ def test_products_are_what_is_multiplied():
 
 @pytest.mark.parametrize("start", [0, 1, 2, 7])
 def test_attention_is_what_the_mask_shows(start):
-    frames, tokens = 5, 3
-    layout = FrameLayout(
-        CONFIG.text_tokens,
-        tokens,
-        frames,
-        CONFIG.window_frames,
-        past_frames=min(start - 1, CONFIG.window_frames) if start else None,
-    )
-    pairs = int(layout.dense_mask().sum())
-    expected = 4 * CONFIG.depth * CONFIG.width * pairs
-    assert plan.attention_flops(CONFIG, tokens, frames, start) == expected
+    frames = 5
+    config = dataclasses.replace(CONFIG, grid_windows=((2, 1, 3),))
+    for grid, tokens, window in (((1, 3), 3, CONFIG.window_frames), ((2, 1), 2, 3)):
+        past = min(start - 1, window) if start else None
+        layout = FrameLayout(config.text_tokens, tokens, frames, window, past_frames=past)
+        pairs = int(layout.dense_mask().sum())
+        expected = 4 * config.depth * config.width * pairs
+        assert plan.attention_flops(config, grid, frames, start) == expected
 
 
 def test_published_arithmetic():
-    """SPEC 14: one latent frame of 736x416 far into a stream, and its cache."""
-    config = aapt_8b()
+    """SPEC 14: one latent frame far into a stream, and the cache at 736x416."""
+    config, wide, large = aapt_8b(), (26, 46), (45, 80)
     with torch.device("meta"):
         blocks = VideoTransformer(config).blocks
     assert plan.product_flops(blocks, 1196, 0) == pytest.approx(9.8e12, rel=0.01)
-    assert plan.attention_flops(config, 1196, 1, 100) == pytest.approx(20.5e12, rel=0.01)
-    assert plan.cache_bytes(config, 1196, 1, continued=False) == pytest.approx(17e9, rel=0.02)
+    assert plan.product_flops(blocks, 3600, 0) == pytest.approx(29.4e12, rel=0.01)
+    assert plan.attention_flops(config, wide, 1, 100) == pytest.approx(20.5e12, rel=0.01)
+    assert plan.attention_flops(config, large, 1, 100) == pytest.approx(98.3e12, rel=0.01)
+    assert plan.cache_bytes(config, wide, 1, continued=False) == pytest.approx(17e9, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [SIZE, (4, 4)])
+def test_caches_are_what_a_model_keeps(size):
+    config = dataclasses.replace(CONFIG, grid_windows=((2, 2, 5),))
+    cache = VideoTransformer(config).new_cache(1, size, dtype=torch.bfloat16)
+    expected = cache.k.nbytes + cache.v.nbytes
+    assert plan.cache_bytes(config, config.token_grid(*size), 1, continued=False) == expected
 
 
 def test_plan_of_the_paper():
@@ -129,6 +136,7 @@ def test_plan_of_the_paper():
     many = {each.workload.name: each for each in plan.plan(paper_8b(), 256)}
     assert eight["diffusion 1/3"].tokens == many["diffusion 1/3"].tokens == 256 * 30 * 1196
     assert eight["diffusion 2/3"].workload.size == (90, 160)
+    assert eight["diffusion 2/3"].flops == pytest.approx(1.56e18, rel=0.01)
     assert eight["extension"].workload.total_frames == 19 * 6
     assert eight["extension-5"].tokens == 64 * 55 * 6 * 880
     assert eight["consistency"].memory["parameters"] == pytest.approx(
