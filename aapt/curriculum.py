@@ -50,7 +50,7 @@ class Curriculum:
 
     @property
     def needs(self) -> dict[str, int]:
-        """Latent frames after the first that clips must have, by set."""
+        """Latent frames after the first that the longest clips of each set must have."""
         needs: dict[str, int] = {}
         for phase in self.phases:
             for source in phase.sources:

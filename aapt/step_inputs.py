@@ -33,6 +33,9 @@ class RecordedClips:
     def __init__(self, clips: Any, drawn: list[Any]):
         self.clips, self.drawn = clips, drawn
 
+    def part(self, *args, **kwargs) -> "RecordedClips":
+        return RecordedClips(self.clips.part(*args, **kwargs), self.drawn)
+
     def sample(self, *args, **kwargs):
         batch = self.clips.sample(*args, **kwargs)
         self.drawn.append(batch)

@@ -151,8 +151,8 @@ class Run:
                 has = made.latent_frames - 1 if made else self.sets[clips].latent_frames
                 if has < needed:
                     raise ValueError(
-                        f"{clips}: expected clips of {needed} latent frames after the first for "
-                        f"stage {name}, got {has}"
+                        f"{clips}: expected clips of {needed} latent frames or more after the "
+                        f"first for stage {name}, got at most {has}"
                     )
         if len(set(digests.values())) > 1:
             raise ValueError(

@@ -40,7 +40,11 @@ class Clips(Protocol):
 
     @property
     def latent_frames(self) -> int:
-        """Of a clip, after its first."""
+        """Of the longest clips, after their first."""
+
+    def part(self, random: ClipRandom, frames: int) -> "Clips":
+        """The clips that an update draws from if it needs `frames` latent frames after the first:
+        all of one size and length, and the same ones on every rank."""
 
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
@@ -78,6 +82,9 @@ class LatentClips:
     @property
     def latent_frames(self) -> int:
         return self.latents.shape[2] - 1
+
+    def part(self, random: ClipRandom, frames: int) -> "LatentClips":
+        return self
 
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"

@@ -96,6 +96,9 @@ class LatentShards:
         """Of a clip, after its first."""
         return self.encoding["latent_frames"]
 
+    def part(self, random: ClipRandom, frames: int) -> "LatentShards":
+        return self
+
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
     ) -> ClipBatch:
@@ -142,25 +145,36 @@ class LatentShards:
 
 
 class Mixture:
-    """Clips of several folders or buckets as one set: every update draws all of its clips from one
-    of them, as often as it has clips.
+    """Clips of several folders or buckets as one set, of any sizes and lengths: every update draws
+    all of its clips from one of those whose clips are long enough, as often as it has clips.
 
-    A batch has one size, so an update has one bucket, the same on all ranks and in all its draws.
+    A batch has one size, so an update that draws several times draws from its `part`.
     """
 
     def __init__(self, parts: Sequence[LatentShards]):
         self.parts = parts
-        self.shares = [len(part) / sum(map(len, parts)) for part in parts]
 
     @property
     def latent_frames(self) -> int:
-        """Of the shortest clip, after its first."""
-        return min(part.latent_frames for part in self.parts)
+        """Of the longest clips, after their first."""
+        return max(part.latent_frames for part in self.parts)
+
+    def part(self, random: ClipRandom, frames: int) -> LatentShards:
+        """See `Clips.part`. ValueError if no clips are as long."""
+        fitting = [part for part in self.parts if part.latent_frames >= frames]
+        if not fitting:
+            raise ValueError(
+                f"frames: expected at most {self.latent_frames} after the first, as the longest "
+                f"clips have, got {frames}"
+            )
+        clips = sum(map(len, fitting))
+        # From what seeds the update's shared numbers, not from these: they move on with every draw.
+        update = random.shared.bit_generator.seed_seq.entropy
+        chosen = np.random.default_rng([*update, 2])
+        return fitting[chosen.choice(len(fitting), p=[len(part) / clips for part in fitting])]
 
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
     ) -> ClipBatch:
-        # From what seeds the update's shared numbers, not from these: they move on with every draw.
-        update = random.shared.bit_generator.seed_seq.entropy
-        part = np.random.default_rng([*update, 2]).choice(len(self.parts), p=self.shares)
-        return self.parts[part].sample(random, frames, first_frame)
+        needed = frames + 1 if first_frame == "never" else frames
+        return self.part(random, needed).sample(random, frames, first_frame)

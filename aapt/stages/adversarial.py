@@ -78,11 +78,15 @@ class AdversarialConfig:
 
     @property
     def needs(self) -> dict[str, int]:
+        return {self.clips: self.needed(self.segment_frames)}
+
+    def needed(self, length: int) -> int:
+        """Latent frames after the first that clips must have for segments of `length`."""
         later = self.segments - 1
-        followed = later * (self.segment_frames - self.overlap_frames) if self.whole_clips else 0
+        followed = later * (length - self.overlap_frames) if self.whole_clips else 0
         # Real clips of later segments, and motion that does not fit, leave out latent 0: one more.
         behind_first = 1 if later or self.mismatch else 0
-        return {self.clips: self.segment_frames + max(followed, behind_first)}
+        return length + max(followed, behind_first)
 
     @property
     def copies(self) -> int:
@@ -192,6 +196,7 @@ class Adversarial:
         length = config.segment_frames
         if config.shortest_segment is not None:
             length = int(random.shared.integers(config.shortest_segment, length + 1))
+        clips = clips.part(random, config.needed(length))
         further = length - config.overlap_frames  # new frames of a later segment
         whole = config.segments if config.whole_clips else 1
         batch = clips.sample(random, length + (whole - 1) * further)

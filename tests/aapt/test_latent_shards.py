@@ -1,5 +1,6 @@
 """Encoded clips as training draws them: windows, motion, mixtures, damaged folders."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,35 +14,39 @@ from aapt.conditioning import camera_rays
 from aapt.config import CameraConfig
 from aapt.curriculum import constant
 from aapt.data.latent_shards import DataError, LatentShards, Mixture
+from aapt.discriminator import Discriminator
 from aapt.optimization import Schedule
 from aapt.randomness import ClipRandom
+from aapt.stages.adversarial import Adversarial, AdversarialConfig
 from aapt.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from aapt.step_inputs import RecordedSets
+from aapt.world_model import WorldModel
 
 from .counting import train
-from .helpers import draws, tiny_model
+from .helpers import CONFIG, draws, tiny_model
 
 CAMERA = CameraConfig(1.1, 0.0, 0.0, 1.0, 1.0)
-LENGTH = 7  # latents of a clip
+LENGTH = 7  # latents of a clip, unless another is asked for
 SHARDS = (3, 2, 1)  # clips of each
 TURN = 0.1  # to the right
 
 
-def folder_of(path, motion="none", buckets=("48x32",), offset=0):
+def folder_of(path, motion="none", buckets=("48x32",), offset=0, length=LENGTH):
     """Six clips a bucket: latent i of clip c is 10 c + i, and row n of its motion 10 c + n + 1."""
     index = {"format_version": 1, "buckets": {}}
-    index["encoding"] = {"latent_frames": LENGTH - 1, "motion": motion}
+    index["encoding"] = {"latent_frames": length - 1, "motion": motion}
     for bucket in buckets:
         width, height = (int(side) // 8 for side in bucket.split("x"))
         shards, clip = [], offset
         for number, count in enumerate(SHARDS):
-            values = 10.0 * torch.arange(clip, clip + count)[:, None] + torch.arange(LENGTH)
+            values = 10.0 * torch.arange(clip, clip + count)[:, None] + torch.arange(length)
             latents = values[:, None, :, None, None].expand(-1, 5, -1, height, width)
             tensors = {"latents": latents.half()}
             if motion == "camera":
                 pose = torch.eye(4)
                 pose[0, 0] = pose[2, 2] = math.cos(TURN)
                 pose[0, 2], pose[2, 0] = math.sin(TURN), -math.sin(TURN)
-                tensors["poses"] = pose.repeat(count, LENGTH - 1, 4, 1, 1)
+                tensors["poses"] = pose.repeat(count, length - 1, 4, 1, 1)
                 tensors["poses"][..., 0, 3] = values[:, 1:, None]
                 tensors["lens"] = torch.tensor([[0.8, 1.2, 0.5, 0.4]]).repeat(count, 1)
             elif motion == "pose":
@@ -172,7 +177,7 @@ def test_a_mixture_draws_one_part_per_update(tmp_path):
         LatentShards(other, "32x48"),
     ]
     mixture, sizes = Mixture([*parts, LatentShards(other, "64x32")]), []
-    assert mixture.shares == [0.25] * 4 and mixture.latent_frames == 6
+    assert mixture.latent_frames == 6
     for step in range(200):
         random = draws(2, step=step)
         batch = mixture.sample(random, 2)
@@ -183,3 +188,52 @@ def test_a_mixture_draws_one_part_per_update(tmp_path):
     assert 30 < sizes.count((4, 6)) < 70 and 75 < sizes.count((6, 4)) < 125
     assert len(set(sizes)) == 3
     assert mixture.sample(draws(2), 2).size == sizes[0]
+
+
+def test_a_mixture_draws_from_parts_that_are_long_enough(tmp_path):
+    """Of two short folders and a long one, as often as each of those that fit has clips."""
+    lengths = {"a": 7, "b": 7, "c": 13}
+    folders = [
+        folder_of(tmp_path / name, offset=20 * place, length=length)
+        for place, (name, length) in enumerate(lengths.items())
+    ]
+
+    def parts(frames, first_frame="half", clips=range(2)):
+        """Of 300 updates, by number, from a mixture of its own."""
+        mixture = Mixture([LatentShards(folder) for folder in folders])
+        batches = (
+            mixture.sample(ClipRandom(7, step, clips), frames, first_frame) for step in range(300)
+        )
+        return [int(batch.latents[0, 0, 0, 0, 0]) // 200 for batch in batches]
+
+    short = parts(6)
+    assert [short.count(part) for part in range(3)] == pytest.approx([100] * 3, abs=30)
+    assert set(parts(7)) == set(parts(12)) == set(parts(6, "never")) == {2}
+    assert parts(5, "never") == parts(1) == parts(6, clips=range(5, 6)) == short
+    mixture = Mixture([LatentShards(folder) for folder in folders])
+    assert mixture.latent_frames == 12
+    with pytest.raises(ValueError, match="frames: expected at most 12 after .* got 13"):
+        mixture.sample(draws(2), 13)
+    with pytest.raises(ValueError, match="frames: expected at most 12 after .* got 13"):
+        mixture.sample(draws(2), 12, "never")
+
+
+def test_all_draws_of_an_update_come_from_one_part(tmp_path):
+    """Later segments need a latent more than the first one: clips that are just long enough for
+    that alone, here of another size, are not begun with."""
+    wide = LatentShards(folder_of(tmp_path / "wide", length=4))
+    tall = LatentShards(folder_of(tmp_path / "tall", buckets=("32x48",), offset=50, length=9))
+    settings = dataclasses.replace(CONFIG, condition_channels=0, latent_channels=5)
+    model, judge = WorldModel(settings, None), WorldModel(settings, None)
+    given = {"shortest_segment": 2, "segments": 2, "overlap_frames": 1, "discriminator_warmup": 16}
+    rates = {"generator_schedule": Schedule(1e-4), "discriminator_schedule": Schedule(1e-4)}
+    config = AdversarialConfig("clips", 0, 1, segment_frames=4, **given, **rates)
+    stage = Adversarial(config, model, Discriminator(judge), torch.ones(5))
+    sets, seen = {"clips": Mixture([wide, tall])}, set()
+    for step in range(stage.steps):
+        recorded = RecordedSets(sets)
+        stage.accumulate(recorded, draws(1, step=step), step)
+        first, later = recorded.drawn
+        assert first.size == later.size and first.latents.shape == later.latents.shape
+        seen.add((first.size, first.latents.shape[2] - 1))
+    assert seen == {((4, 6), 2), ((6, 4), 2), ((6, 4), 3), ((6, 4), 4)}

@@ -71,15 +71,15 @@ def vae(seed: int = 0) -> CausalVAE:
     return CausalVAE(tiny()).eval()
 
 
-def encoded(folder, seed: int = 0, weights: int = 0):
-    """Three clips at every size."""
+def encoded(folder, seed: int = 0, weights: int = 0, latent_frames: int = 2):
+    """At every size three clips, or one of 4 latent frames after the first."""
     noise = np.random.default_rng(seed).integers(0, 255, (27, 64, 96, 3), dtype=np.uint8)
     videos = folder / "videos"
     videos.mkdir(parents=True)
     for name, frames in (("a", noise[:18]), ("b", noise[18:])):
         (videos / f"{name}.mkv").write_bytes(video(frames))
         (videos / f"{name}.txt").write_text(f"this is {name}")
-    encode(videos, vae(weights), folder / "latents", CutConfig((SIZES,), 2, stride=9))
+    encode(videos, vae(weights), folder / "latents", CutConfig((SIZES,), latent_frames, stride=9))
     return folder / "latents"
 
 
@@ -210,7 +210,7 @@ def test_sets_in_several_folders(latents, tmp_path):
     other = encoded(tmp_path, seed=1)
     inputs = Inputs({ANY_SET: [latents, other], "96x64": [other]})
     mixture = inputs.clips("48x32", None)
-    assert isinstance(mixture, Mixture) and mixture.shares == [0.5, 0.5]
+    assert isinstance(mixture, Mixture) and list(map(len, mixture.parts)) == [3, 3]
     assert isinstance(inputs.clips("96x64", None), LatentShards)
     with pytest.raises(ValueError, match="latents: expected the folder with clips of 64x64, got "):
         inputs.clips("64x64", None)
@@ -218,6 +218,22 @@ def test_sets_in_several_folders(latents, tmp_path):
         ValueError, match="latents: expected a bucket 64x64, or one for it, in .*, "
     ):
         Inputs({"64x64": [latents]}).clips("64x64", None)
+
+
+def test_a_set_of_short_clips_and_long_ones(latents, tmp_path):
+    """The long ones suffice for the windows that only they have; without them the set is named."""
+    curriculum = Curriculum((Phase(4, 2, (Source("48x32", frames=4, shortest=2),)),))
+    made = recipe(stages={"diffusion": DiffusionConfig(curriculum, RATE)})
+    with pytest.raises(
+        ValueError, match="48x32: expected clips of 4 latent .* stage diffusion, got at most 2"
+    ):
+        train(tmp_path / "run", {"48x32": [latents]}, made=made)
+    assert not (tmp_path / "run").exists()
+    longer = encoded(tmp_path, seed=1, latent_frames=4)
+    checkpoint = train(tmp_path / "run", {"48x32": [latents, longer]}, made=made)
+    assert StreamingGenerator.from_pretrained(checkpoint).sampling is not None
+    lines = (tmp_path / "run" / "diffusion" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4
 
 
 def test_latents_of_two_autoencoders_never_mix(latents, tmp_path):
