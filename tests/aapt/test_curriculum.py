@@ -5,7 +5,6 @@ import torch
 
 from aapt.curriculum import Curriculum, Phase, Source, constant
 from aapt.data.clips import LatentClips
-from aapt.recipes import paper_8b
 
 from .helpers import clips, draws
 
@@ -31,25 +30,3 @@ def test_one_update_draws_from_one_source():
         seen.append(tuple(batch.targets.shape[2:4]))
     assert set(seen) == {(3, 4), (4, 4), (5, 4), (2, 8)}
     assert seen.count((2, 8)) / len(seen) == pytest.approx(0.25, abs=0.1)
-
-
-def test_the_papers_numbers():
-    """SPEC 6-8, a second being six latent frames."""
-    stages = paper_8b().stages
-    phases = stages["diffusion"].curriculum.phases
-    assert [(phase.steps, phase.batch) for phase in phases] == [
-        (20_000, 256),
-        (6_000, 128),
-        (4_000, 32),
-    ]
-    assert stages["consistency"].curriculum.steps == 5_000
-    assert stages["consistency"].times == 32 and stages["consistency"].shift == 24
-    seconds = {}
-    for name in ("adversarial", "extension", "extension-5"):
-        config = stages[name]
-        further = (config.segments - 1) * (config.segment_frames - config.overlap_frames)
-        seconds[name] = (config.segment_frames + further) / 6
-        assert (config.steps, config.penalty, config.perturbation) == (500, 1000, 0.1)
-    assert seconds == {"adversarial": 10, "extension": 19, "extension-5": 55}
-    rates = [stages[name].generator_schedule(0, 500) for name in seconds]
-    assert rates == [3e-6, 1e-5, 1e-5] and stages["extension"].batch == 64

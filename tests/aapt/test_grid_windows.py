@@ -13,7 +13,6 @@ from aapt.checkpoint import BUNDLED, CheckpointError, load_config, save_config, 
 from aapt.config import ModelConfig, SamplingConfig
 from aapt.diffusion_rollout import DiffusionRollout
 from aapt.discriminator import Discriminator
-from aapt.recipes import aapt_8b
 from aapt.rope import RotaryPositions
 from aapt.student_forcing import StudentRollout, parallel_pass
 from aapt.teacher_forcing import teacher_forced_logits
@@ -28,13 +27,6 @@ each_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
 def latents(frames: int, size: tuple[int, int]) -> torch.Tensor:
     return torch.randn(2, CONFIG.latent_channels, frames, *size, dtype=torch.float64)
-
-
-def test_windows_of_the_paper():
-    config = aapt_8b()
-    assert config.window(config.token_grid(416 // 8, 736 // 8)) == 30
-    assert config.window(config.token_grid(720 // 8, 1280 // 8)) == 15
-    assert config.window(config.token_grid(352 // 8, 640 // 8)) == 30
 
 
 @each_size

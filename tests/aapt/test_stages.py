@@ -44,6 +44,40 @@ def test_diffusion_learns_one_clip():
         assert torch.equal(parameter, stage.trained["model"].average.shadow[name])
 
 
+def averaging_regression() -> RolloutRegression:
+    config = RolloutRegressionConfig("clips", 4, 2, 2, 2, Schedule(1e-3), average=0.75)
+    return RolloutRegression(config, model(), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("build", "learner"),
+    [
+        (lambda: adversarial_stage(average=0.75, discriminator_warmup=1), "generator"),
+        (averaging_regression, "model"),
+    ],
+    ids=["adversarial", "regression"],
+)
+def test_the_moving_average_is_exported(build, learner):
+    """a_n = d a_{n-1} + (1 - d) w_n over the generator's own updates, from where it started, and
+    not the last weights w_n. The discriminator's warm-up does not count."""
+    stage = build()
+    average = {name: p.detach().clone() for name, p in stage.model.named_parameters()}
+
+    def follow(*_):
+        for name, parameter in stage.model.named_parameters():
+            average[name] = 0.75 * average[name] + 0.25 * parameter.detach()
+
+    stage.trained[learner].optimizer.register_step_post_hook(follow)
+    train(stage, 4)
+    last = {name: p.detach().clone() for name, p in stage.model.named_parameters()}
+    exported = dict(stage.export().named_parameters())
+    assert exported.keys() == average.keys()
+    for name, parameter in exported.items():
+        torch.testing.assert_close(parameter.detach(), average[name])
+    moved = {n for n in last if not torch.allclose(exported[n], last[n], rtol=1e-3, atol=1e-5)}
+    assert moved >= {"transformer.video_in.weight", "transformer.video_out.weight"}
+
+
 def test_diffusion_shows_clean_pasts_and_noisy_targets():
     """Teacher forcing with one shifted t per clip, conditions in place, and MSE on v (SPEC 6)."""
     curriculum = constant("clips", frames=3, batch=256, steps=1)
