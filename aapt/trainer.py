@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from .checkpoint import (
     save_module,
     save_tensors,
 )
+from .config import CameraConfig
 from .data.clips import ClipBatch, Clips
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES
@@ -36,7 +37,7 @@ from .stages.decoder import DecoderTraining, measure_latents
 from .stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from .stages.light_decoder import LightDecoderTraining
 from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
-from .training_loop import Habits, claim, drop_states, train
+from .training_loop import Habits, claim, drop_states, stored_recipe, train
 from .vae import CausalVAE, VAEConfig
 from .vae_folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from .world_model import WorldModel
@@ -95,6 +96,21 @@ class Run:
         self.parallel, self.habits = parallel or Parallel.single(), habits or Habits()
         self.inputs = inputs or Inputs()
         self.sets = EncodedSets(self)
+        if recipe.scaled_camera:
+            self.recipe = replace(recipe, camera=self.scaled_camera())
+
+    @property
+    def encoded(self) -> list[str]:
+        """Sets of clips that the recipe does not make itself."""
+        needed = {clips for config in self.recipe.stages.values() for clips in config.needs}
+        return sorted(needed - set(self.recipe.data))
+
+    def scaled_camera(self) -> CameraConfig:
+        """By the clips; in a folder that is claimed already, as it was."""
+        claimed = stored_recipe(self.out)
+        if claimed and claimed["camera"]:
+            return CameraConfig(**claimed["camera"])
+        return self.inputs.camera(self.recipe.camera, self.encoded)
 
     def claim(self, stages: Sequence[str] = ()) -> None:
         """Write the recipe, and what `stages` are given, into the folder, or check that they are
@@ -124,8 +140,7 @@ class Run:
         ValueError for clips that are missing or too short, that are not moved by what the model is
         conditioned on or are latents of several autoencoders, and for batches that ranks cannot
         share."""
-        every = {clips for config in self.recipe.stages.values() for clips in config.needs}
-        encoded = sorted(every - set(self.recipe.data))
+        encoded = self.encoded
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(

@@ -12,7 +12,8 @@ from PIL import Image
 
 from aapt import StreamingGenerator, cli, trainer
 from aapt.checkpoint import CheckpointError, read_tensors, save_module
-from aapt.config import ModelConfig
+from aapt.conditioning import camera_rays
+from aapt.config import CameraConfig, ModelConfig
 from aapt.curriculum import Curriculum, Phase, Source
 from aapt.data.buckets import Bucket
 from aapt.data.clip_reader import CutConfig
@@ -28,6 +29,7 @@ from aapt.training_loop import Habits
 from aapt.vae import CausalVAE, tiny
 from aapt.world_model import WorldModel
 
+from .test_trajectories import trajectory, yawed
 from .videos import video
 
 MODEL = ModelConfig(
@@ -284,3 +286,60 @@ def test_the_command_from_videos_to_a_checkpoint(latents, tmp_path, monkeypatch,
     assert cli.main(["train", "small", "--latents", str(out), "--out", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "small")
     assert StreamingGenerator.from_pretrained(run / "small").driven_by == "prompt"
+
+
+def exploring(**changes) -> Recipe:
+    """As `paper-8b-camera`, stage 1 alone."""
+    camera = CameraConfig(1.0, 0.02, 1.0, 1.0, 1.0)
+    model = dataclasses.replace(MODEL, condition_channels=camera.channels)
+    stages = {"diffusion": recipe().stages["diffusion"]}
+    return recipe(model=model, camera=camera, stages=stages, scaled_camera=True, **changes)
+
+
+@pytest.fixture(scope="module")
+def travels(tmp_path_factory):
+    """Two clips at two sizes that walk and turn, one of them more."""
+    folder = tmp_path_factory.mktemp("travels")
+    noise = np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
+    (folder / "v").mkdir()
+    for name, pace in (("a", 1), ("b", 3)):
+        (folder / "v" / f"{name}.mkv").write_bytes(video(noise))
+        (folder / "v" / f"{name}.txt").write_text(name)
+        cameras = [yawed(0.004 * pace * n, (0.0, 0.0, 0.02 * pace * n)) for n in range(9)]
+        (folder / "v" / f"{name}.camera.txt").write_text(trajectory(cameras))
+    config = CutConfig((SIZES[:2],), 2, stride=9, motion="camera")
+    encode(folder / "v", vae(), folder / "latents", config)
+    return folder / "latents"
+
+
+def test_rays_are_scaled_to_the_clips(travels, tmp_path):
+    """To unit deviation over all of them, seen through the checkpoint's camera."""
+    habits = Habits(sample_every=None)
+    folder = train(tmp_path / "run", travels, made=exploring(), habits=habits)
+    camera = StreamingGenerator.from_pretrained(folder).model.camera
+    assert camera.forward_step == 2 * camera.origin_deviation != 0
+    rays = []
+    for bucket in ("48x32", "96x64"):
+        shards = LatentShards(travels, bucket, camera)
+        for clip in range(len(shards)):
+            motion = shards._window(clip, 0, 2, 0.0)[1]
+            width, height = (int(side) // 8 for side in bucket.split("x"))
+            channels = camera_rays(motion[None], camera, height, width)[0]
+            rays.append(channels.unflatten(0, (4, 2, 3)).square().mean(dim=(0, 2, 3, 4, 5)))
+    torch.testing.assert_close(torch.stack(rays).mean(dim=0), torch.ones(2), atol=0.01, rtol=0)
+    # what the folder says holds, with the clips or without
+    assert train(tmp_path / "run", {}, made=exploring(), habits=habits) == folder
+
+
+def test_rays_of_clips_that_cannot_scale_them(latents, travels, tmp_path):
+    with pytest.raises(ValueError, match="latents: expected clips with camera motion, got none"):
+        train(tmp_path / "run", latents, made=exploring())
+    index = json.loads((travels / "index.json").read_text())
+    for bucket in index["buckets"].values():
+        for shard in bucket["shards"]:
+            shard["ray_squares"] = [0.01, 0.0]
+    (tmp_path / "still").mkdir()
+    (tmp_path / "still" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected a camera that moves and turns"):
+        train(tmp_path / "run", tmp_path / "still", made=exploring())
+    assert not (tmp_path / "run").exists()
