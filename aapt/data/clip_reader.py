@@ -18,8 +18,6 @@ from .sources import Sample, Skipped
 from .trajectories import Trajectory, parse_trajectory, rotation_vectors
 from .video_reader import Picture, at_rate, pictures
 
-MAX_GAP = 0.1  # seconds from a frame's time to the nearest picture: below 5 fps nothing moves
-
 
 @dataclass(frozen=True)
 class CutConfig:
@@ -106,10 +104,12 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
             keypoints = parse_keypoints(blob.text("bad keypoints"))
         with sample.video.open() as file:
             windows = _windows(at_rate(pictures(file), config.fps, start, end), config)
-            for parts, frames in windows:
+            for window in windows:
+                if isinstance(window, Skipped):
+                    yield window
+                    continue
                 try:
-                    given = trajectory, keypoints, config
-                    yield from _clips(sample, captions, parts, frames, *given)
+                    yield from _clips(sample, captions, *window, trajectory, keypoints, config)
                 except Skipped as skipped:
                     yield skipped
     except Skipped as skipped:
@@ -122,11 +122,12 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
 
 def _windows(
     source: Iterator[tuple[float, Picture]], config: CutConfig
-) -> Iterator[tuple[list[Crop], list[_Frame]]]:
-    """Every `stride` frames the next `config.frames` of them, cropped and resized to every size."""
+) -> Iterator[tuple[list[Crop], list[_Frame]] | Skipped]:
+    """Every `stride` frames of a take the next `config.frames` of them, cropped and resized to
+    every size. Of gaps with no window between them the first is told."""
     parts: list[Crop] = []
     window: deque[_Frame] = deque(maxlen=config.frames)
-    count = 0
+    count, take, gap, found = 0, 0, None, False
     for time, picture in source:
         if not parts:
             buckets = choose(config.buckets, *picture.size, picture.pixel_aspect)
@@ -135,6 +136,12 @@ def _windows(
             raise Skipped(
                 "size changes", f"at {time:.3f} s from {parts[0].source} to {picture.size}"
             )
+        if picture.take != take:
+            if window:
+                shown = window[-1].shown
+                gap = gap or Skipped("gap", f"from {shown:.3f} s to {picture.time:.3f} s")
+            window.clear()
+            count, take = 0, picture.take
         if window and window[-1].index == picture.index:
             pixels = window[-1].pixels
         else:
@@ -142,8 +149,14 @@ def _windows(
         window.append(_Frame(time, picture.time, picture.index, pixels))
         count += 1
         if count >= config.frames and (count - config.frames) % config.stride == 0:
+            if gap:
+                yield gap
+                gap = None
+            found = True
             yield parts, list(window)
-    if count < config.frames:
+    if gap:
+        yield gap
+    elif not found:
         raise Skipped(
             "too short", f"expected {config.frames} frames at {config.fps} fps, got {count}"
         )
@@ -160,9 +173,6 @@ def _clips(
 ) -> Iterator[RawClip]:
     """One window in every size. Skipped where it cannot be used."""
     start = frames[0].time
-    for frame in frames:
-        if abs(frame.time - frame.shown) > MAX_GAP:
-            raise Skipped("gap", f"clip at {start:.3f} s: no picture near {frame.time:.3f} s")
     motion = {}
     if trajectory is not None:
         motion["poses"] = _poses(frames, trajectory, config)

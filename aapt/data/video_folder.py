@@ -61,8 +61,11 @@ def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor
     if sample.video is None:
         raise Skipped("broken archive", sample.broken)
     clip: list[np.ndarray] = []
+    take = 0
     with sample.video.open() as file:
         for _, picture in at_rate(pictures(file), fps):
+            if picture.take != take:  # no clip goes across a gap
+                clip, take = [], picture.take
             part = crop(*picture.size, size, picture.pixel_aspect)
             clip.append(part.window(picture.pixels(*part.scaled)))
             if len(clip) == frames:
