@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..conditioning import trajectory_poses
 from .buckets import Bucket, Crop, choose, crop
-from .keypoints import POINTS, draw_skeletons, parse_keypoints
+from .keypoints import POINTS, People, parse_keypoints
+from .skeletons import draw_skeletons
 from .sources import Sample, Skipped
 from .trajectories import Trajectory, parse_trajectory, rotation_vectors
 from .video_reader import Picture, at_rate, pictures
@@ -100,8 +101,7 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
             start = max(0.0, trajectory.times[0].item())
             end = trajectory.times[-1].item() + 0.5 / config.fps
         elif config.motion == "pose":
-            blob = sample.sidecar("keypoints.json", "no keypoints")
-            keypoints = parse_keypoints(blob.text("bad keypoints"))
+            keypoints = parse_keypoints(sample.keypoints())
         with sample.video.open() as file:
             windows = _windows(at_rate(pictures(file), config.fps, start, end), config)
             for window in windows:
@@ -168,7 +168,7 @@ def _clips(
     parts: list[Crop],
     frames: list[_Frame],
     trajectory: Trajectory | None,
-    keypoints: list[np.ndarray] | None,
+    keypoints: list[People] | None,
     config: CutConfig,
 ) -> Iterator[RawClip]:
     """One window in every size. Skipped where it cannot be used."""
@@ -203,12 +203,13 @@ def _poses(frames: list[_Frame], trajectory: Trajectory, config: CutConfig) -> T
 
 
 def _skeletons(
-    frames: list[_Frame], keypoints: list[np.ndarray], part: Crop, config: CutConfig
+    frames: list[_Frame], keypoints: list[People], part: Crop, config: CutConfig
 ) -> np.ndarray:
     drawn = []
     for frame in frames:
-        known = frame.index < len(keypoints)
-        people = keypoints[frame.index].copy() if known else np.zeros((0, POINTS, 3))
+        people = np.zeros((0, POINTS, 3))
+        if frame.index < len(keypoints):
+            people = keypoints[frame.index].on(*part.source).copy()
         people[..., :2] = part.points(people[..., :2])
         drawn.append(draw_skeletons(people, *part.bucket, config.min_score))
     if not any(image.any() for image in drawn):

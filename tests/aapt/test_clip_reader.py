@@ -252,6 +252,18 @@ def test_skeletons_are_drawn_where_the_people_are(tmp_path):
     np.testing.assert_allclose(lit, [8 + 4 * n for n in range(9)], atol=1)
 
 
+def test_keypoints_of_another_size_are_brought_to_the_video(tmp_path):
+    """DWPose was shown the video at half its size."""
+    people = [{"pose_keypoints_2d": [0] * 6 + [40, 10, 1, 40, 22, 1] + [0] * 42}]  # right upper arm
+    frame = {"people": people, "canvas_width": 64, "canvas_height": 32}
+    text = json.dumps([frame] * 9)
+    (clip,) = read(tmp_path, video(grey(9, 64, 128)), POSE, **{"keypoints.json": text})
+    lit = np.argwhere(clip.skeletons[0].any(axis=2))
+    assert abs(lit.mean(axis=0) - (32, 80 - 32)).max() < 1
+    items = read(tmp_path, video(grey(9, 64, 64)), POSE, **{"keypoints.json": text})
+    assert items == ["bad keypoints: expected a canvas of the shape of 64x64, got 64x32"]
+
+
 def test_skeletons_follow_the_pictures_that_are_shown(tmp_path):
     arms = [entry(person({6: (2 * n, 20), 8: (2 * n, 44)})) for n in range(20)]
     config = dataclasses.replace(POSE, buckets=((Bucket(96, 64),),))
