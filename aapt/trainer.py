@@ -111,9 +111,24 @@ class Run:
         if said := claim(self.out, asdict(self.recipe)):
             return said
         configs = [self.recipe.stages[name] for name in self.waiting(stages)]
-        sets = {clips for config in configs for clips in config.needs} - set(self.recipe.data)
         starts = any(config.start is None for config in configs)
-        return claim_inputs(self.out, self.inputs.facts(sorted(sets), starts))
+        return claim_inputs(self.out, self.inputs.facts(self.encoded_sets(stages), starts))
+
+    def encoded_sets(self, stages: Sequence[str]) -> list[str]:
+        """What those of `stages` that are still to come draw from, and the recipe does not make."""
+        configs = [self.recipe.stages[name] for name in self.waiting(stages)]
+        return sorted({clips for c in configs for clips in c.needs} - set(self.recipe.data))
+
+    def cut_captions(self, stages: Sequence[str]) -> list[str]:
+        """A line for each set with captions that the model reads only the start of."""
+        limit = self.recipe.model.text_tokens - 1  # of bytes: one token begins every prompt
+        sets = self.encoded_sets(stages)
+        counts = [(name, *self.inputs.long_captions(name, limit)) for name in sets]
+        return [
+            f"{name}: {cut} of {clips} clips have captions cut at {limit} bytes"
+            for name, cut, clips in counts
+            if cut
+        ]
 
     def waiting(self, stages: Sequence[str]) -> list[str]:
         """Those of `stages` that train a generator and are still to come."""
@@ -410,6 +425,8 @@ def run(
     run_ = Run(recipe, out, **options)
     run_.check(stages or names)
     run_.claim(stages or names)
+    for line in run_.cut_captions(stages or names):
+        report(line)
     for stage in stages or names:
         if run_.parallel.agree(run_.result(stage).is_file()):
             report(f"{stage}: already done")
