@@ -12,6 +12,7 @@ right. Three layouts are known by their keys:
 A picture that is null in a list, and a part that a person lacks, has nothing to see in it.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,7 @@ def _size(entry: dict, width: str, height: str) -> tuple[float, float] | None:
     if entry.get(width) is None or entry.get(height) is None:
         return None
     size = float(entry[width]), float(entry[height])
-    if not min(size) > 0:
+    if not all(0 < side < math.inf for side in size):
         raise ValueError(f"expected a {width} and {height} above 0, got {size[0]:g}x{size[1]:g}")
     return size
 
@@ -188,6 +189,6 @@ def _explained(where: str) -> Iterator[None]:
     """Skipped, saying where, for what a file of another form leads to."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         what = f"expected {error}" if isinstance(error, KeyError) else error
         raise Skipped(REASON, f"{where}: {what}") from None

@@ -1,7 +1,6 @@
 """Folders of encoded clips, as `aapt encode` writes them and training reads them.
 
-index.json            what was encoded and how, the shards of each bucket and the lengths of its
-                      captions, what was skipped
+index.json            what was encoded and how, the shards of each bucket, what was skipped
 config.json           with vae.safetensors, the autoencoder that decodes them (`vae_folder`)
 videos.jsonl          one line per video: its clips, and each reason to skip something of it
 736x416/00000.safetensors

@@ -26,8 +26,9 @@ def video_clips(
 ) -> Iterator[Tensor]:
     """Up to `count` clips of `frames` frames, uint8 (frames, H, W, 3), cropped to `size`.
 
-    As many videos as can be, in the order of their names, give as few clips each as can be, none
-    across a gap; what cannot be read is reported and left out. ValueError if no clip is long enough.
+    As many videos as can be, in the order of their names, give as few clips each as can be, none of
+    them across a gap; what cannot be read is reported and left out. ValueError if no clip is long
+    enough.
     """
     samples = find_samples(source)
     each = math.ceil(count / len(samples))

@@ -212,6 +212,11 @@ BAD = [
         {"people": [], "canvas_width": 0, "canvas_height": 3},
         "picture 0: expected a canvas_width and canvas_height above 0, got 0x3",
     ),
+    (
+        {"people": [], "canvas_width": 5, "canvas_height": float("nan")},
+        "picture 0: expected a canvas_width and canvas_height above 0, got 5xnan",
+    ),
+    ({"people": [{"face_keypoints_2d": [10**400]}]}, "picture 0: "),
     ({"annotations": []}, "annotations: expected 'images'"),
     ({"annotations": [{}], "images": []}, "annotations: expected 'image_id'"),
     ({"annotations": None, "images": []}, "annotations: "),
