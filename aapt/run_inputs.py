@@ -100,6 +100,14 @@ class Inputs:
             direction_deviation=direction,
         )
 
+    def long_captions(self, name: str, limit: int) -> tuple[int, int]:
+        """How many clips of a set have a caption of more than `limit` bytes, as far as its folders
+        know, and how many clips it has."""
+        parts = [read_index(folder)["buckets"][bucket] for folder, bucket in self.buckets(name)]
+        lengths = [part.get("caption_bytes", {}).items() for part in parts]
+        long = sum(clips for part in lengths for length, clips in part if int(length) > limit)
+        return long, sum(part["clips"] for part in parts)
+
     def autoencoder(self, name: str) -> CausalVAE:
         """What the latents of a set are decoded by."""
         return load_vae(self.buckets(name)[0][0])

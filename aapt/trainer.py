@@ -1,7 +1,7 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -99,10 +99,9 @@ class Run:
         if recipe.scaled_camera:
             self.recipe = replace(recipe, camera=self.scaled_camera())
 
-    @property
-    def encoded(self) -> list[str]:
-        """Sets of clips that the recipe does not make itself."""
-        needed = {clips for config in self.recipe.stages.values() for clips in config.needs}
+    def encoded_sets(self, stages: Iterable[str]) -> list[str]:
+        """What stages draw from, and the recipe does not make."""
+        needed = {clips for name in stages for clips in self.recipe.stages[name].needs}
         return sorted(needed - set(self.recipe.data))
 
     def scaled_camera(self) -> CameraConfig:
@@ -110,7 +109,7 @@ class Run:
         claimed = stored_recipe(self.out)
         if claimed and claimed["camera"]:
             return CameraConfig(**claimed["camera"])
-        return self.inputs.camera(self.recipe.camera, self.encoded)
+        return self.inputs.camera(self.recipe.camera, self.encoded_sets(self.recipe.stages))
 
     def claim(self, stages: Sequence[str] = ()) -> None:
         """Write the recipe, and what `stages` are given, into the folder, or check that they are
@@ -126,10 +125,20 @@ class Run:
     def _claim(self, stages: Sequence[str]) -> str | None:
         if said := claim(self.out, asdict(self.recipe)):
             return said
-        configs = [self.recipe.stages[name] for name in self.waiting(stages)]
-        sets = {clips for config in configs for clips in config.needs} - set(self.recipe.data)
-        starts = any(config.start is None for config in configs)
-        return claim_inputs(self.out, self.inputs.facts(sorted(sets), starts))
+        waiting = self.waiting(stages)
+        starts = any(self.recipe.stages[name].start is None for name in waiting)
+        return claim_inputs(self.out, self.inputs.facts(self.encoded_sets(waiting), starts))
+
+    def cut_captions(self, stages: Sequence[str]) -> list[str]:
+        """A line for each set with captions that the model reads only the start of."""
+        limit = self.recipe.model.text_tokens - 1  # of bytes: one token begins every prompt
+        sets = self.encoded_sets(self.waiting(stages))
+        counts = [(name, *self.inputs.long_captions(name, limit)) for name in sets]
+        return [
+            f"{name}: {cut} of {clips} clips have captions cut at {limit} bytes"
+            for name, cut, clips in counts
+            if cut
+        ]
 
     def waiting(self, stages: Sequence[str]) -> list[str]:
         """Those of `stages` that train a generator and are still to come."""
@@ -140,7 +149,7 @@ class Run:
         ValueError for clips that are missing or too short, that are not moved by what the model is
         conditioned on or are latents of several autoencoders, and for batches that ranks cannot
         share."""
-        encoded = self.encoded
+        encoded = self.encoded_sets(self.recipe.stages)
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
@@ -425,6 +434,8 @@ def run(
     run_ = Run(recipe, out, **options)
     run_.check(stages or names)
     run_.claim(stages or names)
+    for line in run_.cut_captions(stages or names):
+        report(line)
     for stage in stages or names:
         if run_.parallel.agree(run_.result(stage).is_file()):
             report(f"{stage}: already done")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from aapt import StreamingGenerator, cli, trainer
-from aapt.checkpoint import CheckpointError, read_tensors, save_module
+from aapt.checkpoint import CheckpointError, read_tensors, save_module, write_json
 from aapt.conditioning import camera_rays
 from aapt.config import CameraConfig, ModelConfig
 from aapt.curriculum import Curriculum, Phase, Source
@@ -24,7 +24,7 @@ from aapt.recipes import RECIPES, Recipe, tiny_world
 from aapt.run_inputs import ANY_SET, Inputs
 from aapt.stages.adversarial import AdversarialConfig
 from aapt.stages.diffusion_adaptation import DiffusionConfig
-from aapt.trainer import run
+from aapt.trainer import Run, run
 from aapt.training_loop import Habits
 from aapt.vae import CausalVAE, tiny
 from aapt.world_model import WorldModel
@@ -114,6 +114,29 @@ def test_one_call_makes_every_set(latents):
     }
     (line, _) = (latents / "videos.jsonl").read_text().splitlines()
     assert json.loads(line)["clips"] == {str(size): [0, 2] for size in sorted(SIZES)}
+
+
+def test_captions_that_are_cut_are_counted_once(tmp_path):
+    """MODEL reads 11 bytes: "this is a" has 9, of 2 clips; that of b, of 1, gets more."""
+    latents = encoded(tmp_path)
+    (tmp_path / "videos" / "b.txt").write_text("this is B, é")
+    encode(tmp_path / "videos", vae(), tmp_path / "again", CutConfig((SIZES,), 2, stride=9))
+    again, lines = Inputs({ANY_SET: [tmp_path / "again"]}), []
+    for _ in range(2):
+        run(recipe(), tmp_path / "out", ["diffusion"], inputs=again, report=lines.append)
+    assert [line for line in lines if "caption" in line] == [
+        "48x32: 1 of 3 clips have captions cut at 11 bytes",
+        "96x64: 1 of 3 clips have captions cut at 11 bytes",
+    ]
+    whole = Run(recipe(), tmp_path, inputs=Inputs({ANY_SET: [latents]}))
+    assert whole.cut_captions(["diffusion", "adversarial"]) == []
+    both = Inputs({"48x32": [latents, tmp_path / "again"]})
+    assert [both.long_captions("48x32", limit) for limit in (8, 9, 13)] == [(6, 6), (1, 6), (0, 6)]
+    index = json.loads((latents / "index.json").read_text())
+    for bucket in index["buckets"].values():  # as older folders are
+        del bucket["caption_bytes"]
+    write_json(latents / "index.json", index)
+    assert both.long_captions("48x32", 8) == (1 + 2, 6)
 
 
 def test_the_checkpoint_streams_from_its_prompt_alone(trained):
