@@ -66,7 +66,10 @@ def train(
         int, typer.Option(metavar="N", min=1, help="Updates from one saved state to the next.")
     ] = 100,
     sample_every: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Updates from one sheet of samples to the next.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Updates from one sheet of samples to the next; 0 for none."
+        ),
     ] = 250,
     clips_at_once: Annotated[
         int | None,
@@ -78,7 +81,8 @@ def train(
         bool, typer.Option("--checkpoint-blocks", help="Compute activations twice, keep few.")
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Train nothing; print what it needs of H100 GPUs.")
+        bool,
+        typer.Option("--plan", help="Train nothing; print what it needs of H100 GPUs, and how."),
     ] = False,
     gpus: Annotated[
         list[int] | None,
@@ -112,8 +116,9 @@ def train(
       aapt train tiny-world
       aapt train tiny-world --stage adversarial --out runs/second
       aapt train tiny-world --sample-every 100 && aapt plot runs/tiny-world/diffusion --out d.png
-      torchrun --nproc-per-node 8 -m aapt train paper-8b --latents clips/ --weights b.safetensors
       aapt train --plan paper-8b --gpus 8
+      torchrun --nproc-per-node 8 -m aapt train paper-8b --checkpoint-blocks --context 8 \
+        --clips-at-once 1 --latents clips/ --weights b.safetensors
       aapt train vae-light && aapt eval-vae runs/vae-light/vae-light
       aapt train wan-light --vae Wan2.1/vae --videos videos/ --perceptual vgg16.pt
       aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
@@ -145,7 +150,7 @@ def train(
 
             return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     folder = out or Path("runs") / recipe
-    habits = Habits(save_every, sample_every, clips_at_once, checkpoint_blocks)
+    habits = Habits(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
     if recipe in LIGHT_RECIPES:
         make = partial(light_vae.run, LIGHT_RECIPES[recipe](), folder, **for_light)
     else:

@@ -5,9 +5,10 @@ parameters, activations and seconds are estimates: what a block saves is counted
 operations, what lives only while one runs is taken as half of that.
 """
 
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfi
 from .world_model import WorldModel
 
 GIB = 2**30
+NODE = 8  # GPUs of a machine
 SPACE_FACTOR = 8  # pixels to a latent pixel, in a recipe whose latents come encoded (SPEC 1)
 FLOAT, HALF = 4, 2  # bytes: parameters and what belongs to them; gathered blocks, activations
 STATES = {torch.optim.AdamW: 2, torch.optim.RMSprop: 1, torch.optim.Muon: 1}  # per parameter
@@ -54,13 +56,18 @@ class Workload:
     latent frames of `size` = (height, width), the first `overlap` of a later one known already.
     `rolled`: the generator makes them before it learns."""
 
-    name: str
+    stage: str
+    phase: str  # as "1/3" where the stage has several
     size: tuple[int, int]
     frames: int
     batch: int
     segments: int = 1
     overlap: int = 0
     rolled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.phase}".rstrip()
 
     @property
     def total_frames(self) -> int:
@@ -105,7 +112,8 @@ class Plan:
 
 
 def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100) -> list[Plan]:
-    """Every phase of every stage, with the smallest context group that fits unless one is given.
+    """Every phase of every stage. The phases of one share a command, and so a context group: the
+    smallest in which all of them fit, unless one is given.
 
     ValueError unless `context` divides the GPUs and the model's heads.
     """
@@ -121,20 +129,47 @@ def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100)
     contexts = contexts if context is None else [context]
     plans = []
     for name, config in recipe.stages.items():
-        stage = without_memory(recipe, config)
-        for workload in workloads(recipe, name, config):
-            fitting = [
-                attempt
-                for size in contexts
-                if (attempt := _plan(recipe.model, stage, workload, gpus, size, gpu))
-            ]
-            if not fitting:
-                raise ValueError(
-                    f"gpus: expected a number whose groups of {' or '.join(map(str, contexts))} "
-                    f"share the {workload.batch} clips of {workload.name} evenly, got {gpus}"
-                )
-            plans.append(next((each for each in fitting if each.at_once), fitting[-1]))
+        stage, loads = without_memory(recipe, config), list(workloads(recipe, name, config))
+        attempts = [
+            [_plan(recipe.model, stage, load, gpus, size, gpu) for load in loads]
+            for size in contexts
+        ]
+        shared = [attempt for attempt in attempts if all(attempt)]
+        if not shared:
+            batches = " and ".join(str(load.batch) for load in loads)
+            raise ValueError(
+                f"gpus: expected a number whose groups of {' or '.join(map(str, contexts))} "
+                f"share the {batches} clips of {name} evenly, got {gpus}"
+            )
+        plans += next((each for each in shared if all(p.at_once for p in each)), shared[-1])
     return plans
+
+
+def commands(recipe: Recipe, plans: Sequence[Plan]) -> Iterator[str]:
+    """What trains as planned, less the clips: consecutive stages with the same options in one."""
+    gpus = plans[0].gpus
+    each = max(size for size in range(1, NODE + 1) if gpus % size == 0)
+    machines = f"--nnodes {gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST "
+    run = f"torchrun {machines * (gpus > each)}--nproc-per-node {each} -m aapt train {recipe.name}"
+    for given, same in itertools.groupby(recipe.stages, lambda stage: options(stage, plans)):
+        group = list(same)
+        stages = "".join(f" --stage {stage}" for stage in group)
+        if given is None:
+            yield f"{', '.join(group)}: not even one clip fits"
+        else:
+            yield f"{run}{stages * (len(group) < len(recipe.stages))} {given}"
+
+
+def options(stage: str, plans: Iterable[Plan]) -> str | None:
+    """How the command line says what the plan of a stage takes for granted; None if it fits not."""
+    phases = [plan for plan in plans if plan.workload.stage == stage]
+    at_once, context = min(plan.at_once for plan in phases), phases[0].context
+    given = "--checkpoint-blocks"
+    if context > 1:
+        given += f" --context {context}"
+    if at_once < max(plan.clips for plan in phases):
+        given += f" --clips-at-once {at_once}"
+    return given if at_once else None
 
 
 def without_memory(recipe: Recipe, config: StageConfig):
@@ -161,11 +196,12 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
         for index, phase in enumerate(phases, 1):
             sources = [(latent_size(recipe, s.clips), s.frames) for s in phase.sources]
             size, frames = max(sources, key=lambda source: math.prod(source[0]) * source[1])
-            label = f"{name} {index}/{len(phases)}" if len(phases) > 1 else name
-            yield Workload(label, size, frames, phase.batch)
+            label = f"{index}/{len(phases)}" if len(phases) > 1 else ""
+            yield Workload(name, label, size, frames, phase.batch)
     else:
         yield Workload(
             name,
+            "",
             latent_size(recipe, config.clips),
             config.segment_frames,
             config.batch,
@@ -355,7 +391,8 @@ def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, sta
 
 
 def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None) -> None:
-    """A table for each number of GPUs on standard output; a column is a phase of a stage."""
+    """For each number of GPUs a table on standard output, a column for each phase of a stage, and
+    the commands that train so."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     for count in gpus:
         plans = plan(recipe, count, context)
@@ -380,6 +417,8 @@ def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None)
             table.add_row(f"GiB per GPU: {name}{guess}", *cells)
         table.add_row("GiB per GPU: total *", *(f"{each.total / GIB:.1f}" for each in plans))
         console.print(table)
+        console.print("\n".join(commands(recipe, plans)), soft_wrap=True, highlight=False)
+        console.print()
     console.print(
         f"* estimates: with checkpointed blocks; seconds at {H100.sustained:.0%} of "
         f"{H100.flops / 1e12:.0f} TFLOP/s. What of a group's clips does not fit "

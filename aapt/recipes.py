@@ -25,6 +25,8 @@ class Recipe:
     """Everything `aapt train` needs to make a model.
 
     Attributes:
+        camera: None for a model that is not moved by one.
+        scaled_camera: Its rays and pace are scaled by the encoded clips that a run is given.
         data: Sets of clips by name; stages name the ones they learn from.
         stages: In order; each names the stage whose weights it starts from.
         vae, decoder: How the autoencoder is made, None where latents come encoded.
@@ -40,6 +42,7 @@ class Recipe:
     vae: VAEConfig | None = None
     decoder: DecoderConfig | None = None
     light_decoder: LightDecoderConfig | None = None
+    scaled_camera: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,28 @@ def paper_8b() -> Recipe:
             "extension-5": replace(extension, start="extension", judge="extension", segments=6),
         },
     )
+
+
+def paper_8b_camera() -> Recipe:
+    """The paper's model for exploring worlds (supplement G): the same training on clips with camera
+    motion, from the image-to-video model's weights."""
+    camera = CameraConfig(
+        field_of_view=1.0,  # as RealEstate10K's, about
+        yaw_step=0.02,
+        forward_step=1.0,
+        origin_deviation=1.0,
+        direction_deviation=1.0,
+    )
+    base = paper_8b()
+    model = replace(base.model, condition_channels=camera.channels)
+    return replace(base, name="paper-8b-camera", model=model, camera=camera, scaled_camera=True)
+
+
+def paper_8b_pose() -> Recipe:
+    """The paper's model of people, on clips with pose motion: the latents of a drawn skeleton."""
+    base = paper_8b()
+    model = replace(base.model, condition_channels=base.model.latent_channels)
+    return replace(base, name="paper-8b-pose", model=model)
 
 
 def tiny_world() -> Recipe:
@@ -301,5 +326,10 @@ def wan_light() -> LightRecipe:
     )
 
 
-RECIPES = {"tiny-world": tiny_world, "paper-8b": paper_8b}
+RECIPES = {
+    "tiny-world": tiny_world,
+    "paper-8b": paper_8b,
+    "paper-8b-camera": paper_8b_camera,
+    "paper-8b-pose": paper_8b_pose,
+}
 LIGHT_RECIPES = {"vae-light": vae_light, "wan-light": wan_light}

@@ -3,9 +3,11 @@ what they were, beside the recipe, so that a result can be traced and a run neve
 
 import copy
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,41 @@ class Inputs:
         if len(digests) > 1:
             raise ValueError(f"{name}: expected latents of one autoencoder, got {len(digests)}")
         return digests.pop()
+
+    def camera(self, camera: CameraConfig, sets: Sequence[str]) -> CameraConfig:
+        """`camera` with ray origins and directions of unit deviation over the clips of `sets`
+        (SPEC 10), which walks at twice their pace, whatever their unit of length."""
+        shards = []
+        for folder, bucket in itertools.chain.from_iterable(map(self.buckets, sets)):
+            shards += read_index(folder)["buckets"][bucket]["shards"]
+        known = [
+            (shard["clips"], shard["ray_squares"]) for shard in shards if "ray_squares" in shard
+        ]
+        clips = sum(count for count, _ in known)
+        if not clips:
+            raise ValueError("latents: expected clips with camera motion, got none")
+        origin, direction = (
+            math.sqrt(sum(count * squares[axis] for count, squares in known) / clips)
+            for axis in (0, 1)
+        )
+        if not (origin and direction):
+            raise ValueError(
+                "latents: expected a camera that moves and turns, got one that does not"
+            )
+        return replace(
+            camera,
+            forward_step=2 * origin,
+            origin_deviation=origin,
+            direction_deviation=direction,
+        )
+
+    def long_captions(self, name: str, limit: int) -> tuple[int, int]:
+        """How many clips of a set have a caption of more than `limit` bytes, as far as its folders
+        know, and how many clips it has."""
+        parts = [read_index(folder)["buckets"][bucket] for folder, bucket in self.buckets(name)]
+        lengths = [part.get("caption_bytes", {}).items() for part in parts]
+        long = sum(clips for part in lengths for length, clips in part if int(length) > limit)
+        return long, sum(part["clips"] for part in parts)
 
     def autoencoder(self, name: str) -> CausalVAE:
         """What the latents of a set are decoded by."""

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 BEGIN = 256  # starts every prompt, so that an empty one is still a token to attend to
 
 
+def prompt_bytes(prompt: str) -> bytes:
+    """What of a prompt is read, one token each after BEGIN: case is ignored."""
+    return prompt.lower().encode(errors="replace")
+
+
 class ByteTextEncoder(nn.Module):
     """UTF-8 bytes to embeddings.
 
@@ -21,13 +26,13 @@ class ByteTextEncoder(nn.Module):
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, tokens) and lengths (B,). Case is ignored; a prompt of more than
-        tokens - 1 bytes is cut there."""
+        """Token ids (B, tokens) and lengths (B,). Of `prompt_bytes` the first tokens - 1 are
+        read; `aapt train` says how many clips have longer captions."""
         device = self.position.device
         ids = torch.full((len(prompts), self.tokens), BEGIN)
         lengths = torch.empty(len(prompts), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            encoded = prompt.lower().encode(errors="replace")[: self.tokens - 1]
+            encoded = prompt_bytes(prompt)[: self.tokens - 1]
             ids[row, 1 : 1 + len(encoded)] = torch.tensor(list(encoded), dtype=torch.int64)
             lengths[row] = 1 + len(encoded)
         return ids.to(device), lengths.to(device)

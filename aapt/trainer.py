@@ -1,8 +1,8 @@
 """Runs a recipe: one folder per stage, one loop for all of them."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from .checkpoint import (
     save_module,
     save_tensors,
 )
+from .config import CameraConfig
 from .data.clips import ClipBatch, Clips
 from .data.procedural import VideoClips, encode_clips, latent_clips, render_clips, to_video
 from .data.world import THEMES
@@ -36,7 +37,7 @@ from .stages.decoder import DecoderTraining, measure_latents
 from .stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from .stages.light_decoder import LightDecoderTraining
 from .stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
-from .training_loop import Habits, claim, drop_states, train
+from .training_loop import Habits, claim, drop_states, stored_recipe, train
 from .vae import CausalVAE, VAEConfig
 from .vae_folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from .world_model import WorldModel
@@ -95,6 +96,20 @@ class Run:
         self.parallel, self.habits = parallel or Parallel.single(), habits or Habits()
         self.inputs = inputs or Inputs()
         self.sets = EncodedSets(self)
+        if recipe.scaled_camera:
+            self.recipe = replace(recipe, camera=self.scaled_camera())
+
+    def encoded_sets(self, stages: Iterable[str]) -> list[str]:
+        """What stages draw from, and the recipe does not make."""
+        needed = {clips for name in stages for clips in self.recipe.stages[name].needs}
+        return sorted(needed - set(self.recipe.data))
+
+    def scaled_camera(self) -> CameraConfig:
+        """By the clips; in a folder that is claimed already, as it was."""
+        claimed = stored_recipe(self.out)
+        if claimed and claimed["camera"]:
+            return CameraConfig(**claimed["camera"])
+        return self.inputs.camera(self.recipe.camera, self.encoded_sets(self.recipe.stages))
 
     def claim(self, stages: Sequence[str] = ()) -> None:
         """Write the recipe, and what `stages` are given, into the folder, or check that they are
@@ -110,10 +125,20 @@ class Run:
     def _claim(self, stages: Sequence[str]) -> str | None:
         if said := claim(self.out, asdict(self.recipe)):
             return said
-        configs = [self.recipe.stages[name] for name in self.waiting(stages)]
-        sets = {clips for config in configs for clips in config.needs} - set(self.recipe.data)
-        starts = any(config.start is None for config in configs)
-        return claim_inputs(self.out, self.inputs.facts(sorted(sets), starts))
+        waiting = self.waiting(stages)
+        starts = any(self.recipe.stages[name].start is None for name in waiting)
+        return claim_inputs(self.out, self.inputs.facts(self.encoded_sets(waiting), starts))
+
+    def cut_captions(self, stages: Sequence[str]) -> list[str]:
+        """A line for each set with captions that the model reads only the start of."""
+        limit = self.recipe.model.text_tokens - 1  # of bytes: one token begins every prompt
+        sets = self.encoded_sets(self.waiting(stages))
+        counts = [(name, *self.inputs.long_captions(name, limit)) for name in sets]
+        return [
+            f"{name}: {cut} of {clips} clips have captions cut at {limit} bytes"
+            for name, cut, clips in counts
+            if cut
+        ]
 
     def waiting(self, stages: Sequence[str]) -> list[str]:
         """Those of `stages` that train a generator and are still to come."""
@@ -124,8 +149,7 @@ class Run:
         ValueError for clips that are missing or too short, that are not moved by what the model is
         conditioned on or are latents of several autoencoders, and for batches that ranks cannot
         share."""
-        every = {clips for config in self.recipe.stages.values() for clips in config.needs}
-        encoded = sorted(every - set(self.recipe.data))
+        encoded = self.encoded_sets(self.recipe.stages)
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
@@ -410,6 +434,8 @@ def run(
     run_ = Run(recipe, out, **options)
     run_.check(stages or names)
     run_.claim(stages or names)
+    for line in run_.cut_captions(stages or names):
+        report(line)
     for stage in stages or names:
         if run_.parallel.agree(run_.result(stage).is_file()):
             report(f"{stage}: already done")

@@ -19,6 +19,7 @@ from .stages import Metrics, Stage
 from .step_inputs import RecordedSets, save_inputs
 from .training_state import load_training_state, save_training_state
 
+RECIPE = "recipe.json"  # in a run's folder
 STATES = "states"  # in a stage's folder, until it is done
 
 
@@ -115,14 +116,20 @@ def drop_states(folder: Path) -> None:
 
 def claim(folder: Path, recipe: dict) -> str | None:
     """Write a recipe into a folder that has none; else say where the one there differs."""
-    ours = json.loads(json.dumps(recipe))
-    path = folder / "recipe.json"
-    if not path.is_file():
+    ours, path = json.loads(json.dumps(recipe)), folder / RECIPE
+    theirs = stored_recipe(folder)
+    if theirs is None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, ours)
         return None
-    said = _difference(ours, json.loads(path.read_text()))
+    said = _difference(ours, theirs)
     return said and f"{path}: {said}"
+
+
+def stored_recipe(folder: Path) -> dict | None:
+    """What `claim` has written into a folder."""
+    path = folder / RECIPE
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _difference(ours, theirs, part: str = "") -> str | None:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ..conditioning import trajectory_poses
 from .buckets import Bucket, Crop, choose, crop
-from .keypoints import POINTS, draw_skeletons, parse_keypoints
+from .keypoints import POINTS, People, parse_keypoints
+from .skeletons import draw_skeletons
 from .sources import Sample, Skipped
 from .trajectories import Trajectory, parse_trajectory, rotation_vectors
 from .video_reader import Picture, at_rate, pictures
-
-MAX_GAP = 0.1  # seconds from a frame's time to the nearest picture: below 5 fps nothing moves
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,15 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
             start = max(0.0, trajectory.times[0].item())
             end = trajectory.times[-1].item() + 0.5 / config.fps
         elif config.motion == "pose":
-            blob = sample.sidecar("keypoints.json", "no keypoints")
-            keypoints = parse_keypoints(blob.text("bad keypoints"))
+            keypoints = parse_keypoints(sample.keypoints())
         with sample.video.open() as file:
             windows = _windows(at_rate(pictures(file), config.fps, start, end), config)
-            for parts, frames in windows:
+            for window in windows:
+                if isinstance(window, Skipped):
+                    yield window
+                    continue
                 try:
-                    given = trajectory, keypoints, config
-                    yield from _clips(sample, captions, parts, frames, *given)
+                    yield from _clips(sample, captions, *window, trajectory, keypoints, config)
                 except Skipped as skipped:
                     yield skipped
     except Skipped as skipped:
@@ -122,11 +122,12 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
 
 def _windows(
     source: Iterator[tuple[float, Picture]], config: CutConfig
-) -> Iterator[tuple[list[Crop], list[_Frame]]]:
-    """Every `stride` frames the next `config.frames` of them, cropped and resized to every size."""
+) -> Iterator[tuple[list[Crop], list[_Frame]] | Skipped]:
+    """Every `stride` frames of a take the next `config.frames` of them, cropped and resized to
+    every size. Of gaps with no window between them the first is told."""
     parts: list[Crop] = []
     window: deque[_Frame] = deque(maxlen=config.frames)
-    count = 0
+    count, take, gap, found = 0, 0, None, False
     for time, picture in source:
         if not parts:
             buckets = choose(config.buckets, *picture.size, picture.pixel_aspect)
@@ -135,6 +136,12 @@ def _windows(
             raise Skipped(
                 "size changes", f"at {time:.3f} s from {parts[0].source} to {picture.size}"
             )
+        if picture.take != take:
+            if window:
+                shown = window[-1].shown
+                gap = gap or Skipped("gap", f"from {shown:.3f} s to {picture.time:.3f} s")
+            window.clear()
+            count, take = 0, picture.take
         if window and window[-1].index == picture.index:
             pixels = window[-1].pixels
         else:
@@ -142,8 +149,14 @@ def _windows(
         window.append(_Frame(time, picture.time, picture.index, pixels))
         count += 1
         if count >= config.frames and (count - config.frames) % config.stride == 0:
+            if gap:
+                yield gap
+                gap = None
+            found = True
             yield parts, list(window)
-    if count < config.frames:
+    if gap:
+        yield gap
+    elif not found:
         raise Skipped(
             "too short", f"expected {config.frames} frames at {config.fps} fps, got {count}"
         )
@@ -155,14 +168,11 @@ def _clips(
     parts: list[Crop],
     frames: list[_Frame],
     trajectory: Trajectory | None,
-    keypoints: list[np.ndarray] | None,
+    keypoints: list[People] | None,
     config: CutConfig,
 ) -> Iterator[RawClip]:
     """One window in every size. Skipped where it cannot be used."""
     start = frames[0].time
-    for frame in frames:
-        if abs(frame.time - frame.shown) > MAX_GAP:
-            raise Skipped("gap", f"clip at {start:.3f} s: no picture near {frame.time:.3f} s")
     motion = {}
     if trajectory is not None:
         motion["poses"] = _poses(frames, trajectory, config)
@@ -193,12 +203,13 @@ def _poses(frames: list[_Frame], trajectory: Trajectory, config: CutConfig) -> T
 
 
 def _skeletons(
-    frames: list[_Frame], keypoints: list[np.ndarray], part: Crop, config: CutConfig
+    frames: list[_Frame], keypoints: list[People], part: Crop, config: CutConfig
 ) -> np.ndarray:
     drawn = []
     for frame in frames:
-        known = frame.index < len(keypoints)
-        people = keypoints[frame.index].copy() if known else np.zeros((0, POINTS, 3))
+        people = np.zeros((0, POINTS, 3))
+        if frame.index < len(keypoints):
+            people = keypoints[frame.index].on(*part.source).copy()
         people[..., :2] = part.points(people[..., :2])
         drawn.append(draw_skeletons(people, *part.bucket, config.min_score))
     if not any(image.any() for image in drawn):

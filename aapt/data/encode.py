@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,6 +25,7 @@ from torch import Tensor
 from ..checkpoint import file_digest, save_config, save_tensors, write_json
 from ..conditioning import camera_rays, through_lens
 from ..config import CameraConfig
+from ..text import prompt_bytes
 from ..vae import CausalVAE
 from ..vae_folder import LIGHT, save_vaes
 from .clip_reader import CutConfig, RawClip, read_clips
@@ -51,6 +52,9 @@ def summary(index: dict[str, Any]) -> list[tuple[str, str]]:
         (f"  {name}", f"{bucket['clips']} in {len(bucket['shards'])} shards")
         for name, bucket in index["buckets"].items()
     ]
+    lengths = [int(n) for bucket in index["buckets"].values() for n in bucket["caption_bytes"]]
+    if lengths:
+        rows.append(("captions", f"up to {max(lengths)} bytes"))
     if "deviation" in index:
         deviation = index["deviation"]
         text = f"origin {deviation['origin']:.4g}, direction {deviation['direction']:.4g}"
@@ -225,6 +229,7 @@ class ShardFolder:
         self.out, self.encoding, self.videos = out, encoding, len(samples)
         self.shards: dict[str, list[dict[str, Any]]] = {}
         self.written = Counter()  # clips of each bucket in whole shards
+        self.caption_bytes = defaultdict(Counter)  # these clips by the length of a caption
         self.outcomes: list[Outcome] = []
         self.found = Counter()  # clips of each bucket in the videos of these outcomes
         self.complete = False
@@ -249,6 +254,8 @@ class ShardFolder:
         self.complete = index["complete"]
         for name, bucket in index["buckets"].items():
             self.shards[name], self.written[name] = bucket["shards"], bucket["clips"]
+            for length, clips in bucket.get("caption_bytes", {}).items():
+                self.caption_bytes[name][int(length)] = clips
         journal = self.out / JOURNAL
         lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
         if lines and not lines[-1].endswith(b"\n"):  # the disk was full, or the machine went down
@@ -299,6 +306,8 @@ class ShardFolder:
             entry["ray_squares"] = (shard.squares / len(shard.clips)).tolist()
         self.shards[bucket] = [*shards, entry]
         self.written[bucket] += len(shard.clips)
+        longest = (max(map(len, map(prompt_bytes, clip["captions"]))) for clip in shard.clips)
+        self.caption_bytes[bucket].update(longest)
         self.save()
         report(f"{name}: {len(shard.clips)} clips; {len(self.outcomes)} of {self.videos} videos")
 
@@ -329,7 +338,13 @@ class ShardFolder:
             },
             "skipped": dict(sorted(reasons.items())),
             "buckets": {
-                bucket: {"clips": self.written[bucket], "shards": shards}
+                bucket: {
+                    "clips": self.written[bucket],
+                    "caption_bytes": {
+                        str(n): clips for n, clips in sorted(self.caption_bytes[bucket].items())
+                    },
+                    "shards": shards,
+                }
                 for bucket, shards in sorted(self.shards.items())
             },
         }

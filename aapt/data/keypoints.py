@@ -1,20 +1,25 @@
-"""People as COCO-WholeBody keypoints, and as skeletons drawn the OpenPose way.
+"""People as the 133 points of COCO-WholeBody, read from what pose estimators and data sets write.
 
-A file is what MMPose (DWPose, RTMW, ...) writes for a video: a list with one entry per picture, or
-that list under `instance_info`. An entry's `instances` are the people in the picture:
+The points are 17 of the body, 6 of the feet, 68 of the face, 21 of the left hand and 21 of the
+right. Three layouts are known by their keys:
 
-    {"instances": [{"keypoints": [[x, y], ...], "keypoint_scores": [s, ...]}, ...]}
+- MMPose (RTMW, DWPose, ...): `instances` with `keypoints` and `keypoint_scores`, or a list of them,
+  in a list of pictures or one under `instance_info`.
+- OpenPose, and the DWPose nodes of ComfyUI: `people` with `pose_keypoints_2d` and so on, in one
+  picture or a list of them.
+- COCO-WholeBody's annotations: `annotations` with `keypoints`, `foot_kpts` and so on of `images`.
 
-Each person has 133 points in pixels of the upright picture: 17 of the body, 6 of the feet, 68 of
-the face, 21 of the left hand, 21 of the right.
+A picture that is null in a list, and a part that a person lacks, has nothing to see in it.
 """
 
-import colorsys
-import json
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from .sources import Skipped
 
@@ -24,101 +29,166 @@ FACE, LEFT_HAND, RIGHT_HAND = slice(23, 91), slice(91, 112), slice(112, 133)
 
 # COCO's body points in the order of OpenPose, whose neck lies between the shoulders (5, 6).
 BODY = (0, "neck", 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
-LIMBS = (  # pairs of points of BODY; limb n and point n have colour n
-    *((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10)),
-    *((1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),
-)
-FINGERS = tuple(  # from the wrist (0) along each finger
-    (0 if joint == 0 else 4 * finger + joint, 4 * finger + joint + 1)
-    for finger in range(5)
-    for joint in range(4)
-)
+BODY_OF_OPENPOSE = [BODY.index(point) for point in range(17)]
+MID_HIP = 8  # is between these in BODY_25, which ends with COCO-WholeBody's feet
+
+SHAPE_TOLERANCE = 0.05  # pictures are resized to multiples of a number of pixels
 
 
-def parse_keypoints(text: str) -> list[np.ndarray]:
-    """Per picture the people in it, (people, 133, 3) of (x, y, score). A missing entry is nobody.
+@dataclass(frozen=True)
+class People:
+    """Those in one picture: `points` (people, 133, 3) of (x, y, score), a score of 0 for what is
+    not seen.
 
-    Skipped, saying which picture, where the text is not of the layout above.
+    canvas: (width, height) of the picture they were found in, (1, 1) if they are shares of its
+    sides, None if it was of the video's own size.
     """
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Skipped(REASON, f"expected JSON: {error}") from None
-    if isinstance(entries, dict):
-        entries = entries.get("instance_info")
-    if not isinstance(entries, list):
-        raise Skipped(REASON, "expected a list of pictures or one under 'instance_info'")
-    return [_people(index, entry or {}) for index, entry in enumerate(entries)]
+
+    points: np.ndarray
+    canvas: tuple[float, float] | None = None
+
+    def on(self, columns: int, rows: int) -> np.ndarray:
+        """The points in pixels of a picture of that size. Skipped where the canvas has another
+        shape: what was cut off, or added, is not known."""
+        if self.canvas is None:
+            return self.points
+        width, height = self.canvas
+        stretch = columns / width / (rows / height)
+        if self.canvas != (1, 1) and max(stretch, 1 / stretch) > 1 + SHAPE_TOLERANCE:
+            raise Skipped(
+                REASON,
+                f"expected a canvas of the shape of {columns}x{rows}, got {width:g}x{height:g}",
+            )
+        return self.points * np.array((columns / width, rows / height, 1), np.float32)
 
 
-def _people(index: int, entry: dict) -> np.ndarray:
-    people = np.zeros((0, POINTS, 3), np.float32)
-    try:
-        for person in entry.get("instances") or []:
-            points = np.array(person["keypoints"], np.float32)
-            scores = np.array(person["keypoint_scores"], np.float32)
-            if points.shape != (POINTS, 2) or scores.shape != (POINTS,):
-                raise ValueError(
-                    f"expected {POINTS} points (x, y) and scores, got {points.shape} and "
-                    f"{scores.shape}"
-                )
-            person = np.concatenate([points, scores[:, None]], axis=1)
-            person[~np.isfinite(person).all(axis=1)] = 0  # not seen
-            people = np.concatenate([people, person[None]])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"expected {error}" if isinstance(error, KeyError) else error
-        raise Skipped(REASON, f"picture {index}: {what}") from None
+def parse_keypoints(data: Any) -> list[People]:
+    """The people of each picture of a video, from the JSON of a file of any layout above.
+
+    Skipped, saying which picture, where it is of none.
+    """
+    if isinstance(data, dict):
+        if "annotations" in data:
+            return _coco_wholebody(data)
+        data = [data] if "people" in data else data.get("instance_info")
+    if not isinstance(data, list):
+        raise Skipped(
+            REASON, "expected a list of pictures, 'instance_info', 'people' or 'annotations'"
+        )
+    if any(isinstance(entry, dict) and "people" in entry for entry in data):
+        return _openpose(data)
+    return _mmpose(data)
+
+
+def _mmpose(entries: list) -> list[People]:
+    people = []
+    for index, entry in enumerate(entries):
+        with _explained(f"picture {index}"):
+            instances = entry if isinstance(entry, list) else (entry or {}).get("instances")
+            people.append(People(_stacked(instances, _mmpose_person)))
     return people
 
 
-def draw_skeletons(
-    people: Sequence[np.ndarray], width: int, height: int, min_score: float
-) -> np.ndarray:
-    """uint8 (height, width, 3): people (133, 3) of (x, y, score) in pixels, on black.
-
-    Points that score less than `min_score` are left out, and what hangs on them. Of two people the
-    later is drawn over the earlier.
-    """
-    detail = 2  # drawn larger, then averaged: thin lines keep their place between pixels
-    image = Image.new("RGB", (width * detail, height * detail))
-    pen = ImageDraw.Draw(image)
-    thickness = detail * max(1.0, height / 100)
-
-    def dot(point: np.ndarray, colour, size: float) -> None:
-        x, y = point[:2]
-        pen.ellipse((x - size / 2, y - size / 2, x + size / 2, y + size / 2), fill=colour)
-
-    def line(a: np.ndarray, b: np.ndarray, colour, size: float) -> None:
-        pen.line((*a[:2], *b[:2]), fill=colour, width=max(1, round(size)))
-
-    for person in people:
-        person = person * (detail, detail, 1)
-        far = (np.abs(person[:, :2] - np.divide(image.size, 2)) > image.size).any(axis=1)
-        person[far, 2] = -np.inf  # a wild guess, and more than Pillow can draw
-        body = np.stack([_neck(person) if i == "neck" else person[i] for i in BODY])
-        seen = body[:, 2] >= min_score
-        for number, (a, b) in enumerate(LIMBS):
-            if seen[a] and seen[b]:
-                line(body[a], body[b], _hue(number / len(BODY), 0.6), thickness)
-        for number, point in enumerate(body):
-            if seen[number]:
-                dot(point, _hue(number / len(BODY)), thickness)
-        for hand in (person[LEFT_HAND], person[RIGHT_HAND]):
-            for number, (a, b) in enumerate(FINGERS):
-                if min(hand[a, 2], hand[b, 2]) >= min_score:
-                    line(hand[a], hand[b], _hue(number / len(FINGERS)), thickness / 3)
-        for point in person[FACE]:
-            if point[2] >= min_score:
-                dot(point, (255, 255, 255), thickness / 2)
-    return np.asarray(image.reduce(detail))
+def _mmpose_person(person: dict) -> np.ndarray:
+    points = np.array(person["keypoints"], np.float32)
+    scores = np.array(person["keypoint_scores"], np.float32)
+    if points.shape != (POINTS, 2) or scores.shape != (POINTS,):
+        raise ValueError(
+            f"expected {POINTS} points (x, y) and scores, got {points.shape} and {scores.shape}"
+        )
+    return np.concatenate([points, scores[:, None]], axis=1)
 
 
-def _neck(person: np.ndarray) -> np.ndarray:
-    """Between the shoulders, as sure as the less sure of them."""
-    left, right = person[5], person[6]
-    return np.append((left[:2] + right[:2]) / 2, min(left[2], right[2]))
+def _openpose(entries: list) -> list[People]:
+    """In pixels, or in shares of the picture: which of them is seen from the whole file, as some
+    points of either may lie outside the picture."""
+    people = []
+    for index, entry in enumerate(entries):
+        with _explained(f"picture {index}"):
+            entry = entry or {}
+            points = _stacked(entry.get("people"), _openpose_person)
+            people.append(People(points, _size(entry, "canvas_width", "canvas_height")))
+    seen = [p.points[p.points[..., 2] > 0][:, :2] for p in people]
+    if sum(map(len, seen)) and np.median(np.concatenate(seen)) <= 1:
+        people = [_in_pixels(p) for p in people]
+    return people
 
 
-def _hue(hue: float, value: float = 1.0) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hsv_to_rgb(hue, 1.0, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
+def _in_pixels(people: People) -> People:
+    """Of shares, as far as the size of the picture is known."""
+    canvas = people.canvas or (1.0, 1.0)
+    return People(people.points * np.array((*canvas, 1), np.float32), canvas)
+
+
+def _openpose_person(person: dict) -> np.ndarray:
+    """A body of 18 points, as in OpenPose's COCO model and DWPose, or of BODY_25; a face of 68 or,
+    with the pupils, 70."""
+    body = _part(person, "pose_keypoints_2d", 18, 25)
+    feet = _part(person, "foot_keypoints_2d", 6)
+    if len(body) == 25:
+        body, feet = np.delete(body[:19], MID_HIP, axis=0), body[19:]
+    face = _part(person, "face_keypoints_2d", 68, 70)[:68]
+    hands = [_part(person, f"hand_{side}_keypoints_2d", 21) for side in ("left", "right")]
+    return np.concatenate([body[BODY_OF_OPENPOSE], feet, face, *hands])
+
+
+def _coco_wholebody(data: dict) -> list[People]:
+    """Pictures in the order of their `id`."""
+    people, found = [], defaultdict(list)
+    with _explained("annotations"):
+        for annotation in data["annotations"]:
+            found[annotation["image_id"]].append(annotation)
+        images = sorted(data["images"], key=lambda image: image["id"])
+    for image in images:
+        with _explained(f"image {image['id']}"):
+            points = _stacked(found[image["id"]], _coco_person)
+            people.append(People(points, _size(image, "width", "height")))
+    return people
+
+
+def _coco_person(person: dict) -> np.ndarray:
+    """The third value says whether a point is labelled: 0 if not, and more if so."""
+    parts = {"keypoints": 17, "foot_kpts": 6, "face_kpts": 68}
+    parts |= {"lefthand_kpts": 21, "righthand_kpts": 21}
+    points = np.concatenate([_part(person, name, count) for name, count in parts.items()])
+    points[:, 2] = points[:, 2] > 0
+    return points
+
+
+def _part(person: dict, name: str, *counts: int) -> np.ndarray:
+    """(points, 3) of one of the counts; the first of them, not seen, where the part is missing."""
+    values = np.array(person.get(name) or [], np.float32).ravel()
+    if not values.size:
+        return np.zeros((counts[0], 3), np.float32)
+    if values.size not in [3 * count for count in counts]:
+        raise ValueError(
+            f"{name}: expected (x, y, score) of {' or '.join(map(str, counts))} points, "
+            f"got {values.size} numbers"
+        )
+    return values.reshape(-1, 3)
+
+
+def _size(entry: dict, width: str, height: str) -> tuple[float, float] | None:
+    if entry.get(width) is None or entry.get(height) is None:
+        return None
+    size = float(entry[width]), float(entry[height])
+    if not all(0 < side < math.inf for side in size):
+        raise ValueError(f"expected a {width} and {height} above 0, got {size[0]:g}x{size[1]:g}")
+    return size
+
+
+def _stacked(given: list | None, read: Callable[[dict], np.ndarray]) -> np.ndarray:
+    """(people, 133, 3), of which points that are no numbers are not seen."""
+    people = np.stack([np.zeros((POINTS, 3), np.float32), *map(read, given or [])])[1:]
+    people[~np.isfinite(people).all(axis=-1)] = 0
+    return people
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Skipped, saying where, for what a file of another form leads to."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        what = f"expected {error}" if isinstance(error, KeyError) else error
+        raise Skipped(REASON, f"{where}: {what}") from None

@@ -1,18 +1,20 @@
 """Where training videos come from: files of a folder tree and members of tar shards.
 
 Both hold a video and its sidecars under one name: `a/b.mp4`, `a/b.txt` or `a/b.json` with the
-caption, `a/b.camera.txt` and `a/b.keypoints.json`. The order is that of the names, whatever the
-file system or the machine.
+caption, `a/b.camera.txt` and `a/b.keypoints.json`, or a folder `a/b.keypoints` with a file for each
+picture. The order is that of the names, whatever the file system or the machine.
 """
 
 import io
 import json
 import os
+import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 VIDEO_SUFFIXES = frozenset(
     ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split()
@@ -55,17 +57,26 @@ class Blob:
             except UnicodeDecodeError as error:
                 raise Skipped(reason, f"not UTF-8: {error.reason}") from None
 
+    def json(self, reason: str) -> Any:
+        """The whole as JSON; Skipped for `reason` where it is not."""
+        try:
+            return json.loads(self.text(reason))
+        except (ValueError, RecursionError) as error:
+            raise Skipped(reason, f"expected JSON: {error}") from None
+
 
 @dataclass(frozen=True)
 class Sample:
     """A video and what goes with it, by kind: `txt`, `json`, `camera.txt`, `keypoints.json`.
 
-    `broken` says why a source that should hold samples could not be listed; it has no video then.
+    `pictures`: the files of the folder `keypoints`, by the number in their name. `broken` says why
+    a source that should hold samples could not be listed; it has no video then.
     """
 
     name: str  # relative to the source, with the video's suffix
     video: Blob | None
     sidecars: Mapping[str, Blob]
+    pictures: Mapping[int, Blob] = field(default_factory=dict)
     broken: str = ""
 
     def sidecar(self, kind: str, missing: str) -> Blob:
@@ -79,7 +90,7 @@ class Sample:
         if "txt" in self.sidecars:
             captions = [self.sidecars["txt"].text("bad caption")]
         elif "json" in self.sidecars:
-            captions = _json_captions(self.sidecars["json"].text("bad caption"))
+            captions = _json_captions(self.sidecars["json"].json("bad caption"))
         else:
             self.sidecar("txt", "no caption")
         captions = [" ".join(caption.split()) for caption in captions]
@@ -87,12 +98,23 @@ class Sample:
             raise Skipped("no caption", "the caption is empty")
         return captions
 
+    def keypoints(self) -> Any:
+        """The JSON of `keypoints.json`, or a list of that of all pictures. Skipped if there is
+        neither, or if a picture's is missing."""
+        if not self.pictures:
+            return self.sidecar("keypoints.json", "no keypoints").json("bad keypoints")
+        entries, first = [], min(self.pictures)
+        for number in range(first, first + len(self.pictures)):
+            if number not in self.pictures:
+                raise Skipped("bad keypoints", f"expected a file for picture {number}, got none")
+            try:
+                entries.append(self.pictures[number].json("bad keypoints"))
+            except Skipped as skipped:
+                raise Skipped(skipped.reason, f"file {number}: {skipped.detail}") from None
+        return entries
 
-def _json_captions(text: str) -> list[str]:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Skipped("bad caption", f"expected JSON: {error}") from None
+
+def _json_captions(fields: Any) -> list[str]:
     fields = fields if isinstance(fields, dict) else {}
     captions = fields.get("captions", fields.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
@@ -111,8 +133,8 @@ def find_samples(source: Path) -> list[Sample]:
     root = source if source.is_dir() else source.parent
     files: dict[str, Blob] = {}
     for folder, folders, names in os.walk(root):
-        if root != source:
-            folders.clear()
+        if root != source:  # nothing below it, but for the keypoints of one video
+            folders[:] = {f"{source.stem}.keypoints"}.intersection(folders)
         for name in names:
             path = Path(folder, name)
             files[path.relative_to(root).as_posix()] = Blob(path)
@@ -128,7 +150,11 @@ def find_samples(source: Path) -> list[Sample]:
 
 
 def _group(files: Mapping[str, Blob], prefix: str = "") -> list[Sample]:
-    samples = []
+    samples, pictures = [], defaultdict(dict)
+    for name, blob in files.items():
+        folder, _, file = name.rpartition("/")
+        if folder.endswith(".keypoints") and (number := re.search(r"(\d+)\D*\.json$", file)):
+            pictures[folder][int(number[1])] = blob
     for name, blob in files.items():
         stem, dot, suffix = name.rpartition(".")
         if (dot + suffix).lower() not in VIDEO_SUFFIXES or name.rpartition("/")[2][0] == ".":
@@ -138,7 +164,7 @@ def _group(files: Mapping[str, Blob], prefix: str = "") -> list[Sample]:
             for kind in ("txt", "json", "camera.txt", "keypoints.json")
             if f"{stem}.{kind}" in files
         }
-        samples.append(Sample(prefix + name, blob, sidecars))
+        samples.append(Sample(prefix + name, blob, sidecars, pictures[f"{stem}.keypoints"]))
     return samples
 
 
@@ -158,5 +184,5 @@ def _tar_samples(name: str, path: Path) -> list[Sample]:
         broken = f"after {len(files)} files: {error}"
     samples = _group(files, name + "//")
     if broken:
-        samples.append(Sample(name, None, {}, broken))
+        samples.append(Sample(name, None, {}, broken=broken))
     return samples

@@ -26,8 +26,9 @@ def video_clips(
 ) -> Iterator[Tensor]:
     """Up to `count` clips of `frames` frames, uint8 (frames, H, W, 3), cropped to `size`.
 
-    As many videos as can be, in the order of their names, give as few clips each as can be; what
-    cannot be read is reported and left out. ValueError if no clip is long enough.
+    As many videos as can be, in the order of their names, give as few clips each as can be, none of
+    them across a gap; what cannot be read is reported and left out. ValueError if no clip is long
+    enough.
     """
     samples = find_samples(source)
     each = math.ceil(count / len(samples))
@@ -61,8 +62,11 @@ def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor
     if sample.video is None:
         raise Skipped("broken archive", sample.broken)
     clip: list[np.ndarray] = []
+    take = 0
     with sample.video.open() as file:
         for _, picture in at_rate(pictures(file), fps):
+            if picture.take != take:  # no clip goes across a gap
+                clip, take = [], picture.take
             part = crop(*picture.size, size, picture.pixel_aspect)
             clip.append(part.window(picture.pixels(*part.scaled)))
             if len(clip) == frames:

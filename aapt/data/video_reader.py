@@ -2,7 +2,8 @@
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import BinaryIO
 
 import av
@@ -10,6 +11,9 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from .sources import Skipped
+
+MAX_GAP = 0.2  # seconds from picture to picture: below 5 fps nothing moves
+DAY = 86400.0
 
 # Exact on every processor, and with colours at the full resolution.
 SCALING = Interpolation.LANCZOS | Interpolation.BITEXACT
@@ -22,6 +26,7 @@ class Picture:
 
     index: int  # in order of display
     time: float  # seconds after the file's first picture
+    take: int  # breaks before it: pictures of one take follow each other within MAX_GAP
     frame: av.VideoFrame
     stored_aspect: float  # width of a pixel over its height, before turning
     scaler: VideoReformatter  # of the file: keeps its filters from picture to picture
@@ -52,8 +57,44 @@ class Picture:
 def pictures(file: BinaryIO) -> Iterator[Picture]:
     """All pictures of the first video stream, in order and with growing times.
 
-    Skipped when there is none, and where decoding fails: what came before is good.
+    A new take begins where nothing is shown for more than MAX_GAP, and where the clock jumps back,
+    as in files that were joined, or ahead by more than a day: time then goes on after MAX_GAP. A
+    wrong time among right ones costs that picture alone. Skipped when there is no picture, and
+    where decoding fails: what came before is good.
     """
+    time, take, last = 0.0, 0, None
+    for picture in _without_wrong_times(_decoded(file)):
+        if last:
+            step = picture.time - last.time
+            take += not _goes_on(last, picture)
+            time += step if 0 < step <= DAY else MAX_GAP
+        last = picture
+        yield replace(picture, time=time, take=take)
+
+
+def _goes_on(last: Picture, picture: Picture) -> bool:
+    return 0 < picture.time - last.time <= MAX_GAP + 1e-6  # rounding of the file's clock
+
+
+def _without_wrong_times(source: Iterator[Picture]) -> Iterator[Picture]:
+    """Leaves out a picture that jumps when the next one goes on from before it, and pictures whose
+    time stands still or falls back a little."""
+    last = jumped = None
+    for picture in source:
+        if jumped and not _goes_on(last, picture):
+            yield jumped
+            last, jumped = jumped, None
+        if last is None or _goes_on(last, picture):
+            last, jumped = picture, None
+            yield picture
+        elif abs(picture.time - last.time) > MAX_GAP:
+            jumped = picture
+    if jumped:
+        yield jumped
+
+
+def _decoded(file: BinaryIO) -> Iterator[Picture]:
+    """Pictures as the file has them, by its own clock."""
     start, last, scaler = 0.0, None, VideoReformatter()
     try:
         with av.open(file, metadata_errors="ignore") as container:
@@ -66,15 +107,14 @@ def pictures(file: BinaryIO) -> Iterator[Picture]:
                 if frame.is_corrupt:
                     raise Skipped("cannot be decoded", f"{_after(last)}: a damaged picture")
                 time = frame.time
-                if time is None and stream.average_rate:  # a stream without a clock
-                    time = float(index / stream.average_rate)
+                if time is None and stream.average_rate:  # no clock, or a hole in it
+                    time = start + last.time + float(1 / stream.average_rate) if last else 0.0
                 if time is None:
                     raise Skipped("cannot be decoded", f"{_after(last)}: a picture without a time")
                 if last is None:
                     start = time
-                if last is None or time - start > last.time:
-                    last = Picture(index, time - start, frame, aspect, scaler)
-                    yield last
+                last = Picture(index, time - start, 0, frame, aspect, scaler)
+                yield last
     except av.FFmpegError as error:
         raise Skipped("cannot be decoded", f"{_after(last)}: {error.strerror}") from None
     except OSError as error:
@@ -94,21 +134,19 @@ def at_rate(
     source: Iterator[Picture], fps: int, start: float = 0.0, end: float = float("inf")
 ) -> Iterator[tuple[float, Picture]]:
     """(time, the picture nearest to it) at start, start + 1 / fps, ... up to `end` or the last
-    picture; a picture is used again or left out as the rates demand."""
-    number, before = 0, None
-    half = 0.5 / fps
-
-    def due() -> float:
-        return start + number / fps
-
-    for after in source:
-        # A tie goes to the earlier picture; a microsecond is rounding of the file's clock.
-        while before and due() <= end and due() - before.time <= after.time - due() + 1e-6:
-            yield due(), before
+    picture; a picture is used again or left out as the rates demand. Each take begins anew with its
+    first picture."""
+    origin, number, take = start, 0, None
+    for picture, following in pairwise(chain(source, [None])):
+        if picture.take != take:
+            origin, number, take = max(start, picture.time), 0, picture.take
+        if following and following.take == take:
+            # A tie goes to the earlier picture; a microsecond is rounding of the file's clock.
+            until = (picture.time + following.time + 1e-6) / 2
+        else:
+            until = picture.time + 0.5 / fps
+        while (time := origin + number / fps) <= min(until, end):
+            yield time, picture
             number += 1
-        if due() > end:
+        if time > end:
             return
-        before = after
-    while before and due() <= min(end, before.time + half):
-        yield due(), before
-        number += 1

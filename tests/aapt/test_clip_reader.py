@@ -19,7 +19,7 @@ from aapt.data.trajectories import parse_trajectory
 
 from .test_keypoints import entry, person
 from .test_trajectories import controlled, trajectory, yawed
-from .videos import grey, numbers, sound, video
+from .videos import grey, numbers, retimed, sound, video
 
 CONFIG = CutConfig(((Bucket(24, 16),),), latent_frames=2, stride=9)  # clips of 9 frames
 
@@ -81,22 +81,57 @@ def test_what_comes_before_damage_is_used(tmp_path):
     assert clip.start == 0 and skipped == "cannot be decoded: after 0.417 s: a damaged picture"
 
 
-def test_a_gap_costs_the_clips_across_it(tmp_path):
+def starts(items):
+    """Of clips their start in frames, else the text of a skip."""
+    return [item if isinstance(item, str) else round(24 * item.start) for item in items]
+
+
+def test_clips_go_on_after_a_gap(tmp_path):
+    """Pictures 0 to 12 and 13 to 39, with 0.6 s more between them."""
     times = [1000 * n // 24 + (600 if n > 12 else 0) for n in range(40)]
     items = read(tmp_path, video(grey(40), times=times))
-    assert [item if isinstance(item, str) else round(24 * item.start) for item in items] == [
-        0,
-        "gap: clip at 0.375 s: no picture near 0.625 s",
-        "gap: clip at 0.750 s: no picture near 0.750 s",
-        27,
-        36,
-        45,
-    ]
+    assert starts(items) == [0, "gap: from 0.500 s to 1.141 s", 27, 36, 45]
+    first = [numbers(item.video)[0] for item in items if not isinstance(item, str)]
+    assert first == [0, 13, 22, 31]
+
+
+@pytest.mark.parametrize("seconds", [1e4, 2e6, 2**62 // 1000])
+def test_a_wild_clock_is_one_skip(tmp_path, seconds):
+    """Far ahead from a picture on, to the end; and for one picture, whose neighbours stand in."""
+    even = [round(1000 * n / 24) for n in range(30)]
+    late = [round(1000 * seconds) + time for time in even]
+    items = read(tmp_path, retimed(video(grey(30)), even[:12] + late[12:]))
+    assert starts(items[:1]) == [0] and items[1].startswith("gap: from 0.458 s to ")
+    assert len(items) == (2 if seconds > 1e9 else 4)  # times that large are too coarse for clips
+    items = read(tmp_path, retimed(video(grey(30)), even[:12] + late[12:13] + even[13:]))
+    assert starts(items) == [0, 9, 18]
+    assert set(np.diff(numbers(items[1].video))) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("motion", ["none", "camera"])
+def test_joined_files_give_clips_of_each(tmp_path, motion):
+    """The second clock goes on after the first, so that no time means two pictures."""
+    even = [round(1000 * n / 24) for n in range(15)]
+    cameras = trajectory([yawed(0.0)] * 60)
+    config = dataclasses.replace(CONFIG, motion=motion)
+    data = retimed(video(grey(30)), even + even)
+    items = read(tmp_path, data, config, **{"camera.txt": cameras})
+    assert starts(items) == [0, "gap: from 0.583 s to 0.783 s", round(24 * 0.783)]
+    assert numbers(items[2].video) == list(range(15, 24))
 
 
 def test_a_slide_show_is_no_video(tmp_path):
-    (skipped, *_) = read(tmp_path, video(grey(9), rate=2))
-    assert skipped == "gap: clip at 0.000 s: no picture near 0.125 s"
+    assert read(tmp_path, video(grey(9), rate=2)) == ["gap: from 0.000 s to 0.500 s"]
+
+
+def test_a_trajectory_may_begin_after_a_gap(tmp_path):
+    times = [1000 * n // 24 + (600 if n > 12 else 0) for n in range(30)]
+    lines = trajectory([yawed(0.0)] * 50).splitlines()
+    config = dataclasses.replace(CONFIG, motion="camera")
+    for first, expected in [(20, [27]), (38, ["too short: expected 9 frames at 24 fps, got 6"])]:
+        text = "\n".join([lines[0], *lines[1 + first :]])
+        items = read(tmp_path, video(grey(30), times=times), config, **{"camera.txt": text})
+        assert starts(items) == expected
 
 
 def test_a_change_of_size_ends_a_video(tmp_path, monkeypatch):
@@ -215,6 +250,18 @@ def test_skeletons_are_drawn_where_the_people_are(tmp_path):
     assert clip.skeletons.shape == clip.video.shape == (9, 64, 64, 3)
     lit = [np.flatnonzero(frame[32].any(axis=1)).mean() for frame in clip.skeletons]
     np.testing.assert_allclose(lit, [8 + 4 * n for n in range(9)], atol=1)
+
+
+def test_keypoints_of_another_size_are_brought_to_the_video(tmp_path):
+    """DWPose was shown the video at half its size."""
+    people = [{"pose_keypoints_2d": [0] * 6 + [40, 10, 1, 40, 22, 1] + [0] * 42}]  # right upper arm
+    frame = {"people": people, "canvas_width": 64, "canvas_height": 32}
+    text = json.dumps([frame] * 9)
+    (clip,) = read(tmp_path, video(grey(9, 64, 128)), POSE, **{"keypoints.json": text})
+    lit = np.argwhere(clip.skeletons[0].any(axis=2))
+    assert abs(lit.mean(axis=0) - (32, 80 - 32)).max() < 1
+    items = read(tmp_path, video(grey(9, 64, 64)), POSE, **{"keypoints.json": text})
+    assert items == ["bad keypoints: expected a canvas of the shape of 64x64, got 64x32"]
 
 
 def test_skeletons_follow_the_pictures_that_are_shown(tmp_path):

@@ -9,7 +9,7 @@ from aapt.conditioning import Control, camera_rays, control_rays, relative_poses
 from aapt.config import CameraConfig
 from aapt.data import world
 from aapt.rope import RotaryPositions
-from aapt.text import BEGIN, ByteTextEncoder
+from aapt.text import BEGIN, ByteTextEncoder, prompt_bytes
 
 from .helpers import CAMERA, CONFIG
 
@@ -106,6 +106,11 @@ def test_clamped_distance_rotates_sink_queries_no_further():
     torch.testing.assert_close(rotation.cos_sink[:4], rotation.cos[:4])
     torch.testing.assert_close(rotation.cos_sink[4:], rotation.cos[3:4].expand(2, -1))
     assert RotaryPositions(CONFIG)(torch.arange(6), (1, 1)).cos_sink is None
+
+
+def test_prompts_are_read_in_lower_case():
+    assert prompt_bytes("Ab É") == b"ab \xc3\xa9"
+    assert prompt_bytes("\ud800") == b"?"  # half a character, as a broken file has it
 
 
 def test_prompts_become_bytes():

@@ -91,10 +91,22 @@ def test_the_index_counts_everything(whole):
     for bucket in index["buckets"].values():
         for shard in bucket["shards"]:
             assert (whole / shard["file"]).stat().st_size == shard["bytes"]
+    lengths = {name: bucket["caption_bytes"] for name, bucket in index["buckets"].items()}
+    assert lengths == {"16x32": {"11": 5}, "32x16": {"11": 6}}  # "this is a/1"
     outcomes = [json.loads(line) for line in (whole / "videos.jsonl").read_text().splitlines()]
     assert [outcome["video"] for outcome in outcomes] == sorted(o["video"] for o in outcomes)
     assert outcomes[2]["skipped"] == [["no caption", "expected a/3.txt"]]
     assert not [name for name in content(whole) if "partial" in name]
+
+
+def test_captions_are_measured_in_the_bytes_that_a_model_reads(vae, tmp_path):
+    """The longest of a clip's, in lower case: that of this capital has three bytes, not two."""
+    (tmp_path / "v").mkdir()
+    for name, caption in (("a", '{"captions": ["x", "\u0130y"]}'), ("b", '{"caption": "x"}')):
+        (tmp_path / "v" / f"{name}.mkv").write_bytes(video(grey(18, 16, 32)))
+        (tmp_path / "v" / f"{name}.json").write_text(caption)
+    index = run(tmp_path / "v", vae, tmp_path / "out", shard_clips=3)
+    assert index["buckets"]["32x16"]["caption_bytes"] == {"1": 2, "4": 2}
 
 
 def test_latents_are_those_of_the_clips(whole, videos, vae):
@@ -340,6 +352,7 @@ def test_the_command(command, whole, videos, tmp_path, capsys):
         "clips 0.33 s each, motion none",
         "16x32 5 in 3 shards",
         "32x16 6 in 3 shards",
+        "captions up to 11 bytes",
         "skipped 3",
         "cannot be decoded 1",
         "no caption 1",

@@ -292,6 +292,18 @@ def test_clips_of_videos(movies):
         list(video_clips(movies, Bucket(16, 16), 31, 8, report=lines.append))
 
 
+def test_no_clip_of_a_video_goes_across_a_gap(tmp_path):
+    """Pictures 0 to 6 and 7 to 19, a minute apart; clips of five."""
+    times = [1000 * n // 24 + (60_000 if n > 6 else 0) for n in range(20)]
+    (tmp_path / "a.mkv").write_bytes(video(grey(20), times=times))
+    clips = list(video_clips(tmp_path, Bucket(16, 16), 5, 9))
+    assert [numbers(clip) for clip in clips] == [
+        [0, 1, 2, 3, 4],
+        [7, 8, 9, 10, 11],
+        [12, 13, 14, 15, 16],
+    ]
+
+
 def test_perceptual_distance(network):
     """In the range and by the arguments that LPIPS files expect, mean over frames."""
     distance = PerceptualDistance(network)

@@ -150,6 +150,46 @@ def test_plan_of_the_paper():
         assert each.seconds() == pytest.approx(eight[name].seconds() / 32)
 
 
+def test_phases_of_a_stage_share_a_command():
+    """Its groups are as large as its largest phase needs."""
+    for gpus in (8, 256):
+        contexts = {}
+        for each in plan.plan(paper_8b(), gpus):
+            contexts.setdefault(each.workload.stage, set()).add(each.context)
+        assert all(len(found) == 1 for found in contexts.values())
+
+
+@pytest.mark.parametrize("gpus, launched", [(8, "--nproc-per-node 8"), (12, "--nproc-per-node 6")])
+def test_commands_are_the_plan(gpus, launched):
+    """Every stage once, with what its plan takes for granted."""
+    recipe = paper_8b()
+    batches = {
+        name: dataclasses.replace(stage, batch=96)
+        for name, stage in recipe.stages.items()
+        if hasattr(stage, "batch")
+    }
+    recipe = dataclasses.replace(recipe, stages=batches)
+    plans = plan.plan(recipe, gpus)
+    said = []
+    for line in plan.commands(recipe, plans):
+        program, *words = line.split()
+        assert program == "torchrun" and launched in line and "--checkpoint-blocks" in words
+        assert ("--nnodes 2" in line) == (gpus == 12)
+        options = dict(zip(words, words[1:]))
+        stages = [after for word, after in zip(words, words[1:]) if word == "--stage"]
+        said += stages
+        for each in plans:
+            if each.workload.stage in stages or not stages:
+                assert int(options.get("--context", 1)) == each.context
+                assert int(options.get("--clips-at-once", each.clips)) <= each.at_once
+    assert said in ([], list(recipe.stages))
+
+
+def test_what_fits_nowhere_has_no_command():
+    (line,) = plan.commands(paper_8b(), plan.plan(paper_8b(), 1))
+    assert line.endswith("extension-5: not even one clip fits")
+
+
 def test_more_gpus_to_a_clip_hold_less_of_it():
     one, four = (plan.plan(paper_8b(), 8, context)[0] for context in (1, 4))
     assert four.memory["activations"] / four.at_once == pytest.approx(
@@ -193,6 +233,7 @@ def test_command_prints_a_table(capsys):
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
     batch = math.prod((8, 10, 40))
     assert rows["tokens per step"][:2] == [f"{batch / 1e6:.2f}", "M"]
+    assert "torchrun --nproc-per-node 2 -m aapt train tiny-world --checkpoint-blocks\n" in out
     assert float(rows["GiB per GPU: total *"][0]) > 0
     assert cli.main(["train", "--plan", "tiny-world", "--gpus", "16"]) == 2
     assert "gpus: expected a number whose groups" in capsys.readouterr().err

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from aapt import StreamingGenerator, cli, trainer
-from aapt.checkpoint import CheckpointError, read_tensors, save_module
-from aapt.config import ModelConfig
+from aapt.checkpoint import CheckpointError, read_tensors, save_module, write_json
+from aapt.conditioning import camera_rays
+from aapt.config import CameraConfig, ModelConfig
 from aapt.curriculum import Curriculum, Phase, Source
 from aapt.data.buckets import Bucket
 from aapt.data.clip_reader import CutConfig
@@ -23,11 +24,12 @@ from aapt.recipes import RECIPES, Recipe, tiny_world
 from aapt.run_inputs import ANY_SET, Inputs
 from aapt.stages.adversarial import AdversarialConfig
 from aapt.stages.diffusion_adaptation import DiffusionConfig
-from aapt.trainer import run
+from aapt.trainer import Run, run
 from aapt.training_loop import Habits
 from aapt.vae import CausalVAE, tiny
 from aapt.world_model import WorldModel
 
+from .test_trajectories import trajectory, yawed
 from .videos import video
 
 MODEL = ModelConfig(
@@ -112,6 +114,29 @@ def test_one_call_makes_every_set(latents):
     }
     (line, _) = (latents / "videos.jsonl").read_text().splitlines()
     assert json.loads(line)["clips"] == {str(size): [0, 2] for size in sorted(SIZES)}
+
+
+def test_captions_that_are_cut_are_counted_once(tmp_path):
+    """MODEL reads 11 bytes: "this is a" has 9, of 2 clips; that of b, of 1, gets more."""
+    latents = encoded(tmp_path)
+    (tmp_path / "videos" / "b.txt").write_text("this is B, é")
+    encode(tmp_path / "videos", vae(), tmp_path / "again", CutConfig((SIZES,), 2, stride=9))
+    again, lines = Inputs({ANY_SET: [tmp_path / "again"]}), []
+    for _ in range(2):
+        run(recipe(), tmp_path / "out", ["diffusion"], inputs=again, report=lines.append)
+    assert [line for line in lines if "caption" in line] == [
+        "48x32: 1 of 3 clips have captions cut at 11 bytes",
+        "96x64: 1 of 3 clips have captions cut at 11 bytes",
+    ]
+    whole = Run(recipe(), tmp_path, inputs=Inputs({ANY_SET: [latents]}))
+    assert whole.cut_captions(["diffusion", "adversarial"]) == []
+    both = Inputs({"48x32": [latents, tmp_path / "again"]})
+    assert [both.long_captions("48x32", limit) for limit in (8, 9, 13)] == [(6, 6), (1, 6), (0, 6)]
+    index = json.loads((latents / "index.json").read_text())
+    for bucket in index["buckets"].values():  # as older folders are
+        del bucket["caption_bytes"]
+    write_json(latents / "index.json", index)
+    assert both.long_captions("48x32", 8) == (1 + 2, 6)
 
 
 def test_the_checkpoint_streams_from_its_prompt_alone(trained):
@@ -300,3 +325,60 @@ def test_the_command_from_videos_to_a_checkpoint(latents, tmp_path, monkeypatch,
     assert cli.main(["train", "small", "--latents", str(out), "--out", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "small")
     assert StreamingGenerator.from_pretrained(run / "small").driven_by == "prompt"
+
+
+def exploring(**changes) -> Recipe:
+    """As `paper-8b-camera`, stage 1 alone."""
+    camera = CameraConfig(1.0, 0.02, 1.0, 1.0, 1.0)
+    model = dataclasses.replace(MODEL, condition_channels=camera.channels)
+    stages = {"diffusion": recipe().stages["diffusion"]}
+    return recipe(model=model, camera=camera, stages=stages, scaled_camera=True, **changes)
+
+
+@pytest.fixture(scope="module")
+def travels(tmp_path_factory):
+    """Two clips at two sizes that walk and turn, one of them more."""
+    folder = tmp_path_factory.mktemp("travels")
+    noise = np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
+    (folder / "v").mkdir()
+    for name, pace in (("a", 1), ("b", 3)):
+        (folder / "v" / f"{name}.mkv").write_bytes(video(noise))
+        (folder / "v" / f"{name}.txt").write_text(name)
+        cameras = [yawed(0.004 * pace * n, (0.0, 0.0, 0.02 * pace * n)) for n in range(9)]
+        (folder / "v" / f"{name}.camera.txt").write_text(trajectory(cameras))
+    config = CutConfig((SIZES[:2],), 2, stride=9, motion="camera")
+    encode(folder / "v", vae(), folder / "latents", config)
+    return folder / "latents"
+
+
+def test_rays_are_scaled_to_the_clips(travels, tmp_path):
+    """To unit deviation over all of them, seen through the checkpoint's camera."""
+    habits = Habits(sample_every=None)
+    folder = train(tmp_path / "run", travels, made=exploring(), habits=habits)
+    camera = StreamingGenerator.from_pretrained(folder).model.camera
+    assert camera.forward_step == 2 * camera.origin_deviation != 0
+    rays = []
+    for bucket in ("48x32", "96x64"):
+        shards = LatentShards(travels, bucket, camera)
+        for clip in range(len(shards)):
+            motion = shards._window(clip, 0, 2, 0.0)[1]
+            width, height = (int(side) // 8 for side in bucket.split("x"))
+            channels = camera_rays(motion[None], camera, height, width)[0]
+            rays.append(channels.unflatten(0, (4, 2, 3)).square().mean(dim=(0, 2, 3, 4, 5)))
+    torch.testing.assert_close(torch.stack(rays).mean(dim=0), torch.ones(2), atol=0.01, rtol=0)
+    # what the folder says holds, with the clips or without
+    assert train(tmp_path / "run", {}, made=exploring(), habits=habits) == folder
+
+
+def test_rays_of_clips_that_cannot_scale_them(latents, travels, tmp_path):
+    with pytest.raises(ValueError, match="latents: expected clips with camera motion, got none"):
+        train(tmp_path / "run", latents, made=exploring())
+    index = json.loads((travels / "index.json").read_text())
+    for bucket in index["buckets"].values():
+        for shard in bucket["shards"]:
+            shard["ray_squares"] = [0.01, 0.0]
+    (tmp_path / "still").mkdir()
+    (tmp_path / "still" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected a camera that moves and turns"):
+        train(tmp_path / "run", tmp_path / "still", made=exploring())
+    assert not (tmp_path / "run").exists()

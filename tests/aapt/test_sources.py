@@ -119,6 +119,50 @@ def test_captions(tmp_path, files, expected):
         assert str(skipped.value).startswith(expected)
 
 
+def test_keypoints_of_a_video_are_a_file_or_a_folder(tmp_path):
+    """OpenPose writes a file per picture; the number in its name orders them, not the name."""
+    (tmp_path / "w1.mp4").touch()
+    (tmp_path / "w1.keypoints.json").write_text("[1]")
+    (tmp_path / "w2.mp4").touch()
+    (tmp_path / "w2.keypoints").mkdir()
+    for number in (8, 9, 10):
+        (tmp_path / "w2.keypoints" / f"w2_{number}_keypoints.json").write_text(f"[{number}]")
+    (tmp_path / "w2.keypoints" / "notes.txt").touch()
+    one, two = find_samples(tmp_path)
+    assert (one.keypoints(), two.keypoints()) == ([1], [[8], [9], [10]])
+    (alone,) = find_samples(tmp_path / "w2.mp4")
+    assert alone.keypoints() == two.keypoints()
+    names = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("w2*.*"))]
+    files = {n: (tmp_path / n).read_bytes() for n in names if (tmp_path / n).is_file()}
+    (tmp_path / "tars").mkdir()
+    tar(tmp_path / "tars" / "a.tar", files)
+    (packed,) = find_samples(tmp_path / "tars")
+    assert packed.keypoints() == two.keypoints()
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, "no keypoints: expected v.keypoints.json"),
+        ({"v.keypoints.json": "{"}, "bad keypoints: expected JSON: "),
+        ({"v.keypoints/1.json": "1", "v.keypoints/2.json": "{"}, "bad keypoints: file 2: expected"),
+        (
+            {"v.keypoints/1.json": "1", "v.keypoints/3.json": "3"},
+            "bad keypoints: expected a file for picture 2, got none",
+        ),
+    ],
+)
+def test_keypoints_that_cannot_be_used(tmp_path, files, expected):
+    (tmp_path / "v.mp4").touch()
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (sample,) = find_samples(tmp_path)
+    with pytest.raises(Skipped) as skipped:
+        sample.keypoints()
+    assert str(skipped.value).startswith(expected)
+
+
 def test_a_file_that_went_away_is_skipped(tmp_path):
     (tmp_path / "v.mp4").touch()
     (tmp_path / "v.txt").write_text(json.dumps("x"))

@@ -2,16 +2,17 @@
 
 import io
 from fractions import Fraction
+from itertools import groupby, pairwise
 
 import av
 import numpy as np
 import pytest
 
 from aapt.data.sources import Skipped
-from aapt.data.video_reader import at_rate, pictures
+from aapt.data.video_reader import DAY, MAX_GAP, at_rate, pictures
 from aapt.media import open_video
 
-from .videos import grey, numbers, sound, video
+from .videos import grey, numbers, retimed, sound, video
 
 NOISE = np.random.default_rng(0).integers(0, 255, (24, 32, 48, 3), dtype=np.uint8)
 CORNERS = np.zeros((32, 48, 3), np.uint8)
@@ -100,9 +101,99 @@ def test_other_rates_show_the_nearest_picture(rate):
 
 
 def test_a_variable_rate_follows_the_clock():
-    data = video(grey(5), times=[0, 40, 300, 333, 375])
-    assert [n for _, n in shown(data, 24)] == [0, 1, 1, 1, 1, 2, 2, 2, 3, 4]
-    # at 0, 42, 83, 125, 167, 208, 250, 292, 333, 375 ms: 167 is 127 from 40 and 133 from 300
+    data = video(grey(5), times=[0, 40, 230, 290, 333])
+    assert [n for _, n in shown(data, 24)] == [0, 1, 1, 1, 2, 2, 2, 3, 4]
+    # at 0, 42, 83, 125, 167, 208, 250, 292, 333 ms: 125 is 85 from 40 and 105 from 230
+
+
+EVEN = [round(1000 * n / 24) for n in range(12)]
+LOSSLESS = video(grey(12))
+MP4 = video(grey(12), codec="mpeg4", container="mp4")
+
+
+def takes(times, data=LOSSLESS, container="matroska"):
+    """The pictures of each take, and the time at which each take begins."""
+    found, error = read(retimed(data, times, container))
+    assert error is None and all(a.time < b.time for a, b in pairwise(found))
+    parts = [list(part) for _, part in groupby(found, key=lambda picture: picture.take)]
+    assert [part[0].take for part in parts] == list(range(len(parts)))
+    return [[p.index for p in part] for part in parts], [part[0].time for part in parts]
+
+
+def test_a_clock_may_stand_still_or_fall_back_a_little():
+    times = [0, 40, 40, 80, 60, 120, 160, 200, 240, 280, 320, 360]
+    assert takes(times) == ([[0, 1, 3, 5, 6, 7, 8, 9, 10, 11]], [0.0])
+
+
+@pytest.mark.parametrize("fps", [5, 24])
+def test_below_5_fps_every_picture_is_a_take(fps):
+    assert takes([n * 1000 / fps for n in range(12)]) == ([list(range(12))], [0.0])
+    parts, _ = takes([n * 210 for n in range(12)])
+    assert parts == [[n] for n in range(12)]
+
+
+JUMPS = [("matroska", LOSSLESS, s) for s in (0.3, 1e4, 2e6, 2**62 // 1000)]
+JUMPS += [("mp4", MP4, s) for s in (0.3, 1e4)]
+
+
+@pytest.mark.parametrize("container, data, seconds", JUMPS)
+@pytest.mark.parametrize("place", [6, 10])
+def test_a_wrong_time_costs_its_picture(container, data, seconds, place):
+    for time in (EVEN[place] + round(1000 * seconds), 0):
+        times = EVEN[:place] + [time] + EVEN[place + 1 :]
+        kept = [n for n in range(12) if n != place]
+        assert takes(times, data, container) == ([kept], [0.0])
+
+
+@pytest.mark.parametrize("container, data, seconds", [jump for jump in JUMPS if jump[2] < 1e9])
+def test_a_jump_begins_a_take(container, data, seconds):
+    times = EVEN[:6] + [time + round(1000 * seconds) for time in EVEN[6:]]
+    parts, starts = takes(times, data, container)
+    assert parts == [list(range(6)), list(range(6, 12))]
+    pause = seconds + 1 / 24 if seconds < DAY else MAX_GAP
+    assert starts == [0.0, pytest.approx(5 / 24 + pause, abs=1e-3)]
+
+
+def test_frames_after_a_jump_begin_with_its_first_picture():
+    """The last frame of a take is at most half a frame after its last picture."""
+    times = EVEN[:6] + [time + 20_000_007 for time in EVEN[6:]]
+    found = shown(retimed(LOSSLESS, times), 24)
+    assert [n for _, n in found] == list(range(12))
+    expected = [n / 24 for n in range(6)] + [20_000.257 + n / 24 for n in range(6)]
+    np.testing.assert_allclose([time for time, _ in found], expected, rtol=0, atol=1e-6)
+    assert shown(retimed(LOSSLESS, times), 24, start=3.0)[0] == (20_000.257, 6)
+    assert [n for _, n in shown(retimed(LOSSLESS, times), 24, end=9.0)] == list(range(6))
+
+
+def test_a_clock_of_64_bits_ends():
+    """At 10^15 s its pictures share times: few are left, and each of them is shown once."""
+    times = EVEN[:6] + [time + 2**62 for time in EVEN[6:]]
+    assert [n for _, n in shown(retimed(LOSSLESS, times), 24)] == list(range(7))
+    times[8:] = EVEN[8:]
+    assert [n for _, n in shown(retimed(LOSSLESS, times), 24)] == [*range(7), *range(8, 12)]
+
+
+@pytest.mark.parametrize("container, data", [("matroska", LOSSLESS), ("mp4", MP4)])
+def test_joined_files_are_takes_of_one_clock(container, data):
+    times = [*EVEN[:6], *EVEN[:6]]
+    parts, starts = takes(times, data, container)
+    assert parts == [list(range(6)), list(range(6, 12))]
+    assert starts == [0.0, pytest.approx(EVEN[5] / 1000 + MAX_GAP, abs=1e-3)]
+    first_wrong = [5_000_000, *EVEN[1:]]
+    assert takes(first_wrong)[0] == [[0], list(range(1, 12))]
+    last_wrong = [*EVEN[:11], 5_000_000]
+    assert takes(last_wrong)[0] == [list(range(11)), [11]]
+    two_wrong = [*EVEN[:5], 5_000_000, 5_000_042, *EVEN[7:]]
+    assert takes(two_wrong)[0] == [list(range(5)), [5, 6], list(range(7, 12))]
+
+
+def test_pictures_without_times_follow_at_the_rate_of_the_file():
+    found, _ = read(video(grey(4), codec="libx264", container="h264"))
+    with av.open(io.BytesIO(video(grey(4), codec="libx264", container="h264"))) as container:
+        assert {packet.pts for packet in container.demux(video=0)} == {None}
+        rate = float(container.streams.video[0].average_rate)
+    assert [p.time for p in found] == pytest.approx([n / rate for n in range(4)])
+    assert {p.take for p in found} == {0}
 
 
 def test_a_span_of_a_video():

@@ -48,6 +48,24 @@ def video(
     return file.getvalue()
 
 
+def retimed(data, times, container="matroska"):
+    """The file's pictures with other times, in ms and in any order: what only a broken clock, or
+    files that were joined, have."""
+    file = io.BytesIO()
+    with (
+        av.open(io.BytesIO(data)) as source,
+        av.open(file, "w", container, options={"avoid_negative_ts": "disabled"}) as output,
+    ):
+        stream = output.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for number, (packet, time) in enumerate(zip(packets, times, strict=True)):
+            packet.pts = round(time * Fraction(1, 1000) / packet.time_base)
+            packet.dts = number - len(packets) - 2**14  # a muxer wants these to grow
+            packet.stream = stream
+            output.mux(packet)
+    return file.getvalue()
+
+
 def sound():
     """A file with a sound and no video."""
     file = io.BytesIO()
