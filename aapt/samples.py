@@ -47,6 +47,19 @@ def roll_out(
         yield latent
 
 
+def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:
+    """The `condition` of `roll_out` from those of a clip, (B, C', T, H, W) for its frames 1 to T:
+    past the clip's end its motion starts over."""
+
+    def condition(step: int) -> Tensor | None:
+        if channels is None:
+            return None
+        place = (step - 1) % channels.shape[2]
+        return channels[:, :, place : place + 1]
+
+    return condition
+
+
 @torch.no_grad()
 def decode_frames(
     vae: CausalVAE, latents: Iterable[Tensor], wanted: Container[int]
@@ -86,12 +99,8 @@ def sample_sheet(
     if not wanted or wanted[0] < 0:
         raise ValueError(f"frames: expected latent frames from 0 on, got {list(frames)}")
     latents, length = batch.latents, batch.latents.shape[2]
-    conditions, *text = model.conditions(batch.motion, batch.prompts, latents.shape[-2:])
-
-    def condition(step: int) -> Tensor | None:
-        place = (step - 1) % (length - 1)
-        return None if conditions is None else conditions[:, :, place : place + 1]
-
+    channels, *text = model.conditions(batch.motion, batch.prompts, latents.shape[-2:])
+    condition = starting_over(channels)
     made = roll_out(model, latents[:, :, :1], text, condition, wanted[-1], seed)
     model_video = _last_frames(vae, made, wanted)
     known = [frame for frame in wanted if frame < length]
