@@ -53,8 +53,8 @@ def evaluate(
 
     A model that does not move as the bundled world does is measured on clips of `aapt encode`, of
     its size and its autoencoder: pictures, captions and motion are theirs, and motion starts over
-    when a clip ends. The truth is what the autoencoder makes of them. Where it is over, real frames
-    are still compared with as a whole; themes and obedience are left out.
+    when a clip ends. The truth is what the autoencoder makes of them. Past its end its last frames
+    stand for it, but frame is not compared with frame; themes and obedience are left out.
 
     A diffusion checkpoint is rolled out in the steps and with the guidance of its config.json.
 
