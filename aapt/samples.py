@@ -9,7 +9,7 @@ from torch import Tensor
 from .config import SamplingConfig
 from .contact_sheet import contact_sheet
 from .data.clips import ClipBatch
-from .diffusion_rollout import DiffusionRollout
+from .diffusion_rollout import DiffusionRollout, RecomputedRollout
 from .student_forcing import StudentRollout
 from .vae import CausalVAE, to_bytes
 from .world_model import WorldModel
@@ -26,19 +26,22 @@ def roll_out(
     steps: int,
     seed: int,
     sampling: SamplingConfig | None = None,
+    caches: bool = True,
 ) -> Iterator[Tensor]:
     """Latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
 
     first (B, C, 1, H, W) is frame 0; text (B, text_tokens, text_width) and its lengths (B,);
     `condition(n)`: the channels (B, C', 1, H, W) of frame n, None for none. Stream i draws its
-    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame.
+    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame;
+    without `caches` it computes the past again and again (`RecomputedRollout`).
     """
     randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(first))]
     if sampling is None:
         rollout = StudentRollout(model.transformer, *text, first)
     else:
         unguided = model.text_encoder([""] * len(first))
-        rollout = DiffusionRollout(model.transformer, *text, unguided, first, sampling)
+        kind = DiffusionRollout if caches else RecomputedRollout
+        rollout = kind(model.transformer, *text, unguided, first, sampling)
     yield first
     latent = first
     for step in range(1, steps + 1):
@@ -88,12 +91,15 @@ def sample_sheet(
     *,
     seed: int = 0,
     fps: int = 24,
+    sampling: SamplingConfig | None = None,
 ) -> Image.Image:
     """What the generator makes of the starts of a batch, under the truth: two rows per clip, one
     column for each of the latent `frames`, counted from the start.
 
     A rollout may be longer than its clip: its motion then starts over, and the truth is blank.
     The same batch and seed give the same noise, so that sheets of a training can be compared.
+    `sampling`: of a diffusion model; without caches, which a training has no memory for, so that
+    the work grows with the square of the last frame.
     """
     wanted = sorted(set(frames))
     if not wanted or wanted[0] < 0:
@@ -101,7 +107,8 @@ def sample_sheet(
     latents, length = batch.latents, batch.latents.shape[2]
     channels, *text = model.conditions(batch.motion, batch.prompts, latents.shape[-2:])
     condition = starting_over(channels)
-    made = roll_out(model, latents[:, :, :1], text, condition, wanted[-1], seed)
+    first, steps = latents[:, :, :1], wanted[-1]
+    made = roll_out(model, first, text, condition, steps, seed, sampling, caches=False)
     model_video = _last_frames(vae, made, wanted)
     known = [frame for frame in wanted if frame < length]
     truth = torch.zeros_like(model_video)
