@@ -12,7 +12,7 @@ from ..data.latent_shards import LatentShards, read_index
 from ..data.world import FRAMES_PER_LATENT
 from ..generator import StreamingGenerator
 from ..samples import starting_over
-from ..vae_folder import LIGHT, ORIGINAL, load_vae, vae_digest
+from ..vae_folder import ORIGINAL, load_vae, vae_digest
 from .footage import Footage, Timed, film, latent_statistics
 from .moments import FPS, STEPS_PER_SECOND, WINDOWS, Window
 from .report import TRUTH
@@ -134,7 +134,8 @@ def _check_fit(
                 f"{name}: expected {FPS} frames per second and {FRAMES_PER_LATENT} per latent "
                 f"frame, got {fps} and {frames}"
             )
-    known = sorted({vae_digest(load_vae(checkpoint, part)) for part in (LIGHT, ORIGINAL)})
+    vaes = generator.vae, load_vae(checkpoint, ORIGINAL)
+    known = sorted({vae_digest(vae) for vae in vaes})
     if encoding["vae"] not in known:
         raise ValueError(
             f"{folder}: expected latents of the autoencoder of {checkpoint} "

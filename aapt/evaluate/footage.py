@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.world import FRAMES_PER_LATENT
 from ..generator import StreamingGenerator
+from ..optimization import mixed_precision
 from ..samples import decode_frames, roll_out
 from ..vae import CausalVAE
 from .moments import Window
@@ -72,14 +73,20 @@ class Scenes(Protocol):
         """What these starts add to a `Report`; `window` is the last."""
 
 
+def precision(device: torch.device) -> AbstractContextManager:
+    """What checkpoints make videos in: as training's samples on a GPU, float32 on a CPU."""
+    return mixed_precision(device) if device.type == "cuda" else nullcontext()
+
+
 @torch.inference_mode()
 def film(vae: CausalVAE, latents: Iterable[Tensor], frames: Iterable[int]) -> Footage:
     """Some video frames of streams of latent frames (starts, C, 1, h, w)."""
     wanted = set(frames)
     pixels, chosen = [], {math.ceil(frame / FRAMES_PER_LATENT) for frame in wanted}
-    for number, video in decode_frames(vae, latents, chosen):
-        begin = FRAMES_PER_LATENT * number - video.shape[1] + 1
-        pixels.append(video[:, [i for i in range(video.shape[1]) if begin + i in wanted]])
+    with precision(vae.latent_mean.device):
+        for number, video in decode_frames(vae, latents, chosen):
+            begin = FRAMES_PER_LATENT * number - video.shape[1] + 1
+            pixels.append(video[:, [i for i in range(video.shape[1]) if begin + i in wanted]])
     return Footage(sorted(wanted), torch.cat(pixels, dim=1))
 
 
@@ -89,10 +96,10 @@ def film_rollout(
 ) -> tuple[Footage, Tensor]:
     """All starts generated side by side on the streaming path, `steps` latent frames.
 
-    Noise is drawn per start; on a GPU matrix products are bfloat16, as in training. Returns the
-    footage and the `latent_statistics` (starts, 1 + steps, 2) of all latent frames.
+    Noise is drawn per start. Returns the footage and the `latent_statistics` (starts, 1 + steps, 2)
+    of all latent frames.
     """
-    model, device, statistics = generator.model, generator.device, []
+    model, statistics = generator.model, []
     first, condition = scenes.first(generator), scenes.condition(generator)
 
     def measured() -> Iterator[Tensor]:
@@ -101,8 +108,7 @@ def film_rollout(
             statistics.append(latent_statistics(latent))
             yield latent
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        footage = film(generator.vae, measured(), frames)
+    footage = film(generator.vae, measured(), frames)
     return footage, torch.cat(statistics, dim=1).cpu()
 
 

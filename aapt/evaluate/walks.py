@@ -25,7 +25,7 @@ from ..data.world import (
 from ..generator import StreamingGenerator
 from ..samples import to_pixels
 from . import metrics
-from .footage import Footage, Timed, latent_statistics
+from .footage import Footage, Timed, latent_statistics, precision
 from .moments import Window
 from .motion_probe import MotionProbe, ProbeConfig, ProbeQuality, load_probe
 from .report import AUTOENCODER, TRUTH
@@ -105,7 +105,8 @@ def film_reconstruction(
     for stretch in stretches:
         clips = [to_video(clip[None]) for clip in truth[stretch]]
         encoded = [generator.vae.encode(clip.to(generator.device)) for clip in clips]
-        decoded = [to_pixels(generator.vae.decode(latent)) for latent in encoded]
+        with precision(generator.device):
+            decoded = [to_pixels(generator.vae.decode(latent)) for latent in encoded]
         kept.extend(stretch)
         pixels.append(torch.cat(decoded))
         statistics.append(latent_statistics(torch.cat(encoded)[:, :, 1:]).cpu())
