@@ -21,9 +21,20 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME|FOLDER", help="Beside it; may be repeated.", show_default=False),
     ] = None,
-    starts: Annotated[int, typer.Option(metavar="N", help="Worlds; six show every theme.")] = 16,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Encoded clips to start from.", show_default="held-out worlds"
+        ),
+    ] = None,
+    starts: Annotated[
+        int, typer.Option(metavar="N", help="Worlds or clips; six worlds show every theme.")
+    ] = 16,
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of worlds, walks and noise.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of worlds, walks, clips, noise.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where models run: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
     fid: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="TorchScript network of frames for FID."),
@@ -33,12 +44,17 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ):
-    """Measure a model on long videos of worlds that no training has seen.
+    """Measure a model on long videos of worlds or clips that no training has seen.
 
     In windows of time: sharpness, palette, distance in feature space, PSNR, and how far the camera
     obeys, all against the rendered truth. Every second: drift. The folder gets report.json,
     drift.png and sheet.png. A probe that reads camera motion is trained the first time, and kept
     in the user's cache.
+
+    A model that does not move as the bundled world does is measured on clips of `aapt encode`, of
+    its size and its autoencoder: pictures, captions and motion are theirs, and motion starts over
+    when a clip ends. The truth is what the autoencoder makes of them. Past its end its last frames
+    stand for it, but frame is not compared with frame; themes and obedience are left out.
 
     A diffusion checkpoint is rolled out in the steps and with the guidance of its config.json.
 
@@ -48,12 +64,14 @@ def evaluate(
       aapt eval runs/tiny-world/tiny-world --baseline tiny-world --seconds 30 --out compared
       aapt eval tiny-world --seed 1 --json --out second > second.json
       aapt eval tiny-world --fvd i3d_torchscript.pt --out fvd
+      aapt eval runs/paper-8b/paper-8b --latents held-out/ --starts 4 --device cuda --out clips
     """
     from .evaluate import evaluate
     from .figures import MissingLibrary
 
     checkpoints = [checkpoint, *(baseline or [])]
-    settings = dict(starts=starts, seconds=seconds, seed=seed, fid=fid, fvd=fvd)
+    settings = dict(latents=latents, starts=starts, seconds=seconds, seed=seed)
+    settings |= dict(device=device, fid=fid, fvd=fvd)
     with bad_input():
         try:
             report = evaluate(checkpoints, out, **settings, log=say)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .config import SamplingConfig
 from .contact_sheet import contact_sheet
 from .data.clips import ClipBatch
-from .diffusion_rollout import DiffusionRollout
+from .diffusion_rollout import DiffusionRollout, RecomputedRollout
 from .student_forcing import StudentRollout
 from .vae import CausalVAE, to_bytes
 from .world_model import WorldModel
@@ -26,25 +26,41 @@ def roll_out(
     steps: int,
     seed: int,
     sampling: SamplingConfig | None = None,
+    caches: bool = True,
 ) -> Iterator[Tensor]:
     """Latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
 
     first (B, C, 1, H, W) is frame 0; text (B, text_tokens, text_width) and its lengths (B,);
     `condition(n)`: the channels (B, C', 1, H, W) of frame n, None for none. Stream i draws its
-    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame.
+    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame;
+    without `caches` it computes the past again and again (`RecomputedRollout`).
     """
     randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(first))]
     if sampling is None:
         rollout = StudentRollout(model.transformer, *text, first)
     else:
         unguided = model.text_encoder([""] * len(first))
-        rollout = DiffusionRollout(model.transformer, *text, unguided, first, sampling)
+        kind = DiffusionRollout if caches else RecomputedRollout
+        rollout = kind(model.transformer, *text, unguided, first, sampling)
     yield first
     latent = first
     for step in range(1, steps + 1):
         noise = torch.cat([torch.randn(first[:1].shape, generator=random) for random in randoms])
         latent = rollout.step(noise.to(first), latent, condition(step))
         yield latent
+
+
+def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:
+    """The `condition` of `roll_out` from those of a clip, (B, C', T, H, W) for its frames 1 to T:
+    past the clip's end its motion starts over."""
+
+    def condition(step: int) -> Tensor | None:
+        if channels is None:
+            return None
+        place = (step - 1) % channels.shape[2]
+        return channels[:, :, place : place + 1]
+
+    return condition
 
 
 @torch.no_grad()
@@ -75,24 +91,24 @@ def sample_sheet(
     *,
     seed: int = 0,
     fps: int = 24,
+    sampling: SamplingConfig | None = None,
 ) -> Image.Image:
     """What the generator makes of the starts of a batch, under the truth: two rows per clip, one
     column for each of the latent `frames`, counted from the start.
 
     A rollout may be longer than its clip: its motion then starts over, and the truth is blank.
     The same batch and seed give the same noise, so that sheets of a training can be compared.
+    `sampling`: of a diffusion model; without caches, which a training has no memory for, so that
+    the work grows with the square of the last frame.
     """
     wanted = sorted(set(frames))
     if not wanted or wanted[0] < 0:
         raise ValueError(f"frames: expected latent frames from 0 on, got {list(frames)}")
     latents, length = batch.latents, batch.latents.shape[2]
-    conditions, *text = model.conditions(batch.motion, batch.prompts, latents.shape[-2:])
-
-    def condition(step: int) -> Tensor | None:
-        place = (step - 1) % (length - 1)
-        return None if conditions is None else conditions[:, :, place : place + 1]
-
-    made = roll_out(model, latents[:, :, :1], text, condition, wanted[-1], seed)
+    channels, *text = model.conditions(batch.motion, batch.prompts, latents.shape[-2:])
+    condition = starting_over(channels)
+    first, steps = latents[:, :, :1], wanted[-1]
+    made = roll_out(model, first, text, condition, steps, seed, sampling, caches=False)
     model_video = _last_frames(vae, made, wanted)
     known = [frame for frame in wanted if frame < length]
     truth = torch.zeros_like(model_video)

@@ -49,6 +49,7 @@ DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 SAMPLES = 3  # clips of a sheet
 SAMPLE_SECONDS = (0, 1, 5, 10, 30, 60)
 LATENTS_PER_SECOND = 6
+DIFFUSION_SAMPLES = (0, 1, 2, 4, 6)  # latent frames
 
 
 def stage_names(recipe: Recipe) -> list[str]:
@@ -322,14 +323,21 @@ class Run:
 
     def sampler(self, name: str, stage: Stage) -> Callable[[int], None]:
         """Draws `samples-<updates>.png` into a stage's folder: always the same clips and noise,
-        from what the weights are at the time, as long as a stream of a minute."""
-        parallel = self.parallel
+        from what the weights are at the time, as long as a stream of a minute.
+
+        A diffusion stage shows what its checkpoint would: frames of many passes each. They are
+        those of the first second, whose passes cost less than the minute of the others in a small
+        model and a few times as much under the paper's 32 steps with guidance.
+        """
+        parallel, config = self.parallel, self.recipe.stages[name]
         batch, vae = self.shown(name)
-        frames = [LATENTS_PER_SECOND * second for second in SAMPLE_SECONDS]
+        sampling, frames = None, [LATENTS_PER_SECOND * second for second in SAMPLE_SECONDS]
+        if isinstance(config, DiffusionConfig):
+            sampling, frames = config.sampling, DIFFUSION_SAMPLES
 
         def sample(done: int) -> None:
             with mixed_precision(parallel.device):
-                sheet = sample_sheet(stage.model, vae, batch, frames)
+                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling)
             parallel.reshard(stage.model)
             if parallel.main:
                 sheet.save(self.out / name / f"samples-{done}.png")

@@ -4,6 +4,7 @@ A checkpoint with a light decoder keeps the original one beside it: `original_va
 is the shape of what `original_vae.safetensors` holds.
 """
 
+import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,15 @@ def load_vae(name: str | Path, part: str = LIGHT) -> CausalVAE:
         vae = CausalVAE(VAEConfig(**tuples(config[part])))
     load_module(folder / f"{part}.safetensors", vae)
     return vae
+
+
+def vae_digest(vae: CausalVAE) -> str:
+    """SHA-256 of an autoencoder's weights: how encoded clips name the one that made them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def lossless_dtype(vae: CausalVAE) -> torch.dtype | None:

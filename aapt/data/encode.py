@@ -7,7 +7,6 @@ many clips each video gave; what lies between the two is read again.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections import Counter, defaultdict, deque
@@ -27,7 +26,7 @@ from ..conditioning import camera_rays, through_lens
 from ..config import CameraConfig
 from ..text import prompt_bytes
 from ..vae import CausalVAE
-from ..vae_folder import LIGHT, save_vaes
+from ..vae_folder import LIGHT, save_vaes, vae_digest
 from .clip_reader import CutConfig, RawClip, read_clips
 from .latent_shards import FORMAT_VERSION, INDEX, DataError, read_index
 from .procedural import to_video
@@ -207,15 +206,11 @@ def _ray_squares(clip: RawClip, height: int, width: int) -> Tensor:
 
 def _encoding(vae: CausalVAE, config: CutConfig, shard_clips: int) -> dict[str, Any]:
     """All that decides over the bytes of the shards, but for the videos."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return {
         **dataclasses.asdict(config),
         "buckets": ["+".join(map(str, family)) for family in config.buckets],
         "shard_clips": shard_clips,
-        "vae": weights.hexdigest(),
+        "vae": vae_digest(vae),
     }
 
 

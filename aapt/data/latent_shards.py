@@ -116,6 +116,14 @@ class LatentShards:
             prompts,
         )
 
+    def whole(self, clips: Sequence[int]) -> ClipBatch:
+        """The clips of these numbers from end to end, each with the first of its captions."""
+        windows = [self._window(clip, 0, self.latent_frames, 0.0) for clip in clips]
+        latents, motion, prompts = zip(*windows)
+        return ClipBatch(
+            torch.stack(latents), None if motion[0] is None else torch.stack(motion), prompts
+        )
+
     def _window(
         self, clip: int, start: int, frames: int, choice: float
     ) -> tuple[Tensor, Tensor | None, str]:

@@ -17,7 +17,7 @@ from ..samples import to_pixels
 from ..vae import CausalVAE
 from ..vae_folder import LIGHT, ORIGINAL, load_vae
 from . import metrics
-from .footage import film_truth, held_out_starts
+from .walks import film_truth, held_out_starts
 
 FPS = 24
 WARMUP = 6  # steps of each decoder before its time counts

@@ -25,8 +25,9 @@ AXES = (("yaw", "yaw_correlation", "-", "o"), ("forward", "forward_correlation",
 
 
 def plot_drift(report: Report) -> Figure:
-    """Panels over the seconds of video. The truth is grey; dotted lines are what chance gives."""
-    figure, axes = new_figure(len(PANELS) + 1, columns=3)
+    """Panels over the seconds of video. The truth is grey; dotted lines are what chance gives. That
+    of obedience is only there where a probe has read the motion."""
+    figure, axes = new_figure(len(PANELS) + (report.probe is not None), columns=3)
     colours = {TRUTH: MUTED, **dict(zip(report.checkpoints, cycle(COLOURS)))}
     for axis, (metric, title) in zip(axes, PANELS):
         axis.set_title(title, fontsize=10)
@@ -41,7 +42,8 @@ def plot_drift(report: Report) -> Figure:
             _chance(axis, report.same_theme, "another place of the theme")
             _chance(axis, report.other_theme, "another theme")
         axis.set_ylim(bottom=0)
-    _obedience(axes[-1], report, colours)
+    if report.probe is not None:
+        _obedience(axes[-1], report, colours)
     for axis in axes:
         axis.set_xlim(left=0)
         axis.set_xlabel("seconds of video", fontsize=8)

@@ -1,53 +1,53 @@
-"""Measures checkpoints on worlds they have not seen, beside the truth."""
+"""Measures checkpoints on starts they have not seen, beside the truth."""
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..contact_sheet import contact_sheet
-from ..data.world import FORWARD_STEP, FRAMES_PER_LATENT, THEMES, YAW_STEP
+from ..data.world import FRAMES_PER_LATENT
 from ..environment import environment
 from ..figures import new_figure, path_labels, save_figure
 from ..generator import StreamingGenerator
+from ..samples import SHOWN_ROWS
 from . import metrics
 from .drift import timeline
 from .drift_plot import plot_drift
+from .encoded import EncodedClips
 from .features import feature_distance
-from .footage import (
-    Footage,
-    Start,
-    film_reconstruction,
-    film_rollout,
-    film_truth,
-    held_out_starts,
-    theme_footage,
-)
+from .footage import Footage, Scenes, film_rollout
 from .moments import (
     FPS,
     SHEET_SECONDS,
     STEPS_PER_SECOND,
     WINDOWS,
+    Window,
     drift_frames,
+    nearest,
 )
-from .motion_probe import MotionProbe, ProbeConfig, load_probe
+from .motion_probe import ProbeConfig
 from .pretrained import PretrainedDistance
 from .report import AUTOENCODER, TRUTH, Measurement, Report
 from .stretch import Stretch
+from .walks import Walks, held_out_starts
 
 
 def evaluate(
     checkpoints: Sequence[str | Path],
     out: Path,
     *,
+    latents: Path | None = None,
     starts: int = 16,
     seconds: float = 60.0,
     seed: int = 0,
+    device: str | torch.device = "cpu",
     fid: Path | None = None,
     fvd: Path | None = None,
     probe: ProbeConfig | None = None,
@@ -60,34 +60,45 @@ def evaluate(
     Args:
         checkpoints: Folders, or names of bundled models; all see the same starts and noise, and
             are told apart by the ends of their paths.
-        starts: How many worlds; six show every theme.
+        latents: A folder of encoded clips to start from, which any checkpoint can be measured on
+            (see `EncodedClips`); None for worlds, which the bundled one moves in. Of clips there is
+            no truth past their end, and no theme and no commanded motion that could be checked.
+        starts: How many; six worlds show every theme.
         seconds: Length of a rollout. Windows that it does not reach the end of are left out.
-        seed: Chooses worlds, walks and noise.
+        seed: Chooses worlds and walks, or clips, and noise.
+        device: Where the checkpoints run; metrics are computed on the CPU.
         fid, fvd: TorchScript files, see `PretrainedDistance`.
         probe: How the motion probe is trained, None for the usual way.
         cache: Where the probe is kept from evaluation to evaluation, None for the user's cache.
         log: Told what is done and how long it took.
     """
     steps = _steps(seconds)
-    walks = held_out_starts(starts, steps, seed)
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
-    generators = {name: _load(folder) for name, folder in zip(names, checkpoints, strict=True)}
+    loaded = {folder: _load(folder, device) for folder in checkpoints}
+    generators = dict(zip(names, loaded.values(), strict=True))
     sizes = {(g.height, g.width) for g in generators.values()}
     if len(sizes) > 1:
         raise ValueError(f"checkpoints: expected one picture size, got {sizes}")
-    height, width = sizes.pop()
+    scenes: Scenes
+    if latents is None:
+        walks = held_out_starts(starts, steps, seed)
+        scenes = Walks(walks, loaded, probe or ProbeConfig(), cache or cache_folder())
+    else:
+        scenes = EncodedClips(latents, loaded, starts, seed)
     files = {"fid": fid, "fvd": fvd}
     networks = [PretrainedDistance(kind, path) for kind, path in files.items() if path]
     new_figure(1, 1)  # a missing library is said before the work, not after it
     windows = [window for window in WINDOWS if window.last <= steps]
     moments = [s for s in SHEET_SECONDS if s * FPS <= steps * FRAMES_PER_LATENT]
     drift_seconds = range(1, steps // STEPS_PER_SECOND + 1)
-    frames = {s * FPS for s in moments}.union(*(window.frames for window in windows))
-    frames = sorted(frames.union(*(drift_frames(s) for s in drift_seconds)))
+    true_seconds = range(1, min(steps, scenes.steps) // STEPS_PER_SECOND + 1)
+    stretches = [*(window.frames for window in windows), *map(drift_frames, drift_seconds)]
+    frames = sorted({s * FPS for s in moments}.union(*stretches))
+    true_frames = sorted(set(frames).union(*(nearest(s, scenes.steps) for s in stretches)))
     seconds_taken: dict[str, float] = {}
 
-    def each_second(film: Footage) -> list[Stretch]:
-        return [Stretch.of(film[drift_frames(second)]) for second in drift_seconds]
+    def each_second(film: Footage, seconds: Sequence[int]) -> list[Stretch]:
+        return [Stretch.of(film[drift_frames(second)]) for second in seconds]
 
     @contextmanager
     def timed(part: str) -> Iterator[None]:
@@ -97,64 +108,52 @@ def evaluate(
         log(f"{part}: {seconds_taken[part]:.1f} s")
 
     out.mkdir(parents=True, exist_ok=True)
-    with timed("motion probe"):
-        cache = cache or cache_folder()
-        motion_probe, quality = load_probe(cache, probe or ProbeConfig(), height, width)
-    with timed(TRUTH):
-        truth = film_truth(walks, frames, height, width)
-        references = metrics.palette(theme_footage(height, width))
-    films, statistics = {TRUTH: truth}, {}
-    with timed(AUTOENCODER):
-        stretches = [window.frames for window in windows]
-        films[AUTOENCODER], real = film_reconstruction(
-            next(iter(generators.values())), truth, stretches
-        )
-        statistics[TRUTH] = real
-    steady = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(drift_seconds), -1)
-    true_seconds = each_second(truth)
-    timelines = {TRUTH: timeline(true_seconds, true_seconds, drift_seconds, steady)}
+    films, real = scenes.film(next(iter(generators.values())), true_frames, windows, timed)
+    truth, statistics = films[TRUTH], {TRUTH: real}
+    steady = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(true_seconds), -1)
+    lasting = each_second(truth, true_seconds)
+    timelines = {TRUTH: timeline(lasting, lasting, true_seconds, steady)}
     for name, generator in generators.items():
         with timed(f"{name} rollout"):
-            films[name], latents = film_rollout(generator, walks, truth[[0]][:, 0], frames, seed)
-        statistics[name] = [latents[:, window.first : window.last + 1] for window in windows]
-        latents = latents[:, [STEPS_PER_SECOND * second for second in drift_seconds]]
-        timelines[name] = timeline(each_second(films[name]), true_seconds, drift_seconds, latents)
+            films[name], made = film_rollout(generator, scenes, steps, frames, seed)
+        statistics[name] = [made[:, window.first : window.last + 1] for window in windows]
+        made = made[:, [STEPS_PER_SECOND * second for second in drift_seconds]]
+        each = each_second(films[name], drift_seconds)
+        timelines[name] = timeline(each, lasting, drift_seconds, made)
 
-    themes = torch.tensor([walk.world.theme for walk in walks])
     with timed("metrics"):
         measured = {}
         for place, window in enumerate(windows):
-            real = Stretch.of(truth[window.frames][:, 1:])
+            real = Stretch.of(truth[nearest(window.frames, scenes.steps)][:, 1:])
+            over = window.last > scenes.steps
             measured[window.name] = {
-                name: measure(
+                name: Measurement()
+                if name == TRUTH and over
+                else measure(
                     film[window.frames],
                     real,
                     statistics[name][place] if name in statistics else None,
-                    torch.stack([w.controls[window.first - 1 : window.last] for w in walks]),
-                    themes,
-                    references,
-                    motion_probe,
+                    scenes,
+                    window,
                     networks if name != TRUTH else (),
                 )
                 for name, film in films.items()
             }
-    longest = metrics.palette(truth[windows[-1].frames])
+    given = {"latents": latents, **files}
     report = Report(
         checkpoints={name: str(folder) for name, folder in zip(names, checkpoints)},
-        settings={"starts": starts, "seconds": seconds, "seed": seed}
-        | {kind: str(path) for kind, path in files.items() if path},
+        settings={"starts": starts, "seconds": seconds, "seed": seed, "device": str(device)}
+        | {kind: str(path) for kind, path in given.items() if path},
         windows=measured,
-        same_theme=metrics.palette_distance(longest, themes, same_theme=True),
-        other_theme=metrics.palette_distance(longest, themes, same_theme=False),
-        probe=quality,
         timelines=timelines,
         seconds_taken=seconds_taken,
         environment=environment(),
+        **scenes.facts(truth, windows[-1]),
     )
     (out / "report.json").write_text(report.as_json() + "\n")
     save_figure(plot_drift(report), out / "drift.png")
     shown = {name: films[name] for name in (*generators, TRUTH)}
-    _sheet(walks, shown, moments).save(out / "sheet.png")
+    _sheet(scenes, shown, moments).save(out / "sheet.png")
     return report
 
 
@@ -162,37 +161,31 @@ def measure(
     video: Tensor,
     truth: Stretch,
     latents: Tensor | None,
-    controls: Tensor,
-    themes: Tensor,
-    references: Tensor,
-    probe: MotionProbe,
+    scenes: Scenes,
+    window: Window,
     networks: Sequence[PretrainedDistance] = (),
 ) -> Measurement:
     """One window of a video source, uint8 (starts, 1 + 4 T, H, W, 3), against the truth without the
     first frame, which is only there for the motion of the second.
 
-    latents: `latent_statistics` of its latent frames (starts, T, 2), None where it has none;
-    controls (starts, T, 2); themes (starts,); references: palettes (themes, 6).
+    latents: `latent_statistics` of its latent frames (starts, T, 2), None where it has none.
     """
-    motion = torch.stack([probe.estimate(clip) for clip in video])
     clips = Stretch.of(video[:, 1:])
-    psnr = metrics.psnr(clips.video, truth.video)
     frames = clips.video.shape[1]
     distances = {n.kind: n(clips.video, truth.video) for n in networks if frames >= n.frames}
-    yaw, forward = ((motion[..., axis], controls[..., axis]) for axis in (0, 1))
+    paired = {}
+    if window.last <= scenes.steps:
+        psnr = metrics.psnr(clips.video, truth.video)
+        paired["psnr"] = psnr if math.isfinite(psnr) else None
+        paired["palette_error"] = metrics.palette_error(clips.palette, truth.palette)
     return Measurement(
         latent_offset=None if latents is None else latents[..., 0].mean().item(),
         latent_deviation=None if latents is None else latents[..., 1].mean().item(),
         sharpness=clips.sharpness_over(truth),
-        palette_error=metrics.palette_error(clips.palette, truth.palette),
-        theme_kept=metrics.theme_kept(clips.palette, references, themes),
         feature_distance=feature_distance(clips.features, truth.features),
-        psnr=psnr if math.isfinite(psnr) else None,
-        yaw_correlation=metrics.correlation(*yaw),
-        forward_correlation=metrics.correlation(*forward),
-        yaw_gain=metrics.gain(*yaw),
-        forward_gain=metrics.gain(*forward),
+        **paired,
         **distances,
+        **scenes.obedience(video, clips.palette, window),
     )
 
 
@@ -211,30 +204,30 @@ def _steps(seconds: float) -> int:
     return steps
 
 
-def _load(folder: str | Path) -> StreamingGenerator:
-    """A checkpoint that moves as the bundled world does."""
+def _load(folder: str | Path, device: str | torch.device) -> StreamingGenerator:
     generator = StreamingGenerator.from_pretrained(folder)
-    camera = generator.model.camera
-    if camera is None:
-        raise ValueError(f"{folder}: expected a model with a camera, to walk as the world does")
-    expected = (YAW_STEP, FORWARD_STEP, FRAMES_PER_LATENT)
-    got = (camera.yaw_step, camera.forward_step, generator.frames_per_step)
-    if got != expected:
-        raise ValueError(
-            f"{folder}: expected the world's yaw step, forward step and frames per step "
-            f"{expected}, got {got}"
-        )
+    try:
+        for network in (generator.model, generator.vae):
+            network.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: cannot use {device}: {error}") from None
     return generator
 
 
-def _sheet(walks: Sequence[Start], films: dict[str, Footage], moments: Sequence[int]):
-    numbers = [second * FPS for second in moments]
-    shown = {name: film[numbers] for name, film in films.items()}
+def _sheet(scenes: Scenes, films: Mapping[str, Footage], moments: Sequence[int]) -> Image.Image:
+    """Starts at the seconds of `moments`; black where there is no truth any more."""
+
+    def shown(film: Footage) -> Tensor:
+        pixels = film.pixels.new_zeros(len(film.pixels), len(moments), *film.pixels.shape[2:])
+        kept = [place for place, second in enumerate(moments) if FPS * second in film.frames]
+        pixels[:, kept] = film[[FPS * moments[place] for place in kept]]
+        return pixels
+
+    videos = {name: shown(film) for name, film in films.items()}
     groups = [
-        [
-            (f"{i} {THEMES[walk.world.theme].name}\n{name}", video[i])
-            for name, video in shown.items()
-        ]
-        for i, walk in enumerate(walks)
+        [(f"{label}\n{name}", video[i]) for name, video in videos.items()]
+        for i, label in enumerate(scenes.labels)
     ]
-    return contact_sheet(groups, [f"{second} s" for second in moments])
+    height = next(iter(videos.values())).shape[2]
+    columns = [f"{second} s" for second in moments]
+    return contact_sheet(groups, columns, max(1, SHOWN_ROWS // height))

@@ -1,58 +1,22 @@
-"""Held-out walks, and the video frames of them that an evaluation keeps: rendered or generated."""
+"""The video frames that an evaluation keeps of many videos, and those that a checkpoint makes."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..conditioning import control_rays
-from ..data.procedural import to_video
-from ..data.world import FRAMES_PER_LATENT, THEMES, World, make_world, render, sample_trajectory
+from ..data.world import FRAMES_PER_LATENT
 from ..generator import StreamingGenerator
-from ..samples import decode_frames, roll_out, to_pixels
+from ..optimization import mixed_precision
+from ..samples import decode_frames, roll_out
+from ..vae import CausalVAE
+from .moments import Window
 
-FIRST_SEED = 10_000_000  # of held-out worlds: far beyond those of training and of the motion probe
-SEEDS_PER_EVALUATION = 1_000
-THEME_SEED = 6_000_000  # of the worlds that stand for a theme
-THEME_WORLDS = 4
-
-
-@dataclass(frozen=True)
-class Start:
-    """A walk through a world that no training has seen.
-
-    Attributes:
-        controls: (T, 2), rows (yaw, forward).
-        poses: (1 + 4 T, 3), one per video frame.
-    """
-
-    world: World
-    prompt: str
-    controls: Tensor
-    poses: Tensor
-
-
-def held_out_starts(count: int, steps: int, seed: int) -> list[Start]:
-    """`count` walks of `steps` latent frames; they take turns in the themes and their phrasings.
-
-    Walk i is the same whatever the count, and its beginning whatever the number of steps.
-    """
-    if not 1 <= count <= SEEDS_PER_EVALUATION:
-        raise ValueError(f"starts: expected 1 to {SEEDS_PER_EVALUATION}, got {count}")
-    if seed < 0:
-        raise ValueError(f"seed: expected 0 or more, got {seed}")
-    starts = []
-    for index in range(count):
-        world_seed = FIRST_SEED + SEEDS_PER_EVALUATION * seed + index
-        turn, theme = divmod(index, len(THEMES))
-        world = make_world(world_seed, theme)
-        prompts = THEMES[theme].prompts
-        walk = sample_trajectory(world, steps, np.random.default_rng(world_seed))
-        starts.append(Start(world, prompts[turn % len(prompts)], *walk))
-    return starts
+Timed = Callable[[str], AbstractContextManager]  # a part of the work, by its name
 
 
 @dataclass(frozen=True)
@@ -72,82 +36,80 @@ class Footage:
         return self.pixels[:, [places[frame] for frame in frames]]
 
 
-def theme_footage(height: int, width: int) -> Tensor:
-    """Frames from all over each theme: uint8 (themes, F, H, W, 3), what a theme looks like."""
-    themes = []
-    for theme in range(len(THEMES)):
-        frames = []
-        for index in range(THEME_WORLDS):
-            seed = THEME_SEED + index
-            world = make_world(seed, theme)
-            _, poses = sample_trajectory(world, 48, np.random.default_rng(seed))
-            frames.append(render(world, poses[::24], height, width))
-        themes.append(torch.cat(frames))
-    return torch.stack(themes)
+class Scenes(Protocol):
+    """Where the starts of an evaluation come from, and the truth about them.
+
+    Attributes:
+        prompts, labels: Of each start; labels are what the sheet calls them.
+        steps: Latent frames after the first that the truth goes on for. Rollouts may be longer.
+    """
+
+    prompts: Sequence[str]
+    labels: Sequence[str]
+    steps: int
+
+    def film(
+        self,
+        generator: StreamingGenerator,
+        frames: Sequence[int],
+        windows: Sequence[Window],
+        timed: Timed,
+    ) -> tuple[dict[str, Footage], list[Tensor]]:
+        """The truth, as far as there is one, and where that means something the truth through
+        `generator`'s autoencoder and back; and the `latent_statistics` (starts, T, 2) of the truth
+        in each of `windows`, which it covers."""
+
+    def first(self, generator: StreamingGenerator) -> Tensor:
+        """What rollouts begin with: latents (starts, C, 1, h, w) on the generator's device."""
+
+    def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor | None]:
+        """What drives them, see `roll_out`."""
+
+    def obedience(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
+        """Fields of a `Measurement` that only these starts can tell, of one window of a video,
+        uint8 (starts, 1 + 4 T, H, W, 3), whose palettes are (starts, 6)."""
+
+    def facts(self, truth: Footage, window: Window) -> Mapping[str, Any]:
+        """What these starts add to a `Report`; `window` is the last."""
 
 
-def film_truth(starts: Sequence[Start], frames: Sequence[int], height: int, width: int) -> Footage:
-    """What the renderer shows of the starts."""
-    chosen = list(frames)
-    videos = [render(start.world, start.poses[chosen], height, width) for start in starts]
-    return Footage(chosen, torch.stack(videos))
+def precision(device: torch.device) -> AbstractContextManager:
+    """What checkpoints make videos in: as training's samples on a GPU, float32 on a CPU."""
+    return mixed_precision(device) if device.type == "cuda" else nullcontext()
 
 
 @torch.inference_mode()
-def film_reconstruction(
-    generator: StreamingGenerator, truth: Footage, stretches: Iterable[Sequence[int]]
-) -> tuple[Footage, list[Tensor]]:
-    """The truth through the autoencoder and back, and `latent_statistics` of each stretch.
-
-    Each stretch of 1 + 4 T frames is a clip of its own. Of its latent frames the first, which
-    covers one video frame alone, is left out of the statistics (starts, T, 2).
-    """
-    kept, pixels, statistics = [], [], []
-    for stretch in stretches:
-        clips = [to_video(clip[None]) for clip in truth[stretch]]
-        encoded = [generator.vae.encode(clip.to(generator.device)) for clip in clips]
-        decoded = [to_pixels(generator.vae.decode(latent)) for latent in encoded]
-        kept.extend(stretch)
-        pixels.append(torch.cat(decoded))
-        statistics.append(latent_statistics(torch.cat(encoded)[:, :, 1:]).cpu())
-    return Footage(kept, torch.cat(pixels, dim=1)), statistics
+def film(vae: CausalVAE, latents: Iterable[Tensor], frames: Iterable[int]) -> Footage:
+    """Some video frames of streams of latent frames (starts, C, 1, h, w)."""
+    wanted = set(frames)
+    pixels, chosen = [], {math.ceil(frame / FRAMES_PER_LATENT) for frame in wanted}
+    with precision(vae.latent_mean.device):
+        for number, video in decode_frames(vae, latents, chosen):
+            begin = FRAMES_PER_LATENT * number - video.shape[1] + 1
+            pixels.append(video[:, [i for i in range(video.shape[1]) if begin + i in wanted]])
+    return Footage(sorted(wanted), torch.cat(pixels, dim=1))
 
 
 @torch.inference_mode()
 def film_rollout(
-    generator: StreamingGenerator,
-    starts: Sequence[Start],
-    first: Tensor,
-    frames: Sequence[int],
-    seed: int,
+    generator: StreamingGenerator, scenes: Scenes, steps: int, frames: Iterable[int], seed: int
 ) -> tuple[Footage, Tensor]:
-    """All starts generated side by side on the streaming path, one step per control.
+    """All starts generated side by side on the streaming path, `steps` latent frames.
 
-    first: uint8 (starts, H, W, 3), what the streams begin with. Noise is drawn per start. Returns
-    the footage and the `latent_statistics` (starts, 1 + T, 2) of all latent frames.
+    Noise is drawn per start. Returns the footage and the `latent_statistics` (starts, 1 + steps, 2)
+    of all latent frames.
     """
-    model, device, wanted = generator.model, generator.device, set(frames)
-    controls = torch.stack([start.controls for start in starts]).to(device)
-    latent = generator.vae.encode(to_video(first[:, None]).to(device))
-
-    def rays(step: int) -> Tensor:
-        return control_rays(controls[:, step - 1 : step], model.camera, *latent.shape[-2:])
-
-    text = model.text_encoder([start.prompt for start in starts])
-    steps = controls.shape[1]
-    latents = roll_out(model, latent, text, rays, steps, seed, generator.sampling)
-    statistics = []
+    model, statistics = generator.model, []
+    first, condition = scenes.first(generator), scenes.condition(generator)
 
     def measured() -> Iterator[Tensor]:
-        for latent in latents:
+        text = model.text_encoder(scenes.prompts)
+        for latent in roll_out(model, first, text, condition, steps, seed, generator.sampling):
             statistics.append(latent_statistics(latent))
             yield latent
 
-    pixels, chosen = [], {math.ceil(frame / FRAMES_PER_LATENT) for frame in wanted}
-    for number, video in decode_frames(generator.vae, measured(), chosen):
-        begin = FRAMES_PER_LATENT * number - video.shape[1] + 1
-        pixels.append(video[:, [i for i in range(video.shape[1]) if begin + i in wanted]])
-    return Footage(sorted(wanted), torch.cat(pixels, dim=1)), torch.cat(statistics, dim=1).cpu()
+    footage = film(generator.vae, measured(), frames)
+    return footage, torch.cat(statistics, dim=1).cpu()
 
 
 def latent_statistics(latents: Tensor) -> Tensor:

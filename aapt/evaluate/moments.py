@@ -1,5 +1,6 @@
 """When an evaluation looks: in windows, at every second, and at the seconds of the sheet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.world import FRAMES_PER_LATENT
@@ -39,3 +40,10 @@ WINDOWS = (
 def drift_frames(second: int) -> tuple[int, int]:
     """The video frames that stand for a second: its last two."""
     return FPS * second - 1, FPS * second
+
+
+def nearest(frames: Sequence[int], steps: int) -> list[int]:
+    """The video frames that stand for `frames`, successive ones, where `steps` latent frames follow
+    the first: themselves, or where they go on for longer the last ones, as many as there are."""
+    beyond = max(0, frames[-1] - FRAMES_PER_LATENT * steps)
+    return [frame - beyond for frame in frames if frame >= beyond]

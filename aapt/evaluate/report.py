@@ -15,6 +15,9 @@ from .motion_probe import ProbeQuality
 class Measurement:
     """One video source in one time window, over all starts; None where it does not apply.
 
+    Where the truth ends before the window does, its last frames stand for it, and what compares
+    frame with frame is left out.
+
     Attributes:
         latent_offset, latent_deviation: Means of `latent_statistics`; the deviation of real latents
             is about 1.
@@ -28,17 +31,17 @@ class Measurement:
         fid, fvd: From the truth of the same window, where a network was given.
     """
 
-    latent_offset: float | None
-    latent_deviation: float | None
-    sharpness: float | None
-    palette_error: float | None
-    theme_kept: float | None
-    feature_distance: float
-    psnr: float | None
-    yaw_correlation: float | None
-    forward_correlation: float | None
-    yaw_gain: float | None
-    forward_gain: float | None
+    latent_offset: float | None = None
+    latent_deviation: float | None = None
+    sharpness: float | None = None
+    palette_error: float | None = None
+    theme_kept: float | None = None
+    feature_distance: float | None = None
+    psnr: float | None = None
+    yaw_correlation: float | None = None
+    forward_correlation: float | None = None
+    yaw_gain: float | None = None
+    forward_gain: float | None = None
     fid: float | None = None
     fvd: float | None = None
 
@@ -66,25 +69,29 @@ class Report:
 
     Attributes:
         checkpoints: What was evaluated, by source name.
-        settings: Starts, seconds and seed.
+        settings: Starts, seconds, seed, device, and files and folders that were given.
         windows: Window name, then source name (truth, autoencoder of the first, checkpoints).
+        timelines: The truth, as long as it lasts, and every checkpoint by the second.
+        seconds_taken: Wall time of each part.
+        environment: Versions and hardware.
+        truth: What it is.
         same_theme, other_theme: Palette error between real videos of two places of one theme, and
             of two themes: a perfect generator that forgot the place, and one that forgot the theme.
         probe: How well the motion probe reads held-out real clips.
-        timelines: The truth and every checkpoint by the second.
-        seconds_taken: Wall time of each part.
-        environment: Versions and hardware.
+
+    The last three are of the procedural world alone.
     """
 
     checkpoints: dict[str, str]
     settings: dict[str, Any]
     windows: dict[str, dict[str, Measurement]]
-    same_theme: float | None
-    other_theme: float | None
-    probe: ProbeQuality
     timelines: dict[str, Timeline]
     seconds_taken: dict[str, float]
     environment: dict[str, Any]
+    truth: str
+    same_theme: float | None = None
+    other_theme: float | None = None
+    probe: ProbeQuality | None = None
 
     def as_json(self) -> str:
         """Everything; a number that is infinite or none at all is null."""
@@ -92,13 +99,13 @@ class Report:
 
     def table(self) -> Table:
         """One line per source and window; columns that nothing was measured for are left out."""
-        notes = [f"real places of one theme {_shown(self.same_theme, '{:.3f}')} apart"]
-        notes.append(f"of two themes {_shown(self.other_theme, '{:.3f}')}")
-        caption = (
-            f"palette error: {', '.join(notes)}; motion probe on held-out real clips: "
-            f"yaw {_shown(self.probe.yaw, '{:.3f}')}, "
-            f"forward {_shown(self.probe.forward, '{:.3f}')}"
-        )
+        caption = f"truth: {self.truth}"
+        if self.probe is not None:
+            caption += (
+                f"; palette error: real places of one theme {_shown(self.same_theme, '{:.3f}')} "
+                f"apart, of two themes {_shown(self.other_theme, '{:.3f}')}; motion probe on "
+                f"held-out real clips: yaw {self.probe.yaw:.3f}, forward {self.probe.forward:.3f}"
+            )
         paths = self.checkpoints.items()
         title = ", ".join(name if name == path else f"{name}: {path}" for name, path in paths)
         table = Table(title=title, caption=caption)

@@ -1,14 +1,15 @@
 """The diffusion baseline against the parallel pass that trained it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from aapt.config import SamplingConfig
-from aapt.diffusion_rollout import DiffusionRollout
+from aapt.diffusion_rollout import DiffusionRollout, RecomputedRollout
 from aapt.flow import schedule
-from aapt.model import velocity
+from aapt.model import VideoTransformer, velocity
 
 from .helpers import PROMPTS, SIZE, controls, latents, tiny_model
 
@@ -40,6 +41,30 @@ def test_every_time_sees_the_past_at_that_time(steps, guidance):
         v = speeds[1] + guidance * (speeds[0] - speeds[1])
         x = x - (times[index] - times[index - 1]) * v
     torch.testing.assert_close(torch.cat(outputs[1:], dim=2), x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("driven", [True, False])
+def test_streams_without_caches_are_the_same(guidance, driven):
+    """Past the window's end as well."""
+    model, frames = tiny_model(), 5
+    first, noise, rays = latents(1), latents(frames), model.channels(controls(frames), SIZE)
+    if not driven:
+        model.transformer = VideoTransformer(replace(model.config, condition_channels=0)).double()
+        for parameter in model.transformer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    given = model.text_encoder(PROMPTS), model.text_encoder([""] * 2)
+    sampling = SamplingConfig(3, 6.0, guidance)
+    streams = []
+    for kind in (DiffusionRollout, RecomputedRollout):
+        rollout = kind(model.transformer, *given[0], given[1], first, sampling)
+        outputs = [first]
+        for index in range(frames):
+            here = slice(index, index + 1)
+            condition = rays[:, :, here] if driven else None
+            outputs.append(rollout.step(noise[:, :, here], outputs[-1], condition))
+        streams.append(torch.cat(outputs, dim=2))
+    torch.testing.assert_close(*streams, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("steps", "guidance", "passes"), [(1, 1.0, 1), (8, 1.0, 8), (8, 10.0, 16)])

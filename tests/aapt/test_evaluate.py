@@ -19,14 +19,7 @@ from aapt.evaluate import evaluate
 from aapt.evaluate.drift import timeline
 from aapt.evaluate.drift_plot import plot_drift
 from aapt.evaluate.evaluation import cache_folder, measure
-from aapt.evaluate.footage import (
-    Footage,
-    film_rollout,
-    film_truth,
-    held_out_starts,
-    latent_statistics,
-    theme_footage,
-)
+from aapt.evaluate.footage import Footage, film_rollout, latent_statistics
 from aapt.evaluate.metrics import (
     correlation,
     gain,
@@ -37,7 +30,7 @@ from aapt.evaluate.metrics import (
     sharpness,
     theme_kept,
 )
-from aapt.evaluate.moments import WINDOWS, drift_frames
+from aapt.evaluate.moments import WINDOWS, drift_frames, nearest
 from aapt.evaluate.motion_probe import (
     MotionProbe,
     ProbeConfig,
@@ -48,6 +41,7 @@ from aapt.evaluate.motion_probe import (
     train_probe,
 )
 from aapt.evaluate.stretch import Stretch
+from aapt.evaluate.walks import Walks, film_truth, held_out_starts, theme_footage
 from aapt.generator import StreamingGenerator
 from aapt.samples import to_pixels
 from aapt.vae import CausalVAE, tiny
@@ -257,12 +251,13 @@ def test_footage_gives_frames_by_their_number():
         film[[4, 5]]
 
 
-def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint):
+def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
     """The batched rollout of a start against `StreamingGenerator` on the same noise."""
     generator = StreamingGenerator.from_pretrained(checkpoint)
     starts = held_out_starts(2, 6, seed=0)
     first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
-    film, statistics = film_rollout(generator, starts, first, range(25), seed=0)
+    scenes = Walks(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
+    film, statistics = film_rollout(generator, scenes, 6, range(25), seed=0)
     assert film.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and statistics.shape == (2, 7, 2)
 
     from aapt.conditioning import Control
@@ -275,11 +270,10 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint):
     assert (film.pixels[1].int() - expected.int()).abs().max() <= 1
 
 
-def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint):
+def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint, tmp_path):
     """One step from noise without guidance is the one pass of a generator without clamp."""
-    starts = held_out_starts(2, 3, seed=0)
-    first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
     generator = StreamingGenerator.from_pretrained(checkpoint)
+    scenes = Walks(held_out_starts(2, 3, seed=0), {"": generator}, SMALL_PROBE, tmp_path)
     model = generator.model.transformer
     model.config = replace(model.config, output_clamp=None)
     for name, parameter in model.named_parameters():
@@ -288,7 +282,7 @@ def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint):
     films = []
     for sampling in (None, (1, 6.0, 1.0), (2, 6.0, 1.0), (2, 6.0, 4.0)):
         generator.sampling = SamplingConfig(*sampling) if sampling else None
-        films.append(film_rollout(generator, starts, first, range(13), seed=0)[0].pixels.int())
+        films.append(film_rollout(generator, scenes, 3, range(13), seed=0)[0].pixels.int())
     one_pass, one_step, two_steps, guided = films
     assert (one_pass - one_step).abs().max() <= 1
     assert (two_steps - one_step).abs().max() > 10 and (guided - two_steps).abs().max() > 10
@@ -313,19 +307,17 @@ def test_the_sheet_shows_enlarged_frames_in_their_places():
         contact_sheet([[("model", red)]], ["0 s"])
 
 
-def test_measuring_the_truth_finds_no_fault():
+def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     starts = held_out_starts(2, 8, seed=0)
     window = WINDOWS[0]
     truth = film_truth(starts, window.frames, HEIGHT, WIDTH).pixels
-    controls = torch.stack([start.controls for start in starts])
-    themes = torch.tensor([0, 1])
-    references = palette(theme_footage(HEIGHT, WIDTH))
-    probe = MotionProbe(HEIGHT, WIDTH, 2)
+    generators = {checkpoint: StreamingGenerator.from_pretrained(checkpoint)}
+    scenes = Walks(starts, generators, SMALL_PROBE, tmp_path)
     real = Stretch.of(truth[:, 1:])
-    found = measure(truth, real, None, controls, themes, references, probe)
+    found = measure(truth, real, None, scenes, window)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
     assert found.psnr is None and found.latent_deviation is None
-    swapped = measure(truth.flip(0), real, None, controls, themes, references, probe)
+    swapped = measure(truth.flip(0), real, None, scenes, window)
     assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
     assert swapped.sharpness == pytest.approx(1.0) and swapped.psnr < 25
 
@@ -339,6 +331,13 @@ def test_latent_statistics_by_hand():
     assert offset.tolist() == pytest.approx([0, math.sqrt(5), 0.5])
     expected = [np.std([3.0] * 16 + [-1.0] * 16, ddof=1), np.std([1.0, 0.0] * 16, ddof=1)]
     assert deviation.tolist() == pytest.approx([0, *expected])
+
+
+def test_frames_past_the_end_are_stood_for_by_the_last_ones():
+    assert nearest(range(0, 5), steps=2) == [0, 1, 2, 3, 4]
+    assert nearest((47, 48), steps=2) == [7, 8]
+    assert nearest(range(4, 13), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert nearest(range(40, 61), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_timeline_finds_the_second_that_is_wrong():
@@ -361,6 +360,10 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     assert found.palette_error[::2] == [0.0, 0.0] and found.palette_error[1] > 0.1
     assert found.feature_distance[::2] == real.feature_distance[::2]
     assert found.feature_distance[1] > real.feature_distance[1] + 0.2
+
+    longer = timeline(film, true[:1], seconds, latents)
+    assert longer.palette_error == [0.0, None, None] and longer.feature_distance[0] == 0
+    assert longer.sharpness == [clips.sharpness / true[0].sharpness for clips in film]
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +407,7 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
     assert sources["truth"]["feature_distance"] == 0 < sources[names[0]]["feature_distance"]
     assert sources[names[0]]["psnr"] == pytest.approx(report.windows["0-1.3 s"][names[0]].psnr)
     assert sources[names[0]] != sources[names[1]] == sources[names[2]]  # these are the same
+    assert saved["truth"] == "rendered"
     assert saved["same_theme"] is None and saved["other_theme"] > 0.05
     assert list(saved["timelines"]) == ["truth", *names]
     assert saved["timelines"][names[1]]["seconds"] == [1, 2]
@@ -497,7 +501,12 @@ def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monke
     options = ["--starts", 2, "--seconds", 2, "--seed", 1, "--json", "--out", tmp_path]
     assert cli.main([str(part) for part in ["eval", checkpoint, *options]]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["settings"] == {"starts": 2, "seconds": 2.0, "seed": 1}
+    assert printed["settings"] == {
+        "starts": 2,
+        "seconds": 2.0,
+        "seed": 1,
+        "device": "cpu",
+    }
     other = printed["timelines"][checkpoint.name]["palette_error"]
     assert other not in [line.palette_error for line in before.timelines.values()]
     assert len(list((folder / "cache" / "aapt").iterdir())) == 1
@@ -516,6 +525,7 @@ def test_the_command_says_what_is_wrong_in_one_line(checkpoint, tmp_path, capsys
         ([checkpoint, "--starts", "0", "--out", "a"], 2, "starts: expected 1 to 1000, got 0"),
         ([checkpoint, "--seconds", "nan", "--out", "a"], 2, "seconds: expected at least 1.33"),
         ([checkpoint, "--fvd", "no.pt", "--out", "a"], 2, "fvd: expected a TorchScript file"),
+        ([checkpoint, "--device", "disk", "--out", "a"], 2, "device: cannot use disk: "),
         ([checkpoint, "--out", tmp_path / "file"], 1, "File exists"),
         ([checkpoint, "--out", tmp_path / "a"], 1, "Not a directory"),  # the cache
     ]:

@@ -139,6 +139,21 @@ def test_past_the_clip_the_motion_starts_over_and_the_truth_is_blank(vae):
     assert short[0::2, 1].max() == 0 and long[0::2, 1].max() > 0
 
 
+def test_the_sheet_of_a_diffusion_model_is_sampled(vae):
+    """The frames are those of its rollout, not of one pass."""
+    net, given, sampling = model(), batch(), SamplingConfig(steps=3, shift=6.0, guidance=3.0)
+    shown = frames_of(sample_sheet(net, vae, given, (0, 1, 3), seed=5, sampling=sampling), 3, 4)
+    condition, *text = net.conditions(given.motion, given.prompts, SIZE)
+    rays = condition.split(1, dim=2)
+    first = given.latents[:, :, :1]
+    made = list(roll_out(net, first, text, lambda n: rays[n - 1], 3, 5, sampling))
+    expected = to_pixels(vae.decode(torch.cat(made, dim=2)))[:, [0, 4, 12]].numpy()
+    assert np.abs(shown[1::2].astype(int) - expected).max() <= 1
+    one_pass = frames_of(sample_sheet(net, vae, given, (0, 1, 3), seed=5), 3, 4)
+    assert np.array_equal(one_pass[0::2], shown[0::2])
+    assert np.abs(one_pass[1::2, 1:].astype(int) - shown[1::2, 1:]).max() > 10
+
+
 def test_a_model_without_motion_is_shown_too(vae):
     net = WorldModel(dataclasses.replace(CONFIG, condition_channels=0), None).requires_grad_(False)
     sheet = sample_sheet(net, vae, batch(motion=None), (0, 2))

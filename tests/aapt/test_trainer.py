@@ -18,11 +18,12 @@ from aapt import Control, StreamingGenerator, trainer
 from aapt.checkpoint import read_tensors
 from aapt.config import SamplingConfig
 from aapt.curriculum import constant
-from aapt.optimization import Schedule
+from aapt.optimization import Schedule, mixed_precision
 from aapt.parallel import Parallel
 from aapt.recipes import tiny_world
 from aapt.run_inputs import Inputs
-from aapt.trainer import Run, run, stage_names
+from aapt.samples import sample_sheet
+from aapt.trainer import DIFFUSION_SAMPLES, Run, run, stage_names
 from aapt.training_loop import Habits, TrainingError
 
 from . import ranks
@@ -121,6 +122,21 @@ def test_an_exported_stage_says_how_it_is_sampled(trained, tmp_path):
     expected = SamplingConfig(config.sampling_steps, config.shift, config.guidance)
     assert StreamingGenerator.from_pretrained(made).sampling == expected
     assert StreamingGenerator.from_pretrained(folder).sampling is None
+
+
+def test_the_sheet_of_a_diffusion_stage_is_sampled_as_its_checkpoint(trained):
+    made = Run(small_recipe(), trained[0])
+    config = made.recipe.stages["diffusion"]
+    stage = made.stage(dataclasses.replace(config, start="diffusion"))
+    made.sampler("diffusion", stage)(0)
+    shown = np.asarray(Image.open(trained[0] / "diffusion" / "samples-0.png"))
+    batch, vae = made.shown("diffusion")
+    with mixed_precision(made.parallel.device):
+        sampled, one_pass = (
+            np.asarray(sample_sheet(stage.model, vae, batch, DIFFUSION_SAMPLES, sampling=sampling))
+            for sampling in (config.sampling, None)
+        )
+    assert np.array_equal(shown, sampled) and not np.array_equal(shown, one_pass)
 
 
 def test_finished_stages_are_not_run_again(trained):
