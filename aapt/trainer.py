@@ -345,11 +345,13 @@ class Run:
         return sample
 
     def shown(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
-        """A few whole clips that a stage learns from, always the same, and their autoencoder."""
+        """A few whole clips that a stage learns from, always the same and no more than go through
+        its networks at once, and their autoencoder."""
         name = next(iter(self.recipe.stages[stage].needs))
         if self.recipe.decoder:
             name = self.recipe.decoder.clips
-        random = ClipRandom(self.recipe.seed, 0, range(SAMPLES), self.parallel.device)
+        count = min(SAMPLES, self.habits.clips_at_once or SAMPLES)
+        random = ClipRandom(self.recipe.seed, 0, range(count), self.parallel.device)
         clips = self.sets[name]
         vae = self.autoencoder(name).to(self.parallel.device)
         return clips.sample(random, clips.latent_frames), vae
