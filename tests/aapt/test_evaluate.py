@@ -49,6 +49,19 @@ from aapt.world_model import WorldModel
 
 HEIGHT, WIDTH = 32, 64
 SMALL_PROBE = ProbeConfig(clips=6, held_out_clips=2, steps=2, batch=8)
+MODEL = ModelConfig(
+    width=32,
+    heads=2,
+    head_dim=16,
+    depth=2,
+    text_width=16,
+    text_tokens=25,
+    window_frames=3,
+    reference_grid=(2, 4),
+    rope_axes=(4, 6, 6),
+    sink_distance="clamped",
+    output_clamp=4.0,
+)
 
 
 def plain(sky, ground, starts=1, frames=2):
@@ -74,20 +87,7 @@ def checkpoint(tmp_path_factory):
 def save_checkpoint(folder, height=HEIGHT, yaw_step=YAW_STEP, seed=0):
     torch.manual_seed(seed)
     camera = CameraConfig(FIELD_OF_VIEW, yaw_step, FORWARD_STEP, 0.05, 0.025)
-    config = ModelConfig(
-        width=32,
-        heads=2,
-        head_dim=16,
-        depth=2,
-        text_width=16,
-        text_tokens=25,
-        window_frames=3,
-        reference_grid=(2, 4),
-        rope_axes=(4, 6, 6),
-        condition_channels=camera.channels,
-        sink_distance="clamped",
-        output_clamp=4.0,
-    )
+    config = replace(MODEL, condition_channels=camera.channels)
     save_module(folder / "model.safetensors", WorldModel(config, camera))
     save_module(folder / "vae.safetensors", CausalVAE(tiny()))
     facts = {"height": height, "width": WIDTH, "fps": 24, "prompts": ["a sunny green meadow"]}

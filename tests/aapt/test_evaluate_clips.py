@@ -13,7 +13,7 @@ from PIL import Image
 from aapt import cli
 from aapt.checkpoint import load_config, save_config, save_module, write_json
 from aapt.conditioning import camera_rays
-from aapt.config import CameraConfig, ModelConfig
+from aapt.config import CameraConfig
 from aapt.data.buckets import Bucket
 from aapt.data.clip_reader import CutConfig
 from aapt.data.encode import encode
@@ -33,7 +33,7 @@ from aapt.vae import CausalVAE, tiny
 from aapt.vae_folder import LIGHT, ORIGINAL, load_vae, save_vaes
 from aapt.world_model import WorldModel
 
-from .test_evaluate import MeanColour
+from .test_evaluate import MODEL, MeanColour
 from .test_keypoints import entry, person
 from .test_latent_shards import folder_of
 from .test_trajectories import trajectory, yawed
@@ -41,18 +41,6 @@ from .videos import video
 
 HEIGHT, WIDTH, LENGTH = 32, 64, 9  # latent frames after the first of a clip
 CAMERA = CameraConfig(1.1, 0.5, 0.0, 0.05, 0.025)  # not the world's
-MODEL = ModelConfig(
-    width=32,
-    heads=2,
-    head_dim=16,
-    depth=2,
-    text_width=16,
-    text_tokens=25,
-    window_frames=3,
-    reference_grid=(2, 4),
-    rope_axes=(4, 6, 6),
-    output_clamp=4.0,
-)
 CHANNELS = {"camera": CAMERA.channels, "pose": 16, "none": 0}
 
 
