@@ -297,12 +297,15 @@ class Run:
 
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
         """From stage 1 with new logit heads, or the one that an adversarial stage has trained."""
+        model = self.recipe.model
+        if not config.judge_recycled:
+            model = replace(model, recycle=False, residual_head=False)
+        judge = Discriminator(WorldModel(model, self.recipe.camera), config.judgement)
         if isinstance(self.recipe.stages[config.judge], AdversarialConfig):
-            world = WorldModel(self.recipe.model, self.recipe.camera)
-            judge = Discriminator(world, config.judgement)
             load_module(self.out / config.judge / DISCRIMINATOR, judge)
-            return judge
-        return Discriminator(self.model(config.judge), config.judgement)
+        else:
+            load_module(self.result(config.judge), judge.world)
+        return judge
 
     def network(self, start: str | None, rolls_out: bool = False) -> WorldModel:
         model = self.model(start)

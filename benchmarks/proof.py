@@ -137,9 +137,32 @@ def stage_three() -> Experiment:
             "no-warm-up": replace(base, discriminator_warmup=0),
             "paper-penalty": replace(base, penalty=1000.0),
             "logit-per-clip": replace(base, judgement="clip"),
+            "judge-sees-no-past": replace(base, judge_recycled=False),
         },
         tiny_world(),
         beside=("regression",),
+    )
+
+
+def stage_three_unclamped() -> Experiment:
+    """The same base; the clamp is the model's and not the stage's."""
+    recipe = tiny_world()
+    return Experiment(
+        "What does the output clamp do for the adversarial stage from student-forced regression?",
+        {"base": plain()},
+        replace(recipe, model=replace(recipe.model, output_clamp=None)),
+        beside=("regression",),
+    )
+
+
+def many_segments() -> Experiment:
+    """As the extensions of `drift`, and further: 20 s in a rollout."""
+    given = drift()
+    extension = replace(given.variants["extension-5"], segments=15)
+    return Experiment(
+        "Do rollouts of very many segments streak?",
+        {"short": given.variants["short"], "extension-14": extension},
+        given.recipe,
     )
 
 
@@ -196,6 +219,8 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "recycling": recycling,
     "no-recycling": partial(recycling, recycle=False),
     "stage-three": stage_three,
+    "stage-three-unclamped": stage_three_unclamped,
+    "many-segments": many_segments,
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"

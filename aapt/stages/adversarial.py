@@ -43,6 +43,7 @@ class AdversarialConfig:
         forcing: "teacher" is the failing mode of the paper: the generator continues real frames,
             in parallel, and each of its frames is judged after the real ones.
         judgement: One logit per "frame", or per "clip" by a discriminator that is not causal.
+        judge_recycled: The discriminator sees the frame before each as well, as the generator does.
         corruption: Of recycled frames: the first of each segment, or all of them under teacher
             forcing.
         mismatch: Weight of real frames under another clip's motion, which the discriminator has to
@@ -71,6 +72,7 @@ class AdversarialConfig:
     max_norm: float | None = None
     forcing: Literal["student", "teacher"] = "student"
     judgement: Judgement = "frame"
+    judge_recycled: bool = True
     corruption: Corruption | None = None
     mismatch: float = 0.0
     regression: float = 0.0

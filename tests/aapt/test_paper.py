@@ -81,6 +81,7 @@ ADVERSARIAL = {
     "average": 0.995,
     "forcing": "student",
     "judgement": "frame",
+    "judge_recycled": True,
 }
 EXTENSION = {
     **ADVERSARIAL,

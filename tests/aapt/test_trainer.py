@@ -233,6 +233,21 @@ def test_an_extension_goes_on_with_its_discriminator(trained, tmp_path):
     assert all(torch.equal(judge[name], tensor) for name, tensor in kept.items())
 
 
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_discriminator_that_sees_no_past(trained, sees):
+    """But for the first frame, which is the user's."""
+    config = dataclasses.replace(small_recipe().stages["adversarial"], judge_recycled=sees)
+    judge = Run(small_recipe(), trained[0]).discriminator(config)
+    torch.manual_seed(0)
+    x, previous, other = torch.randn(3, 1, 16, 3, 6, 8)
+    other[:, :, 0] = previous[:, :, 0]
+    channels, *text = judge.world.conditions(torch.zeros(1, 3, 2), ["a"], (6, 8))
+    with torch.no_grad():
+        logits, others = (judge(x, p, channels, *text, torch.ones(1)) for p in (previous, other))
+    assert torch.equal(logits[:, :1], others[:, :1])
+    assert torch.equal(logits, others) != sees
+
+
 def test_two_recipes_never_mix(trained):
     out, _, _ = trained
     other = dataclasses.replace(small_recipe(), seed=1)
