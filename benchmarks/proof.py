@@ -192,6 +192,17 @@ def final() -> Experiment:
     )
 
 
+def palette() -> Experiment:
+    stage = tiny_world().stages["final"]
+    return Experiment(
+        "What does the error between the mean colours of frames do in the last adversarial stage? "
+        f"Its weight there is {stage.palette:g}.",
+        {f"palette-{weight}": replace(stage, palette=float(weight)) for weight in (0, 10, 40)},
+        tiny_world(),
+        beside=("further-regression",),
+    )
+
+
 def baselines() -> Experiment:
     """Nothing is trained. Few worlds and steps: 8 with guidance are 16 passes for every frame."""
     recipe = tiny_world()
@@ -221,6 +232,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "stage-three": stage_three,
     "stage-three-unclamped": stage_three_unclamped,
     "many-segments": many_segments,
+    "palette": palette,
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"
