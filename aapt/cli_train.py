@@ -249,11 +249,10 @@ def encode(
         --device cuda --out latents/
       aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
     """
-    import torch
-
     from .data import encode as job
     from .data.buckets import Bucket
     from .data.clip_reader import CutConfig
+    from .device import move
 
     with bad_input():
         vae, size, fps, patch = _autoencoder(model)
@@ -279,10 +278,7 @@ def encode(
             max_turn=math.radians(max_turn),
             min_score=min_score,
         )
-        try:
-            vae = vae.to(torch.device(device))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device: cannot use {device}: {error}") from None
+        move(vae, device)
         options = {"shard_clips": shard_clips, "workers": workers, "report": say}
         try:
             with ctrl_c() as interrupted:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .config import CameraConfig
 
+# Radians: through what lens the rays of encoded clips are measured. RealEstate10K's, about.
+MEASURED_FIELD_OF_VIEW = 1.0
+
 
 @dataclass(frozen=True)
 class Control:

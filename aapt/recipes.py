@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from .conditioning import MEASURED_FIELD_OF_VIEW
 from .config import CameraConfig, ModelConfig
 from .corruption import Corruption
 from .curriculum import Curriculum, Phase, Source, constant
@@ -130,7 +131,7 @@ def paper_8b_camera() -> Recipe:
     """The paper's model for exploring worlds (supplement G): the same training on clips with camera
     motion, from the image-to-video model's weights."""
     camera = CameraConfig(
-        field_of_view=1.0,  # as RealEstate10K's, about
+        field_of_view=MEASURED_FIELD_OF_VIEW,
         yaw_step=0.02,
         forward_step=1.0,
         origin_deviation=1.0,

@@ -3,9 +3,7 @@ what they were, beside the recipe, so that a result can be traced and a run neve
 
 import copy
 import hashlib
-import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 from .checkpoint import file_digest, write_json
 from .config import CameraConfig
 from .data.clips import Clips
-from .data.latent_shards import LatentShards, Mixture, read_index
+from .data.latent_shards import LatentShards, Mixture, ray_deviation, read_index
 from .vae import CausalVAE
 from .vae_folder import load_vae
 
@@ -52,6 +50,10 @@ class Inputs:
             )
         return found
 
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """What the index of each folder says of a set."""
+        return [read_index(folder)["buckets"][bucket] for folder, bucket in self.buckets(name)]
+
     def clips(self, name: str, camera: CameraConfig | None) -> Clips:
         """A set; one that is in several folders is drawn from all of them."""
         parts = [LatentShards(*place, camera) for place in self.buckets(name)]
@@ -76,19 +78,11 @@ class Inputs:
     def camera(self, camera: CameraConfig, sets: Sequence[str]) -> CameraConfig:
         """`camera` with ray origins and directions of unit deviation over the clips of `sets`
         (SPEC 10), which walks at twice their pace, whatever their unit of length."""
-        shards = []
-        for folder, bucket in itertools.chain.from_iterable(map(self.buckets, sets)):
-            shards += read_index(folder)["buckets"][bucket]["shards"]
-        known = [
-            (shard["clips"], shard["ray_squares"]) for shard in shards if "ray_squares" in shard
-        ]
-        clips = sum(count for count, _ in known)
-        if not clips:
+        entries = [entry for name in sets for entry in self.entries(name)]
+        deviation = ray_deviation([shard for entry in entries for shard in entry["shards"]])
+        if deviation is None:
             raise ValueError("latents: expected clips with camera motion, got none")
-        origin, direction = (
-            math.sqrt(sum(count * squares[axis] for count, squares in known) / clips)
-            for axis in (0, 1)
-        )
+        origin, direction = deviation
         if not (origin and direction):
             raise ValueError(
                 "latents: expected a camera that moves and turns, got one that does not"
@@ -103,7 +97,7 @@ class Inputs:
     def long_captions(self, name: str, limit: int) -> tuple[int, int]:
         """How many clips of a set have a caption of more than `limit` bytes, as far as its folders
         know, and how many clips it has."""
-        parts = [read_index(folder)["buckets"][bucket] for folder, bucket in self.buckets(name)]
+        parts = self.entries(name)
         lengths = [part.get("caption_bytes", {}).items() for part in parts]
         long = sum(clips for part in lengths for length, clips in part if int(length) > limit)
         return long, sum(part["clips"] for part in parts)

@@ -166,29 +166,16 @@ def many_segments() -> Experiment:
     )
 
 
-def adversarial() -> Experiment:
-    """The recipe's own last two stages, against more updates of the one before."""
-    stages = tiny_world().stages
-    regression = replace(stages["long-regression"], start="long-regression")
+def against_regression(name: str, which: str, updates: int) -> Experiment:
+    """An adversarial stage of the recipe, against about as many updates of the one before."""
+    recipe = tiny_world()
+    stage = recipe.stages[name]
+    regression = replace(recipe.stages[stage.start], start=stage.start, steps=updates)
     return Experiment(
-        "Does the adversarial stage earn its place? Both lines below the first continue it.",
-        {"adversarial": stages["adversarial"], "more-regression": regression},
-        tiny_world(),
-        beside=("long-regression",),
-    )
-
-
-def final() -> Experiment:
-    """The stage that the bundled model comes from, against as many updates of the one before."""
-    stages = tiny_world().stages
-    stage = stages["final"]
-    updates = stage.discriminator_warmup + stage.steps
-    regression = replace(stages["further-regression"], start="further-regression", steps=updates)
-    return Experiment(
-        "Does the last adversarial stage earn its place? Both lines below the first continue it.",
-        {"final": stage, "more-regression": regression},
-        tiny_world(),
-        beside=("further-regression",),
+        f"Does the {which} stage earn its place? Both lines below the first continue it.",
+        {name: stage, "more-regression": regression},
+        recipe,
+        beside=(stage.start,),
     )
 
 
@@ -221,10 +208,10 @@ def baselines() -> Experiment:
 
 
 EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
-    "adversarial": adversarial,
+    "adversarial": partial(against_regression, "adversarial", "adversarial", 210),
     "baselines": baselines,
     "drift": drift,
-    "final": final,
+    "final": partial(against_regression, "final", "last adversarial", 200),
     "teacher-forcing": teacher_forcing,
     "teacher-forcing-unclamped": partial(teacher_forcing, clamp=None),
     "recycling": recycling,

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import file_digest, save_config, save_tensors, write_json
-from ..conditioning import camera_rays, through_lens
+from ..conditioning import MEASURED_FIELD_OF_VIEW, camera_rays, through_lens
 from ..config import CameraConfig
 from ..text import prompt_bytes
 from ..vae import CausalVAE
 from ..vae_folder import LIGHT, save_vaes, vae_digest
 from .clip_reader import CutConfig, RawClip, read_clips
-from .latent_shards import FORMAT_VERSION, INDEX, DataError, read_index
+from .latent_shards import FORMAT_VERSION, INDEX, DataError, ray_deviation, read_index
 from .procedural import to_video
 from .sources import Sample, Skipped, find_samples
 
@@ -198,7 +198,7 @@ class Shard:
 def _ray_squares(clip: RawClip, height: int, width: int) -> Tensor:
     """Mean squares of the clip's ray origins and directions, at unit scale (SPEC 10)."""
     frames = clip.poses.shape[1]
-    unit = CameraConfig(1.0, 0.0, 0.0, 1.0, 1.0, frames)
+    unit = CameraConfig(MEASURED_FIELD_OF_VIEW, 0.0, 0.0, 1.0, 1.0, frames)
     poses = through_lens(clip.poses, clip.lens, unit, height, width)
     rays = camera_rays(poses[None], unit, height, width)[0].unflatten(0, (frames, 2, 3))
     return rays.double().square().mean(dim=(0, 2, 3, 4, 5))
@@ -344,9 +344,6 @@ class ShardFolder:
             },
         }
         entries = [shard for shards in self.shards.values() for shard in shards]
-        if self.encoding["motion"] == "camera" and entries:
-            squares = torch.tensor([shard["ray_squares"] for shard in entries], dtype=torch.float64)
-            weights = torch.tensor([shard["clips"] for shard in entries], dtype=torch.float64)
-            origin, direction = (weights @ squares / weights.sum()).sqrt().tolist()
-            index["deviation"] = {"origin": origin, "direction": direction}
+        if deviation := ray_deviation(entries):
+            index["deviation"] = dict(zip(("origin", "direction"), deviation))
         return index

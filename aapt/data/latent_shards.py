@@ -14,7 +14,7 @@ import bisect
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: expected format_version {FORMAT_VERSION}, got {version}")
     return index
+
+
+def ray_deviation(shards: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Of ray origins and directions (SPEC 10) over all clips of shards as `index.json` has them,
+    seen at MEASURED_FIELD_OF_VIEW; None without camera motion."""
+    known = [shard for shard in shards if "ray_squares" in shard]
+    if not known:
+        return None
+    squares = torch.tensor([shard["ray_squares"] for shard in known], dtype=torch.float64)
+    weights = torch.tensor([shard["clips"] for shard in known], dtype=torch.float64)
+    origin, direction = (weights @ squares / weights.sum()).sqrt().tolist()
+    return origin, direction
 
 
 class LatentShards:
@@ -109,20 +121,20 @@ class LatentShards:
             self._window(clip, start, frames, choice)
             for clip, start, choice in zip(clips, starts, choices)
         ]
-        latents, motion, prompts = zip(*windows)
-        return ClipBatch(
-            torch.stack(latents).to(random.device),
-            None if motion[0] is None else torch.stack(motion).to(random.device),
-            prompts,
-        )
+        return self._batch(windows, random.device)
 
     def whole(self, clips: Sequence[int]) -> ClipBatch:
         """The clips of these numbers from end to end, each with the first of its captions."""
         windows = [self._window(clip, 0, self.latent_frames, 0.0) for clip in clips]
+        return self._batch(windows, torch.device("cpu"))
+
+    @staticmethod
+    def _batch(
+        windows: Sequence[tuple[Tensor, Tensor | None, str]], device: torch.device
+    ) -> ClipBatch:
         latents, motion, prompts = zip(*windows)
-        return ClipBatch(
-            torch.stack(latents), None if motion[0] is None else torch.stack(motion), prompts
-        )
+        moved = None if motion[0] is None else torch.stack(motion).to(device)
+        return ClipBatch(torch.stack(latents).to(device), moved, prompts)
 
     def _window(
         self, clip: int, start: int, frames: int, choice: float

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..contact_sheet import contact_sheet
 from ..data.world import FRAMES_PER_LATENT
+from ..device import move
 from ..environment import environment
 from ..figures import new_figure, path_labels, save_figure
 from ..generator import StreamingGenerator
@@ -206,11 +207,8 @@ def _steps(seconds: float) -> int:
 
 def _load(folder: str | Path, device: str | torch.device) -> StreamingGenerator:
     generator = StreamingGenerator.from_pretrained(folder)
-    try:
-        for network in (generator.model, generator.vae):
-            network.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: cannot use {device}: {error}") from None
+    for network in (generator.model, generator.vae):
+        move(network, device)
     return generator
 
 
