@@ -13,6 +13,7 @@ from .world_model import WorldModel
 
 TAP_FRACTIONS = (4 / 9, 13 / 18, 1.0)
 Judgement = Literal["frame", "clip"]
+Pooling = Literal["query", "average"]
 
 
 class LogitHead(nn.Module):
@@ -43,12 +44,17 @@ class Discriminator(nn.Module):
 
     judgement: "frame", causal with a logit per frame as in the paper; or "clip", every frame sees
     all others and the clip gets one logit (SPEC 12).
+    pooling: By a learned "query" as in the paper, or the "average" of all tokens.
     """
 
-    def __init__(self, world: WorldModel, judgement: Judgement = "frame"):
+    def __init__(
+        self, world: WorldModel, judgement: Judgement = "frame", pooling: Pooling = "query"
+    ):
         super().__init__()
         if judgement not in ("frame", "clip"):
             raise ValueError(f"judgement: expected 'frame' or 'clip', got {judgement!r}")
+        if pooling not in ("query", "average"):
+            raise ValueError(f"pooling: expected 'query' or 'average', got {pooling!r}")
         self.world = world
         self.judgement = judgement
         config = world.config
@@ -56,6 +62,9 @@ class Discriminator(nn.Module):
         if min(self.taps) < 0 or len(set(self.taps)) < len(self.taps):
             raise ValueError(f"depth: expected enough blocks for three heads, got {config.depth}")
         self.heads = nn.ModuleList(LogitHead(config) for _ in self.taps)
+        if pooling == "average":
+            for head in self.heads:  # without a direction all keys weigh the same
+                nn.init.zeros_(head.query).requires_grad_(False)
         joined = len(self.taps) * config.width
         self.norm = nn.LayerNorm(joined)
         self.logit = nn.Linear(joined, 1)

@@ -63,6 +63,7 @@ class Workload:
     batch: int
     segments: int = 1
     overlap: int = 0
+    lead: int = 0  # segments that are only rolled out, before the others
     rolled: bool = False
 
     @property
@@ -78,7 +79,7 @@ class Workload:
         """Where the new frames of each segment start, and how many there are."""
         later = self.frames - self.overlap
         yield 0, self.frames
-        for index in range(1, self.segments):
+        for index in range(1, self.lead + self.segments):
             yield self.frames + (index - 1) * later, later
 
 
@@ -185,7 +186,7 @@ def without_memory(recipe: Recipe, config: StageConfig):
             case RolloutRegressionConfig():
                 return RolloutRegression(config, model, deviation)
             case AdversarialConfig():
-                judge = Discriminator(other, config.judgement)
+                judge = Discriminator(other, config.judgement, config.pooling)
                 return Adversarial(config, model, judge, deviation)
 
 
@@ -207,6 +208,7 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
             config.batch,
             config.segments,
             getattr(config, "overlap_frames", 0),
+            getattr(config, "lead_segments", 0),
             rolled=getattr(config, "forcing", "student") == "student",
         )
 
@@ -251,7 +253,7 @@ def _plan(
 
     each = {"cache": 0.0, "activations": activations(checkpointed=True)}
     if load.rolled:
-        each["cache"] = cache_bytes(config, (rows, columns), context, load.segments > 1)
+        each["cache"] = cache_bytes(config, (rows, columns), context, load.lead + load.segments > 1)
     clips = load.batch // groups
     room = gpu.usable * gpu.memory - sum(fixed.values())
     at_once = max(0, min(clips, math.floor(room / sum(each.values()))))
@@ -346,8 +348,11 @@ def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
     once more; a discriminator that does not learn passes gradients on at half the backward cost."""
     generator, *others = (part.module for part in stage.trained.values())
     total = 0.0
-    for start, new in load.places():
+    for index, (start, new) in enumerate(load.places()):
         forward = forward_flops(generator, config, load.size, new, start)
+        if index < load.lead:
+            total += forward
+            continue
         passes = 4 + load.rolled
         if hasattr(stage, "teacher"):
             passes += 2  # the teacher, and the student without gradient

@@ -300,7 +300,8 @@ class Run:
         model = self.recipe.model
         if not config.judge_recycled:
             model = replace(model, recycle=False, residual_head=False)
-        judge = Discriminator(WorldModel(model, self.recipe.camera), config.judgement)
+        world = WorldModel(model, self.recipe.camera)
+        judge = Discriminator(world, config.judgement, config.pooling)
         if isinstance(self.recipe.stages[config.judge], AdversarialConfig):
             load_module(self.out / config.judge / DISCRIMINATOR, judge)
         else:

@@ -137,6 +137,7 @@ def stage_three() -> Experiment:
             "no-warm-up": replace(base, discriminator_warmup=0),
             "paper-penalty": replace(base, penalty=1000.0),
             "logit-per-clip": replace(base, judgement="clip"),
+            "average-of-tokens": replace(base, pooling="average"),
             "judge-sees-no-past": replace(base, judge_recycled=False),
         },
         tiny_world(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..corruption import Corruption
 from ..data.clips import Clips
-from ..discriminator import Discriminator, Judgement
+from ..discriminator import Discriminator, Judgement, Pooling
 from ..losses import (
     approximate_penalty,
     channel_weighted_error,
@@ -37,12 +37,15 @@ class AdversarialConfig:
             loss.
         whole_clips: Clips are as long as the rollout, and their motion is followed to the end.
             Otherwise later segments take the motion of other clips (SPEC 8, 10).
+        lead_segments: Up to so many, drawn for each update, are rolled out before the first one
+            that is judged: what goes wrong late is learnt from at the price of a rollout (ours).
         start, judge: The stages whose weights generator and discriminator begin with.
         penalty, perturbation: lambda and sigma of aR1 and aR2.
         alpha: Of RMSProp.
         forcing: "teacher" is the failing mode of the paper: the generator continues real frames,
             in parallel, and each of its frames is judged after the real ones.
         judgement: One logit per "frame", or per "clip" by a discriminator that is not causal.
+        pooling: Tokens become a logit by a learned "query", or by their "average".
         judge_recycled: The discriminator sees the frame before each as well, as the generator does.
         corruption: Of recycled frames: the first of each segment, or all of them under teacher
             forcing.
@@ -62,6 +65,7 @@ class AdversarialConfig:
     shortest_segment: int | None = None
     overlap_frames: int = 0
     whole_clips: bool = False
+    lead_segments: int = 0
     start: str = "consistency"
     judge: str = "diffusion"
     penalty: float = 1000.0
@@ -72,6 +76,7 @@ class AdversarialConfig:
     max_norm: float | None = None
     forcing: Literal["student", "teacher"] = "student"
     judgement: Judgement = "frame"
+    pooling: Pooling = "query"
     judge_recycled: bool = True
     corruption: Corruption | None = None
     mismatch: float = 0.0
@@ -84,7 +89,7 @@ class AdversarialConfig:
 
     def needed(self, length: int) -> int:
         """Latent frames after the first that clips must have for segments of `length`."""
-        later = self.segments - 1
+        later = self.lead_segments + self.segments - 1
         followed = later * (length - self.overlap_frames) if self.whole_clips else 0
         # Real clips of later segments, and motion that does not fit, leave out latent 0: one more.
         behind_first = 1 if later or self.mismatch else 0
@@ -113,7 +118,9 @@ class AdversarialConfig:
             raise ValueError(
                 f"overlap_frames: expected 0 to less than a segment, got {self.overlap_frames}"
             )
-        if (self.regression or self.palette) and not (self.whole_clips or self.segments == 1):
+        if (self.regression or self.palette) and not (
+            self.whole_clips or self.lead_segments + self.segments == 1
+        ):
             raise ValueError(
                 "regression, palette: expected whole_clips, for something to compare later "
                 "segments with"
@@ -200,7 +207,8 @@ class Adversarial:
             length = int(random.shared.integers(config.shortest_segment, length + 1))
         clips = clips.part(random, config.needed(length))
         further = length - config.overlap_frames  # new frames of a later segment
-        whole = config.segments if config.whole_clips else 1
+        lead = int(random.shared.integers(config.lead_segments + 1))
+        whole = lead + config.segments if config.whole_clips else 1
         batch = clips.sample(random, length + (whole - 1) * further)
         precision = mixed_precision(random.device)
         with precision, torch.no_grad():
@@ -208,24 +216,26 @@ class Adversarial:
             rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
         history = batch.recycled[:, :, :1]
         metrics: dict[str, float] = {}
-        for index in range(config.segments):
+        for index in range(lead + config.segments):
             known, new = (config.overlap_frames, further) if index else (0, length)
             place = slice(rollout.frames, rollout.frames + new)
             if index and channels is not None and not config.whole_clips:
                 walk = model.channels(clips.sample(random, new, "never").motion, batch.size)
                 channels = torch.cat([channels, walk], dim=2)
             start = rollout.last
-            if config.corruption:
+            if config.corruption and index >= lead:
                 start = config.corruption(start, index == 0, random)
             noise = random.normal(batch.latents.shape[1], new, *batch.size)
             with precision:
                 segment = rollout.roll(noise, frames_of(channels, place), start)
             fake = segment.output
-            if not self.warming(step):
+            if index >= lead and not self.warming(step):
                 with precision:
                     text, text_lens = model.text_encoder(batch.prompts)
                     fake = parallel_pass(model.transformer, segment, text, text_lens)
             history = torch.cat([history, fake], dim=2)
+            if index < lead:
+                continue
             shown = slice(place.start - known, place.stop)
             fakes = self.judged(
                 history[:, :, shown.start :],  # the frame before the first, too
@@ -242,7 +252,7 @@ class Adversarial:
                 real.prompts,
                 known,
             )
-            targets = batch.targets[:, :, place] if whole == config.segments else None
+            targets = batch.targets[:, :, place] if place.stop <= batch.targets.shape[2] else None
             misled = self.misled(clips, reals, random) if config.mismatch else None
             seen = self.compete(
                 reals, fakes, misled, fake, targets, random, step, share / config.segments

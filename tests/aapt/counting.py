@@ -123,7 +123,8 @@ def adversarial_stage(
         **changes,
     }
     config = AdversarialConfig(**options)
-    networks = generator or model(), Discriminator(judged_model(), config.judgement)
+    judge = Discriminator(judged_model(), config.judgement, config.pooling)
+    networks = generator or model(), judge
     if place:
         for network in networks:
             place(network)

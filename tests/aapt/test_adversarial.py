@@ -323,6 +323,57 @@ def test_segments_of_drawn_lengths(made_segments):
     assert lengths[1::2] == [length - 1 for length in lengths[::2]]
 
 
+def test_a_lead_is_rolled_out_and_not_judged(made_segments):
+    """As many segments as are drawn come before those that are judged. These go on from them, in
+    the model's past and in the clip's motion, and are compared with the clip at their own place.
+
+    The generator adds 1.25 per step, so its frame n behind latent s of a clip is s + 1.25 n.
+    """
+    leads = set()
+    for seed in range(8):
+        made_segments.clear()
+        stage = adversarial_stage(
+            counting_model(*[1.25] * 4), segments=2, overlap_frames=1, lead_segments=2
+        )
+        assert stage.config.needs == {"clips": 3 + 3 * 2}
+        with recording(stage) as judgements:
+            (metrics,) = train(stage, 1, counting_clips(), seed=seed)
+        lead = (0, 3, 5).index(made_segments[0].start_frame)
+        leads.add(lead)
+        frames, errors = [3, 2, 2, 2][lead : lead + 2], []
+        assert [segment.noise.shape[2] for segment in made_segments] == frames
+        assert len(judgements) == 4
+        place = made_segments[0].start_frame
+        start = made_segments[0].recycled[:, 0, 0, 0, 0] - 1.25 * place
+        for index, segment in enumerate(made_segments):
+            steps = place + torch.arange(frames[index])
+            assert segment.start_frame == place
+            torch.testing.assert_close(value(segment.recycled), start[:, None] + 1.25 * steps)
+            assert_drives(segment.condition, start[:, None] + 1 + steps)
+            x, _, condition, *_ = judgements[2 * index + 1].arguments
+            new = frames[index]
+            torch.testing.assert_close(value(x)[:, -new:], start[:, None] + 1.25 * (1 + steps))
+            assert_drives(condition[:, :, -new:], start[:, None] + 1 + steps)
+            errors.append((0.25 * (1 + steps)).square().mean().item())
+            place += new
+        assert metrics["error"] == pytest.approx(sum(errors) / 2, rel=1e-3)
+    assert leads == {0, 1, 2}
+
+
+def test_a_lead_is_not_corrupted(monkeypatch):
+    """What goes wrong by itself is what there is to learn from."""
+    calls, corrupt = [], Corruption.__call__
+
+    def record(corruption, frames, first, random):
+        calls.append(first)
+        return corrupt(corruption, frames, first, random)
+
+    monkeypatch.setattr(Corruption, "__call__", record)
+    stage = adversarial_stage(lead_segments=2, segments=1, corruption=Corruption())
+    train(stage, 8, counting_clips())
+    assert len(calls) == 8 and set(calls) == {True, False}
+
+
 def test_teacher_forced_frames_are_judged_one_by_one():
     """Frame n of the generator comes from the real frame before it, and its logit is that of the
     clip of real frames with it alone in place of the real one (SPEC 8)."""
@@ -402,8 +453,9 @@ def test_halves_of_a_batch_add_up():
             "mismatch: expected 0 under teacher forcing, got 1.0",
         ),
         ({"judgement": "pixel"}, "judgement: expected 'frame' or 'clip', got 'pixel'"),
+        ({"pooling": "maximum"}, "pooling: expected 'query' or 'average', got 'maximum'"),
         (
-            {"whole_clips": False, "segments": 2, "palette": 1.0},
+            {"whole_clips": False, "lead_segments": 1, "palette": 1.0},
             "regression, palette: expected whole_clips",
         ),
     ],
@@ -535,6 +587,19 @@ def test_logits_keep_single_precision():
         logits = judge(latents(5).float(), latents(5).float(), *conditions, torch.rand(2))
     assert logits.dtype == torch.float32
     assert (logits != logits.bfloat16()).any()
+
+
+def test_tokens_can_count_alike():
+    """The average of a frame's tokens, for every head; and it stays one while the rest learns."""
+    stage = adversarial_stage(pooling="average")
+    train(stage, 2)
+    head, width = stage.discriminator.heads[0], CONFIG.width
+    tokens = torch.randn(2, 3 * 5, width)
+    weight, bias = head.keys_values.weight[width:], head.keys_values.bias[width:]
+    expected = F.linear(head.norm(tokens), weight, bias).unflatten(1, (3, 5)).mean(dim=2)
+    torch.testing.assert_close(head(tokens, 3, 5), expected)
+    nn.init.normal_(head.query)
+    assert (head(tokens, 3, 5) - expected).abs().max() > 0.01
 
 
 def test_taps_sit_at_the_papers_depths():

@@ -13,6 +13,7 @@ from .helpers import CONFIG
 WIDE, LARGE, SMALL = "736x416", "1280x720", "640x352"
 OFF = {  # our switches for small models (SPEC 12)
     "whole_clips": False,
+    "lead_segments": 0,
     "discriminator_warmup": 0,  # one update of the discriminator to one of the generator
     "max_norm": None,
     "corruption": None,
@@ -81,6 +82,7 @@ ADVERSARIAL = {
     "average": 0.995,
     "forcing": "student",
     "judgement": "frame",
+    "pooling": "query",
     "judge_recycled": True,
 }
 EXTENSION = {

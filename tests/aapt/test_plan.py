@@ -217,6 +217,29 @@ def test_a_fifth_clip_is_judged_where_motion_does_not_fit():
     assert five.memory["activations"] > four.memory["activations"]
 
 
+def test_a_lead_costs_one_pass_per_segment():
+    """Planned at its longest; nothing of it is judged."""
+    recipe = tiny_world()
+    plans = []
+    for lead in (0, 3):
+        changed = dataclasses.replace(recipe.stages["extension"], segments=1, lead_segments=lead)
+        stages = {**recipe.stages, "extension": changed}
+        made = plan.plan(dataclasses.replace(recipe, stages=stages), 1)
+        plans.append(next(each for each in made if each.workload.name == "extension"))
+    alone, led = plans
+    model = WorldModel(recipe.model, recipe.camera)
+    size, batch = alone.workload.size, alone.workload.batch
+
+    def forward(start: int) -> float:
+        return plan.forward_flops(model, recipe.model, size, 8, start)
+
+    # The judged segment has a longer past, in five passes.
+    more = sum(map(forward, (0, 8, 16))) + 5 * (forward(24) - forward(0))
+    assert led.flops - alone.flops == pytest.approx(batch * more)
+    assert led.workload.total_frames == 4 * 8
+    assert led.memory["cache"] > alone.memory["cache"]
+
+
 def test_what_cannot_be_planned():
     with pytest.raises(ValueError, match="context: expected one of 1, 2, 4, 8, which divide the 8"):
         plan.plan(paper_8b(), 8, context=3)
