@@ -50,6 +50,13 @@ def palette_error(a: Tensor, b: Tensor, deviation: Tensor) -> Tensor:
     return channel_weighted_error(a.mean(**over_frame), b.mean(**over_frame), deviation)
 
 
+def row_error(a: Tensor, b: Tensor, deviation: Tensor) -> Tensor:
+    """The same between the means over every row, which also say what lies above what: a sky that is
+    too dark does not make up for the ground."""
+    over_row = {"dim": 4, "keepdim": True}
+    return channel_weighted_error(a.mean(**over_row), b.mean(**over_row), deviation)
+
+
 def sharpness_loss(error: Tensor) -> Tensor:
     """Mean absolute spatial difference of an error image (..., H, W): edges must match."""
     across = torch.diff(error, dim=-1).abs().mean()

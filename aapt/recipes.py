@@ -218,6 +218,9 @@ def tiny_world() -> Recipe:
             "longer-clips": ProceduralData(
                 height=80, width=128, clips=600, latent_frames=49, first_seed=400_000
             ),
+            "minute-clips": ProceduralData(
+                height=80, width=128, clips=150, latent_frames=289, first_seed=600_000
+            ),
         },
         decoder=DecoderConfig(
             schedule=Schedule(1e-3, warmup=50, decay="cosine"),
@@ -277,13 +280,26 @@ def tiny_world() -> Recipe:
                 start="long-regression",
             ),
             # From there once more, before the discriminator that has learnt the most.
-            "final": replace(
+            "further-adversarial": replace(
                 extension,
                 steps=180,
                 discriminator_warmup=20,
                 palette=10.0,
                 start="further-regression",
                 judge="extension",
+            ),
+            # What slides within a minute is in no rollout of eight seconds: these are any eight of
+            # the first 48.
+            "final": replace(
+                extension,
+                clips="minute-clips",
+                lead_segments=30,
+                steps=90,
+                discriminator_warmup=10,
+                palette=0.0,
+                rows=40.0,
+                start="further-adversarial",
+                judge="further-adversarial",
             ),
         },
     )

@@ -167,27 +167,35 @@ def many_segments() -> Experiment:
     )
 
 
-def against_regression(name: str, which: str, updates: int) -> Experiment:
-    """An adversarial stage of the recipe, against about as many updates of the one before."""
+def against_regression(question: str, names: Sequence[str], updates: int) -> Experiment:
+    """Adversarial stages of the recipe, each from the one before, against about as many updates of
+    the regression that the first starts from."""
     recipe = tiny_world()
-    stage = recipe.stages[name]
-    regression = replace(recipe.stages[stage.start], start=stage.start, steps=updates)
+    stages = {name: recipe.stages[name] for name in names}
+    start = stages[names[0]].start
+    regression = replace(recipe.stages[start], start=start, steps=updates)
     return Experiment(
-        f"Does the {which} stage earn its place? Both lines below the first continue it.",
-        {name: stage, "more-regression": regression},
+        f"{question} All lines below the first continue it.",
+        {**stages, "more-regression": regression},
         recipe,
-        beside=(stage.start,),
+        beside=(start,),
     )
 
 
 def palette() -> Experiment:
-    stage = tiny_world().stages["final"]
+    recipe = tiny_world()
+    final = recipe.stages["final"]
     return Experiment(
-        "What does the error between the mean colours of frames do in the last adversarial stage? "
-        f"Its weight there is {stage.palette:g}.",
-        {f"palette-{weight}": replace(stage, palette=float(weight)) for weight in (0, 10, 40)},
-        tiny_world(),
-        beside=("further-regression",),
+        "Which part of the last stage holds the colours of a minute: that up to "
+        f"{final.lead_segments} segments are rolled out before the ones it judges, or that it "
+        "compares the mean colours of rows in place of whole frames? All continue the first line.",
+        {
+            "final": final,
+            "no-lead": replace(final, lead_segments=0),
+            "frames-not-rows": replace(final, palette=final.rows, rows=0.0),
+        },
+        recipe,
+        beside=("further-adversarial",),
     )
 
 
@@ -209,10 +217,17 @@ def baselines() -> Experiment:
 
 
 EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
-    "adversarial": partial(against_regression, "adversarial", "adversarial", 210),
+    "adversarial": partial(
+        against_regression, "Does the adversarial stage earn its place?", ["adversarial"], 210
+    ),
     "baselines": baselines,
     "drift": drift,
-    "final": partial(against_regression, "final", "last adversarial", 200),
+    "final": partial(
+        against_regression,
+        "Do the last adversarial stages earn their place?",
+        ["further-adversarial", "final"],
+        200,
+    ),
     "teacher-forcing": teacher_forcing,
     "teacher-forcing-unclamped": partial(teacher_forcing, clamp=None),
     "recycling": recycling,

@@ -16,6 +16,7 @@ from ..losses import (
     discriminator_loss,
     generator_loss,
     palette_error,
+    row_error,
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen, mixed_precision
 from ..randomness import ClipRandom
@@ -51,8 +52,9 @@ class AdversarialConfig:
             forcing.
         mismatch: Weight of real frames under another clip's motion, which the discriminator has to
             tell from those under their own: it learns to look at the controls (ours).
-        regression, palette: Weights of a squared error against the real clip, and of one between
-            the mean colours of frames, beside the adversarial loss (ours, for small models).
+        regression, palette, rows: Weights of a squared error against the real clip, and of those
+            between the mean colours of frames and of their rows, beside the adversarial loss (ours,
+            for small models).
     """
 
     clips: str
@@ -82,6 +84,7 @@ class AdversarialConfig:
     mismatch: float = 0.0
     regression: float = 0.0
     palette: float = 0.0
+    rows: float = 0.0
 
     @property
     def needs(self) -> dict[str, int]:
@@ -118,11 +121,11 @@ class AdversarialConfig:
             raise ValueError(
                 f"overlap_frames: expected 0 to less than a segment, got {self.overlap_frames}"
             )
-        if (self.regression or self.palette) and not (
+        if (self.regression or self.palette or self.rows) and not (
             self.whole_clips or self.lead_segments + self.segments == 1
         ):
             raise ValueError(
-                "regression, palette: expected whole_clips, for something to compare later "
+                "regression, palette, rows: expected whole_clips, for something to compare later "
                 "segments with"
             )
 
@@ -298,9 +301,11 @@ class Adversarial:
         if not self.warming(step):
             errors = {}
             if targets is not None:
+                compared = fake, targets, self.pixel_deviation
                 errors = {
-                    "error": channel_weighted_error(fake, targets, self.pixel_deviation),
-                    "palette": palette_error(fake, targets, self.pixel_deviation),
+                    "error": channel_weighted_error(*compared),
+                    "palette": palette_error(*compared),
+                    "rows": row_error(*compared),
                 }
             metrics |= self.train_generator(on_real, fakes, errors, t, share)
         return metrics
@@ -384,7 +389,8 @@ class Adversarial:
         with frozen(self.discriminator):
             judged = self.logits(replace(fakes, conditions=given), t)
             losses = {"generator": generator_loss(on_real, judged), **errors}
-            weights = {"error": self.config.regression, "palette": self.config.palette}
+            config = self.config
+            weights = {"error": config.regression, "palette": config.palette, "rows": config.rows}
             weighed = {name: weights.get(name, 1.0) for name in losses}
             total = sum(weight * losses[name] for name, weight in weighed.items() if weight)
             (share * total).backward()

@@ -15,6 +15,7 @@ from aapt.losses import (
     palette_error,
     pseudo_huber,
     psnr,
+    row_error,
     sharpness_loss,
 )
 
@@ -72,12 +73,13 @@ def test_sharpness_loss_sees_edges_only():
     assert sharpness_loss(error).item() == pytest.approx(1.0)
 
 
-def test_frame_and_palette_errors():
+def test_errors_of_frames_and_of_mean_colours():
     a, b = torch.zeros(1, 2, 3, 2, 2), torch.zeros(1, 2, 3, 2, 2)
-    a[0, 0, 1] = torch.tensor([[3.0, -1.0], [1.0, 1.0]])  # mean 1, mean square 3
+    a[0, 0, 1] = torch.tensor([[3.0, 1.0], [-1.0, 1.0]])  # mean 1, of rows 2 and 0, of squares 3
     torch.testing.assert_close(frame_error(a, b), torch.tensor([[0.0, 1.5, 0.0]]))
     weights = torch.tensor([3.0, 1.0])  # 1.5 and 0.5 of the mean
     assert palette_error(a, b, weights).item() == pytest.approx(1.5 * 1 / 6)
+    assert row_error(a, b, weights).item() == pytest.approx(1.5 * (2**2 / 2) / 6)
     assert channel_weighted_error(a, b, weights).item() == pytest.approx(1.5 * 3 / 6)
 
 

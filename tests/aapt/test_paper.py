@@ -20,6 +20,7 @@ OFF = {  # our switches for small models (SPEC 12)
     "mismatch": 0,
     "regression": 0,
     "palette": 0,
+    "rows": 0,
 }
 
 

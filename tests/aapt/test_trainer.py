@@ -51,13 +51,15 @@ def small_recipe():
         "regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "long-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "further-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
-        **dict.fromkeys(("adversarial", "extension", "final"), judged),
+        **dict.fromkeys(("adversarial", "extension", "further-adversarial"), judged),
+        "final": judged | {"lead_segments": 2},
     }
     picture = {"height": 48, "width": 64, "clips": 3}
     lengths = {
         "clips": {"latent_frames": 6, "video_clips": 2},
         "long-clips": {"latent_frames": 10},
         "longer-clips": {"latent_frames": 14},
+        "minute-clips": {"latent_frames": 18},
     }
     return dataclasses.replace(
         recipe,
@@ -161,6 +163,7 @@ def test_ranks_train_together(trained, tmp_path):
         "clips",
         "long-clips",
         "longer-clips",
+        "minute-clips",
         "decoder",
         "light-decoder",
         "diffusion",
@@ -287,7 +290,8 @@ def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
     ("stage", "change", "message"),
     [
         ("regression", {"segments": 3}, "clips: expected clips of 6 latent frames .* at most 5"),
-        ("final", {"segments": 7}, "longer-clips: expected clips of 14 latent frames"),
+        ("extension", {"segments": 7}, "longer-clips: expected clips of 14 latent frames"),
+        ("final", {"lead_segments": 3}, "minute-clips: expected clips of 18 latent frames"),
     ],
 )
 def test_clips_that_are_too_short_are_said_first(tmp_path, stage, change, message):
