@@ -110,7 +110,8 @@ class AdversarialConfig:
     def __post_init__(self):
         if self.forcing not in ("student", "teacher"):
             raise ValueError(f"forcing: expected 'student' or 'teacher', got {self.forcing!r}")
-        if self.forcing == "teacher" and (self.segments > 1 or self.judgement == "clip"):
+        several = self.lead_segments + self.segments > 1
+        if self.forcing == "teacher" and (several or self.judgement == "clip"):
             raise ValueError(
                 "forcing: expected 'student' for several segments or one logit per clip, "
                 "got 'teacher'"
@@ -121,9 +122,7 @@ class AdversarialConfig:
             raise ValueError(
                 f"overlap_frames: expected 0 to less than a segment, got {self.overlap_frames}"
             )
-        if (self.regression or self.palette or self.rows) and not (
-            self.whole_clips or self.lead_segments + self.segments == 1
-        ):
+        if (self.regression or self.palette or self.rows) and several and not self.whole_clips:
             raise ValueError(
                 "regression, palette, rows: expected whole_clips, for something to compare later "
                 "segments with"
@@ -221,23 +220,24 @@ class Adversarial:
         metrics: dict[str, float] = {}
         for index in range(lead + config.segments):
             known, new = (config.overlap_frames, further) if index else (0, length)
+            competes = index >= lead
             place = slice(rollout.frames, rollout.frames + new)
             if index and channels is not None and not config.whole_clips:
                 walk = model.channels(clips.sample(random, new, "never").motion, batch.size)
                 channels = torch.cat([channels, walk], dim=2)
             start = rollout.last
-            if config.corruption and index >= lead:
+            if config.corruption and competes:
                 start = config.corruption(start, index == 0, random)
             noise = random.normal(batch.latents.shape[1], new, *batch.size)
             with precision:
                 segment = rollout.roll(noise, frames_of(channels, place), start)
             fake = segment.output
-            if index >= lead and not self.warming(step):
+            if competes and not self.warming(step):
                 with precision:
                     text, text_lens = model.text_encoder(batch.prompts)
                     fake = parallel_pass(model.transformer, segment, text, text_lens)
             history = torch.cat([history, fake], dim=2)
-            if index < lead:
+            if not competes:
                 continue
             shown = slice(place.start - known, place.stop)
             fakes = self.judged(

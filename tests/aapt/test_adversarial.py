@@ -448,6 +448,10 @@ def test_halves_of_a_batch_add_up():
     [
         ({"forcing": "none"}, "forcing: expected 'student' or 'teacher', got 'none'"),
         ({"forcing": "teacher", "segments": 2}, "forcing: expected 'student' for several segments"),
+        (
+            {"forcing": "teacher", "lead_segments": 1},
+            "forcing: expected 'student' for several segments",
+        ),
         ({"overlap_frames": 3}, "overlap_frames: expected 0 to less than a segment, got 3"),
         (
             {"forcing": "teacher", "mismatch": 1.0},
