@@ -182,18 +182,14 @@ def against_regression(question: str, names: Sequence[str], updates: int) -> Exp
     )
 
 
-def palette() -> Experiment:
+def lead() -> Experiment:
     recipe = tiny_world()
     final = recipe.stages["final"]
     return Experiment(
-        "Which part of the last stage holds the colours of a minute: that up to "
-        f"{final.lead_segments} segments are rolled out before the ones it judges, or that it "
-        "compares the mean colours of rows in place of whole frames? All continue the first line.",
-        {
-            "final": final,
-            "no-lead": replace(final, lead_segments=0),
-            "frames-not-rows": replace(final, palette=final.rows, rows=0.0),
-        },
+        "What does it do for a minute that the last stage rolls out up to "
+        f"{final.lead_segments} segments before the ones it judges? Both lines below the first "
+        "continue it.",
+        {"final": final, "no-lead": replace(final, lead_segments=0)},
         recipe,
         beside=("further-adversarial",),
     )
@@ -235,7 +231,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "stage-three": stage_three,
     "stage-three-unclamped": stage_three_unclamped,
     "many-segments": many_segments,
-    "palette": palette,
+    "lead": lead,
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"
