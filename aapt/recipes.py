@@ -150,7 +150,7 @@ def paper_8b_pose() -> Recipe:
 
 
 def tiny_world() -> Recipe:
-    """The bundled model: 128x80, made on two CPU cores in about four hours."""
+    """The bundled model: 128x80, made on two CPU cores in about four and a half hours."""
     camera = CameraConfig(
         field_of_view=FIELD_OF_VIEW,
         yaw_step=YAW_STEP,
@@ -288,8 +288,8 @@ def tiny_world() -> Recipe:
                 start="further-regression",
                 judge="extension",
             ),
-            # What slides within a minute is in no rollout of eight seconds: these are any eight of
-            # the first 48.
+            # Keeps the colours of a minute: rows tell the sky's from the ground's, and the rollouts
+            # are any eight seconds of the first 48.
             "final": replace(
                 extension,
                 clips="minute-clips",

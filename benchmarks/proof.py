@@ -182,14 +182,18 @@ def against_regression(question: str, names: Sequence[str], updates: int) -> Exp
     )
 
 
-def lead() -> Experiment:
+def colours() -> Experiment:
     recipe = tiny_world()
     final = recipe.stages["final"]
     return Experiment(
-        "What does it do for a minute that the last stage rolls out up to "
-        f"{final.lead_segments} segments before the ones it judges? Both lines below the first "
-        "continue it.",
-        {"final": final, "no-lead": replace(final, lead_segments=0)},
+        "What do colours owe to the last stage: that it rolls out up to "
+        f"{final.lead_segments} segments before the ones it judges, or that it compares the mean "
+        "colours of rows in place of whole frames? All lines below the first continue it.",
+        {
+            "final": final,
+            "no-lead": replace(final, lead_segments=0),
+            "frames-not-rows": replace(final, palette=final.rows, rows=0.0),
+        },
         recipe,
         beside=("further-adversarial",),
     )
@@ -231,7 +235,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "stage-three": stage_three,
     "stage-three-unclamped": stage_three_unclamped,
     "many-segments": many_segments,
-    "lead": lead,
+    "colours": colours,
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"
