@@ -157,7 +157,7 @@ def stage_three_unclamped() -> Experiment:
 
 
 def many_segments() -> Experiment:
-    """As the extensions of `drift`, and further: 20 s in a rollout."""
+    """As the extensions of `drift`, and further: 15 s in a rollout."""
     given = drift()
     extension = replace(given.variants["extension-5"], segments=15)
     return Experiment(
