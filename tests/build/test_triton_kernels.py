@@ -153,10 +153,12 @@ def test_convolution_uses_tensor_cores(channels, copies, capability):
         stages,
         divisible=("in_channels", "out_channels", "row_stride", "column_stride"),
     )
-    required = ("HGMMA", "LDGSTS.E.BYPASS.128")
+    product, copy = "HGMMA", "LDGSTS.E.BYPASS.128"
     if capability == 80:
-        required = ("HMMA", "LDGSTS.E.BYPASS.LTC128B.128")
-    assert find_failures(compiled, {"causal_conv3d_kernel": required}) == []
+        product = "HMMA"
+        if inner > 16:  # narrower pixels are no whole line for L2 to fetch
+            copy = "LDGSTS.E.BYPASS.LTC128B.128"
+    assert find_failures(compiled, {"causal_conv3d_kernel": (product, copy)}) == []
 
 
 @pytest.mark.parametrize("capability", [80, 90])
