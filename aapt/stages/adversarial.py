@@ -255,7 +255,7 @@ class Adversarial:
                 real.prompts,
                 known,
             )
-            targets = batch.targets[:, :, place] if place.stop <= batch.targets.shape[2] else None
+            targets = batch.targets[:, :, place] if whole == lead + config.segments else None
             misled = self.misled(clips, reals, random) if config.mismatch else None
             seen = self.compete(
                 reals, fakes, misled, fake, targets, random, step, share / config.segments
