@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .conditioning import Control
-    from .generator import StreamingGenerator
+    from .model.conditioning import Control
+    from .streaming.generator import StreamingGenerator
 
 __all__ = ["Control", "StreamingGenerator"]
 __version__ = "0.1.0"
 
-_HOMES = {"Control": ".conditioning", "StreamingGenerator": ".generator"}
+_HOMES = {"Control": ".model.conditioning", "StreamingGenerator": ".streaming.generator"}
 
 
 def __getattr__(name: str):

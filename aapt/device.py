@@ -1,5 +1,7 @@
 """Where networks run."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
@@ -10,3 +12,12 @@ def move(network: nn.Module, device: str | torch.device) -> None:
         network.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: cannot use {device}: {error}") from None
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager:
+    """bfloat16 matrix products with float32 parameters.
+
+    One context for what runs without gradient and another one for what runs with it: a cast that is
+    kept from the first would hand its gradient on after FSDP has reduced it.
+    """
+    return torch.autocast(device.type, torch.bfloat16)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from aapt.benchmark import bench_stream
-from aapt.generator import StreamingGenerator
-from aapt.model import VideoTransformer
-from aapt.recipes import aapt_8b
-from aapt.student_forcing import StudentRollout
+from aapt.evaluate.speed import bench_stream
+from aapt.model.transformer import VideoTransformer
+from aapt.streaming.generator import StreamingGenerator
+from aapt.streaming.student import StudentRollout
+from aapt.training.recipes import aapt_8b
 
 VIDEO_FRAMES = 4  # per step
 PHASES = (  # the operator that a device time belongs to, by the first name that is part of its own

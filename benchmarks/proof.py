@@ -21,15 +21,15 @@ import torch
 from PIL import Image
 
 from aapt.checkpoint import load_config, save_config, write_json
-from aapt.config import SamplingConfig
-from aapt.corruption import Corruption
-from aapt.curriculum import constant
 from aapt.evaluate import evaluate
-from aapt.generator import StreamingGenerator
-from aapt.recipes import Recipe, StageConfig, tiny_world
-from aapt.samples import roll_out
-from aapt.stages.adversarial import AdversarialConfig
-from aapt.trainer import Run
+from aapt.model.config import SamplingConfig
+from aapt.runs.run import Run
+from aapt.streaming.generator import StreamingGenerator
+from aapt.streaming.rollout import roll_out
+from aapt.training.corruption import Corruption
+from aapt.training.curriculum import constant
+from aapt.training.recipes import Recipe, StageConfig, tiny_world
+from aapt.training.stages.adversarial import AdversarialConfig
 
 Variants = Mapping[str, StageConfig]
 

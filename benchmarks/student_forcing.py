@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aapt.environment import environment
-from aapt.layers import Stream
-from aapt.model import VideoTransformer, clean
-from aapt.recipes import tiny_world
-from aapt.rope import Rotation
-from aapt.student_forcing import StudentRollout, parallel_pass
+from aapt.model.layers import Stream
+from aapt.model.rope import Rotation
+from aapt.model.transformer import VideoTransformer, clean
+from aapt.streaming.student import StudentRollout
+from aapt.training.forcing import parallel_pass
+from aapt.training.recipes import tiny_world
 from aapt_kernels import qk_norm_rope
 
 WAYS = ("recurrent", "recurrent, checkpointed", "two-pass", "two-pass, checkpointed")

@@ -1,13 +1,15 @@
 """Clips of latents with their motion and prompts: what every training stage eats."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ..randomness import ClipRandom
+from ..vae.pixels import to_video
+from .randomness import ClipRandom
 
 FirstFrame = Literal["half", "never"]
 
@@ -116,3 +118,24 @@ def window_starts(
     if first_frame == "half":
         starts = [start * coin for start, coin in zip(starts, random.integers(2))]
     return starts
+
+
+class VideoClips:
+    """Clips as pixels: at most `count`, each uint8 (F, H, W, 3), all of one shape."""
+
+    def __init__(self, videos: Iterable[Tensor], count: int):
+        first = next(videos := iter(videos))
+        self.videos = first.new_empty(count, *first.shape)  # beside a list, twice the memory
+        made = 0
+        for made, video in enumerate(chain([first], videos), start=1):
+            self.videos[made - 1] = video
+        self.videos = self.videos[:made]
+
+    def sample(self, random: ClipRandom, frames: int) -> Tensor:
+        """Random windows (B, 3, frames, H, W) in [-1, 1]."""
+        count, length = self.videos.shape[:2]
+        if frames > length:
+            raise ValueError(f"frames: expected at most {length}, got {frames}")
+        clips, starts = random.integers(count), random.integers(length - frames + 1)
+        windows = [self.videos[c, s : s + frames] for c, s in zip(clips, starts)]
+        return to_video(torch.stack(windows).to(random.device))

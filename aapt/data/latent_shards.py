@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..conditioning import through_lens
-from ..config import CameraConfig
-from ..randomness import ClipRandom
+from ..model.conditioning import through_lens
+from ..model.config import CameraConfig
 from .clips import ClipBatch, FirstFrame, window_starts
+from .randomness import ClipRandom
 
 FORMAT_VERSION = 1
 INDEX = "index.json"

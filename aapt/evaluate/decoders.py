@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import find_checkpoint, load_config
-from ..data.buckets import Bucket
-from ..data.procedural import to_video
-from ..data.video_folder import video_clips
-from ..figures import MissingLibrary
-from ..samples import to_pixels
+from ..clock import FPS
+from ..data.videos.buckets import Bucket
+from ..data.videos.pixel_clips import video_clips
+from ..media.figures import MissingLibrary
 from ..vae import CausalVAE
-from ..vae_folder import LIGHT, ORIGINAL, load_vae
+from ..vae.folder import LIGHT, ORIGINAL, load_vae
+from ..vae.pixels import to_pixels, to_video
 from . import metrics
-from .walks import film_truth, held_out_starts
+from .world_scenes import film_truth, held_out_starts
 
-FPS = 24
 WARMUP = 6  # steps of each decoder before its time counts
 
 

@@ -6,9 +6,10 @@ import math
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from ..figures import COLOURS, MUTED, new_figure
-from .moments import WINDOWS
-from .report import TRUTH, Report
+from ..media.figures import COLOURS, MUTED, new_figure
+from .report import Report
+from .scenes import TRUTH
+from .windows import WINDOWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,33 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..contact_sheet import contact_sheet
-from ..data.world import FRAMES_PER_LATENT
+from ..clock import FPS, FRAMES_PER_LATENT, SHEET_SECONDS, STEPS_PER_SECOND
 from ..device import move
 from ..environment import environment
-from ..figures import new_figure, path_labels, save_figure
-from ..generator import StreamingGenerator
-from ..samples import SHOWN_ROWS
-from . import metrics
-from .drift import timeline
+from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
+from ..media.figures import new_figure, path_labels, save_figure
+from ..streaming.generator import StreamingGenerator
+from .clip_scenes import EncodedClips
 from .drift_plot import plot_drift
-from .encoded import EncodedClips
-from .features import feature_distance
-from .footage import Footage, Scenes, film_rollout
-from .moments import (
-    FPS,
-    SHEET_SECONDS,
-    STEPS_PER_SECOND,
-    WINDOWS,
-    Window,
-    drift_frames,
-    nearest,
-)
+from .footage import Footage
+from .measure import Measurement, Stretch, measure, timeline
 from .motion_probe import ProbeConfig
 from .pretrained import PretrainedDistance
-from .report import AUTOENCODER, TRUTH, Measurement, Report
-from .stretch import Stretch
-from .walks import Walks, held_out_starts
+from .report import Report
+from .scenes import AUTOENCODER, TRUTH, Scenes, film_rollout
+from .windows import WINDOWS, drift_frames, nearest
+from .world_scenes import Walks, held_out_starts
 
 
 def evaluate(
@@ -156,38 +145,6 @@ def evaluate(
     shown = {name: films[name] for name in (*generators, TRUTH)}
     _sheet(scenes, shown, moments).save(out / "sheet.png")
     return report
-
-
-def measure(
-    video: Tensor,
-    truth: Stretch,
-    latents: Tensor | None,
-    scenes: Scenes,
-    window: Window,
-    networks: Sequence[PretrainedDistance] = (),
-) -> Measurement:
-    """One window of a video source, uint8 (starts, 1 + 4 T, H, W, 3), against the truth without the
-    first frame, which is only there for the motion of the second.
-
-    latents: `latent_statistics` of its latent frames (starts, T, 2), None where it has none.
-    """
-    clips = Stretch.of(video[:, 1:])
-    frames = clips.video.shape[1]
-    distances = {n.kind: n(clips.video, truth.video) for n in networks if frames >= n.frames}
-    paired = {}
-    if window.last <= scenes.steps:
-        psnr = metrics.psnr(clips.video, truth.video)
-        paired["psnr"] = psnr if math.isfinite(psnr) else None
-        paired["palette_error"] = metrics.palette_error(clips.palette, truth.palette)
-    return Measurement(
-        latent_offset=None if latents is None else latents[..., 0].mean().item(),
-        latent_deviation=None if latents is None else latents[..., 1].mean().item(),
-        sharpness=clips.sharpness_over(truth),
-        feature_distance=feature_distance(clips.features, truth.features),
-        **paired,
-        **distances,
-        **scenes.obedience(video, clips.palette, window),
-    )
 
 
 def cache_folder() -> Path:

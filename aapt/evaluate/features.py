@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.procedural import to_video
+from ..vae.pixels import to_video
 
 BANDS = 3
 SCALES = 3  # each half as fine as the one before

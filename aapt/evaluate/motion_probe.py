@@ -19,15 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import read_tensors, save_tensors
-from ..data.world import (
-    FORWARD_STEP,
-    FRAMES_PER_LATENT,
-    THEMES,
-    YAW_STEP,
-    make_world,
-    render,
-    sample_trajectory,
-)
+from ..clock import FRAMES_PER_LATENT
+from ..data.tiny_world.render import render
+from ..data.tiny_world.themes import THEMES
+from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, make_world, sample_trajectory
 from .metrics import correlation
 
 FIRST_SEED = 5_000_000  # of the worlds it learns from: no other part of the project uses them

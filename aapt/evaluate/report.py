@@ -7,46 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from .drift import Timeline
+from .measure import Measurement, Timeline
 from .motion_probe import ProbeQuality
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """One video source in one time window, over all starts; None where it does not apply.
-
-    Where the truth ends before the window does, its last frames stand for it, and what compares
-    frame with frame is left out.
-
-    Attributes:
-        latent_offset, latent_deviation: Means of `latent_statistics`; the deviation of real latents
-            is about 1.
-        sharpness: Mean horizontal gradient over that of the truth.
-        palette_error: Of sky and ground against the truth, over the window, in 0 to 1.
-        theme_kept: Share of starts whose palette is nearest to their own theme.
-        feature_distance: From the truth of the same window, see `features.feature_distance`.
-        psnr: Against the truth, in dB. Past the first second only chance and theme are in it.
-        yaw_correlation, forward_correlation: Of commanded and realised motion.
-        yaw_gain, forward_gain: Realised over commanded motion.
-        fid, fvd: From the truth of the same window, where a network was given.
-    """
-
-    latent_offset: float | None = None
-    latent_deviation: float | None = None
-    sharpness: float | None = None
-    palette_error: float | None = None
-    theme_kept: float | None = None
-    feature_distance: float | None = None
-    psnr: float | None = None
-    yaw_correlation: float | None = None
-    forward_correlation: float | None = None
-    yaw_gain: float | None = None
-    forward_gain: float | None = None
-    fid: float | None = None
-    fvd: float | None = None
-
-
-TRUTH, AUTOENCODER = "truth", "autoencoder"  # the sources that are no checkpoints
 COLUMNS = (
     ("latent std", "latent_deviation", "{:.3f}"),
     ("sharpness", "sharpness", "{:.2f}"),

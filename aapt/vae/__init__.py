@@ -1,9 +1,9 @@
 """The causal video autoencoder: configurations, the network, what a frame costs."""
 
+from .autoencoder import CausalVAE, DecoderState
 from .config import VAEConfig, light, lighter, original, tiny, tiny_light, wan
 from .cost import Work, decoder_work, flops_per_latent_frame, total
-from .layers import to_bytes
-from .model import CausalVAE, DecoderState
+from .pixels import to_bytes
 from .stream import DecoderStream
 from .wan_weights import load_wan
 

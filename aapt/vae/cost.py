@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .autoencoder import CausalVAE
 from .config import VAEConfig
 from .layers import Call, FrameAttention
-from .model import CausalVAE
 
 
 @dataclass(frozen=True)

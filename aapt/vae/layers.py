@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_kernels import causal_conv3d
-from aapt_kernels.causal_conv3d import fuses_next_norm, layout, ref
+from aapt_kernels.causal_conv3d import fuses_next_norm, layout
 
 from .config import VAEConfig
 
@@ -319,11 +319,6 @@ class SeparateUpsample(nn.Module):
             Call(self.time_conv, frames, height, width),
             Call(self.conv, frames * self.stride[0], height, width),
         ]
-
-
-def to_bytes(video: Tensor) -> Tensor:
-    """Video in [-1, 1] as uint8, as a convolution with `pixels` makes it; not-a-number is black."""
-    return ref.to_pixels(video)
 
 
 def last_frames(x: Tensor, count: int | None) -> Tensor:

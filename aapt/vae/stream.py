@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .model import CausalVAE
+from .autoencoder import CausalVAE
 
 WARMUPS = 3  # calls before a capture: libraries load and choose their kernels in the first
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, read_tensors
+from .autoencoder import CausalVAE
 from .config import wan
 from .layers import FrameAttention, ResidualBlock
-from .model import CausalVAE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The shape that `config.wan` has; a configuration may leave it out.

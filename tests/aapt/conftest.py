@@ -2,7 +2,7 @@
 
 import pytest
 
-from aapt.stages import adversarial, rollout_regression
+from aapt.training.stages import adversarial, rollout_regression
 
 
 @pytest.fixture

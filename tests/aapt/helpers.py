@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
-from aapt.config import CameraConfig, ModelConfig
 from aapt.data.clips import LatentClips
-from aapt.randomness import ClipRandom
-from aapt.world_model import WorldModel
+from aapt.data.randomness import ClipRandom
+from aapt.model.config import CameraConfig, ModelConfig
+from aapt.model.world_model import WorldModel
 
 CAMERA = CameraConfig(1.5, 0.04, 0.07, 0.05, 0.025)
 

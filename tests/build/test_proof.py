@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from aapt.checkpoint import BUNDLED, load_config, save_config
-from aapt.config import SamplingConfig
-from aapt.recipes import tiny_world
+from aapt.model.config import SamplingConfig
+from aapt.training.recipes import tiny_world
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cpu": "a processor", "threads": 1}

@@ -1,4 +1,4 @@
-"""The architecture, as rules that a wrong import or a grown file breaks."""
+"""The house, as rules that a wrong import, a stale permission or a grown file breaks."""
 
 import ast
 import re
@@ -7,35 +7,65 @@ from pathlib import Path
 import pytest
 import typer
 
-from aapt.cli import app
+from aapt.commands.app import app
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 600
+GROUND = ["checkpoint", "clock", "device", "environment", "torchscript"]
 
-# Ops run in the layers, the decoder and the stream. The model only hands their layout and cache
-# down to its layers, and the command line only asks which backends there are.
-MAY_IMPORT_KERNELS = {
-    "aapt/layers.py",
-    "aapt/vae/layers.py",
-    "aapt/generator.py",
-    "aapt/model.py",
-    "aapt/cli.py",
+# Who imports whom inside `aapt`, exactly: a permission that nobody uses is not in the table. Rooms
+# are the folders, and the modules on the ground by their names.
+MAY_IMPORT = {
+    "__init__": {"model", "streaming"},
+    "__main__": {"commands"},
+    "model": {"checkpoint"},
+    "vae": {"checkpoint"},
+    "data": {"checkpoint", "clock", "model", "vae"},
+    "streaming": {"checkpoint", "clock", "model", "vae"},
+    "training": {"data", "device", "model", "streaming", "torchscript", "vae"},
+    "evaluate": {
+        *GROUND,
+        *("data", "media", "model", "streaming", "vae"),
+    },
+    "runs": {
+        *("checkpoint", "clock", "device"),
+        *("data", "media", "model", "streaming", "training", "vae"),
+    },
+    "commands": {
+        *("checkpoint", "clock", "device", "environment"),
+        *("data", "evaluate", "media", "model", "runs", "streaming", "training", "vae"),
+    },
 }
-MAY_IMPORT_FSDP = {"aapt/parallel.py"}
+IMPORT_KERNELS = {
+    "aapt/commands/info.py",  # only asks which backends there are
+    "aapt/model/layers.py",
+    "aapt/model/transformer.py",  # only hands layout and cache to its layers
+    "aapt/vae/layers.py",
+    "aapt/vae/pixels.py",
+}
+IMPORT_FSDP = {"aapt/runs/parallel.py"}
 
 
 def python_files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Every absolute module that a file imports, at any depth of it."""
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path, module: str = "") -> set[str]:
+    """Every module or name that a file imports, at any depth, as an absolute dotted path."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            modules |= {f"{base}.{alias.name}" for alias in node.names}
     return modules
 
 
@@ -47,16 +77,43 @@ def importers(folder: str, prefix: str) -> set[str]:
     }
 
 
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[1]
+
+
 def test_the_rules_see_imports(tmp_path):
     source = tmp_path / "module.py"
-    source.write_text("import torch.nn\ndef f():\n    from aapt_kernels import KVCache\n")
-    assert imported_modules(source) == {"torch.nn", "aapt_kernels.KVCache"}
+    source.write_text(
+        "import torch.nn\ndef f():\n    from aapt_kernels import KVCache\n    from ..b import c\n"
+    )
+    assert imported_modules(source, "a.x.module") == {
+        "torch.nn",
+        "aapt_kernels.KVCache",
+        "a.b.c",
+    }
+
+
+def test_rooms_import_what_the_table_says():
+    rooms = {room_of(path) for path in python_files("aapt")}
+    found: dict[str, set[str]] = {}
+    for path in python_files("aapt"):
+        for name in imported_modules(path, module_name(path)):
+            parts = name.split(".")
+            if parts[0] == "aapt" and len(parts) > 1 and parts[1] in rooms - {room_of(path)}:
+                found.setdefault(room_of(path), set()).add(parts[1])
+    assert found == MAY_IMPORT
+
+
+def test_no_circle_between_rooms():
+    left = {room: set(needed) for room, needed in MAY_IMPORT.items()}
+    while left:
+        free = {room for room, needed in left.items() if not needed & set(left)}
+        assert free, f"a circle among {sorted(left)}"
+        left = {room: needed for room, needed in left.items() if room not in free}
 
 
 def test_kernels_are_imported_in_few_places():
-    found = importers("aapt", "aapt_kernels")
-    assert "aapt/layers.py" in found
-    assert found <= MAY_IMPORT_KERNELS
+    assert importers("aapt", "aapt_kernels") == IMPORT_KERNELS
 
 
 def test_kernels_do_not_know_the_model():
@@ -65,7 +122,17 @@ def test_kernels_do_not_know_the_model():
 
 @pytest.mark.parametrize("module", ["torch.distributed.fsdp", "torch.distributed._composable"])
 def test_sharding_lives_in_one_place(module):
-    assert importers("aapt", module) <= MAY_IMPORT_FSDP
+    assert importers("aapt", module) <= IMPORT_FSDP
+
+
+def test_only_commands_speak_typer():
+    assert {Path(path).parts[1] for path in importers("aapt", "typer")} == {"commands"}
+
+
+def test_tests_mirror_the_packages():
+    rooms = {path.relative_to(ROOT / "tests/aapt") for path in (ROOT / "tests/aapt").rglob("*/")}
+    rooms = {room for room in rooms if (ROOT / "tests/aapt" / room / "__init__.py").exists()}
+    assert [room for room in sorted(rooms) if not (ROOT / "aapt" / room).is_dir()] == []
 
 
 def test_files_stay_readable():

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aapt_kernels import FrameLayout, block_causal_attention, qk_norm_rope
 
-from ..aapt import ranks
+from ..aapt.runs import ranks
 
 LAYOUT = FrameLayout(text_tokens=3, tokens_per_frame=5, frames=4, window_frames=2)
 BATCH, HEADS, HEAD_DIM = 4, 2, 8

@@ -1,0 +1,146 @@
+"""`aapt encode`: shards of latents from videos."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import MODEL, Json, bad_input, ctrl_c, load, say, table
+
+
+def encode(
+    videos: Annotated[
+        Path, typer.Argument(help="A folder of videos or tar shards, a .tar, or a video.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where shards of latents go.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="Whose VAE: a bundled model, a checkpoint, or a VAE alone such as Wan 2.1's.",
+        ),
+    ] = MODEL,
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WxH[+WxH...]",
+            help="A size of clips, or several that a video is encoded at; may be repeated.",
+            show_default="the model's",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 5.0,
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="From one clip's start to the next.", show_default="a clip's length"
+        ),
+    ] = None,
+    motion: Annotated[
+        str, typer.Option(metavar="KIND", help="What moves a clip: none, camera or pose.")
+    ] = "none",
+    max_move: Annotated[
+        float,
+        typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
+    ] = 0.5,
+    max_turn: Annotated[
+        float,
+        typer.Option(
+            metavar="DEGREES", min=0, help="Drop clips whose camera turns further a frame."
+        ),
+    ] = 15.0,
+    min_score: Annotated[
+        float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")
+    ] = 0.3,
+    shard_clips: Annotated[int, typer.Option(metavar="N", min=1, help="Clips of a shard.")] = 256,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Threads that decode.")] = 2,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where the VAE runs: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
+    as_json: Json = False,
+):
+    """Encode videos into shards of latents to train on.
+
+    NAME.mp4 (or any container FFmpeg reads) goes with NAME.txt, its caption, or NAME.json with
+    "caption" or "captions"; with NAME.camera.txt (RealEstate10K) for camera motion and
+    NAME.keypoints.json (COCO-WholeBody) for pose motion. Clips of 1 + 4 * round(seconds * 24 / 4)
+    frames are cut at 24 fps. What cannot be used is skipped and counted; FOLDER/videos.jsonl names
+    it. The same command goes on after an interruption and makes the same bytes.
+
+    \b
+    Examples:
+      aapt encode videos/ --out latents/
+      aapt encode shards/ --bucket 736x416 --bucket 416x736 --model mine/ --out latents/
+      aapt encode videos/ --bucket 736x416+1280x720+640x352 --model Wan2.1/vae --seconds 15 \
+        --device cuda --out latents/
+      aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
+    """
+    from ..data.videos import encode as job
+    from ..data.videos.buckets import Bucket
+    from ..data.videos.clip_reader import CutConfig
+    from ..device import move
+
+    with bad_input():
+        vae, size, fps, patch = _autoencoder(model)
+        if size is None and not bucket:
+            raise ValueError(f"bucket: expected one or more, as {model} is a VAE of no size")
+        granularity, per_latent = vae.config.space_factor * patch, vae.config.time_factor
+        for name, value in (
+            ("seconds", seconds),
+            ("stride", seconds if stride is None else stride),
+        ):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, got {value:g}")
+        latent_frames = max(1, round(seconds * fps / per_latent))
+        clip = 1 + per_latent * latent_frames
+        config = CutConfig(
+            buckets=tuple(Bucket.parse_family(family, granularity) for family in bucket or [size]),
+            latent_frames=latent_frames,
+            stride=clip if stride is None else max(1, round(stride * fps)),
+            fps=fps,
+            frames_per_latent=per_latent,
+            motion=motion,
+            max_move=max_move,
+            max_turn=math.radians(max_turn),
+            min_score=min_score,
+        )
+        move(vae, device)
+        options = {"shard_clips": shard_clips, "workers": workers, "report": say}
+        try:
+            with ctrl_c() as interrupted:
+                index = job.encode(
+                    videos, vae, out, config, stop=lambda: bool(interrupted), **options
+                )
+        except job.EncodeError as error:
+            say(f"aapt: {error}; the same command goes on")
+            raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(index, indent=2))
+    else:
+        table(job.summary(index))
+    if not index["complete"]:
+        say("aapt: interrupted: the same command goes on")
+        raise typer.Exit(130)
+    if not index["buckets"]:
+        say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
+        raise typer.Exit(1)
+
+
+def _autoencoder(model: str):
+    """The VAE of a model with the model's size, frames per second and latent pixels along a token's
+    side; of one that stands alone the size is None, the others are the paper's."""
+    from ..checkpoint import find_checkpoint, load_config
+    from ..clock import FPS
+    from ..model.config import ModelConfig
+    from ..vae.folder import load_vae
+    from ..vae.wan_weights import WEIGHTS
+
+    folder = find_checkpoint(model)
+    if (folder / WEIGHTS).is_file() or "model" not in load_config(folder):
+        return load_vae(model), None, FPS, ModelConfig.patch
+    generator = load(model)
+    size = f"{generator.width}x{generator.height}"
+    return generator.vae, size, generator.fps, generator.model.config.patch

@@ -1,0 +1,153 @@
+"""The commands that measure a model and draw what training has measured."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .shared import Json, bad_input, say, table
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a bundled model.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the report goes.")
+    ],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FOLDER", help="Beside it; may be repeated.", show_default=False),
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Encoded clips to start from.", show_default="held-out worlds"
+        ),
+    ] = None,
+    starts: Annotated[
+        int, typer.Option(metavar="N", help="Worlds or clips; six worlds show every theme.")
+    ] = 16,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of worlds, walks, clips, noise.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where models run: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
+    fid: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TorchScript network of frames for FID."),
+    ] = None,
+    fvd: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TorchScript network of clips for FVD.")
+    ] = None,
+    as_json: Json = False,
+):
+    """Measure a model on long videos of worlds or clips that no training has seen.
+
+    In windows of time: sharpness, palette, distance in feature space, PSNR, and how far the camera
+    obeys, all against the rendered truth. Every second: drift. The folder gets report.json,
+    drift.png and sheet.png. A probe that reads camera motion is trained the first time, and kept
+    in the user's cache.
+
+    A model that does not move as the bundled world does is measured on clips of `aapt encode`, of
+    its size and its autoencoder: pictures, captions and motion are theirs, and motion starts over
+    when a clip ends. The truth is what the autoencoder makes of them. Past its end its last frames
+    stand for it, but frame is not compared with frame; themes and obedience are left out.
+
+    A diffusion checkpoint is rolled out in the steps and with the guidance of its config.json.
+
+    \b
+    Examples:
+      aapt eval tiny-world --out evaluation
+      aapt eval runs/tiny-world/tiny-world --baseline tiny-world --seconds 30 --out compared
+      aapt eval tiny-world --seed 1 --json --out second > second.json
+      aapt eval tiny-world --fvd i3d_torchscript.pt --out fvd
+      aapt eval runs/paper-8b/paper-8b --latents held-out/ --starts 4 --device cuda --out clips
+    """
+    from ..evaluate import evaluate
+    from ..media.figures import MissingLibrary
+
+    checkpoints = [checkpoint, *(baseline or [])]
+    settings = dict(latents=latents, starts=starts, seconds=seconds, seed=seed)
+    settings |= dict(device=device, fid=fid, fvd=fvd)
+    with bad_input():
+        try:
+            report = evaluate(checkpoints, out, **settings, log=say)
+        except (MissingLibrary, OSError) as error:
+            say(f"aapt: {error}")
+            raise typer.Exit(1) from None
+    if as_json:
+        print(report.as_json())
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(report.table())
+
+
+def evaluate_vae(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A bundled model or a checkpoint folder with a light decoder.")
+    ],
+    videos: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where clips are cut from.", show_default="held-out worlds"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Of clips.", show_default="the model's")
+    ] = None,
+    clips: Annotated[int, typer.Option(metavar="N", min=1, help="How many clips.")] = 24,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 2.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of held-out worlds.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="PyTorch's")
+    ] = None,
+    as_json: Json = False,
+):
+    """Compare a light decoder with the original one: PSNR, SSIM, flicker, sharpness, time.
+
+    Both decode the same latents of clips that neither has seen, and are timed by turns on one
+    latent frame after the other.
+
+    \b
+    Examples:
+      aapt eval-vae tiny-world
+      aapt eval-vae runs/vae-light/vae-light --threads 1 --json > decoders.json
+      aapt eval-vae runs/wan-light/wan-light --videos held-out/ --size 480x256
+    """
+    import torch
+
+    from ..data.videos.buckets import Bucket
+    from ..environment import environment
+    from ..evaluate.decoders import compare_decoders
+    from ..media.figures import MissingLibrary
+
+    if threads:
+        torch.set_num_threads(threads)
+    with bad_input():
+        bucket = Bucket.parse(size) if size else None
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
+        given = dict(videos=videos, size=bucket, clips=clips, seconds=seconds, seed=seed)
+        try:
+            report = compare_decoders(checkpoint, **given, log=say)
+        except (MissingLibrary, OSError) as error:
+            say(f"aapt: {error}")
+            raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(report | environment(), indent=2))
+        return
+    rows = [("clips", f"{report['clips']} of {report['frames']} frames, {report['size']}")]
+    rows += [
+        (
+            name,
+            f"{r['psnr']:.2f} dB, SSIM {r['ssim']:.4f}, flicker {r['flicker']:.5f}, sharpness "
+            f"{r['sharpness']:.4f}, {r['step_ms']:.1f} ms, {r['parameters'] / 1e6:.2f} M",
+        )
+        for name, r in report["decoders"].items()
+    ]
+    rows.append(("truth", f"sharpness {report['sharpness']:.4f}"))
+    rows.append(("agreement", f"{report['agreement']:.2f} dB"))
+    rows.append(("speed", f"{report['speedup']:.2f} x, {report['threads']} threads"))
+    table(rows)

@@ -1,0 +1,213 @@
+"""`aapt generate`: a video from an image, a prompt and a control script."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import progress
+from rich.console import Console
+
+from .shared import MODEL, Model, bad_input, ctrl_c, load, prompt_of, say
+
+MAX_SEED = 2**63 - 1
+
+
+def generate(
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="FILE.mp4, FILE.gif, a folder for PNG files, or - for raw rgb24.",
+        ),
+    ],
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="First frame: a PNG or JPEG of any size.", show_default="a sample"
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What the world is.", show_default="the model's first"),
+    ] = None,
+    controls: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET|FILE", help="How to move.", show_default="walk"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of the video.")] = 10.0,
+    model: Model = MODEL,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Same seed, same video.")
+    ] = 0,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=32,
+            help="Enlarge frames this many times (Lanczos).",
+            show_default="to at least 320 rows for mp4 and 160 for gif, else 1",
+        ),
+    ] = None,
+):
+    """Make a video from a picture, a prompt and a control script.
+
+    The frame count is 1 + 4 * round(seconds * 24 / 4): the first frame and whole steps. Frames are
+    written as they are made: Ctrl-C or a full disk leaves a file that plays as far as it got.
+
+    \b
+    Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
+    there-and-back. A control script is a text file of '<seconds> <keys>' lines, keys from w a s d
+    or - for none, or a JSON list of {"seconds": 1, "yaw": 0.5, "forward": 1}, where yaw > 0 turns
+    right. One shorter than the video starts over.
+
+    \b
+    Examples:
+      aapt generate --out walk.mp4
+      aapt generate --image photo.jpg --controls circle --seconds 30 --out circle.mp4
+      printf '2 w\\n1 wd\\n2 w\\n' > path.txt && aapt generate --controls path.txt --out path.gif
+      aapt generate --seconds 5 --out frames/
+      aapt generate --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 128x80 \\
+        -framerate 24 -
+    """
+    from ..media.image import fit_image, load_image
+    from ..media.video import open_video, output_kind
+    from ..streaming.controls import load_controls
+
+    with bad_input():
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
+        script = load_controls(controls or "walk")
+        picture = load_image(image) if image else None
+        output_kind(out)
+    generator = load(model)
+    step_seconds = generator.frames_per_step / generator.fps
+    script = dataclasses.replace(script, step_seconds=step_seconds)
+    if generator.driven_by != "camera":
+        script = _undriven(generator, controls)
+    steps = max(1, round(seconds / step_seconds))
+
+    with bad_input():
+        if picture is None:
+            picture = load_image(generator.sample_image())
+        first_frame, note = fit_image(picture, generator.height, generator.width)
+        if note:
+            say(f"{image or 'sample'}: {note}")
+        stream = generator.open(first_frame, prompt=prompt_of(generator, prompt), seed=seed)
+        try:
+            writer = open_video(out, generator.height, generator.width, generator.fps, scale)
+        except OSError as error:
+            raise ValueError(f"out: cannot open {out}: {error.strerror}") from None
+    _finish(_play(stream, writer, itertools.islice(script, steps), steps))
+
+
+def _undriven(generator, controls: str | None) -> Iterator:
+    """What plays a model without a camera: its prompt alone."""
+    with bad_input():
+        if generator.driven_by == "channels":
+            raise ValueError(
+                "model: expected one that a camera or its prompt drives, got one driven by "
+                "condition channels, which StreamingGenerator's streams take"
+            )
+        if controls is not None:
+            raise ValueError(f"controls: expected none, the model has no camera, got {controls}")
+    return itertools.repeat(generator.still())
+
+
+@dataclasses.dataclass
+class Played:
+    """How writing a stream ended."""
+
+    writer: Any
+    total_frames: int
+    step_seconds: list[float]
+    elapsed: float
+    interrupted: bool
+    error: OSError | None
+
+
+def _play(stream, writer, controls, steps: int) -> Played:
+    """Write the stream's frames as they come, until the end, Ctrl-C or an output that is full."""
+    total = len(stream.first_frame) + steps * stream.generator.frames_per_step
+    latencies, error = [], None
+    started = time.perf_counter()
+    with ctrl_c() as interrupted, _progress(total) as show:
+        try:
+            writer.write(stream.first_frame)
+            show(writer.frames, None)
+            for control in controls:
+                if interrupted:
+                    break
+                step_started = time.perf_counter()
+                frames = stream.step(control)
+                latencies.append(time.perf_counter() - step_started)
+                writer.write(frames)
+                show(writer.frames, latencies[-1])
+        except KeyboardInterrupt:  # the second Ctrl-C
+            interrupted.append(signal.SIGINT)
+        except OSError as problem:
+            error = problem
+        try:
+            writer.close()
+        except OSError as problem:
+            error = problem
+    elapsed = time.perf_counter() - started
+    return Played(writer, total, latencies, elapsed, bool(interrupted), error)
+
+
+def _finish(played: Played) -> None:
+    """Say in one line what the output holds, and exit accordingly."""
+    writer, total = played.writer, played.total_frames
+    if isinstance(played.error, BrokenPipeError):  # the reader has seen enough
+        return
+    holds = f"{writer.out} holds {writer.frames} of {total} frames"
+    if not writer.frames:
+        holds = f"nothing was kept of {writer.out}"
+    if played.error:
+        say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
+        raise typer.Exit(1)
+    if played.interrupted:
+        say(f"aapt: interrupted: {holds}")
+        raise typer.Exit(130)
+    latency = 1e3 * sorted(played.step_seconds)[len(played.step_seconds) // 2]
+    say(
+        f"{writer.out}: {writer.frames} frames, {writer.frames / writer.fps:.1f} s at "
+        f"{writer.fps} fps, {writer.width} x {writer.height}; made at "
+        f"{writer.frames / played.elapsed:.0f} fps, {latency:.0f} ms a step"
+    )
+
+
+@contextlib.contextmanager
+def _progress(total: int):
+    """A bar on a terminal, nothing elsewhere. Yields show(frames, seconds of the last step)."""
+    console = Console(stderr=True)
+    columns = (
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("frames"),
+        progress.TextColumn("[green]{task.fields[rate]}[/]"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task("", total=total, rate="")
+        started = time.perf_counter()
+
+        def show(frames: int, latency: float | None) -> None:
+            rate = ""
+            if latency is not None:
+                fps = frames / (time.perf_counter() - started)
+                rate = f"{fps:.1f} fps, {1e3 * latency:.0f} ms a step"
+            bar.update(task, completed=frames, rate=rate)
+
+        yield show

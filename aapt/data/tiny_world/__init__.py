@@ -1,0 +1,1 @@
+"""A procedural first-person world, rendered with exact controls and camera poses."""

@@ -1,0 +1,1 @@
+"""Clips from the user's videos."""

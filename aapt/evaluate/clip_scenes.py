@@ -1,0 +1,143 @@
+"""Held-out clips of `aapt encode`: for checkpoints that no renderer tells the truth about."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..clock import FPS, FRAMES_PER_LATENT, STEPS_PER_SECOND
+from ..data.latent_shards import LatentShards, read_index
+from ..data.videos.buckets import Bucket
+from ..streaming.generator import StreamingGenerator
+from ..streaming.rollout import starting_over
+from ..vae.folder import ORIGINAL, load_vae, vae_digest
+from .footage import Footage, film, latent_statistics
+from .scenes import TRUTH, Timed
+from .windows import WINDOWS, Window
+
+MOTIONS = {"camera": ("camera",), "channels": ("pose",), "prompt": ("none", "pose")}
+
+
+class EncodedClips:
+    """`Scenes` that begin as clips do, with their captions and their motion, which starts over when
+    a clip ends. The truth are their latents, decoded by the autoencoder that films them.
+
+    folder: of clips that no training has seen. generators: by their checkpoints, all of one picture
+    size. count: of the clips, seed: chooses them; clip i is the same whatever the count.
+
+    ValueError for clips that are not latents of a checkpoint's autoencoder (light or original), are
+    not moved by what drives it, or have another size or rate; for fewer than `count` of them, and
+    for clips that end before the first window does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        generators: Mapping[str | Path, StreamingGenerator],
+        count: int,
+        seed: int,
+    ):
+        index = read_index(folder)
+        for checkpoint, generator in generators.items():
+            _check_fit(folder, index, checkpoint, generator)
+        self.folder, self.bucket = folder, _bucket(generator)
+        clips = self._open(generator)
+        if clips.latent_frames < WINDOWS[0].last:
+            raise ValueError(
+                f"{folder}: expected clips of at least {WINDOWS[0].last} latent frames after the "
+                f"first, got {clips.latent_frames}"
+            )
+        if not 1 <= count <= len(clips):
+            raise ValueError(
+                f"starts: expected 1 to {len(clips)}, the clips of {self.bucket} in {folder}, "
+                f"got {count}"
+            )
+        if seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {seed}")
+        self.numbers = np.random.default_rng(seed).permutation(len(clips))[:count].tolist()
+        batch = clips.whole(self.numbers)
+        self.latents, self.prompts, self.steps = batch.latents, batch.prompts, clips.latent_frames
+        self.labels = [f"{i}" for i in range(count)]
+
+    def _open(self, generator: StreamingGenerator) -> LatentShards:
+        """With motion as this generator's camera sees it."""
+        return LatentShards(self.folder, self.bucket, generator.model.camera)
+
+    def film(
+        self,
+        generator: StreamingGenerator,
+        frames: Sequence[int],
+        windows: Sequence[Window],
+        timed: Timed,
+    ) -> tuple[dict[str, Footage], list[Tensor]]:
+        with timed(TRUTH):
+            latents = self.latents.to(generator.device)
+            known = [frame for frame in frames if frame <= FRAMES_PER_LATENT * self.steps]
+            truth = film(generator.vae, latents.split(1, dim=2), known)
+            statistics = latent_statistics(latents).cpu()
+        covered = [window for window in windows if window.last <= self.steps]
+        return {TRUTH: truth}, [statistics[:, w.first : w.last + 1] for w in covered]
+
+    def first(self, generator: StreamingGenerator) -> Tensor:
+        return self.latents[:, :, :1].to(generator.device)
+
+    def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor | None]:
+        motion = self._open(generator).whole(self.numbers).motion
+        if motion is not None:
+            motion = motion.to(generator.device)
+        return starting_over(generator.model.channels(motion, generator.latent_size))
+
+    def obedience(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
+        return {}
+
+    def facts(self, truth: Footage, window: Window) -> Mapping[str, Any]:
+        seconds = self.steps / STEPS_PER_SECOND
+        return {
+            "truth": f"{len(self.numbers)} clips of {self.folder}, {seconds:.2f} s each, as the "
+            "autoencoder decodes them"
+        }
+
+
+def _bucket(generator: StreamingGenerator) -> str:
+    return str(Bucket(generator.width, generator.height))
+
+
+def _check_fit(
+    folder: Path, index: Mapping[str, Any], checkpoint: str | Path, generator: StreamingGenerator
+) -> None:
+    encoding, bucket = index["encoding"], _bucket(generator)
+    if bucket not in index["buckets"]:
+        raise ValueError(
+            f"{folder}: expected clips of {bucket} for {checkpoint}, "
+            f"got {', '.join(index['buckets']) or 'none yet'}"
+        )
+    motions = MOTIONS[generator.driven_by]
+    if encoding["motion"] not in motions:
+        raise ValueError(
+            f"{folder}: expected clips with {' or '.join(motions)} motion for {checkpoint}, "
+            f"got {encoding['motion']}"
+        )
+    channels = generator.model.config.condition_channels
+    if generator.driven_by == "channels" and channels != generator.vae.config.latent_channels:
+        raise ValueError(
+            f"{checkpoint}: expected {generator.vae.config.latent_channels} condition channels, "
+            f"as latents of skeletons have, got {channels}"
+        )
+    for name, fps, frames in (
+        (folder, encoding["fps"], encoding["frames_per_latent"]),
+        (checkpoint, generator.fps, generator.frames_per_step),
+    ):
+        if (fps, frames) != (FPS, FRAMES_PER_LATENT):
+            raise ValueError(
+                f"{name}: expected {FPS} frames per second and {FRAMES_PER_LATENT} per latent "
+                f"frame, got {fps} and {frames}"
+            )
+    vaes = generator.vae, load_vae(checkpoint, ORIGINAL)
+    known = sorted({vae_digest(vae) for vae in vaes})
+    if encoding["vae"] not in known:
+        raise ValueError(
+            f"{folder}: expected latents of the autoencoder of {checkpoint} "
+            f"({' or '.join(digest[:8] for digest in known)}), got those of {encoding['vae'][:8]}"
+        )

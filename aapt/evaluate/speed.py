@@ -1,0 +1,72 @@
+"""How fast a stream runs: latency to the first frames, step latency, rate and memory."""
+
+import itertools
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..streaming.controls import load_controls
+from ..streaming.generator import StreamingGenerator
+
+WARMUP_STEPS = 12  # past the window of any bundled model, so that its ring has wrapped
+
+
+def bench_stream(
+    generator: StreamingGenerator, first_frame: np.ndarray, prompt: str, steps: int
+) -> dict[str, Any]:
+    """Time one stream, decoding included, encoding to a file not.
+
+    First-frame latency is from `open` to four frames in the hands of the caller: once for the first
+    stream of the process and once for the next. `steps` steps follow WARMUP_STEPS untimed ones.
+    """
+    controls = itertools.repeat(generator.still())
+    if generator.driven_by == "camera":
+        controls = iter(load_controls("walk", generator.frames_per_step / generator.fps))
+    on_gpu = generator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(generator.device)
+
+    first = []
+    for _ in range(2):
+        started = time.perf_counter()
+        stream = generator.open(first_frame, prompt=prompt, seed=0)
+        stream.step(next(controls))
+        first.append(time.perf_counter() - started)
+    for _ in range(WARMUP_STEPS):
+        stream.step(next(controls))
+
+    latencies = []
+    begun = time.perf_counter()
+    for _ in range(steps):
+        started = time.perf_counter()
+        stream.step(next(controls))  # frames come back in host memory: nothing is left in flight
+        latencies.append(time.perf_counter() - started)
+    elapsed = time.perf_counter() - begun
+
+    fps = steps * generator.frames_per_step / elapsed
+    p50, p99 = np.percentile(latencies, (50, 99))
+    return {
+        "device": str(generator.device),
+        "height": generator.height,
+        "width": generator.width,
+        "warmup_steps": WARMUP_STEPS,
+        "steps": steps,
+        "frames_per_step": generator.frames_per_step,
+        "first_frame_ms": {"cold": 1e3 * first[0], "warm": 1e3 * first[1]},
+        "step_ms": {"p50": 1e3 * p50, "p99": 1e3 * p99, "max": 1e3 * max(latencies)},
+        "fps": fps,
+        "real_time": fps / generator.fps,
+        "peak_memory_bytes": {
+            "process": _peak_resident_bytes(),
+            "cuda": torch.cuda.max_memory_allocated(generator.device) if on_gpu else None,
+        },
+    }
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB

@@ -1,0 +1,206 @@
+"""Held-out walks through the procedural world: rendered truth, known themes, commanded motion."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..clock import FRAMES_PER_LATENT
+from ..data.tiny_world.render import render
+from ..data.tiny_world.themes import THEMES
+from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, World, make_world, sample_trajectory
+from ..model.conditioning import control_rays
+from ..streaming.generator import StreamingGenerator
+from ..vae.pixels import to_pixels, to_video
+from . import metrics
+from .footage import Footage, latent_statistics, precision
+from .motion_probe import MotionProbe, ProbeConfig, ProbeQuality, load_probe
+from .scenes import AUTOENCODER, TRUTH, Timed
+from .windows import Window
+
+FIRST_SEED = 10_000_000  # of held-out worlds: far beyond those of training and of the motion probe
+SEEDS_PER_EVALUATION = 1_000
+THEME_SEED = 6_000_000  # of the worlds that stand for a theme
+THEME_WORLDS = 4
+
+
+@dataclass(frozen=True)
+class Start:
+    """A walk through a world that no training has seen.
+
+    Attributes:
+        controls: (T, 2), rows (yaw, forward).
+        poses: (1 + 4 T, 3), one per video frame.
+    """
+
+    world: World
+    prompt: str
+    controls: Tensor
+    poses: Tensor
+
+
+def held_out_starts(count: int, steps: int, seed: int) -> list[Start]:
+    """`count` walks of `steps` latent frames; they take turns in the themes and their phrasings.
+
+    Walk i is the same whatever the count, and its beginning whatever the number of steps.
+    """
+    if not 1 <= count <= SEEDS_PER_EVALUATION:
+        raise ValueError(f"starts: expected 1 to {SEEDS_PER_EVALUATION}, got {count}")
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {seed}")
+    starts = []
+    for index in range(count):
+        world_seed = FIRST_SEED + SEEDS_PER_EVALUATION * seed + index
+        turn, theme = divmod(index, len(THEMES))
+        world = make_world(world_seed, theme)
+        prompts = THEMES[theme].prompts
+        walk = sample_trajectory(world, steps, np.random.default_rng(world_seed))
+        starts.append(Start(world, prompts[turn % len(prompts)], *walk))
+    return starts
+
+
+def theme_footage(height: int, width: int) -> Tensor:
+    """Frames from all over each theme: uint8 (themes, F, H, W, 3), what a theme looks like."""
+    themes = []
+    for theme in range(len(THEMES)):
+        frames = []
+        for index in range(THEME_WORLDS):
+            seed = THEME_SEED + index
+            world = make_world(seed, theme)
+            _, poses = sample_trajectory(world, 48, np.random.default_rng(seed))
+            frames.append(render(world, poses[::24], height, width))
+        themes.append(torch.cat(frames))
+    return torch.stack(themes)
+
+
+def film_truth(starts: Sequence[Start], frames: Sequence[int], height: int, width: int) -> Footage:
+    """What the renderer shows of the starts."""
+    chosen = list(frames)
+    videos = [render(start.world, start.poses[chosen], height, width) for start in starts]
+    return Footage(chosen, torch.stack(videos))
+
+
+@torch.inference_mode()
+def film_reconstruction(
+    generator: StreamingGenerator, truth: Footage, stretches: Iterable[Sequence[int]]
+) -> tuple[Footage, list[Tensor]]:
+    """The truth through the autoencoder and back, and `latent_statistics` of each stretch.
+
+    Each stretch of 1 + 4 T frames is a clip of its own. Of its latent frames the first, which
+    covers one video frame alone, is left out of the statistics (starts, T, 2).
+    """
+    kept, pixels, statistics = [], [], []
+    for stretch in stretches:
+        clips = [to_video(clip[None]) for clip in truth[stretch]]
+        encoded = [generator.vae.encode(clip.to(generator.device)) for clip in clips]
+        with precision(generator.device):
+            decoded = [to_pixels(generator.vae.decode(latent)) for latent in encoded]
+        kept.extend(stretch)
+        pixels.append(torch.cat(decoded))
+        statistics.append(latent_statistics(torch.cat(encoded)[:, :, 1:]).cpu())
+    return Footage(kept, torch.cat(pixels, dim=1)), statistics
+
+
+class Walks:
+    """`Scenes` of the procedural world, for checkpoints that move as it does.
+
+    generators: by their checkpoints, all of one picture size. probe, cache: see `load_probe`.
+    ValueError for a checkpoint whose controls mean something else.
+    """
+
+    def __init__(
+        self,
+        starts: Sequence[Start],
+        generators: Mapping[str | Path, StreamingGenerator],
+        probe: ProbeConfig,
+        cache: Path,
+    ):
+        for checkpoint, generator in generators.items():
+            _check_moves(checkpoint, generator)
+        self.starts, self.prompts = starts, [start.prompt for start in starts]
+        self.labels = [f"{i} {THEMES[s.world.theme].name}" for i, s in enumerate(starts)]
+        self.controls = torch.stack([start.controls for start in starts])
+        self.themes = torch.tensor([start.world.theme for start in starts])
+        self.steps = self.controls.shape[1]
+        self.height, self.width = generator.height, generator.width
+        self._probe = cache, probe
+
+    @cached_property
+    def probe(self) -> tuple[MotionProbe, ProbeQuality]:
+        return load_probe(*self._probe, self.height, self.width)
+
+    @cached_property
+    def references(self) -> Tensor:
+        """Palettes (themes, 6)."""
+        return metrics.palette(theme_footage(self.height, self.width))
+
+    def film(
+        self,
+        generator: StreamingGenerator,
+        frames: Sequence[int],
+        windows: Sequence[Window],
+        timed: Timed,
+    ) -> tuple[dict[str, Footage], list[Tensor]]:
+        with timed("motion probe"):
+            _ = self.probe  # trained now unless it is there
+        with timed(TRUTH):
+            truth = film_truth(self.starts, frames, self.height, self.width)
+        with timed(AUTOENCODER):
+            stretches = [window.frames for window in windows]
+            through, statistics = film_reconstruction(generator, truth, stretches)
+        return {TRUTH: truth, AUTOENCODER: through}, statistics
+
+    def first(self, generator: StreamingGenerator) -> Tensor:
+        pixels = film_truth(self.starts, [0], self.height, self.width).pixels
+        return generator.vae.encode(to_video(pixels).to(generator.device))
+
+    def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor]:
+        controls, camera = self.controls.to(generator.device), generator.model.camera
+
+        def rays(step: int) -> Tensor:
+            return control_rays(controls[:, step - 1 : step], camera, *generator.latent_size)
+
+        return rays
+
+    def obedience(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
+        probe, _ = self.probe
+        motion = torch.stack([probe.estimate(clip) for clip in video])
+        controls = self.controls[:, window.first - 1 : window.last]
+        yaw, forward = ((motion[..., axis], controls[..., axis]) for axis in (0, 1))
+        return {
+            "theme_kept": metrics.theme_kept(palettes, self.references, self.themes),
+            "yaw_correlation": metrics.correlation(*yaw),
+            "forward_correlation": metrics.correlation(*forward),
+            "yaw_gain": metrics.gain(*yaw),
+            "forward_gain": metrics.gain(*forward),
+        }
+
+    def facts(self, truth: Footage, window: Window) -> Mapping[str, Any]:
+        palettes = metrics.palette(truth[window.frames])
+        return {
+            "truth": "rendered",
+            "same_theme": metrics.palette_distance(palettes, self.themes, same_theme=True),
+            "other_theme": metrics.palette_distance(palettes, self.themes, same_theme=False),
+            "probe": self.probe[1],
+        }
+
+
+def _check_moves(checkpoint: str | Path, generator: StreamingGenerator) -> None:
+    camera = generator.model.camera
+    if camera is None:
+        raise ValueError(
+            f"{checkpoint}: expected a model with a camera, to walk as the world does; others are "
+            "measured on encoded clips, see latents"
+        )
+    expected = (YAW_STEP, FORWARD_STEP, FRAMES_PER_LATENT)
+    got = (camera.yaw_step, camera.forward_step, generator.frames_per_step)
+    if got != expected:
+        raise ValueError(
+            f"{checkpoint}: expected the world's yaw step, forward step and frames per step "
+            f"{expected}, got {got}; others are measured on encoded clips, see latents"
+        )

@@ -1,0 +1,1 @@
+"""The network: transformer, conditioning, discriminator."""

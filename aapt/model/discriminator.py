@@ -1,0 +1,111 @@
+"""The discriminator: the generator's backbone with one logit per frame (SPEC 8, 12)."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .transformer import KeysValues, VideoTransformer
+from .ulysses import Ulysses
+from .world_model import WorldModel
+
+TAP_FRACTIONS = (4 / 9, 13 / 18, 1.0)
+Judgement = Literal["frame", "clip"]
+Pooling = Literal["query", "average"]
+
+
+class LogitHead(nn.Module):
+    """One learned query that cross-attends a set of tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.norm = nn.LayerNorm(config.width)
+        self.query = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.keys_values = nn.Linear(config.width, 2 * config.width)
+        self.context = Ulysses()
+
+    def forward(self, tokens: Tensor, sets: int, size: int) -> Tensor:
+        """tokens (B, sets x size, width), or this rank's shard of them -> (B, sets, width), each
+        set on its own."""
+        keys_values = self.keys_values(self.norm(tokens)).unflatten(-1, (2, self.heads, -1))
+        whole = self.context.to_heads(keys_values, sets * size).unflatten(1, (sets, size))
+        k, v = whole.flatten(0, 1).permute(2, 0, 3, 1, 4)
+        q = self.context.own_heads(self.query.unflatten(0, (self.heads, -1)))[:, None]
+        pooled = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1).to(k.dtype), k, v)
+        return self.context.all_heads(pooled[:, :, 0].unflatten(0, (-1, sets))).flatten(2)
+
+
+class Discriminator(nn.Module):
+    """D(x, c): its noise channels hold the frames to judge, its recycled channels the frame
+    before each. Starts from the stage-1 weights (`world`, which is taken over, not copied).
+
+    judgement: "frame", causal with a logit per frame as in the paper; or "clip", every frame sees
+    all others and the clip gets one logit (SPEC 12).
+    pooling: By a learned "query" as in the paper, or the "average" of all tokens.
+    """
+
+    def __init__(
+        self, world: WorldModel, judgement: Judgement = "frame", pooling: Pooling = "query"
+    ):
+        super().__init__()
+        if judgement not in ("frame", "clip"):
+            raise ValueError(f"judgement: expected 'frame' or 'clip', got {judgement!r}")
+        if pooling not in ("query", "average"):
+            raise ValueError(f"pooling: expected 'query' or 'average', got {pooling!r}")
+        self.world = world
+        self.judgement = judgement
+        config = world.config
+        self.taps = [round(fraction * config.depth) - 1 for fraction in TAP_FRACTIONS]
+        if min(self.taps) < 0 or len(set(self.taps)) < len(self.taps):
+            raise ValueError(f"depth: expected enough blocks for three heads, got {config.depth}")
+        self.heads = nn.ModuleList(LogitHead(config) for _ in self.taps)
+        if pooling == "average":
+            for head in self.heads:  # without a direction all keys weigh the same
+                nn.init.zeros_(head.query).requires_grad_(False)
+        joined = len(self.taps) * config.width
+        self.norm = nn.LayerNorm(joined)
+        self.logit = nn.Linear(joined, 1)
+        # The velocity head is not used here; frozen, it costs no optimizer state.
+        for layer in (self.backbone.out_modulation, self.backbone.video_out):
+            layer.requires_grad_(False)
+
+    @property
+    def backbone(self) -> VideoTransformer:
+        return self.world.transformer
+
+    def forward(
+        self,
+        x: Tensor,
+        previous: Tensor,
+        condition: Tensor | None,
+        text: Tensor,
+        text_lens: Tensor,
+        t: Tensor,
+        *,
+        prefix: KeysValues | None = None,
+        start_frame: int = 0,
+    ) -> Tensor:
+        """Logits (B, T), or (B, 1) of a clip, of frames x (B, C, T, H, W) after `previous`."""
+        _, _, tapped = self.backbone.features(
+            x,
+            previous,
+            condition,
+            text,
+            text_lens,
+            t,
+            prefix=prefix,
+            start_frame=start_frame,
+            taps=self.taps,
+            causal=self.judgement == "frame",
+        )
+        rows, columns = self.backbone.config.token_grid(*x.shape[-2:])
+        frame, frames = rows * columns, x.shape[2]
+        sets = (frames, frame) if self.judgement == "frame" else (1, frames * frame)
+        pooled = [head(tokens, *sets) for head, tokens in zip(self.heads, tapped, strict=True)]
+        # The penalty multiplies differences of logits by lambda: half precision would drown them.
+        with torch.autocast(x.device.type, enabled=False):
+            joined = torch.cat(pooled, dim=-1).to(self.logit.weight.dtype)
+            return self.logit(self.norm(joined)).squeeze(-1)

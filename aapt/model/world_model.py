@@ -1,0 +1,69 @@
+"""A transformer with what turns prompts and controls into its inputs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..checkpoint import fill_module, read_tensors
+from .conditioning import camera_rays, control_rays
+from .config import CameraConfig, ModelConfig
+from .text import ByteTextEncoder
+from .transformer import VideoTransformer
+
+
+class Conditions(NamedTuple):
+    """The conditions of a clip, in the order the transformer takes them."""
+
+    condition: Tensor | None  # (B, condition_channels, T, H, W)
+    text: Tensor  # (B, text_tokens, text_width)
+    text_lens: Tensor  # (B,)
+
+
+class WorldModel(nn.Module):
+    """Video transformer with its own byte-level text encoder, controlled by a camera if it has
+    one, else by condition channels that come ready (a skeleton's latents), if by any."""
+
+    def __init__(self, config: ModelConfig, camera: CameraConfig | None):
+        super().__init__()
+        if camera and config.condition_channels != camera.channels:
+            raise ValueError(
+                f"condition_channels: expected {camera.channels} for the camera's rays, "
+                f"got {config.condition_channels}"
+            )
+        self.config = config
+        self.camera = camera
+        self.transformer = VideoTransformer(config)
+        self.text_encoder = ByteTextEncoder(config.text_tokens, config.text_width)
+
+    def load_start(self, path: Path) -> None:
+        """Fill the model with weights to train on from. A model with fewer condition channels will
+        do: the others stay as they were initialised, which is not zero (SPEC 10).
+
+        Raises CheckpointError as `load_module` does.
+        """
+        name, area = "transformer.video_in.weight", self.config.patch**2
+        tensors, whole = read_tensors(path), self.state_dict()[name].clone()
+        given = tensors.get(name, whole)
+        if given.dim() == 2 and given.shape[0] == len(whole) and given.shape[1] % area == 0:
+            channels = given.shape[1] // area  # of a pixel: noise, recycled frame, conditions
+            if 2 * self.config.latent_channels <= channels < self.config.input_channels:
+                whole.unflatten(1, (area, -1))[..., :channels] = given.unflatten(1, (area, -1))
+                tensors[name] = whole
+        fill_module(path, tensors, self)
+
+    def conditions(
+        self, motion: Tensor | None, prompts: Sequence[str], size: Sequence[int]
+    ) -> Conditions:
+        """One prompt per clip, latents of `size` = (height, width). motion: controls (B, T, 2) of
+        (yaw, forward) or poses (B, T, frames, 4, 4) of the camera; without one the condition
+        channels (B, condition_channels, T, H, W); without those it is not looked at."""
+        return Conditions(self.channels(motion, size), *self.text_encoder(prompts))
+
+    def channels(self, motion: Tensor | None, size: Sequence[int]) -> Tensor | None:
+        """The condition channels of a motion, see `conditions`. No weight is in them."""
+        if self.camera:
+            rays = control_rays if motion.dim() == 3 else camera_rays
+            return rays(motion, self.camera, *size)
+        return motion if self.config.condition_channels else None

@@ -1,0 +1,1 @@
+"""Video frame after frame: streams and rollouts."""

@@ -1,0 +1,249 @@
+"""The streaming generator: a first frame and controls in, four video frames per step out."""
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import nvtx
+import torch
+from torch import Tensor
+
+from ..checkpoint import find_checkpoint, load_config, load_module, reading_config, tuples
+from ..clock import FPS
+from ..model.conditioning import Control, control_rays
+from ..model.config import CameraConfig, ModelConfig, SamplingConfig
+from ..model.world_model import WorldModel
+from ..vae import CausalVAE, DecoderStream
+from ..vae.folder import load_vae
+from ..vae.pixels import to_array
+from .student import StudentRollout
+
+
+class StreamingGenerator:
+    """A world model with its VAE, ready to open streams of `height` x `width` pixels.
+
+    What drives a stream depends on the model: a camera's controls, condition channels (a skeleton's
+    latents), or the prompt alone.
+
+    >>> generator = StreamingGenerator.from_pretrained("tiny-world")
+    >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
+    >>> frames = stream.step(Control(forward=1.0))  # uint8 (4, H, W, 3)
+
+    A diffusion model, which needs many passes for a frame, has `sampling`; it opens no streams and
+    is there to be measured (`samples.roll_out`).
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        vae: CausalVAE,
+        *,
+        height: int,
+        width: int,
+        fps: int = FPS,
+        prompts: Sequence[str] = (),
+        sample: tuple[Path, str] | None = None,
+        sampling: SamplingConfig | None = None,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.height, self.width, self.fps = height, width, fps
+        self.themes = tuple(prompts)
+        self._sample = sample
+        self.sampling = sampling
+        self._idle_decoders: list[DecoderStream] = []
+        factor = vae.config.space_factor
+        granularity = factor * model.config.patch
+        if height % granularity or width % granularity:
+            raise ValueError(
+                f"height, width: expected multiples of {granularity}, got {height} x {width}"
+            )
+        for name, ours, vaes in (
+            ("latent_channels", model.config.latent_channels, vae.config.latent_channels),
+            ("camera.frames", model.camera and model.camera.frames, vae.config.time_factor),
+        ):
+            if ours is None:
+                continue
+            if ours != vaes:
+                raise ValueError(f"{name}: expected {vaes}, as the VAE has it, got {ours}")
+        self.latent_size = (height // factor, width // factor)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "StreamingGenerator":
+        """Load a bundled model by name, or a checkpoint folder.
+
+        Raises CheckpointError, naming what was expected and what is there.
+        """
+        folder = find_checkpoint(name)
+        config = load_config(folder)
+        with reading_config(folder):
+            camera = config["camera"]
+            model = WorldModel(
+                ModelConfig(**tuples(config["model"])), CameraConfig(**camera) if camera else None
+            )
+            picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
+            if sample := config.get("sample"):
+                picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
+            if sampling := config.get("sampling"):
+                picture["sampling"] = SamplingConfig(**sampling)
+            generator = cls(model, load_vae(folder), **picture)
+        load_module(folder / "model.safetensors", model)
+        return generator
+
+    def sample_image(self) -> Path:
+        """A picture to start from that ships with the model. ValueError if none does."""
+        if self._sample is None:
+            raise ValueError("image: expected a file, this model comes without a sample picture")
+        return self._sample[0]
+
+    @property
+    def sample_prompt(self) -> str:
+        """The prompt that fits the sample picture, else the first theme, else none."""
+        return self._sample[1] if self._sample else next(iter(self.themes), "")
+
+    @property
+    def frames_per_step(self) -> int:
+        """Video frames of one step."""
+        return self.vae.config.time_factor
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.latent_mean.device
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """Pictures as latents: uint8 (1 + 4 n, H, W, 3) to (channels, 1 + n, h, w). All but the
+        first of a drawn skeleton's are the condition channels of n steps (SPEC 10)."""
+        video = torch.from_numpy(pixels.copy()).to(self.device)
+        video = video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        return self.vae.encode(video.to(self.vae.latent_mean.dtype))[0]
+
+    def condition(self, control: Control | Tensor | None) -> Tensor | None:
+        """The channels (1, condition_channels, 1, h, w) that drive one step.
+
+        ValueError unless `control` is what this model takes: a `Control` with a camera, one latent
+        frame's channels (condition_channels, h, w) where it has some without, else None.
+        """
+        model = self.model
+        like = model.transformer.video_in.weight
+        if self.driven_by == "camera":
+            if not isinstance(control, Control):
+                raise ValueError(f"control: expected a Control, got {control!r}")
+            controls = like.new_tensor([[[control.yaw, control.forward]]])
+            return control_rays(controls, model.camera, *self.latent_size)
+        if self.driven_by == "prompt":
+            if control is not None:
+                raise ValueError(
+                    f"control: expected None, the prompt alone drives this model, got {control!r}"
+                )
+            return None
+        shape = (model.config.condition_channels, *self.latent_size)
+        if not isinstance(control, Tensor) or control.shape != shape:
+            got = tuple(control.shape) if isinstance(control, Tensor) else repr(control)
+            raise ValueError(f"control: expected condition channels {shape}, got {got}")
+        return control.to(like)[None, :, None]
+
+    @property
+    def driven_by(self) -> Literal["camera", "channels", "prompt"]:
+        """What the control of a step is, see `condition`."""
+        if self.model.camera:
+            return "camera"
+        return "channels" if self.model.config.condition_channels else "prompt"
+
+    def still(self) -> Control | Tensor | None:
+        """The control of a step that nothing drives."""
+        channels = torch.zeros(self.model.config.condition_channels, *self.latent_size)
+        return {"camera": Control(), "channels": channels, "prompt": None}[self.driven_by]
+
+    def open(
+        self, first_frame: np.ndarray, prompt: str, seed: int = 0, recache: bool = False
+    ) -> "Stream":
+        """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size.
+
+        recache: a new prompt also rewrites what the stream remembers, see `Stream.prompt`.
+
+        ValueError for another size, and for a diffusion model.
+        """
+        if self.sampling is not None:
+            raise ValueError(
+                f"model: expected one forward pass per frame to stream, got a diffusion model of "
+                f"{self.sampling.passes}; `aapt eval` rolls it out"
+            )
+        expected = (self.height, self.width, 3)
+        first_frame = np.asarray(first_frame)
+        if first_frame.shape != expected or first_frame.dtype != np.uint8:
+            raise ValueError(
+                f"first_frame: expected uint8 {expected}, "
+                f"got {first_frame.dtype} {first_frame.shape}"
+            )
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
+        return Stream(self, first_frame, prompt, seed, recache)
+
+    def _borrow_decoder(self, stream: "Stream", shape: Sequence[int]) -> DecoderStream:
+        """A decoder for as long as `stream` lives: one that an earlier stream has left if there is,
+        for a new one captures two CUDA graphs."""
+        decoder = self._idle_decoders.pop() if self._idle_decoders else None
+        decoder = decoder or DecoderStream(self.vae, shape)
+        decoder.reset()
+        weakref.finalize(stream, self._idle_decoders.append, decoder).atexit = False
+        return decoder
+
+
+class Stream:
+    """One video being made. Streams of one generator share nothing but weights."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        generator: StreamingGenerator,
+        first_frame: np.ndarray,
+        prompt: str,
+        seed: int,
+        recache: bool,
+    ):
+        self.generator = generator
+        model, device = generator.model, generator.device
+        self._random = torch.Generator(device).manual_seed(seed)
+        latent = generator.encode(first_frame[None])[None]
+        self._decoder = generator._borrow_decoder(self, latent.shape)
+        self.first_frame = to_array(self._decoder.decode(latent))
+        latent = latent.to(model.transformer.video_in.weight.dtype)
+        self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent, recache)
+        self._prompt = prompt
+        self.steps = 0  # latent frames made so far
+
+    def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt: expected a string, got {prompt!r}")
+        return self.generator.model.text_encoder([prompt])
+
+    @property
+    def prompt(self) -> str:
+        """The text in force. Setting it changes the next steps; the past keeps what made it, or,
+        of a stream opened with `recache`, is computed again under the new text (SPEC 2)."""
+        return self._prompt
+
+    @prompt.setter
+    @torch.inference_mode()
+    def prompt(self, prompt: str) -> None:
+        self._rollout.set_text(*self._embed(prompt))
+        self._prompt = prompt
+
+    @torch.inference_mode()
+    def step(self, control: Control | Tensor | None = None) -> np.ndarray:
+        """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3).
+
+        control: what `StreamingGenerator.condition` takes.
+        """
+        recycled = self._rollout.last
+        with nvtx.annotate("condition"):
+            condition = self.generator.condition(control)
+            noise = recycled.new_empty(recycled.shape).normal_(generator=self._random)
+        with nvtx.annotate("generate"):
+            latent = self._rollout.step(noise, recycled, condition)
+        self.steps += 1
+        with nvtx.annotate("decode"):
+            return to_array(self._decoder.decode(latent))

@@ -1,0 +1,77 @@
+"""Batched rollouts frame after frame, and their decoding."""
+
+from collections.abc import Callable, Container, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..model.config import SamplingConfig
+from ..model.world_model import WorldModel
+from ..vae import CausalVAE
+from .diffusion import DiffusionRollout, RecomputedRollout
+from .student import StudentRollout
+
+
+@torch.no_grad()
+def roll_out(
+    model: WorldModel,
+    first: Tensor,
+    text: tuple[Tensor, Tensor],
+    condition: Callable[[int], Tensor | None],
+    steps: int,
+    seed: int,
+    sampling: SamplingConfig | None = None,
+    caches: bool = True,
+) -> Iterator[Tensor]:
+    """Latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
+
+    first (B, C, 1, H, W) is frame 0; text (B, text_tokens, text_width) and its lengths (B,);
+    `condition(n)`: the channels (B, C', 1, H, W) of frame n, None for none. Stream i draws its
+    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame;
+    without `caches` it computes the past again and again (`RecomputedRollout`).
+    """
+    randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(first))]
+    if sampling is None:
+        rollout = StudentRollout(model.transformer, *text, first)
+    else:
+        unguided = model.text_encoder([""] * len(first))
+        kind = DiffusionRollout if caches else RecomputedRollout
+        rollout = kind(model.transformer, *text, unguided, first, sampling)
+    yield first
+    latent = first
+    for step in range(1, steps + 1):
+        noise = torch.cat([torch.randn(first[:1].shape, generator=random) for random in randoms])
+        latent = rollout.step(noise.to(first), latent, condition(step))
+        yield latent
+
+
+def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:
+    """The `condition` of `roll_out` from those of a clip, (B, C', T, H, W) for its frames 1 to T:
+    past the clip's end its motion starts over."""
+
+    def condition(step: int) -> Tensor | None:
+        if channels is None:
+            return None
+        place = (step - 1) % channels.shape[2]
+        return channels[:, :, place : place + 1]
+
+    return condition
+
+
+@torch.no_grad()
+def decode_frames(
+    vae: CausalVAE, latents: Iterable[Tensor], wanted: Container[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Numbers of the wanted latent frames (B, C, 1, h, w) of a stream, counted from 0, each with
+    its video: uint8 (B, F, H, W, 3). Those between them cost little."""
+    state, pending = None, []
+    for number, latent in enumerate(latents):
+        pending.append(latent.to(vae.latent_mean.dtype))
+        if number == 0:
+            video, state = vae.decode_frame(pending.pop(), pixels=True)
+        elif number in wanted:
+            chunk = torch.cat(pending, dim=2)
+            video, state = vae.decode_frame(chunk, state, pixels=True, last=1)
+            pending.clear()
+        if number in wanted:
+            yield number, video.permute(0, 2, 3, 4, 1).cpu()

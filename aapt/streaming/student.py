@@ -1,0 +1,132 @@
+"""Two-pass student forcing (SPEC 8): roll out on the streaming path, then one parallel pass.
+
+Recycled inputs are detached, so between steps the graph runs through keys and values alone. The
+rollout without gradient only has to find the recycled inputs; one block-causal pass on exactly
+those inputs then has the same value and the same gradient as back-propagating through the cache.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.transformer import KeysValues, VideoTransformer, clean
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The inputs of one segment, latents (B, C, T, H, W), and what the rollout made of them, all
+    without gradient."""
+
+    noise: Tensor
+    recycled: Tensor
+    condition: Tensor | None
+    start_frame: int
+    prefix: KeysValues | None
+    output: Tensor | None = None
+
+
+class StudentRollout:
+    """A batch of streams that are rolled out segment by segment.
+
+    text (B, text_tokens, text_width) and text_lens (B,) are the prompts' embeddings; the first
+    segment starts at the user's frame, each later one at the last output. `recache`: new prompts
+    also change the past.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: VideoTransformer,
+        text: Tensor,
+        text_lens: Tensor,
+        first: Tensor,
+        recache: bool = False,
+    ):
+        self.model = model
+        self.last = first
+        self.time = first.new_ones(len(first))
+        self.cache = None
+        self.frames = 0  # in the cache's count
+        grid = model.config.token_grid(*first.shape[-2:])
+        self.past = Past(model.config.window(grid)) if recache else None
+        self.set_text(text, text_lens)
+
+    @torch.no_grad()
+    def set_text(self, text: Tensor, text_lens: Tensor) -> None:
+        """Change the prompts from the next step on; the past keeps what made it (SPEC 2).
+
+        With `recache` the first frame and the window are computed again from the inputs they had.
+        Frames are then counted from there, so that an "absolute" first frame is no further away
+        than at the end of a first window.
+        """
+        pairs = self.model.encode_text(text, text_lens, self.time)
+        if self.cache is None:
+            size, dtype = self.last.shape[-2:], pairs[0][0].dtype
+            self.cache = self.model.new_cache(len(self.last), size, dtype=dtype)
+        for layer, (k, v) in enumerate(pairs):
+            self.cache.write_text(layer, k, v, text_lens)
+        if self.past:
+            self.cache.reset()
+            for inputs in self.past:
+                self.model.step(*inputs, self.time, self.cache)
+            self.frames = len(self.past)
+
+    @torch.no_grad()
+    def roll(self, noise: Tensor, condition: Tensor | None, start: Tensor | None = None) -> Segment:
+        """Generate T frames from noise (B, C, T, H, W) and condition channels of the same T.
+        `start` (B, C, 1, H, W) replaces the first recycled frame (corruption of SPEC 12)."""
+        prefix = None
+        if self.frames:
+            prefix = [self.cache.prefix(layer) for layer in range(self.model.config.depth)]
+        start_frame = self.frames
+        recycled, outputs = [], []
+        latent = self.last if start is None else start
+        for index in range(noise.shape[2]):
+            frame = slice(index, index + 1)
+            recycled.append(latent)
+            latent = self.step(noise[:, :, frame], latent, frames_of(condition, frame))
+            outputs.append(latent)
+        return Segment(
+            noise,
+            torch.cat(recycled, dim=2),
+            condition,
+            start_frame,
+            prefix,
+            torch.cat(outputs, dim=2),
+        )
+
+    @torch.no_grad()
+    def step(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
+        """One autoregressive step, 1 NFE at t = 1: the next latent frame (B, C, 1, H, W)."""
+        if self.past is not None:
+            self.past.append((noise, recycled, condition))
+        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
+        self.last = clean(self.model.config, output, noise, recycled, self.time)
+        self.frames += 1
+        return self.last
+
+
+class Past:
+    """The inputs of the steps that a cache remembers: of the first, and of the last `window`."""
+
+    def __init__(self, window: int):
+        self.first: list[tuple] = []
+        self.window: deque[tuple] = deque(maxlen=window)
+
+    def append(self, inputs: tuple) -> None:
+        (self.window if self.first else self.first).append(inputs)
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.window)
+
+    def __iter__(self) -> Iterator[tuple]:
+        yield from self.first
+        yield from self.window
+
+
+def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:
+    """Some frames of condition channels (B, C, T, H, W), where there are any."""
+    return None if condition is None else condition[:, :, frames]

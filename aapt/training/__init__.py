@@ -1,0 +1,1 @@
+"""One update: recipes, curricula, losses, forcing and stages; no files."""

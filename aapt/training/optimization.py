@@ -1,0 +1,164 @@
+"""What the stages share about taking a step: schedules, moving averages, mixed precision."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..model.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate: linear warm-up over `warmup` updates, times constant or cosine decay to a
+    hundredth."""
+
+    learning_rate: float
+    warmup: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self):
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"decay: expected 'constant' or 'cosine', got {self.decay!r}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup: expected at least 0, got {self.warmup}")
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The rate of update `step` of `steps`."""
+        ramp = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.decay == "constant":
+            return self.learning_rate * ramp
+        falling = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
+        return self.learning_rate * ramp * max(falling, 0.01)
+
+
+class MuonAdamW:
+    """Muon for the matrices inside the transformer's blocks, AdamW for everything else, at one
+    learning rate (Muon's steps are scaled to AdamW's).
+
+    A small model learns as much in two updates as under AdamW in three (`benchmarks/LOG.md`). Of
+    sharded parameters Muon orthogonalises the whole matrices too; it does so in bfloat16, so that
+    updates on several ranks differ from one rank's by a few percent.
+    """
+
+    def __init__(self, model: WorldModel, betas: tuple[float, float], weight_decay: float):
+        matrices = [
+            layer.weight
+            for layer in model.transformer.blocks.modules()
+            if isinstance(layer, nn.Linear)
+        ]
+        known = set(map(id, matrices))
+        others = [p for p in model.parameters() if id(p) not in known]
+        self.optimizers = (
+            torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=betas, weight_decay=weight_decay),
+        )
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def update(
+    optimizer: torch.optim.Optimizer | MuonAdamW,
+    learning_rate: float,
+    parameters: Iterable[Tensor],
+    max_norm: float | None,
+) -> float:
+    """Clip, step, clear. Returns the gradient norm before clipping.
+
+    The norm is that of the whole gradients, also where they are sharded. RuntimeError, before
+    anything has moved and on every rank, if it is not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    limit = math.inf if max_norm is None else max_norm
+    norm = nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def make_optimizer(
+    model: WorldModel, betas: tuple[float, float], weight_decay: float, muon: bool
+) -> torch.optim.Optimizer | MuonAdamW:
+    """AdamW as in the paper, or Muon for the matrices (ours, for small models)."""
+    if muon:
+        return MuonAdamW(model, betas, weight_decay)
+    return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Gradients flow through these modules but not into their parameters."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class MovingAverage:
+    """An exponential moving average of a module's parameters, kept for export.
+
+    With `from_scratch` its first steps average faster, so that random weights do not linger.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, from_scratch: bool = False):
+        self.decay, self.from_scratch = decay, from_scratch
+        self.updates = 0
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        ramp = self.updates / (self.updates + 10) if self.from_scratch else 1.0
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        shadow = [self.shadow[name] for name in names]
+        torch._foreach_lerp_(shadow, parameters, 1 - min(self.decay, ramp))
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.shadow[name])
+
+
+class Trained:
+    """A network that learns: with its optimizer and, where one is kept, its average."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | MuonAdamW,
+        average: MovingAverage | None = None,
+    ):
+        self.module, self.optimizer, self.average = module, optimizer, average
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def update(self, learning_rate: float, max_norm: float | None) -> float:
+        """One step from the gradients that have gathered; returns their norm, see `update`."""
+        norm = update(self.optimizer, learning_rate, self.parameters, max_norm)
+        if self.average:
+            self.average.update(self.module)
+        return norm
+
+    def export(self) -> nn.Module:
+        """The module, with averaged weights where an average is kept."""
+        if self.average:
+            self.average.copy_to(self.module)
+        return self.module

@@ -1,0 +1,352 @@
+"""Complete named configurations, as functions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..data.tiny_world.rendered_clips import ProceduralData
+from ..data.tiny_world.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
+from ..model.conditioning import MEASURED_FIELD_OF_VIEW
+from ..model.config import CameraConfig, ModelConfig
+from ..vae import VAEConfig, tiny, tiny_light
+from .corruption import Corruption
+from .curriculum import Curriculum, Phase, Source, constant
+from .optimization import Schedule
+from .stages.adversarial import AdversarialConfig
+from .stages.consistency_distillation import ConsistencyConfig
+from .stages.decoder import DecoderConfig
+from .stages.diffusion_adaptation import DiffusionConfig
+from .stages.light_decoder import LightDecoderConfig, PatchAdversary
+from .stages.rollout_regression import RolloutRegressionConfig
+
+StageConfig = DiffusionConfig | ConsistencyConfig | RolloutRegressionConfig | AdversarialConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `aapt train` needs to make a model.
+
+    Attributes:
+        camera: None for a model that is not moved by one.
+        scaled_camera: Its rays and pace are scaled by the encoded clips that a run is given.
+        data: Sets of clips by name; stages name the ones they learn from.
+        stages: In order; each names the stage whose weights it starts from.
+        vae, decoder: How the autoencoder is made, None where latents come encoded.
+        light_decoder: How a cheaper decoder is made for it, which the checkpoint then streams with.
+    """
+
+    name: str
+    seed: int
+    model: ModelConfig
+    camera: CameraConfig | None
+    stages: Mapping[str, StageConfig]
+    data: Mapping[str, ProceduralData]
+    vae: VAEConfig | None = None
+    decoder: DecoderConfig | None = None
+    light_decoder: LightDecoderConfig | None = None
+    scaled_camera: bool = False
+
+
+@dataclass(frozen=True)
+class LightRecipe:
+    """Everything `aapt train` needs to make a light decoder for an autoencoder that there is.
+
+    Attributes:
+        vae: The bundled model it is for; None where autoencoder and videos are to be given.
+        data: Clips of the procedural world, or as many and as large ones of videos.
+    """
+
+    name: str
+    seed: int
+    vae: str | None
+    data: ProceduralData
+    decoder: LightDecoderConfig
+
+
+def aapt_8b() -> ModelConfig:
+    """The paper's generator (SPEC 1, 2): N = 30 at 736x416, N = 15 at 1280x720."""
+    return ModelConfig(
+        width=3072,
+        heads=24,
+        head_dim=128,
+        depth=36,
+        text_width=4096,
+        text_tokens=512,
+        window_frames=30,
+        reference_grid=(26, 46),
+        rope_axes=(16, 56, 56),
+        grid_windows=((45, 80, 15),),
+    )
+
+
+def paper_8b() -> Recipe:
+    """The paper's training, number by number (SPEC 6-8). A second is six latent frames."""
+    adam = {"schedule": Schedule(1e-5), "weight_decay": 0.01, "shift": 24.0}
+    longest = Source("736x416", frames=15 * 6, shortest=5 * 6)
+    adaptation = Curriculum(
+        (
+            Phase(20_000, 256, (Source("736x416", frames=5 * 6),)),
+            Phase(6_000, 128, (Source("736x416", frames=5 * 6), Source("1280x720", frames=5 * 6))),
+            Phase(4_000, 32, (longest, Source("1280x720", frames=5 * 6))),
+        )
+    )
+    distillation = Curriculum((replace(adaptation.phases[-1], steps=5_000),))
+    adversarial = AdversarialConfig(
+        clips="640x352",
+        steps=500,
+        batch=256,
+        segment_frames=10 * 6,
+        shortest_segment=5 * 6,
+        generator_schedule=Schedule(3e-6),
+        discriminator_schedule=Schedule(3e-6),
+        average=0.995,
+    )
+    extension = replace(
+        adversarial,
+        start="adversarial",
+        judge="adversarial",
+        segments=2,  # up to 10 + 9 = 19 s
+        overlap_frames=6,
+        batch=64,
+        generator_schedule=Schedule(1e-5),
+        discriminator_schedule=Schedule(1e-5),
+    )
+    return Recipe(
+        name="paper-8b",
+        seed=0,
+        model=aapt_8b(),
+        camera=None,
+        data={},
+        stages={
+            "diffusion": DiffusionConfig(adaptation, **adam),
+            "consistency": ConsistencyConfig(distillation, **adam),
+            "adversarial": adversarial,
+            "extension": extension,
+            # up to 10 + 5 x 9 = 55 s
+            "extension-5": replace(extension, start="extension", judge="extension", segments=6),
+        },
+    )
+
+
+def paper_8b_camera() -> Recipe:
+    """The paper's model for exploring worlds (supplement G): the same training on clips with camera
+    motion, from the image-to-video model's weights."""
+    camera = CameraConfig(
+        field_of_view=MEASURED_FIELD_OF_VIEW,
+        yaw_step=0.02,
+        forward_step=1.0,
+        origin_deviation=1.0,
+        direction_deviation=1.0,
+    )
+    base = paper_8b()
+    model = replace(base.model, condition_channels=camera.channels)
+    return replace(base, name="paper-8b-camera", model=model, camera=camera, scaled_camera=True)
+
+
+def paper_8b_pose() -> Recipe:
+    """The paper's model of people, on clips with pose motion: the latents of a drawn skeleton."""
+    base = paper_8b()
+    model = replace(base.model, condition_channels=base.model.latent_channels)
+    return replace(base, name="paper-8b-pose", model=model)
+
+
+def tiny_world() -> Recipe:
+    """The bundled model: 128x80, made on two CPU cores in about four and a half hours."""
+    camera = CameraConfig(
+        field_of_view=FIELD_OF_VIEW,
+        yaw_step=YAW_STEP,
+        forward_step=FORWARD_STEP,
+        origin_deviation=0.021,
+        direction_deviation=0.014,
+    )
+    model = ModelConfig(
+        width=192,
+        heads=3,
+        head_dim=64,
+        depth=6,
+        text_width=64,
+        text_tokens=25,
+        window_frames=8,
+        reference_grid=(5, 8),
+        rope_axes=(24, 20, 20),
+        rope_theta=100.0,
+        condition_channels=camera.channels,
+        sink_distance="clamped",
+        residual_head=True,
+        output_clamp=8.0,
+    )
+    regression = RolloutRegressionConfig(
+        clips="clips",
+        steps=500,
+        batch=4,
+        segment_frames=8,
+        segments=2,
+        schedule=Schedule(5e-4, warmup=30, decay="cosine"),
+        muon=True,
+    )
+    adversarial = AdversarialConfig(
+        clips="long-clips",
+        steps=220,
+        batch=2,
+        segment_frames=8,
+        segments=4,
+        whole_clips=True,
+        generator_schedule=Schedule(5e-5, warmup=20),
+        discriminator_schedule=Schedule(2e-4),
+        start="long-regression",
+        penalty=20.0,
+        discriminator_warmup=60,
+        average=0.98,
+        max_norm=100.0,
+        corruption=Corruption(offset=1.2),
+        regression=1.0,
+        palette=5.0,
+    )
+    extension = replace(adversarial, clips="longer-clips", segments=6, mismatch=1.0)
+    return Recipe(
+        name="tiny-world",
+        seed=0,
+        model=model,
+        camera=camera,
+        vae=tiny(),
+        data={
+            "clips": ProceduralData(
+                height=80, width=128, clips=3000, latent_frames=17, video_clips=300
+            ),
+            "long-clips": ProceduralData(
+                height=80, width=128, clips=1200, latent_frames=33, first_seed=200_000
+            ),
+            "longer-clips": ProceduralData(
+                height=80, width=128, clips=600, latent_frames=49, first_seed=400_000
+            ),
+            "minute-clips": ProceduralData(
+                height=80, width=128, clips=150, latent_frames=289, first_seed=600_000
+            ),
+        },
+        decoder=DecoderConfig(
+            schedule=Schedule(1e-3, warmup=50, decay="cosine"),
+            steps=1400,
+            batch=2,
+            video_frames=25,
+        ),
+        light_decoder=vae_light().decoder,
+        stages={
+            "diffusion": DiffusionConfig(
+                constant("clips", frames=10, batch=8, steps=3000),
+                Schedule(1.5e-3, warmup=100, decay="cosine"),
+                shift=6.0,
+                betas=(0.9, 0.95),
+                muon=True,
+                average=0.999,
+                max_norm=1.0,
+                sampling_steps=8,
+                guidance=3.0,  # with 10 the picture is lost within seconds
+            ),
+            "consistency": ConsistencyConfig(
+                constant("clips", frames=10, batch=8, steps=60),
+                Schedule(2e-4, warmup=15, decay="cosine"),
+                shift=6.0,
+                betas=(0.9, 0.95),
+                max_norm=1.0,
+            ),
+            "regression": regression,
+            # Rollouts of five seconds, and offsets that turn one theme into another: what is
+            # left of the theme has to come from the prompt and the first frame.
+            "long-regression": replace(
+                regression,
+                clips="long-clips",
+                steps=210,
+                batch=2,
+                segments=4,
+                schedule=Schedule(4e-4, warmup=10, decay="cosine"),
+                corruption=Corruption(offset=1.2),
+                start="regression",
+            ),
+            "adversarial": adversarial,
+            # Eight seconds per rollout, and a discriminator that learns to look at the controls.
+            "extension": replace(
+                extension,
+                steps=160,
+                discriminator_warmup=40,
+                start="adversarial",
+                judge="adversarial",
+            ),
+            # Offsets cost motion: more regression on short rollouts, where the clip still says what
+            # is right, and with fewer offsets, brings it back.
+            "further-regression": replace(
+                regression,
+                clips="long-clips",
+                steps=800,
+                corruption=Corruption(offset=1.2, clip_chance=0.4),
+                start="long-regression",
+            ),
+            # From there once more, before the discriminator that has learnt the most.
+            "further-adversarial": replace(
+                extension,
+                steps=180,
+                discriminator_warmup=20,
+                palette=10.0,
+                start="further-regression",
+                judge="extension",
+            ),
+            # Keeps the colours of a minute: rows tell the sky's from the ground's, and the rollouts
+            # are any eight seconds of the first 48.
+            "final": replace(
+                extension,
+                clips="minute-clips",
+                lead_segments=30,
+                steps=90,
+                discriminator_warmup=10,
+                palette=0.0,
+                rows=40.0,
+                start="further-adversarial",
+                judge="further-adversarial",
+            ),
+        },
+    )
+
+
+def vae_light() -> LightRecipe:
+    """The bundled world's light decoder, made on one CPU core in a quarter of an hour."""
+    return LightRecipe(
+        name="vae-light",
+        seed=0,
+        vae="tiny-world",
+        data=ProceduralData(height=80, width=128, clips=300, latent_frames=17, video_clips=300),
+        decoder=LightDecoderConfig(
+            shape=tiny_light(),
+            schedule=Schedule(2e-3, warmup=50, decay="cosine"),
+            steps=2000,
+            batch=2,
+            video_frames=25,
+            flicker=0.5,
+        ),
+    )
+
+
+def wan_light() -> LightRecipe:
+    """A light decoder for Wan 2.1's autoencoder, from the user's own videos. Untried at size."""
+    return LightRecipe(
+        name="wan-light",
+        seed=0,
+        vae=None,
+        data=ProceduralData(height=256, width=256, clips=2000, latent_frames=5, video_clips=2000),
+        decoder=LightDecoderConfig(
+            schedule=Schedule(1e-4, warmup=500, decay="cosine"),
+            steps=50_000,
+            batch=8,
+            video_frames=17,
+            latent_noise=0.1,
+            adversary=PatchAdversary(
+                Schedule(1e-4, warmup=500), weight=0.05, warmup=2000, width=64
+            ),
+        ),
+    )
+
+
+RECIPES = {
+    "tiny-world": tiny_world,
+    "paper-8b": paper_8b,
+    "paper-8b-camera": paper_8b_camera,
+    "paper-8b-pose": paper_8b_pose,
+}
+LIGHT_RECIPES = {"vae-light": vae_light, "wan-light": wan_light}

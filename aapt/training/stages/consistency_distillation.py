@@ -1,0 +1,108 @@
+"""Stage 2: consistency distillation on fixed times, teacher-forced, no CFG (SPEC 7)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...data.clips import ClipBatch, Clips
+from ...data.randomness import ClipRandom
+from ...device import mixed_precision
+from ...model.flow import interpolate, per_clip, schedule
+from ...model.transformer import clean, velocity
+from ...model.world_model import Conditions, WorldModel
+from ..curriculum import Curriculum
+from ..losses import frame_error, pseudo_huber
+from ..optimization import Schedule, Trained, make_optimizer
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """`distance` and `step_weight` (1 / (t_k - t_{k-1}) on each clip's loss) are the switches of
+    SPEC 12."""
+
+    curriculum: Curriculum
+    schedule: Schedule
+    start: str = "diffusion"
+    shift: float = 24.0
+    times: int = 32
+    distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"
+    step_weight: bool = False
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_norm: float | None = None
+
+    @property
+    def needs(self) -> dict[str, int]:
+        return self.curriculum.needs
+
+    @property
+    def batches(self) -> set[int]:
+        return self.curriculum.batches
+
+    def __post_init__(self):
+        if self.distance not in ("pseudo_huber", "squared"):
+            raise ValueError(
+                f"distance: expected 'pseudo_huber' or 'squared', got {self.distance!r}"
+            )
+
+
+class ConsistencyDistillation:
+    """The student at t_k must agree with its own stopped gradient at t_{k-1}, one step of the
+    teacher, the diffusion model that it starts from, nearer to the data."""
+
+    def __init__(self, config: ConsistencyConfig, model: WorldModel, teacher: WorldModel):
+        self.config = config
+        self.model = model
+        self.teacher = teacher.requires_grad_(False)
+        self.steps = config.curriculum.steps
+        self.times = schedule(config.times, config.shift)
+        optimizer = make_optimizer(model, config.betas, config.weight_decay, muon=False)
+        self.trained = {"model": Trained(model, optimizer)}
+
+    def batch(self, step: int) -> int:
+        return self.config.curriculum.phase(step).batch
+
+    def predict(self, x_t: Tensor, batch: ClipBatch, conditions: Conditions, t: Tensor) -> Tensor:
+        output = self.model.transformer(x_t, batch.recycled, *conditions, t).float()
+        return clean(self.model.config, output, x_t, batch.recycled, t)
+
+    def accumulate(
+        self, sets: Mapping[str, Clips], random: ClipRandom, step: int, share: float = 1.0
+    ) -> dict[str, float]:
+        config, teacher = self.config, self.teacher
+        batch = config.curriculum.phase(step).sample(sets, random)
+        k = 1 + torch.tensor(random.integers(config.times))
+        t, earlier = (self.times[index].to(random.device) for index in (k, k - 1))
+        noise = random.normal(*batch.targets.shape[1:])
+        x_t = interpolate(batch.targets, noise, t)
+        given = (batch.motion, batch.prompts, batch.size)
+        with mixed_precision(noise.device), torch.no_grad():
+            conditions = teacher.conditions(*given)
+            output = teacher.transformer(x_t, batch.recycled, *conditions, t).float()
+            v = velocity(teacher.config, output, x_t, batch.recycled)
+            x_earlier = x_t - per_clip(t - earlier) * v
+            conditions = self.model.conditions(*given)
+            target = self.predict(x_earlier, batch, conditions, earlier)
+            # f(x, 0) = x
+            target = torch.where(per_clip(earlier) == 0, x_earlier, target)
+        with mixed_precision(noise.device):
+            conditions = self.model.conditions(*given)
+            prediction = self.predict(x_t, batch, conditions, t)
+        distance = pseudo_huber if config.distance == "pseudo_huber" else frame_error
+        losses = distance(prediction, target)  # (B, T)
+        if config.step_weight:
+            losses = losses / (t - earlier)[:, None]
+        loss = losses.mean()
+        (share * loss).backward()
+        return {"loss": loss.item()}
+
+    def update(self, step: int) -> dict[str, float]:
+        config = self.config
+        rate = config.schedule(step, self.steps)
+        return {"gradient": self.trained["model"].update(rate, config.max_norm)}
+
+    def export(self) -> WorldModel:
+        return self.model

@@ -1,0 +1,227 @@
+"""The light decoder stage: a cheaper decoder for the latents that there are (SPEC 9).
+
+Encoder and latents stay, so a generator made for the original decoder is one for the light decoder
+too, which learns to give back the clip, and what the original makes of the same latents.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...data.clips import VideoClips
+from ...data.randomness import ClipRandom
+from ...device import mixed_precision
+from ...model.flow import per_clip
+from ...vae import CausalVAE, VAEConfig
+from ..losses import (
+    approximate_penalty,
+    discriminator_loss,
+    flicker_loss,
+    generator_loss,
+    psnr,
+    reconstruction_loss,
+)
+from ..optimization import MovingAverage, Schedule, Trained, frozen
+
+LIGHTER = {"decoder_channels", "decoder_blocks", "latent_projection"}  # what may differ
+
+
+@dataclass(frozen=True)
+class PatchAdversary:
+    """A discriminator of patches beside the other losses.
+
+    Attributes:
+        weight: Of its loss for the decoder, which it begins to count for after `warmup` updates.
+        width, depth: Of `PatchDiscriminator`.
+        penalty, perturbation: lambda and sigma of aR1 and aR2, as in stage 3 (SPEC 8).
+    """
+
+    schedule: Schedule
+    weight: float
+    warmup: int = 0
+    width: int = 32
+    depth: int = 3
+    penalty: float = 10.0
+    perturbation: float = 0.1
+
+
+@dataclass(frozen=True)
+class LightDecoderConfig:
+    """Attributes:
+    shape: Of the light autoencoder; None for `lighter` of the original's.
+    squares, edges: Weights in the error, beside its absolute value.
+    imitation: Weight of the error against the original decoder, beside that against the clip.
+    flicker: Weight of how the error against the clip changes from frame to frame.
+    perceptual: Weight of a `PerceptualDistance` to the clip, where a network is given.
+    latent_noise: White noise on the latents, of a strength (in deviations) drawn for each clip
+        from 0 up to this, so that the decoder also cleans what a generator gets wrong.
+    """
+
+    schedule: Schedule
+    steps: int
+    batch: int
+    video_frames: int
+    shape: VAEConfig | None = None
+    clips: str = "clips"
+    squares: float = 1.0
+    edges: float = 0.5
+    imitation: float = 1.0
+    flicker: float = 1.0
+    perceptual: float = 1.0
+    adversary: PatchAdversary | None = None
+    latent_noise: float = 0.4
+    average: float = 0.995
+    max_norm: float = 1.0
+
+
+def light_behind(original: CausalVAE, shape: VAEConfig) -> CausalVAE:
+    """An autoencoder of `shape` with the encoder, the linear map and the latents of `original`.
+
+    What fits of its decoder, by name and shape, is where the light one starts. ValueError for a
+    shape that is not of this encoder.
+    """
+    given, expected = asdict(shape), asdict(original.config)
+    for name, value in expected.items():
+        if name not in LIGHTER and given[name] != value:
+            raise ValueError(f"{name}: expected {value}, as the original has, got {given[name]}")
+    light = CausalVAE(shape)
+    weights, theirs = light.state_dict(), original.state_dict()
+    fitting = {n: x for n, x in theirs.items() if n in weights and weights[n].shape == x.shape}
+    light.load_state_dict(weights | fitting)
+    return light.to(original.latent_mean.device)
+
+
+class LightDecoderTraining:
+    """Reconstruction, imitation, flicker; on request a perceptual distance and a discriminator."""
+
+    def __init__(
+        self,
+        config: LightDecoderConfig,
+        original: CausalVAE,
+        light: CausalVAE,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self.config = config
+        self.original, self.light = original.requires_grad_(False), light.requires_grad_(False)
+        self.perceptual = perceptual
+        self.steps = config.steps
+        decoder = light.decoder.requires_grad_(True)
+        optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
+        average = MovingAverage(decoder, config.average, from_scratch=True)
+        self.trained = {"decoder": Trained(decoder, optimizer, average)}
+        self.judge = None
+        if adversary := config.adversary:
+            self.judge = PatchDiscriminator(adversary.width, adversary.depth)
+            self.judge.to(light.latent_mean.device)
+            optimizer = torch.optim.Adam(self.judge.parameters(), betas=(0.0, 0.99))
+            self.trained["discriminator"] = Trained(self.judge, optimizer)
+
+    def batch(self, step: int) -> int:
+        return self.config.batch
+
+    def accumulate(
+        self, sets: Mapping[str, VideoClips], random: ClipRandom, step: int, share: float = 1.0
+    ) -> dict[str, float]:
+        config = self.config
+        video = sets[config.clips].sample(random, config.video_frames)
+        with mixed_precision(video.device), torch.no_grad():
+            latent = self.original.encode(video)
+            noise = random.normal(*latent.shape[1:])
+            latent = latent + per_clip(config.latent_noise * random.uniform()) * noise
+            target = self.original.decode(latent).float()
+        with mixed_precision(video.device):
+            decoded = self.light.decode(latent).float()
+
+        losses = self.losses(decoded, video, target)
+        metrics = {"psnr": psnr(decoded.detach(), video), "original_psnr": psnr(target, video)}
+        if self.judge:
+            metrics |= self.train_discriminator(video, decoded.detach(), random, share)
+            if step >= config.adversary.warmup:
+                losses["adversarial"] = config.adversary.weight * self.realism(video, decoded)
+        loss = sum(losses.values())
+        (share * loss).backward()
+        return {"loss": loss.item(), **{n: x.item() for n, x in losses.items()}, **metrics}
+
+    def losses(self, decoded: Tensor, video: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """All weighted; `target` is what the original decoder makes of the same latents."""
+        config, error = self.config, decoded - video
+        weights = config.squares, config.edges
+        losses = {"reconstruction": reconstruction_loss(error, *weights)}
+        if config.imitation:
+            loss = reconstruction_loss(decoded - target, *weights)
+            losses["imitation"] = config.imitation * loss
+        if config.flicker:
+            losses["flicker"] = config.flicker * flicker_loss(error)
+        if self.perceptual and config.perceptual:
+            losses["perceptual"] = config.perceptual * self.perceptual(decoded, video)
+        return losses
+
+    def train_discriminator(
+        self, video: Tensor, decoded: Tensor, random: ClipRandom, share: float
+    ) -> dict[str, float]:
+        """Accumulates the discriminator's gradients."""
+        adversary = self.config.adversary
+        shown = [video, decoded]
+        shown += [x + adversary.perturbation * random.normal(*x.shape[1:]) for x in shown]
+        on_real, on_fake, near_real, near_fake = self.logits(torch.cat(shown)).chunk(4)
+        loss = discriminator_loss(on_real, on_fake)
+        penalty = approximate_penalty(on_real, near_real) + approximate_penalty(on_fake, near_fake)
+        (share * (loss + adversary.penalty * penalty)).backward()
+        accuracy = (on_real > on_fake).float().mean()
+        return {
+            "discriminator": loss.item(),
+            "penalty": adversary.penalty * penalty.item(),
+            "accuracy": accuracy.item(),
+        }
+
+    def realism(self, video: Tensor, decoded: Tensor) -> Tensor:
+        """The adversarial loss of the decoder. The discriminator has not moved in between."""
+        with frozen(self.judge):
+            with torch.no_grad():
+                on_real = self.logits(video)
+            return generator_loss(on_real, self.logits(decoded))
+
+    def logits(self, video: Tensor) -> Tensor:
+        with mixed_precision(video.device):
+            return self.judge(video).float()
+
+    def update(self, step: int) -> dict[str, float]:
+        config = self.config
+        rate = config.schedule(step, self.steps)
+        norms = {"gradient": self.trained["decoder"].update(rate, config.max_norm)}
+        if self.judge:
+            rate = config.adversary.schedule(step, self.steps)
+            judge = self.trained["discriminator"]
+            norms["discriminator_gradient"] = judge.update(rate, config.max_norm)
+        return norms
+
+    def export(self) -> CausalVAE:
+        self.trained["decoder"].export()
+        return self.light
+
+
+class PatchDiscriminator(nn.Module):
+    """One logit for each patch of a video (Isola et al., 2017): strided convolutions that read
+    three frames each, so that flicker shows.
+
+    Patches are 2^depth pixels apart; width doubles with every halving.
+    """
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        widths = [3, *(width * 2**i for i in range(depth))]
+        self.layers = nn.ModuleList(
+            nn.Conv3d(wide, wider, (3, 4, 4), stride=(1, 2, 2), padding=1)
+            for wide, wider in zip(widths, widths[1:])
+        )
+        self.logit = nn.Conv3d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """(B, 3, F, H, W) in [-1, 1] -> (B, F, H / 2^depth, W / 2^depth)."""
+        x = video
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+        return self.logit(x).squeeze(1)

@@ -1,0 +1,272 @@
+"""Causal video autoencoder: 1 + 4n video frames <-> 1 + n latent frames (SPEC 1 and 9).
+
+Decoding a stream in chunks of any length is decoding the whole clip: a stream is nothing but the
+states of the convolutions (`layers.py`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .config import VAEConfig
+from .layers import (
+    CausalConv3d,
+    DecoderState,
+    Downsample,
+    ResidualBlock,
+    SeparateDownsample,
+    SeparateUpsample,
+    Stream,
+    Upsample,
+    active,
+    fold_pixels,
+    last_frames,
+    middle,
+    norm_of,
+    unfold_channels,
+)
+from .pixels import to_bytes
+
+VIDEO_CHANNELS = 3
+LAST = torch.channels_last_3d
+
+
+class Encoder(nn.Module):
+    """Video -> latent, the whole clip at once.
+
+    Wan's strided convolutions pad a picture at its right and lower edge only. On a mirrored
+    picture, with mirrored weights, they pad both edges as ours do: a "separate" encoder has one.
+
+    On an sm_90 device Triton runs the convolutions with a stride and the first, which reads three
+    channels; the hand-written kernel runs the others, in bfloat16.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, padding = config.encoder_channels, config.padding
+        self.patch_size = config.patch_size
+        self.mirrored = config.upsample == "separate"
+        pixels = VIDEO_CHANNELS * config.patch_size**2
+        width = channels[0]
+        self.conv_in = CausalConv3d(pixels, width, (config.time_kernels[1], 3, 3), padding=padding)
+        layers: list[nn.Module] = []
+        for scale, blocks in enumerate(config.encoder_blocks):
+            if scale > 0:
+                stride = config.strides[scale - 1]
+                if config.upsample == "separate":
+                    layers.append(SeparateDownsample(width, stride, padding))
+                else:
+                    layers.append(Downsample(width, channels[scale], stride, padding))
+                    width = channels[scale]
+            for _ in range(blocks):
+                layers.append(ResidualBlock(width, channels[scale], config))
+                width = channels[scale]
+        self.layers = nn.ModuleList(layers + middle(width, config))
+        self.conv_out = CausalConv3d(width, config.latent_channels, (3, 3, 3), **active(config))
+
+    def forward(self, video: Tensor) -> Tensor:
+        stream = Stream(None)
+        if self.mirrored:
+            video = video.flip(3, 4)
+        x = fold_pixels(video, self.patch_size).contiguous(memory_format=LAST)
+        x = self.conv_in(x, stream)
+        for layer in self.layers:
+            x = layer(x, stream)
+        latent = self.conv_out(x, stream)
+        return latent.flip(3, 4) if self.mirrored else latent
+
+
+class Decoder(nn.Module):
+    """Latent -> video, a whole clip or any chunk of it."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, padding = config.decoder_channels, config.padding
+        self.patch_size = config.patch_size
+        width, latent = channels[-1], config.latent_channels
+        self.projection = None
+        if config.latent_projection:
+            self.projection = CausalConv3d(latent, latent, (1, 1, 1))
+        self.conv_in = CausalConv3d(latent, width, (3, 3, 3), padding=padding)
+        layers = middle(width, config)
+        for scale in reversed(range(len(channels))):
+            for _ in range(config.decoder_blocks[scale]):
+                layers.append(ResidualBlock(width, channels[scale], config))
+                width = channels[scale]
+            if scale > 0:
+                stride = config.strides[scale - 1]
+                if config.upsample == "separate":
+                    layers.append(SeparateUpsample(width, width // 2, stride, config))
+                    width = width // 2
+                else:
+                    # Unfolding pays per output channel, so "shuffle" narrows before, not after.
+                    narrow = channels[scale - 1] if config.upsample == "shuffle" else width
+                    layers.append(Upsample(width, narrow, stride, config))
+                    width = narrow
+        self.layers = nn.ModuleList(layers)
+        self.conv_out = CausalConv3d(
+            width,
+            VIDEO_CHANNELS * config.patch_size**2,
+            (config.time_kernels[1], 3, 3),
+            **active(config),
+        )
+
+    def forward(
+        self,
+        latent: Tensor,
+        state: DecoderState | None,
+        pixels: bool = False,
+        state_out: DecoderState | None = None,
+        last: int | None = None,
+    ) -> tuple[Tensor, DecoderState]:
+        """`last`: how many video frames to return, None for all. Of the others no more is made than
+        these and the next state need."""
+        front = [self.conv_in] if self.projection is None else [self.projection, self.conv_in]
+        needs = [last]  # input frames of each layer, from the last layer to the first
+        for layer in reversed([*front, *self.layers, self.conv_out]):
+            needs.append(None if last is None else layer.needs(needs[-1]))
+        stream, x = Stream(state, state_out), latent
+        for conv in front:
+            x = conv(last_frames(x, needs.pop()), stream)
+        followers = [*self.layers[1:], self.conv_out]
+        for layer, follower in zip(self.layers, followers, strict=True):
+            # A norm made ahead would be one of all frames
+            then = norm_of(follower) if last is None else None
+            x = layer(last_frames(x, needs.pop()), stream, then)
+        x = self.conv_out(last_frames(x, needs.pop()), stream, pixels=pixels)
+        return unfold_channels(last_frames(x, last), 1, self.patch_size), tuple(stream.new_states)
+
+
+class LinearSkip(nn.Module):
+    """A linear map between a latent pixel and its patch of video, beside the network.
+
+    `fit` makes it the best linear autoencoder there is, so that a small network starts from there
+    and only learns what is not linear. The first frame fills its patch in time by repetition.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.time, self.space = config.time_factor, config.space_factor
+        patch = VIDEO_CHANNELS * self.time * self.space**2
+        self.encode = CausalConv3d(patch, config.latent_channels, (1, 1, 1))
+        self.decode = CausalConv3d(config.latent_channels, patch, (1, 1, 1))
+
+    def patches(self, video: Tensor) -> Tensor:
+        """(B, 3, 1 + 4n, H, W) -> (B, patch, 1 + n, H/8, W/8)."""
+        first = video[:, :, :1].expand(-1, -1, self.time - 1, -1, -1)
+        x = torch.cat([first, video], dim=2).unflatten(2, (-1, self.time))  # (B, 3, 1+n, 4, H, W)
+        x = fold_pixels(x.transpose(2, 3).flatten(1, 2), self.space)  # (space^2 * 3 * time)
+        x = x.unflatten(1, (self.space**2, VIDEO_CHANNELS, self.time))
+        return x.permute(0, 3, 1, 2, 4, 5, 6).flatten(1, 3)  # in the order of `unfold_channels`
+
+    def to_latent(self, video: Tensor) -> Tensor:
+        return self.encode(self.patches(video), Stream(None))
+
+    def to_video(self, latent: Tensor, starts: bool) -> Tensor:
+        patches = self.decode(latent, Stream(None))
+        video = unfold_channels(patches, self.time, self.space)
+        return video[:, :, self.time - 1 :] if starts else video
+
+    @torch.no_grad()
+    def fit(self, videos: Tensor) -> None:
+        """Principal components of the patches of videos (B, 3, 1 + 4n, H, W), whitened."""
+        patches = self.patches(videos).transpose(0, 1).flatten(1).double()  # (patch, samples)
+        mean = patches.mean(dim=1, keepdim=True)
+        covariance = (patches - mean) @ (patches - mean).T / patches.shape[1]
+        variance, vectors = torch.linalg.eigh(covariance)
+        channels = len(self.encode.weight)
+        deviation = variance[-channels:].clamp(min=1e-8).sqrt()
+        vectors = vectors[:, -channels:]
+        to_latent = (vectors / deviation).T
+        self.encode.weight.copy_(to_latent[:, :, None, None, None])
+        self.encode.bias.copy_(-(to_latent @ mean).squeeze(1))
+        self.decode.weight.copy_((vectors * deviation)[:, :, None, None, None])
+        self.decode.bias.copy_(mean.squeeze(1))
+
+
+class CausalVAE(nn.Module):
+    """Video in [-1, 1], (B, 3, 1 + 4n, H, W) <-> normalised latent, (B, 16, 1 + n, H/8, W/8).
+
+    The encoder is deterministic. `latent_mean` and `latent_std`, measured over data once the
+    network is trained, make each latent channel about zero mean and unit variance; until then
+    they are 0 and 1.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config) if config.encoder_channels else None
+        self.decoder = Decoder(config)
+        self.linear = None
+        if config.linear_skip:
+            self.linear = LinearSkip(config)
+            for network in (self.encoder, self.decoder):  # at first, the linear map alone
+                if network is not None:
+                    nn.init.zeros_(network.conv_out.weight)
+        shape = (config.latent_channels, 1, 1, 1)
+        self.register_buffer("latent_mean", torch.zeros(shape))
+        self.register_buffer("latent_std", torch.ones(shape))
+
+    def pixel_deviation(self) -> Tensor:
+        """How far a unit of each latent channel moves its pixels through the linear map, (C,)."""
+        if self.linear is None:
+            raise ValueError("linear_skip: expected True, there is no linear map to ask")
+        columns = self.linear.decode.weight.detach().flatten(1)
+        return columns.norm(dim=0) * self.latent_std.flatten()
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Whole clip; its first frame alone gives the first latent frame."""
+        time, space = self.config.time_factor, self.config.space_factor
+        shape = tuple(video.shape)
+        fits = len(shape) == 5 and shape[1] == VIDEO_CHANNELS and shape[2] % time == 1 % time
+        if not fits or shape[3] % space or shape[4] % space:
+            raise ValueError(
+                f"video: expected (batch, {VIDEO_CHANNELS}, 1 + {time}n, height, width) with "
+                f"height and width multiples of {space}, got {shape}"
+            )
+        parts = []
+        if self.encoder is not None:
+            parts.append(self.encoder(video))
+        if self.linear is not None:
+            parts.append(self.linear.to_latent(video))
+        return (sum(parts) - self.latent_mean) / self.latent_std
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Whole clip: the first latent frame gives one video frame, each later one four."""
+        return self.decode_frame(latent)[0]
+
+    def decode_frame(
+        self,
+        latent: Tensor,
+        state: DecoderState | None = None,
+        *,
+        pixels: bool = False,
+        state_out: DecoderState | None = None,
+        last: int | None = None,
+    ) -> tuple[Tensor, DecoderState]:
+        """Next chunk of a stream, one latent frame or more; returns (video, state for the next).
+
+        `state` None starts a stream. A state is never written to, so streams cannot mix and an
+        old state can be resumed twice; unless it is given as `state_out` too, whose tensors
+        receive the new state. No gradient flows through it. With `pixels` the video is uint8:
+        [-1, 1] becomes 0 to 255. `last`: return the video of so many of the latent frames, and
+        make of the others only what these and the next state need; not where a stream starts.
+        """
+        channels = self.config.latent_channels
+        if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] == 0:
+            raise ValueError(
+                f"latent: expected (batch, {channels}, time, height, width) with at least one "
+                f"frame, got {tuple(latent.shape)}"
+            )
+        if last is not None and (state is None or not 1 <= last <= latent.shape[2]):
+            raise ValueError(
+                f"last: expected 1 to {latent.shape[2]} frames behind a state, got {last} "
+                f"{'without' if state is None else 'behind'} one"
+            )
+        frames = None if last is None else last * self.config.time_factor
+        # Channels last from here to the video, as tensor cores and oneDNN want them
+        latent = (latent * self.latent_std + self.latent_mean).contiguous(memory_format=LAST)
+        if self.linear is None:
+            return self.decoder(latent, state, pixels, state_out, frames)
+        video, new_state = self.decoder(latent, state, state_out=state_out, last=frames)
+        video = video + self.linear.to_video(last_frames(latent, last), starts=state is None)
+        return to_bytes(video) if pixels else video, new_state

@@ -1,0 +1,367 @@
+"""The command `aapt`, as its user meets it.
+
+Most tests put a generator of moving blocks in the model's place; run as a script, this file is the
+command with that generator. The last tests use the bundled model.
+"""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from aapt.checkpoint import BUNDLED
+from aapt.commands.app import main
+from aapt.media.video import WholeFile
+from aapt.runs.inputs import Inputs
+from aapt.streaming.generator import StreamingGenerator
+
+HEIGHT, WIDTH = 80, 128
+
+
+class FakeStream:
+    """Frame n is a fixed noise texture moved by n pixels, brighter where the camera walks."""
+
+    def __init__(self, generator, first_frame, prompt, seed):
+        self.generator, self.prompt, self.seed = generator, prompt, seed
+        self.first_frame = first_frame[None]
+        self.controls = []
+        self._texture = np.random.default_rng(seed).integers(0, 128, (HEIGHT, WIDTH, 3))
+
+    def step(self, control):
+        time.sleep(self.generator.step_seconds)
+        start = 1 + 4 * len(self.controls)
+        self.controls.append((control.yaw, control.forward))
+        light = 60 if control.forward > 0 else 0
+        frames = [np.roll(self._texture, start + n, axis=1) + light for n in range(4)]
+        return np.stack(frames).astype(np.uint8)
+
+
+class FakeGenerator:
+    height, width, fps, frames_per_step = HEIGHT, WIDTH, 24, 4
+    themes = ("a meadow of blocks", "a desert of blocks")
+    sample_prompt = themes[0]
+    step_seconds = 0.0
+    driven_by = "camera"
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.streams = []
+
+    def sample_image(self):
+        path = self.folder / "sample.png"
+        Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 30)).save(path)
+        return path
+
+    def open(self, first_frame, prompt, seed=0):
+        self.streams.append(FakeStream(self, first_frame, prompt, seed))
+        return self.streams[-1]
+
+
+@pytest.fixture
+def generator(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    fake = FakeGenerator(tmp_path / "model")
+    monkeypatch.setattr(StreamingGenerator, "from_pretrained", lambda name: fake)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def script(*arguments, step_seconds=0.0, **options):
+    """The command with the fake generator in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, __file__, *map(str, arguments)],
+        env={**os.environ, "STEP_SECONDS": str(step_seconds)},
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def test_out_is_enough(generator, capsys):
+    assert run("generate", "--out", "walk.mp4") == 0
+    frames = decode("walk.mp4")
+    assert len(frames) == 241 and frames[0].shape == (320, 512, 3)
+    (stream,) = generator.streams
+    assert (stream.prompt, stream.seed) == ("a meadow of blocks", 0)
+    assert stream.first_frame.shape == (1, HEIGHT, WIDTH, 3)
+    assert len(stream.controls) == 60 and stream.controls[0] == (0.0, 1.0)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("walk.mp4: 241 frames, 10.0 s at 24 fps, 512 x 320; made at ")
+    assert output.err.count("\n") == 1
+
+
+def test_all_options_reach_the_stream(generator, capsys):
+    Image.new("RGB", (400, 160), (1, 2, 3)).save("photo.jpg")
+    Path("path.txt").write_text("0.5 a\n0.5 s\n")
+    options = ["--image", "photo.jpg", "--prompt", "a desert", "--controls", "path.txt"]
+    options += ["--seconds", 1, "--seed", 7, "--scale", 1, "--model", "other", "--out", "a.mp4"]
+    assert run("generate", *options) == 0
+    (stream,) = generator.streams
+    assert (stream.prompt, stream.seed) == ("a desert", 7)
+    assert stream.controls == [(-1, 0)] * 3 + [(0, -0.4)] * 3
+    assert np.abs(stream.first_frame.astype(int) - (1, 2, 3)).max() <= 2
+    assert decode("a.mp4")[0].shape == (80, 128, 3)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == ("photo.jpg: 400 x 160 picture cropped to 256 x 160 and resized to 128 x 80")
+
+
+@pytest.mark.parametrize("seconds, frames", [(0.01, 5), (0.5, 13), (1, 25), (1.24, 29), (2, 49)])
+def test_length(generator, seconds, frames):
+    assert run("generate", "--seconds", seconds, "--out", "a.gif") == 0
+    with Image.open("a.gif") as gif:
+        assert gif.n_frames == frames
+
+
+def test_png_folder(generator):
+    assert run("generate", "--seconds", 0.5, "--out", "frames/") == 0
+    paths = sorted(Path("frames").iterdir())
+    assert len(paths) == 13 and Image.open(paths[-1]).size == (128, 80)
+
+
+def test_raw_frames_go_to_a_pipe(tmp_path):
+    process = script("generate", "--seconds", 0.5, "--out", "-", stdout=subprocess.PIPE)
+    raw, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    frames = np.frombuffer(raw, np.uint8).reshape(13, HEIGHT, WIDTH, 3)
+    assert (frames[0] == (90, 120, 30)).all()
+    assert np.array_equal(np.roll(frames[1], 1, axis=1), frames[2])
+    assert said.startswith(b"standard output: 13 frames")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = script(
+        "generate", "--seconds", 60, "--out", "-", step_seconds=0.01, stdout=subprocess.PIPE
+    )
+    assert len(process.stdout.read(1000)) == 1000
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_leaves_a_video_that_plays(tmp_path):
+    out = tmp_path / "a.mp4"
+    process = script("generate", "--seconds", 600, "--out", out, step_seconds=0.01)
+    deadline = time.monotonic() + 60
+    while not out.exists() or out.stat().st_size < 100_000:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    frames = len(decode(out))
+    assert frames % 4 == 1 and frames > 4
+    assert said == f"aapt: interrupted: {out} holds {frames} of 14401 frames\n"
+
+
+def test_full_disk_leaves_a_video_that_plays(tmp_path):
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    out = tmp_path / "a.mp4"
+    process = script("generate", "--seconds", 60, "--out", out, preexec_fn=small_disk)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1
+    frames = len(decode(out))
+    assert frames > 0
+    assert said == f"aapt: {out}: File too large: {out} holds {frames} of 1441 frames\n"
+
+
+def test_full_pipe_is_said_in_one_line():
+    with open("/dev/full", "wb") as full:
+        process = script("generate", "--out", "-", stdout=full)
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1
+    assert said == (
+        "aapt: standard output: No space left on device: nothing was kept of standard output\n"
+    )
+
+
+def test_full_disk_while_closing(generator, monkeypatch, capsys):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(WholeFile, "_write_some", full)
+    assert run("generate", "--seconds", 0.1, "--out", "a.mp4") == 1
+    said = capsys.readouterr().err
+    assert said == "aapt: a.mp4: No space left on device: nothing was kept of a.mp4\n"
+    assert not Path("a.mp4").exists()
+
+
+BAD = [
+    (["--image", "none.png"], "image: expected a PNG or JPEG file, got none.png: no such file"),
+    (["--image", "text.png"], "image: expected a PNG or JPEG file, got text.png: not a picture"),
+    (["--image", "."], "image: cannot read .: Is a directory"),
+    (["--seconds", "0"], "seconds: expected a finite number above 0, got 0"),
+    (["--seconds", "-1"], "seconds: expected a finite number above 0, got -1"),
+    (["--seconds", "nan"], "seconds: expected a finite number above 0, got nan"),
+    (["--seconds", "inf"], "seconds: expected a finite number above 0, got inf"),
+    (["--seconds", "ten"], "Invalid value for '--seconds'"),
+    (["--controls", "wlak"], "got 'wlak'; did you mean walk?"),
+    (["--controls", "text.png"], "text.png: line 1: expected '<seconds> <keys>'"),
+    (["--controls", "."], "controls: cannot read .: Is a directory"),
+    (["--out", "none/a.mp4"], "out: expected a path in a folder that exists, got none/a.mp4"),
+    (["--out", "a.avi"], "out: expected a .mp4 or .gif file"),
+    (["--seed", "-1"], "Invalid value for '--seed'"),
+    (["--seed", str(2**63)], "Invalid value for '--seed'"),
+    (["--scale", "0"], "Invalid value for '--scale'"),
+    (["--sceds", "1"], "No such option"),
+    (["stray"], "unexpected extra argument"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD)
+def test_bad_input_ends_in_one_line_and_2(generator, capsys, options, message):
+    Path("text.png").write_text("hello\n")
+    out = [] if "--out" in options else ["--out", "a.mp4"]
+    assert run("generate", *out, *options) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("aapt: ") and message in output.err and output.out == ""
+    assert output.err.count("\n") == 1 and not Path("a.mp4").exists()
+
+
+def test_unknown_model_names_the_known_ones(tmp_path, capsys):
+    assert run("generate", "--model", "huge-world", "--out", tmp_path / "a.mp4") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("aapt: huge-world: expected a checkpoint folder or one of ")
+    assert said.count("\n") == 1
+
+
+def test_missing_option_points_to_help(capsys):
+    assert run("generate") == 2
+    assert "Missing option" in (said := capsys.readouterr().err)
+    assert said.endswith("(see aapt generate --help)\n") and said.count("\n") == 1
+    assert run("bench") == 2
+    assert capsys.readouterr().err == "aapt: Missing command. (see aapt bench --help)\n"
+
+
+def test_help_is_quick_and_has_examples(capsys):
+    assert run() == 0
+    assert "generate" in capsys.readouterr().out
+    for command in (["generate"], ["info"], ["bench", "stream"], ["train"], ["eval"], ["plot"]):
+        assert run(*command, "--help") == 0
+        said = capsys.readouterr().out
+        assert f"Examples:\n    aapt {' '.join(command)}" in said
+    code = "import sys; from aapt.commands.app import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
+
+    calls = []
+
+    def record(recipe, out, stages, *, workers, report, habits, **options):
+        calls.append((recipe.name, out, stages, workers, habits.save_every))
+        assert options["parallel"].main and options["inputs"] == Inputs({}, None)
+        report("diffusion: 1.0 min")
+        return out / recipe.name
+
+    monkeypatch.setattr("aapt.runs.run.run", record)
+    assert run("train", "tiny-world") == 0
+    assert calls[0] == ("tiny-world", Path("runs/tiny-world"), None, 2, 100)
+    options = ["--stage", "clips", "--stage", "diffusion", "--out", tmp_path, "--workers", 1]
+    options += ["--save-every", 7]
+    assert run("train", "tiny-world", *options) == 0
+    assert calls[1] == ("tiny-world", tmp_path, ["clips", "diffusion"], 1, 7)
+    output = capsys.readouterr()
+    assert output.out == f"runs/tiny-world/tiny-world\n{tmp_path}/tiny-world\n"
+    assert output.err == "diffusion: 1.0 min\n" * 2
+
+
+def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    for arguments, code, message in [
+        (
+            ["huge"],
+            2,
+            "aapt: recipe: expected one of tiny-world, paper-8b, paper-8b-camera, paper-8b-pose, "
+            "vae-light, wan-light, got 'huge'",
+        ),
+        (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
+        (
+            ["tiny-world", "--stage", "diffusion"],
+            1,
+            "expected a safetensors file, which is missing",
+        ),
+    ]:
+        assert run("train", *arguments, "--out", tmp_path) == code
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_help_names_every_preset(capsys):
+    from aapt.streaming.controls import PRESETS
+
+    run("generate", "--help")
+    assert ", ".join(PRESETS) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def tiny_world():
+    if not (BUNDLED / "tiny-world" / "config.json").is_file():
+        pytest.skip("the bundled model is not in this checkout")
+
+
+def test_bundled_model_makes_the_same_video_twice(tiny_world, tmp_path):
+    for name in ("a", "b"):
+        assert run("generate", "--seconds", 1, "--out", tmp_path / name) == 0
+    pictures = [
+        np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / name).iterdir())])
+        for name in ("a", "b")
+    ]
+    assert pictures[0].shape[0] == 25 and pictures[0].std() > 5
+    assert np.array_equal(*pictures)
+    assert np.abs(pictures[0][0].astype(int) - pictures[0][24]).mean() > 2  # the walk moves
+
+
+def test_info(tiny_world, capsys):
+    assert run("info") == 0
+    table = capsys.readouterr().out
+    assert "tiny-world" in table and "block_causal_attention" in table and "cpu on cpu" in table
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"]["parameters"]["model"] > 0
+    assert {row["op"] for row in facts["ops"]} >= {"block_causal_attention", "qk_norm_rope"}
+    assert facts["versions"]["torch"] and facts["threads"] >= 1
+
+
+def test_bench_stream(tiny_world, capsys):
+    assert run("bench", "stream", "--steps", 2) == 0
+    assert "2 steps of 4 frames, decoding included" in capsys.readouterr().out
+    assert run("bench", "stream", "--steps", 3, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["steps"] == 3 and facts["warmup_steps"] == 12
+    assert 0 < facts["step_ms"]["p50"] <= facts["step_ms"]["p99"] <= facts["step_ms"]["max"]
+    assert facts["first_frame_ms"]["warm"] > 0 and facts["peak_memory_bytes"]["process"] > 2**20
+    assert facts["fps"] == pytest.approx(24 * facts["real_time"]) and facts["cpu"]
+
+
+def test_bench_stream_refuses_no_steps(capsys):
+    assert run("bench", "stream", "--steps", 0) == 2
+    assert "Invalid value for '--steps'" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    FakeGenerator.step_seconds = float(os.environ["STEP_SECONDS"])
+    with tempfile.TemporaryDirectory() as folder:
+        fake_generator = FakeGenerator(folder)
+        StreamingGenerator.from_pretrained = lambda name: fake_generator
+        sys.exit(main())

@@ -1,0 +1,536 @@
+"""Metrics on videos with known answers, the motion probe, and a whole evaluation in small."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from aapt.checkpoint import CheckpointError, save_config, save_module
+from aapt.commands.app import main
+from aapt.data.tiny_world.rendered_clips import sample_clip
+from aapt.data.tiny_world.themes import THEMES
+from aapt.data.tiny_world.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
+from aapt.evaluate import evaluate
+from aapt.evaluate.drift_plot import plot_drift
+from aapt.evaluate.evaluation import cache_folder
+from aapt.evaluate.footage import Footage, latent_statistics
+from aapt.evaluate.measure import Stretch, measure, timeline
+from aapt.evaluate.metrics import (
+    correlation,
+    gain,
+    palette,
+    palette_distance,
+    palette_error,
+    psnr,
+    sharpness,
+    theme_kept,
+)
+from aapt.evaluate.motion_probe import (
+    MotionProbe,
+    ProbeConfig,
+    augment,
+    load_probe,
+    matching_costs,
+    shrink_triples,
+    train_probe,
+)
+from aapt.evaluate.scenes import film_rollout
+from aapt.evaluate.windows import WINDOWS, drift_frames, nearest
+from aapt.evaluate.world_scenes import Walks, film_truth, held_out_starts, theme_footage
+from aapt.media.contact_sheet import contact_sheet
+from aapt.model.config import CameraConfig, ModelConfig, SamplingConfig
+from aapt.model.world_model import WorldModel
+from aapt.streaming.generator import StreamingGenerator
+from aapt.vae import CausalVAE, tiny
+from aapt.vae.pixels import to_pixels
+
+HEIGHT, WIDTH = 32, 64
+SMALL_PROBE = ProbeConfig(clips=6, held_out_clips=2, steps=2, batch=8)
+MODEL = ModelConfig(
+    width=32,
+    heads=2,
+    head_dim=16,
+    depth=2,
+    text_width=16,
+    text_tokens=25,
+    window_frames=3,
+    reference_grid=(2, 4),
+    rope_axes=(4, 6, 6),
+    sink_distance="clamped",
+    output_clamp=4.0,
+)
+
+
+def plain(sky, ground, starts=1, frames=2):
+    """Videos of two colours, the sky above the middle."""
+    video = torch.empty(starts, frames, HEIGHT, WIDTH, 3, dtype=torch.uint8)
+    video[:, :, : HEIGHT // 2] = torch.tensor(sky, dtype=torch.uint8)
+    video[:, :, HEIGHT // 2 :] = torch.tensor(ground, dtype=torch.uint8)
+    return video
+
+
+def noise(starts=2, frames=3):
+    random = torch.Generator().manual_seed(0)
+    shape = (starts, frames, HEIGHT, WIDTH, 3)
+    return torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random generator of 64x32, saved as a checkpoint folder."""
+    return save_checkpoint(tmp_path_factory.mktemp("random"))
+
+
+def save_checkpoint(folder, height=HEIGHT, yaw_step=YAW_STEP, seed=0):
+    torch.manual_seed(seed)
+    camera = CameraConfig(FIELD_OF_VIEW, yaw_step, FORWARD_STEP, 0.05, 0.025)
+    config = replace(MODEL, condition_channels=camera.channels)
+    save_module(folder / "model.safetensors", WorldModel(config, camera))
+    save_module(folder / "vae.safetensors", CausalVAE(tiny()))
+    facts = {"height": height, "width": WIDTH, "fps": 24, "prompts": ["a sunny green meadow"]}
+    parts = {"model": asdict(config), "camera": asdict(camera), "vae": asdict(tiny())}
+    save_config(folder, facts | parts)
+    return folder
+
+
+# Metrics.
+
+
+def test_sharpness_of_stripes_is_their_mean_step():
+    video = torch.zeros(1, 2, 4, 5, 3, dtype=torch.uint8)
+    video[..., 2:, :] = 51  # one step of 0.2 between five columns
+    assert sharpness(video) == pytest.approx(0.2 / 4)
+
+
+def test_blur_lowers_sharpness_and_a_shift_does_not():
+    video = noise()
+    flat = video.flatten(0, 1).permute(0, 3, 1, 2).float()
+    blurred = F.avg_pool2d(flat, 3, 1, 1).permute(0, 2, 3, 1).to(torch.uint8).view_as(video)
+    assert sharpness(blurred) < 0.5 * sharpness(video)
+    assert sharpness(video.roll(1, dims=2)) == pytest.approx(sharpness(video))
+
+
+def test_psnr_of_a_known_error():
+    video = torch.full((2, 3, 4, 4, 3), 100, dtype=torch.uint8)
+    assert psnr(video, video) == math.inf
+    assert psnr(video + 51, video) == pytest.approx(20 * math.log10(5))
+    assert psnr(noise(), noise().roll(1, dims=3)) < 10  # as bad as independent noise
+    with pytest.raises(ValueError, match="one shape, got .* and "):
+        psnr(video, video[:1])
+
+
+def test_swapping_sky_and_ground_gives_their_difference_as_palette_error():
+    day = palette(plain((0, 51, 102), (255, 204, 153)))
+    swapped = palette(plain((255, 204, 153), (0, 51, 102)))
+    assert day[0].tolist() == pytest.approx([0, 0.2, 0.4, 1, 0.8, 0.6])
+    assert palette_error(day, day) == 0
+    assert palette_error(day, swapped) == pytest.approx((1 + 0.6 + 0.2) / 3)
+
+
+def test_chance_palette_errors_come_from_pairs_of_starts():
+    palettes = torch.tensor([0.0, 0.1, 0.5])[:, None].expand(3, 6)
+    themes = torch.tensor([0, 0, 1])
+    assert palette_distance(palettes, themes, same_theme=True) == pytest.approx(0.1)
+    assert palette_distance(palettes, themes, same_theme=False) == pytest.approx(0.45)
+    assert palette_distance(palettes[1:], themes[1:], same_theme=True) is None
+
+
+def test_theme_kept_counts_the_nearest_references():
+    references = torch.tensor([0.0, 0.5, 1.0])[:, None].expand(3, 6)
+    palettes = torch.tensor([0.1, 0.6, 0.4, 0.9])[:, None].expand(4, 6)
+    assert theme_kept(palettes, references, torch.tensor([0, 1, 2, 2])) == 0.75
+
+
+def test_real_clips_keep_their_theme():
+    themes = torch.arange(len(THEMES))
+    clips = [sample_clip(40 + t, 3, theme=t, height=HEIGHT, width=WIDTH).video for t in range(6)]
+    references = palette(theme_footage(HEIGHT, WIDTH))
+    assert theme_kept(palette(torch.stack(clips)), references, themes) == 1.0
+
+
+def test_correlation_and_gain_against_numpy():
+    commanded = torch.linspace(-1, 1, 40).view(2, 20)
+    realised = 0.5 * commanded + 0.3 + 0.1 * torch.sin(37 * commanded)
+    expected = np.corrcoef(realised.flatten(), commanded.flatten())[0, 1]
+    slope = np.polyfit(commanded.flatten().double(), realised.flatten().double(), 1)[0]
+    assert correlation(realised, commanded) == pytest.approx(expected, abs=1e-6)
+    assert gain(realised, commanded) == pytest.approx(slope, abs=1e-6)
+    assert correlation(-realised, commanded) == pytest.approx(-expected, abs=1e-6)
+    still = torch.zeros(2, 20)
+    assert correlation(realised, still) is None and gain(realised, still) is None
+    assert correlation(still, commanded) is None and gain(still, commanded) == 0
+
+
+# The motion probe.
+
+
+def test_triples_are_start_middle_and_end_of_each_latent_frame():
+    frames = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 4, 8, 3)
+    triples = shrink_triples(frames, 2)
+    assert triples.shape == (2, 9, 2, 4)
+    seen = (triples[:, ::3, 0, 0] + 1) * 127.5
+    assert torch.allclose(seen, torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]]), atol=1e-4)
+
+
+def test_a_mirrored_triple_turns_the_other_way():
+    random = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(-1, 1, 16).expand(64, 9, 8, 16)
+    triples, controls = augment(ramp, torch.tensor([[0.5, 0.7]]).expand(64, 2), random)
+    falling = triples[..., 0].mean(dim=(1, 2)) > triples[..., -1].mean(dim=(1, 2))
+    assert 10 < falling.sum() < 54
+    assert torch.equal(controls[:, 0] < 0, falling)
+    assert torch.equal(controls[:, 1], torch.full((64,), 0.7))
+
+
+def test_matching_costs_by_hand():
+    """Of a cell that moves by (1, -3): every shift and every pixel in turn, in float64."""
+    random = torch.Generator().manual_seed(0)
+    start = torch.rand(1, 3, 16, 24, generator=random)
+    triple = torch.cat([start, start.roll((1, -3), dims=(2, 3)), start], dim=1)
+    padded = np.pad(triple[0, 3:6].double(), ((0, 0), (2, 2), (6, 6)), mode="edge")
+    here, found = triple[0, :3].double().numpy(), matching_costs(triple)[0].double()
+    for row, column in ((0, 0), (1, 1)):
+        rows, columns = (slice(8 * n, 8 * n + 8) for n in (row, column))
+        costs = np.array(
+            [
+                [np.abs(here - padded[:, y : y + 16, x : x + 24])[:, rows, columns].mean()]
+                for y in range(5)
+                for x in range(13)
+            ]
+        )[:, 0]
+        expected = costs / (costs.mean() + 0.02) - 1
+        np.testing.assert_allclose(found[:65, row, column], expected, atol=1e-5)
+    assert found[:65, 1, 1].argmin() == 3 * 13 + 3  # two rows and six columns are no shift
+
+
+def test_a_short_training_already_reads_which_way_the_camera_turns():
+    config = ProbeConfig(clips=24, held_out_clips=6, steps=100, batch=32)
+    _, quality = train_probe(config, HEIGHT, WIDTH)
+    assert quality.yaw > 0.8
+
+
+def test_a_probe_is_trained_once_per_configuration(tmp_path, monkeypatch):
+    probe, quality = load_probe(tmp_path, SMALL_PROBE, HEIGHT, WIDTH)
+    monkeypatch.setattr("aapt.evaluate.motion_probe.train_probe", lambda *_: pytest.fail("again"))
+    again, same = load_probe(tmp_path, SMALL_PROBE, HEIGHT, WIDTH)
+    assert same == quality
+    video = noise(1, 9)[0]
+    assert torch.equal(again.estimate(video), probe.estimate(video))
+    with pytest.raises(pytest.fail.Exception, match="again"):
+        load_probe(tmp_path, SMALL_PROBE, HEIGHT, 2 * WIDTH)
+
+
+def test_the_probe_refuses_other_videos():
+    probe = MotionProbe(HEIGHT, WIDTH, 2)
+    for shape in ((8, HEIGHT, WIDTH, 3), (9, WIDTH, HEIGHT, 3), (HEIGHT, WIDTH, 3)):
+        with pytest.raises(ValueError, match=r"video: expected \(1 \+ 4n, 32, 64, 3\), got"):
+            probe.estimate(torch.zeros(shape, dtype=torch.uint8))
+
+
+# Starts and footage.
+
+
+def test_starts_take_turns_in_the_themes_and_do_not_depend_on_their_number():
+    starts = held_out_starts(8, 5, seed=0)
+    assert [start.world.theme for start in starts] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert starts[0].prompt in THEMES[0].prompts and starts[0].prompt != starts[6].prompt
+    alone = held_out_starts(1, 3, seed=0)[0]
+    assert torch.equal(alone.poses, starts[0].poses[:13])
+    assert not torch.equal(held_out_starts(1, 5, seed=1)[0].poses, starts[0].poses)
+
+
+def test_footage_gives_frames_by_their_number():
+    starts = held_out_starts(2, 3, seed=0)
+    film = film_truth(starts, [0, 4, 9], HEIGHT, WIDTH)
+    whole = film_truth(starts, range(13), HEIGHT, WIDTH)
+    assert torch.equal(film[[9, 0]], whole.pixels[:, [9, 0]])
+    with pytest.raises(ValueError, match=r"kept, got \[5\]"):
+        film[[4, 5]]
+
+
+def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
+    """The batched rollout of a start against `StreamingGenerator` on the same noise."""
+    generator = StreamingGenerator.from_pretrained(checkpoint)
+    starts = held_out_starts(2, 6, seed=0)
+    first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
+    scenes = Walks(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
+    film, statistics = film_rollout(generator, scenes, 6, range(25), seed=0)
+    assert film.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and statistics.shape == (2, 7, 2)
+
+    from aapt.model.conditioning import Control
+
+    stream = generator.open(first[1].numpy(), starts[1].prompt, seed=1)
+    frames = [stream.first_frame]
+    for yaw, forward in starts[1].controls.tolist():
+        frames.append(stream.step(Control(yaw, forward)))
+    expected = torch.from_numpy(np.concatenate(frames))
+    assert (film.pixels[1].int() - expected.int()).abs().max() <= 1
+
+
+def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint, tmp_path):
+    """One step from noise without guidance is the one pass of a generator without clamp."""
+    generator = StreamingGenerator.from_pretrained(checkpoint)
+    scenes = Walks(held_out_starts(2, 3, seed=0), {"": generator}, SMALL_PROBE, tmp_path)
+    model = generator.model.transformer
+    model.config = replace(model.config, output_clamp=None)
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or "video_out" in name:  # so that time and prompt matter
+            torch.nn.init.normal_(parameter, std=0.2)
+    films = []
+    for sampling in (None, (1, 6.0, 1.0), (2, 6.0, 1.0), (2, 6.0, 4.0)):
+        generator.sampling = SamplingConfig(*sampling) if sampling else None
+        films.append(film_rollout(generator, scenes, 3, range(13), seed=0)[0].pixels.int())
+    one_pass, one_step, two_steps, guided = films
+    assert (one_pass - one_step).abs().max() <= 1
+    assert (two_steps - one_step).abs().max() > 10 and (guided - two_steps).abs().max() > 10
+
+
+def test_pixels_that_are_not_numbers_are_black():
+    video = torch.tensor([math.nan, math.inf, -math.inf, 0.0]).view(1, 1, 1, 1, 4)
+    pixels = to_pixels(video.expand(1, 3, 1, 1, 4))
+    assert pixels[0, 0, 0, :, 0].tolist() == [0, 255, 0, 128]
+
+
+# The sheet and the whole.
+
+
+def test_the_sheet_shows_enlarged_frames_in_their_places():
+    red, blue = (plain(colour, colour)[0] for colour in ((255, 0, 0), (0, 0, 255)))
+    sheet = contact_sheet([[("model", red), ("truth", blue)]], ["0 s", "1 s"])
+    pixels = np.asarray(sheet)
+    assert (pixels == (255, 0, 0)).all(-1).sum() == 2 * (2 * HEIGHT) * (2 * WIDTH)
+    assert (pixels == (0, 0, 255)).all(-1).sum() == 2 * (2 * HEIGHT) * (2 * WIDTH)
+    with pytest.raises(ValueError, match="'model': expected 1 frames, got 2"):
+        contact_sheet([[("model", red)]], ["0 s"])
+
+
+def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
+    starts = held_out_starts(2, 8, seed=0)
+    window = WINDOWS[0]
+    truth = film_truth(starts, window.frames, HEIGHT, WIDTH).pixels
+    generators = {checkpoint: StreamingGenerator.from_pretrained(checkpoint)}
+    scenes = Walks(starts, generators, SMALL_PROBE, tmp_path)
+    real = Stretch.of(truth[:, 1:])
+    found = measure(truth, real, None, scenes, window)
+    assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
+    assert found.psnr is None and found.latent_deviation is None
+    swapped = measure(truth.flip(0), real, None, scenes, window)
+    assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
+    assert swapped.sharpness == pytest.approx(1.0) and swapped.psnr < 25
+
+
+def test_latent_statistics_by_hand():
+    latents = torch.zeros(1, 2, 3, 4, 4)
+    latents[:, 0, 1] = 3.0
+    latents[:, 1, 1] = -1.0
+    latents[:, :, 2, :2] = 1.0
+    offset, deviation = latent_statistics(latents)[0].T
+    assert offset.tolist() == pytest.approx([0, math.sqrt(5), 0.5])
+    expected = [np.std([3.0] * 16 + [-1.0] * 16, ddof=1), np.std([1.0, 0.0] * 16, ddof=1)]
+    assert deviation.tolist() == pytest.approx([0, *expected])
+
+
+def test_frames_past_the_end_are_stood_for_by_the_last_ones():
+    assert nearest(range(0, 5), steps=2) == [0, 1, 2, 3, 4]
+    assert nearest((47, 48), steps=2) == [7, 8]
+    assert nearest(range(4, 13), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert nearest(range(40, 61), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_timeline_finds_the_second_that_is_wrong():
+    starts = held_out_starts(6, 18, seed=0)
+    seconds = [1, 2, 3]
+    frames = [frame for second in seconds for frame in drift_frames(second)]
+    assert frames == [23, 24, 47, 48, 71, 72]
+    truth = film_truth(starts, frames, HEIGHT, WIDTH)
+    pixels = truth.pixels.clone()
+    pixels[:, 2:4] = pixels[:, 2:4].flip(0) // 2  # other themes, and darker
+    latents = torch.tensor([[[0.1, 1.0], [0.2, 0.5], [0.3, 2.0]]]).expand(6, 3, 2)
+    film, true = (
+        [Stretch.of(footage[drift_frames(second)]) for second in seconds]
+        for footage in (Footage(frames, pixels), truth)
+    )
+    found, real = (timeline(source, true, seconds, latents) for source in (film, true))
+    assert found.seconds == seconds and found.latent_deviation == [1.0, 0.5, 2.0]
+    assert found.latent_offset == pytest.approx([0.1, 0.2, 0.3])
+    assert found.sharpness[::2] == [1.0, 1.0] and found.sharpness[1] == pytest.approx(0.5, abs=0.05)
+    assert found.palette_error[::2] == [0.0, 0.0] and found.palette_error[1] > 0.1
+    assert found.feature_distance[::2] == real.feature_distance[::2]
+    assert found.feature_distance[1] > real.feature_distance[1] + 0.2
+
+    longer = timeline(film, true[:1], seconds, latents)
+    assert longer.palette_error == [0.0, None, None] and longer.feature_distance[0] == 0
+    assert longer.sharpness == [clips.sharpness / true[0].sharpness for clips in film]
+
+
+@pytest.fixture(scope="module")
+def evaluation(checkpoint, tmp_path_factory):
+    """Three checkpoints for two seconds: the report, its folder and what was logged."""
+    folder, lines = tmp_path_factory.mktemp("evaluation"), []
+    checkpoints = [checkpoint]
+    checkpoints += [save_checkpoint(folder / n, seed=1) for n in ("baseline", "other/baseline")]
+    report = evaluate(
+        checkpoints,
+        folder / "out",
+        starts=2,
+        seconds=2.0,
+        probe=SMALL_PROBE,
+        cache=folder / "cache" / "aapt",
+        log=lines.append,
+    )
+    return report, folder, lines
+
+
+def test_evaluate_end_to_end(checkpoint, evaluation):
+    report, folder, lines = evaluation
+    out = folder / "out"
+    names = [f"{checkpoint.parent.name}/{checkpoint.name}"]
+    names += [f"{folder.name}/baseline", "other/baseline"]
+    assert [line.split(":")[0] for line in lines] == [
+        "motion probe",
+        "truth",
+        "autoencoder",
+        *(f"{name} rollout" for name in names),
+        "metrics",
+    ]
+    assert {path.name for path in out.iterdir()} == {"report.json", "drift.png", "sheet.png"}
+    saved = json.loads((out / "report.json").read_text())
+    assert saved == json.loads(report.as_json())
+    assert list(saved["checkpoints"]) == names and saved["settings"]["seed"] == 0
+    sources = saved["windows"]["0-1.3 s"]
+    assert list(saved["windows"]) == ["0-1.3 s"]
+    assert list(sources) == ["truth", "autoencoder", *names]
+    assert sources["truth"]["sharpness"] == 1.0 and sources["truth"]["palette_error"] == 0.0
+    assert sources["truth"]["feature_distance"] == 0 < sources[names[0]]["feature_distance"]
+    assert sources[names[0]]["psnr"] == pytest.approx(report.windows["0-1.3 s"][names[0]].psnr)
+    assert sources[names[0]] != sources[names[1]] == sources[names[2]]  # these are the same
+    assert saved["truth"] == "rendered"
+    assert saved["same_theme"] is None and saved["other_theme"] > 0.05
+    assert list(saved["timelines"]) == ["truth", *names]
+    assert saved["timelines"][names[1]]["seconds"] == [1, 2]
+    assert {len(values) for values in saved["timelines"][names[1]].values()} == {2}
+    table = report.table()
+    assert table.row_count == 5
+    headings = [column.header for column in table.columns]
+    assert "feature distance" in headings and "FID" not in headings
+
+    sheet = Image.open(out / "sheet.png")
+    assert sheet.width > 2 * 2 * WIDTH and sheet.height > 2 * 4 * 2 * HEIGHT
+    drift = np.asarray(Image.open(out / "drift.png").convert("L"))
+    assert drift.shape[1] > 1000 and drift.std() > 5
+
+    figure = plot_drift(report)
+    curves = figure.axes[2].get_lines()
+    assert [curve.get_label() for curve in curves] == ["truth", *names]
+    assert curves[1].get_ydata().tolist() == report.timelines[names[0]].sharpness
+    assert len({curve.get_color() for curve in curves}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"starts": 0}, "starts: expected 1 to 1000, got 0"),
+        ({"seconds": 1.0}, r"seconds: expected at least 1\.33, got 1\.0"),
+        ({"seconds": math.nan}, "seconds: expected at least .*, got nan"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
+    ],
+)
+def test_bad_settings_are_refused(checkpoint, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate([checkpoint], tmp_path, **{"starts": 1, "seconds": 2.0} | arguments)
+
+
+def test_bad_checkpoints_are_refused(checkpoint, tmp_path):
+    short = dict(starts=1, seconds=2.0)
+    with pytest.raises(CheckpointError, match="nowhere: expected a checkpoint folder"):
+        evaluate([tmp_path / "nowhere"], tmp_path, **short)
+    quick = save_checkpoint(tmp_path / "quick", yaw_step=2 * YAW_STEP)
+    with pytest.raises(ValueError, match=r"quick: expected the world's yaw step.*got \(0\.052"):
+        evaluate([quick], tmp_path, **short)
+    tall = save_checkpoint(tmp_path / "tall", height=2 * HEIGHT)
+    with pytest.raises(ValueError, match="checkpoints: expected one picture size, got .*32, 64"):
+        evaluate([checkpoint, tall], tmp_path, **short)
+    with pytest.raises(ValueError, match="expected different paths, got"):
+        evaluate([checkpoint, checkpoint], tmp_path, **short)
+    with pytest.raises(ValueError, match="expected different paths, got none"):
+        evaluate([], tmp_path, **short)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quick", "tall"]
+
+
+def test_the_probe_is_kept_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "aapt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "aapt"
+
+
+# The command.
+
+
+def test_the_command_prints_a_table(checkpoint, evaluation, tmp_path, capsys, monkeypatch):
+    """Of the same numbers as before, since nothing but seeds decides them."""
+    before, folder, _ = evaluation
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    network = tmp_path / "network.pt"
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        torch.jit.script(MeanColour()).save(str(network))
+    options = ["--baseline", folder / "baseline", "--starts", 2, "--seconds", 2, "--fid", network]
+    arguments = [str(part) for part in ["eval", checkpoint, *options, "--out", tmp_path / "a"]]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "feature distance" in said.out and "FID" in said.out and "FVD" not in said.out
+    assert said.err.splitlines()[0].startswith("motion probe: ")
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["settings"]["fid"] == str(network)
+    sources, earlier = report["windows"]["0-1.3 s"], before.windows["0-1.3 s"]
+    assert sources["truth"]["fid"] is None
+    found, then = sources[checkpoint.name], next(iter(before.checkpoints))
+    assert found.pop("fid") > 0 and found.items() <= asdict(earlier[then]).items()
+    assert report["timelines"][checkpoint.name] == asdict(before.timelines[then])
+
+
+def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monkeypatch):
+    before, folder, _ = evaluation
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    options = ["--starts", 2, "--seconds", 2, "--seed", 1, "--json", "--out", tmp_path]
+    assert main([str(part) for part in ["eval", checkpoint, *options]]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["settings"] == {
+        "starts": 2,
+        "seconds": 2.0,
+        "seed": 1,
+        "device": "cpu",
+    }
+    other = printed["timelines"][checkpoint.name]["palette_error"]
+    assert other not in [line.palette_error for line in before.timelines.values()]
+    assert len(list((folder / "cache" / "aapt").iterdir())) == 1
+
+
+class MeanColour(torch.nn.Module):
+    def forward(self, pictures: torch.Tensor):
+        return pictures.float().mean(dim=(2, 3))
+
+
+def test_the_command_says_what_is_wrong_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for arguments, code, message in [
+        (["nowhere", "--out", "a"], 2, "nowhere: expected a checkpoint folder"),
+        ([checkpoint, "--starts", "0", "--out", "a"], 2, "starts: expected 1 to 1000, got 0"),
+        ([checkpoint, "--seconds", "nan", "--out", "a"], 2, "seconds: expected at least 1.33"),
+        ([checkpoint, "--fvd", "no.pt", "--out", "a"], 2, "fvd: expected a TorchScript file"),
+        ([checkpoint, "--device", "disk", "--out", "a"], 2, "device: cannot use disk: "),
+        ([checkpoint, "--out", tmp_path / "file"], 1, "File exists"),
+        ([checkpoint, "--out", tmp_path / "a"], 1, "Not a directory"),  # the cache
+    ]:
+        assert main(["eval", *map(str, arguments)]) == code
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1

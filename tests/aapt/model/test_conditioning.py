@@ -1,0 +1,122 @@
+"""Controls, poses, rays, positions and prompts."""
+
+import math
+
+import pytest
+import torch
+
+from aapt.data.tiny_world import world
+from aapt.model.conditioning import Control, camera_rays, control_rays, relative_poses
+from aapt.model.config import CameraConfig
+from aapt.model.rope import RotaryPositions
+from aapt.model.text import BEGIN, ByteTextEncoder, prompt_bytes
+
+from ..helpers import CAMERA, CONFIG
+
+WORLD_CAMERA = CameraConfig(world.FIELD_OF_VIEW, world.YAW_STEP, world.FORWARD_STEP, 1.0, 1.0)
+
+
+def test_relative_poses_are_those_of_the_world():
+    controls = torch.tensor([[0.3, 0.8], [-1.0, 0.0], [0.0, -0.4], [0.7, 1.0]]).double()
+    poses = world.integrate(controls, (1.0, -2.0, 0.4))
+    expected = world.relative_poses(poses)  # four video frames per control
+    torch.testing.assert_close(
+        relative_poses(controls, WORLD_CAMERA).repeat_interleave(4, 0), expected
+    )
+
+
+def test_standing_still_is_zero():
+    assert control_rays(torch.zeros(1, 2, 2), CAMERA, 4, 6).abs().max() == 0
+
+
+def test_rays_of_one_pixel_by_hand():
+    yaw = 0.25
+    controls = torch.tensor([[[yaw, 0.5]]]).double()
+    rays = control_rays(controls, WORLD_CAMERA, 2, 4)  # 90 degrees: half width 1 at depth 1
+    assert rays.shape == (1, 24, 1, 2, 4)
+    angle, walk = yaw * world.YAW_STEP, 0.5 * world.FORWARD_STEP
+    x, y = 0.75, -0.25  # the top right pixel
+    origin = [walk * math.sin(angle), 0, walk * math.cos(angle)]
+    turned = [
+        math.cos(angle) * x + math.sin(angle) - x,
+        0,
+        -math.sin(angle) * x + math.cos(angle) - 1,
+    ]
+    for frame in range(4):
+        got = rays[0, 6 * frame : 6 * frame + 6, 0, 0, 3]
+        torch.testing.assert_close(got, torch.tensor([*origin, *turned]).double())
+    assert y  # the row does not matter to a turn about the vertical
+    torch.testing.assert_close(rays[..., 0, :], rays[..., 1, :])
+
+
+def test_rays_refuse_other_frame_counts():
+    with pytest.raises(ValueError, match=r"poses: expected \(batch, time, 4, 4, 4\), got"):
+        camera_rays(torch.eye(4).expand(1, 2, 3, 4, 4), CAMERA, 2, 2)
+
+
+@pytest.mark.parametrize("bad", [1.01, -2, float("nan"), float("inf"), "x", None])
+def test_controls_are_bounded(bad):
+    with pytest.raises(ValueError, match=r"yaw: expected a number in \[-1, 1\], got"):
+        Control(yaw=bad)
+    with pytest.raises(ValueError, match="forward: expected"):
+        Control(forward=bad)
+
+
+def test_controls_take_any_real_number():
+    import numpy as np
+
+    control = Control(yaw=np.float32(0.5), forward=1)
+    assert control == Control(0.5, 1.0) and isinstance(control.yaw, float)
+
+
+def test_positions_leave_meta_with_values():
+    with torch.device("meta"):
+        positions = RotaryPositions(CONFIG)
+    expected = RotaryPositions(CONFIG).time_frequency
+    assert torch.equal(positions.to_empty(device="cpu").time_frequency, expected)
+
+
+def test_positions_stretch_in_space_and_not_in_time():
+    positions = RotaryPositions(CONFIG)
+    time, rows, columns = (axis // 2 for axis in CONFIG.rope_axes)
+    small = positions(torch.tensor([0, 3]), (2, 3))
+    large = positions(torch.tensor([0, 3]), (4, 6))
+    pick = {}
+    for name, rotation, grid in (("small", small, (2, 3)), ("large", large, (4, 6))):
+        pick[name] = rotation.cos.view(2, *grid, -1)
+    # Row 1 of two sits where row 2 of four does; columns likewise.
+    torch.testing.assert_close(pick["small"][1, 1, 2], pick["large"][1, 2, 4])
+    angle = 3 * CONFIG.rope_theta ** -(torch.arange(time).double() / time)
+    torch.testing.assert_close(pick["small"][1, 0, 0, :time], angle.cos().float())
+    assert rows + columns + time == small.cos.shape[-1]
+
+
+def test_positions_stay_exact_far_out_and_in_half_precision_models():
+    positions = RotaryPositions(CONFIG).to(torch.bfloat16)
+    assert positions.time_frequency.dtype == torch.float64
+    far = positions(torch.tensor([1_000_003]), (1, 1)).cos[0, 0]
+    assert far.item() == pytest.approx(math.cos(1_000_003), abs=1e-6)
+
+
+def test_clamped_distance_rotates_sink_queries_no_further():
+    import dataclasses
+
+    config = dataclasses.replace(CONFIG, sink_distance="clamped")  # window 2: clamp at 3
+    rotation = RotaryPositions(config)(torch.arange(6), (1, 1))
+    torch.testing.assert_close(rotation.cos_sink[:4], rotation.cos[:4])
+    torch.testing.assert_close(rotation.cos_sink[4:], rotation.cos[3:4].expand(2, -1))
+    assert RotaryPositions(CONFIG)(torch.arange(6), (1, 1)).cos_sink is None
+
+
+def test_prompts_are_read_in_lower_case():
+    assert prompt_bytes("Ab É") == b"ab \xc3\xa9"
+    assert prompt_bytes("\ud800") == b"?"  # half a character, as a broken file has it
+
+
+def test_prompts_become_bytes():
+    encoder = ByteTextEncoder(tokens=5, width=3)
+    ids, lengths = encoder.tokenize(["Hi", "", "long prompt"])
+    assert ids[0, :3].tolist() == [BEGIN, *b"hi"]
+    assert lengths.tolist() == [3, 1, 5]
+    embedded, _ = encoder(["Hi", "", "long prompt"])
+    assert embedded.shape == (3, 5, 3)

@@ -1,0 +1,263 @@
+"""The plan's counts against counted bytes, measured activations and the published arithmetic."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from aapt.commands.app import main
+from aapt.model.config import ModelConfig
+from aapt.model.discriminator import Discriminator
+from aapt.model.transformer import VideoTransformer
+from aapt.model.world_model import WorldModel
+from aapt.runs import plan
+from aapt.training.curriculum import constant
+from aapt.training.optimization import Schedule
+from aapt.training.recipes import aapt_8b, paper_8b, tiny_world
+from aapt.training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from aapt_kernels import FrameLayout
+
+from ..helpers import CONFIG, SIZE, clips, draws, tiny_model
+from .counting import adversarial_stage
+
+
+def stages():
+    config = DiffusionConfig(
+        constant("clips", frames=3, batch=2, steps=1), Schedule(1e-3), muon=True, average=0.9
+    )
+    yield DiffusionAdaptation(config, tiny_model().float())
+    yield adversarial_stage()
+
+
+@pytest.mark.parametrize("stage", list(stages()), ids=lambda stage: type(stage).__name__)
+def test_states_are_what_a_step_leaves(stage):
+    """Gradients, optimizer states and averages, byte by byte; but for the counters of steps."""
+    stage.accumulate({"clips": clips()}, draws(2), 0)
+    parts = list(stage.trained.values())
+    gradients = sum(p.grad.nbytes for part in parts for p in part.parameters if p.grad is not None)
+    stage.update(0)
+    counted = {"gradients": gradients, "optimizer": 0, "averages": 0}
+    for part in parts:
+        for optimizer in getattr(part.optimizer, "optimizers", [part.optimizer]):
+            for state in optimizer.state.values():
+                counted["optimizer"] += sum(x.nbytes for k, x in state.items() if k != "step")
+        if part.average:
+            counted["averages"] += sum(x.nbytes for x in part.average.shadow.values())
+    assert plan.trained_bytes(parts, gpus=1) == counted
+
+
+def test_shards_are_rows():
+    assert plan.sharded(torch.Size([10, 3]), 4) == 9
+    assert plan.sharded(torch.Size([3]), 8) == 1
+    eight = sum(plan.sharded(shape, 8) for shape in plan.shapes(tiny_model()))
+    assert eight == pytest.approx(sum(p.numel() for p in tiny_model().parameters()) / 8, rel=0.05)
+
+
+def saved_bytes(depth: int, checkpointed: bool) -> int:
+    """Distinct memory that a forward pass of two clips keeps, parameters aside."""
+    config = {**dataclasses.asdict(CONFIG), "width": 128, "head_dim": 64, "depth": depth}
+    model = VideoTransformer(
+        ModelConfig(**{**config, "rope_axes": (24, 20, 20), "condition_channels": 0})
+    )
+    model.blocks.bfloat16()
+    model.checkpoint_blocks = checkpointed
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    x, text = torch.randn(2, 4, 6, 8, 12), torch.randn(2, CONFIG.text_tokens, CONFIG.text_width)
+    with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        model(x, x, None, text, torch.tensor([5, 6]), torch.rand(2))
+    storages = {pointer: x.untyped_storage().nbytes() for pointer, x in kept.items()}
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_activations_are_what_is_saved(checkpointed):
+    """Of four blocks, within 3 %: modulations and log-sum-exps are left out. Norms run in bfloat16
+    here, in float32 under CUDA's autocast."""
+    config = dataclasses.replace(CONFIG, width=128, head_dim=64, rope_axes=(24, 20, 20), depth=4)
+    tokens = 6 * 4 * 6
+    expected = 4 * plan.block_bytes(config, tokens, norm=plan.HALF)
+    if checkpointed:
+        expected = plan.activation_bytes(config, tokens, checkpointed=True)
+    measured = saved_bytes(6, checkpointed) - saved_bytes(2, checkpointed)
+    assert measured == pytest.approx(2 * expected, rel=0.03)
+
+
+def test_products_are_what_is_multiplied():
+    model = tiny_model().float()
+    x, text = torch.randn(1, 4, 3, *SIZE), torch.randn(1, CONFIG.text_tokens, CONFIG.text_width)
+    condition = torch.randn(1, CONFIG.condition_channels, 3, *SIZE)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.transformer(x, x, condition, text, torch.tensor([6]), torch.rand(1))
+    assert plan.product_flops(model, 3 * 6, CONFIG.text_tokens) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 7])
+def test_attention_is_what_the_mask_shows(start):
+    frames = 5
+    config = dataclasses.replace(CONFIG, grid_windows=((2, 1, 3),))
+    for grid, tokens, window in (((1, 3), 3, CONFIG.window_frames), ((2, 1), 2, 3)):
+        past = min(start - 1, window) if start else None
+        layout = FrameLayout(config.text_tokens, tokens, frames, window, past_frames=past)
+        pairs = int(layout.dense_mask().sum())
+        expected = 4 * config.depth * config.width * pairs
+        assert plan.attention_flops(config, grid, frames, start) == expected
+
+
+def test_published_arithmetic():
+    """SPEC 14: one latent frame far into a stream, and the cache at 736x416."""
+    config, wide, large = aapt_8b(), (26, 46), (45, 80)
+    with torch.device("meta"):
+        blocks = VideoTransformer(config).blocks
+    assert plan.product_flops(blocks, 1196, 0) == pytest.approx(9.8e12, rel=0.01)
+    assert plan.product_flops(blocks, 3600, 0) == pytest.approx(29.4e12, rel=0.01)
+    assert plan.attention_flops(config, wide, 1, 100) == pytest.approx(20.5e12, rel=0.01)
+    assert plan.attention_flops(config, large, 1, 100) == pytest.approx(98.3e12, rel=0.01)
+    assert plan.cache_bytes(config, wide, 1, continued=False) == pytest.approx(17e9, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [SIZE, (4, 4)])
+def test_caches_are_what_a_model_keeps(size):
+    config = dataclasses.replace(CONFIG, grid_windows=((2, 2, 5),))
+    cache = VideoTransformer(config).new_cache(1, size, dtype=torch.bfloat16)
+    expected = cache.k.nbytes + cache.v.nbytes
+    assert plan.cache_bytes(config, config.token_grid(*size), 1, continued=False) == expected
+
+
+def test_plan_of_the_paper():
+    eight = {each.workload.name: each for each in plan.plan(paper_8b(), 8)}
+    many = {each.workload.name: each for each in plan.plan(paper_8b(), 256)}
+    assert eight["diffusion 1/3"].tokens == many["diffusion 1/3"].tokens == 256 * 30 * 1196
+    assert eight["diffusion 2/3"].workload.size == (90, 160)
+    assert eight["diffusion 2/3"].flops == pytest.approx(1.56e18, rel=0.01)
+    assert eight["extension"].workload.total_frames == 19 * 6
+    assert eight["extension-5"].tokens == 64 * 55 * 6 * 880
+    assert eight["consistency"].memory["parameters"] == pytest.approx(
+        2 * eight["diffusion 1/3"].memory["parameters"]
+    )
+    for each in (*eight.values(), *many.values()):
+        assert each.at_once >= 1 and each.total < 0.9 * plan.H100.memory
+        assert each.clips * each.gpus == each.workload.batch * each.context
+    for name, each in many.items():
+        assert each.memory["optimizer"] == pytest.approx(eight[name].memory["optimizer"] / 32, 0.01)
+        assert each.seconds() == pytest.approx(eight[name].seconds() / 32)
+
+
+def test_phases_of_a_stage_share_a_command():
+    """Its groups are as large as its largest phase needs."""
+    for gpus in (8, 256):
+        contexts = {}
+        for each in plan.plan(paper_8b(), gpus):
+            contexts.setdefault(each.workload.stage, set()).add(each.context)
+        assert all(len(found) == 1 for found in contexts.values())
+
+
+@pytest.mark.parametrize("gpus, launched", [(8, "--nproc-per-node 8"), (12, "--nproc-per-node 6")])
+def test_commands_are_the_plan(gpus, launched):
+    """Every stage once, with what its plan takes for granted."""
+    recipe = paper_8b()
+    batches = {
+        name: dataclasses.replace(stage, batch=96)
+        for name, stage in recipe.stages.items()
+        if hasattr(stage, "batch")
+    }
+    recipe = dataclasses.replace(recipe, stages=batches)
+    plans = plan.plan(recipe, gpus)
+    said = []
+    for line in plan.commands(recipe, plans):
+        program, *words = line.split()
+        assert program == "torchrun" and launched in line and "--checkpoint-blocks" in words
+        assert ("--nnodes 2" in line) == (gpus == 12)
+        options = dict(zip(words, words[1:]))
+        stages = [after for word, after in zip(words, words[1:]) if word == "--stage"]
+        said += stages
+        for each in plans:
+            if each.workload.stage in stages or not stages:
+                assert int(options.get("--context", 1)) == each.context
+                assert int(options.get("--clips-at-once", each.clips)) <= each.at_once
+    assert said in ([], list(recipe.stages))
+
+
+def test_what_fits_nowhere_has_no_command():
+    (line,) = plan.commands(paper_8b(), plan.plan(paper_8b(), 1))
+    assert line.endswith("extension-5: not even one clip fits")
+
+
+def test_more_gpus_to_a_clip_hold_less_of_it():
+    one, four = (plan.plan(paper_8b(), 8, context)[0] for context in (1, 4))
+    assert four.memory["activations"] / four.at_once == pytest.approx(
+        one.memory["activations"] / one.at_once / 4, rel=0.05
+    )
+    assert four.clips == 4 * one.clips
+
+
+def test_a_fifth_clip_is_judged_where_motion_does_not_fit():
+    """Arithmetic of the discriminator: it learns from five clips in place of four, in 4 passes
+    each, and judges one for the generator in 3."""
+    recipe = tiny_world()
+    extension = recipe.stages["extension"]
+    judge = Discriminator(WorldModel(recipe.model, recipe.camera))
+    plans = []
+    for mismatch in (0.0, 1.0):
+        changed = dataclasses.replace(extension, mismatch=mismatch)
+        stages = {**recipe.stages, "extension": changed}
+        made = plan.plan(dataclasses.replace(recipe, stages=stages), 1)
+        plans.append(next(each for each in made if each.workload.name == "extension"))
+    four, five = plans
+    forward = plan.forward_flops(judge, recipe.model, four.workload.size, 8, 0)
+    more = extension.batch * extension.segments * 4 * forward
+    assert five.flops - four.flops == pytest.approx(more)
+    assert five.memory["activations"] > four.memory["activations"]
+
+
+def test_a_lead_costs_one_pass_per_segment():
+    """Planned at its longest; nothing of it is judged."""
+    recipe = tiny_world()
+    plans = []
+    for lead in (0, 3):
+        changed = dataclasses.replace(recipe.stages["extension"], segments=1, lead_segments=lead)
+        stages = {**recipe.stages, "extension": changed}
+        made = plan.plan(dataclasses.replace(recipe, stages=stages), 1)
+        plans.append(next(each for each in made if each.workload.name == "extension"))
+    alone, led = plans
+    model = WorldModel(recipe.model, recipe.camera)
+    size, batch = alone.workload.size, alone.workload.batch
+
+    def forward(start: int) -> float:
+        return plan.forward_flops(model, recipe.model, size, 8, start)
+
+    # The judged segment has a longer past, in five passes.
+    more = sum(map(forward, (0, 8, 16))) + 5 * (forward(24) - forward(0))
+    assert led.flops - alone.flops == pytest.approx(batch * more)
+    assert led.workload.total_frames == 4 * 8
+    assert led.memory["cache"] > alone.memory["cache"]
+
+
+def test_what_cannot_be_planned():
+    with pytest.raises(ValueError, match="context: expected one of 1, 2, 4, 8, which divide the 8"):
+        plan.plan(paper_8b(), 8, context=3)
+    with pytest.raises(ValueError, match="gpus: expected a number whose groups of 1 share the 256"):
+        plan.plan(paper_8b(), 7)
+    with pytest.raises(ValueError, match="gpus: expected at least 1, got 0"):
+        plan.plan(tiny_world(), 0)
+
+
+def test_command_prints_a_table(capsys):
+    assert main(["train", "--plan", "tiny-world", "--gpus", "2", "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny-world on 2 H100" in out and "tiny-world on 1 H100" in out
+    rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
+    batch = math.prod((8, 10, 40))
+    assert rows["tokens per step"][:2] == [f"{batch / 1e6:.2f}", "M"]
+    assert "torchrun --nproc-per-node 2 -m aapt train tiny-world --checkpoint-blocks\n" in out
+    assert float(rows["GiB per GPU: total *"][0]) > 0
+    assert main(["train", "--plan", "tiny-world", "--gpus", "16"]) == 2
+    assert "gpus: expected a number whose groups" in capsys.readouterr().err

@@ -1,0 +1,315 @@
+"""A whole recipe, small: from rendered clips to a checkpoint that streams."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aapt import Control, StreamingGenerator
+from aapt.checkpoint import read_tensors
+from aapt.device import mixed_precision
+from aapt.model.config import SamplingConfig
+from aapt.runs import run as run_module
+from aapt.runs.inputs import Inputs
+from aapt.runs.loop import Habits, TrainingError
+from aapt.runs.parallel import Parallel
+from aapt.runs.run import DIFFUSION_SAMPLES, Run, run, stage_names
+from aapt.runs.samples import sample_sheet
+from aapt.training.curriculum import constant
+from aapt.training.optimization import Schedule
+from aapt.training.recipes import tiny_world
+
+from . import ranks
+
+STAGES = stage_names(tiny_world())
+BRIEF = (0, 1)  # seconds of a sheet of samples
+
+
+def small_recipe():
+    recipe = tiny_world()
+    model = dataclasses.replace(
+        recipe.model,
+        width=32,
+        heads=2,
+        head_dim=16,
+        depth=3,
+        rope_axes=(4, 6, 6),
+        reference_grid=(3, 4),
+    )
+    curriculum = constant("clips", frames=4, batch=2, steps=2)
+    judged = {"steps": 1, "batch": 2, "segment_frames": 2, "discriminator_warmup": 1}
+    small = {
+        "diffusion": {"curriculum": curriculum},
+        "consistency": {"curriculum": curriculum},
+        "regression": {"steps": 2, "batch": 2, "segment_frames": 2},
+        "long-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
+        "further-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
+        **dict.fromkeys(("adversarial", "extension", "further-adversarial"), judged),
+        "final": judged | {"lead_segments": 2},
+    }
+    picture = {"height": 48, "width": 64, "clips": 3}
+    lengths = {
+        "clips": {"latent_frames": 6, "video_clips": 2},
+        "long-clips": {"latent_frames": 10},
+        "longer-clips": {"latent_frames": 14},
+        "minute-clips": {"latent_frames": 18},
+    }
+    return dataclasses.replace(
+        recipe,
+        model=model,
+        data={
+            name: dataclasses.replace(data, **picture, **lengths[name])
+            for name, data in recipe.data.items()
+        },
+        decoder=dataclasses.replace(recipe.decoder, video_frames=9, steps=2, batch=2),
+        light_decoder=dataclasses.replace(recipe.light_decoder, video_frames=9, steps=2, batch=2),
+        stages={
+            name: dataclasses.replace(config, **small[name])
+            for name, config in recipe.stages.items()
+        },
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As ranks have it: results of several processes are compared byte for byte."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out, lines = tmp_path_factory.mktemp("run"), []
+    habits = Habits(save_every=1, sample_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aapt.runs.run.SHEET_SECONDS", BRIEF)
+        folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
+    return out, folder, lines
+
+
+def test_every_stage_leaves_its_result(trained):
+    out, _, lines = trained
+    assert [line.split(":")[0] for line in lines] == STAGES
+    for stage in STAGES:
+        assert (out / stage / "weights.safetensors").is_file()
+    metrics = [json.loads(line) for line in (out / "adversarial" / "metrics.jsonl").open()]
+    assert [m["step"] for m in metrics] == [0, 1]
+    assert not list(out.glob("*/states"))
+    assert (out / "regression" / "samples-2.png").is_file()
+    assert "generator" not in metrics[0] and "generator" in metrics[1]
+
+
+def test_the_checkpoint_streams(trained):
+    _, folder, _ = trained
+    generator = StreamingGenerator.from_pretrained(folder)
+    assert (generator.height, generator.width) == (48, 64)
+    picture = np.asarray(Image.open(generator.sample_image()))
+    stream = generator.open(picture, generator.sample_prompt)
+    assert stream.step(Control(forward=1.0)).shape == (4, 48, 64, 3)
+
+
+def test_an_exported_stage_says_how_it_is_sampled(trained, tmp_path):
+    out, folder, _ = trained
+    made = Run(small_recipe(), out).export("diffusion", tmp_path)
+    config = small_recipe().stages["diffusion"]
+    expected = SamplingConfig(config.sampling_steps, config.shift, config.guidance)
+    assert StreamingGenerator.from_pretrained(made).sampling == expected
+    assert StreamingGenerator.from_pretrained(folder).sampling is None
+
+
+def test_the_sheet_of_a_diffusion_stage_is_sampled_as_its_checkpoint(trained):
+    made = Run(small_recipe(), trained[0])
+    config = made.recipe.stages["diffusion"]
+    stage = made.stage(dataclasses.replace(config, start="diffusion"))
+    made.sampler("diffusion", stage)(0)
+    shown = np.asarray(Image.open(trained[0] / "diffusion" / "samples-0.png"))
+    batch, vae = made.shown("diffusion")
+    with mixed_precision(made.parallel.device):
+        sampled, one_pass = (
+            np.asarray(sample_sheet(stage.model, vae, batch, DIFFUSION_SAMPLES, sampling=sampling))
+            for sampling in (config.sampling, None)
+        )
+    assert np.array_equal(shown, sampled) and not np.array_equal(shown, one_pass)
+
+
+def test_finished_stages_are_not_run_again(trained):
+    out, folder, _ = trained
+    lines = []
+    assert run(small_recipe(), out, workers=1, report=lines.append) == folder
+    assert lines == [f"{stage}: already done" for stage in STAGES]
+
+
+def on_ranks(out: Path) -> None:
+    habits = Habits(save_every=1, sample_every=1)
+    given = {"workers": 1, "habits": habits, "parallel": Parallel.from_environment()}
+    run_module.SHEET_SECONDS = BRIEF  # in a process of its own
+    run(small_recipe(), out, report=lambda line: None, **given)
+
+
+def test_ranks_train_together(trained, tmp_path):
+    """With a sheet of samples after every update, the last one too, which leaves parameters
+    gathered."""
+    for name in (
+        "encoder",
+        "clips",
+        "long-clips",
+        "longer-clips",
+        "minute-clips",
+        "decoder",
+        "light-decoder",
+        "diffusion",
+        "consistency",
+    ):
+        shutil.copytree(trained[0] / name, tmp_path / name)
+    ranks.run(2, on_ranks, tmp_path)
+    assert (tmp_path / "adversarial" / "samples-2.png").is_file()
+    assert (tmp_path / "adversarial" / "discriminator.safetensors").is_file()
+    StreamingGenerator.from_pretrained(tmp_path / "tiny-world")
+
+
+def killed(out: Path, stage: str, at: str, count: int) -> None:
+    """Runs a stage and dies when it calls a function of `os` or of the loop, the n-th time."""
+    module, _, name = at.rpartition(".")
+    module, calls = importlib.import_module(module), itertools.count(1)
+    real = getattr(module, name)
+
+    def deadly(*arguments, **options):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(module, name, deadly)
+    habits = Habits(save_every=1, sample_every=None)
+    run(small_recipe(), out, [stage], workers=1, habits=habits, report=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "at", "count", "states"),
+    [
+        ("clips", "os.replace", 1, 0),  # the tensors are written and not yet in their place
+        ("decoder", "aapt.runs.loop.parts", 2, 1),  # within an update
+        ("decoder", "os.replace", 1, 1),
+    ],
+)
+def test_a_preparation_that_was_killed_goes_on(trained, tmp_path, stage, at, count, states):
+    """To the very same bytes, with nothing half written under a result's name."""
+    for name in ("recipe.json", "encoder/weights.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(trained[0] / name, tmp_path / name)
+    assert ranks.run(1, killed, tmp_path, stage, at, count) == [signal.SIGKILL]
+    result = tmp_path / stage / "weights.safetensors"
+    assert not result.exists()
+    assert len(list(tmp_path.glob("*/states/step-*"))) == states
+    run(small_recipe(), tmp_path, [stage], workers=1, report=lambda line: None)
+    assert result.read_bytes() == (trained[0] / stage / "weights.safetensors").read_bytes()
+    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / stage / "states").exists()
+
+
+def test_a_recipe_of_before_a_new_field_still_fits(trained):
+    path = trained[0] / "recipe.json"
+    whole = path.read_text()
+    older = json.loads(whole)
+    del older["vae"]["patch_size"]
+    path.write_text(json.dumps(older))
+    assert run(small_recipe(), trained[0], report=lambda line: None) == trained[1]
+    path.write_text(whole)
+
+
+def test_an_extension_goes_on_with_its_discriminator(trained, tmp_path):
+    recipe = small_recipe()
+    first = recipe.stages["adversarial"]
+    again = dataclasses.replace(first, start="adversarial", judge="adversarial")
+    recipe = dataclasses.replace(recipe, stages={**recipe.stages, "extension": again})
+    start = Inputs(weights=tmp_path / "none.safetensors")  # not for a discriminator that there is
+    made = Run(recipe, trained[0], inputs=start)
+    kept = read_tensors(trained[0] / "adversarial" / "discriminator.safetensors")
+    judge = made.stage(again).discriminator.state_dict()
+    assert all(torch.equal(judge[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_discriminator_that_sees_no_past(trained, sees):
+    """But for the first frame, which is the user's."""
+    config = dataclasses.replace(small_recipe().stages["adversarial"], judge_recycled=sees)
+    judge = Run(small_recipe(), trained[0]).discriminator(config)
+    torch.manual_seed(0)
+    x, previous, other = torch.randn(3, 1, 16, 3, 6, 8)
+    other[:, :, 0] = previous[:, :, 0]
+    channels, *text = judge.world.conditions(torch.zeros(1, 3, 2), ["a"], (6, 8))
+    with torch.no_grad():
+        logits, others = (judge(x, p, channels, *text, torch.ones(1)) for p in (previous, other))
+    assert torch.equal(logits[:, :1], others[:, :1])
+    assert torch.equal(logits, others) != sees
+
+
+def test_two_recipes_never_mix(trained):
+    out, _, _ = trained
+    other = dataclasses.replace(small_recipe(), seed=1)
+    with pytest.raises(ValueError, match=r"recipe.json: seed: expected 1, got 0; train in another"):
+        run(other, out)
+
+
+def test_unknown_stage(tmp_path):
+    with pytest.raises(ValueError, match="stages: expected some of encoder, .* got polish"):
+        run(small_recipe(), tmp_path, ["polish"])
+
+
+def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
+    out, _, _ = trained
+    for stage in ("encoder", "clips"):
+        (tmp_path / stage).mkdir()
+        source = out / stage / "weights.safetensors"
+        (tmp_path / stage / "weights.safetensors").write_bytes(source.read_bytes())
+    recipe = small_recipe()
+    wild = dataclasses.replace(
+        recipe.stages["diffusion"],
+        curriculum=constant("clips", frames=4, batch=2, steps=5),
+        schedule=Schedule(1e30),
+        max_norm=None,
+    )
+    recipe = dataclasses.replace(recipe, stages={**recipe.stages, "diffusion": wild})
+    with pytest.raises(
+        TrainingError, match=r"diffusion: step \d: .*finite.* inputs are in"
+    ) as error:
+        run(recipe, tmp_path, ["diffusion"])
+    inputs = read_tensors(Path(str(error.value).rsplit(" ", 1)[1]))
+    assert inputs["0.latents"].shape == (2, 16, 5, 6, 8)
+    assert not (tmp_path / "diffusion" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        ("regression", {"segments": 3}, "clips: expected clips of 6 latent frames .* at most 5"),
+        ("extension", {"segments": 7}, "longer-clips: expected clips of 14 latent frames"),
+        ("final", {"lead_segments": 3}, "minute-clips: expected clips of 18 latent frames"),
+    ],
+)
+def test_clips_that_are_too_short_are_said_first(tmp_path, stage, change, message):
+    recipe = small_recipe()
+    longer = dataclasses.replace(recipe.stages[stage], **change)
+    recipe = dataclasses.replace(recipe, stages={**recipe.stages, stage: longer})
+    with pytest.raises(ValueError, match=message):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sets_of_real_clips_need_their_folder(tmp_path):
+    recipe = small_recipe()
+    elsewhere = dataclasses.replace(
+        recipe.stages["diffusion"], curriculum=constant("64x48", frames=4, batch=2, steps=1)
+    )
+    recipe = dataclasses.replace(recipe, stages={"diffusion": elsewhere}, vae=None)
+    with pytest.raises(ValueError, match="latents: expected the folder with clips of 64x48"):
+        run(recipe, tmp_path)

@@ -1,0 +1,32 @@
+"""Curricula: which update learns from which clips."""
+
+import pytest
+import torch
+
+from aapt.data.clips import LatentClips
+from aapt.training.curriculum import Curriculum, Phase, Source, constant
+
+from ..helpers import clips, draws
+
+
+def test_phases_follow_each_other():
+    first, second = (Phase(steps, batch, ()) for steps, batch in ((3, 8), (2, 4)))
+    curriculum = Curriculum((first, second))
+    assert curriculum.steps == 5
+    assert [curriculum.phase(step).batch for step in range(6)] == [8, 8, 8, 4, 4, 4]
+    assert constant("clips", frames=4, batch=2, steps=9).steps == 9
+
+
+def test_one_update_draws_from_one_source():
+    """Clips of one update are of one size and length, the same on every rank; over many updates
+    sources come in proportion to their weights, and all lengths come up."""
+    large = LatentClips(torch.zeros(2, 4, 9, 8, 8), torch.zeros(2, 8, 2), [("a",)] * 2)
+    phase = Phase(1, 2, (Source("small", 5, shortest=3, weight=3.0), Source("large", 2)))
+    sets, seen = {"small": clips(), "large": large}, []
+    for step in range(200):
+        batch = phase.sample(sets, draws(2, step=step))
+        alone = phase.sample(sets, draws(1, step=step))
+        torch.testing.assert_close(alone.latents, batch.latents[:1])
+        seen.append(tuple(batch.targets.shape[2:4]))
+    assert set(seen) == {(3, 4), (4, 4), (5, 4), (2, 8)}
+    assert seen.count((2, 8)) / len(seen) == pytest.approx(0.25, abs=0.1)

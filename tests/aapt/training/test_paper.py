@@ -1,0 +1,183 @@
+"""`paper_8b` against every number that the paper gives, written out (SPEC 1, 2, 6-8, 12)."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from aapt.runs import plan
+from aapt.training.recipes import aapt_8b, paper_8b
+
+from ..helpers import CONFIG
+
+WIDE, LARGE, SMALL = "736x416", "1280x720", "640x352"
+OFF = {  # our switches for small models (SPEC 12)
+    "whole_clips": False,
+    "lead_segments": 0,
+    "discriminator_warmup": 0,  # one update of the discriminator to one of the generator
+    "max_norm": None,
+    "corruption": None,
+    "mismatch": 0,
+    "regression": 0,
+    "palette": 0,
+    "rows": 0,
+}
+
+
+def constant(learning_rate):
+    return {"learning_rate": learning_rate, "warmup": 0, "decay": "constant"}
+
+
+def clips(name, frames, shortest=None):
+    return {"clips": name, "frames": frames, "shortest": shortest, "weight": 1}
+
+
+def phase(steps, batch, *sources):
+    return {"steps": steps, "batch": batch, "sources": sources}
+
+
+LAST_SOURCES = clips(WIDE, 90, shortest=30), clips(LARGE, 30)  # six latent frames to a second
+ADAM = {"schedule": constant(1e-5), "weight_decay": 0.01, "betas": (0.9, 0.999), "max_norm": None}
+DIFFUSION = {
+    **ADAM,
+    "curriculum": {
+        "phases": (
+            phase(20_000, 256, clips(WIDE, 30)),
+            phase(6_000, 128, clips(WIDE, 30), clips(LARGE, 30)),
+            phase(4_000, 32, *LAST_SOURCES),
+        )
+    },
+    "start": None,
+    "shift": 24,
+    "caption_dropout": 0.1,
+    "muon": False,
+    "average": None,
+    "sampling_steps": 32,
+    "guidance": 10,
+}
+CONSISTENCY = {
+    **ADAM,
+    "curriculum": {"phases": (phase(5_000, 32, *LAST_SOURCES),)},
+    "start": "diffusion",
+    "shift": 24,
+    "times": 32,
+    "distance": "pseudo_huber",
+    "step_weight": False,
+}
+ADVERSARIAL = {
+    **OFF,
+    "clips": SMALL,
+    "steps": 500,
+    "batch": 256,
+    "segment_frames": 60,
+    "shortest_segment": 30,
+    "segments": 1,
+    "overlap_frames": 0,
+    "generator_schedule": constant(3e-6),
+    "discriminator_schedule": constant(3e-6),
+    "start": "consistency",
+    "judge": "diffusion",
+    "penalty": 1000,
+    "perturbation": 0.1,
+    "alpha": 0.9,
+    "average": 0.995,
+    "forcing": "student",
+    "judgement": "frame",
+    "pooling": "query",
+    "judge_recycled": True,
+}
+EXTENSION = {
+    **ADVERSARIAL,
+    "batch": 64,
+    "segments": 2,
+    "overlap_frames": 6,
+    "generator_schedule": constant(1e-5),
+    "discriminator_schedule": constant(1e-5),
+    "start": "adversarial",
+    "judge": "adversarial",
+}
+STAGES = {
+    "diffusion": DIFFUSION,
+    "consistency": CONSISTENCY,
+    "adversarial": ADVERSARIAL,
+    "extension": EXTENSION,
+    "extension-5": {**EXTENSION, "segments": 6, "start": "extension", "judge": "extension"},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_number_of_a_stage(name):
+    assert dataclasses.asdict(paper_8b().stages[name]) == STAGES[name]
+
+
+def test_stages_follow_each_other():
+    recipe = paper_8b()
+    assert list(recipe.stages) == list(STAGES)
+    assert recipe.model == aapt_8b() and recipe.camera is None and recipe.data == {}
+
+
+def test_every_number_of_the_generator():
+    expected = {
+        "width": 3072,
+        "heads": 24,
+        "head_dim": 128,
+        "depth": 36,
+        "mlp_ratio": 4,
+        "latent_channels": 16,
+        "condition_channels": 0,
+        "patch": 2,
+        "window_frames": 30,
+        "grid_windows": ((45, 80, 15),),
+        "reference_grid": (26, 46),
+        "sink_distance": "absolute",
+        "recycle": True,
+        "residual_head": False,
+        "output_clamp": None,
+    }
+    model = aapt_8b()
+    assert {name: getattr(model, name) for name in expected} == expected
+    assert model.input_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("clips", "size", "tokens", "window"),
+    [(WIDE, (52, 92), 1196, 30), (LARGE, (90, 160), 3600, 15), (SMALL, (44, 80), 880, 30)],
+)
+def test_resolutions(clips, size, tokens, window):
+    recipe = paper_8b()
+    assert plan.latent_size(recipe, clips) == size
+    rows, columns = recipe.model.token_grid(*size)
+    assert rows * columns == tokens and recipe.model.window((rows, columns)) == window
+
+
+def test_seconds_of_a_rollout():
+    seconds = {}
+    for name in ("adversarial", "extension", "extension-5"):
+        (load,) = plan.workloads(paper_8b(), name, paper_8b().stages[name])
+        seconds[name] = load.total_frames / 6
+    assert seconds == {"adversarial": 10, "extension": 19, "extension-5": 55}
+
+
+def test_the_optimizers_have_these_numbers():
+    """As the stages build them, around a smaller model."""
+    small = dataclasses.replace(CONFIG, condition_channels=0)
+    recipe = dataclasses.replace(paper_8b(), model=small)
+    for name, config in recipe.stages.items():
+        for network, part in plan.without_memory(recipe, config).trained.items():
+            (group,) = part.optimizer.param_groups
+            if name in ("diffusion", "consistency"):
+                assert type(part.optimizer) is torch.optim.AdamW and part.average is None
+                assert group["weight_decay"] == 0.01 and group["betas"] == (0.9, 0.999)
+            else:
+                assert type(part.optimizer) is torch.optim.RMSprop and group["alpha"] == 0.9
+                assert group["weight_decay"] == group["momentum"] == 0
+                decay = part.average and part.average.decay
+                assert decay == {"generator": 0.995, "discriminator": None}[network]
+
+
+def test_heads_of_the_discriminator():
+    """After blocks 16, 26 and 36 of 36 (SPEC 12)."""
+    model = dataclasses.replace(CONFIG, condition_channels=0, depth=aapt_8b().depth)
+    recipe = dataclasses.replace(paper_8b(), model=model)
+    stage = plan.without_memory(recipe, recipe.stages["adversarial"])
+    assert [tap + 1 for tap in stage.discriminator.taps] == [16, 26, 36]
