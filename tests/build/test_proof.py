@@ -129,3 +129,14 @@ def test_every_experiment_can_be_made(proof):
         made = make()
         assert made.question and {*made.variants, *made.beside, *made.samplings}, name
         assert set(made.beside) <= set(made.recipe.stages)
+
+
+def test_pages_answer_the_questions_of_their_experiments(proof):
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs/proof").glob("*.md")}
+    assert set(pages) == set(proof.EXPERIMENTS)
+    for name, text in pages.items():
+        head, _, reading = text.partition(proof.READING)
+        assert head.startswith(f"# {name}\n\n{proof.EXPERIMENTS[name]().question}\n"), name
+        assert f"`python benchmarks/proof.py {name} --run RUN --seeds " in head
+        assert proof.LEGEND in head
+        assert reading.strip(), name
