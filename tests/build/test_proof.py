@@ -23,7 +23,7 @@ def proof(monkeypatch):
 
 
 def result(proof, sharpness, **others):
-    """Of two sources, `plain` and `sampled`, the second half as sharp; no theme is known."""
+    """Result with two sources; `sampled` is half as sharp as `plain`. No theme is known."""
     fields = {field: 1.0 for _, field, _ in proof.COLUMNS} | {"theme_kept": None}
     measured = {
         source: fields | {"sharpness": share * sharpness}
