@@ -172,10 +172,10 @@ def ring() -> str:
     drawing.text(840, 184, "frames", "strong ink")
     drawing.text(861, 258, "by the decoder", "small muted")
 
-    # The cache: text, first frame, six ring slots (N = 5), frame n in the third
+    # The cache: text, first frame, six ring slots (N = 5), step n in the third
     top, height = 366, 68
     drawing.box(32, top, 122, height, "green", "text", "per prompt")
-    drawing.box(162, top, 122, height, "green", "frame 0", "the user's")
+    drawing.box(162, top, 122, height, "green", "step 1", "user's frame")
     labels = ("n − 2", "n − 1", "n", "n − 5", "n − 4", "n − 3")
     for index, label in enumerate(labels):
         x = 310 + 103 * index
@@ -186,7 +186,10 @@ def ring() -> str:
     drawing.text(158, top + height + 27, "pinned", "strong ink")
     drawing.line((32, top + height + 8), (284, top + height + 8), kind="green")
     drawing.text(
-        616, top + height + 40, "ring of N + 1 frames: the oldest is overwritten", "strong ink"
+        616,
+        top + height + 40,
+        "ring of N + 1 frames, by step: the oldest is overwritten",
+        "strong ink",
     )
     # From the last slot back to the first
     drawing.arrow(
