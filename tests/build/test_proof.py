@@ -132,7 +132,8 @@ def test_every_experiment_can_be_made(proof):
 
 
 def test_pages_answer_the_questions_of_their_experiments(proof):
-    pages = {path.stem: path.read_text() for path in (ROOT / "docs/proof").glob("*.md")}
+    files = set((ROOT / "docs/proof").glob("*.md")) - {ROOT / "docs/proof/index.md"}
+    pages = {path.stem: path.read_text() for path in files}
     assert set(pages) == set(proof.EXPERIMENTS)
     for name, text in pages.items():
         head, _, reading = text.partition(proof.READING)
