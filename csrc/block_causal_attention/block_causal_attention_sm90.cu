@@ -9,7 +9,7 @@
 #include "attention/products.cuh"
 #include "attention/softmax.cuh"
 #include "block_causal_attention/mask.h"
-#include "block_causal_attention/masking.cuh"
+#include "block_causal_attention/hide.cuh"
 #include "block_causal_attention/params.h"
 #include "block_causal_attention/schedule.h"
 #include "hopper/hopper.cuh"

@@ -11,8 +11,8 @@ from aapt_kernels.block_causal_attention import ref
 from .simulator import CSRC, EAGER, LATE, RANDOM, Simulator, build, from_bf16, nan_filled, to_bf16
 
 FOLDER = CSRC / "block_causal_attention"
-KERNEL = FOLDER / "backward_sm90.cu"
-OTHERS = [FOLDER / "rows_sm90.cu", FOLDER / "dq_sm90.cu"]
+KERNEL = FOLDER / "backward_keys_sm90.cu"
+OTHERS = [FOLDER / "backward_rows_sm90.cu", FOLDER / "backward_queries_sm90.cu"]
 DRIVER = CSRC.parent / "tests" / "sim" / "drivers" / "backward.cpp"
 HEADERS = [
     path

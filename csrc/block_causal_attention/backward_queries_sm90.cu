@@ -8,7 +8,7 @@
 #include "attention/softmax.cuh"
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/mask.h"
-#include "block_causal_attention/masking.cuh"
+#include "block_causal_attention/hide.cuh"
 #include "block_causal_attention/schedule.h"
 #include "hopper/hopper.cuh"
 

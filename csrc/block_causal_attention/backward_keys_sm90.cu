@@ -10,7 +10,7 @@
 #include "attention/products.cuh"
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/mask.h"
-#include "block_causal_attention/masking.cuh"
+#include "block_causal_attention/hide.cuh"
 #include "block_causal_attention/schedule.h"
 #include "block_causal_attention/sums.h"
 #include "hopper/hopper.cuh"
