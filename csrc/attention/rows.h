@@ -12,8 +12,8 @@ struct RowBuffer {
   int tokens;
 };
 
-struct Interval {
-  int begin, end;  // rows, half-open
-};
+constexpr int kQueryBlock = 64;  // rows of one warpgroup
+constexpr int kConsumers = 2;    // warpgroups that multiply
+constexpr int kQueryTile = kConsumers * kQueryBlock;
 
 }  // namespace aapt

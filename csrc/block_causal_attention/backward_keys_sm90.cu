@@ -6,11 +6,12 @@
 // warpgroups meet: each then multiplies a half of dq over all 128 keys, and adds it in global
 // memory by a bulk reduction. The order of these is the one thing that varies from run to run.
 
+#include "attention/consumer.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "block_causal_attention/backward.h"
-#include "block_causal_attention/mask.h"
 #include "block_causal_attention/hide.cuh"
+#include "block_causal_attention/mask.h"
 #include "block_causal_attention/schedule.h"
 #include "block_causal_attention/sums.h"
 #include "hopper/hopper.cuh"
@@ -106,7 +107,7 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
     Work& work = shared.work[key_tiles % 2];
     work.is_end = !more;
     if (more) find_work<C>(work, params, backward, item);
-    if (!more or work.is_empty()) {
+    if (!more || work.is_empty()) {
       mbar_arrive(&shared.keys_full);
       continue;
     }
@@ -122,12 +123,12 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
     }
     const int64_t pair = static_cast<int64_t>(item.batch) * params.heads + item.head;
     for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n) {
-      const int stage = n % C::kStages, row = tile * C::kRows;
-      const uint32_t parity = n / C::kStages % 2 ^ 1;
+      const Stage<C::kStages> at(n);
+      const int stage = at.index, row = tile * C::kRows;
       constexpr uint32_t kStats = C::kRows * sizeof(float);
       const int64_t stats = pair * backward.padded_rows + row;
 
-      mbar_wait(&shared.q_empty[stage], parity);
+      mbar_wait(&shared.q_empty[stage], at.parity ^ 1);
       mbar_arrive_expect_tx(&shared.q_full[stage], sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         if (work.keys.in_sink) {  // q_sink has frames only; rows before give zeros
@@ -140,7 +141,7 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
       }
       bulk_load(shared.lse[stage], backward.row_lse + stats, kStats, &shared.q_full[stage]);
 
-      mbar_wait(&shared.dout_empty[stage], parity);
+      mbar_wait(&shared.dout_empty[stage], at.parity ^ 1);
       mbar_arrive_expect_tx(&shared.dout_full[stage], sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.dout[stage][panel], &maps.dout, &shared.dout_full[stage], panel * kPanel,
@@ -186,16 +187,16 @@ class Consumer {
     uint32_t p_factor[C::kRows / kMmaDepth][4], ds_factor[C::kRows / kMmaDepth][4];
 
     for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n_) {
-      const int stage = n_ % C::kStages;
-      const uint32_t phase = n_ / C::kStages % 2;
+      const Stage<C::kStages> at(n_);
+      const int stage = at.index;
       const uint32_t queries = smem_u32(shared_.q[stage]), dout = smem_u32(shared_.dout[stage]);
 
-      mbar_wait(&shared_.q_full[stage], phase);
+      mbar_wait(&shared_.q_full[stage], at.parity);
       reg_fence(scores);
       wgmma_fence();
       multiply_qk<C::kHeadDim, C::kRows>(scores, keys, queries);
       wgmma_commit();
-      mbar_wait(&shared_.dout_full[stage], phase);
+      mbar_wait(&shared_.dout_full[stage], at.parity);
       reg_fence(ds);
       wgmma_fence();
       multiply_qk<C::kHeadDim, C::kRows>(ds, values, dout);
@@ -325,8 +326,7 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
       const int key = work.keys.row + group_ * 64 + thread_row() + 8 * half;
       if (key >= work.keys.end) continue;
-      const bool zero =
-          !backward_.prefix_grad and key >= mask.text_tokens and key < prefix_end(mask);
+      const bool zero = !backward_.prefix_grad && key >= mask.text_tokens && key < prefix_end(mask);
       const float dk_scale = zero ? 0.0f : params_.scale, dv_scale = zero ? 0.0f : 1.0f;
       const int64_t row = static_cast<int64_t>(work.batch) * mask.key_rows + key;
       const int64_t at = (row * params_.heads + work.head) * C::kHeadDim + threadIdx.x % 4 * 2;
@@ -341,8 +341,6 @@ class Consumer {
     }
   }
 
-  // Of the two keys of this thread in its block of 64, the first; the second comes 8 later.
-  HOPPER_DEVICE static int thread_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
   HOPPER_DEVICE static bool is_leader() { return threadIdx.x % 128 == 0; }
   // All lanes have read what lies there.
   HOPPER_DEVICE void release(uint64_t* empty) {
@@ -382,7 +380,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 and elect_one()) fetch<C>(shared, maps, params, backward);
+    if (warp == 0 && elect_one()) fetch<C>(shared, maps, params, backward);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, params, backward, group - 1).run();

@@ -7,6 +7,7 @@
 // those of a tile follow from its first and last.
 #pragma once
 
+#include "attention/intervals.h"
 #include "block_causal_attention/params.h"
 #include "hopper/hopper.cuh"
 
@@ -14,9 +15,6 @@ namespace aapt::block_causal {
 
 HOPPER_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 HOPPER_DEVICE int larger(int a, int b) { return a < b ? b : a; }
-HOPPER_DEVICE int tiles_of(const Interval& rows, int tile) {
-  return (rows.end - rows.begin + tile - 1) / tile;
-}
 
 HOPPER_DEVICE int text_length(const FrameMask& mask, int batch) {
   if (mask.text_lens == nullptr) return mask.text_tokens;
@@ -61,47 +59,39 @@ class VisibleKeys {
   HOPPER_DEVICE VisibleKeys(const FrameMask& mask, bool pinned_rotation, int batch, int first_row,
                             int last_row) {
     const int text_tokens = mask.text_tokens;
-    text_ = {0, text_length(mask, batch)};
+    keys_.text = {0, text_length(mask, batch)};
     first_ = RowView(mask, first_row);
     last_ = RowView(mask, last_row);
     const int oldest = RowView(mask, larger(first_row, text_tokens)).window.begin;
-    sink_ = {text_tokens, last_.sink_end};
-    window_ = {smaller(larger(oldest, last_.sink_end), last_.window.end), last_.window.end};
+    keys_.sink = {text_tokens, last_.sink_end};
+    keys_.rest = {smaller(larger(oldest, last_.sink_end), last_.window.end), last_.window.end};
     if (pinned_rotation) return;
     // One query for all: neighbours are one interval
-    const int begin = text_.end == text_tokens ? 0 : text_tokens;
-    if (begin == 0) text_.end = 0;
-    if (sink_.end == window_.begin) {
-      window_.begin = begin;
-      sink_.end = sink_.begin;
+    const int begin = keys_.text.end == text_tokens ? 0 : text_tokens;
+    if (begin == 0) keys_.text.end = 0;
+    if (keys_.sink.end == keys_.rest.begin) {
+      keys_.rest.begin = begin;
+      keys_.sink.end = keys_.sink.begin;
     } else {
-      sink_.begin = begin;
+      keys_.sink.begin = begin;
     }
     plain_sink_ = true;
   }
 
-  HOPPER_DEVICE int tiles() const {
-    return tiles_of(text_, kKeyTile) + tiles_of(sink_, kKeyTile) + tiles_of(window_, kKeyTile);
-  }
+  HOPPER_DEVICE int tiles() const { return keys_.tiles(); }
   // Where the sink has a query of its own: the tiles met with that one, or with the other.
-  HOPPER_DEVICE int sink_tiles() const { return tiles_of(sink_, kKeyTile); }
+  HOPPER_DEVICE int sink_tiles() const { return keys_.sink_tiles(); }
   HOPPER_DEVICE int tiles_with(bool q_sink) const {
     return q_sink ? sink_tiles() : tiles() - sink_tiles();
   }
   HOPPER_DEVICE int index_with(bool q_sink, int i) const {
-    const int text_tiles = tiles_of(text_, kKeyTile);
+    const int text_tiles = keys_.text_tiles();
     return q_sink ? text_tiles + i : i < text_tiles ? i : i + sink_tiles();
   }
 
   HOPPER_DEVICE KeyTile tile(int index) const {
-    const int text_tiles = tiles_of(text_, kKeyTile), sink_tiles = tiles_of(sink_, kKeyTile);
-    const bool in_text = index < text_tiles, in_sink = !in_text && index < text_tiles + sink_tiles;
-    const int within = in_text   ? index
-                       : in_sink ? index - text_tiles
-                                 : index - text_tiles - sink_tiles;
-    const int begin = in_text ? text_.begin : in_sink ? sink_.begin : window_.begin;
-    const int end = in_text ? text_.end : in_sink ? sink_.end : window_.end;
-    const int row = begin + within * kKeyTile, row_end = row + kKeyTile;
+    const auto [row, end, in_sink] = keys_.tile(index);
+    const int row_end = row + kKeyTile;
     // Once the window has left the sink behind, it has for all later rows
     const int head_end = last_.window.begin == last_.sink_end ? first_.head_end() : first_.sink_end;
     const bool seen =
@@ -110,7 +100,7 @@ class VisibleKeys {
   }
 
  private:
-  Interval text_, sink_, window_;
+  KeyIntervals<kKeyTile> keys_;
   RowView first_, last_;
   bool plain_sink_ = false;
 };

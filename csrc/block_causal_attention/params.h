@@ -7,9 +7,6 @@
 
 namespace aapt::block_causal {
 
-constexpr int kQueryBlock = 64;  // rows of one warpgroup
-constexpr int kConsumers = 2;    // warpgroups that multiply
-constexpr int kQueryTile = kConsumers * kQueryBlock;
 constexpr int kKeyTile = 128;
 
 // FrameLayout (SPEC 3) as integers.

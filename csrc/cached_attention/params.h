@@ -31,9 +31,6 @@ struct CachedAttentionBuffers {
   RowBuffer q, q_sink, k, v, out;  // q_sink.data is null without one
 };
 
-constexpr int kQueryBlock = 64;  // rows of one warpgroup
-constexpr int kConsumers = 2;    // warpgroups that multiply
-constexpr int kQueryTile = kConsumers * kQueryBlock;
 constexpr int kPartialsPerCta = 2 * kConsumers;
 
 // Enqueues the kernel on `ctas` CTAs. Returns null, or words for why it did not start.

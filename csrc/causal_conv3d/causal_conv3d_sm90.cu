@@ -29,13 +29,13 @@ HOPPER_DEVICE void convolve(const TensorMaps& maps, const CausalConv3dParams& pa
     for (int i = 0; i < C::kSlabs; ++i) {
       mbar_init(&shared.slab_full[i], 1);
       mbar_init(&shared.slab_ready[i], 1);
-      mbar_init(&shared.slab_empty[i], 4 * kGroups);
+      mbar_init(&shared.slab_empty[i], 4 * kConsumers);
     }
     for (int i = 0; i < C::kWeightStages; ++i) {
       mbar_init(&shared.weights_full[i], 1);
-      mbar_init(&shared.weights_empty[i], 4 * kGroups);
+      mbar_init(&shared.weights_empty[i], 4 * kConsumers);
     }
-    for (int i = 0; i < kGroups; ++i) {
+    for (int i = 0; i < kConsumers; ++i) {
       mbar_init(&shared.residual_full[i], 1);
       mbar_init(&shared.staging_empty[i], 1);
     }
@@ -47,12 +47,12 @@ HOPPER_DEVICE void convolve(const TensorMaps& maps, const CausalConv3dParams& pa
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 and elect_one()) fetch_slabs<C>(shared, maps, params);
-    if (warp == 1 and elect_one()) fetch_weights<C>(shared, maps, params);
-    if (warp == 2 and params.residual != nullptr and elect_one()) {
+    if (warp == 0 && elect_one()) fetch_slabs<C>(shared, maps, params);
+    if (warp == 1 && elect_one()) fetch_weights<C>(shared, maps, params);
+    if (warp == 2 && params.residual != nullptr && elect_one()) {
       fetch_residuals<C>(shared, maps, params);
     }
-    if (warp == 3 and params.replicate) replicate_edges<C>(shared, params);
+    if (warp == 3 && params.replicate) replicate_edges<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();

@@ -9,7 +9,7 @@ namespace aapt {
 
 using namespace hopper;
 
-constexpr int kGroups = 2;           // warpgroups that multiply
+constexpr int kConsumers = 2;        // warpgroups that multiply
 constexpr int kGroupChannels = 64;   // rows of one's product: output channels
 constexpr int kDepth = 64;           // input channels of a slab
 constexpr int kMmaDepth = 16;        // of one instruction
@@ -25,12 +25,12 @@ constexpr int kMaxTapRows = 32;  // float sums of a tile, so many rows, fit its 
 template <bool kShareWeights_, bool kTapsInRows_ = false>
 struct Config {
   static constexpr bool kShareWeights = kShareWeights_, kTapsInRows = kTapsInRows_;
-  static constexpr int kChannels = kShareWeights ? kGroupChannels : kGroups * kGroupChannels;
-  static constexpr int kFrames = kShareWeights ? kGroups : 1;
+  static constexpr int kChannels = kShareWeights ? kGroupChannels : kConsumers * kGroupChannels;
+  static constexpr int kFrames = kShareWeights ? kConsumers : 1;
   // As much as 227 KB of shared memory hold; two frames in work need two slabs at a time
   static constexpr int kSlabs = kShareWeights ? 3 : 2;
   static constexpr int kWeightStages = 4;
-  static constexpr int kThreads = 128 * (1 + kGroups);
+  static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (56 + 2 x 224). With 40, the fetching threads spill.
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   using Schedule = ConvSchedule<kChannels, kFrames, kTapsInRows>;
@@ -39,24 +39,16 @@ struct Config {
     alignas(1024) uint8_t slab[kSlabs][kSlabBytes];
     alignas(1024) uint8_t weights[kWeightStages][kChannels * kRowBytes];
     // The residual of a tile, then the tile on its way out: rows of 64 channels
-    alignas(1024) uint8_t staging[kGroups][kTilePixels * kRowBytes];
+    alignas(1024) uint8_t staging[kConsumers][kTilePixels * kRowBytes];
     uint64_t slab_full[kSlabs], slab_ready[kSlabs], slab_empty[kSlabs];
     uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
-    uint64_t residual_full[kGroups], staging_empty[kGroups];
+    uint64_t residual_full[kConsumers], staging_empty[kConsumers];
   };
 };
 
 struct TensorMaps {
   TensorMap past, body, tail, weights;
   TensorMap out[kMaxPhases], active[kMaxPhases], residual[kMaxPhases];
-};
-
-// A ring: the stage of the n-th use, and the parity of its barriers then.
-template <int kStages>
-struct Stage {
-  int index;
-  uint32_t parity;
-  HOPPER_DEVICE explicit Stage(uint32_t n) : index(n % kStages), parity(n / kStages % 2) {}
 };
 
 HOPPER_DEVICE int depth_blocks(const CausalConv3dParams& params) {

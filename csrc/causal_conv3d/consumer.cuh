@@ -6,7 +6,8 @@
 
 namespace aapt {
 
-enum Barrier { kGroupBarrier = 1, kBothGroups = kGroupBarrier + kGroups };  // the first: one each
+// Named barriers: one per consumer, and one for both.
+enum Barrier { kGroupBarrier = 1, kBothGroups = kGroupBarrier + kConsumers };
 
 // A thread of warp w holds, of every 8 pixels, pixels 2 (lane % 4) and the next, of output channels
 // 16 w + lane / 4 and that plus 8: element i of the sums is channel half (i / 2) % 2, pixel
@@ -31,7 +32,7 @@ class Consumer {
       multiply(tile);
       if constexpr (C::kTapsInRows) {
         add_rows(tile, schedule);
-      } else if (params_.pixels or params_.out_channels % 8 != 0) {
+      } else if (params_.pixels || params_.out_channels % 8 != 0) {
         store_elements(tile);
       } else if (params_.active != nullptr) {
         store_normed(tile, n);
@@ -64,7 +65,7 @@ class Consumer {
         mbar_wait(
             params_.replicate ? &shared_.slab_ready[slab.index] : &shared_.slab_full[slab.index],
             slab.parity);
-        if (i < offset or i >= offset + params_.taps_time) {  // only the other group's
+        if (i < offset || i >= offset + params_.taps_time) {  // only the other group's
           warp_sync();
           release(slab_empty);
           continue;
@@ -80,7 +81,7 @@ class Consumer {
           wgmma_wait<1>();  // the tap before has been read
           if (weights_in_use != nullptr) release(weights_in_use);
           weights_in_use = &shared_.weights_empty[weights.index];
-          if (tap == 0 and slab_in_use != nullptr) release(slab_in_use);
+          if (tap == 0 && slab_in_use != nullptr) release(slab_in_use);
         }
         slab_in_use = slab_empty;
       }
@@ -105,7 +106,7 @@ class Consumer {
   }
 
   HOPPER_DEVICE float load_value(const uint16_t* values, int channel) const {
-    if (values == nullptr or channel >= params_.out_channels) return 0.0f;
+    if (values == nullptr || channel >= params_.out_channels) return 0.0f;
     return float_from_bits(static_cast<uint32_t>(load_readonly(values + channel)) << 16);
   }
 
@@ -166,7 +167,7 @@ class Consumer {
   }
 
   HOPPER_DEVICE void give_staging_back() {
-    if (threadIdx.x % 128 == 0 and params_.residual != nullptr) {
+    if (threadIdx.x % 128 == 0 && params_.residual != nullptr) {
       mbar_arrive(&shared_.staging_empty[group_]);
     }
   }
@@ -267,7 +268,7 @@ class Consumer {
     if constexpr (C::kShareWeights) {
       group_sync();
     } else {
-      bar_sync(kBothGroups, 128 * kGroups);
+      bar_sync(kBothGroups, 128 * kConsumers);
     }
   }
 
@@ -317,7 +318,7 @@ class Consumer {
   HOPPER_DEVICE void store_element(const ConvTile& tile, int x, int y, int channel, float value) {
     const ConvPhase& phase = params_.phase[tile.phase];
     const int frame = group_frame<C>(tile, group_) - phase.first_frame;
-    if (frame >= phase.frames or channel >= params_.out_channels or x >= params_.width or
+    if (frame >= phase.frames || channel >= params_.out_channels || x >= params_.width ||
         y >= params_.height) {
       return;
     }

@@ -57,12 +57,12 @@ HOPPER_DEVICE Pixel locate(const ActivateParams& params, int index) {
     return ((static_cast<int64_t>(batch) * frames + t) * params.pixels + pixel) * vectors;
   };
   Pixel place;
-  const bool from_past = frame < 0 and params.past != nullptr;
-  place.activates = not from_past;
+  const bool from_past = frame < 0 && params.past != nullptr;
+  place.activates = !from_past;
   if (from_past) {
     place.from =
         static_cast<const uint4*>(params.past) + at(params.past_pitch, params.past_frames + frame);
-  } else if (frame < 0 and not params.replicate) {
+  } else if (frame < 0 && !params.replicate) {
     place.from = nullptr;
   } else {
     place.from = static_cast<const uint4*>(params.x) + at(params.frames, frame < 0 ? 0 : frame);
@@ -92,7 +92,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
     for (int i = 0; i < kVectors; ++i) {
       const int vector = lane + i * lanes;
       raw[i] = {0, 0, 0, 0};
-      if (vector < vectors and place.from != nullptr) raw[i] = place.from[vector];
+      if (vector < vectors && place.from != nullptr) raw[i] = place.from[vector];
       float x[kVector];
       widen(raw[i], x);
       HOPPER_UNROLL

@@ -50,6 +50,14 @@ HOPPER_DEVICE constexpr uint32_t sw128(uint32_t row, uint32_t byte) {
   return row * 128 + (byte ^ ((row & 7) << 4));
 }
 
+// The n-th use of a ring: its stage, and the parity of the stage's barriers then.
+template <int kStages>
+struct Stage {
+  int index;
+  uint32_t parity;
+  HOPPER_DEVICE explicit Stage(uint32_t n) : index(n % kStages), parity(n / kStages % 2) {}
+};
+
 // The two BF16 values of a register, low half first.
 HOPPER_DEVICE float2 unpack_bf16(uint32_t pair) {
   return {float_from_bits(pair << 16), float_from_bits(pair & 0xFFFF0000u)};
