@@ -28,7 +28,7 @@ HOPPER_DEVICE bool leads_group() { return threadIdx.x % 128 == 0; }
 // A thread has two rows of a block of 64: this one, and the one 8 rows after it.
 HOPPER_DEVICE int thread_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
-// Counts this warp, whose lanes have all read a buffer, among those that let it be refilled.
+// Counts this warp as done with a buffer that all its lanes have read.
 HOPPER_DEVICE void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) hopper::mbar_arrive(empty);
 }

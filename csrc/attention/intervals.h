@@ -18,7 +18,7 @@ struct KeyIntervals {
   Interval text, sink, rest;
 
   struct Tile {
-    int row, end;  // first row of the tile; end of its interval, at or after the last row it shows
+    int row, end;  // first row of the tile; end of its interval
     bool in_sink;
   };
 

@@ -1,4 +1,5 @@
-// Where the rows of a BF16 (batch, tokens, heads, head_dim) tensor lie, as kernels are told.
+// The rows of a BF16 (batch, tokens, heads, head_dim) tensor as a kernel addresses them, and the
+// number of query rows that a warpgroup and a CTA take.
 #pragma once
 
 #include <cstdint>

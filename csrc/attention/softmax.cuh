@@ -9,8 +9,8 @@ struct OnlineSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY};  // of the raw scores
   float sum[2] = {0.0f, 0.0f};                // of this thread's columns, until `reduce`
 
-  // Turns raw scores, -inf where a key is hidden, into weights relative to the new maximum, and
-  // returns in `rescale` what older weights are now worth. A row may see nothing, so far or ever.
+  // Turns raw scores, -inf for a hidden key, into weights relative to the new maximum. Returns in
+  // `rescale` the factor of all older weights. A row may see no key.
   template <int kKeys>
   HOPPER_DEVICE void add(float (&scores)[kKeys / 2], float (&rescale)[2], float scale_log2) {
     HOPPER_UNROLL
@@ -36,7 +36,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Makes `sum` that of whole rows; four threads share one.
+  // Adds `sum` over the four threads that share a row.
   HOPPER_DEVICE void reduce() {
     HOPPER_UNROLL
     for (int row = 0; row < 2; ++row) {

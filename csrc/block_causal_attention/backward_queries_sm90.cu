@@ -1,6 +1,7 @@
-// dq of block-causal attention on sm_90a, in a fixed order: a CTA keeps 128 query rows and goes
-// through the keys that they see, as the forward does, and like it meets the sink with q_sink where
-// there is one: that is an item of work by itself, with dq_sink as its result.
+// dq of block-causal attention on sm_90a, summed in a fixed order (docs/method.md#3). A CTA keeps
+// 128 query rows and goes through the keys that these rows see, as the forward does. If the sink
+// frames have a query of their own, q_sink, their keys are a separate work item, and dq_sink is its
+// result.
 
 #include "attention/consumer.cuh"
 #include "attention/maps.cuh"
@@ -29,7 +30,7 @@ struct Config {
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    alignas(1024) QueryBlock q[kConsumers];  // once read, dq
+    alignas(1024) QueryBlock q[kConsumers];  // replaced by dq once read
     alignas(1024) QueryBlock dout[kConsumers];
     alignas(1024) KeyBlock k[kStages];
     alignas(1024) KeyBlock v[kStages];
@@ -41,7 +42,7 @@ struct TensorMaps {
   TensorMap q, q_sink, k, v, dout, dq, dq_sink;
 };
 
-// A tile of queries with q or q_sink, and the keys that it meets.
+// A tile of queries, from q or q_sink, and the keys that it sees.
 struct Work {
   int row;
   bool of_sink;
@@ -82,7 +83,7 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
     for (int block = 0; block < kConsumers; ++block) {
       const int row = work.row + block * kQueryBlock;
       for (int panel = 0; panel < C::kPanels; ++panel) {
-        if (work.of_sink) {  // q_sink has frames only; rows before give zeros
+        if (work.of_sink) {  // q_sink has no text: rows before it give zeros
           tma_load_4d(shared.q[block][panel], &maps.q_sink, &shared.q_full, panel * kPanel,
                       row - params.mask.text_tokens, item.head, item.batch);
         } else {
@@ -226,7 +227,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   }
 }
 
-// A dense output.
+// The rows of a dense output.
 RowBuffer dense_rows(const Params& params, uint16_t* data, int rows) {
   const uint64_t head = 2 * static_cast<uint64_t>(params.head_dim), token = head * params.heads;
   return {data, token, head, token * rows, rows};

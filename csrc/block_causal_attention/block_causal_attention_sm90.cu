@@ -1,8 +1,8 @@
-// Block-causal attention forward on sm_90a, for training (SPEC 3).
+// Block-causal attention forward on sm_90a, for training (docs/method.md#3).
 //
-// As in cached_attention: one warpgroup fetches (TMA), two multiply (wgmma) 64 query rows each and
-// take turns, so that one's softmax runs under the other's products. Text and frames are rows of
-// one sequence, cut into tiles of 128: `mask.h` says which keys each of them sees.
+// As in cached_attention, one warpgroup fetches (TMA) and two multiply (wgmma), 64 query rows each.
+// The two alternate: the softmax of one runs during the products of the other. Text and frames are
+// rows of one sequence, cut into tiles of 128; `mask.h` says which keys each tile sees.
 
 #include "attention/consumer.cuh"
 #include "attention/maps.cuh"
@@ -31,7 +31,7 @@ struct Config {
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    // q, and q_sink after it; once read, out
+    // q, then q_sink; replaced by out once read
     alignas(1024) QueryBlock q[2 * kConsumers];
     alignas(1024) KeyBlock k[kStages];
     alignas(1024) KeyBlock v[kStages];
@@ -79,7 +79,7 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
         tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row, item.head,
                     item.batch);
         if (!sink) continue;
-        // q_sink has frames only; of rows before, which see no sink, it gives zeros
+        // q_sink has no text: rows before it, which see no sink, give zeros
         tma_load_4d(shared.q[kConsumers + block][panel], &maps.q_sink, &shared.q_full,
                     panel * kPanel, row - params.mask.text_tokens, item.head, item.batch);
       }
@@ -113,7 +113,7 @@ class Consumer {
   HOPPER_DEVICE void run() {
     Schedule schedule = schedule_of(params_);
     Item item;
-    if (group_ == 1) pass_turn(group_);  // the first turn is the other's
+    if (group_ == 1) pass_turn(group_);  // the other consumer begins
     for (uint32_t n = 0; schedule.next(item); ++n) {
       mbar_wait(&shared_.q_full, n % 2);
       const VisibleKeys keys = visible_keys(params_, item);
@@ -137,7 +137,7 @@ class Consumer {
     softmax_ = OnlineSoftmax();
     HOPPER_UNROLL
     for (int i = 0; i < C::kHeadDim / 2; ++i) out_[i] = 0.0f;
-    if (count == 0) return;  // text without any
+    if (count == 0) return;  // text of length zero
 
     KeyTile tile = keys.tile(0);
     ring_.wait_keys(0);
@@ -224,7 +224,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
-    // Two threads, so that the next keys are under way while queries wait for their place
+    // Two threads, so that keys are fetched while queries wait for their buffer
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
@@ -251,7 +251,7 @@ const char* launch(const Params& params, const Buffers& buffers, int ctas, void*
 }  // namespace
 
 const char* launch_sm90(const Params& params, const Buffers& buffers, int ctas, void* stream) {
-  // head_dim and stages: as much as 227 KB of shared memory hold
+  // 227 KB of shared memory hold this many stages
   return params.head_dim == 64 ? launch<Config<64, 4>>(params, buffers, ctas, stream)
                                : launch<Config<128, 2>>(params, buffers, ctas, stream);
 }

@@ -1,10 +1,11 @@
-// One new frame's queries against the KV cache, in place, on sm_90a (SPEC 3, 5).
+// Attention from one new frame to the KV cache, in place, on sm_90a (docs/method.md#3,
+// docs/method.md#5).
 //
-// Compute-bound: 4 head_dim FLOPs per query and key against 4 head_dim bytes per key for 1196
-// queries. So the tensor cores must never wait. One warpgroup fetches (TMA), two multiply (wgmma)
-// and take turns, so that one's softmax runs under the other's products; within a warpgroup the
-// scores of the next key tile are multiplied together with the values of this one. `schedule.h`
-// keeps every SM busy to the end.
+// Compute-bound: 4 head_dim FLOPs per query and key, but 4 head_dim bytes per key for all 1196
+// queries. So the tensor cores must never wait. One warpgroup fetches (TMA) and two multiply
+// (wgmma). The two alternate: the softmax of one runs during the products of the other. Within a
+// warpgroup, the scores of the next key tile are computed together with the values of the current
+// one. `schedule.h` keeps every SM busy to the end.
 
 #include "attention/consumer.cuh"
 #include "attention/maps.cuh"
@@ -33,7 +34,7 @@ struct Config {
   using KeyTile = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    // q, and q_sink after it; once read, sums on their way to the other warpgroup, and out
+    // q, then q_sink; replaced, once read, by sums for the other warpgroup and by out
     alignas(1024) QueryBlock q[kSinkQuery ? 2 * kConsumers : kConsumers];
     alignas(1024) KeyTile k[kStages];
     alignas(1024) KeyTile v[kStages];
@@ -99,7 +100,7 @@ class Consumer {
   HOPPER_DEVICE void run() {
     Schedule<C::kKeyTile> schedule(params_, blockIdx.x, gridDim.x);
     Piece piece;
-    if (group_ == 1) pass_turn(group_);  // the first turn is the other's
+    if (group_ == 1) pass_turn(group_);  // the other consumer begins
     for (uint32_t n = 0; schedule.next(piece); ++n) {
       mbar_wait(&shared_.q_full, n % 2);
       attend(piece);
@@ -110,11 +111,11 @@ class Consumer {
   }
 
  private:
-  // The key tiles of a piece: all of them, or every other one of a narrow tile.
+  // Goes through the key tiles of a piece: all, or every other one if the tile is narrow.
   HOPPER_DEVICE void attend(const Piece& piece) {
     const VisibleKeys<C::kKeyTile> keys(params_, piece.batch);
     const int stride = piece.narrow ? 2 : 1, first = piece.narrow ? group_ : 0;
-    // Both take the same number of turns, even if one has a tile less
+    // Both consumers take equally many turns, even if one has a tile less
     const int turns = (piece.count + stride - 1) / stride;
     float scores[C::kKeyTile / 2], rescale[2];
     uint32_t p[C::kKeyTile / kMmaDepth][4];
@@ -186,15 +187,15 @@ class Consumer {
     softmax_.reduce();
   }
 
-  // Brings the parts of the query block together and writes it out.
+  // Adds up the parts of the query block and stores it.
   HOPPER_DEVICE void finish(const Piece& piece, const Interval& sharers) {
     if (piece.narrow) {
-      // Neither reads its queries any more: their place is free
+      // Both have read their queries: the memory is free
       bar_sync(kMerge, 128 * kConsumers);
       const Part<C::kHeadDim> part(reinterpret_cast<float4*>(shared_.q), shared_.stats);
       if (group_ == 1) {
         part.write(out_, softmax_);
-        fence_proxy_async();  // the next queries will be copied over it
+        fence_proxy_async();  // TMA will write the next queries there
       }
       bar_sync(kMerge, 128 * kConsumers);
       if (group_ == 1) {
@@ -218,7 +219,7 @@ class Consumer {
     }
   }
 
-  // Counts this CTA's part of a query block in; true for the last of `parts`.
+  // Counts this CTA's part of a query block as written; true if it is the last of `parts`.
   HOPPER_DEVICE bool arrive_last(const Piece& piece, uint32_t parts) {
     const int64_t tile =
         (static_cast<int64_t>(piece.batch) * params_.heads + piece.head) * params_.query_tiles +
@@ -244,8 +245,8 @@ class Consumer {
     store_rows<C>(shared_, maps_.out, out_, group_, first, piece.head, piece.batch);
   }
 
-  // The other warpgroup's tile: counted in, once it is there, so that parities stay in step. All
-  // lanes must have seen it before one lets it be refilled.
+  // Releases a tile of the other consumer once it has been fetched, so that parities stay in step.
+  // All lanes must have waited for the tile before one lets it be refilled.
   HOPPER_DEVICE void skip(int i) {
     ring_.wait_keys(i);
     ring_.wait_values(i);
@@ -278,7 +279,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
-    // Two threads, so that the next keys are under way while queries wait for their place
+    // Two threads, so that keys are fetched while queries wait for their buffer
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
@@ -308,7 +309,7 @@ const char* launch(const CachedAttentionParams& params, const CachedAttentionBuf
 const char* launch_cached_attention_sm90(const CachedAttentionParams& params,
                                          const CachedAttentionBuffers& buffers, int ctas,
                                          void* stream) {
-  // head_dim, key tile, stages: as much as 227 KB of shared memory hold
+  // 227 KB of shared memory hold this many stages
   if (params.head_dim == 64) {
     return params.pinned_rotation
                ? launch<Config<64, 128, 4, true>>(params, buffers, ctas, stream)

@@ -1,13 +1,12 @@
-// Who does what: stream-K over the key tiles of all query tiles.
+// The work of each CTA: stream-K over the key tiles of all query tiles.
 //
 // 1196 queries of 3 heads are 30 tiles of 128 rows: whole tiles cannot fill 132 SMs. So the work of
 // all tiles is laid end to end, in steps, and cut into equal shares, one per CTA. A share covers
-// some whole query tiles and a piece of one at either end; pieces meet again in
-// `partials.cuh`. The lengths depend on counters that live on the device, so every CTA finds its
-// share by itself.
+// whole query tiles and, at either end, a piece of one; `partials.cuh` adds the pieces up. The
+// lengths depend on counters in device memory, so every CTA computes its own share.
 //
 // One step is 128 queries against one tile of keys. A last tile of at most 64 queries is *narrow*:
-// its two warpgroups take alternate key tiles for the same rows, so that it costs half.
+// its two warpgroups take alternate key tiles for the same rows, which halves its cost.
 #pragma once
 
 #include "attention/intervals.h"
@@ -64,7 +63,7 @@ class Schedule {
     end_ = share_begin(cta < ctas_ ? cta + 1 : ctas_);
   }
 
-  // The next piece of this CTA's share; false when there is none.
+  // Sets `piece` to the next one of this CTA's share; false if none is left.
   HOPPER_DEVICE bool next(Piece& piece) {
     if (at_ >= end_) return false;
     int rest = at_, keys = key_tiles(0);

@@ -5,7 +5,7 @@
 
 namespace aapt {
 
-// visit(tile, first input channel, input frame, n) for every slab of this CTA, in order.
+// Calls visit(tile, first input channel, input frame, n) for every slab of this CTA, in order.
 template <class C, typename Visit>
 HOPPER_DEVICE void for_slabs(const CausalConv3dParams& params, Visit visit) {
   const typename C::Schedule schedule(params);
@@ -38,7 +38,7 @@ HOPPER_DEVICE void fetch_slabs(typename C::Shared& shared, const TensorMaps& map
       return;
     }
     if (frame < 0 && params.replicate) frame = 0;
-    // A frame before the first, or after the last, lies outside: zeros
+    // A frame before the first or after the last is outside the map: zeros
     if (frame < params.body_frames || params.tail_frames == 0) {
       load(params.body_frames > 0 ? maps.body : maps.tail, frame);
     } else {
@@ -47,7 +47,7 @@ HOPPER_DEVICE void fetch_slabs(typename C::Shared& shared, const TensorMaps& map
   });
 }
 
-// The outermost pixels of a frame in place of what lies beyond, for one warp.
+// Repeats the outermost pixels of a frame in the margin around it. For one warp.
 template <class C>
 HOPPER_DEVICE void replicate_edges(typename C::Shared& shared, const CausalConv3dParams& params) {
   const int width = slab_width<C>(params), pixels = width * slab_height<C>(params);
@@ -60,7 +60,7 @@ HOPPER_DEVICE void replicate_edges(typename C::Shared& shared, const CausalConv3
     for (int pixel = threadIdx.x % 32; pixel < pixels; pixel += 32) {
       const int x = left + pixel % width, y = top + pixel / width;
       const int inside_x = clamp(x, params.width), inside_y = clamp(y, params.height);
-      // Further out no output reads
+      // Pixels further out are never read
       const bool near = x <= params.width && y <= params.height;
       if ((x == inside_x && y == inside_y) || !near) continue;
       const int from = (inside_y - top) * width + inside_x - left;

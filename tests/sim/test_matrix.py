@@ -1,4 +1,4 @@
-"""What wgmma descriptors and register fragments mean. On a GPU the same kernels calibrate this."""
+"""The meaning of wgmma descriptors and register fragments, which a GPU calibrates."""
 
 import numpy as np
 import pytest

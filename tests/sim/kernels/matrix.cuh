@@ -1,5 +1,5 @@
-// One wgmma tile for every swizzle, major-ness and operand kind: what the descriptors mean.
-// c[64, N] = a[64, K] b[N, K]^T.
+// One wgmma tile for every swizzle, major-ness and operand kind, to test descriptors. c[64, N] =
+// a[64, K] b[N, K]^T.
 #pragma once
 
 #include "bugs.h"
@@ -74,9 +74,9 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
   }
 }
 
-// K = 64, 128-byte swizzle. B is a picture of `width` columns, (pixels, 64): column 8 g + i of the
+// K = 64, 128-byte swizzle. B is an image of `width` columns, (pixels, 64): column 8 g + i of the
 // product is pixel first + g width + i, as a convolution reads a halo tile. So descriptors start
-// anywhere in the swizzle's pattern of 8 rows, and groups of 8 lie any number of rows apart.
+// anywhere in the swizzle's pattern of 8 rows, and groups of 8 are any number of rows apart.
 template <int N, int kPixels>
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
     multiply_halo(HOPPER_GRID_CONSTANT const TensorMap ta, HOPPER_GRID_CONSTANT const TensorMap tb,
