@@ -31,13 +31,13 @@ struct Config {
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using QueryBlock = uint16_t[kPanels][kQueryBlock * kPanel];
-  using KeyTile = uint16_t[kPanels][kKeyTile * kPanel];
+  using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
     // q, then q_sink; replaced, once read, by sums for the other warpgroup and by out
     alignas(1024) QueryBlock q[kSinkQuery ? 2 * kConsumers : kConsumers];
-    alignas(1024) KeyTile k[kStages];
-    alignas(1024) KeyTile v[kStages];
+    alignas(1024) KeyBlock k[kStages];
+    alignas(1024) KeyBlock v[kStages];
     float4 stats[Part<kHeadDim>::kStats];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];

@@ -97,7 +97,7 @@ class Simulator:
         self.library.get_statistics.restype = ctypes.POINTER(Statistics)
 
     def launch(self, name, *arguments, seed=0, tma=LATE, wgmma=LATE, races=True) -> str | None:
-        """Runs a test kernel, which may touch only the given arrays; returns its report, or None."""
+        """Runs a test kernel, which may touch only the given arrays; returns the report, if any."""
         self.library.set_options(seed, tma, wgmma, races)
         self.library.forget()
         values = []
