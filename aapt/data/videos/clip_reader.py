@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,10 +13,11 @@ from torch import Tensor
 from ...model.conditioning import trajectory_poses
 from .buckets import Bucket, Crop, choose, crop
 from .keypoints import POINTS, People, parse_keypoints
+from .picture import Picture
+from .sample import Sample, Skipped
 from .skeletons import draw_skeletons
-from .sources import Sample, Skipped
 from .trajectories import Trajectory, parse_trajectory, rotation_vectors
-from .video_reader import Picture, at_rate, pictures
+from .video_reader import at_rate, file_errors, pictures
 
 
 @dataclass(frozen=True)
@@ -89,35 +89,35 @@ def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]
     Only an OSError of the source's disk gets out: all that follows would fail with it.
     """
     try:
-        if sample.video is None:
-            raise Skipped("broken archive", sample.broken)
-        captions = sample.captions()
-        trajectory = keypoints = None
-        start, end = 0.0, math.inf
-        if config.motion == "camera":
-            blob = sample.sidecar("camera.txt", "no camera")
-            trajectory = parse_trajectory(blob.text("bad camera"))
-            # Half a frame outside is still the nearest picture to an end.
-            start = max(0.0, trajectory.times[0].item())
-            end = trajectory.times[-1].item() + 0.5 / config.fps
-        elif config.motion == "pose":
-            keypoints = parse_keypoints(sample.keypoints())
-        with sample.video.open() as file:
-            windows = _windows(at_rate(pictures(file), config.fps, start, end), config)
-            for window in windows:
-                if isinstance(window, Skipped):
-                    yield window
-                    continue
-                try:
-                    yield from _clips(sample, captions, *window, trajectory, keypoints, config)
-                except Skipped as skipped:
-                    yield skipped
+        with file_errors():
+            yield from _read(sample, config)
     except Skipped as skipped:
         yield skipped
-    except Exception as error:  # whatever a strange file makes of a library, the others go on
-        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
-            raise
-        yield Skipped("cannot be decoded", f"{type(error).__name__}: {error}")
+
+
+def _read(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]:
+    if sample.fault:
+        raise Skipped(*sample.fault)
+    captions = sample.captions()
+    trajectory = keypoints = None
+    start, end = 0.0, math.inf
+    if config.motion == "camera":
+        blob = sample.sidecar("camera.txt", "no camera")
+        trajectory = parse_trajectory(blob.text("bad camera"))
+        # Half a frame outside is still the nearest picture to an end.
+        start = max(0.0, trajectory.times[0].item())
+        end = trajectory.times[-1].item() + 0.5 / config.fps
+    elif config.motion == "pose":
+        keypoints = parse_keypoints(sample.keypoints())
+    with sample.open() as file:
+        for window in _windows(at_rate(pictures(file), config.fps, start, end), config):
+            if isinstance(window, Skipped):
+                yield window
+                continue
+            try:
+                yield from _clips(sample, captions, *window, trajectory, keypoints, config)
+            except Skipped as skipped:
+                yield skipped
 
 
 def _windows(

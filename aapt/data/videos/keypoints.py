@@ -13,7 +13,7 @@ A picture that is null in a list, and a part that a person lacks, has nothing to
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .sources import Skipped
+from .sample import Skipped
 
 REASON = "bad keypoints"
 POINTS = 133
@@ -32,6 +32,7 @@ BODY = (0, "neck", 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 BODY_OF_OPENPOSE = [BODY.index(point) for point in range(17)]
 MID_HIP = 8  # is between these in BODY_25, which ends with COCO-WholeBody's feet
 
+MAX_PICTURES = 10**7  # of a video: four days at 24 fps
 SHAPE_TOLERANCE = 0.05  # pictures are resized to multiples of a number of pixels
 
 
@@ -62,6 +63,9 @@ class People:
         return self.points * np.array((columns / width, rows / height, 1), np.float32)
 
 
+NOBODY = People(np.zeros((0, POINTS, 3), np.float32))
+
+
 def parse_keypoints(data: Any) -> list[People]:
     """The people of each picture of a video, from the JSON of a file of any layout above.
 
@@ -86,7 +90,7 @@ def _mmpose(entries: list) -> list[People]:
         with _explained(f"picture {index}"):
             instances = entry if isinstance(entry, list) else (entry or {}).get("instances")
             people.append(People(_stacked(instances, _mmpose_person)))
-    return people
+    return _placed(people, entries)
 
 
 def _mmpose_person(person: dict) -> np.ndarray:
@@ -111,7 +115,7 @@ def _openpose(entries: list) -> list[People]:
     seen = [p.points[p.points[..., 2] > 0][:, :2] for p in people]
     if sum(map(len, seen)) and np.median(np.concatenate(seen)) <= 1:
         people = [_in_pixels(p) for p in people]
-    return people
+    return _placed(people, entries)
 
 
 def _in_pixels(people: People) -> People:
@@ -143,7 +147,30 @@ def _coco_wholebody(data: dict) -> list[People]:
         with _explained(f"image {image['id']}"):
             points = _stacked(found[image["id"]], _coco_person)
             people.append(People(points, _size(image, "width", "height")))
-    return people
+    return _placed(people, images)
+
+
+def _placed(people: list[People], entries: list) -> list[People]:
+    """People of all pictures: each entry at its `frame_id`, nobody in between. Without such numbers
+    entry n is of picture n.
+
+    `frame_id` counts from 1, as in MMPose's demos, unless a 0 shows that it counts from 0.
+    """
+    numbers = [entry.get("frame_id") if isinstance(entry, dict) else None for entry in entries]
+    if all(number is None for number in numbers):
+        return people
+    for index, number in enumerate(numbers):
+        if type(number) is not int or not 0 <= number <= MAX_PICTURES:
+            expected = f"expected a frame_id from 0 to {MAX_PICTURES}"
+            raise Skipped(REASON, f"picture {index}: {expected}, got {number!r}")
+    if len(set(numbers)) < len(numbers):
+        number = Counter(numbers).most_common(1)[0][0]
+        raise Skipped(REASON, f"expected each frame_id once, got {number} again")
+    first = min(1, *numbers)
+    placed = [NOBODY] * (1 + max(numbers) - first)
+    for number, found in zip(numbers, people):
+        placed[number - first] = found
+    return placed
 
 
 def _coco_person(person: dict) -> np.ndarray:

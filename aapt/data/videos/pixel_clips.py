@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, crop
-from .sources import Sample, Skipped, find_samples
-from .video_reader import at_rate, pictures
+from .sample import Sample, Skipped
+from .sources import find_samples
+from .video_reader import at_rate, file_errors, pictures
 
 
 def video_clips(
@@ -49,21 +51,29 @@ def video_clips(
 
 
 def source_digest(source: Path) -> str:
-    """SHA-256 of the names and sizes of a source's videos. ValueError if it has none."""
+    """SHA-256 of the names and sizes of a source's videos. ValueError if the source has none."""
     digest = hashlib.sha256()
     for sample in find_samples(source):
-        blob = sample.video  # a file, a member of a tar, or none in a tar that is broken
-        size = blob and (blob.path.stat().st_size if blob.size is None else blob.size)
-        digest.update(f"{sample.name}\0{size}\n".encode())
+        # A name need not be UTF-8: the bytes are those of the file system.
+        digest.update(os.fsencode(f"{sample.name}\0{_size(sample)}\n"))
     return digest.hexdigest()
 
 
-def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor]:
+def _size(sample: Sample) -> int | None:
+    """Bytes of the video; None if it cannot be read."""
     if sample.video is None:
-        raise Skipped("broken archive", sample.broken)
+        return None
+    try:
+        status = sample.video.status()
+    except Skipped:
+        return None
+    return status.st_size if sample.video.size is None else sample.video.size
+
+
+def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor]:
     clip: list[np.ndarray] = []
     take = 0
-    with sample.video.open() as file:
+    with file_errors(), sample.open() as file:
         for _, picture in at_rate(pictures(file), fps):
             if picture.take != take:  # no clip goes across a gap
                 clip, take = [], picture.take

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sources import Skipped
+from .sample import Skipped
 
 REASON = "bad camera"
+COLUMNS = 19  # numbers per line
 LENS_TOLERANCE = 0.01  # one lens per clip: a zoom has no rays in SPEC 10
 MAX_TURN = math.pi / 2  # between neighbours; more has no one way between
 
@@ -64,12 +65,14 @@ def rotations(vectors: Tensor) -> Tensor:
 
 def parse_trajectory(text: str) -> Trajectory:
     """Skipped, saying which line, where the text is not of the format above."""
-    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()][1:]
+    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if lines and not _is_picture(lines[0][1]):  # the title; a file without one is read as well
+        del lines[0]
     if len(lines) < 2:
         raise Skipped(REASON, f"expected a title and two pictures or more, got {len(lines)}")
     for number, words in lines:
-        if len(words) != 19:
-            raise Skipped(REASON, f"line {number}: expected 19 numbers, got {len(words)}")
+        if len(words) != COLUMNS:
+            raise Skipped(REASON, f"line {number}: expected {COLUMNS} numbers, got {len(words)}")
     try:
         rows = [[float(word) for word in words] for _, words in lines]
     except ValueError as error:
@@ -97,3 +100,11 @@ def parse_trajectory(text: str) -> Trajectory:
     cameras[:, :3, :3] = rotation.mT  # the inverse of a rotation
     cameras[:, :3, 3:] = -rotation.mT @ shift
     return Trajectory(times, lens[0], cameras)
+
+
+def _is_picture(words: list[str]) -> bool:
+    """True for a line of 19 numbers."""
+    try:
+        return len([float(word) for word in words]) == COLUMNS
+    except ValueError:
+        return False

@@ -2,56 +2,27 @@
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, pairwise
 from typing import BinaryIO
 
 import av
-import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
-from .sources import Skipped
+from .colours import check_colours
+from .deinterlace import deinterlaced
+from .picture import Orientation, Picture
+from .sample import Skipped, path_errors
 
 MAX_GAP = 0.2  # seconds from picture to picture: below 5 fps nothing moves
 DAY = 86400.0
 
-# Exact on every processor, and with colours at the full resolution.
-SCALING = Interpolation.LANCZOS | Interpolation.BITEXACT
-SCALING |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One decoded picture of a file."""
-
-    index: int  # in order of display
-    time: float  # seconds after the file's first picture
-    take: int  # breaks before it: pictures of one take follow each other within MAX_GAP
-    frame: av.VideoFrame
-    stored_aspect: float  # width of a pixel over its height, before turning
-    scaler: VideoReformatter  # of the file: keeps its filters from picture to picture
-
-    @property
-    def turns(self) -> int:
-        """Quarter turns, anticlockwise, that put the picture upright."""
-        return round(self.frame.rotation / 90) % 4
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(columns, rows), upright."""
-        size = self.frame.width, self.frame.height
-        return size[::-1] if self.turns % 2 else size
-
-    @property
-    def pixel_aspect(self) -> float:
-        """Width of a pixel over its height, upright."""
-        return 1 / self.stored_aspect if self.turns % 2 else self.stored_aspect
-
-    def pixels(self, columns: int, rows: int) -> np.ndarray:
-        """uint8 (rows, columns, 3), upright, scaled to that size."""
-        width, height = (rows, columns) if self.turns % 2 else (columns, rows)
-        rgb = self.scaler.reformat(self.frame, width, height, "rgb24", interpolation=SCALING)
-        return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), self.turns))
+# Streams beside the video: cover images, chapter images, covers of containers without the flag.
+STILL = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
+IMAGE_CODECS = ("bmp", "gif", "mjpeg", "png", "webp")
 
 
 def pictures(file: BinaryIO) -> Iterator[Picture]:
@@ -94,36 +65,78 @@ def _without_wrong_times(source: Iterator[Picture]) -> Iterator[Picture]:
 
 
 def _decoded(file: BinaryIO) -> Iterator[Picture]:
-    """Pictures as the file has them, by its own clock."""
-    start, last, scaler = 0.0, None, VideoReformatter()
+    """Progressive pictures at the times of the file's own clock."""
+    last = None
     try:
+        if not file.read(1):
+            raise Skipped("cannot be decoded", "at once: the file is empty")
+        file.seek(0)
         with av.open(file, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise Skipped("no video", "the file has no video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # videos are decoded in parallel, not parts
-            aspect = float(stream.sample_aspect_ratio or 1)
-            for index, frame in enumerate(container.decode(stream)):
-                if frame.is_corrupt:
-                    raise Skipped("cannot be decoded", f"{_after(last)}: a damaged picture")
-                time = frame.time
-                if time is None and stream.average_rate:  # no clock, or a hole in it
-                    time = start + last.time + float(1 / stream.average_rate) if last else 0.0
-                if time is None:
-                    raise Skipped("cannot be decoded", f"{_after(last)}: a picture without a time")
-                if last is None:
-                    start = time
-                last = Picture(index, time - start, 0, frame, aspect, scaler)
+            for last in deinterlaced(_frames(main_stream(container))):
                 yield last
     except av.FFmpegError as error:
         raise Skipped("cannot be decoded", f"{_after(last)}: {error.strerror}") from None
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        # Not the disk: what the file says sent FFmpeg to before its start, as in an empty one.
+        # Not the disk: FFmpeg was sent to a place before the file's start, by what the file says.
         raise Skipped("cannot be decoded", f"{_after(last)}: {error.strerror}") from None
     if last is None:
         raise Skipped("no video", "the video stream has no pictures")
+
+
+def main_stream(container: av.container.InputContainer) -> VideoStream:
+    """The stream that a player shows: the default one, then the largest, never a cover image.
+
+    Skipped if there is none.
+    """
+    streams = [stream for stream in container.streams.video if not stream.disposition & STILL]
+    streams = [stream for stream in streams if stream.codec_context]  # with a decoder
+    if not streams:
+        raise Skipped("no video", "the file has no video stream")
+
+    def preference(stream: VideoStream) -> tuple[bool, bool, int]:
+        context = stream.codec_context
+        default = bool(stream.disposition & Disposition.default)
+        return context.name not in IMAGE_CODECS, default, context.width * context.height
+
+    return max(streams, key=preference)
+
+
+def _frames(stream: VideoStream) -> Iterator[Picture]:
+    """Pictures as stored."""
+    start, last, scaler = 0.0, None, VideoReformatter()
+    stream.codec_context.thread_count = 1  # videos are decoded in parallel, not parts
+    aspect = float(stream.sample_aspect_ratio or 1)
+    for index, frame in enumerate(stream.container.decode(stream)):
+        if frame.is_corrupt:
+            raise Skipped("cannot be decoded", f"{_after(last)}: a damaged picture")
+        check_colours(frame)
+        time = frame.time
+        if time is None and stream.average_rate:  # no clock, or a hole in it
+            time = start + last.time + float(1 / stream.average_rate) if last else 0.0
+        if time is None:
+            raise Skipped("cannot be decoded", f"{_after(last)}: a picture without a time")
+        if last is None:
+            start = time
+        last = Picture(index, time - start, 0, frame, aspect, Orientation.of(frame), scaler)
+        yield last
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn every error of reading a file into Skipped, but for an OSError of the disk: all other
+    files would fail with it."""
+    try:
+        with path_errors():
+            try:
+                yield
+            except av.FFmpegError as error:  # may be an OSError too
+                raise Skipped("cannot be decoded", f"{type(error).__name__}: {error}") from None
+    except (Skipped, OSError):
+        raise
+    except Exception as error:  # whatever a strange file makes of a library
+        raise Skipped("cannot be decoded", f"{type(error).__name__}: {error}") from None
 
 
 def _after(last: Picture | None) -> str:

@@ -165,7 +165,7 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_pa
     kept, said = sum(bucket["clips"] for bucket in index["buckets"].values()), []
     run(videos, vae, out, report=said.append)
     assert content(out) == content(whole)
-    assert (f"{out} holds {kept} clips in {kept // 2} whole shards: going on" in said) == (kept > 0)
+    assert (f"{out} holds {kept} clips in {kept // 2} whole shards: resuming" in said) == (kept > 0)
 
 
 def test_a_killed_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_path, monkeypatch):
