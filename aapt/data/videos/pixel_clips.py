@@ -41,7 +41,8 @@ def video_clips(
                 made += 1
                 yield clip
         except Skipped as skipped:
-            report(f"{sample.name}: {skipped}")
+            name = sample.name.encode(errors="backslashreplace").decode()  # need not be UTF-8
+            report(f"{name}: {skipped}")
         if made == count:
             return
     if not made:

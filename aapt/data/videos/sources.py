@@ -31,7 +31,8 @@ def find_samples(source: Path) -> list[Sample]:
     try:
         is_folder = stat.S_ISDIR(source.stat().st_mode)
         if is_folder:
-            os.scandir(source).close()
+            with os.scandir(source):  # may it be listed?
+                pass
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise

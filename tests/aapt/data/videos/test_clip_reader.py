@@ -1,9 +1,11 @@
 """Clips cut out of samples: which frames, which motion, and what is skipped."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
+import os
 
 import av
 import numpy as np
@@ -13,13 +15,25 @@ import torch
 from aapt.data.videos import clip_reader
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.clip_reader import CutConfig, read_clips
-from aapt.data.videos.sources import Skipped, find_samples
+from aapt.data.videos.sample import Skipped
+from aapt.data.videos.sources import find_samples
 from aapt.data.videos.trajectories import parse_trajectory
 from aapt.model.conditioning import trajectory_poses
 
 from .test_keypoints import entry, person
 from .test_trajectories import controlled, trajectory, yawed
-from .videos import grey, numbers, retimed, sound, video
+from .videos import (
+    COLOURS,
+    ORIENTATIONS,
+    corners,
+    grey,
+    numbers,
+    retimed,
+    seen_corners,
+    sound,
+    video,
+    with_display_matrix,
+)
 
 CONFIG = CutConfig(((Bucket(24, 16),),), latent_frames=2, stride=9)  # clips of 9 frames
 
@@ -158,6 +172,15 @@ def test_whatever_a_library_makes_of_a_file_is_skipped(tmp_path, monkeypatch, er
     assert skipped.startswith(f"cannot be decoded: {type(error).__name__}")
 
 
+@pytest.mark.parametrize("number", [errno.ELOOP, errno.EACCES, errno.ENXIO])
+def test_an_error_of_the_path_while_reading_is_skipped(tmp_path, monkeypatch, number):
+    def pictures(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(clip_reader, "pictures", pictures)
+    assert read(tmp_path, b"") == [f"unreadable: {os.strerror(number)}"]
+
+
 def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):
     def pictures(file):
         raise OSError(5, "Input/output error")
@@ -239,6 +262,21 @@ def test_motion_that_is_missing_or_broken_is_skipped(tmp_path, motion, kind):
     assert skipped.startswith(f"bad {name}: expected ")
 
 
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_the_lens_is_that_of_the_upright_picture(tmp_path, name):
+    """Stored 48 x 96 or 96 x 48, shown wide or high; a square is cut out of it."""
+    matrix, corners_seen = ORIENTATIONS[name]
+    data = video(corners(9, 48, 96), codec="libx264", container="mp4")
+    config = dataclasses.replace(CAMERA, buckets=((Bucket(32, 32),),))
+    text = trajectory([yawed(0.0)] * 9, lens=(0.8, 1.2, 0.55, 0.4))
+    data = with_display_matrix(data, matrix)
+    (clip,) = read(tmp_path, data, config, **{"camera.txt": text})
+    assert seen_corners(clip.video[4]) == corners_seen
+    wide = matrix[0] != 0
+    expected = [1.6, 1.2, 0.6, 0.4] if wide else [0.8, 2.4, 0.55, 0.3]
+    np.testing.assert_allclose(clip.lens, expected, rtol=1e-6)
+
+
 POSE = dataclasses.replace(CONFIG, motion="pose", buckets=((Bucket(64, 64),),))
 
 
@@ -250,6 +288,27 @@ def test_skeletons_are_drawn_where_the_people_are(tmp_path):
     assert clip.skeletons.shape == clip.video.shape == (9, 64, 64, 3)
     lit = [np.flatnonzero(frame[32].any(axis=1)).mean() for frame in clip.skeletons]
     np.testing.assert_allclose(lit, [8 + 4 * n for n in range(9)], atol=1)
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_skeletons_are_drawn_on_the_upright_picture(tmp_path, name):
+    """An arm in the red quarter as it is seen, with pixels twice as wide as high when stored."""
+    matrix, corners_seen = ORIENTATIONS[name]
+    columns, rows = (128, 64) if matrix[0] else (64, 128)
+    place = corners_seen.index("R")
+    x, y = ((1 + 2 * (place % 2)) * columns // 4, (1 + 2 * (place // 2)) * rows // 4)
+    arm = entry(person({6: (x, y - 8), 8: (x, y + 8)}))
+    data = with_display_matrix(
+        video(corners(9), codec="libx264", container="mp4", aspect=2), matrix
+    )
+    bucket = Bucket(128, 32) if matrix[0] else Bucket(32, 128)  # as it is seen, nothing cut off
+    config = dataclasses.replace(POSE, buckets=((bucket,),))
+    (clip,) = read(tmp_path, data, config, **{"keypoints.json": json.dumps([arm] * 9)})
+    assert seen_corners(clip.video[0]) == corners_seen
+    lit = np.argwhere(clip.skeletons[0].any(axis=2)).mean(axis=0)
+    expected = (y / rows * bucket.height, x / columns * bucket.width)
+    np.testing.assert_allclose(lit, expected, atol=1)
+    assert np.abs(clip.video[0, int(lit[0]), int(lit[1])].astype(int) - COLOURS["R"]).max() < 16
 
 
 def test_keypoints_of_another_size_are_brought_to_the_video(tmp_path):

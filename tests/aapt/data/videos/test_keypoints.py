@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aapt.data.videos.keypoints import People, parse_keypoints
-from aapt.data.videos.sources import Skipped
+from aapt.data.videos.sample import Skipped
 
 
 def person(points, score=0.9):
@@ -189,6 +189,35 @@ def test_a_canvas_has_the_shape_of_the_video():
         )
 
 
+def numbered(numbers, **fields):
+    """An entry per number with one person, whose nose is at (number, 1)."""
+    return [{"frame_id": n, **entry(person({0: (n, 1)})), **fields} for n in numbers]
+
+
+@pytest.mark.parametrize(
+    "numbers, expected",
+    [
+        ([1, 2, 5], {0: 1, 1: 2, 4: 5}),  # MMPose's demos count from 1
+        ([0, 1, 4], {0: 0, 1: 1, 4: 4}),  # its inferencer from 0
+        ([3, 2], {1: 2, 2: 3}),
+        ([1], {0: 1}),
+    ],
+)
+def test_entries_with_a_frame_id_belong_to_that_picture(numbers, expected):
+    for layout in (numbered(numbers), {"instance_info": numbered(numbers)}):
+        read = parse_keypoints(layout)
+        found = {n: p.points[0, 0, 0] for n, p in enumerate(read) if len(p.points)}
+        assert found == expected and len(read) == max(expected) + 1
+
+
+def test_frame_ids_of_the_other_layouts():
+    people = [{"frame_id": n, "people": [openpose_person()]} for n in (1, 3)]
+    assert [len(found.points) for found in parse_keypoints(people)] == [1, 0, 1]
+    images = [{"id": 7, "frame_id": 1}, {"id": 8, "frame_id": 4}]
+    body = {"image_id": 8, "keypoints": [0.0] * 48 + [3.0, 4.0, 1]}
+    assert [len(found.points) for found in parse_keypoints(coco(images, [body]))] == [0, 0, 0, 1]
+
+
 NO_LAYOUT = "expected a list of pictures, 'instance_info', 'people' or 'annotations'"
 IMAGE = {"id": 7}
 BAD = [
@@ -221,6 +250,12 @@ BAD = [
     ({"annotations": [{}], "images": []}, "annotations: expected 'image_id'"),
     ({"annotations": None, "images": []}, "annotations: "),
     (coco([{"id": 1}, {"id": "a"}], []), "annotations: "),
+    (numbered([1, 2, 1]), "expected each frame_id once, got 1 again"),
+    (numbered([1, -1]), "picture 1: expected a frame_id from 0 to 10000000, got -1"),
+    (numbered([1]) + [entry()], "picture 1: expected a frame_id from 0 to 10000000, got None"),
+    ([None, *numbered([2])], "picture 0: expected a frame_id from 0 to 10000000, got None"),
+    ([{"frame_id": "2", "instances": []}], "picture 0: expected a frame_id from 0 to"),
+    ([{"frame_id": 10**9, "instances": []}], "picture 0: expected a frame_id from 0 to"),
     (
         coco([IMAGE], [{"image_id": 7, "face_kpts": [0, 0]}]),
         "image 7: face_kpts: expected (x, y, score) of 68 points, got 2 numbers",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aapt.data.tiny_world import world
-from aapt.data.videos.sources import Skipped
+from aapt.data.videos.sample import Skipped
 from aapt.data.videos.trajectories import parse_trajectory, rotation_vectors, rotations
 from aapt.model.conditioning import camera_rays, relative_poses, through_lens, trajectory_poses
 from aapt.model.config import CameraConfig
@@ -139,6 +139,18 @@ def test_a_bad_file_says_which_line(lines, expected):
     with pytest.raises(Skipped) as skipped:
         parse_trajectory("\n".join(lines))
     assert skipped.value.reason == "bad camera" and skipped.value.detail.startswith(expected)
+
+
+def test_a_file_without_a_title_keeps_its_first_picture():
+    read = parse_trajectory("\n".join(GOOD[1:]))
+    assert read.times.tolist() == [0, 0.041667, 0.083333]
+    with pytest.raises(Skipped, match="expected a title and two pictures or more, got 1"):
+        parse_trajectory(GOOD[1])
+
+
+@pytest.mark.parametrize("title", ["a", "1 2 3", " ".join(["word"] * 19)])
+def test_every_other_first_line_is_a_title(title):
+    assert len(parse_trajectory("\n".join([title, *GOOD[1:]])).times) == 3
 
 
 def test_blank_lines_and_the_lens():
