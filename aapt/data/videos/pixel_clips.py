@@ -1,4 +1,4 @@
-"""Clips of a user's videos as pixels, for training that needs nothing else of them."""
+"""Clips of the user's videos as pixels, to train and to measure autoencoders on."""
 
 import hashlib
 import math
@@ -26,11 +26,11 @@ def video_clips(
     fps: int = 24,
     report: Callable[[str], None] = print,
 ) -> Iterator[Tensor]:
-    """Up to `count` clips of `frames` frames, uint8 (frames, H, W, 3), cropped to `size`.
+    """At most `count` clips of `frames` video frames, uint8 (frames, H, W, 3), cropped to `size`.
 
-    As many videos as can be, in the order of their names, give as few clips each as can be, none of
-    them across a gap; what cannot be read is reported and left out. ValueError if no clip is long
-    enough.
+    The clips are spread over the videos in the order of the names, as few per video as suffice. No
+    clip crosses a gap. A video that cannot be read is reported and left out. ValueError if no video
+    is long enough for a clip; OSError if the disk fails.
     """
     samples = find_samples(source)
     each = math.ceil(count / len(samples))
@@ -76,7 +76,7 @@ def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor
     take = 0
     with file_errors(), sample.open() as file:
         for _, picture in at_rate(pictures(file), fps):
-            if picture.take != take:  # no clip goes across a gap
+            if picture.take != take:  # no clip crosses a gap
                 clip, take = [], picture.take
             part = crop(*picture.size, size, picture.pixel_aspect)
             clip.append(part.window(picture.pixels(*part.scaled)))

@@ -1,7 +1,7 @@
 """Samples of a source: a video and its sidecars, files or members of a tar.
 
 A video and its sidecars share one name: `a/b.mp4`, `a/b.txt` or `a/b.json` with the caption,
-`a/b.camera.txt` and `a/b.keypoints.json`, or a folder `a/b.keypoints` with a file for each picture.
+`a/b.camera.txt` and `a/b.keypoints.json`, or a folder `a/b.keypoints` with a file per video frame.
 """
 
 import errno
@@ -37,7 +37,7 @@ DISK_ERRORS = frozenset(
 
 
 class Skipped(Exception):
-    """Something of a source that cannot be used: a `reason` to count by, and the details."""
+    """A reason to skip something of a source: a `reason` to count by, and a `detail`."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -65,8 +65,8 @@ class Blob:
     fault: str = ""
 
     def open(self) -> BinaryIO:
-        """The bytes. Skipped for anything but a regular file that may be read; OSError if the disk
-        fails."""
+        """Open the bytes. Skipped unless they are a regular file that may be read; OSError if the
+        disk fails."""
         self.status()
         with path_errors():
             file = self.path.open("rb")
@@ -87,6 +87,7 @@ class Blob:
         return status
 
     def bytes(self) -> bytes:
+        """All bytes; errors as of `open`."""
         with self.open() as file, path_errors():
             return file.read()
 
@@ -143,6 +144,7 @@ class Sample:
         return files
 
     def sidecar(self, kind: str, missing: str) -> Blob:
+        """The sidecar of a kind. Skipped for the reason `missing` if there is none."""
         if kind not in self.sidecars:
             stem = self.name.rpartition(".")[0]
             raise Skipped(missing, f"expected {stem}.{kind}")
@@ -169,7 +171,7 @@ class Sample:
         entries, first = [], min(self.pictures)
         for number in range(first, first + len(self.pictures)):
             if number not in self.pictures:
-                raise Skipped("bad keypoints", f"expected a file for picture {number}, got none")
+                raise Skipped("bad keypoints", f"expected a file with number {number}, got none")
             try:
                 entries.append(self.pictures[number].json("bad keypoints"))
             except Skipped as skipped:

@@ -1,4 +1,8 @@
-"""Video files as upright RGB pictures at an even rate, whatever their codec, rate or clock."""
+"""Video files as upright RGB at an even rate, whatever their codec, rate or clock.
+
+A picture is a video frame as the file stores it. `pictures` gives the pictures of a file, and
+`at_rate` chooses among them the video frames at an even rate.
+"""
 
 import errno
 from collections.abc import Iterator
@@ -17,45 +21,45 @@ from .deinterlace import deinterlaced
 from .picture import Orientation, Picture
 from .sample import Skipped, path_errors
 
-MAX_GAP = 0.2  # seconds from picture to picture: below 5 fps nothing moves
+MAX_GAP = 0.2  # seconds from picture to picture; a slide show, below 5 fps, has no motion
 DAY = 86400.0
 
-# Streams beside the video: cover images, chapter images, covers of containers without the flag.
+# Streams beside the video: cover images, and covers in containers that have no flag for them.
 STILL = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
 IMAGE_CODECS = ("bmp", "gif", "mjpeg", "png", "webp")
 
 
 def pictures(file: BinaryIO) -> Iterator[Picture]:
-    """All pictures of the first video stream, in order and with growing times.
+    """All pictures of the main video stream, progressive, in order and with growing times.
 
-    A new take begins where nothing is shown for more than MAX_GAP, and where the clock jumps back,
-    as in files that were joined, or ahead by more than a day: time then goes on after MAX_GAP. A
-    wrong time among right ones costs that picture alone. Skipped when there is no picture, and
-    where decoding fails: what came before is good.
+    A new take begins after a pause of more than MAX_GAP. A new take also begins if the clock jumps
+    back, as in joined files, or ahead by more than a day; time then continues after MAX_GAP. A
+    wrong time among right ones costs its picture alone. Skipped if the file has no picture or
+    decoding fails; the pictures before are good.
     """
     time, take, last = 0.0, 0, None
     for picture in _without_wrong_times(_decoded(file)):
         if last:
             step = picture.time - last.time
-            take += not _goes_on(last, picture)
+            take += not _follows(last, picture)
             time += step if 0 < step <= DAY else MAX_GAP
         last = picture
         yield replace(picture, time=time, take=take)
 
 
-def _goes_on(last: Picture, picture: Picture) -> bool:
+def _follows(last: Picture, picture: Picture) -> bool:
     return 0 < picture.time - last.time <= MAX_GAP + 1e-6  # rounding of the file's clock
 
 
 def _without_wrong_times(source: Iterator[Picture]) -> Iterator[Picture]:
-    """Leaves out a picture that jumps when the next one goes on from before it, and pictures whose
-    time stands still or falls back a little."""
+    """Leave out pictures with wrong times: a single jump, a time that stands still, a small step
+    back."""
     last = jumped = None
     for picture in source:
-        if jumped and not _goes_on(last, picture):
+        if jumped and not _follows(last, picture):
             yield jumped
             last, jumped = jumped, None
-        if last is None or _goes_on(last, picture):
+        if last is None or _follows(last, picture):
             last, jumped = picture, None
             yield picture
         elif abs(picture.time - last.time) > MAX_GAP:
@@ -146,15 +150,17 @@ def _after(last: Picture | None) -> str:
 def at_rate(
     source: Iterator[Picture], fps: int, start: float = 0.0, end: float = float("inf")
 ) -> Iterator[tuple[float, Picture]]:
-    """(time, the picture nearest to it) at start, start + 1 / fps, ... up to `end` or the last
-    picture; a picture is used again or left out as the rates demand. Each take begins anew with its
-    first picture."""
+    """Pairs of a time and the picture nearest to it, at `start`, `start` + 1 / fps, ...
+
+    Times end with `end` or with the last picture. A picture is repeated or left out if the rates
+    demand it. Each take begins anew with its first picture.
+    """
     origin, number, take = start, 0, None
     for picture, following in pairwise(chain(source, [None])):
         if picture.take != take:
             origin, number, take = max(start, picture.time), 0, picture.take
         if following and following.take == take:
-            # A tie goes to the earlier picture; a microsecond is rounding of the file's clock.
+            # A tie goes to the earlier picture; the clock of a file is rounded to microseconds.
             until = (picture.time + following.time + 1e-6) / 2
         else:
             until = picture.time + 0.5 / fps

@@ -1,4 +1,4 @@
-"""The encoding job: what is written, resumed, skipped, and left when something fails."""
+"""The encoding job: its output, resuming, skips, changed files, and failures."""
 
 import contextlib
 import dataclasses
@@ -105,7 +105,7 @@ def test_the_index_counts_everything(whole):
 
 
 def test_captions_are_measured_in_the_bytes_that_a_model_reads(vae, tmp_path):
-    """The longest of a clip's, in lower case: that of this capital has three bytes, not two."""
+    """The longest caption of a clip counts, in lower case: this capital then has three bytes."""
     (tmp_path / "v").mkdir()
     for name, caption in (("a", '{"captions": ["x", "\u0130y"]}'), ("b", '{"caption": "x"}')):
         (tmp_path / "v" / f"{name}.mkv").write_bytes(video(grey(18, 16, 32)))
@@ -156,7 +156,7 @@ def test_workers_and_the_file_system_change_no_byte(
 
 
 @pytest.mark.parametrize("clips", [0, 1, 2, 5, 9, 10])
-def test_an_interrupted_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_path, clips):
+def test_an_interrupted_job_is_resumed_to_equal_bytes(whole, videos, vae, tmp_path, clips):
     out, asked = tmp_path / "out", []
 
     def stop():
@@ -171,7 +171,7 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_pa
     assert (f"{out} holds {kept} clips in {kept // 2} whole shards: resuming" in said) == (kept > 0)
 
 
-def test_a_killed_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_path, monkeypatch):
+def test_a_killed_job_is_resumed_to_equal_bytes(whole, videos, vae, tmp_path, monkeypatch):
     """Killed anywhere between two writes, with a line half written and a shard not yet listed."""
     out, left, add = tmp_path / "out", [], encode.Shard.add
 
@@ -194,7 +194,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(whole, videos, vae, tmp_path, mo
     assert content(out) == content(whole)
 
 
-def test_what_is_finished_is_not_decoded_again(whole, videos, vae, tmp_path, monkeypatch):
+def test_finished_videos_are_not_decoded_again(whole, videos, vae, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "out")
     monkeypatch.setattr(encode, "read_clips", None)
     assert run(videos, vae, tmp_path / "out")["complete"]
@@ -215,7 +215,7 @@ def test_what_is_finished_is_not_decoded_again(whole, videos, vae, tmp_path, mon
     assert content(out) == content(whole)
 
 
-def test_another_job_does_not_go_into_the_folder(whole, videos, vae, tmp_path):
+def test_another_job_is_refused_in_the_folder(whole, videos, vae, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     longer = dataclasses.replace(CONFIG, latent_frames=1)

@@ -1,4 +1,4 @@
-"""Clips as pixels: which videos give them, and what is left out."""
+"""Clips as pixels: videos that give them, and videos that are left out."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def videos(tmp_path):
     return tmp_path
 
 
-def test_what_cannot_be_read_is_said_and_left_out(videos):
+def test_videos_that_cannot_be_read_are_reported_and_left_out(videos):
     said = []
     clips = list(video_clips(videos, SIZE, 9, 10, report=said.append))
     assert [numbers(clip)[0] for clip in clips] == [0, 9, 0]
@@ -59,7 +59,7 @@ def test_an_error_of_the_disk_is_raised(videos, monkeypatch):
         list(video_clips(videos, SIZE, 9, 10, report=print))
 
 
-def test_names_that_are_not_utf_8_can_be_said(tmp_path, capsys):
+def test_names_that_are_not_utf_8_are_reported(tmp_path, capsys):
     (tmp_path / "good.mkv").write_bytes(video(grey(9)))
     (tmp_path / "b\udcff.mkv").write_bytes(b"no video")
     assert len(list(video_clips(tmp_path, SIZE, 9, 2))) == 1

@@ -1,4 +1,4 @@
-"""Folders and tar shards: what belongs together, in which order, and what cannot be read."""
+"""Folders and tar shards: samples in order, links, odd files, and faults."""
 
 import errno
 import hashlib
@@ -67,7 +67,7 @@ def test_no_source(tmp_path):
         find_samples(tmp_path)
 
 
-def test_a_broken_tar_gives_what_it_can(tmp_path):
+def test_a_broken_tar_gives_the_members_before_the_damage(tmp_path):
     path = tmp_path / "a.tar"
     tar(path, {"1.mp4": b"one", "2.mp4": bytes(2000), "3.mp4": b"three"})
     whole = path.read_bytes()
@@ -132,7 +132,7 @@ def test_captions(tmp_path, files, expected):
 
 
 def test_keypoints_of_a_video_are_a_file_or_a_folder(tmp_path):
-    """OpenPose writes a file per picture; the number in its name orders them, not the name."""
+    """OpenPose writes a file per video frame. The number in the name gives the order."""
     (tmp_path / "w1.mp4").touch()
     (tmp_path / "w1.keypoints.json").write_text("[1]")
     (tmp_path / "w2.mp4").touch()
@@ -160,7 +160,7 @@ def test_keypoints_of_a_video_are_a_file_or_a_folder(tmp_path):
         ({"v.keypoints/1.json": "1", "v.keypoints/2.json": "{"}, "bad keypoints: file 2: expected"),
         (
             {"v.keypoints/1.json": "1", "v.keypoints/3.json": "3"},
-            "bad keypoints: expected a file for picture 2, got none",
+            "bad keypoints: expected a file with number 2, got none",
         ),
     ],
 )
@@ -176,12 +176,12 @@ def test_keypoints_that_cannot_be_used(tmp_path, files, expected):
 
 
 def faults(samples):
-    """[(name, reason)] of what cannot be read."""
+    """[(name, reason)] of the faulty samples."""
     return [(sample.name, sample.fault[0]) for sample in samples if sample.fault]
 
 
 def unreadable(sample):
-    """Why the video cannot be opened."""
+    """The reason why the video cannot be opened."""
     with pytest.raises(Skipped) as skipped:
         sample.open()
     assert skipped.value.reason == "unreadable"
@@ -189,7 +189,7 @@ def unreadable(sample):
 
 
 def test_linked_folders_are_read_and_every_folder_once(tmp_path):
-    """A folder that is reached without a link keeps its own name, whatever a link is called."""
+    """A folder that can be reached without a link has the name of this path."""
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
     for folder in (source / "real", elsewhere / "deep"):
         folder.mkdir(parents=True)
@@ -224,7 +224,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
 
 
 def refuse(monkeypatch, folder, number):
-    """Let the system refuse to list a folder, also to root."""
+    """Let the system refuse to list a folder, even to root."""
     scandir = os.scandir
 
     def refusing(path):
@@ -264,8 +264,8 @@ def test_a_source_that_the_system_refuses(tmp_path, name):
         find_samples(tmp_path / name)
 
 
-def test_what_is_no_regular_file_is_never_opened(tmp_path):
-    """Opening a pipe would wait for ever."""
+def test_pipes_devices_and_sockets_are_never_opened(tmp_path):
+    """Opening a pipe would wait for a writer."""
     os.mkfifo(tmp_path / "pipe.mp4")
     os.mkfifo(tmp_path / "pipe.tar")
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
@@ -364,7 +364,7 @@ def test_sparse_members_of_a_tar_are_named(tmp_path):
 
 
 def test_a_second_archive_in_a_tar_is_read(tmp_path):
-    """`cat 1.tar 2.tar`: the end of the first one is two blocks of zeros and more."""
+    """`cat 1.tar 2.tar`: the first archive ends with blocks of zeros."""
     tar(tmp_path / "1", {"a.mp4": b"A", "a.txt": b"a"})
     tar(tmp_path / "2", {"b.mp4": b"B", "b.txt": b"b"})
     both = (tmp_path / "1").read_bytes() + bytes(5000 * 512) + (tmp_path / "2").read_bytes()
@@ -379,7 +379,7 @@ def test_a_second_archive_in_a_tar_is_read(tmp_path):
     assert fault.fault == ("broken archive", "after 4 files: damaged or truncated")
 
 
-def test_a_video_that_is_twice_in_a_tar_is_said(tmp_path):
+def test_a_video_that_is_twice_in_a_tar_is_named(tmp_path):
     for name in ("1", "2"):
         tar(tmp_path / name, {"a.mp4": name.encode()})
     (tmp_path / "s.tar").write_bytes((tmp_path / "1").read_bytes() + (tmp_path / "2").read_bytes())
@@ -402,7 +402,7 @@ def test_names_need_not_be_utf_8(tmp_path):
 
 
 def test_the_digest_of_a_source_stays(tmp_path):
-    """A run that older versions began has recorded it."""
+    """A run of an older version has recorded the digest."""
     (tmp_path / "a.mp4").write_bytes(b"12")
     (tmp_path / "é.mp4").write_bytes(b"123")
     expected = hashlib.sha256("a.mp4\0002\né.mp4\0003\n".encode()).hexdigest()

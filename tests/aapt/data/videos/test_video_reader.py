@@ -1,4 +1,4 @@
-"""Decoding: times, orientation, and files that are not what they should be."""
+"""Decoding: times, orientation, streams, fields, colours, and damaged files."""
 
 import io
 from fractions import Fraction
@@ -32,7 +32,7 @@ NOISE = np.random.default_rng(0).integers(0, 255, (24, 32, 48, 3), dtype=np.uint
 
 
 def read(data):
-    """(pictures, the reason reading ended or None)."""
+    """The pictures, and the reason why reading ended or None."""
     found = []
     try:
         found.extend(pictures(io.BytesIO(data)))  # keeps what came before an error
@@ -107,7 +107,7 @@ def test_the_default_stream_is_read_and_of_several_the_largest(container, given,
 
 @pytest.mark.parametrize("disposition", [NONE, DEFAULT])
 def test_a_cover_that_is_the_first_track_is_not_the_video(disposition):
-    """Matroska keeps no flag for it."""
+    """Matroska has no flag for covers."""
     data = streams("matroska", ("mjpeg", COVER, disposition), ("libx264", VIDEO, NONE))
     found, error = read(data)
     assert error is None and len(found) == 6 and found[0].size == (96, 64)
@@ -141,7 +141,7 @@ def moving_bar(count=24, interlaced=True):
 
 
 def combing(picture):
-    """Difference between neighbouring rows, where rows of one field do not differ."""
+    """Difference between neighbouring rows; rows of one field do not differ."""
     pixels = picture.pixels(*picture.size).astype(float).mean(axis=-1)
     return np.abs(np.diff(pixels, axis=0)).mean()
 
@@ -180,7 +180,7 @@ def test_damage_in_interlaced_video_costs_no_picture_before_it():
 
 
 def test_colours_are_those_of_the_file(tmp_path):
-    """Tagged BT.709, as `aapt generate` writes it; as BT.601 pure red would be (255, 24, 0)."""
+    """A file of `aapt generate`, tagged BT.709. Read as BT.601, pure red would be (255, 24, 0)."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 180, 30)]
     with open_video(str(tmp_path / "a.mp4"), 32, 48, fps=24, scale=1) as writer:
         for colour in colours:
@@ -308,7 +308,7 @@ def test_clocks_that_start_late_start_at_zero():
 
 
 def test_24_to_24_is_every_picture_once():
-    """Matroska's clock has milliseconds: 42 is not 41.67, and is the same picture."""
+    """Matroska's clock has milliseconds: 42 instead of 41.67 must not change the picture."""
     assert shown(video(grey(30)), 24) == [(n / 24, n) for n in range(30)]
 
 
@@ -434,7 +434,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("data, expected", BROKEN)
 def test_files_without_video(tmp_path, data, expected):
-    """In memory and on the disk, which refuses to be read from before its start otherwise."""
+    """In memory and on the disk. Their errors differ if FFmpeg reads before the start."""
     (tmp_path / "a").write_bytes(data)
     for file in (io.BytesIO(data), (tmp_path / "a").open("rb")):
         with file, pytest.raises(Skipped, match="^" + expected):
@@ -449,7 +449,7 @@ def test_files_without_video(tmp_path, data, expected):
         ("mp4", "libx264", "cannot be decoded: at once: "),  # its index is at the end
     ],
 )
-def test_a_file_that_ends_early_gives_what_is_whole(container, codec, error):
+def test_a_file_that_ends_early_gives_its_whole_pictures(container, codec, error):
     data = video(NOISE, codec=codec, container=container)
     whole, _ = read(data)
     found, got = read(data[: len(data) // 2])
@@ -462,9 +462,9 @@ def test_a_file_that_ends_early_gives_what_is_whole(container, codec, error):
 @pytest.mark.parametrize(
     "first, last, expected", [(0.0, 1.0, "Invalid data found"), (0.5, 0.6, "a damaged picture")]
 )
-def test_damage_ends_a_video_where_it_is(first, last, expected):
-    """A packet of zeros, and one with some in its middle. MPEG-4 because its encoder writes the
-    same file every time; H.264 hides most damage, as arithmetic coding reads anything."""
+def test_a_video_ends_before_its_damage(first, last, expected):
+    """A packet of zeros, and a packet with zeros in its middle. MPEG-4, because its encoder always
+    writes the same file, and because H.264 hides most damage: arithmetic coding reads anything."""
     data = bytearray(video(NOISE, codec="mpeg4", container="mp4"))
     with av.open(io.BytesIO(data)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][12]
@@ -477,7 +477,7 @@ def test_damage_ends_a_video_where_it_is(first, last, expected):
         assert np.array_equal(a.pixels(*a.size), b.pixels(*b.size))
 
 
-def test_an_error_of_the_disk_is_no_error_of_the_video():
+def test_an_error_of_the_disk_is_raised():
     class Disk(io.BytesIO):
         def read(self, size=-1):
             if self.tell() > 100:

@@ -1,4 +1,4 @@
-"""Video files that tests of training data read."""
+"""Video files for tests of training data."""
 
 import io
 import struct
@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-# One code per picture: its grey level, which survives cropping, resizing and turning.
+# A picture is told by its grey level, which survives cropping, resizing and turning.
 LEVEL_STEP = 2
 
 
@@ -18,7 +18,7 @@ def grey(count, height=32, width=48):
 
 
 def numbers(frames):
-    """Which pictures of `grey` frames (..., H, W, 3) show."""
+    """The numbers of the pictures of `grey` that frames (..., H, W, 3) show."""
     means = np.asarray(frames, np.float64).mean(axis=(-3, -2, -1))
     return np.rint(means / LEVEL_STEP).astype(int).tolist()
 
@@ -50,8 +50,8 @@ def video(
 
 
 def retimed(data, times, container="matroska"):
-    """The file's pictures with other times, in ms and in any order: what only a broken clock, or
-    files that were joined, have."""
+    """The file's pictures with other times, in ms and in any order, as in a file with a broken
+    clock or in joined files."""
     file = io.BytesIO()
     with (
         av.open(io.BytesIO(data)) as source,
@@ -133,7 +133,7 @@ def streams(container, *given):
 
 
 def plain(planes, count=5, size=(96, 64), form="yuv420p", codec="libx264", options=None, **tags):
-    """A file of one colour, given as the numbers in its planes, with these tags on every frame."""
+    """A file of one colour, the values of its planes, with `tags` on every frame."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
         stream = output.add_stream(codec, rate=24, options=options or {"crf": "1"})
@@ -155,7 +155,7 @@ def plain(planes, count=5, size=(96, 64), form="yuv420p", codec="libx264", optio
 
 
 def sound():
-    """A file with a sound and no video."""
+    """A file with sound and no video."""
     file = io.BytesIO()
     with av.open(file, "w", format="wav") as output:
         stream = output.add_stream("pcm_s16le", rate=8000, layout="mono")
