@@ -28,7 +28,7 @@ from .stamps import Stamp, sample_stamps
 
 
 def summary(index: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of (name, value) that tell what is encoded and what was skipped."""
+    """Rows (name, value) of a table: clips, captions, rays, and skips by reason."""
     videos, encoding = index["videos"], index["encoding"]
     seconds = encoding["latent_frames"] * encoding["frames_per_latent"] / encoding["fps"]
     rows = [

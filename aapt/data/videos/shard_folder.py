@@ -100,8 +100,8 @@ class ShardFolder:
         known = [outcome.video for outcome in self.outcomes]
         if known != names[: len(known)] or (self.complete and len(known) != len(names)):
             raise ValueError(
-                f"videos: expected those of the run that began {self.out}, got others; take a new "
-                "folder"
+                f"videos: expected the videos of the run that began {self.out}, got others; take a "
+                "new folder"
             )
         begun = [*self.outcomes, *([self.reading] if self.reading else [])]
         for sample, outcome in zip(samples, begun):

@@ -185,6 +185,7 @@ def test_a_killed_job_is_resumed_to_equal_bytes(whole, videos, vae, tmp_path, mo
         left[:] = range(clips + 1)
         with pytest.raises(KeyboardInterrupt):
             run(videos, vae, out)
+        (out / ".lock").write_text("process 1")  # held by nobody
         with (out / "videos.jsonl").open("a") as journal:
             journal.write('{"video": "b/')
         (out / "16x32").mkdir(exist_ok=True)
@@ -225,12 +226,12 @@ def test_another_job_is_refused_in_the_folder(whole, videos, vae, tmp_path):
     other.latent_std.fill_(2.0)
     with pytest.raises(ValueError, match="out: expected a new folder, .* encoded with vae"):
         run(videos, other, out)
-    with pytest.raises(ValueError, match="videos: expected those of the run that began"):
+    with pytest.raises(ValueError, match="videos: expected the videos of the run that began"):
         run(videos / "c", vae, out)
     more = tmp_path / "more"
     shutil.copytree(videos, more)
     shutil.copy(more / "d.mkv", more / "e.mkv")
-    with pytest.raises(ValueError, match="videos: expected those of the run that began"):
+    with pytest.raises(ValueError, match="videos: expected the videos of the run that began"):
         run(more, vae, out)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "letter.txt").touch()
@@ -348,6 +349,16 @@ def test_folders_of_older_versions_are_resumed(whole, videos, vae, tmp_path):
         assert all(len(stamp) == 3 for stamp in line.pop("files").values())
     (out / "videos.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run(videos, vae, out)["complete"]
+
+
+def test_a_finished_folder_may_be_read_only(whole, videos, vae, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for name in ("open", "replace", "unlink", "mkdir"):
+        monkeypatch.setattr(os, name, refuse)
+    assert run(videos, vae, whole) == json.loads((whole / "index.json").read_text())
 
 
 def test_two_jobs_do_not_write_into_one_folder(whole, videos, vae, tmp_path):

@@ -302,6 +302,20 @@ def test_containers_and_codecs(container, codec):
     np.testing.assert_allclose(steps, 1 / 24, atol=1.1e-3)
 
 
+@pytest.mark.parametrize("aspect", [Fraction(1, 255), Fraction(4, 3), 100])
+def test_pixels_that_are_not_square(aspect):
+    data = video(grey(2, 128, 288), codec="libx264", container="mp4", aspect=aspect)
+    picture = read(data)[0][0]
+    assert picture.pixel_aspect == pytest.approx(float(aspect)) and picture.size == (288, 128)
+
+
+def test_fragments_of_mp4():
+    fragments = {"movflags": "frag_keyframe+empty_moov"}
+    data = video(grey(12), codec="mpeg4", container="mp4", muxer=fragments)
+    found, error = read(data)
+    assert b"moof" in data and error is None and len(found) == 12
+
+
 def test_clocks_that_start_late_start_at_zero():
     found, _ = read(video(grey(4), codec="libx264", container="mpegts"))
     assert [p.time for p in found] == pytest.approx([n / 24 for n in range(4)])
@@ -312,7 +326,7 @@ def test_24_to_24_is_every_picture_once():
     assert shown(video(grey(30)), 24) == [(n / 24, n) for n in range(30)]
 
 
-@pytest.mark.parametrize("rate", [12, 25, 30, Fraction(30000, 1001), 60])
+@pytest.mark.parametrize("rate", [6, 12, 15, 25, 30, Fraction(30000, 1001), 60, 120])
 def test_other_rates_show_the_nearest_picture(rate):
     count = int(rate)
     found = shown(video(grey(count), rate=rate), 24)

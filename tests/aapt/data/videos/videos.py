@@ -24,11 +24,19 @@ def numbers(frames):
 
 
 def video(
-    frames, *, rate=24, times=None, container="matroska", codec="ffv1", rotation=None, aspect=None
+    frames,
+    *,
+    rate=24,
+    times=None,
+    container="matroska",
+    codec="ffv1",
+    rotation=None,
+    aspect=None,
+    muxer=None,
 ):
     """A file in memory, lossless by default; `times` in ms replaces an even `rate`."""
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
+    with av.open(file, "w", format=container, options=muxer or {}) as output:
         stream = output.add_stream(codec, rate=rate)
         context = stream.codec_context
         stream.height, stream.width = frames[0].shape[:2]
