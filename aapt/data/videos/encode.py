@@ -87,7 +87,7 @@ def encode(
                 report(f"{folder.contents()}: resuming")
             try:
                 if not folder.complete:
-                    _fill(folder, samples, vae, config, shard_clips, workers, report, stop)
+                    _fill(folder, samples, vae, config, workers, report, stop)
             except OSError as error:
                 raise EncodeError(f"{error}; {folder.contents()}") from None
             return folder.index()
@@ -100,7 +100,6 @@ def _fill(
     samples: list[Sample],
     vae: CausalVAE,
     config: CutConfig,
-    shard_clips: int,
     workers: int,
     report: Callable[[str], None],
     stop: Callable[[], bool],
@@ -127,7 +126,7 @@ def _fill(
                     continue
                 shard = shards.setdefault(bucket, Shard(vae))
                 shard.add(clip)
-                if len(shard.clips) == shard_clips:
+                if len(shard.clips) == folder.encoding["shard_clips"]:
                     folder.write(bucket, shards.pop(bucket), report)
             folder.record(number, outcome)
     for bucket in sorted(shards):
