@@ -86,7 +86,7 @@ class Blob:
             raise Skipped("unreadable", "expected a regular file")
         return status
 
-    def bytes(self) -> bytes:
+    def read(self) -> bytes:
         """All bytes; errors as of `open`."""
         with self.open() as file, path_errors():
             return file.read()
@@ -94,7 +94,7 @@ class Blob:
     def text(self, reason: str) -> str:
         """The text in UTF-8. Skipped for `reason` if the bytes are not UTF-8."""
         try:
-            return self.bytes().decode("utf-8-sig")
+            return self.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise Skipped(reason, f"not UTF-8: {error.reason}") from None
 
@@ -173,9 +173,12 @@ class Sample:
             if number not in self.pictures:
                 raise Skipped("bad keypoints", f"expected a file with number {number}, got none")
             try:
-                entries.append(self.pictures[number].json("bad keypoints"))
+                entry = self.pictures[number].json("bad keypoints")
             except Skipped as skipped:
                 raise Skipped(skipped.reason, f"file {number}: {skipped.detail}") from None
+            if isinstance(entry, dict):
+                entry.pop("frame_id", None)  # the number in the name gives the place
+            entries.append(entry)
         return entries
 
 
@@ -184,20 +187,20 @@ def _json_captions(fields: Any) -> list[str]:
     captions = fields.get("captions", fields.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise Skipped("bad caption", "expected a string 'caption' or a list of them 'captions'")
+        raise Skipped("bad caption", "expected a string 'caption' or a list of strings 'captions'")
     return captions
 
 
 def faulty(name: str, skipped: Skipped) -> Sample:
-    """A sample for something that cannot be read."""
+    """A sample without a video, for a part of the source that cannot be read."""
     return Sample(name, None, fault=(skipped.reason, skipped.detail))
 
 
 def group_samples(files: Mapping[str, Blob], tar: str = "") -> list[Sample]:
-    """The samples among files by their paths; a file whose name begins with a dot is none.
+    """The samples among files by their paths. Files whose names begin with a dot are left out.
 
-    tar: name of the shard that the files are members of. Archives that are not read, such as one
-    inside a tar, give faulty samples.
+    tar: name of the shard, for members of a shard. An archive that is not read, such as an archive
+    inside a shard, gives a faulty sample.
     """
     samples, pictures = [], defaultdict(dict)
     prefix, unread = (f"{tar}//", (".tar", *UNREAD_ARCHIVES)) if tar else ("", UNREAD_ARCHIVES)

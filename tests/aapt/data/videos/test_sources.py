@@ -112,7 +112,7 @@ CAPTIONS = [
     ({"txt": "a".encode("utf-16")}, "bad caption: not UTF-8"),
     ({"json": b"{"}, "bad caption: expected JSON: "),
     ({"json": b"[" * 100_000}, "bad caption: expected JSON: "),
-    ({"json": b"[1]"}, "bad caption: expected a string 'caption' or a list of them 'captions'"),
+    ({"json": b"[1]"}, "bad caption: expected a string 'caption' or a list of strings 'captions'"),
     ({"json": b'{"captions": [1]}'}, "bad caption: expected a string 'caption' or a list"),
 ]
 
@@ -138,10 +138,12 @@ def test_keypoints_of_a_video_are_a_file_or_a_folder(tmp_path):
     (tmp_path / "w2.mp4").touch()
     (tmp_path / "w2.keypoints").mkdir()
     for number in (8, 9, 10):
-        (tmp_path / "w2.keypoints" / f"w2_{number}_keypoints.json").write_text(f"[{number}]")
+        file = tmp_path / "w2.keypoints" / f"w2_{number}_keypoints.json"
+        file.write_text(f'{{"frame_id": 0, "people": [{number}]}}')
     (tmp_path / "w2.keypoints" / "notes.txt").touch()
     one, two = find_samples(tmp_path)
-    assert (one.keypoints(), two.keypoints()) == ([1], [[8], [9], [10]])
+    assert one.keypoints() == [1]
+    assert two.keypoints() == [{"people": [8]}, {"people": [9]}, {"people": [10]}]
     (alone,) = find_samples(tmp_path / "w2.mp4")
     assert alone.keypoints() == two.keypoints()
     names = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("w2*.*"))]
