@@ -209,7 +209,7 @@ def test_finished_videos_are_not_decoded_again(whole, videos, vae, tmp_path, mon
     monkeypatch.setattr(encode, "read_clips", record)
     out, count = tmp_path / "second", iter(range(100))
     run(videos, vae, out, stop=lambda: next(count) == 8)  # within b/4: a shard of each bucket
-    assert decoded[0] == "a/1.mkv"
+    assert {"a/1.mkv", "a/3.mkv"} <= set(decoded)
     decoded.clear()
     run(videos, vae, out)
     assert "a/1.mkv" not in decoded and "a/3.mkv" not in decoded
