@@ -1,7 +1,9 @@
 """The streaming generator: a first frame and controls in, four video frames per step out."""
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,8 @@ from ..model.world_model import WorldModel
 from ..vae import CausalVAE, DecoderStream
 from ..vae.folder import load_vae
 from ..vae.pixels import to_array
+from .noise import Noise
+from .snapshot import Snapshot
 from .student import StudentRollout
 
 
@@ -182,18 +186,34 @@ class StreamingGenerator:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
         return Stream(self, first_frame, prompt, seed, recache)
 
-    def _borrow_decoder(self, stream: "Stream", shape: Sequence[int]) -> DecoderStream:
-        """A decoder for as long as `stream` lives: one that an earlier stream has left if there is,
-        for a new one captures two CUDA graphs."""
+    def _borrow_decoder(
+        self, stream: "Stream", shape: Sequence[int]
+    ) -> tuple[DecoderStream, Callable[[], object]]:
+        """A decoder for as long as `stream` lives, and the call that gives it back earlier.
+
+        One that an earlier stream has left is taken first, because a new one captures two CUDA
+        graphs.
+        """
         decoder = self._idle_decoders.pop() if self._idle_decoders else None
         decoder = decoder or DecoderStream(self.vae, shape)
         decoder.reset()
-        weakref.finalize(stream, self._idle_decoders.append, decoder).atexit = False
-        return decoder
+        give_back = weakref.finalize(stream, self._idle_decoders.append, decoder)
+        give_back.atexit = False
+        return decoder, give_back
 
 
 class Stream:
-    """One video being made. Streams of one generator share nothing but weights."""
+    """One video being made. Streams of one generator share nothing but weights.
+
+    A stream is used by one thread at a time; a second one gets a RuntimeError. After a step that
+    failed half way, and after `close`, `step` raises RuntimeError; `restore` mends the former.
+
+    Attributes:
+        generator: The `StreamingGenerator` that opened the stream.
+        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3).
+        seed: The seed of all noise.
+        steps: Latent frames made so far.
+    """
 
     @torch.inference_mode()
     def __init__(
@@ -204,16 +224,16 @@ class Stream:
         seed: int,
         recache: bool,
     ):
-        self.generator = generator
-        model, device = generator.model, generator.device
-        self._random = torch.Generator(device).manual_seed(seed)
+        self.generator, self.seed, self.steps = generator, seed, 0
+        self._lock, self._trouble = threading.Lock(), None
+        text, self._prompt = self._embed(prompt), prompt
         latent = generator.encode(first_frame[None])[None]
-        self._decoder = generator._borrow_decoder(self, latent.shape)
+        self._decoder, self._return = generator._borrow_decoder(self, latent.shape)
         self.first_frame = to_array(self._decoder.decode(latent))
-        latent = latent.to(model.transformer.video_in.weight.dtype)
-        self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent, recache)
-        self._prompt = prompt
-        self.steps = 0  # latent frames made so far
+        transformer = generator.model.transformer
+        latent = latent.to(transformer.video_in.weight.dtype)
+        self._noise = Noise(seed, latent.shape, latent.device)
+        self._rollout = StudentRollout(transformer, *text, latent, recache)
 
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, str):
@@ -222,28 +242,121 @@ class Stream:
 
     @property
     def prompt(self) -> str:
-        """The text in force. Setting it changes the next steps; the past keeps what made it, or,
-        of a stream opened with `recache`, is computed again under the new text (SPEC 2)."""
+        """The prompt in force. A new one changes the next steps; the past keeps what made it. In a
+        stream opened with `recache` the past is computed again (docs/method.md#2)."""
         return self._prompt
 
     @prompt.setter
     @torch.inference_mode()
     def prompt(self, prompt: str) -> None:
-        self._rollout.set_text(*self._embed(prompt))
-        self._prompt = prompt
+        text = self._embed(prompt)
+        with self._changing():
+            self._rollout.set_text(*text)
+            self._prompt = prompt
 
     @torch.inference_mode()
     def step(self, control: Control | Tensor | None = None) -> np.ndarray:
-        """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3).
+        """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3).
 
-        control: what `StreamingGenerator.condition` takes.
+        control: see `StreamingGenerator.condition`. ValueError for another one, which changes
+        nothing.
         """
-        recycled = self._rollout.last
         with nvtx.annotate("condition"):
             condition = self.generator.condition(control)
-            noise = recycled.new_empty(recycled.shape).normal_(generator=self._random)
-        with nvtx.annotate("generate"):
-            latent = self._rollout.step(noise, recycled, condition)
-        self.steps += 1
-        with nvtx.annotate("decode"):
-            return to_array(self._decoder.decode(latent))
+        with self._changing():
+            recycled = self._rollout.last
+            with nvtx.annotate("noise"):
+                noise = self._noise(self.steps).to(recycled)
+            with nvtx.annotate("generate"):
+                latent = self._rollout.step(noise, recycled, condition)
+            with nvtx.annotate("decode"):
+                pixels = to_array(self._decoder.decode(latent))
+            self.steps += 1
+        return pixels
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One change of the stream by one thread. What fails inside leaves the stream closed."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("stream: expected one thread at a time, got a second one")
+        try:
+            if self._trouble:
+                raise RuntimeError(f"stream: {self._trouble}")
+            self._trouble = "a step failed half way; restore a snapshot or open a new stream"
+            yield
+            self._trouble = None
+        finally:
+            self._lock.release()
+
+    @torch.inference_mode()
+    def snapshot(self) -> Snapshot:
+        """Copies the whole state, between two steps. The stream does not change."""
+        with self._changing():
+            return Snapshot(
+                self.seed,
+                self.steps,
+                self._prompt,
+                self._rollout.snapshot(),
+                self._decoder.snapshot(),
+            )
+
+    @torch.inference_mode()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Returns to a snapshot of a stream of this generator. The same controls then make the same
+        bits on the same build and device (docs/method.md#17).
+
+        Also mends a stream whose last step failed. ValueError for a snapshot of another shape,
+        RuntimeError once the stream is closed.
+        """
+        if self._rollout is None:
+            raise RuntimeError(f"stream: {self._trouble}")
+        self._rollout.check(snapshot.rollout)
+        self._trouble = None
+        with self._changing():
+            self._rollout.restore(snapshot.rollout)
+            self._decoder.restore(snapshot.decoder)
+            if self.seed != snapshot.seed:
+                self.seed = snapshot.seed
+                self._noise = Noise(snapshot.seed, self._noise.shape, self._noise.keys.device)
+            self.steps, self._prompt = snapshot.steps, snapshot.prompt
+
+    @torch.inference_mode()
+    def fork(self) -> "Stream":
+        """A second stream that starts where this one is; neither changes the other."""
+        with self._changing():
+            twin = object.__new__(Stream)
+            twin.generator, twin.seed, twin.steps = self.generator, self.seed, self.steps
+            twin._lock, twin._trouble = threading.Lock(), None
+            twin._prompt, twin._noise = self._prompt, self._noise
+            twin.first_frame = self.first_frame.copy()
+            twin._rollout = self._rollout.fork()
+            shape = self._rollout.last.shape
+            twin._decoder, twin._return = self.generator._borrow_decoder(twin, shape)
+            twin._decoder.restore(self._decoder.snapshot())
+        return twin
+
+    def __copy__(self) -> "Stream":
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict) -> "Stream":
+        return self.fork()
+
+    def __reduce__(self):
+        raise TypeError("stream: cannot be pickled; pickle its snapshot() and restore() that")
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the stream's own tensors, in bytes; weights are shared."""
+        return 0 if self._rollout is None else self._rollout.bytes + self._decoder.bytes
+
+    def close(self) -> None:
+        """Frees the stream's memory. Safe to call twice."""
+        self._return()
+        self._rollout = self._decoder = None
+        self._trouble = "closed; open a new one"
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

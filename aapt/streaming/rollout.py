@@ -9,6 +9,7 @@ from ..model.config import SamplingConfig
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from .diffusion import DiffusionRollout, RecomputedRollout
+from .noise import Noise
 from .student import StudentRollout
 
 
@@ -30,7 +31,7 @@ def roll_out(
     noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame;
     without `caches` it computes the past again and again (`RecomputedRollout`).
     """
-    randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(first))]
+    noises = [Noise((seed << 20) + i, first[:1].shape, first.device) for i in range(len(first))]
     if sampling is None:
         rollout = StudentRollout(model.transformer, *text, first)
     else:
@@ -40,7 +41,7 @@ def roll_out(
     yield first
     latent = first
     for step in range(1, steps + 1):
-        noise = torch.cat([torch.randn(first[:1].shape, generator=random) for random in randoms])
+        noise = torch.cat([noise(step - 1) for noise in noises])
         latent = rollout.step(noise.to(first), latent, condition(step))
         yield latent
 

@@ -5,6 +5,7 @@ rollout without gradient only has to find the recycled inputs; one block-causal 
 those inputs then has the same value and the same gradient as back-propagating through the cache.
 """
 
+import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.transformer import KeysValues, VideoTransformer, clean
+from ..model.transformer import KeysValues, KVCache, VideoTransformer, clean
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,46 @@ class Segment:
     start_frame: int
     prefix: KeysValues | None
     output: Tensor | None = None
+
+
+class Past:
+    """The inputs of the steps that a cache remembers: the first step and the last `window`."""
+
+    def __init__(self, window: int):
+        self.first: list[tuple] = []
+        self.window: deque[tuple] = deque(maxlen=window)
+
+    def append(self, inputs: tuple) -> None:
+        (self.window if self.first else self.first).append(inputs)
+
+    def copy(self) -> "Past":
+        """A list of its own of the same inputs, which no step writes to."""
+        twin = Past(self.window.maxlen)
+        twin.first, twin.window = self.first.copy(), self.window.copy()
+        return twin
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.window)
+
+    def __iter__(self) -> Iterator[tuple]:
+        yield from self.first
+        yield from self.window
+
+
+@dataclass(frozen=True)
+class RolloutSnapshot:
+    """A copy of a rollout's state: cache, last frame (B, C, 1, H, W), steps, remembered inputs."""
+
+    cache: KVCache
+    last: Tensor
+    frames: int
+    past: Past | None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of cache, last frame and remembered inputs."""
+        inputs = [x for step in self.past or () for x in step if x is not None]
+        return self.cache.bytes + sum(x.nbytes for x in (self.last, *inputs))
 
 
 class StudentRollout:
@@ -108,23 +149,37 @@ class StudentRollout:
         self.frames += 1
         return self.last
 
+    @torch.no_grad()
+    def snapshot(self) -> RolloutSnapshot:
+        """A copy of the state between two steps."""
+        past = self.past and self.past.copy()
+        return RolloutSnapshot(self.cache.clone(), self.last.clone(), self.frames, past)
 
-class Past:
-    """The inputs of the steps that a cache remembers: of the first, and of the last `window`."""
+    def check(self, snapshot: RolloutSnapshot) -> None:
+        """ValueError unless the snapshot is of a rollout of this shape."""
+        self.cache.check_twin(snapshot.cache)
+        if (self.past is None) != (snapshot.past is None):
+            raise ValueError("snapshot: expected one of a stream with the same `recache`")
 
-    def __init__(self, window: int):
-        self.first: list[tuple] = []
-        self.window: deque[tuple] = deque(maxlen=window)
+    @torch.no_grad()
+    def restore(self, snapshot: RolloutSnapshot) -> None:
+        """Returns to a snapshot, in the memory that the rollout has. ValueError as `check`."""
+        self.check(snapshot)
+        self.cache.load(snapshot.cache)
+        self.last, self.frames = snapshot.last.clone(), snapshot.frames
+        self.past = snapshot.past and snapshot.past.copy()
 
-    def append(self, inputs: tuple) -> None:
-        (self.window if self.first else self.first).append(inputs)
+    @torch.no_grad()
+    def fork(self) -> "StudentRollout":
+        """A second rollout that starts where this one is."""
+        twin, state = copy.copy(self), self.snapshot()
+        twin.cache, twin.last, twin.past = state.cache, state.last, state.past
+        return twin
 
-    def __len__(self) -> int:
-        return len(self.first) + len(self.window)
-
-    def __iter__(self) -> Iterator[tuple]:
-        yield from self.first
-        yield from self.window
+    @property
+    def bytes(self) -> int:
+        """Memory of the state, see `RolloutSnapshot.bytes`."""
+        return RolloutSnapshot(self.cache, self.last, self.frames, self.past).bytes
 
 
 def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:

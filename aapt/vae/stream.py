@@ -1,6 +1,7 @@
 """One stream through the decoder in fixed memory: on a CUDA device, two CUDA graphs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,6 +34,18 @@ def capture(
         return out
 
     return replay
+
+
+@dataclass(frozen=True)
+class DecoderSnapshot:
+    """A copy of a decoder's state: frames decoded so far, and one tensor per convolution."""
+
+    frames: int
+    states: tuple[Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self.states)
 
 
 class DecoderStream:
@@ -68,6 +81,7 @@ class DecoderStream:
             self._state = tuple(torch.empty_like(part) for part in state)
             device = self._latent.device
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+            self._whole = True  # False while a decode is under way
             self._first = capture(lambda: self._step(None), device, pool)
             self._steady = capture(lambda: self._step(self._state), device, pool)
 
@@ -78,19 +92,56 @@ class DecoderStream:
     def decode(self, latent: Tensor) -> Tensor:
         """The next latent frame as uint8 pixels (batch, 3, frames, H, W), channels last in memory.
 
-        On a CUDA device the next call overwrites them. The latent may be of any precision and on
-        any device. ValueError if it is not of this stream's shape.
+        On a CUDA device the next call overwrites them. The latent may have any precision and be on
+        any device. ValueError for another shape, which changes nothing; RuntimeError after a call
+        that failed half way, until `reset` or `restore`.
         """
         if latent.shape != self._latent.shape:
             raise ValueError(
                 f"latent: expected {tuple(self._latent.shape)} in this stream, "
                 f"got {tuple(latent.shape)}"
             )
+        if not self._whole:
+            raise RuntimeError(
+                "decoder: its last decode failed half way, so some states are new and some old; "
+                "reset() it or restore() a snapshot"
+            )
+        self._whole = False
         self._latent.copy_(latent)
         pixels = self._steady() if self.frames else self._first()
         self.frames += 1
+        self._whole = True
         return pixels
 
     def reset(self) -> None:
         """The next frame starts a new stream."""
-        self.frames = 0
+        self.frames, self._whole = 0, True
+
+    @torch.no_grad()
+    def snapshot(self) -> DecoderSnapshot:
+        """A copy of the states between two frames."""
+        with torch.inference_mode(False):
+            return DecoderSnapshot(self.frames, tuple(part.clone() for part in self._state))
+
+    @torch.no_grad()
+    def restore(self, snapshot: DecoderSnapshot) -> None:
+        """Returns to a snapshot of a stream of this shape, in the memory that this one has."""
+        for ours, theirs in zip(self._state, snapshot.states, strict=True):
+            ours.copy_(theirs)
+        self.frames, self._whole = snapshot.frames, True
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the states and the latent; that of a captured graph is not known."""
+        return self._latent.nbytes + sum(part.nbytes for part in self._state)
+
+    def __deepcopy__(self, memo: dict) -> "DecoderStream":
+        twin = DecoderStream(self.vae, self._latent.shape)
+        twin.restore(self.snapshot())
+        return twin
+
+    def __copy__(self) -> "DecoderStream":
+        return self.__deepcopy__({})
+
+    def __reduce__(self):
+        raise TypeError("decoder: cannot be pickled; pickle its snapshot() and restore() that")
