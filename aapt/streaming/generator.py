@@ -26,17 +26,17 @@ from .student import StudentRollout
 
 
 class StreamingGenerator:
-    """A world model with its VAE, ready to open streams of `height` x `width` pixels.
+    """A world model with its autoencoder, which opens streams of `height` x `width` pixels.
 
-    What drives a stream depends on the model: a camera's controls, condition channels (a skeleton's
+    The model decides what drives a stream: controls of a camera, condition channels (a skeleton's
     latents), or the prompt alone.
 
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
     >>> frames = stream.step(Control(forward=1.0))  # uint8 (4, H, W, 3)
 
-    A diffusion model, which needs many passes for a frame, has `sampling`; it opens no streams and
-    is there to be measured (`samples.roll_out`).
+    A diffusion model needs many passes per frame and has `sampling`. It opens no streams; `aapt
+    eval` measures it.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class StreamingGenerator:
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "StreamingGenerator":
-        """Load a bundled model by name, or a checkpoint folder.
+        """Loads a bundled model by name, or a checkpoint folder.
 
-        Raises CheckpointError, naming what was expected and what is there.
+        CheckpointError says what was expected and what was found.
         """
         folder = find_checkpoint(name)
         config = load_config(folder)
@@ -97,38 +97,44 @@ class StreamingGenerator:
         return generator
 
     def sample_image(self) -> Path:
-        """A picture to start from that ships with the model. ValueError if none does."""
+        """The path of the image that ships with the model, to start from. ValueError if none
+        does."""
         if self._sample is None:
-            raise ValueError("image: expected a file, this model comes without a sample picture")
+            raise ValueError("image: expected a file, this model comes without a sample image")
         return self._sample[0]
 
     @property
     def sample_prompt(self) -> str:
-        """The prompt that fits the sample picture, else the first theme, else none."""
+        """The prompt of the sample image, else the first theme, else an empty one."""
         return self._sample[1] if self._sample else next(iter(self.themes), "")
 
     @property
     def frames_per_step(self) -> int:
-        """Video frames of one step."""
+        """Video frames per step."""
         return self.vae.config.time_factor
 
     @property
     def device(self) -> torch.device:
+        """The device of the networks."""
         return self.vae.latent_mean.device
 
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> Tensor:
-        """Pictures as latents: uint8 (1 + 4 n, H, W, 3) to (channels, 1 + n, h, w). All but the
-        first of a drawn skeleton's are the condition channels of n steps (SPEC 10)."""
+        """Encodes images: uint8 (1 + 4 n, H, W, 3) to latents (channels, 1 + n, h, w).
+
+        Latents 1 to n of drawn skeletons are the condition channels of n steps
+        (docs/method.md#10).
+        """
         video = torch.from_numpy(pixels.copy()).to(self.device)
         video = video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         return self.vae.encode(video.to(self.vae.latent_mean.dtype))[0]
 
     def condition(self, control: Control | Tensor | None) -> Tensor | None:
-        """The channels (1, condition_channels, 1, h, w) that drive one step.
+        """Returns the channels (1, condition_channels, 1, h, w) that drive one step, if any.
 
-        ValueError unless `control` is what this model takes: a `Control` with a camera, one latent
-        frame's channels (condition_channels, h, w) where it has some without, else None.
+        control: a `Control` for a model with a camera; the channels (condition_channels, h, w) of
+        one latent frame for a model that has some without a camera; else None. ValueError for any
+        other.
         """
         model = self.model
         like = model.transformer.video_in.weight
@@ -151,24 +157,23 @@ class StreamingGenerator:
 
     @property
     def driven_by(self) -> Literal["camera", "channels", "prompt"]:
-        """What the control of a step is, see `condition`."""
+        """The kind of control that a step takes, see `condition`."""
         if self.model.camera:
             return "camera"
         return "channels" if self.model.config.condition_channels else "prompt"
 
     def still(self) -> Control | Tensor | None:
-        """The control of a step that nothing drives."""
+        """The control of a step without motion."""
         channels = torch.zeros(self.model.config.condition_channels, *self.latent_size)
         return {"camera": Control(), "channels": channels, "prompt": None}[self.driven_by]
 
     def open(
         self, first_frame: np.ndarray, prompt: str, seed: int = 0, recache: bool = False
     ) -> "Stream":
-        """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size.
+        """Starts a stream from an image: uint8 (height, width, 3), exactly the model's size.
 
-        recache: a new prompt also rewrites what the stream remembers, see `Stream.prompt`.
-
-        ValueError for another size, and for a diffusion model.
+        recache: a new prompt also rewrites the past, see `Stream.prompt`. ValueError for another
+        size, and for a diffusion model.
         """
         if self.sampling is not None:
             raise ValueError(

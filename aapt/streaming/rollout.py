@@ -24,12 +24,15 @@ def roll_out(
     sampling: SamplingConfig | None = None,
     caches: bool = True,
 ) -> Iterator[Tensor]:
-    """Latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
+    """Yields latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
 
-    first (B, C, 1, H, W) is frame 0; text (B, text_tokens, text_width) and its lengths (B,);
-    `condition(n)`: the channels (B, C', 1, H, W) of frame n, None for none. Stream i draws its
-    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame;
-    without `caches` it computes the past again and again (`RecomputedRollout`).
+    Args:
+        first: Frame 0, (B, C, 1, H, W).
+        text: Embeddings (B, text_tokens, text_width) and lengths (B,).
+        condition: `condition(n)` returns the channels (B, C', 1, H, W) of frame n, None for none.
+        seed: Stream i draws its noise from `seed` and i alone.
+        sampling: Sampling of a diffusion model; None for one pass per frame.
+        caches: False makes a diffusion model compute the past in every pass (`RecomputedRollout`).
     """
     noises = [Noise((seed << 20) + i, first[:1].shape, first.device) for i in range(len(first))]
     if sampling is None:
@@ -47,8 +50,8 @@ def roll_out(
 
 
 def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:
-    """The `condition` of `roll_out` from those of a clip, (B, C', T, H, W) for its frames 1 to T:
-    past the clip's end its motion starts over."""
+    """Returns the `condition` of `roll_out` for a clip with channels (B, C', T, H, W) of frames 1
+    to T. After the end of the clip its motion is repeated."""
 
     def condition(step: int) -> Tensor | None:
         if channels is None:
@@ -63,8 +66,9 @@ def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:
 def decode_frames(
     vae: CausalVAE, latents: Iterable[Tensor], wanted: Container[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Numbers of the wanted latent frames (B, C, 1, h, w) of a stream, counted from 0, each with
-    its video: uint8 (B, F, H, W, 3). Those between them cost little."""
+    """Yields the number of each wanted latent frame, counted from 0, and its video, uint8 (B, F, H,
+    W, 3). latents: the frames (B, C, 1, h, w) of a stream; frames that are not wanted cost
+    little."""
     state, pending = None, []
     for number, latent in enumerate(latents):
         pending.append(latent.to(vae.latent_mean.dtype))

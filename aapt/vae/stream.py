@@ -14,8 +14,9 @@ WARMUPS = 3  # calls before a capture: libraries load and choose their kernels i
 def capture(
     function: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None = None
 ) -> Callable[[], Tensor]:
-    """`function` as a CUDA graph, with scratch memory in `pool`: each call replays it and returns
-    the one tensor that it writes to. Where there is no CUDA device, `function` itself."""
+    """Captures `function` as a CUDA graph with scratch memory in `pool`: each call replays the
+    graph and returns the one tensor that it writes. On another device, returns `function`
+    itself."""
     if device.type != "cuda":
         return function
     with torch.cuda.device(device):
@@ -55,13 +56,14 @@ class DecoderStream:
     >>> first = stream.decode(latent)  # uint8 (batch, 3, 1, H, W)
     >>> frames = stream.decode(next_latent)  # uint8 (batch, 3, 4, H, W)
 
-    The first and the steady step are a CUDA graph each, captured here; elsewhere the same steps run
-    without one. A graph holds the addresses of what it reads and writes, so every stream has its
-    own graphs, states and scratch memory: streams share the weights alone, and may run side by
-    side. The weights must stay as and where they are.
+    On a CUDA device the first and the steady step are a CUDA graph each, captured at construction;
+    elsewhere the steps run without one. A graph holds the addresses that it reads and writes, so
+    every stream has its own graphs, states and scratch memory. Streams share the weights alone and
+    may run side by side. The weights must neither change nor move.
 
-    The states are one set of buffers: what a convolution leaves behind is copied over what it has
-    read. ValueError for another shape.
+    The states are one set of buffers: a convolution's new state is copied over the old one, after
+    it was read. A copy (`copy.copy`, `copy.deepcopy`) is a stream of its own. ValueError for
+    another shape.
     """
 
     @torch.no_grad()
@@ -73,8 +75,8 @@ class DecoderStream:
             )
         self.vae = vae
         self.frames = 0  # latent frames decoded since the start
-        # Without inference mode, or nothing outside of it could write to the buffers; leaving it
-        # turns gradients on.
+        # Outside of inference mode, so that callers outside of it can write to the buffers too;
+        # leaving it turns gradients on.
         with torch.inference_mode(False), torch.no_grad():
             self._latent = vae.latent_mean.new_zeros(tuple(shape))
             _, state = vae.decode_frame(self._latent, pixels=True)

@@ -222,6 +222,6 @@ def test_a_diffusion_model_says_that_it_does_not_stream(folder, picture, tmp_pat
 
 
 def test_no_sample_is_said(generator):
-    with pytest.raises(ValueError, match="comes without a sample picture"):
+    with pytest.raises(ValueError, match="comes without a sample image"):
         generator.sample_image()
     assert generator.sample_prompt == "ab"
