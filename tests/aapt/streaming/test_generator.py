@@ -96,7 +96,7 @@ def test_a_stream_takes_over_what_one_that_ended_has_left(generator, picture):
         other = generator.open(picture, "a desert", seed=4)
         other.step(Control(yaw=1.0))
         frames.append([stream.first_frame, *(stream.step(Control(forward=1.0)) for _ in range(3))])
-        decoders.append({id(stream._decoder), id(other._decoder)})
+        decoders.append({id(stream._memory), id(other._memory)})
         del stream, other
         gc.collect()
     assert decoders[0] == decoders[1] and len(decoders[0]) == 2
@@ -106,10 +106,10 @@ def test_a_stream_takes_over_what_one_that_ended_has_left(generator, picture):
 def test_streaming_decode_equals_whole_clip(generator, picture):
     """The stream's pixels are those of decoding all its latents at once."""
     stream = generator.open(picture, "ab", seed=0)
-    latents, frames = [stream._rollout.last], [stream.first_frame]
+    latents, frames = [stream._memory.latent.clone()], [stream.first_frame]
     for control in WALK:
         frames.append(stream.step(control))
-        latents.append(stream._rollout.last)
+        latents.append(stream._memory.latent.clone())
     whole = to_array(to_bytes(generator.vae.decode(torch.cat(latents, dim=2))))
     difference = np.abs(whole.astype(int) - np.concatenate(frames).astype(int))
     assert difference.max() <= 1  # rounding to uint8
@@ -131,12 +131,12 @@ def test_memory_does_not_grow_with_the_stream(generator, picture):
     stream = generator.open(picture, "ab", seed=0)
     for _ in range(40):
         stream.step(Control(forward=1.0))
-    cache = stream._rollout.cache.k.data_ptr()
+    cache = stream._memory.rollout.cache.k.data_ptr()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(300):
         stream.step(Control(forward=1.0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
-    assert stream._rollout.cache.k.data_ptr() == cache
+    assert stream._memory.rollout.cache.k.data_ptr() == cache
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_half_precision_models_stream(picture):
     model, vae = build()
     half = StreamingGenerator(model.bfloat16(), vae, height=HEIGHT, width=WIDTH, prompts=["ab"])
     stream = half.open(picture, "ab")
-    assert stream._rollout.cache.k.dtype == torch.bfloat16
+    assert stream._memory.rollout.cache.k.dtype == torch.bfloat16
     assert play(stream, WALK[:3]).shape == (12, HEIGHT, WIDTH, 3)
 
 
