@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import find_checkpoint, load_config, load_module, reading_config, tuples
+from ..checkpoint import find_checkpoint, load_config, load_meta_module, reading_config, tuples
 from ..clock import FPS
+from ..device import usable_device
 from ..model.conditioning import Control
 from ..model.config import CameraConfig, ModelConfig, SamplingConfig
 from ..model.world_model import WorldModel
@@ -50,17 +51,12 @@ class StreamingGenerator:
     ):
         self.model = model.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
-        self.height, self.width, self.fps = height, width, fps
+        self.fps = fps
         self.themes = tuple(prompts)
         self._sample = sample
         self.sampling = sampling
         self._idle: list[StreamMemory] = []
-        factor = vae.config.space_factor
-        granularity = factor * model.config.patch
-        if height % granularity or width % granularity:
-            raise ValueError(
-                f"height, width: expected multiples of {granularity}, got {height} x {width}"
-            )
+        self._resize(height, width)
         for name, ours, vaes in (
             ("latent_channels", model.config.latent_channels, vae.config.latent_channels),
             ("camera.frames", model.camera and model.camera.frames, vae.config.time_factor),
@@ -69,28 +65,59 @@ class StreamingGenerator:
                 continue
             if ours != vaes:
                 raise ValueError(f"{name}: expected {vaes}, as the VAE has it, got {ours}")
+
+    def _resize(self, height: int, width: int) -> None:
+        """Streams have this size from now on. ValueError if tokens do not fill it."""
+        factor = self.vae.config.space_factor
+        granularity = factor * self.model.config.patch
+        if min(height, width) < 1 or height % granularity or width % granularity:
+            raise ValueError(
+                f"height, width: expected multiples of {granularity}, got {height} x {width}"
+            )
+        self.height, self.width = height, width
         self.latent_size = (height // factor, width // factor)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "StreamingGenerator":
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> "StreamingGenerator":
         """Loads a bundled model by name, or a checkpoint folder.
 
-        CheckpointError says what was expected and what was found.
+        Weights go from the file to the device one tensor at a time.
+
+        Args:
+            device: Where the networks run; None for the CPU.
+            dtype: Their precision; None for bfloat16 on a CUDA device and float32 elsewhere.
+            size: (height, width) in pixels; None for the checkpoint's own. Positions stretch to
+                another size (docs/method.md#4).
+
+        CheckpointError says what was expected and what was found, ValueError why the device or the
+        size cannot be used.
         """
         folder = find_checkpoint(name)
         config = load_config(folder)
+        device = usable_device(device or "cpu")
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         with reading_config(folder):
             camera = config["camera"]
-            model = WorldModel(
-                ModelConfig(**tuples(config["model"])), CameraConfig(**camera) if camera else None
-            )
+            with torch.device("meta"):
+                model = WorldModel(
+                    ModelConfig(**tuples(config["model"])),
+                    CameraConfig(**camera) if camera else None,
+                )
+            load_meta_module(folder / "model.safetensors", model, device, dtype)
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
                 picture["sampling"] = SamplingConfig(**sampling)
-            generator = cls(model, load_vae(folder), **picture)
-        load_module(folder / "model.safetensors", model)
+            generator = cls(model, load_vae(folder, device=device, dtype=dtype), **picture)
+        if size is not None:
+            generator._resize(*size)
         return generator
 
     def sample_image(self) -> Path:

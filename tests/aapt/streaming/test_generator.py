@@ -4,10 +4,13 @@ import dataclasses
 import gc
 import json
 import resource
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import CheckpointError, load_config, save_config, save_module
@@ -169,6 +172,55 @@ def test_half_precision_models_stream(picture):
     stream = half.open(picture, "ab")
     assert stream._memory.rollout.cache.k.dtype == torch.bfloat16
     assert play(stream, WALK[:3]).shape == (12, HEIGHT, WIDTH, 3)
+
+
+def test_precision_and_size_are_chosen_at_loading(folder, picture):
+    generator = StreamingGenerator.from_pretrained(folder, dtype=torch.bfloat16, size=(48, 64))
+    weights = [*generator.model.parameters(), *generator.vae.parameters()]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    wide = np.zeros((48, 64, 3), np.uint8)
+    assert generator.open(wide, "ab").step(Control(yaw=1.0)).shape == (4, 48, 64, 3)
+    with pytest.raises(ValueError, match=r"first_frame: expected uint8 \(48, 64, 3\)"):
+        generator.open(picture, "ab")
+    with pytest.raises(ValueError, match="^height, width: expected multiples of 16, got 40 x 64"):
+        StreamingGenerator.from_pretrained(folder, size=(40, 64))
+
+
+def test_a_device_that_is_not_there_is_said(folder):
+    with pytest.raises(ValueError, match="^device: cannot use no-such-device: "):
+        StreamingGenerator.from_pretrained(folder, device="no-such-device")
+
+
+def test_weights_are_loaded_one_tensor_at_a_time(folder, monkeypatch):
+    """No more than one tensor of the file is alive at any moment, and the values are the file's."""
+    alive, most = [], 0
+
+    class File:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            self.file = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            nonlocal most
+            tensor = self.file.get_tensor(name)
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(each() is not None for each in alive))
+            return tensor
+
+    monkeypatch.setattr("aapt.checkpoint.safe_open", File)
+    generator = StreamingGenerator.from_pretrained(folder)
+    assert len(alive) > 20 and most == 1
+    for name, stored in load_file(folder / "model.safetensors").items():
+        assert torch.equal(generator.model.state_dict()[name], stored.float()), name
 
 
 def test_parts_must_fit():

@@ -14,6 +14,7 @@ from aapt.streaming import memory
 from ..helpers import CONFIG
 from .test_generator import HEIGHT, WALK, WIDTH, build, play
 
+VIEWS = ("aten.select", "aten.lift_fresh", "aten.detach", "aten.view", "aten.alias")
 INSIDE = []  # graphs that are being replayed
 
 
@@ -109,14 +110,12 @@ def test_nothing_is_launched_outside_of_the_graph(monkeypatch, picture):
     _, generator = generators(monkeypatch)
     stream = generator.open(picture, "ab")
     play(stream, WALK)
+    monkeypatch.setattr(stream._memory._reader, "read", lambda pixels: lambda: pixels)
     with torch.inference_mode(), Outside() as outside:
-        pixels = stream.submit(Control(yaw=1.0))
-    assert pixels().shape == (4, HEIGHT, WIDTH, 3)
+        stream.submit(Control(yaw=1.0))
     launches = [name for name in outside.seen if not name.startswith(VIEWS)]
-    assert launches == ["aten.fill_.Tensor"] * 2 + ["aten.copy_.default"], launches
-
-
-VIEWS = ("aten.select", "aten.permute", "aten.lift_fresh", "aten.detach", "aten.view", "aten.alias")
+    # Two numbers into the host's buffer, and the buffer to the device
+    assert launches == ["aten.copy_.default"] * 3
 
 
 def test_memory_is_counted_and_stays_where_it_is(monkeypatch, picture):
