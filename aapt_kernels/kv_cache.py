@@ -132,6 +132,27 @@ class KVCache:
             setattr(twin, name, getattr(self, name).clone())
         return twin
 
+    def check_twin(self, other: "KVCache") -> None:
+        """ValueError unless the other cache has the sizes, dtype and device of this one."""
+        forms = [
+            (cache.integers, *cache.k.shape, cache.k.dtype, cache.k.device)
+            for cache in (self, other)
+        ]
+        if forms[0] != forms[1]:
+            raise ValueError(f"cache: expected one of {forms[0]}, got {forms[1]}")
+
+    def load(self, other: "KVCache") -> None:
+        """Copy the state of a cache of the same shape into the memory of this one, so that a
+        captured step stays valid. ValueError as `check_twin`."""
+        self.check_twin(other)
+        for name in ("k", "v", "step", "text_lens"):
+            getattr(self, name).copy_(getattr(other, name))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of keys, values and counters."""
+        return sum(x.nbytes for x in (self.k, self.v, self.step, self.text_lens))
+
     @property
     def past_frames(self) -> int:
         """How many frames `prefix` gives besides the sink. Waits for the device."""

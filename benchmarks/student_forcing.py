@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aapt.environment import environment
-from aapt.model.layers import Stream
+from aapt.model.layers import StreamWeights
 from aapt.model.rope import Rotation
 from aapt.model.transformer import VideoTransformer, clean
 from aapt.streaming.student import StudentRollout
@@ -34,7 +34,7 @@ REPEATS = 3
 
 
 def attend(
-    stream: Stream, video: Tensor, modulation: Tensor, rotation: Rotation, *past: Tensor
+    stream: StreamWeights, video: Tensor, modulation: Tensor, rotation: Rotation, *past: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block on one frame: past is keys, then values, of what the frame sees before itself."""
     shared = stream.modulation(modulation)

@@ -1,4 +1,4 @@
-"""Controls and camera motion as condition channels (SPEC 10)."""
+"""Controls and camera motion as condition channels (docs/method.md#10)."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .config import CameraConfig
 
-# Radians: through what lens the rays of encoded clips are measured. RealEstate10K's, about.
+# Horizontal field of view, in radians, at which the rays of encoded clips are measured: about that
+# of RealEstate10K.
 MEASURED_FIELD_OF_VIEW = 1.0
 
 
 @dataclass(frozen=True)
 class Control:
-    """What the user asks of one step: each axis a deflection in [-1, 1].
+    """The camera's controls in one step, each a deflection in [-1, 1].
 
     `yaw` > 0 turns right, `forward` > 0 walks ahead.
     """
@@ -32,7 +33,7 @@ class Control:
 
 
 def relative_poses(controls: Tensor, camera: CameraConfig) -> Tensor:
-    """Camera-to-previous-camera transforms of one video frame under each control.
+    """Returns the camera-to-previous-camera transform of one video frame under each control.
 
     controls: (..., 2) of (yaw, forward). Returns (..., 4, 4) in OpenCV axes (x right, y down,
     z forward): the camera turns first and then walks along its new heading.
@@ -49,7 +50,7 @@ def relative_poses(controls: Tensor, camera: CameraConfig) -> Tensor:
 
 
 def trajectory_poses(cameras: Tensor) -> Tensor:
-    """Camera-to-previous-camera transforms along a trajectory.
+    """Returns camera-to-previous-camera transforms along a trajectory.
 
     cameras: (..., F, 4, 4), camera-to-world of each video frame. Returns (..., F - 1, 4, 4).
     """
@@ -59,14 +60,14 @@ def trajectory_poses(cameras: Tensor) -> Tensor:
 def through_lens(
     poses: Tensor, lens: Tensor, camera: CameraConfig, height: int, width: int
 ) -> Tensor:
-    """Poses whose `camera_rays` are those of footage taken with another lens than the model's.
+    """Returns poses whose `camera_rays` are those of footage taken with another lens.
 
     poses: (..., 4, 4); lens: (4,) of (fx, fy, cx, cy), focal lengths and principal point in shares
-    of the picture's width and height; `height` and `width` are those given to `camera_rays`.
+    of the image's width and height; `height` and `width` are those given to `camera_rays`.
 
-    A pixel that the model's lens sees along r is seen along A r by another, with A upper
-    triangular. Rays hold the change (R - I) of a direction, so I + (R - I) A in the place of R
-    makes them those of A r. The result is no rotation any more.
+    The model's lens sees a pixel along r; the other lens sees it along A r, with A upper
+    triangular. Rays hold the change (R - I) r of a direction, so R is replaced by I + (R - I) A.
+    The result is not a rotation.
     """
     fx, fy, cx, cy = lens.to(poses)
     model_fx = 0.5 / math.tan(camera.field_of_view / 2)
@@ -81,12 +82,12 @@ def through_lens(
 
 
 def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) -> Tensor:
-    """Rays through latent-pixel centres, relative to the previous video frame.
+    """Returns rays through latent-pixel centres, relative to the previous video frame.
 
     poses: (B, T, frames, 4, 4), the relative pose of each video frame of each latent frame.
     Returns (B, 6 frames, T, height, width): per video frame the ray's origin, and its direction
-    less the direction of a resting camera, so that standing still is zero and both can be brought
-    to unit deviation.
+    less that of a resting camera. A resting camera gives zeros, and both parts have about unit
+    deviation.
     """
     if poses.shape[2:] != (camera.frames, 4, 4):
         raise ValueError(
@@ -114,6 +115,6 @@ def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) ->
 
 
 def control_rays(controls: Tensor, camera: CameraConfig, height: int, width: int) -> Tensor:
-    """Condition channels of controls (B, T, 2), each held for one latent frame."""
+    """Returns the condition channels of controls (B, T, 2), each held for one latent frame."""
     poses = relative_poses(controls, camera)[:, :, None].expand(-1, -1, camera.frames, -1, -1)
     return camera_rays(poses, camera, height, width)

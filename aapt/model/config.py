@@ -1,4 +1,4 @@
-"""Model configurations: frozen dataclasses that say everything a network needs to be built."""
+"""Configurations of models: frozen dataclasses with everything that builds a network."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A causal video transformer (SPEC 2-4).
+    """A causal video transformer (docs/method.md#2 to 4).
 
-    Sizes are in tokens, latent pixels or latent frames; `window_frames` is N of SPEC 3, for token
-    grids that `grid_windows` has no other for.
+    Sizes are in tokens, latent pixels or latent frames. `window_frames` is N of docs/method.md#3;
+    `grid_windows` replaces it for the token grids it lists.
     """
 
     width: int
@@ -19,8 +19,8 @@ class ModelConfig:
     text_width: int
     text_tokens: int
     window_frames: int
-    reference_grid: tuple[int, int]  # token grid (rows, columns) that positions are stretched onto
-    rope_axes: tuple[int, int, int]  # rotated channels of a head for time, rows, columns
+    reference_grid: tuple[int, int]  # token grid (rows, columns) onto which positions stretch
+    rope_axes: tuple[int, int, int]  # rotated channels of a head: time, rows, columns
     grid_windows: tuple[tuple[int, int, int], ...] = ()  # (rows, columns, N)
     rope_theta: float = 10_000.0
     latent_channels: int = 16
@@ -28,7 +28,7 @@ class ModelConfig:
     patch: int = 2  # latent pixels along each side of a token
     mlp_ratio: int = 4
     sink_distance: Literal["absolute", "clamped"] = "absolute"
-    recycle: bool = True  # False: the ablation of SPEC 12 without recycled frames
+    recycle: bool = True  # False: the ablation without recycled frames (docs/method.md#12)
     residual_head: bool = False  # v = x_t - x_prev - net instead of v = net
     output_clamp: float | None = None  # c: the one-step output is c tanh(x / c)
 
@@ -66,7 +66,8 @@ class ModelConfig:
         return 2 * self.latent_channels + self.condition_channels
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a latent frame of `height` x `width` latent pixels."""
+        """Rows and columns of tokens of a latent frame of `height` x `width` latent pixels.
+        ValueError if the patch does not divide them."""
         if height % self.patch or width % self.patch:
             raise ValueError(
                 f"latent size: expected multiples of {self.patch}, got {height} x {width}"
@@ -74,7 +75,7 @@ class ModelConfig:
         return height // self.patch, width // self.patch
 
     def window(self, grid: tuple[int, int]) -> int:
-        """N of SPEC 3 for frames of `grid` = (rows, columns) of tokens."""
+        """Returns N of docs/method.md#3 for frames of `grid` = (rows, columns) of tokens."""
         for rows, columns, frames in self.grid_windows:
             if (rows, columns) == grid:
                 return frames
@@ -82,7 +83,7 @@ class ModelConfig:
 
 
 def _are_grid_windows(windows: object) -> bool:
-    """Whether they are (rows, columns, N) of grids that are all different."""
+    """Checks that all are (rows, columns, N), and each grid appears once."""
     if not isinstance(windows, tuple):
         return False
     for entry in windows:
@@ -96,11 +97,13 @@ def _are_grid_windows(windows: object) -> bool:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a diffusion model makes a frame: `steps` Euler steps along v, each with guidance.
+    """Sampling of a diffusion model: `steps` Euler steps along v per frame, each with guidance.
 
     Attributes:
-        steps, shift: Of the times t_k = shift(k / steps), shifted as in training (SPEC 7).
-        guidance: w of v = v_empty + w (v_prompt - v_empty), 1 for none; 10 in the paper (SPEC 12).
+        steps, shift: The times are t_k = shift(k / steps), shifted as in training
+            (docs/method.md#7).
+        guidance: w of v = v_empty + w (v_prompt - v_empty); 1 for none, 10 in the paper
+            (docs/method.md#12).
     """
 
     steps: int
@@ -117,7 +120,8 @@ class SamplingConfig:
 
     @property
     def branches(self) -> int:
-        """Passes of a step: with the prompt, and with an empty one where the two differ."""
+        """Passes per step: 1, or 2 with guidance (one with the prompt, one with an empty
+        prompt)."""
         return 1 if self.guidance == 1 else 2
 
     @property
@@ -128,11 +132,11 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class CameraConfig:
-    """How controls move the camera, and how its rays are scaled (SPEC 10).
+    """Motion of the camera per control, and the scale of its rays (docs/method.md#10).
 
     `yaw_step` (radians) and `forward_step` (world units) are the motion of one *video frame* at
-    full deflection; the two deviations bring the ray channels to about unit deviation. `frames`
-    is the VAE's time factor.
+    full deflection. The ray channels are divided by the two deviations, which brings them to about
+    unit deviation. `frames` is the time factor of the autoencoder.
     """
 
     field_of_view: float  # horizontal, radians

@@ -1,4 +1,4 @@
-"""The discriminator: the generator's backbone with one logit per frame (SPEC 8, 12)."""
+"""The discriminator: the generator's backbone with one logit per frame (docs/method.md#8, #12)."""
 
 from typing import Literal
 
@@ -17,7 +17,7 @@ Pooling = Literal["query", "average"]
 
 
 class LogitHead(nn.Module):
-    """One learned query that cross-attends a set of tokens."""
+    """One learned query that cross-attends to sets of tokens."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -28,8 +28,8 @@ class LogitHead(nn.Module):
         self.context = Ulysses()
 
     def forward(self, tokens: Tensor, sets: int, size: int) -> Tensor:
-        """tokens (B, sets x size, width), or this rank's shard of them -> (B, sets, width), each
-        set on its own."""
+        """Pools each set of tokens on its own: (B, sets x size, width), or this rank's shard, to
+        (B, sets, width)."""
         keys_values = self.keys_values(self.norm(tokens)).unflatten(-1, (2, self.heads, -1))
         whole = self.context.to_heads(keys_values, sets * size).unflatten(1, (sets, size))
         k, v = whole.flatten(0, 1).permute(2, 0, 3, 1, 4)
@@ -39,12 +39,14 @@ class LogitHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x, c): its noise channels hold the frames to judge, its recycled channels the frame
-    before each. Starts from the stage-1 weights (`world`, which is taken over, not copied).
+    """D(x, c): the noise channels hold the judged frames, the recycled channels the frame before
+    each.
 
-    judgement: "frame", causal with a logit per frame as in the paper; or "clip", every frame sees
-    all others and the clip gets one logit (SPEC 12).
-    pooling: By a learned "query" as in the paper, or the "average" of all tokens.
+    Args:
+        world: The backbone, with the weights of stage 1; it is taken over, not copied.
+        judgement: "frame" is causal with one logit per frame (paper); with "clip" every frame sees
+            all others and the clip has one logit (docs/method.md#12).
+        pooling: A learned "query" (paper), or the "average" of all tokens.
     """
 
     def __init__(
@@ -63,12 +65,12 @@ class Discriminator(nn.Module):
             raise ValueError(f"depth: expected enough blocks for three heads, got {config.depth}")
         self.heads = nn.ModuleList(LogitHead(config) for _ in self.taps)
         if pooling == "average":
-            for head in self.heads:  # without a direction all keys weigh the same
+            for head in self.heads:  # a zero query weighs all keys the same
                 nn.init.zeros_(head.query).requires_grad_(False)
         joined = len(self.taps) * config.width
         self.norm = nn.LayerNorm(joined)
         self.logit = nn.Linear(joined, 1)
-        # The velocity head is not used here; frozen, it costs no optimizer state.
+        # The velocity head is not used; frozen, it costs no optimizer state.
         for layer in (self.backbone.out_modulation, self.backbone.video_out):
             layer.requires_grad_(False)
 
@@ -88,7 +90,8 @@ class Discriminator(nn.Module):
         prefix: KeysValues | None = None,
         start_frame: int = 0,
     ) -> Tensor:
-        """Logits (B, T), or (B, 1) of a clip, of frames x (B, C, T, H, W) after `previous`."""
+        """Returns logits (B, T), or (B, 1) of whole clips, for frames x (B, C, T, H, W), each after
+        its frame of `previous` (B, C, T, H, W)."""
         _, _, tapped = self.backbone.features(
             x,
             previous,
@@ -105,7 +108,8 @@ class Discriminator(nn.Module):
         frame, frames = rows * columns, x.shape[2]
         sets = (frames, frame) if self.judgement == "frame" else (1, frames * frame)
         pooled = [head(tokens, *sets) for head, tokens in zip(self.heads, tapped, strict=True)]
-        # The penalty multiplies differences of logits by lambda: half precision would drown them.
+        # The penalty multiplies differences of logits by lambda; half precision would round them
+        # away.
         with torch.autocast(x.device.type, enabled=False):
             joined = torch.cat(pooled, dim=-1).to(self.logit.weight.dtype)
             return self.logit(self.norm(joined)).squeeze(-1)

@@ -1,21 +1,22 @@
-"""Flow matching: the straight path between data (t = 0) and noise (t = 1), SPEC 2, 6 and 7."""
+"""Flow matching: the straight path between data (t = 0) and noise (t = 1), docs/method.md#2, #6 and
+#7."""
 
 import torch
 from torch import Tensor
 
 
 def shift(t: Tensor, factor: float) -> Tensor:
-    """Move times in [0, 1] towards the noise: s t / (1 + (s - 1) t) (SPEC 6)."""
+    """Moves times in [0, 1] towards the noise: s t / (1 + (s - 1) t) (docs/method.md#6)."""
     return factor * t / (1 + (factor - 1) * t)
 
 
 def schedule(steps: int, factor: float) -> Tensor:
-    """The fixed times t_k = shift(k / steps), k = 0..steps (SPEC 7)."""
+    """Returns the fixed times t_k = shift(k / steps), k = 0..steps (docs/method.md#7)."""
     return shift(torch.linspace(0, 1, steps + 1), factor)
 
 
 def per_clip(t: Tensor) -> Tensor:
-    """(B,) times as (B, 1, 1, 1, 1), to multiply latents (B, C, T, H, W)."""
+    """Times (B,) as (B, 1, 1, 1, 1), to multiply latents (B, C, T, H, W)."""
     return t[:, None, None, None, None]
 
 

@@ -1,4 +1,5 @@
-"""The transformer block: two streams, joint attention, adaLN-single modulation (SPEC 2)."""
+"""The transformer block: two streams, joint attention, adaLN-single modulation
+(docs/method.md#2)."""
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,10 @@ from .ulysses import Ulysses
 NORM_EPS = 1e-6
 
 
-class Stream(nn.Module):
+class StreamWeights(nn.Module):
     """The weights of one stream (video or text) in one block.
 
-    A `keys_only` stream feeds nothing but keys and values: the text of the last block.
+    A `keys_only` stream only supplies keys and values: the text stream of the last block.
     """
 
     def __init__(self, config: ModelConfig, keys_only: bool = False):
@@ -33,7 +34,7 @@ class Stream(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.Parameter(torch.ones(config.head_dim))
         self.k_norm = nn.Parameter(torch.ones(config.head_dim))
-        # What this block adds to the shared modulation; the gates start open.
+        # Added to the shared modulation; the gates start open.
         bias = torch.zeros(6, width)
         bias[2::3] = 1
         self.modulation_bias = nn.Parameter(bias)
@@ -43,15 +44,15 @@ class Stream(nn.Module):
             self.mlp_down = nn.Linear(hidden, width)
 
     def modulation(self, shared: Tensor) -> tuple[Tensor, ...]:
-        """shared (B, 6, width) -> six (B, 1, width): shift, scale, gate, twice."""
+        """Splits the shared (B, 6, width) into six (B, 1, width): shift, scale, gate, twice."""
         return (shared + self.modulation_bias).unsqueeze(2).unbind(1)
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Normed, modulated, projected: q, k and v, (B, L, 3, heads, head_dim)."""
+        """Norms, modulates and projects to q, k and v: (B, L, 3, heads, head_dim)."""
         return self.qkv(modulated_norm(x, shift, scale)).unflatten(-1, (3, self.heads, -1))
 
     def mix(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """The residual updates after attention: attended (B, L, heads, head_dim), then MLP."""
+        """Adds the attended values (B, L, heads, head_dim), then the MLP, to the residual x."""
         _, _, gate_attention, shift, scale, gate_mlp = modulation
         x = x + gate_attention * self.out(attended.flatten(2))
         hidden = F.gelu(self.mlp_up(modulated_norm(x, shift, scale)), approximate="tanh")
@@ -65,14 +66,14 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(nn.Module):
     """Joint attention of the text and video streams, in parallel or one frame at a time.
 
-    With a `context` of several ranks, video tokens are this rank's shard of those described here
-    and cached keys and values its heads; the text stream is whole on every rank.
+    In a `context` of several ranks, video tokens are this rank's shard, and cached keys and values
+    are its heads; the text stream is whole on every rank.
     """
 
     def __init__(self, config: ModelConfig, last: bool):
         super().__init__()
-        self.video = Stream(config)
-        self.text = Stream(config, keys_only=last)
+        self.video = StreamWeights(config)
+        self.text = StreamWeights(config, keys_only=last)
         self.last = last
         self.context = Ulysses()
 
@@ -86,9 +87,13 @@ class Block(nn.Module):
         text_lens: Tensor,
         prefix: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """All frames in parallel. video (B, frames x tokens, width), text (B, text, width),
-        modulation: the shared (B, 6, width) of video and text, prefix: keys and values of
-        [first frame | past] from an earlier segment, detached. The last block has no next text."""
+        """Runs all frames in parallel and returns the next (video, text); text is None after the
+        last block.
+
+        video (B, frames x tokens, width), text (B, text, width); modulation: the shared (B, 6,
+        width) of video and of text; prefix: keys and values of [first frame | past] from an
+        earlier segment, detached.
+        """
         video_modulation = self.video.modulation(modulation[0])
         text_modulation = self.text.modulation(modulation[1])
         context, tokens = self.context, layout.frames * layout.tokens_per_frame
@@ -128,7 +133,8 @@ class Block(nn.Module):
     def encode_text(
         self, text: Tensor, modulation: Tensor, text_lens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The text stream alone: the next text, and the keys and values video will attend to."""
+        """Runs the text stream alone: returns the next text, and the keys and values that video
+        attends to."""
         text_modulation = self.text.modulation(modulation)
         qkv = self.context.own_heads(self.text.project(text, *text_modulation[:2]))
         q, k, v = qkv.unbind(2)
@@ -144,7 +150,7 @@ class Block(nn.Module):
     def step(
         self, video: Tensor, modulation: Tensor, rotation: Rotation, cache: KVCache, layer: int
     ) -> Tensor:
-        """One new frame (B, tokens, width) against the cache, which it is appended to."""
+        """Runs one new frame (B, tokens, width) against the cache and appends it there."""
         video_modulation = self.video.modulation(modulation)
         qkv = self.video.project(video, *video_modulation[:2])
         q, k, v = self.context.to_heads(qkv, cache.tokens_per_frame).unbind(2)

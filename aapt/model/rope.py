@@ -1,4 +1,5 @@
-"""3D rotary positions (SPEC 4): angles in float64, stretched in space, unbounded in time."""
+"""3D rotary positions (docs/method.md#4): angles in float64, stretched in space, unbounded in
+time."""
 
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from .config import ModelConfig
 class Rotation:
     """Cosines and sines (tokens, head_dim / 2) of queries and keys.
 
-    The `sink` pair rotates queries for the first frame's clamped distance (SPEC 12); it is None
-    where the distance is absolute.
+    The `sink` pair rotates queries for the clamped distance of the first frame (docs/method.md#12);
+    it is None if the distance is absolute.
     """
 
     cos: Tensor
@@ -41,15 +42,17 @@ class RotaryPositions(nn.Module):
         return self.config.rope_theta**-exponent
 
     def _apply(self, fn, recurse=True):
-        # Frequencies stay float64 whatever the model's dtype: an angle at frame 5000 would lose
-        # three digits in float32. They follow the device alone, and leave `meta` with values.
+        # Frequencies stay float64 in a model of any dtype, because an angle at frame 5000 would
+        # lose three digits in float32. They follow the device alone, and get values on leaving
+        # `meta`.
         device = fn(torch.empty(0, device=self.time_frequency.device)).device
         for name in self.axes:
             self._buffers[f"{name}_frequency"] = self._frequencies(name).to(device)
         return self
 
     def forward(self, frames: Tensor, grid: tuple[int, int]) -> Rotation:
-        """`frames`: indices (T,) of any integer type; `grid`: rows and columns of tokens."""
+        """Returns the rotation of frames with indices `frames` (T,), any integer type, on a `grid`
+        of (rows, columns) tokens."""
         cos, sin = self._table(frames, grid)
         if self.config.sink_distance == "absolute":
             return Rotation(cos, sin)

@@ -1,4 +1,4 @@
-"""Prompts as tokens: a byte-level encoder small enough to be trained with the model."""
+"""Prompts as tokens: a byte-level encoder, small enough to be trained with the model."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,15 @@ BEGIN = 256  # starts every prompt, so that an empty one is still a token to att
 
 
 def prompt_bytes(prompt: str) -> bytes:
-    """What of a prompt is read, one token each after BEGIN: case is ignored."""
+    """The bytes that a prompt is read as, one token each after BEGIN; case is ignored."""
     return prompt.lower().encode(errors="replace")
 
 
 class ByteTextEncoder(nn.Module):
     """UTF-8 bytes to embeddings.
 
-    The text stream of the transformer does the reading; this only embeds bytes and positions.
+    The text stream of the transformer does the reading; the encoder only embeds bytes and
+    positions.
     """
 
     def __init__(self, tokens: int, width: int):

@@ -38,10 +38,10 @@ class TimeEmbedding(nn.Module):
 
 
 class VideoTransformer(nn.Module):
-    """MMDiT over [text | frames] with the block-causal mask of SPEC 3.
+    """MMDiT over [text | frames] with a block-causal mask (docs/method.md#3).
 
     Latents are (B, channels, T, height, width). Token-frame i carries the noise of latent frame
-    i + 1, the recycled latent frame i and the conditions of frame i + 1 (SPEC 2).
+    i + 1, the recycled latent frame i and the conditions of frame i + 1 (docs/method.md#2).
     """
 
     def __init__(self, config: ModelConfig):
@@ -70,8 +70,8 @@ class VideoTransformer(nn.Module):
     def patchify(
         self, x: Tensor, recycled: Tensor, condition: Tensor | None, frames: Tensor
     ) -> Tensor:
-        """Latents to embedded tokens (B, T rows columns, width), or this rank's shard of them;
-        `frames`: their indices (T,)."""
+        """Embeds latents as tokens (B, T rows columns, width), or this rank's shard of them;
+        `frames`: the indices (T,) of the frames."""
         if not self.config.recycle:
             recycled = recycled * (frames == 0)[:, None, None]
         channels = [x, recycled] if condition is None else [x, recycled, condition]
@@ -86,7 +86,7 @@ class VideoTransformer(nn.Module):
         return self.video_in(self.context.shard(tokens))
 
     def unpatchify(self, tokens: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
-        """Tokens to the network's output (B, latent_channels, T, H, W), `shape` = (T, H, W)."""
+        """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W)."""
         patch, (frames, *size) = self.config.patch, shape
         rows, columns = self.config.token_grid(*size)
         shift, scale = self.out_modulation(time)[:, None].chunk(2, dim=-1)
@@ -101,7 +101,7 @@ class VideoTransformer(nn.Module):
         )
 
     def modulations(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The activated time embedding and the shared modulation of the video and text streams."""
+        """Returns the activated time embedding, and the shared modulation of video and of text."""
         time = F.silu(self.time(t))
         video = self.video_modulation(time).unflatten(-1, (6, -1))
         text = self.text_modulation(time).unflatten(-1, (6, -1))
@@ -121,13 +121,13 @@ class VideoTransformer(nn.Module):
         taps: Sequence[int] = (),
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Tokens after the last block, the time embedding, and tokens after the `taps` blocks: this
-        rank's shard of them, where ranks share a clip.
+        """Returns tokens after the last block, the time embedding, and tokens after each block of
+        `taps`. If ranks share a clip, tokens are this rank's shard.
 
         x, recycled: (B, C, T, H, W); condition: (B, condition_channels, T, H, W); text:
-        (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. `prefix` holds
-        each block's keys and values of [first frame | past] when the frames continue a sequence
-        at token-frame `start_frame` > 0. Without `causal` every frame sees all others.
+        (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. If the frames
+        continue a sequence at token-frame `start_frame` > 0, `prefix` holds each block's keys and
+        values of [first frame | past]. Without `causal` every frame sees all others.
         """
         frames = x.shape[2]
         grid = self.config.token_grid(*x.shape[-2:])
@@ -149,7 +149,7 @@ class VideoTransformer(nn.Module):
                 window_frames=self.config.window(grid),
                 past_frames=prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None,
             )
-        else:  # one great frame, at distances that are never clamped
+        else:  # one frame of all tokens, at distances that are never clamped
             layout = FrameLayout(
                 text_tokens=text.shape[1],
                 tokens_per_frame=tokens_per_frame * frames,
@@ -172,13 +172,14 @@ class VideoTransformer(nn.Module):
         return video, time, tapped
 
     def forward(self, x: Tensor, recycled: Tensor, condition: Tensor | None, *args, **kwargs):
-        """The network's raw output (B, latent_channels, T, H, W); arguments as `features`."""
-        # The plain function: of a sharded model, `self.features` would give up its parameters.
+        """Returns the raw output (B, latent_channels, T, H, W); arguments as in `features`."""
+        # The plain function: in a sharded model `self.features` would release the parameters.
         video, time, _ = VideoTransformer.features(self, x, recycled, condition, *args, **kwargs)
         return self.unpatchify(video, time, x.shape[2:])
 
     def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
-        """Every block's text keys and values at time t: once per prompt when streaming."""
+        """Returns every block's text keys and values at time t; a stream needs them once per
+        prompt."""
         _, _, modulation = self.modulations(t)
         words, pairs = self.text_in(text), []
         for block in self.blocks:
@@ -194,7 +195,7 @@ class VideoTransformer(nn.Module):
         t: Tensor,
         cache: KVCache,
     ) -> Tensor:
-        """One frame against the cache (SPEC 5), which then holds it too.
+        """Runs one frame against the cache and appends it there (docs/method.md#5).
 
         x, recycled, condition: one frame each, (B, C, 1, H, W). Returns the raw output.
         """
@@ -209,7 +210,7 @@ class VideoTransformer(nn.Module):
         return self.unpatchify(video, time, x.shape[2:])
 
     def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
-        """An empty cache for latents of `size` = (height, width)."""
+        """Returns an empty cache for latents of `size` = (height, width)."""
         grid = self.config.token_grid(*size)
         return KVCache(
             batch,
@@ -225,12 +226,12 @@ class VideoTransformer(nn.Module):
 
 
 def velocity(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor) -> Tensor:
-    """The network's output as v = e - x_0 (SPEC 2; `residual_head` of SPEC 12)."""
+    """Returns v = e - x_0 from the network's output (docs/method.md#2, `residual_head`: #12)."""
     return x_t - recycled - output if config.residual_head else output
 
 
 def clean(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor, t: Tensor) -> Tensor:
-    """f(x, t) = x - t v, softly clamped where the config says so (SPEC 7, 12)."""
+    """Returns f(x, t) = x - t v, softly clamped if the config says so (docs/method.md#7, #12)."""
     x_0 = to_clean(x_t, velocity(config, output, x_t, recycled), t)
     limit = config.output_clamp
     return x_0 if limit is None else limit * torch.tanh(x_0 / limit)

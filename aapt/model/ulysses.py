@@ -1,11 +1,11 @@
-"""Ulysses context parallelism: a clip's tokens are sharded over ranks, except in attention, where
-its heads are (arXiv 2309.14509; SPEC 11).
+"""Ulysses context parallelism: ranks share the tokens of a clip, and in attention its heads (arXiv
+2309.14509; docs/method.md#11).
 
 The gradient is exact. Every rank of a group gathers the whole output and computes the same loss L.
-All that crosses ranks is `Exchange`, whose backward is its transpose; so backward on all n ranks
-together differentiates the sum of their losses, n L, by the n copies of the parameters, and the
-mean of the copies' gradients, which FSDP takes over all ranks, is dL / dtheta. A single rank's own
-gradient means nothing: it holds its tokens' share of some parameters and all of others.
+Only `Exchange` crosses ranks, and its backward is its transpose. So backward on all n ranks
+together differentiates the sum of their losses, n L, by the n copies of the parameters. FSDP takes
+the mean of the copies' gradients over all ranks, which is dL / dtheta. The gradient of a single
+rank means nothing: for some parameters it holds the share of its tokens, for others all.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Exchange(torch.autograd.Function):
-    """All-to-all of flat pieces: rank j receives `sent[j]` numbers, `received[j]` come from it."""
+    """All-to-all of flat pieces: `sent[j]` numbers go to rank j, `received[j]` come from it."""
 
     @staticmethod
     def forward(ctx, flat: Tensor, sent: list[int], received: list[int], group) -> Tensor:
@@ -31,10 +31,10 @@ class Exchange(torch.autograd.Function):
 
 
 class Ulysses:
-    """The ranks that share a clip. Without a group it is one rank, and nothing moves.
+    """The ranks that share a clip. Without a group there is one rank, and nothing moves.
 
-    Tokens (B, L, ...) are sharded contiguously and as evenly as can be: any L works on any number
-    of ranks. Heads are the last dimension but one, and their number is a multiple of `size`.
+    Tokens (B, L, ...) are sharded contiguously and as evenly as possible: any L works on any number
+    of ranks. Heads are the last dimension but one; their number is a multiple of `size`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -43,22 +43,22 @@ class Ulysses:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def lengths(self, tokens: int) -> list[int]:
-        """How many of `tokens` each rank holds."""
+        """Tokens of each rank, of `tokens` in all."""
         return [(tokens + self.size - 1 - rank) // self.size for rank in range(self.size)]
 
     def shard(self, x: Tensor) -> Tensor:
-        """This rank's tokens of (B, L, ...)."""
+        """Returns this rank's tokens of (B, L, ...)."""
         return x if self.size == 1 else x.split(self.lengths(x.shape[1]), dim=1)[self.rank]
 
     def gather(self, x: Tensor, tokens: int) -> Tensor:
-        """All `tokens` of every rank's shard (B, l, ...)."""
+        """Returns all `tokens` (B, tokens, ...) from the shards (B, l, ...) of every rank."""
         if self.size == 1:
             return x
         shapes = [(len(x), length, *x.shape[2:]) for length in self.lengths(tokens)]
         return torch.cat(self._exchange([x] * self.size, shapes), dim=1)
 
     def to_heads(self, x: Tensor, tokens: int) -> Tensor:
-        """(B, l, ..., H, D), a shard of `tokens`, to (B, tokens, ..., H / size, D)."""
+        """Turns a shard of `tokens`, (B, l, ..., H, D), into (B, tokens, ..., H / size, D)."""
         if self.size == 1:
             return x
         pieces = x.chunk(self.size, dim=-2)
@@ -66,7 +66,7 @@ class Ulysses:
         return torch.cat(self._exchange(pieces, shapes), dim=1)
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """(B, L, H / size, D) to this rank's tokens (B, l, H, D)."""
+        """Turns (B, L, H / size, D) into this rank's tokens (B, l, H, D)."""
         if self.size == 1:
             return x
         pieces = x.split(self.lengths(x.shape[1]), dim=1)
@@ -74,17 +74,17 @@ class Ulysses:
         return torch.cat(self._exchange(pieces, shapes), dim=-2)
 
     def own_heads(self, x: Tensor) -> Tensor:
-        """This rank's heads of what every rank holds whole, (B, L, ..., H, D)."""
+        """Returns this rank's heads of a tensor (B, L, ..., H, D) that every rank holds whole."""
         return x if self.size == 1 else x.chunk(self.size, dim=-2)[self.rank]
 
     def all_heads(self, x: Tensor) -> Tensor:
-        """Every rank's heads (B, L, H / size, D), (B, L, H, D)."""
+        """Gathers the heads (B, L, H / size, D) of every rank into (B, L, H, D)."""
         if self.size == 1:
             return x
         return torch.cat(self._exchange([x] * self.size, [x.shape] * self.size), dim=-2)
 
     def _exchange(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Piece j goes to rank j; what comes from rank j has `shapes[j]`."""
+        """Sends piece j to rank j; the piece received from rank j has `shapes[j]`."""
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
         sent = [piece.numel() for piece in pieces]
         received = [torch.Size(shape).numel() for shape in shapes]

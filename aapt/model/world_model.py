@@ -1,4 +1,4 @@
-"""A transformer with what turns prompts and controls into its inputs."""
+"""The world model: a transformer with the encoders of its prompts and controls."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +22,11 @@ class Conditions(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """Video transformer with its own byte-level text encoder, controlled by a camera if it has
-    one, else by condition channels that come ready (a skeleton's latents), if by any."""
+    """Video transformer with its own byte-level text encoder.
+
+    A model with a camera is driven by controls or poses. One without takes ready condition
+    channels (a skeleton's latents), if its configuration has any.
+    """
 
     def __init__(self, config: ModelConfig, camera: CameraConfig | None):
         super().__init__()
@@ -38,10 +41,10 @@ class WorldModel(nn.Module):
         self.text_encoder = ByteTextEncoder(config.text_tokens, config.text_width)
 
     def load_start(self, path: Path) -> None:
-        """Fill the model with weights to train on from. A model with fewer condition channels will
-        do: the others stay as they were initialised, which is not zero (SPEC 10).
+        """Fills the model with weights to start training from.
 
-        Raises CheckpointError as `load_module` does.
+        The weights may be those of a model with fewer condition channels: the new channels keep
+        their random initialisation (docs/method.md#10). CheckpointError as in `load_module`.
         """
         name, area = "transformer.video_in.weight", self.config.patch**2
         tensors, whole = read_tensors(path), self.state_dict()[name].clone()
@@ -56,13 +59,17 @@ class WorldModel(nn.Module):
     def conditions(
         self, motion: Tensor | None, prompts: Sequence[str], size: Sequence[int]
     ) -> Conditions:
-        """One prompt per clip, latents of `size` = (height, width). motion: controls (B, T, 2) of
-        (yaw, forward) or poses (B, T, frames, 4, 4) of the camera; without one the condition
-        channels (B, condition_channels, T, H, W); without those it is not looked at."""
+        """Returns the conditions of clips with one prompt each and latents of `size` =
+        (height, width).
+
+        motion: with a camera, controls (B, T, 2) of (yaw, forward) or poses (B, T, frames, 4, 4);
+        without a camera, condition channels (B, condition_channels, T, H, W); ignored by a model
+        that has neither.
+        """
         return Conditions(self.channels(motion, size), *self.text_encoder(prompts))
 
     def channels(self, motion: Tensor | None, size: Sequence[int]) -> Tensor | None:
-        """The condition channels of a motion, see `conditions`. No weight is in them."""
+        """Returns the condition channels of a motion, see `conditions`. No weight is involved."""
         if self.camera:
             rays = control_rays if motion.dim() == 3 else camera_rays
             return rays(motion, self.camera, *size)

@@ -1,4 +1,4 @@
-"""Control scripts: what the camera is asked to do over time, from a preset or a file.
+"""Control scripts: the camera's controls over time, from a preset or a file.
 
 A text file holds one piece per line, seconds and keys, with `#` before a comment:
 
@@ -7,8 +7,8 @@ A text file holds one piece per line, seconds and keys, with `#` before a commen
     0.5 -     # stand still
 
 w walks ahead, s walks back, a turns left, d turns right. A `.json` file holds a list of pieces in
-numbers instead, `[{"seconds": 2, "yaw": 0.5, "forward": 1}, ...]`; what a piece leaves out is 0.
-A script shorter than the video starts over.
+numbers instead, `[{"seconds": 2, "yaw": 0.5, "forward": 1}, ...]`; a value left out is 0. A script
+that is shorter than the video is repeated.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from ..clock import STEP_SECONDS
 
-if TYPE_CHECKING:  # importing torch costs a second: not before a control is made
+if TYPE_CHECKING:  # importing torch takes a second, so not before a control is made
     from ..model.conditioning import Control
 
 YAW_RANGE = (-1.0, 1.0)
@@ -83,7 +83,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ControlScript:
-    """Pieces played one after the other, over and over; iterating yields a Control per step."""
+    """Pieces played in turn and repeated for ever; iterating yields one Control per step."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -100,7 +100,7 @@ class ControlScript:
         return next((p for p, end in zip(self.pieces, ends) if seconds < end), self.pieces[-1])
 
     def __iter__(self) -> Iterator["Control"]:
-        """Endless; a step follows the piece that plays at the middle of its time."""
+        """Yields controls without end; a step follows the piece that plays at its middle."""
         from ..model.conditioning import Control
 
         for step in itertools.count():
@@ -109,9 +109,9 @@ class ControlScript:
 
 
 def load_controls(name_or_path: str | Path, step_seconds: float = STEP_SECONDS) -> ControlScript:
-    """The preset of that name, else the file at that path (see the module's description).
+    """Loads the preset of that name, else the file at that path (see the module's docstring).
 
-    Raises ValueError, in one line, for an unknown name or a file that is not a control script.
+    ValueError, in one line, for an unknown name or a file that is not a control script.
     """
     name = str(name_or_path)
     if name in PRESETS:

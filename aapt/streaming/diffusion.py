@@ -1,4 +1,4 @@
-"""Streaming from the diffusion model of stage 1: the baseline that one forward pass replaces."""
+"""Streaming from the diffusion model of stage 1: the baseline that one pass per frame replaces."""
 
 from typing import Any
 
@@ -11,15 +11,14 @@ from ..model.transformer import VideoTransformer, velocity
 
 
 class DiffusionRollout:
-    """A batch of streams, each frame denoised over the times of a schedule (SPEC 6, 12). With
-    guidance every time is one pass over twice the batch.
+    """A batch of streams, each frame denoised over the times of a schedule (docs/method.md#6, #12).
 
-    In training all frames of a clip share one t. So every time has a cache of its own, where a
-    frame sees those before it as they were at that time.
+    With guidance each time is one pass over twice the batch. In training all frames of a clip share
+    one t; so each time has its own cache, which holds the earlier frames as they were at that time.
 
     Args:
-        text, text_lens: Of the prompts, (B, text_tokens, text_width) and (B,).
-        unguided: The same two of empty prompts; not looked at without guidance.
+        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,).
+        unguided: Embeddings and lengths of empty prompts; ignored without guidance.
         first: The user's frame, (B, C, 1, H, W).
     """
 
@@ -41,7 +40,7 @@ class DiffusionRollout:
         self.pasts = [self.new_past(time.expand(len(text)), first) for time in self.times[1:]]
 
     def new_past(self, time: Tensor, first: Tensor) -> Any:
-        """What the frames at `time` (B,) see of those before them."""
+        """Returns the memory of earlier frames for the frames at `time` (B,)."""
         text, text_lens = self.text
         pairs = self.model.encode_text(text, text_lens, time)
         cache = self.model.new_cache(len(text), first.shape[-2:], dtype=pairs[0][0].dtype)
@@ -50,12 +49,12 @@ class DiffusionRollout:
         return cache
 
     def output(self, past: Any, *inputs: Tensor | None) -> Tensor:
-        """Of the network, for one frame's (noisy, recycled, condition, time)."""
+        """Returns the network's output for one frame's (noisy, recycled, condition, time)."""
         return self.model.step(*inputs, past)
 
     @torch.no_grad()
     def step(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
-        """The next latent frame (B, C, 1, H, W)."""
+        """Makes the next latent frame (B, C, 1, H, W)."""
         model, sampling, x = self.model, self.sampling, noise
         copies = (sampling.branches, 1, 1, 1, 1)
         before = recycled.repeat(copies)
@@ -72,11 +71,11 @@ class DiffusionRollout:
 
 
 class RecomputedRollout(DiffusionRollout):
-    """The same streams without caches, for a few frames: every pass computes all frames so far
-    again, from what they were at its time.
+    """`DiffusionRollout` without caches, for a few frames: every pass computes all frames so far
+    again, as they were at its time.
 
-    The work grows with the square of their number, the memory is that of a forward pass in
-    training. The caches of 8 B parameters are 17 GB for each stream and time.
+    Work grows with the square of the number of frames; memory is that of a forward pass in
+    training. Caches of 8 B parameters would take 17 GB for each stream and time.
     """
 
     def new_past(self, time: Tensor, first: Tensor) -> list[tuple[Tensor | None, ...]]:

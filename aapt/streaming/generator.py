@@ -1,8 +1,9 @@
 """The streaming generator: a first frame and controls in, four video frames per step out."""
 
+import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -10,34 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import find_checkpoint, load_config, load_module, reading_config, tuples
+from ..checkpoint import find_checkpoint, load_config, load_meta_module, reading_config, tuples
 from ..clock import FPS
-from ..model.conditioning import Control, control_rays
+from ..device import usable_device
+from ..model.conditioning import Control
 from ..model.config import CameraConfig, ModelConfig, SamplingConfig
 from ..model.world_model import WorldModel
-from ..vae import CausalVAE, DecoderStream
+from ..vae import CausalVAE
 from ..vae.folder import load_vae
-from ..vae.pixels import to_array
-from .student import StudentRollout
-
-try:
-    import nvtx
-except ImportError:  # only a profiler misses it
-    nvtx = None
+from .memory import StreamMemory
+from .snapshot import Snapshot
 
 
 class StreamingGenerator:
-    """A world model with its VAE, ready to open streams of `height` x `width` pixels.
+    """A world model with its autoencoder, which opens streams of `height` x `width` pixels.
 
-    What drives a stream depends on the model: a camera's controls, condition channels (a skeleton's
+    The model decides what drives a stream: controls of a camera, condition channels (a skeleton's
     latents), or the prompt alone.
 
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
     >>> frames = stream.step(Control(forward=1.0))  # uint8 (4, H, W, 3)
 
-    A diffusion model, which needs many passes for a frame, has `sampling`; it opens no streams and
-    is there to be measured (`samples.roll_out`).
+    A diffusion model needs many passes per frame and has `sampling`. It opens no streams; `aapt
+    eval` measures it.
     """
 
     def __init__(
@@ -54,17 +51,12 @@ class StreamingGenerator:
     ):
         self.model = model.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
-        self.height, self.width, self.fps = height, width, fps
+        self.fps = fps
         self.themes = tuple(prompts)
         self._sample = sample
         self.sampling = sampling
-        self._idle_decoders: list[DecoderStream] = []
-        factor = vae.config.space_factor
-        granularity = factor * model.config.patch
-        if height % granularity or width % granularity:
-            raise ValueError(
-                f"height, width: expected multiples of {granularity}, got {height} x {width}"
-            )
+        self._idle: list[StreamMemory] = []
+        self._resize(height, width)
         for name, ours, vaes in (
             ("latent_channels", model.config.latent_channels, vae.config.latent_channels),
             ("camera.frames", model.camera and model.camera.frames, vae.config.time_factor),
@@ -73,103 +65,131 @@ class StreamingGenerator:
                 continue
             if ours != vaes:
                 raise ValueError(f"{name}: expected {vaes}, as the VAE has it, got {ours}")
+
+    def _resize(self, height: int, width: int) -> None:
+        """Streams have this size from now on. ValueError if tokens do not fill it."""
+        factor = self.vae.config.space_factor
+        granularity = factor * self.model.config.patch
+        if min(height, width) < 1 or height % granularity or width % granularity:
+            raise ValueError(
+                f"height, width: expected multiples of {granularity}, got {height} x {width}"
+            )
+        self.height, self.width = height, width
         self.latent_size = (height // factor, width // factor)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "StreamingGenerator":
-        """Load a bundled model by name, or a checkpoint folder.
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> "StreamingGenerator":
+        """Loads a bundled model by name, or a checkpoint folder.
 
-        Raises CheckpointError, naming what was expected and what is there.
+        Weights go from the file to the device one tensor at a time.
+
+        Args:
+            device: Where the networks run; None for the CPU.
+            dtype: Their precision; None for bfloat16 on a CUDA device and float32 elsewhere.
+            size: (height, width) in pixels; None for the checkpoint's own. Positions stretch to
+                another size (docs/method.md#4).
+
+        CheckpointError says what was expected and what was found, ValueError why the device or the
+        size cannot be used.
         """
         folder = find_checkpoint(name)
         config = load_config(folder)
+        device = usable_device(device or "cpu")
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         with reading_config(folder):
             camera = config["camera"]
-            model = WorldModel(
-                ModelConfig(**tuples(config["model"])), CameraConfig(**camera) if camera else None
-            )
+            with torch.device("meta"):
+                model = WorldModel(
+                    ModelConfig(**tuples(config["model"])),
+                    CameraConfig(**camera) if camera else None,
+                )
+            load_meta_module(folder / "model.safetensors", model, device, dtype)
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
                 picture["sampling"] = SamplingConfig(**sampling)
-            generator = cls(model, load_vae(folder), **picture)
-        load_module(folder / "model.safetensors", model)
+            generator = cls(model, load_vae(folder, device=device, dtype=dtype), **picture)
+        if size is not None:
+            generator._resize(*size)
         return generator
 
     def sample_image(self) -> Path:
-        """A picture to start from that ships with the model. ValueError if none does."""
+        """The path of the image that ships with the model, to start from. ValueError if none
+        does."""
         if self._sample is None:
-            raise ValueError("image: expected a file, this model comes without a sample picture")
+            raise ValueError("image: expected a file, this model comes without a sample image")
         return self._sample[0]
 
     @property
     def sample_prompt(self) -> str:
-        """The prompt that fits the sample picture, else the first theme, else none."""
+        """The prompt of the sample image, else the first theme, else an empty one."""
         return self._sample[1] if self._sample else next(iter(self.themes), "")
 
     @property
     def frames_per_step(self) -> int:
-        """Video frames of one step."""
+        """Video frames per step."""
         return self.vae.config.time_factor
 
     @property
     def device(self) -> torch.device:
+        """The device of the networks."""
         return self.vae.latent_mean.device
 
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> Tensor:
-        """Pictures as latents: uint8 (1 + 4 n, H, W, 3) to (channels, 1 + n, h, w). All but the
-        first of a drawn skeleton's are the condition channels of n steps (SPEC 10)."""
+        """Encodes images: uint8 (1 + 4 n, H, W, 3) to latents (channels, 1 + n, h, w).
+
+        Latents 1 to n of drawn skeletons are the condition channels of n steps
+        (docs/method.md#10).
+        """
         video = torch.from_numpy(pixels.copy()).to(self.device)
         video = video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         return self.vae.encode(video.to(self.vae.latent_mean.dtype))[0]
 
-    def condition(self, control: Control | Tensor | None) -> Tensor | None:
-        """The channels (1, condition_channels, 1, h, w) that drive one step.
-
-        ValueError unless `control` is what this model takes: a `Control` with a camera, one latent
-        frame's channels (condition_channels, h, w) where it has some without, else None.
-        """
-        model = self.model
-        like = model.transformer.video_in.weight
+    def check_control(self, control: Control | Tensor | None) -> None:
+        """ValueError unless `control` drives a step of this model: a `Control` for a model with a
+        camera, the channels (condition_channels, h, w) of one latent frame for a model that has
+        some without a camera, else None."""
         if self.driven_by == "camera":
             if not isinstance(control, Control):
                 raise ValueError(f"control: expected a Control, got {control!r}")
-            controls = like.new_tensor([[[control.yaw, control.forward]]])
-            return control_rays(controls, model.camera, *self.latent_size)
-        if self.driven_by == "prompt":
+        elif self.driven_by == "prompt":
             if control is not None:
                 raise ValueError(
                     f"control: expected None, the prompt alone drives this model, got {control!r}"
                 )
-            return None
-        shape = (model.config.condition_channels, *self.latent_size)
-        if not isinstance(control, Tensor) or control.shape != shape:
-            got = tuple(control.shape) if isinstance(control, Tensor) else repr(control)
-            raise ValueError(f"control: expected condition channels {shape}, got {got}")
-        return control.to(like)[None, :, None]
+        else:
+            shape = (self.model.config.condition_channels, *self.latent_size)
+            if not isinstance(control, Tensor) or control.shape != shape:
+                got = tuple(control.shape) if isinstance(control, Tensor) else repr(control)
+                raise ValueError(f"control: expected condition channels {shape}, got {got}")
 
     @property
     def driven_by(self) -> Literal["camera", "channels", "prompt"]:
-        """What the control of a step is, see `condition`."""
+        """The kind of control that a step takes, see `check_control`."""
         if self.model.camera:
             return "camera"
         return "channels" if self.model.config.condition_channels else "prompt"
 
     def still(self) -> Control | Tensor | None:
-        """The control of a step that nothing drives."""
+        """The control of a step without motion."""
         channels = torch.zeros(self.model.config.condition_channels, *self.latent_size)
         return {"camera": Control(), "channels": channels, "prompt": None}[self.driven_by]
 
     def open(
         self, first_frame: np.ndarray, prompt: str, seed: int = 0, recache: bool = False
     ) -> "Stream":
-        """Start a stream from a picture: uint8 (height, width, 3), exactly the model's size.
+        """Starts a stream from an image: uint8 (height, width, 3), exactly the model's size.
 
-        recache: a new prompt also rewrites what the stream remembers, see `Stream.prompt`.
-
-        ValueError for another size, and for a diffusion model.
+        recache: a new prompt also rewrites the past, see `Stream.prompt`. ValueError for another
+        size, and for a diffusion model.
         """
         if self.sampling is not None:
             raise ValueError(
@@ -187,18 +207,30 @@ class StreamingGenerator:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
         return Stream(self, first_frame, prompt, seed, recache)
 
-    def _borrow_decoder(self, stream: "Stream", shape: Sequence[int]) -> DecoderStream:
-        """A decoder for as long as `stream` lives: one that an earlier stream has left if there is,
-        for a new one captures two CUDA graphs."""
-        decoder = self._idle_decoders.pop() if self._idle_decoders else None
-        decoder = decoder or DecoderStream(self.vae, shape)
-        decoder.reset()
-        weakref.finalize(stream, self._idle_decoders.append, decoder).atexit = False
-        return decoder
+    def _borrow_memory(self, stream: "Stream") -> tuple[StreamMemory, Callable[[], object]]:
+        """Memory for as long as `stream` lives, and the call that gives it back earlier.
+
+        One that an earlier stream has left is taken first, because a new one captures CUDA graphs.
+        """
+        memory = self._idle.pop() if self._idle else None
+        memory = memory or StreamMemory(self.model, self.vae, self.latent_size)
+        give_back = weakref.finalize(stream, self._idle.append, memory)
+        give_back.atexit = False
+        return memory, give_back
 
 
 class Stream:
-    """One video being made. Streams of one generator share nothing but weights."""
+    """One video being made. Streams of one generator share nothing but weights.
+
+    A stream is used by one thread at a time; a second one gets a RuntimeError. After a step that
+    failed half way, and after `close`, `step` raises RuntimeError; `restore` mends the former.
+
+    Attributes:
+        generator: The `StreamingGenerator` that opened the stream.
+        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3).
+        seed: The seed of all noise.
+        steps: Latent frames made so far.
+    """
 
     @torch.inference_mode()
     def __init__(
@@ -209,16 +241,13 @@ class Stream:
         seed: int,
         recache: bool,
     ):
-        self.generator = generator
-        model, device = generator.model, generator.device
-        self._random = torch.Generator(device).manual_seed(seed)
+        self.generator, self.seed, self.steps = generator, seed, 0
+        self._lock, self._trouble = threading.Lock(), None
+        text, self._prompt = self._embed(prompt), prompt
         latent = generator.encode(first_frame[None])[None]
-        self._decoder = generator._borrow_decoder(self, latent.shape)
-        self.first_frame = to_array(self._decoder.decode(latent))
-        latent = latent.to(model.transformer.video_in.weight.dtype)
-        self._rollout = StudentRollout(model.transformer, *self._embed(prompt), latent, recache)
-        self._prompt = prompt
-        self.steps = 0  # latent frames made so far
+        self._memory, self._return = generator._borrow_memory(self)
+        self.first_frame = self._memory.start(latent, seed, recache)
+        self._memory.rollout.set_text(*text)
 
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, str):
@@ -227,33 +256,108 @@ class Stream:
 
     @property
     def prompt(self) -> str:
-        """The text in force. Setting it changes the next steps; the past keeps what made it, or,
-        of a stream opened with `recache`, is computed again under the new text (SPEC 2)."""
+        """The prompt in force. A new one changes the next steps; the past keeps what made it. In a
+        stream opened with `recache` the past is computed again (docs/method.md#2)."""
         return self._prompt
 
     @prompt.setter
     @torch.inference_mode()
     def prompt(self, prompt: str) -> None:
-        self._rollout.set_text(*self._embed(prompt))
-        self._prompt = prompt
+        text = self._embed(prompt)
+        with self._changing():
+            self._memory.rollout.set_text(*text)
+            self._prompt = prompt
+
+    def step(self, control: Control | Tensor | None = None) -> np.ndarray:
+        """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3).
+
+        control: see `StreamingGenerator.check_control`. ValueError for another one, which changes
+        nothing.
+        """
+        return self.submit(control)()
 
     @torch.inference_mode()
-    def step(self, control: Control | Tensor | None = None) -> np.ndarray:
-        """Make the next latent frame in one forward pass and decode it: uint8 (4, H, W, 3).
+    def submit(self, control: Control | Tensor | None = None) -> Callable[[], np.ndarray]:
+        """Starts a step, and returns the call that waits for its pixels: `step` is both at once.
 
-        control: what `StreamingGenerator.condition` takes.
+        On a CUDA device the next step may be submitted before the pixels of this one are taken, so
+        that the device never waits for the host. On a CPU the step is finished on return.
         """
-        recycled = self._rollout.last
-        with phase("condition"):
-            condition = self.generator.condition(control)
-            noise = recycled.new_empty(recycled.shape).normal_(generator=self._random)
-        with phase("generate"):
-            latent = self._rollout.step(noise, recycled, condition)
-        self.steps += 1
-        with phase("decode"):
-            return to_array(self._decoder.decode(latent))
+        self.generator.check_control(control)
+        with self._changing():
+            pixels = self._memory.advance(control)
+            self.steps += 1
+        return pixels
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One change of the stream by one thread. What fails inside leaves the stream closed."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("stream: expected one thread at a time, got a second one")
+        try:
+            if self._trouble:
+                raise RuntimeError(f"stream: {self._trouble}")
+            self._trouble = "a step failed half way; restore a snapshot or open a new stream"
+            yield
+            self._trouble = None
+        finally:
+            self._lock.release()
 
-def phase(name: str) -> AbstractContextManager:
-    """A range of a step by which a profiler names its work; empty without the package nvtx."""
-    return nullcontext() if nvtx is None else nvtx.annotate(name)
+    @torch.inference_mode()
+    def snapshot(self) -> Snapshot:
+        """Copies the whole state, between two steps. The stream does not change."""
+        with self._changing():
+            return self._memory.snapshot(self.seed, self.steps, self._prompt)
+
+    @torch.inference_mode()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Returns to a snapshot of a stream of this generator. The same controls then make the same
+        bits on the same build and device (docs/method.md#17).
+
+        Also mends a stream whose last step failed. ValueError for a snapshot of another shape,
+        RuntimeError once the stream is closed.
+        """
+        if self._memory is None:
+            raise RuntimeError(f"stream: {self._trouble}")
+        self._memory.check(snapshot)
+        self._trouble = None
+        with self._changing():
+            self._memory.restore(snapshot)
+            self.seed, self.steps, self._prompt = snapshot.seed, snapshot.steps, snapshot.prompt
+
+    @torch.inference_mode()
+    def fork(self) -> "Stream":
+        """A second stream that starts where this one is; neither changes the other."""
+        snapshot = self.snapshot()
+        twin = object.__new__(Stream)
+        twin.generator, twin.first_frame = self.generator, self.first_frame.copy()
+        twin._lock, twin._trouble = threading.Lock(), None
+        twin._memory, twin._return = self.generator._borrow_memory(twin)
+        twin.restore(snapshot)
+        return twin
+
+    def __copy__(self) -> "Stream":
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict) -> "Stream":
+        return self.fork()
+
+    def __reduce__(self):
+        raise TypeError("stream: cannot be pickled; pickle its snapshot() and restore() that")
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the stream's own tensors, in bytes; weights are shared."""
+        return 0 if self._memory is None else self._memory.bytes
+
+    def close(self) -> None:
+        """Frees the stream's memory. Safe to call twice."""
+        self._return()
+        self._memory = None
+        self._trouble = "closed; open a new one"
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -9,6 +9,7 @@ from ..model.config import SamplingConfig
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from .diffusion import DiffusionRollout, RecomputedRollout
+from .noise import Noise
 from .student import StudentRollout
 
 
@@ -23,14 +24,17 @@ def roll_out(
     sampling: SamplingConfig | None = None,
     caches: bool = True,
 ) -> Iterator[Tensor]:
-    """Latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
+    """Yields latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
 
-    first (B, C, 1, H, W) is frame 0; text (B, text_tokens, text_width) and its lengths (B,);
-    `condition(n)`: the channels (B, C', 1, H, W) of frame n, None for none. Stream i draws its
-    noise from `seed` and i alone. `sampling`: of a diffusion model, None for one pass per frame;
-    without `caches` it computes the past again and again (`RecomputedRollout`).
+    Args:
+        first: Frame 0, (B, C, 1, H, W).
+        text: Embeddings (B, text_tokens, text_width) and lengths (B,).
+        condition: `condition(n)` returns the channels (B, C', 1, H, W) of frame n, None for none.
+        seed: Stream i draws its noise from `seed` and i alone.
+        sampling: Sampling of a diffusion model; None for one pass per frame.
+        caches: False makes a diffusion model compute the past in every pass (`RecomputedRollout`).
     """
-    randoms = [torch.Generator().manual_seed((seed << 20) + i) for i in range(len(first))]
+    noises = [Noise((seed << 20) + i, first[:1].shape, first.device) for i in range(len(first))]
     if sampling is None:
         rollout = StudentRollout(model.transformer, *text, first)
     else:
@@ -40,14 +44,14 @@ def roll_out(
     yield first
     latent = first
     for step in range(1, steps + 1):
-        noise = torch.cat([torch.randn(first[:1].shape, generator=random) for random in randoms])
+        noise = torch.cat([noise(step - 1) for noise in noises])
         latent = rollout.step(noise.to(first), latent, condition(step))
         yield latent
 
 
 def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:
-    """The `condition` of `roll_out` from those of a clip, (B, C', T, H, W) for its frames 1 to T:
-    past the clip's end its motion starts over."""
+    """Returns the `condition` of `roll_out` for a clip with channels (B, C', T, H, W) of frames 1
+    to T. After the end of the clip its motion is repeated."""
 
     def condition(step: int) -> Tensor | None:
         if channels is None:
@@ -62,8 +66,9 @@ def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:
 def decode_frames(
     vae: CausalVAE, latents: Iterable[Tensor], wanted: Container[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Numbers of the wanted latent frames (B, C, 1, h, w) of a stream, counted from 0, each with
-    its video: uint8 (B, F, H, W, 3). Those between them cost little."""
+    """Yields the number of each wanted latent frame, counted from 0, and its video, uint8 (B, F, H,
+    W, 3). latents: the frames (B, C, 1, h, w) of a stream; frames that are not wanted cost
+    little."""
     state, pending = None, []
     for number, latent in enumerate(latents):
         pending.append(latent.to(vae.latent_mean.dtype))

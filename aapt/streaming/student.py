@@ -1,4 +1,5 @@
-"""Two-pass student forcing (SPEC 8): roll out on the streaming path, then one parallel pass.
+"""Two-pass student forcing (docs/method.md#8): roll out on the streaming path, then one parallel
+pass.
 
 Recycled inputs are detached, so between steps the graph runs through keys and values alone. The
 rollout without gradient only has to find the recycled inputs; one block-causal pass on exactly
@@ -17,8 +18,8 @@ from ..model.transformer import KeysValues, VideoTransformer, clean
 
 @dataclass(frozen=True)
 class Segment:
-    """The inputs of one segment, latents (B, C, T, H, W), and what the rollout made of them, all
-    without gradient."""
+    """The inputs of one segment, latents (B, C, T, H, W), and the output of the rollout; no
+    gradient."""
 
     noise: Tensor
     recycled: Tensor
@@ -28,12 +29,43 @@ class Segment:
     output: Tensor | None = None
 
 
-class StudentRollout:
-    """A batch of streams that are rolled out segment by segment.
+class Past:
+    """The inputs of the steps that a cache remembers: the first step and the last `window`."""
 
-    text (B, text_tokens, text_width) and text_lens (B,) are the prompts' embeddings; the first
-    segment starts at the user's frame, each later one at the last output. `recache`: new prompts
-    also change the past.
+    def __init__(self, window: int):
+        self.first: list[tuple] = []
+        self.window: deque[tuple] = deque(maxlen=window)
+
+    def append(self, inputs: tuple) -> None:
+        (self.window if self.first else self.first).append(inputs)
+
+    def copy(self) -> "Past":
+        """A list of its own of the same inputs, which no step writes to."""
+        twin = Past(self.window.maxlen)
+        twin.first, twin.window = self.first.copy(), self.window.copy()
+        return twin
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the inputs."""
+        return sum(x.nbytes for inputs in self for x in inputs if x is not None)
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.window)
+
+    def __iter__(self) -> Iterator[tuple]:
+        yield from self.first
+        yield from self.window
+
+
+class StudentRollout:
+    """A batch of streams, rolled out step by step or segment by segment.
+
+    Args:
+        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,).
+        first: The user's frame (B, C, 1, H, W), which the first step recycles; each later step
+            recycles the last output.
+        recache: New prompts also change the past.
     """
 
     @torch.no_grad()
@@ -49,18 +81,19 @@ class StudentRollout:
         self.last = first
         self.time = first.new_ones(len(first))
         self.cache = None
-        self.frames = 0  # in the cache's count
+        self.frames = 0  # in the count of the cache
         grid = model.config.token_grid(*first.shape[-2:])
         self.past = Past(model.config.window(grid)) if recache else None
         self.set_text(text, text_lens)
 
     @torch.no_grad()
     def set_text(self, text: Tensor, text_lens: Tensor) -> None:
-        """Change the prompts from the next step on; the past keeps what made it (SPEC 2).
+        """Changes the prompts from the next step on; the past keeps what made it
+        (docs/method.md#2).
 
-        With `recache` the first frame and the window are computed again from the inputs they had.
-        Frames are then counted from there, so that an "absolute" first frame is no further away
-        than at the end of a first window.
+        With `recache` the first frame and the window are computed again from their inputs. Frames
+        are then counted from the start of that window, so an "absolute" first frame is no further
+        away than at the end of a first window.
         """
         pairs = self.model.encode_text(text, text_lens, self.time)
         if self.cache is None:
@@ -76,8 +109,8 @@ class StudentRollout:
 
     @torch.no_grad()
     def roll(self, noise: Tensor, condition: Tensor | None, start: Tensor | None = None) -> Segment:
-        """Generate T frames from noise (B, C, T, H, W) and condition channels of the same T.
-        `start` (B, C, 1, H, W) replaces the first recycled frame (corruption of SPEC 12)."""
+        """Makes T frames from noise (B, C, T, H, W) and condition channels of T frames. `start`
+        (B, C, 1, H, W) replaces the first recycled frame (corruption, docs/method.md#12)."""
         prefix = None
         if self.frames:
             prefix = [self.cache.prefix(layer) for layer in range(self.model.config.depth)]
@@ -100,33 +133,21 @@ class StudentRollout:
 
     @torch.no_grad()
     def step(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
-        """One autoregressive step, 1 NFE at t = 1: the next latent frame (B, C, 1, H, W)."""
+        """Makes the next latent frame (B, C, 1, H, W): one autoregressive step, 1 NFE at t = 1."""
         if self.past is not None:
             self.past.append((noise, recycled, condition))
-        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
-        self.last = clean(self.model.config, output, noise, recycled, self.time)
+        self.last = self.infer(noise, recycled, condition)
         self.frames += 1
         return self.last
 
-
-class Past:
-    """The inputs of the steps that a cache remembers: of the first, and of the last `window`."""
-
-    def __init__(self, window: int):
-        self.first: list[tuple] = []
-        self.window: deque[tuple] = deque(maxlen=window)
-
-    def append(self, inputs: tuple) -> None:
-        (self.window if self.first else self.first).append(inputs)
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.window)
-
-    def __iter__(self) -> Iterator[tuple]:
-        yield from self.first
-        yield from self.window
+    @torch.no_grad()
+    def infer(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
+        """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
+        next latent frame is returned."""
+        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
+        return clean(self.model.config, output, noise, recycled, self.time)
 
 
 def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:
-    """Some frames of condition channels (B, C, T, H, W), where there are any."""
+    """Selects frames of condition channels (B, C, T, H, W); None stays None."""
     return None if condition is None else condition[:, :, frames]

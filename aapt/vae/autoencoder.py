@@ -1,7 +1,7 @@
-"""Causal video autoencoder: 1 + 4n video frames <-> 1 + n latent frames (SPEC 1 and 9).
+"""Causal video autoencoder: 1 + 4n video frames <-> 1 + n latent frames (docs/method.md#1 and #9).
 
-Decoding a stream in chunks of any length is decoding the whole clip: a stream is nothing but the
-states of the convolutions (`layers.py`).
+Decoding a clip in chunks of any length equals decoding it whole: a stream is only the states of the
+convolutions (`layers.py`).
 """
 
 import torch
@@ -15,7 +15,7 @@ from .layers import (
     ResidualBlock,
     SeparateDownsample,
     SeparateUpsample,
-    Stream,
+    States,
     Upsample,
     active,
     fold_pixels,
@@ -31,12 +31,12 @@ LAST = torch.channels_last_3d
 
 
 class Encoder(nn.Module):
-    """Video -> latent, the whole clip at once.
+    """Video to latent, the whole clip at once.
 
-    Wan's strided convolutions pad a picture at its right and lower edge only. On a mirrored
-    picture, with mirrored weights, they pad both edges as ours do: a "separate" encoder has one.
+    Wan's strided convolutions pad an image at its right and lower edges only. Mirrored, with
+    mirrored weights, they pad as ours do, so a "separate" encoder mirrors its video.
 
-    On an sm_90 device Triton runs the convolutions with a stride and the first, which reads three
+    On an sm_90 device Triton runs the strided convolutions and the first, which reads three
     channels; the hand-written kernel runs the others, in bfloat16.
     """
 
@@ -64,7 +64,8 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(width, config.latent_channels, (3, 3, 3), **active(config))
 
     def forward(self, video: Tensor) -> Tensor:
-        stream = Stream(None)
+        """Encodes a whole clip (B, 3, 1 + 4n, H, W) to (B, latent_channels, 1 + n, H/8, W/8)."""
+        stream = States(None)
         if self.mirrored:
             video = video.flip(3, 4)
         x = fold_pixels(video, self.patch_size).contiguous(memory_format=LAST)
@@ -76,7 +77,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent -> video, a whole clip or any chunk of it."""
+    """Latent to video, a whole clip or any chunk of it."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -118,18 +119,18 @@ class Decoder(nn.Module):
         state_out: DecoderState | None = None,
         last: int | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        """`last`: how many video frames to return, None for all. Of the others no more is made than
-        these and the next state need."""
+        """Decodes a chunk. last: video frames to return, None for all; of the others only what
+        these and the next state need is computed."""
         front = [self.conv_in] if self.projection is None else [self.projection, self.conv_in]
         needs = [last]  # input frames of each layer, from the last layer to the first
         for layer in reversed([*front, *self.layers, self.conv_out]):
             needs.append(None if last is None else layer.needs(needs[-1]))
-        stream, x = Stream(state, state_out), latent
+        stream, x = States(state, state_out), latent
         for conv in front:
             x = conv(last_frames(x, needs.pop()), stream)
         followers = [*self.layers[1:], self.conv_out]
         for layer, follower in zip(self.layers, followers, strict=True):
-            # A norm made ahead would be one of all frames
+            # A norm made ahead would cover all frames
             then = norm_of(follower) if last is None else None
             x = layer(last_frames(x, needs.pop()), stream, then)
         x = self.conv_out(last_frames(x, needs.pop()), stream, pixels=pixels)
@@ -137,10 +138,10 @@ class Decoder(nn.Module):
 
 
 class LinearSkip(nn.Module):
-    """A linear map between a latent pixel and its patch of video, beside the network.
+    """A linear map between a latent pixel and its patch of video, added to the network's output.
 
-    `fit` makes it the best linear autoencoder there is, so that a small network starts from there
-    and only learns what is not linear. The first frame fills its patch in time by repetition.
+    `fit` makes it the best linear autoencoder of its size, so a small network starts from there and
+    learns only the rest. The first frame is repeated to fill its patch in time.
     """
 
     def __init__(self, config: VAEConfig):
@@ -151,7 +152,7 @@ class LinearSkip(nn.Module):
         self.decode = CausalConv3d(config.latent_channels, patch, (1, 1, 1))
 
     def patches(self, video: Tensor) -> Tensor:
-        """(B, 3, 1 + 4n, H, W) -> (B, patch, 1 + n, H/8, W/8)."""
+        """Folds (B, 3, 1 + 4n, H, W) to (B, patch, 1 + n, H/8, W/8)."""
         first = video[:, :, :1].expand(-1, -1, self.time - 1, -1, -1)
         x = torch.cat([first, video], dim=2).unflatten(2, (-1, self.time))  # (B, 3, 1+n, 4, H, W)
         x = fold_pixels(x.transpose(2, 3).flatten(1, 2), self.space)  # (space^2 * 3 * time)
@@ -159,16 +160,19 @@ class LinearSkip(nn.Module):
         return x.permute(0, 3, 1, 2, 4, 5, 6).flatten(1, 3)  # in the order of `unfold_channels`
 
     def to_latent(self, video: Tensor) -> Tensor:
-        return self.encode(self.patches(video), Stream(None))
+        """Maps video (B, 3, 1 + 4n, H, W) to latents (B, channels, 1 + n, H/8, W/8)."""
+        return self.encode(self.patches(video), States(None))
 
     def to_video(self, latent: Tensor, starts: bool) -> Tensor:
-        patches = self.decode(latent, Stream(None))
+        """Maps latents to video. starts: the first latent frame makes one video frame."""
+        patches = self.decode(latent, States(None))
         video = unfold_channels(patches, self.time, self.space)
         return video[:, :, self.time - 1 :] if starts else video
 
     @torch.no_grad()
     def fit(self, videos: Tensor) -> None:
-        """Principal components of the patches of videos (B, 3, 1 + 4n, H, W), whitened."""
+        """Sets the map to the whitened principal components of patches of videos
+        (B, 3, 1 + 4n, H, W)."""
         patches = self.patches(videos).transpose(0, 1).flatten(1).double()  # (patch, samples)
         mean = patches.mean(dim=1, keepdim=True)
         covariance = (patches - mean) @ (patches - mean).T / patches.shape[1]
@@ -186,9 +190,8 @@ class LinearSkip(nn.Module):
 class CausalVAE(nn.Module):
     """Video in [-1, 1], (B, 3, 1 + 4n, H, W) <-> normalised latent, (B, 16, 1 + n, H/8, W/8).
 
-    The encoder is deterministic. `latent_mean` and `latent_std`, measured over data once the
-    network is trained, make each latent channel about zero mean and unit variance; until then
-    they are 0 and 1.
+    The encoder is deterministic. `latent_mean` and `latent_std` bring each latent channel to about
+    zero mean and unit variance; they are measured after training, and 0 and 1 until then.
     """
 
     def __init__(self, config: VAEConfig):
@@ -207,14 +210,15 @@ class CausalVAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(shape))
 
     def pixel_deviation(self) -> Tensor:
-        """How far a unit of each latent channel moves its pixels through the linear map, (C,)."""
+        """Returns (C,): the distance that one unit of each latent channel moves pixels through the
+        linear map. ValueError without a linear map."""
         if self.linear is None:
             raise ValueError("linear_skip: expected True, there is no linear map to ask")
         columns = self.linear.decode.weight.detach().flatten(1)
         return columns.norm(dim=0) * self.latent_std.flatten()
 
     def encode(self, video: Tensor) -> Tensor:
-        """Whole clip; its first frame alone gives the first latent frame."""
+        """Encodes a whole clip; its first video frame alone makes the first latent frame."""
         time, space = self.config.time_factor, self.config.space_factor
         shape = tuple(video.shape)
         fits = len(shape) == 5 and shape[1] == VIDEO_CHANNELS and shape[2] % time == 1 % time
@@ -231,7 +235,8 @@ class CausalVAE(nn.Module):
         return (sum(parts) - self.latent_mean) / self.latent_std
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Whole clip: the first latent frame gives one video frame, each later one four."""
+        """Decodes a whole clip: the first latent frame makes one video frame, each later one
+        four."""
         return self.decode_frame(latent)[0]
 
     def decode_frame(
@@ -243,13 +248,16 @@ class CausalVAE(nn.Module):
         state_out: DecoderState | None = None,
         last: int | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        """Next chunk of a stream, one latent frame or more; returns (video, state for the next).
+        """Decodes the next chunk of a stream, one latent frame or more: (video, state for the
+        next).
 
-        `state` None starts a stream. A state is never written to, so streams cannot mix and an
-        old state can be resumed twice; unless it is given as `state_out` too, whose tensors
-        receive the new state. No gradient flows through it. With `pixels` the video is uint8:
-        [-1, 1] becomes 0 to 255. `last`: return the video of so many of the latent frames, and
-        make of the others only what these and the next state need; not where a stream starts.
+        Args:
+            state: None starts a stream. It is never written to, so an old state can be resumed
+                twice. No gradient flows through it.
+            pixels: Return uint8 video: [-1, 1] becomes 0 to 255.
+            state_out: Tensors that receive the new state; `state` itself may be given.
+            last: Latent frames at the end whose video is returned, None for all. Of the others
+                only what these and the next state need is computed. Not at the start of a stream.
         """
         channels = self.config.latent_channels
         if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] == 0:
@@ -259,8 +267,8 @@ class CausalVAE(nn.Module):
             )
         if last is not None and (state is None or not 1 <= last <= latent.shape[2]):
             raise ValueError(
-                f"last: expected 1 to {latent.shape[2]} frames behind a state, got {last} "
-                f"{'without' if state is None else 'behind'} one"
+                f"last: expected 1 to {latent.shape[2]} frames after a state, got {last} "
+                f"{'without' if state is None else 'after'} one"
             )
         frames = None if last is None else last * self.config.time_factor
         # Channels last from here to the video, as tensor cores and oneDNN want them

@@ -1,4 +1,5 @@
-"""Shapes of the autoencoder (SPEC 9): the paper's two decoders, the bundled one, Wan 2.1's."""
+"""Shapes of the autoencoder (docs/method.md#9): the paper's two decoders, the bundled one, Wan
+2.1's."""
 
 from dataclasses import dataclass, replace
 
@@ -7,25 +8,26 @@ UPSAMPLES = ("nearest", "shuffle", "separate")
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of a `CausalVAE`. Per-scale tuples are listed from the finest scale (SPEC 9).
+    """Shape of a `CausalVAE`. Tuples with one entry per scale begin at the finest
+    (docs/method.md#9).
 
-    With `linear_skip`, empty encoder tuples leave the linear map as the whole encoder.
+    With `linear_skip` and empty encoder tuples, the linear map is the whole encoder.
     """
 
     encoder_channels: tuple[int, ...]
     decoder_channels: tuple[int, ...]
     encoder_blocks: tuple[int, ...]  # residual blocks per scale
     decoder_blocks: tuple[int, ...]
-    strides: tuple[tuple[int, int], ...]  # (time, space) of each step from a scale to the coarser
+    strides: tuple[tuple[int, int], ...]  # (time, space) from each scale to the next coarser one
     latent_channels: int = 16
     patch_size: int = 1  # square of pixels folded into channels at the finest scale
-    time_kernels: tuple[int, int] = (3, 3)  # of a residual block; the second also in/upsampling
-    upsample: str = "nearest"  # how scales follow each other, see `layers.py`
+    time_kernels: tuple[int, int] = (3, 3)  # of a residual block; the second also of other layers
+    upsample: str = "nearest"  # kind of upsampling, see `layers.py`
     mid_attention: bool = False  # attention within each frame at the coarsest scale
     padding: str = "zeros"  # of convolutions, in space and before the first frame
-    linear_skip: bool = False  # a linear autoencoder beside the network (see `LinearSkip`)
-    latent_projection: bool = False  # a 1x1x1 convolution in front of the decoder
-    norm_eps: float = 1e-6  # beside the mean square of a pixel's channels
+    linear_skip: bool = False  # add a linear autoencoder (`LinearSkip`)
+    latent_projection: bool = False  # a 1x1x1 convolution before the decoder
+    norm_eps: float = 1e-6  # added to the mean square of a pixel's channels
 
     def __post_init__(self):
         scales = len(self.strides) + 1
@@ -60,7 +62,7 @@ class VAEConfig:
 
 
 def original() -> VAEConfig:
-    """The paper's full decoder: three residual blocks per scale (SPEC 9)."""
+    """The paper's full decoder: three residual blocks per scale (docs/method.md#9)."""
     return VAEConfig(
         encoder_channels=(128, 256, 512, 512),
         decoder_channels=(128, 256, 512, 512),
@@ -72,8 +74,8 @@ def original() -> VAEConfig:
 
 
 def lighter(config: VAEConfig) -> VAEConfig:
-    """A cheaper decoder as the paper has it (SPEC 9): half the channels at every scale but the
-    coarsest, and one residual block less where there are several."""
+    """A cheaper decoder as in the paper (docs/method.md#9): half the channels at every scale but
+    the coarsest, and one residual block less at every scale with several."""
     *finer, coarsest = config.decoder_channels
     return replace(
         config,
@@ -83,14 +85,16 @@ def lighter(config: VAEConfig) -> VAEConfig:
 
 
 def light() -> VAEConfig:
-    """The paper's light decoder behind the original encoder: [64, 128, 256, 512], two residual
-    blocks per scale."""
+    """The paper's light decoder with the original encoder: [64, 128, 256, 512], two residual blocks
+    per scale."""
     return lighter(original())
 
 
 def wan(base: int = 96) -> VAEConfig:
-    """Wan 2.1's autoencoder (arXiv 2503.20314), as its published weights need it (`load_wan`);
-    `base`: channels at the finest scale."""
+    """Wan 2.1's autoencoder (arXiv 2503.20314), in the shape of its published weights (`load_wan`).
+
+    base: channels at the finest scale.
+    """
     channels = (base, 2 * base, 4 * base, 4 * base)
     return VAEConfig(
         encoder_channels=channels,
@@ -108,8 +112,8 @@ def wan(base: int = 96) -> VAEConfig:
 def tiny() -> VAEConfig:
     """The bundled world's autoencoder: real time on two CPU cores at 128x80.
 
-    Its encoder is linear, the principal components of the world's patches; the decoder's network
-    adds what neighbours and the past tell.
+    The encoder is linear, the principal components of the world's patches. The decoder's network
+    adds what neighbouring pixels and past frames tell.
     """
     return VAEConfig(
         encoder_channels=(),
@@ -125,6 +129,6 @@ def tiny() -> VAEConfig:
 
 
 def tiny_light() -> VAEConfig:
-    """`tiny` with half the work: no residual block at the finest scale, where most of it was, and
-    two thirds of the channels."""
+    """`tiny` with half the work: no residual block at the finest scale, which did most of the work,
+    and two thirds of the channels there."""
     return replace(tiny(), decoder_channels=(32, 64, 96), decoder_blocks=(0, 2, 1))

@@ -1,7 +1,7 @@
-"""What a steady step costs, layer by layer, from the configuration: operations, bytes, parameters.
+"""Costs of a steady step, layer by layer, from the configuration: operations, bytes, parameters.
 
-Bytes are the least a kernel can move with norms, upsampling and bias fused: each input and its past
-frames once, each output and residual once, weights once.
+Bytes are the least that a kernel with fused norms, upsampling and bias can move: each input and its
+past frames once, each output and residual once, weights once.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .layers import Call, FrameAttention
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel for one latent frame. A multiplication and an addition count as two."""
+    """One kernel for one latent frame. A multiplication and an addition count as two operations."""
 
     name: str
     flops: int  # of the convolution at the output's rate
@@ -26,6 +26,7 @@ class Work:
 
 
 def total(works: list[Work]) -> Work:
+    """Adds up the work of several kernels."""
     fields = ("flops", "folded_flops", "bytes", "state_bytes", "parameters")
     return Work("total", *(sum(getattr(work, field) for work in works) for field in fields))
 
@@ -33,8 +34,8 @@ def total(works: list[Work]) -> Work:
 def decoder_work(
     config: VAEConfig, height: int, width: int, element_bytes: int = 2, pixels: bool = True
 ) -> list[Work]:
-    """Of the decoder for a video of `height` x `width`, in the order it runs. With `pixels` the
-    last convolution writes uint8. The linear skip is not part of it."""
+    """Work of the decoder for a video of `height` x `width`, in the order it runs. With `pixels`
+    the last convolution writes uint8. The linear skip is left out."""
     with torch.device("meta"):
         decoder = CausalVAE(config).decoder
     names = {module: name for name, module in decoder.named_modules()}
@@ -95,8 +96,8 @@ def _flops(call: Call) -> int:
 
 
 def _distinct_taps(kernel: int, repeats: int, ahead: int) -> float:
-    """Input elements that the taps of an output element fall on, averaged over the copies; `ahead`
-    taps reach beyond the element itself."""
+    """Input elements under the taps of one output element, averaged over the copies; `ahead` taps
+    reach past the element itself."""
     taps = range(ahead - kernel + 1, ahead + 1)
     return sum(len({(copy + i) // repeats for i in taps}) for copy in range(repeats)) / repeats
 

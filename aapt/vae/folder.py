@@ -1,7 +1,7 @@
 """Autoencoders on disk: alone or with the model they belong to, ours or Wan's.
 
-A checkpoint with a light decoder keeps the original one beside it: `original_vae` in `config.json`
-is the shape of what `original_vae.safetensors` holds.
+A checkpoint with a light decoder also keeps the original decoder: `original_vae` in `config.json`
+is the shape of the weights in `original_vae.safetensors`.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 from ..checkpoint import (
     find_checkpoint,
     load_config,
-    load_module,
+    load_meta_module,
     reading_config,
     save_config,
     save_module,
@@ -26,26 +26,32 @@ from .wan_weights import WEIGHTS
 LIGHT, ORIGINAL = "vae", "original_vae"
 
 
-def load_vae(name: str | Path, part: str = LIGHT) -> CausalVAE:
-    """The autoencoder that a bundled model or a checkpoint folder decodes with; with `part`
-    ORIGINAL the one with the decoder that a light decoder was made from. A folder of diffusers'
-    Wan has one decoder for both.
+def load_vae(
+    name: str | Path,
+    part: str = LIGHT,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> CausalVAE:
+    """Loads the autoencoder of a bundled model or a checkpoint folder.
 
-    CheckpointError, naming what was expected and what is there.
+    part: LIGHT, the decoder that the checkpoint streams with, or ORIGINAL, the decoder that the
+    light one was made from. A folder of diffusers' Wan has one decoder for both.
+    device, dtype: Where the weights go, and their precision; None for float32. CheckpointError says
+    what was expected and what was found.
     """
     folder = find_checkpoint(name)
     if (folder / WEIGHTS).is_file():
-        return load_wan(folder)
+        return load_wan(folder).to(device, dtype)
     config = load_config(folder)
     part = part if part in config else LIGHT
-    with reading_config(folder):
+    with reading_config(folder), torch.device("meta"):
         vae = CausalVAE(VAEConfig(**tuples(config[part])))
-    load_module(folder / f"{part}.safetensors", vae)
+    load_meta_module(folder / f"{part}.safetensors", vae, device, dtype)
     return vae
 
 
 def vae_digest(vae: CausalVAE) -> str:
-    """SHA-256 of an autoencoder's weights: how encoded clips name the one that made them."""
+    """SHA-256 of an autoencoder's weights, by which encoded clips name the one that made them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -54,7 +60,7 @@ def vae_digest(vae: CausalVAE) -> str:
 
 
 def lossless_dtype(vae: CausalVAE) -> torch.dtype | None:
-    """What weights are stored as bit for bit: bfloat16 if they lose nothing by it, else theirs."""
+    """Returns bfloat16 if the weights lose nothing by it, else None: they keep their own dtype."""
     weights = vae.state_dict().values()
     same = all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in weights)
     return torch.bfloat16 if same else None
@@ -63,7 +69,7 @@ def lossless_dtype(vae: CausalVAE) -> torch.dtype | None:
 def save_vaes(
     folder: Path, vaes: dict[str, CausalVAE], dtype: torch.dtype | None = None
 ) -> dict[str, dict]:
-    """Write autoencoders by part, as `dtype`; returns what `config.json` says of them."""
+    """Writes autoencoders by part, as `dtype`; returns their entries of `config.json`."""
     for part, vae in vaes.items():
         save_module(folder / f"{part}.safetensors", vae, dtype)
     return {part: asdict(vae.config) for part, vae in vaes.items()}
@@ -72,10 +78,10 @@ def save_vaes(
 def with_light_decoder(
     source: str | Path, light: CausalVAE, original: CausalVAE, out: Path
 ) -> Path:
-    """Write to `out` what the checkpoint `source` has, its name too, with a light decoder; returns
+    """Writes the checkpoint `source` to `out`, under its own name, with a light decoder; returns
     `out`.
 
-    Of a folder that is an autoencoder alone, so is the new one. The original stays bit for bit.
+    If `source` is an autoencoder alone, so is `out`. The original decoder stays bit for bit.
     """
     folder = find_checkpoint(source)
     config = {}

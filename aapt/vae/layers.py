@@ -1,13 +1,12 @@
-"""Layers of the autoencoder, and the stream of states that runs through them.
+"""Layers of the autoencoder, and the states of their convolutions.
 
-Everything that looks back in time is a `causal_conv3d`, whose state is the last frames it has
-read; norms and attention act within one frame.
+Only `causal_conv3d` looks back in time: its state is the last frames it has read. Norms and
+attention act within one frame.
 
-Three ways lead from a scale to the finer one, each with its way back:
-"nearest": repeat frames and pixels, then convolve;
-"shuffle": convolve, then unfold channels into frames and pixels;
-"separate": time by a convolution into the channels of every new frame, then space as "nearest"; the
-first frame of a stream passes by time (Wan's).
+Three kinds of upsampling, each with its inverse: "nearest": repeat frames and pixels, then
+convolve; "shuffle": convolve, then unfold channels into frames and pixels; "separate" (Wan's): a
+convolution in time makes the channels of every new frame, except for the first frame of a stream;
+then space as "nearest".
 """
 
 import math
@@ -22,16 +21,17 @@ from aapt_kernels.causal_conv3d import fuses_next_norm, layout
 
 from .config import VAEConfig
 
-# What a decoder remembers between chunks: one tensor per convolution, in the order they run.
+# The memory of a decoder between chunks: one tensor per convolution, in the order they run.
 DecoderState = tuple[Tensor, ...]
 
 
-class Stream:
-    """The states of one pass through the convolutions: read and replaced in running order.
+class States:
+    """The states of one pass through the convolutions, read and replaced in the order they run.
 
-    `out`: where the new ones go, which may be where the old ones are. A convolution has read its
-    own by then, and no other reads it.
-    `active`: for a convolution, its input, normed and activated by the one before.
+    Attributes:
+        out: The tensors that receive the new states; the old states may be given, because each
+            convolution reads its own state alone, before it is replaced.
+        active: Inputs that the convolution before has already normed and activated.
     """
 
     def __init__(self, states: DecoderState | None, out: DecoderState | None = None):
@@ -41,7 +41,7 @@ class Stream:
 
     @property
     def starts(self) -> bool:
-        """Whether this pass holds the first frame."""
+        """True in the pass that holds the first frame."""
         return self.states is None
 
     def pop(self) -> Tensor | None:
@@ -54,7 +54,7 @@ class Stream:
 
 
 class CausalConv3d(nn.Module):
-    """`causal_conv3d` with its parameters; `norm` puts an RMS norm and SiLU in front."""
+    """`causal_conv3d` with its parameters; `norm` and `silu` act on its input."""
 
     def __init__(
         self,
@@ -83,14 +83,17 @@ class CausalConv3d(nn.Module):
     def forward(
         self,
         x: Tensor | None,
-        stream: Stream,
+        stream: States,
         residual: Tensor | None = None,
         pixels: bool = False,
         then: "CausalConv3d | None" = None,
         keep_out: bool = True,
     ) -> Tensor | None:
-        """Also norms the output for `then`, the convolution that does so next, where a kernel can;
-        without `keep_out` the output is then None, for `then` alone."""
+        """Convolves one chunk.
+
+        If a kernel can, it also norms the output for `then`, the next convolution with a norm.
+        Without `keep_out` the output is then None, because only `then` reads it.
+        """
         active = stream.active.pop(self, None)
         options = dict(norm_weight=self.norm_weight, eps=self.eps, silu=self.silu)
         if active is not None:
@@ -117,12 +120,13 @@ class CausalConv3d(nn.Module):
         return out
 
     def _norms_for(self, then: "CausalConv3d") -> bool:
-        """Whether one epsilon serves both norms."""
+        """True if one epsilon serves both norms."""
         same = self.norm_weight is None or self.eps == then.eps
         return then.norm_weight is not None and then.silu and same
 
     def needs(self, frames: int) -> int:
-        """How many of its last input frames the last `frames` of its output are made of."""
+        """Returns the number of last input frames that the last `frames` output frames depend
+        on."""
         return math.ceil((frames + self.weight.shape[2] - 1) / self.upsample[0])
 
 
@@ -137,7 +141,7 @@ class Call(NamedTuple):
 
 
 def active(config: VAEConfig) -> dict:
-    """Options of a convolution behind a norm and SiLU."""
+    """Options of a convolution whose input is normed and activated."""
     return dict(norm=True, silu=True, eps=config.norm_eps, padding=config.padding)
 
 
@@ -154,7 +158,7 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
-    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: States, then: CausalConv3d | None = None) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x, stream)
         x = self.conv1(x, stream, then=self.conv2, keep_out=False)
         return self.conv2(x, stream, residual, then=then)
@@ -168,7 +172,7 @@ class ResidualBlock(nn.Module):
 
 
 def norm_of(layer: nn.Module) -> CausalConv3d | None:
-    """The convolution that norms the input of a layer, and activates it."""
+    """Returns the convolution that norms and activates the input of a layer, if any."""
     return layer if isinstance(layer, CausalConv3d) else getattr(layer, "conv1", None)
 
 
@@ -181,7 +185,7 @@ class FrameAttention(nn.Module):
         self.proj = CausalConv3d(channels, channels, (1, 1, 1))
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: States, then: CausalConv3d | None = None) -> Tensor:
         qkv = self.qkv(x, stream).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, H*W, 3C)
         out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         out = out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
@@ -204,7 +208,7 @@ class Downsample(nn.Module):
             in_channels, out_channels, (3, 3, 3), stride=(time, space, space), padding=padding
         )
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: States) -> Tensor:
         return self.conv(x, stream)
 
     def calls(self, *size: int) -> list[Call]:
@@ -212,7 +216,7 @@ class Downsample(nn.Module):
 
 
 class SeparateDownsample(nn.Module):
-    """Space, then time, each by a strided convolution of its own, which frame 0 passes by."""
+    """Space, then time, each by its own strided convolution. Frame 0 skips the one in time."""
 
     def __init__(self, channels: int, stride: tuple[int, int], padding: str):
         super().__init__()
@@ -224,7 +228,7 @@ class SeparateDownsample(nn.Module):
         if time > 1:
             self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride=(time, 1, 1))
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: States) -> Tensor:
         x = self.conv(x, stream)
         if self.time_conv is None:
             return x
@@ -259,7 +263,7 @@ class Upsample(nn.Module):
             padding=config.padding,
         )
 
-    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: States, then: CausalConv3d | None = None) -> Tensor:
         if not self.shuffle:
             return self.conv(x, stream, then=then)
         x = self.conv(x, stream)
@@ -289,12 +293,12 @@ class SeparateUpsample(nn.Module):
             in_channels, out_channels, (1, 3, 3), upsample=(1, space), padding=config.padding
         )
 
-    def forward(self, x: Tensor, stream: Stream, then: CausalConv3d | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: States, then: CausalConv3d | None = None) -> Tensor:
         if self.time_conv is not None:
             x = self._upsample_time(x, stream)
         return self.conv(x, stream, then=then)
 
-    def _upsample_time(self, x: Tensor, stream: Stream) -> Tensor:
+    def _upsample_time(self, x: Tensor, stream: States) -> Tensor:
         time = self.stride[0]
         if not stream.starts:
             return unfold_channels(self.time_conv(x, stream), time, 1)
@@ -322,15 +326,16 @@ class SeparateUpsample(nn.Module):
 
 
 def last_frames(x: Tensor, count: int | None) -> Tensor:
-    """The last `count` frames of (B, C, T, H, W), or all, lying in memory as all did."""
+    """Returns the last `count` frames of (B, C, T, H, W), None for all, in the same memory
+    format."""
     if count is None or count >= x.shape[2]:
         return x
     return x[:, :, -count:].contiguous(memory_format=layout(x))
 
 
 def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:
-    """(B, time*space*space*C, T, H, W) -> (B, C, time*T, space*H, space*W), channels last in memory
-    if they were."""
+    """Unfolds (B, time*space*space*C, T, H, W) to (B, C, time*T, space*H, space*W), in the same
+    memory format."""
     batch, channels, frames, height, width = x.shape
     shape = (batch, channels // (time * space**2), frames * time, height * space, width * space)
     folded = x.unflatten(1, (time, space, space, shape[1]))
@@ -343,13 +348,14 @@ def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:
 
 
 def fold_pixels(x: Tensor, space: int) -> Tensor:
-    """(B, C, T, space*H, space*W) -> (B, space*space*C, T, H, W): undoes `unfold_channels`."""
+    """Folds (B, C, T, space*H, space*W) to (B, space*space*C, T, H, W): undoes
+    `unfold_channels`."""
     x = x.unflatten(4, (-1, space)).unflatten(3, (-1, space))  # (B, C, T, H, space, W, space)
     return x.permute(0, 4, 6, 1, 2, 3, 5).flatten(1, 3)
 
 
 def middle(channels: int, config: VAEConfig) -> list[nn.Module]:
-    """Layers at the coarsest scale on both sides of the latent."""
+    """Returns the layers at the coarsest scale, which encoder and decoder both have."""
     if not config.mid_attention:
         return []
     return [

@@ -7,20 +7,21 @@ from aapt_kernels.causal_conv3d import ref
 
 
 def to_video(pixels: Tensor) -> Tensor:
-    """uint8 (B, F, H, W, 3) as (B, 3, F, H, W) in [-1, 1]."""
+    """Turns uint8 (B, F, H, W, 3) into video (B, 3, F, H, W) in [-1, 1]."""
     return pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def to_array(pixels: Tensor) -> np.ndarray:
-    """uint8 (1, 3, F, H, W) as (F, H, W, 3)."""
+    """Turns uint8 (1, 3, F, H, W) into an array (F, H, W, 3)."""
     return pixels[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
 def to_pixels(video: Tensor) -> Tensor:
-    """Video (B, 3, F, H, W) in [-1, 1] as uint8 (B, F, H, W, 3); not-a-number becomes black."""
+    """Turns video (B, 3, F, H, W) in [-1, 1] into uint8 (B, F, H, W, 3); NaN becomes black."""
     return to_bytes(video).permute(0, 2, 3, 4, 1).cpu()
 
 
 def to_bytes(video: Tensor) -> Tensor:
-    """Video in [-1, 1] as uint8, as a convolution with `pixels` makes it; not-a-number is black."""
+    """Turns video in [-1, 1] into uint8 of its shape, as `causal_conv3d(pixels=True)` does; NaN
+    becomes black."""
     return ref.to_pixels(video)

@@ -16,7 +16,7 @@ from .config import wan
 from .layers import FrameAttention, ResidualBlock
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# The shape that `config.wan` has; a configuration may leave it out.
+# The shape of `config.wan`; a configuration may leave these keys out.
 EXPECTED = {
     "attn_scales": [],
     "dim_mult": [1, 2, 4, 4],
@@ -27,7 +27,7 @@ EXPECTED = {
     "z_dim": 16,
 }
 
-# Their name for our convolution, and for the norm in front of it.
+# Their names of our convolution and of the norm before it.
 BLOCK = {
     "conv1": ("conv1", "norm1"),
     "conv2": ("conv2", "norm2"),
@@ -38,11 +38,11 @@ RESAMPLE = {"conv": ("resample.1", ""), "time_conv": ("time_conv", "")}
 
 
 def load_wan(folder: Path | str) -> CausalVAE:
-    """The autoencoder of a folder in diffusers' format (`vae` of a Wan 2.1 pipeline), in float32.
-    Latents are normalised with the configuration's mean and deviation.
+    """Loads the autoencoder of a folder in diffusers' format (`vae` of a Wan 2.1 pipeline),
+    float32.
 
-    Where diffusers clamps video to [-1, 1], this does not. Raises CheckpointError naming the file
-    and what is missing or does not fit.
+    Latents are normalised with the configuration's mean and deviation. Video is not clamped to
+    [-1, 1], as diffusers does. CheckpointError names the file and what is missing or does not fit.
     """
     folder = Path(folder)
     config = _read_config(folder / "config.json")
@@ -56,7 +56,7 @@ def load_wan(folder: Path | str) -> CausalVAE:
 
     vae = CausalVAE(wan(config.get("base_dim", 96)))
     channels = vae.config.latent_channels
-    # The mean is the first half of what their projection makes of the encoder's output.
+    # Their projection makes mean and deviation; the mean is its first half.
     projection, offset = take("quant_conv.weight").flatten(1)[:channels], take("quant_conv.bias")
     weights = {}
     for name, parameter in vae.named_parameters():
@@ -99,7 +99,7 @@ def _read_config(path: Path) -> dict:
 
 
 def _their_name(vae: CausalVAE, name: str) -> str:
-    """Of one of our parameters."""
+    """Returns their name of one of our parameters."""
     if name.startswith("decoder.projection."):
         return name.replace("decoder.projection", "post_quant_conv")
     side, *layer, conv, kind = name.split(".")
@@ -115,14 +115,15 @@ def _their_name(vae: CausalVAE, name: str) -> str:
 
 
 def _their_layer(vae: CausalVAE, side: str, index: int) -> str:
-    """Of a layer of ours: theirs come in groups, the middle and the scales."""
+    """Returns their name of one of our layers; theirs are grouped into the middle and the
+    scales."""
     middle = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
     if side == "encoder":
         before = len(vae.encoder.layers) - len(middle)
         return f"down_blocks.{index}" if index < before else middle[index - before]
     if index < len(middle):
         return middle[index]
-    blocks = vae.config.decoder_blocks[0]  # the same at every scale
+    blocks = vae.config.decoder_blocks[0]  # equal at every scale
     scale, place = divmod(index - len(middle), blocks + 1)
     inner = f"resnets.{place}" if place < blocks else "upsamplers.0"
     return f"up_blocks.{scale}.{inner}"

@@ -261,7 +261,10 @@ def test_help_is_quick_and_has_examples(capsys):
         assert run(*command, "--help") == 0
         said = capsys.readouterr().out
         assert f"Examples:\n    aapt {' '.join(command)}" in said
-    code = "import sys; from aapt.commands.app import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from aapt.commands.app import main; main(['--help']); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 

@@ -12,6 +12,7 @@ from aapt.model.config import SamplingConfig
 from aapt.model.world_model import WorldModel
 from aapt.runs.samples import sample_sheet
 from aapt.streaming.diffusion import DiffusionRollout
+from aapt.streaming.noise import Noise
 from aapt.streaming.rollout import decode_frames, roll_out
 from aapt.streaming.student import StudentRollout
 from aapt.vae import CausalVAE, VAEConfig
@@ -55,7 +56,7 @@ def frames_of(sheet, columns, rows):
     )
 
 
-def test_a_rollout_is_the_streaming_path_with_a_generator_per_stream():
+def test_a_rollout_is_the_streaming_path_with_noise_per_stream():
     net, given = model(), batch()
     condition, *text = net.conditions(given.motion, given.prompts, SIZE)
     first = given.latents[:, :, :1]
@@ -63,10 +64,8 @@ def test_a_rollout_is_the_streaming_path_with_a_generator_per_stream():
     assert len(made) == 4 and made[0] is first
 
     rollout = StudentRollout(net.transformer, *text, first)
-    randoms = [torch.Generator().manual_seed((5 << 20) + i) for i in range(2)]
-    noise = torch.stack(
-        [torch.cat([torch.randn(first[:1].shape, generator=r) for r in randoms]) for _ in range(3)]
-    )
+    noises = [Noise((5 << 20) + i, first[:1].shape) for i in range(2)]
+    noise = torch.stack([torch.cat([noise(step) for noise in noises]) for step in range(3)])
     expected = rollout.roll(torch.cat(list(noise), dim=2), condition).output
     assert torch.allclose(torch.cat(made[1:], dim=2), expected, atol=1e-6)
 
@@ -84,10 +83,10 @@ def test_a_diffusion_model_is_rolled_out_with_the_same_noise():
 
     empty = net.text_encoder([""] * 2)
     rollout = DiffusionRollout(net.transformer, *text, empty, first, sampling)
-    randoms = [torch.Generator().manual_seed((5 << 20) + i) for i in range(2)]
+    noises = [Noise((5 << 20) + i, first[:1].shape) for i in range(2)]
     latent = first
     for frame in range(3):
-        noise = torch.cat([torch.randn(first[:1].shape, generator=r) for r in randoms])
+        noise = torch.cat([noise(frame) for noise in noises])
         latent = rollout.step(noise, latent, rays[frame])
         torch.testing.assert_close(made[frame + 1], latent)
     one_pass = list(roll_out(net, first, text, lambda n: rays[n - 1], 3, seed=5))

@@ -108,9 +108,7 @@ def test_last_frames_that_are_not_there(last):
     vae = make_vae(tiny())
     latent = torch.randn(1, 16, 2, 3, 5)
     _, state = vae.decode_frame(latent)
-    with pytest.raises(
-        ValueError, match=f"last: expected 1 to 2 frames behind a state, got {last}"
-    ):
+    with pytest.raises(ValueError, match=f"last: expected 1 to 2 frames after a state, got {last}"):
         vae.decode_frame(latent, state, last=last)
     with pytest.raises(ValueError, match="got 1 without one"):
         vae.decode_frame(latent, last=1)

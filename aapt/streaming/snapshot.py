@@ -1,0 +1,39 @@
+"""The whole state of a stream between two steps (docs/method.md#17)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..model.transformer import KVCache
+from ..vae.stream import DecoderSnapshot
+from .student import Past
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a stream's state: `Stream.restore` returns to it, any number of times.
+
+    Nothing writes to it, and it can be pickled.
+
+    Attributes:
+        seed, steps: The seed of the noise and the steps made with it; noise has no other state.
+        prompt: The prompt in force.
+        latent: The last frame (1, C, 1, h, w), which the next step recycles.
+        cache: Text, first frame and window of every layer.
+        past: The inputs of the remembered steps, in a stream opened with `recache`.
+        decoder: The states of the decoder's convolutions.
+    """
+
+    seed: int
+    steps: int
+    prompt: str
+    latent: Tensor
+    cache: KVCache
+    past: Past | None
+    decoder: DecoderSnapshot
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        remembered = self.past.bytes if self.past else 0
+        return self.latent.nbytes + self.cache.bytes + remembered + self.decoder.bytes
