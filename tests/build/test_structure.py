@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "model": {"checkpoint"},
     "vae": {"checkpoint"},
     "data": {"checkpoint", "clock", "lock", "model", "vae"},
-    "streaming": {"checkpoint", "clock", "model", "vae"},
+    "streaming": {"checkpoint", "clock", "device", "model", "vae"},
     "training": {"data", "device", "model", "streaming", "torchscript", "vae"},
     "evaluate": {
         *GROUND,
