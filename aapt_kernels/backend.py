@@ -10,6 +10,7 @@ sm_90a sources on a simulated device (development builds), and `triton` under it
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -61,6 +62,18 @@ def implement(
 
     for key in ("CPU", "CUDA"):
         _library.impl(op, dispatch, key)
+
+
+def deferred(package: str, function: str = "forward") -> Callable | None:
+    """`function` of the op's `triton_kernels.py`, as `implement(op, triton=deferred(__name__))`
+    wants it; None where Triton is not installed."""
+    if find_spec("triton") is None:
+        return None
+
+    def run(*arguments):
+        return getattr(import_module(f"{package}.triton_kernels"), function)(*arguments)
+
+    return run
 
 
 def register_fake(op: str) -> Callable:

@@ -68,3 +68,10 @@ def check_no_grad(op: str, tensors: Mapping[str, Tensor | None]) -> None:
                 f"{name}: {op} has no gradient; expected a tensor that does not require grad, or "
                 f"a call under torch.no_grad(), got requires_grad=True"
             )
+
+
+def sm90_limit(q: Tensor, *_) -> str | None:
+    """Why the sm_90a attention kernels and kv_append do not take q; None if they do."""
+    if q.dtype == torch.bfloat16 and q.shape[-1] in (64, 128):
+        return None
+    return f"it takes bfloat16 with head_dim 64 or 128, got {q.dtype} with {q.shape[-1]}"

@@ -16,7 +16,7 @@ import copy
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_dtype, check_shape
+from .checks import check_dense_rows, check_device, check_dtype, check_shape
 
 
 class KVCache:
@@ -164,3 +164,14 @@ class KVCache:
     def check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.k.shape[0]:
             raise IndexError(f"layer: expected 0 ... {self.k.shape[0] - 1}, got {layer}")
+
+    def check_frame(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Each tensor is one frame of this cache, (batch, tokens_per_frame, heads, head_dim), or
+        IndexError, ValueError or TypeError."""
+        self.check_layer(layer)
+        _, batch, _, heads, head_dim = self.k.shape
+        for name, tensor in tensors.items():
+            check_shape(name, tensor, (batch, self.tokens_per_frame, heads, head_dim), "this cache")
+        check_dense_rows(tensors)
+        check_dtype({"cache": self.k, **tensors})
+        check_device({"cache": self.k, **tensors})

@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from aapt_kernels.causal_conv3d import ref
+from aapt_kernels.causal_conv3d.frames import to_pixels
 
 
 def to_video(pixels: Tensor) -> Tensor:
@@ -23,4 +23,4 @@ def to_pixels(video: Tensor) -> Tensor:
 
 def to_bytes(video: Tensor) -> Tensor:
     """Video in [-1, 1] as uint8, as a convolution with `pixels` makes it; not-a-number is black."""
-    return ref.to_pixels(video)
+    return to_pixels(video)

@@ -7,10 +7,8 @@ out = block_causal_attention(q, k, v, layout, text_lens=text_lens)
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_autograd, register_fake
-from ..checks import check_dense_rows, check_device, check_dtype, check_shape
-from ..deferred import deferred
-from ..kv_append import sm90_limit
+from ..backend import deferred, implement, register_autograd, register_fake
+from ..checks import check_dense_rows, check_device, check_dtype, check_shape, sm90_limit
 from ..layout import FrameLayout
 from ..precision import wide
 from . import cpu, ref

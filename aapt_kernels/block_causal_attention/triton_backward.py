@@ -4,7 +4,7 @@ the scores again: nothing is added in memory, and results do not depend on timin
 import triton
 import triton.language as tl
 
-from ..cached_attention.triton_kernels import dot, load_rows
+from ..triton_tiles import dot, load_rows
 from .triton_mask import (
     INTEGERS,
     clean_place,
@@ -15,7 +15,7 @@ from .triton_mask import (
     text_length,
     visible_tiles,
 )
-from .triton_tiles import store_rows, sweep
+from .triton_sweep import store_rows, sweep
 
 
 @triton.jit(do_not_specialize=["rows"])

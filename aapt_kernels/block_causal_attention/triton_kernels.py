@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cached_attention.triton_kernels import LOG2_E, dot, load_rows
 from ..layout import FrameLayout
+from ..triton_tiles import LOG2_E, dot, load_rows
 from .triton_backward import keys_backward_kernel, queries_backward_kernel, stats_kernel
 from .triton_mask import INTEGERS, hide, text_length, visible_tiles
-from .triton_tiles import store_rows, sweep
+from .triton_sweep import store_rows, sweep
 
 STATS_ROWS = 16
 

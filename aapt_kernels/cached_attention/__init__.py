@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_fake
-from ..checks import check_no_grad
-from ..deferred import deferred
-from ..kv_append import check_frame, sm90_limit
+from ..backend import deferred, implement, register_fake
+from ..checks import check_no_grad, sm90_limit
 from ..kv_cache import KVCache
 from ..precision import wide
 from . import cpu, ref
@@ -33,7 +31,7 @@ def cached_attention(
     one requires grad.
     """
     tensors = {"q": q} if q_sink is None else {"q": q, "q_sink": q_sink}
-    check_frame(tensors, cache, layer)
+    cache.check_frame(layer, tensors)
     check_no_grad("cached_attention", tensors)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -59,7 +57,7 @@ def _(q, *_):
 
 implement(
     "cached_attention",
-    limits={"cuda": sm90_limit, "sim": sm90_limit, "triton": deferred(__name__, "limit")},
+    limits={"cuda": sm90_limit, "triton": deferred(__name__, "limit")},
     reference=ref.reference_forward,
     cpu=cpu.forward,
     triton=deferred(__name__),

@@ -14,14 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
-from ..qk_norm_rope.triton_kernels import multiprocessors
+from ..triton_rows import multiprocessors
+from ..triton_tiles import LOG2_E, dot, load_rows
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
 MERGE_ROWS = 16
-LOG2_E = 1.4426950408889634
-INTERPRETED = tl.constexpr(interpreted())
 
 
 class Config(NamedTuple):
@@ -46,33 +44,7 @@ CONFIGS = {
 
 
 @triton.jit
-def load_rows(x, row, stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, WIDTH) of one head: zero beyond head_dim, and where not active (None: all are)."""
-    column = tl.arange(0, WIDTH)[None, :]
-    at = x + row.to(tl.int64)[:, None] * stride + column
-    if HEAD_DIM < WIDTH:
-        mask = column < HEAD_DIM
-        if active is not None:
-            mask = mask & active[:, None]
-        tile = tl.load(at, mask=mask, other=0)
-    elif active is not None:
-        tile = tl.load(at, mask=active[:, None], other=0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
-def dot(a, b, start=None):
-    """start + a b, float32 inputs as three TF32 products. The interpreter takes the bits of BF16
-    for integers, so there it gets the same values in float32."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, start, input_precision="tf32x3")
-
-
-@triton.jit
-def attend(
+def attend_tile(
     result,
     highest,
     total,
@@ -106,7 +78,7 @@ def attend(
 
 
 @triton.jit
-def sweep(
+def attend_tiles(
     result,
     highest,
     total,
@@ -134,7 +106,7 @@ def sweep(
     whole = whole_here + whole_there
     for tile in range(tl.minimum(first, whole), tl.minimum(last, whole)):
         at = tl.where(tile < whole_here, text + tile * KEYS, start + (tile - whole_here) * KEYS)
-        result, highest, total = attend(
+        result, highest, total = attend_tile(
             result,
             highest,
             total,
@@ -152,7 +124,7 @@ def sweep(
     for tile in tl.range(tl.maximum(first, whole), tl.maximum(last, whole), num_stages=1):
         here = (tile == whole) & (text_end > text + whole_here * KEYS)
         at = tl.where(here, text + whole_here * KEYS, start + whole_there * KEYS)
-        result, highest, total = attend(
+        result, highest, total = attend_tile(
             result,
             highest,
             total,
@@ -240,7 +212,7 @@ def cached_attention_kernel(
     if q_sink is not None:
         q_sink += batch * q_sink_batch_stride + head * q_sink_head_stride
         q_tile = load_rows(q_sink, row, q_sink_token_stride, active, HEAD_DIM, WIDTH)
-        result, highest, total = sweep(
+        result, highest, total = attend_tiles(
             result,
             highest,
             total,
@@ -262,7 +234,7 @@ def cached_attention_kernel(
         )
     q += batch * q_batch_stride + head * q_head_stride
     q_tile = load_rows(q, row, q_token_stride, active, HEAD_DIM, WIDTH)
-    result, highest, total = sweep(
+    result, highest, total = attend_tiles(
         result,
         highest,
         total,

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..backend import choose, implement
+from ..backend import choose, deferred, implement, register_autograd, register_fake
 from ..checks import check_device, check_dtype, check_shape
-from ..deferred import deferred
 from . import cpu, ref, sm90
-from .ref import layout, past_frames
+from .frames import memory_format_of, past_frames
 
 PADDINGS = ("zeros", "replicate")
 MAX_NORMED_CHANNELS = 128  # that a tile of a kernel holds, and so can norm in its epilogue
@@ -188,7 +187,8 @@ def _out_size(x, stride, upsample, starts: bool) -> tuple[int, ...]:
     return tuple((size - 1) // step + 1 for size, step in zip(repeated, stride, strict=True))
 
 
-def _fake(
+@register_fake("causal_conv3d")
+def _(
     x,
     weight,
     bias,
@@ -208,7 +208,7 @@ def _fake(
     def empty(wanted, size, dtype=x.dtype):
         if not wanted:
             return x.new_empty(0)
-        return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout(x))
+        return torch.empty(size, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
 
     size = (*x.shape[:1], *weight.shape[:1], *_out_size(x, stride, upsample, state is None))
     past = past_frames(weight.shape[2], upsample[0])
@@ -219,7 +219,8 @@ def _fake(
     )
 
 
-def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, replicate):
+@register_fake("causal_conv3d_backward")
+def _(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, replicate):
     dnorm_weight = x.new_empty(0 if norm_weight is None else x.shape[1])
     return (
         torch.empty_like(x),
@@ -229,7 +230,7 @@ def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsam
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, weight, bias, state, norm_weight, eps, silu, residual, *options, pixels, _, _, _ = inputs
     ctx.save_for_backward(x, weight, state, norm_weight)
     ctx.options = eps, silu, *options
@@ -255,6 +256,7 @@ def _backward(ctx, dout, *_):
     )
 
 
+register_autograd("causal_conv3d", _backward, _save)
 implement(
     "causal_conv3d",
     limits={"cuda": sm90.limit, "triton": deferred(__name__, "limit")},
@@ -268,6 +270,3 @@ implement(
     cpu=cpu.causal_conv3d_backward,
     reference=ref.causal_conv3d_backward,
 )
-torch.library.register_fake("aapt::causal_conv3d", _fake)
-torch.library.register_fake("aapt::causal_conv3d_backward", _fake_backward)
-torch.library.register_autograd("aapt::causal_conv3d", _backward, setup_context=_setup_context)

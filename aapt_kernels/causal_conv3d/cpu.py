@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
+from .frames import frames_to_skip, memory_format_of, past_frames, to_pixels
 from .packed import PackedWeights
-from .ref import frames_to_skip, layout, past_frames, to_pixels
 
 LAST = torch.channels_last_3d
 DILATION = [1, 1, 1]
@@ -39,7 +39,7 @@ def causal_conv3d(
     new_state = x.new_empty(0)
     if keep_state:
         last = frames[:, :, frames.shape[2] - past :]
-        new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=layout(x))
+        new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=memory_format_of(x))
         if past:
             new_state.copy_(last)
     if max(upsample) > 1:
@@ -53,12 +53,12 @@ def causal_conv3d(
         out += residual
     active = x.new_empty(0)
     if next_norm_weight is not None:
-        active = torch.empty(out.shape, dtype=out.dtype, memory_format=layout(x))
+        active = torch.empty(out.shape, dtype=out.dtype, memory_format=memory_format_of(x))
         _write_active(active, out, next_norm_weight, eps, True)
     if not keep_out:
         return x.new_empty(0), new_state, active
     out = to_pixels(out) if pixels else out
-    return out.contiguous(memory_format=layout(x)), new_state, active
+    return out.contiguous(memory_format=memory_format_of(x)), new_state, active
 
 
 def _convolve(

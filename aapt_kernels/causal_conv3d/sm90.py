@@ -5,15 +5,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .frames import memory_format_of
 from .packed import PackedWeights
-from .ref import layout
 
 
 def limit(x, weight=None, bias=None, state=None, norm_weight=None, *options) -> str | None:
     """Why the kernel does not take these arguments; None if it does."""
     if x.dtype != torch.bfloat16:
         return f"it takes bfloat16, got {x.dtype}"
-    if layout(x) != torch.channels_last_3d:
+    if memory_format_of(x) != torch.channels_last_3d:
         return "it takes channels last in memory (torch.channels_last_3d)"
     if x.shape[1] % 8 or x.shape[1] > 1024:
         return f"it takes a multiple of 8 input channels, at most 1024, got {x.shape[1]}"

@@ -12,11 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
+from ..triton_tiles import INTERPRETED
+from .frames import frames_to_skip, memory_format_of, past_frames
 from .packed import PackedWeights
-from .ref import frames_to_skip, layout, past_frames
-
-INTERPRETED = tl.constexpr(interpreted())
 
 ROWS = 32  # pixels that a program activates
 MAX_CHANNELS = 2048
@@ -213,8 +211,8 @@ packed_weights = PackedWeights(lambda weight: weight.permute(2, 3, 4, 1, 0).cont
 def activate(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
     """Norm and SiLU of x, in its own layout."""
     batch, channels, frames, height, width = x.shape
-    out = torch.empty_like(x, memory_format=layout(x))
-    x = x.contiguous(memory_format=layout(x))
+    out = torch.empty_like(x, memory_format=memory_format_of(x))
+    x = x.contiguous(memory_format=memory_format_of(x))
     pixels = batch * frames * height * width
     activate_kernel[(triton.cdiv(pixels, ROWS),)](
         x,
@@ -238,13 +236,13 @@ def next_state(x: Tensor, state: Tensor | None, past: int, replicate: bool) -> T
     """The last `past` frames of [state | x]."""
     missing = past - x.shape[2]
     if missing <= 0:
-        return x[:, :, -missing:].clone(memory_format=layout(x))
+        return x[:, :, -missing:].clone(memory_format=memory_format_of(x))
     if state is not None:
         before = state[:, :, past - missing :]
     else:
         before = x[:, :, :1] if replicate else torch.zeros_like(x[:, :, :1])
         before = before.expand(-1, -1, missing, -1, -1)
-    return torch.cat([before, x], dim=2).contiguous(memory_format=layout(x))
+    return torch.cat([before, x], dim=2).contiguous(memory_format=memory_format_of(x))
 
 
 def forward(
@@ -271,7 +269,7 @@ def forward(
     skipped = frames_to_skip(kt, repeats, starts)
     out_frames = ((past + frames) * repeats - skipped - kt) // stride[0] + 1
     size = [(n * copies - 1) // step + 1 for n, step in zip(x.shape[3:], stride[1:], strict=True)]
-    memory = layout(x)
+    memory = memory_format_of(x)
     shape = (batch, out_channels, out_frames, *size)
     constants = blocks_of(out_channels, channels)
     norms = next_norm_weight is not None

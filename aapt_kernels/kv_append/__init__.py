@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_fake
-from ..checks import check_dense_rows, check_device, check_dtype, check_no_grad, check_shape
-from ..deferred import deferred
+from ..backend import deferred, implement, register_fake
+from ..checks import check_no_grad, sm90_limit
 from ..kv_cache import KVCache
 from ..qk_norm_rope import check_arguments
 from . import cpu, ref
@@ -37,7 +36,7 @@ def kv_append(
     one requires grad: what is written in place has no gradient.
     """
     tensors = {"q": q, "k": k, "v": v}
-    check_frame(tensors, cache, layer)
+    cache.check_frame(layer, tensors)
     check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink)
     check_no_grad("kv_append", {**tensors, "q_weight": q_weight, "k_weight": k_weight})
     q, q_sink = torch.ops.aapt.kv_append.default(
@@ -59,27 +58,10 @@ def kv_append(
     return q if cos_sink is None else (q, q_sink)
 
 
-def check_frame(tensors: dict[str, Tensor], cache: KVCache, layer: int) -> None:
-    """Each tensor is one frame of this cache, (batch, tokens_per_frame, heads, head_dim)."""
-    cache.check_layer(layer)
-    _, batch, _, heads, head_dim = cache.k.shape
-    for name, tensor in tensors.items():
-        check_shape(name, tensor, (batch, cache.tokens_per_frame, heads, head_dim), "this cache")
-    check_dense_rows(tensors)
-    check_dtype({"cache": cache.k, **tensors})
-    check_device({"cache": cache.k, **tensors})
-
-
 @register_fake("kv_append")
 def _(q, k, v, k_cache, v_cache, step, q_weight, k_weight, cos, sin, cos_sink, *_):
     q_sink = q.new_empty(0 if cos_sink is None else q.shape)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q_sink
-
-
-def sm90_limit(q: Tensor, *_) -> str | None:
-    if q.dtype == torch.bfloat16 and q.shape[-1] in (64, 128):
-        return None
-    return f"it takes bfloat16 with head_dim 64 or 128, got {q.dtype} with {q.shape[-1]}"
 
 
 implement(

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..qk_norm_rope.triton_kernels import (
+from ..triton_rows import (
     dense_or_none,
     load_angles,
     load_halves,

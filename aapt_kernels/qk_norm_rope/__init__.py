@@ -6,9 +6,8 @@ q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_autograd, register_fake
+from ..backend import deferred, implement, register_autograd, register_fake
 from ..checks import check_dense_rows, check_device, check_dtype, check_shape
-from ..deferred import deferred
 from . import cpu, ref
 
 
