@@ -1,8 +1,8 @@
 """Rows of head_dim in Triton kernels: norm and rotation, for qk_norm_rope and kv_append.
 
-A program takes ROWS rows of head_dim in the order (batch, token, head): any ROWS of them where each
-head has its norm, the heads of one token where the norm runs ACROSS them. A row is held as its two
-halves, so that rotation exchanges nothing, and every access is contiguous.
+A program takes ROWS rows of head_dim in the order (batch, token, head): any rows if each head has
+its norm, the heads of one token if the norm runs ACROSS them. A row is held as its two halves, so
+that rotation exchanges nothing, and every access is contiguous.
 """
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # elements of one half that a program of four warps holds: 16 bytes of BF16 per thread
-COUNTS = ["rows", "length"]  # that differ between calls: no kernel of their own for some values
+TILE = 1024  # elements of one half per program of four warps: 16 bytes of BF16 per thread
+COUNTS = ["rows", "length"]  # differ between calls, and get no kernel of their own for some values
 
 
 @triton.jit
@@ -24,8 +24,8 @@ def locate(
     ROWS: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """The rows of a program: batch, token, head, whether there is such a row, and where it is in a
-    dense tensor."""
+    """Return batch, token and head of a program's rows, whether a row is active, and its offset in
+    a dense tensor."""
     row = program * ROWS + tl.arange(0, ROWS)
     span = heads
     if ACROSS:
@@ -39,7 +39,7 @@ def locate(
 
 @triton.jit
 def offsets(batch, token, head, batch_stride, token_stride, head_stride):
-    """64-bit, because a cache or a long clip may hold more than 2^31 elements."""
+    """Return the offsets of rows, in 64 bits: a cache or a long clip may exceed 2^31 elements."""
     return (
         batch.to(tl.int64) * batch_stride
         + token.to(tl.int64) * token_stride
@@ -49,8 +49,10 @@ def offsets(batch, token, head, batch_stride, token_stride, head_stride):
 
 @triton.jit
 def half_masks(active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns of a half, and which elements of the first and the second half there are; an odd
-    head_dim, which nobody rotates, has a shorter second half."""
+    """Return the columns of a half, and masks of the first and the second half.
+
+    An odd head_dim, which nobody rotates, has a shorter second half.
+    """
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     column = tl.arange(0, WIDTH)[None, :]
     return column, active & (column < HALF), active & (column < HEAD_DIM - HALF)
@@ -76,7 +78,8 @@ def store_halves(x, at, low, high, active, HEAD_DIM: tl.constexpr, WIDTH: tl.con
 def load_weight(
     weight, head, heads, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr
 ):
-    """(ROWS, WIDTH) halves of a weight of all heads, (1, WIDTH) of the one that they share."""
+    """Load halves of a weight: (ROWS, WIDTH) if each head has its own, (1, WIDTH) if heads share
+    it."""
     if ACROSS:
         halves = load_halves(
             weight, (head * HEAD_DIM)[:, None], (head < heads)[:, None], HEAD_DIM, WIDTH
@@ -88,7 +91,7 @@ def load_weight(
 
 @triton.jit
 def mean(low, high, heads, HEAD_DIM: tl.constexpr, ACROSS: tl.constexpr):
-    """Over the elements that one norm runs over: (ROWS, 1), or a scalar across heads."""
+    """Return the mean over the elements of one norm: (ROWS, 1), or a scalar across heads."""
     sums = tl.sum(low + high, axis=1, keep_dims=True)
     if ACROSS:
         result = tl.sum(tl.sum(sums, axis=1), axis=0) / (HEAD_DIM * heads)
@@ -134,7 +137,7 @@ def load_angles(
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Of each row's token; None without tables."""
+    """Load cos and sin of each row's token; None without tables."""
     if cos is not None:
         column, mask, _ = half_masks(active, HEAD_DIM, WIDTH)
         at = token[:, None] * (HEAD_DIM // 2) + column
@@ -172,7 +175,7 @@ def store_queries(
     ACROSS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Queries, normalised and rotated, and the same ones as the pinned frame sees them."""
+    """Store queries, normalised and rotated, and once more rotated for the pinned frame."""
     low, high = normalise(low, high, weight, head, heads, EPS, HEAD_DIM, WIDTH, ACROSS, WIDE)
     rotated_low, rotated_high = rotate(low, high, cos, sin)
     store_halves(q_out, out, rotated_low, rotated_high, active, HEAD_DIM, WIDTH)
@@ -183,7 +186,8 @@ def store_queries(
 
 
 def tiling(q: Tensor, weight: Tensor | None, eps: float) -> tuple[int, dict]:
-    """Rows, padded heads included, and the compile-time arguments of a launch over them."""
+    """Return the number of rows, padded heads included, and the compile-time arguments of a
+    launch."""
     batch, length, heads, head_dim = q.shape
     width = triton.next_power_of_2((head_dim + 1) // 2)
     across = weight is not None and weight.dim() == 2
@@ -201,10 +205,12 @@ def tiling(q: Tensor, weight: Tensor | None, eps: float) -> tuple[int, dict]:
 
 
 def dense_or_none(tensors) -> list[Tensor | None]:
+    """Return every tensor contiguous, None for None."""
     return [None if x is None else x.contiguous() for x in tensors]
 
 
 def multiprocessors(x: Tensor) -> int:
+    """Return the number of multiprocessors of x's device."""
     if not x.is_cuda:
         return 2  # the interpreter has no device; enough for more than one program
     return torch.cuda.get_device_properties(x.device).multi_processor_count

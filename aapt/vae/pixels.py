@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from aapt_kernels.causal_conv3d.frames import to_pixels
+from aapt_kernels.causal_conv3d.frames import to_bytes
 
 
 def to_video(pixels: Tensor) -> Tensor:
@@ -19,8 +19,3 @@ def to_array(pixels: Tensor) -> np.ndarray:
 def to_pixels(video: Tensor) -> Tensor:
     """Video (B, 3, F, H, W) in [-1, 1] as uint8 (B, F, H, W, 3); not-a-number becomes black."""
     return to_bytes(video).permute(0, 2, 3, 4, 1).cpu()
-
-
-def to_bytes(video: Tensor) -> Tensor:
-    """Video in [-1, 1] as uint8, as a convolution with `pixels` makes it; not-a-number is black."""
-    return to_pixels(video)

@@ -1,9 +1,9 @@
 """Flash attention on the cache in place, for any GPU that Triton serves.
 
-A program takes a tile of queries of one head and a share of the key tiles; which keys there are it
-computes itself, from the counter and the text lengths on the device. Whole tiles of all intervals
-come first, in a loop without a mask, then the ragged ends. Where one pass over the queries would
-leave multiprocessors idle the keys are shared out, and a second kernel merges the parts in order.
+A program takes a tile of queries of one head and a share of the key tiles. It computes the keys
+itself, from the counter and the text lengths on the device. Whole tiles of all intervals come
+first, in a loop without a mask, then the ragged ends. If one pass over the queries would leave
+multiprocessors idle, the keys are shared out, and a second kernel merges the parts in order.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ MERGE_ROWS = 16
 
 
 class Config(NamedTuple):
-    """rows x keys: the tile; programs: how many of them one multiprocessor holds."""
+    """Tile of the kernel (query rows x keys), warps, stages; programs: per multiprocessor."""
 
     rows: int
     keys: int
@@ -32,7 +32,7 @@ class Config(NamedTuple):
     programs: int
 
 
-# By bytes per element and padded head_dim: for any number of queries, for up to 64, for up to 16.
+# By bytes per element and padded head_dim: for any number of queries, for at most 64, at most 16
 CONFIGS = {
     (2, 32): (Config(128, 64, 4, 3, 2), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
     (2, 64): (Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
@@ -59,7 +59,7 @@ def attend_tile(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One tile of keys, those below `end` (None: all). `highest` is in units of log2."""
+    """Add one tile of keys, those below `end` (None: all). `highest` is in units of log2."""
     seen = None
     if end is not None:
         seen = key < end
@@ -98,8 +98,8 @@ def attend_tiles(
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Tiles first ... last of the keys [text, text_end) and [start, end): the whole ones of both,
-    then the ragged ends."""
+    """Add tiles first ... last of the keys [text, text_end) and [start, end): the whole tiles of
+    both intervals, then the ragged ends."""
     lane = tl.arange(0, KEYS)
     whole_here = (text_end - text) // KEYS
     whole_there = (end - start) // KEYS
@@ -180,7 +180,10 @@ def cached_attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """scale is positive and in units of log2; lse (splits, B, H, L) is dense."""
+    """Write out and lse of a tile of queries and a share of the keys.
+
+    scale is positive and in units of log2; lse (splits, B, H, L) is dense.
+    """
     split, splits = tl.program_id(1), tl.num_programs(1)
     pair = tl.program_id(2)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -280,8 +283,10 @@ def merge_kernel(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One attention from parts that saw disjoint keys: (splits, B, H, L, D) -> (B, L, H, D); rows
-    is B H L, SPLITS a power of two."""
+    """Merge parts that saw disjoint keys into one attention: (splits, B, H, L, D) -> (B, L, H, D).
+
+    rows is B H L, SPLITS a power of two.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     active = row < rows
     split = tl.arange(0, SPLITS)[None, :]
@@ -306,7 +311,8 @@ def merge_kernel(
 
 
 def limit(q: Tensor, *_) -> str | None:
-    """What the kernel does not take. It pads a head_dim to the next of 32, 64 and 128."""
+    """Return why the kernel does not take q, None if it does. It pads a head_dim to the next of 32,
+    64 and 128."""
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM:
         return None
     return (
@@ -316,6 +322,7 @@ def limit(q: Tensor, *_) -> str | None:
 
 
 def choose_config(q: Tensor) -> Config:
+    """Return the tile for this number of queries, with stages that fit the device."""
     width = max(32, triton.next_power_of_2(q.shape[-1]))
     several, few, handful = CONFIGS[q.element_size(), width]
     config = handful if q.shape[1] <= 16 else few if q.shape[1] <= 64 else several
@@ -329,8 +336,9 @@ def choose_config(q: Tensor) -> Config:
 
 @cache
 def choose_splits(tiles: int, key_tiles: int, programs: int) -> int:
-    """Shares of the keys that finish first where `programs` of them run at once, by the key tiles
-    of the longest chain; a share costs about one more to start, three if it must be merged."""
+    """Return the number of shares of the keys that finishes first if `programs` run at once,
+    counted in key tiles of the longest chain. A share costs about one more to start, three if it
+    must be merged."""
 
     def cost(splits: int) -> int:
         waves = -(tiles * splits // -programs)
@@ -340,7 +348,7 @@ def choose_splits(tiles: int, key_tiles: int, programs: int) -> int:
 
 
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: int | None = None):
-    """splits: chosen unless given, from shapes alone."""
+    """Launch the kernel; splits: chosen from shapes alone, unless given."""
     text_tokens, tokens_per_frame, window_frames, sink_frames, scale = arguments
     batch, length, heads, head_dim = q.shape
     if scale < 0:  # the running maximum is that of the scaled scores only for a scale > 0

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
-from .frames import frames_to_skip, memory_format_of, past_frames, to_pixels
+from .frames import frames_to_skip, memory_format_of, past_frames, to_bytes
 
 
 def prologue(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
-    """RMS norm over the channels of every pixel, then SiLU; computed in at least float32."""
+    """Apply RMS norm over the channels of every pixel, then SiLU; computed in at least float32."""
     y = x.to(wide(x.dtype))
     if norm_weight is not None:
         y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + eps)
@@ -20,7 +20,7 @@ def prologue(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> T
 
 
 def repeat(x: Tensor, kt: int, upsample: list[int], starts: bool) -> Tensor:
-    """[state | x] at the rate of the output: nearest neighbours, in time and in space."""
+    """Return [state | x] at the rate of the output: nearest neighbours, in time and in space."""
     time, space = upsample
     if time > 1:
         x = x.repeat_interleave(time, dim=2)
@@ -63,7 +63,7 @@ def causal_conv3d(
     if residual is not None:
         out = out + residual
     active = None if next_norm_weight is None else prologue(out, next_norm_weight, eps, True)
-    out = to_pixels(out) if pixels else out
+    out = to_bytes(out) if pixels else out
     returned = out if keep_out else None, new_state if keep_state else None, active
     return tuple(
         x.new_empty(0) if t is None else t.contiguous(memory_format=memory_format_of(x))
@@ -83,7 +83,8 @@ def causal_conv3d_backward(
     upsample: list[int],
     replicate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and norm_weight (empty without one), by differentiation."""
+    """Return the gradients of x, weight, bias and norm_weight, the last empty without a norm, by
+    differentiation."""
 
     def forward(x, weight, bias, norm_weight):
         options = eps, silu, None, stride, upsample, replicate, False, None, True, True

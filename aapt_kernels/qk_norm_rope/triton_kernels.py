@@ -120,12 +120,12 @@ def normalise_backward(
     ACROSS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Stores dx and returns the sums of dweight with these rows added, one per row and column."""
+    """Store dx and return the sums of dweight, one per row and column, with these rows added."""
     if weight is not None:
         low, high = load_halves(x, at, active, HEAD_DIM, WIDTH)
         low, high = low.to(WIDE), high.to(WIDE)
         inverse = inverse_rms(low, high, heads, EPS, HEAD_DIM, ACROSS)
-        # NOTE: a row that is not there has an infinite inverse where eps is 0.
+        # NOTE: an inactive row has an infinite inverse if eps is 0
         low, high = tl.where(active, low * inverse, 0), tl.where(active, high * inverse, 0)
         sum_low += dn_low * low
         sum_high += dn_high * high
@@ -194,8 +194,11 @@ def qk_norm_rope_backward_kernel(
     ACROSS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Incoming gradients are dense. A program sums its share of dweight in a fixed order and stores
-    it to its own row: (programs, *weight.shape)."""
+    """Write the gradients of q, k and both weights; incoming gradients are dense.
+
+    A program sums its share of dweight in a fixed order and stores it to its own row:
+    (programs, *weight.shape).
+    """
     program = tl.program_id(0)
     q_sum_low = tl.zeros((ROWS, WIDTH), WIDE)
     q_sum_high = tl.zeros((ROWS, WIDTH), WIDE)

@@ -112,6 +112,20 @@ def test_kernels_are_imported_in_few_places():
     assert importers("aapt", "aapt_kernels") == IMPORT_KERNELS
 
 
+def test_operators_import_no_other_operator():
+    folder = ROOT / "aapt_kernels"
+    operators = {path.parent.name for path in folder.glob("*/ref.py")}
+    found = set()
+    for path in python_files("aapt_kernels"):
+        owner = path.parent.name if path.parent != folder else path.name
+        for name in imported_modules(path, module_name(path)):
+            used = set(name.split(".")[1:2]) & operators - {owner}
+            found |= {(owner, other) for other in used}
+    across = {("kv_append", "qk_norm_rope")}  # which it fuses
+    assert len(operators) == 5
+    assert found == across | {("__init__.py", operator) for operator in operators}
+
+
 def test_kernels_do_not_know_the_model():
     assert importers("aapt_kernels", "aapt") == set()
 
