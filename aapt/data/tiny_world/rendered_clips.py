@@ -4,9 +4,12 @@ Run `python -m aapt.data.tiny_world.rendered_clips --out sheet.png` to draw ever
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +104,29 @@ def render_clips(data: ProceduralData, workers: int, count: int | None = None) -
         height=data.height,
         width=data.width,
     )
-    # Fork would copy the locks of torch's threads in an unknown state.
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_single_thread) as pool:
+    with _start_workers(workers) as pool:
         yield from pool.imap(render_clip, seeds, chunksize=4)
+
+
+def _start_workers(count: int) -> Pool:
+    """Start processes that never see Ctrl-C: their parent ends them, and they print no traces.
+
+    A Ctrl-C while they start is raised at the end, so that no process is left half started.
+    """
+    resource_tracker.ensure_running()  # started with the first worker, it would unblock the signal
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it
+    try:
+        # Fork would copy torch's threads in an unknown state.
+        pool = multiprocessing.get_context("spawn").Pool(count, initializer=_single_thread)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        pool.terminate()
+        raise KeyboardInterrupt
+    return pool
 
 
 def _single_thread() -> None:
