@@ -124,7 +124,7 @@ def train(
     from ..checkpoint import CheckpointError
     from ..runs import light_decoder, run
     from ..runs.inputs import Inputs
-    from ..runs.loop import Habits, TrainingError
+    from ..runs.loop import RunOptions, TrainingError
     from ..runs.parallel import Parallel
     from ..training.recipes import LIGHT_RECIPES, RECIPES
 
@@ -148,7 +148,7 @@ def train(
 
             return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
     folder = out or Path("runs") / recipe
-    habits = Habits(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
+    options = RunOptions(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
     if recipe in LIGHT_RECIPES:
         make = partial(light_decoder.run, LIGHT_RECIPES[recipe](), folder, **for_light)
     else:
@@ -162,7 +162,7 @@ def train(
     try:
         parallel = Parallel.from_environment(context or 1)
         report = say if parallel.main else _quiet
-        done = make(report=report, parallel=parallel, workers=workers, habits=habits)
+        done = make(report=report, parallel=parallel, workers=workers, options=options)
         if parallel.main:
             print(done)
     except (TrainingError, CheckpointError, OSError) as error:
@@ -170,6 +170,9 @@ def train(
         raise typer.Exit(1) from None
     except ValueError as error:  # the folder holds another recipe, clips are missing, ...
         raise InputError(str(error)) from None
+    except KeyboardInterrupt:
+        say("aapt: interrupted: the same command resumes")
+        raise typer.Exit(130) from None
     finally:
         if parallel:
             parallel.close()
