@@ -3,7 +3,9 @@
 Work is processor time, of a process and its descendants. A process that waits for ever uses none.
 """
 
+import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +57,13 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen) -> None:
         assert process.poll() is None, f"{process.args}: ended with {process.returncode}"
         progress.check()
         time.sleep(0.05)
+
+
+def wait_for(event: threading.Event) -> None:
+    """Wait for an event of another thread of this process. AssertionError if all are stuck."""
+    progress = Progress(os.getpid())
+    while not event.wait(timeout=5):  # seldom, because the wait itself is not work
+        progress.check()
 
 
 def finish(process: subprocess.Popen) -> tuple:

@@ -1,4 +1,4 @@
-"""The losses of all stages, as pure functions (docs/method.md#6 to 9, and 12)."""
+"""The losses of all stages, as pure functions (docs/method.md#6, #7, #8, #9 and #12)."""
 
 import torch
 import torch.nn.functional as F

@@ -66,7 +66,7 @@ class LightRecipe:
 
 
 def aapt_8b() -> ModelConfig:
-    """The paper's generator (docs/method.md#1, docs/method.md#2).
+    """The paper's generator (docs/method.md#1 and #2).
 
     It sees N = 30 past frames at 736x416, N = 15 at 1280x720.
     """
@@ -85,7 +85,7 @@ def aapt_8b() -> ModelConfig:
 
 
 def paper_8b() -> Recipe:
-    """The paper's training (docs/method.md#6 to 8). A second has six frames.
+    """The paper's training (docs/method.md#6, #7 and #8). A second has six frames.
 
     Numbers that the paper does not give are ours (docs/method.md#12).
     """

@@ -1,4 +1,4 @@
-"""`paper_8b` against every number of the paper, written out (docs/method.md#1, 2, 6 to 8, 12)."""
+"""`paper_8b` against every number of the paper (docs/method.md#1, #2, #6, #7, #8 and #12)."""
 
 import dataclasses
 
