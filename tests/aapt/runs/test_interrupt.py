@@ -17,6 +17,7 @@ from .test_run import small_recipe
 
 ROOT = Path(__file__).parents[3]
 COMMAND = """
+import signal
 import sys
 from dataclasses import replace
 from aapt.commands.app import main
@@ -24,6 +25,7 @@ from aapt.training.curriculum import constant
 from aapt.training.recipes import RECIPES
 from tests.aapt.runs.test_run import small_recipe
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs of the background
 recipe = small_recipe()
 long = constant("clips", frames=4, batch=2, steps=10_000)
 diffusion = replace(recipe.stages["diffusion"], curriculum=long)
