@@ -149,7 +149,7 @@ def train(
     from ..checkpoint import CheckpointError
     from ..runs import light_decoder, run
     from ..runs.inputs import Inputs
-    from ..runs.loop import Habits, TrainingError
+    from ..runs.loop import RunOptions, TrainingError
     from ..runs.parallel import Parallel
     from ..training.recipes import LIGHT_RECIPES, RECIPES
 
@@ -179,7 +179,7 @@ def train(
             check_inputs(latents=path)
         check_inputs(weights=weights, vae=vae, videos=videos, perceptual=perceptual)
         check_out_folder(folder)
-    habits = Habits(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
+    options = RunOptions(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
     if recipe in LIGHT_RECIPES:
         make = partial(light_decoder.run, LIGHT_RECIPES[recipe](), folder, **for_light)
     else:
@@ -188,7 +188,7 @@ def train(
     try:
         parallel = Parallel.from_environment(context or 1)
         report = say if parallel.main else _quiet
-        done = make(report=report, parallel=parallel, workers=workers, habits=habits)
+        done = make(report=report, parallel=parallel, workers=workers, options=options)
         if parallel.main:
             print(done)
     except BrokenPipeError:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
         *("data", "media", "model", "streaming", "vae"),
     },
     "runs": {
-        *("checkpoint", "clock", "device"),
+        *("checkpoint", "clock", "device", "lock"),
         *("data", "media", "model", "streaming", "training", "vae"),
     },
     "commands": {

@@ -5,11 +5,12 @@ Run `python -m aapt.data.tiny_world.rendered_clips --out sheet.png` to draw ever
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import numpy as np
@@ -104,29 +105,34 @@ def render_clips(data: ProceduralData, workers: int, count: int | None = None) -
         height=data.height,
         width=data.width,
     )
-    with _start_workers(workers) as pool:
+    # Fork would copy the locks of torch's threads in an unknown state.
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as ended:
+        with _interrupts_delayed():
+            pool = ended.enter_context(spawn.Pool(workers, initializer=_single_thread))
         yield from pool.imap(render_clip, seeds, chunksize=4)
 
 
-def _start_workers(count: int) -> Pool:
-    """Start processes that never see Ctrl-C: their parent ends them, and they print no traces.
+@contextmanager
+def _interrupts_delayed() -> Iterator[None]:
+    """Delay Ctrl-C until the end. Processes that start in the meantime never receive it.
 
-    A Ctrl-C while they start is raised at the end, so that no process is left half started.
+    A worker whose start is interrupted, here or in itself, would print a traceback.
     """
-    resource_tracker.ensure_running()  # started with the first worker, it would unblock the signal
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python interrupts the main thread alone
+        return
     seen: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it
+    resource_tracker.ensure_running()  # its start would lift the block
+    handler = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
     try:
-        # Fork would copy torch's threads in an unknown state.
-        pool = multiprocessing.get_context("spawn").Pool(count, initializer=_single_thread)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, before)
-    if seen:
-        pool.terminate()
-        raise KeyboardInterrupt
-    return pool
+        signal.signal(signal.SIGINT, handler)
+        if seen:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _single_thread() -> None:

@@ -10,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
@@ -25,6 +24,7 @@ from aapt.media.video import WholeFile
 from aapt.runs.inputs import Inputs
 from aapt.streaming.generator import StreamingGenerator
 
+from ...progress import finish, wait_until
 from .fake_generator import HEIGHT, WIDTH, FakeGenerator, script
 
 
@@ -90,7 +90,7 @@ def test_png_folder(generator):
 
 def test_raw_frames_go_to_a_pipe(tmp_path):
     process = script("generate", "--seconds", 0.5, "--out", "-", stdout=subprocess.PIPE)
-    raw, said = process.communicate(timeout=60)
+    raw, said = finish(process)
     assert process.returncode == 0
     frames = np.frombuffer(raw, np.uint8).reshape(13, HEIGHT, WIDTH, 3)
     assert (frames[0] == (90, 120, 30)).all()
@@ -105,18 +105,16 @@ def test_a_reader_that_leaves_is_no_error():
     assert len(process.stdout.read(1000)) == 1000
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 0
+    finish(process)
+    assert process.returncode == 0
 
 
 def test_ctrl_c_leaves_a_video_that_plays(tmp_path):
     out = tmp_path / "a.mp4"
     process = script("generate", "--seconds", 600, "--out", out, step_seconds=0.01)
-    deadline = time.monotonic() + 60
-    while not out.exists() or out.stat().st_size < 100_000:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: out.exists() and out.stat().st_size >= 100_000, process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1].decode()
+    said = finish(process)[1].decode()
     assert process.returncode == 130
     frames = len(decode(out))
     assert frames % 4 == 1 and frames > 4
@@ -129,7 +127,7 @@ def test_full_disk_leaves_a_video_that_plays(tmp_path):
 
     out = tmp_path / "a.mp4"
     process = script("generate", "--seconds", 60, "--out", out, preexec_fn=small_disk)
-    said = process.communicate(timeout=60)[1].decode()
+    said = finish(process)[1].decode()
     assert process.returncode == 1
     frames = len(decode(out))
     assert frames > 0
@@ -139,7 +137,7 @@ def test_full_disk_leaves_a_video_that_plays(tmp_path):
 def test_full_pipe_is_said_in_one_line():
     with open("/dev/full", "wb") as full:
         process = script("generate", "--out", "-", stdout=full)
-        said = process.communicate(timeout=60)[1].decode()
+        said = finish(process)[1].decode()
     assert process.returncode == 1
     assert said == (
         "aapt: standard output: No space left on device: nothing was kept of standard output\n"
@@ -313,9 +311,9 @@ def test_help_is_quick_and_has_examples(capsys):
 def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def record(recipe, out, stages, *, workers, report, habits, **options):
-        calls.append((recipe.name, out, stages, workers, habits.save_every))
-        assert options["parallel"].main and options["inputs"] == Inputs({}, None)
+    def record(recipe, out, stages, *, workers, report, options, **others):
+        calls.append((recipe.name, out, stages, workers, options.save_every))
+        assert others["parallel"].main and others["inputs"] == Inputs({}, None)
         report("diffusion: 1.0 min")
         return out / recipe.name
 
