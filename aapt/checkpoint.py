@@ -47,7 +47,9 @@ def _reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: expected a safetensors file, got: {error}") from None
+        raise CheckpointError(
+            f"{path}: expected a safetensors header, got one that is broken: {error}"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from .shared import (
-    MAX_SEED,
     Json,
     OutputError,
     Threads,
@@ -24,6 +23,7 @@ from .shared import (
 )
 
 MAX_CLIPS = 100_000
+MAX_SEED = 2**43 - 1  # noise of start i is seeded by 2**20 times the seed, and i, in 64 bits
 
 
 def evaluate(

@@ -27,6 +27,7 @@ from aapt.model.conditioning import camera_rays
 from aapt.model.config import CameraConfig
 from aapt.model.world_model import WorldModel
 from aapt.streaming.generator import StreamingGenerator
+from aapt.streaming.noise import Noise
 from aapt.streaming.student import StudentRollout
 from aapt.vae import CausalVAE, tiny
 from aapt.vae.folder import LIGHT, ORIGINAL, load_vae, save_vaes
@@ -152,11 +153,8 @@ def test_a_rollout_repeats_the_motion_of_its_clip(encoded, checkpoints, motion):
         condition = torch.cat([condition, condition[:, :, :3]], dim=2)
     first = scenes.latents[:, :, :1]
     rollout = StudentRollout(model.transformer, *model.text_encoder(scenes.prompts), first)
-    randoms = [torch.Generator().manual_seed(i) for i in range(2)]
-    noise = [
-        torch.cat([torch.randn(first[:1].shape, generator=r) for r in randoms])
-        for _ in range(steps)
-    ]
+    noises = [Noise(start, first[:1].shape) for start in range(2)]
+    noise = [torch.cat([draw(step) for draw in noises]) for step in range(steps)]
     made = torch.cat([first, rollout.roll(torch.cat(noise, dim=2), condition).output], dim=2)
     with torch.no_grad():
         expected = to_pixels(generator.vae.decode(made))
