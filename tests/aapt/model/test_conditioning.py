@@ -9,7 +9,7 @@ from aapt.data.tiny_world import world
 from aapt.model.conditioning import Control, camera_rays, control_rays, relative_poses
 from aapt.model.config import CameraConfig
 from aapt.model.rope import RotaryPositions
-from aapt.model.text import BEGIN, ByteTextEncoder, prompt_bytes
+from aapt.model.text import BEGIN, ByteTextEncoder, prompt_bytes, prompt_cut
 
 from ..helpers import CAMERA, CONFIG
 
@@ -120,3 +120,9 @@ def test_prompts_become_bytes():
     assert lengths.tolist() == [3, 1, 5]
     embedded, _ = encoder(["Hi", "", "long prompt"])
     assert embedded.shape == (3, 5, 3)
+
+
+def test_a_prompt_that_is_cut_is_told_with_the_part_that_is_read():
+    assert prompt_cut("a" * 24, tokens=25) is None
+    said = "prompt: expected at most 4 bytes, got 5; only 'ab' is read"
+    assert prompt_cut("Ab\u20ac", tokens=5) == said  # the euro sign has three bytes, two are read
