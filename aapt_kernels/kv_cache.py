@@ -149,7 +149,7 @@ class KVCache:
         return twin
 
     def check_twin(self, other: "KVCache") -> None:
-        """ValueError unless the other cache has the sizes, dtype and device of this one."""
+        """Raise ValueError unless the other cache has the sizes, dtype and device of this one."""
         forms = [
             (cache.integers, *cache.k.shape, cache.k.dtype, cache.k.device)
             for cache in (self, other)
