@@ -1,6 +1,7 @@
 """The streaming generator: a first frame and controls in, four video frames per step out."""
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ..clock import FPS
 from ..device import usable_device
 from ..model.conditioning import Control
 from ..model.config import CameraConfig, ModelConfig, SamplingConfig
+from ..model.text import prompt_cut
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from ..vae.folder import load_vae
@@ -252,7 +254,10 @@ class Stream:
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt: expected a string, got {prompt!r}")
-        return self.generator.model.text_encoder([prompt])
+        encoder = self.generator.model.text_encoder
+        if said := prompt_cut(prompt, encoder.tokens):
+            warnings.warn(said, stacklevel=3)
+        return encoder([prompt])
 
     @property
     def prompt(self) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import resource
+import warnings
 import weakref
 
 import numpy as np
@@ -153,6 +154,19 @@ def test_first_frame_must_fit(generator, bad):
 def test_prompt_must_be_text(generator, picture):
     with pytest.raises(ValueError, match="prompt: expected a string, got 7"):
         generator.open(picture, 7)
+
+
+def test_a_prompt_that_is_cut_is_said(generator, picture):
+    read = generator.model.text_encoder.tokens - 1
+    long = "a" * (read + 3)
+    message = f"prompt: expected at most {read} bytes, got {read + 3}; only '{'a' * read}' is read"
+    with pytest.warns(UserWarning, match=message):
+        stream = generator.open(picture, long)
+    with pytest.warns(UserWarning, match=message):
+        stream.prompt = long
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream.prompt = "a" * read
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "a"])
