@@ -348,6 +348,9 @@ const char* make_tensor_map(TensorMap* map, void* base, int element_bytes, int r
       return "tensor map: expected dimensions of 1 to 2^32";
     }
     if (box[i] == 0 || box[i] > 256) return "tensor map: expected a box of 1 to 256 elements";
+    if (i > 0 && dims[i] > 1 && map->strides[i] == 0) {
+      return "tensor map: expected strides above 0; none is known to be allowed";
+    }
     if (i > 0 && (map->strides[i] % 16 != 0 || map->strides[i] >= uint64_t{1} << 40)) {
       return "tensor map: expected strides that are multiples of 16 bytes, below 2^40";
     }

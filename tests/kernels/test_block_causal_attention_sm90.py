@@ -231,6 +231,23 @@ def test_gradients_arrive_in_any_layout(kernel, schedule):
         assert_error_ratio(results[0], results[1].double(), results[1])
 
 
+def test_expanded_inputs_equal_their_copies(kernel, schedule):
+    """Keys and values that all heads, or all samples, share."""
+    schedule(multiprocessors=2, seed=0)
+    case = Case(kernel, FrameLayout(3, 40, 2, 1), batch=2, pinned=True)
+    shape = case.k.shape
+    case.k, case.v = case.k[:, :, :1].expand(shape), case.v[:1].expand(shape)
+    case.q_sink = case.q_sink[:1].expand(case.q_sink.shape)
+    results = []
+    for _ in range(2):
+        out, lse = case.forward()
+        results.append((out, lse, *case.backward(out, lse, deterministic=True)))
+        case.k, case.v = case.k.contiguous(), case.v.contiguous()
+        case.q_sink = case.q_sink.contiguous()
+    for expanded, copied in zip(*results, strict=True):
+        assert torch.equal(expanded, copied)
+
+
 def test_large_scores_do_not_overflow(kernel, schedule):
     schedule(multiprocessors=3, seed=0)
     case = Case(kernel, FrameLayout(3, 40, 3, 1), scale=20.0)
