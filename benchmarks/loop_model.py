@@ -21,7 +21,7 @@ LEAD = 200  # cycles that wgmma are issued ahead of the tensor cores: assumed
 EXPONENTIAL, COMPARISON, CONVERSION, ADDITION = 8, 2, 2, 1
 SHUFFLES = 120  # cycles of two dependent exchanges for each of two rows, overlapped: assumed
 
-# FlashAttention-3, head_dim 128, on H100. Forward with tiles of 128 x 128 (causal and local), and of
+# FlashAttention-3, head_dim 128, H100. Forward with tiles of 128 x 128 (causal and local), and of
 # 128 x 176 in clusters of 2 (full attention); backward with 64 query rows per tile, and with 80.
 FA3_FORWARD, FA3_FORWARD_WIDE = (600e12, 650e12), (660e12, 740e12)
 FA3_BACKWARD, FA3_BACKWARD_WIDE = (470e12, 530e12), (500e12, 560e12)
