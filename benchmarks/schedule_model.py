@@ -1,15 +1,19 @@
 """What the stream-K schedule of cached_attention should give on a GPU: a prediction, not a figure.
 
-    python benchmarks/schedule_model.py
+    python -m benchmarks.schedule_model
 
 The work of all query tiles is laid end to end, in steps of 128 queries x 128 keys, and cut into
 equal shares, one per CTA (csrc/cached_attention/schedule.h). *Wave efficiency* is useful work,
 exact queries x exact keys, over what all multiprocessors could do until the last of them is done:
 padding, idle multiprocessors and uneven shares count against it. *Overheads* adds what a piece of a
-tile costs besides its steps.
+tile costs besides its steps. *Device memory* is what an L2 cache does not serve (l2_model.py).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .l2_model import count_misses
+from .loop_model import forward_rates
 
 MULTIPROCESSORS = 132
 TILE = 128  # queries of a tile, keys of a step
@@ -66,13 +70,23 @@ class Piece:
     """What one CTA does of one query tile."""
 
     tile: int
+    first: int  # step of the tile
     steps: int
     whole: bool  # the whole tile: nothing to meet
     narrow: bool
+    rotation: int = 0  # steps by which the order of its keys is turned
+
+    def keys(self, shape: Shape, step: int) -> tuple[tuple[int, int], ...]:
+        """The (head, key tile) that its step reads, both of them if it is narrow."""
+        head = self.tile // len(shape.tile_steps)
+        at = self.first + (step + self.rotation) % self.steps
+        if not self.narrow:
+            return ((head, at),)
+        return tuple((head, tile) for tile in (2 * at, 2 * at + 1) if tile < shape.key_tiles)
 
 
 def pieces(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> list[list[Piece]]:
-    """The pieces of every CTA, in order."""
+    """The pieces of every CTA, in the order in which it does them: from the last to the first."""
     head = shape.tile_steps
     has_narrow = len(head) * TILE - shape.queries >= TILE - NARROW
     tiles = head * (shape.batch * shape.heads)
@@ -85,13 +99,35 @@ def pieces(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> list[list[Pi
         while left:
             steps = min(left, tiles[tile] - done)
             narrow = has_narrow and tile % len(head) == len(head) - 1
-            share.append(Piece(tile, steps, steps == tiles[tile], narrow))
+            share.append(Piece(tile, done, steps, steps == tiles[tile], narrow))
             left -= steps
             done += steps
             if done == tiles[tile]:
                 tile, done = tile + 1, 0
-        shares.append(share)
+        shares.append(rotated(share[::-1]))
     return shares
+
+
+def rotated(share: list[Piece]) -> list[Piece]:
+    """Turns whole tiles, and a share that is one piece, so that step n is at key tile n."""
+    done, turned = 0, []
+    for piece in share:
+        rotation = 0
+        if not piece.narrow and (piece.whole or done == 0):
+            rotation = (done - piece.first) % piece.steps
+        turned.append(replace(piece, rotation=rotation))
+        done += piece.steps
+    return turned
+
+
+def key_reads(shape: Shape, shares: list[list[Piece]]) -> Iterator[list[tuple[int, int]]]:
+    """The (head, key tile) that all CTAs read together, step by step."""
+    reads = [
+        [piece.keys(shape, step) for piece in share for step in range(piece.steps)]
+        for share in shares
+    ]
+    for step in range(max(map(len, reads))):
+        yield [tile for read in reads if step < len(read) for tile in read[step]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +142,16 @@ class Prediction:
     bytes_floor: float
     flops_floor: float
     at_target: float
+    device_bytes: float  # keys and values that the L2 cache does not serve
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """FLOP/s of the whole, lowest and highest, with the inner loop of loop_model.py."""
+        flops = TARGET_FLOPS * self.at_target
+        low, high = (
+            flops / (flops / (rate * self.stream_k) + self.overhead) for rate in forward_rates()
+        )
+        return low, high
 
     @property
     def main_loop_flops(self) -> float:
@@ -125,6 +171,7 @@ def predict(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> Prediction:
     longest = max(sum(piece.steps for piece in share) for share in shares)
     most_pieces = max(map(len, shares))
     fixup = sum(fixup_bytes(piece, shape.head_dim) for share in shares for piece in share)
+    tile_bytes = 2 * 2 * TILE * shape.head_dim  # of keys and values, BF16
     meeting = MEETING_SECONDS + 2 * fixup / L2_BYTES if fixup else 0.0  # written, then read
     return Prediction(
         naive=useful / (multiprocessors * waves * shape.key_tiles),
@@ -135,6 +182,7 @@ def predict(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> Prediction:
         bytes_floor=shape.bytes / PEAK_BYTES,
         flops_floor=shape.flops / PEAK_FLOPS,
         at_target=shape.flops / TARGET_FLOPS,
+        device_bytes=tile_bytes * count_misses(key_reads(shape, shares), tile_bytes),
     )
 
 
@@ -159,8 +207,9 @@ def table() -> str:
         "PREDICTION, nothing here was measured: 132 multiprocessors, BF16, head_dim 128",
         "",
         "| queries x keys x heads | naive | stream-K | pieces per CTA | fix-up MB | overheads us |"
-        " bytes floor us | FLOP floor us | us at 620 TFLOP/s | main loop TFLOP/s for that |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " bytes floor us | FLOP floor us | us at 620 TFLOP/s | main loop TFLOP/s for that |"
+        " device memory TB/s then | TFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in shapes():
         model = predict(shape)
@@ -169,7 +218,9 @@ def table() -> str:
             f"| {model.stream_k:.3f} | {model.most_pieces} | {model.fixup_bytes / 1e6:.1f} "
             f"| {1e6 * model.overhead:.1f} | {1e6 * model.bytes_floor:.0f} "
             f"| {1e6 * model.flops_floor:.0f} | {1e6 * model.at_target:.0f} "
-            f"| {model.main_loop_flops / 1e12:.0f} |"
+            f"| {model.main_loop_flops / 1e12:.0f} "
+            f"| {model.device_bytes / model.at_target / 1e12:.2f} "
+            f"| {' to '.join(f'{rate / 1e12:.0f}' for rate in model.rates)} |"
         )
     return "\n".join(rows)
 

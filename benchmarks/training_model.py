@@ -4,9 +4,9 @@
 
 Counted exactly, as csrc/block_causal_attention/{mask,schedule}.h cut and deal the work: *waste*,
 the elements of all tiles over those that the mask shows, less one; *edges*, the share of tiles that
-need masking arithmetic; *balance*, mean over largest share of a multiprocessor. Assumed: the rate
-of the inner loops, that of FlashAttention-3 without a mask, which is organised alike; and what an
-item of work costs besides its tiles.
+need masking arithmetic; *balance*, mean over largest share of a multiprocessor; *device memory*,
+what an L2 cache does not serve (l2_model.py). Assumed: what an item of work costs besides its
+tiles. The rates of the inner loops are those of loop_model.py, the middle of its range.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from aapt_kernels import FrameLayout
 
+from .l2_model import count_misses
+from .loop_model import backward_rates, forward_rates
 from .shapes import TRAINING_CUDA, TrainingShape
 
 MULTIPROCESSORS = 132
@@ -23,8 +25,8 @@ PAIRS_TOGETHER = 24  # (batch, head) pairs that take turns
 PEAK_FLOPS = 989e12  # dense BF16, H100 and H200
 PEAK_BYTES = 4.8e12  # per second, H200
 COPY_RATE = 0.75  # of it, in kernels bound by memory: assumed
-FORWARD_FLOPS, BACKWARD_FLOPS = 659e12, 559e12  # FlashAttention-3, H100, 8192 tokens: assumed here
-ITEM_SECONDS = 1.5e-6  # first loads and last stores of a tile: assumed
+FORWARD_FLOPS, BACKWARD_FLOPS = sum(forward_rates()) / 2, sum(backward_rates()) / 2
+ITEM_SECONDS = 1e-6  # last products and store, with the next queries on their way: assumed
 TARGETS = {"forward": 640e12, "backward": 520e12}
 
 
@@ -35,6 +37,7 @@ class Tile:
     row: int
     count: int
     clean: int
+    reads: tuple[int, ...] = ()  # first rows of the other operand's tiles
 
 
 def rows_of_backward(shape: TrainingShape) -> int:
@@ -78,13 +81,15 @@ def _query_tile(layout: FrameLayout, first: int, last: int, text: int, pinned: b
             joined.append((start, end))
     head_end = views[0][2] if views[1][0] == views[1][1] else views[0][0]
     count = clean = 0
+    reads = []
     for start, end in joined:
         for row in range(start, end, TILE):
             stop = row + TILE
             seen = stop <= head_end or (row >= views[1][1] and stop <= views[0][2])
+            reads.append(row)
             count += 1
             clean += seen and stop <= end
-    return Tile(first, count, clean)
+    return Tile(first, count, clean, tuple(reads))
 
 
 def key_tiles(shape: TrainingShape, pinned: bool = False) -> list[Tile]:
@@ -118,21 +123,39 @@ def _key_tile(layout: FrameLayout, row: int, end: int, rows: int) -> Tile:
         return Tile(row, 0, 0)
     count = -(-stop // rows) - first[0] // rows
     clean = first[1] // rows - -(-last[0] // rows) if end - row == TILE else 0
-    return Tile(row, count, max(clean, 0))
+    begin = first[0] // rows
+    return Tile(row, count, max(clean, 0), tuple(range(begin * rows, (begin + count) * rows, rows)))
 
 
 def deal(
-    tiles: list[Tile], pairs: int, ctas: int = MULTIPROCESSORS
+    tiles: list[Tile],
+    pairs: int,
+    ctas: int = MULTIPROCESSORS,
+    together: int = PAIRS_TOGETHER,
 ) -> Iterator[tuple[int, int, Tile]]:
     """(cta, pair, tile) of all work, in the order in which a CTA does its own. `tiles`: the longest
     first."""
     index = 0
-    for first in range(0, pairs, PAIRS_TOGETHER):
+    for first in range(0, pairs, together):
         for tile in tiles:
-            for pair in range(first, min(first + PAIRS_TOGETHER, pairs)):
+            for pair in range(first, min(first + together, pairs)):
                 turn, place = divmod(index, ctas)
                 yield (place if turn % 2 == 0 else ctas - 1 - place), pair, tile
                 index += 1
+
+
+def device_bytes(
+    shape: TrainingShape, tiles: list[Tile], rows: int, together: int = PAIRS_TOGETHER
+) -> int:
+    """What a kernel reads of its second operand, in tiles of `rows` rows, from device memory."""
+    reads: list[list[tuple[int, int]]] = [[] for _ in range(MULTIPROCESSORS)]
+    for cta, pair, tile in deal(tiles, shape.batch * shape.heads, together=together):
+        reads[cta] += [(pair, row) for row in tile.reads]
+    steps = (
+        [read[step] for read in reads if step < len(read)] for step in range(max(map(len, reads)))
+    )
+    tile_bytes = 2 * 2 * rows * shape.head_dim  # keys and values, or queries and dout, BF16
+    return tile_bytes * count_misses(steps, tile_bytes)
 
 
 @dataclass(frozen=True)

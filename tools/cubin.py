@@ -1,9 +1,9 @@
 """Reads the resources and the instructions of compiled kernels, with cuobjdump."""
 
+import math
 import re
 import shutil
 import subprocess
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,19 +12,34 @@ from pathlib import Path
 COUNTED = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "UTMASTG")
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code, without its predicate."""
+
+    opcode: str  # with modifiers
+    operands: str
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the uniform datapath executes it, one instruction for the whole warp."""
+        return re.match(r"U(?!TMA|BLK|SETMAXREG)", self.opcode) is not None
+
+
 @dataclass
 class Kernel:
-    """One kernel of one object file; sizes in bytes, `instructions` per thread (static count)."""
+    """One kernel of one object file; sizes in bytes."""
 
     name: str
     registers: int = 0
     shared: int = 0
     stack: int = 0
     spills: int = 0
-    instructions: Counter | None = None  # None without cuobjdump
+    threads: int = 0  # at most, per block; 0 if the kernel sets no bound
+    sass: list[Instruction] | None = None  # None without cuobjdump
 
     def count(self, opcode: str) -> int:
-        return 0 if self.instructions is None else self.instructions[opcode]
+        """How often an opcode occurs, as written (`LDG.E.128`) or without modifiers (`LDG`)."""
+        return sum(opcode in (x.opcode, x.opcode.split(".")[0]) for x in self.sass or ())
 
 
 def find_cuobjdump() -> str | None:
@@ -56,18 +71,30 @@ def run_cuobjdump(option: str, path: Path | str) -> str:
     return done.stdout
 
 
-def read_instructions(path: Path | str) -> dict[str, Counter]:
-    """Counts the opcodes of every kernel of an object, library or cubin.
-
-    Every instruction counts twice: as written (`LDG.E.128`) and without modifiers (`LDG`).
-    """
-    kernels: dict[str, Counter] = {}
+def read_sass(path: Path | str) -> dict[str, list[Instruction]]:
+    """Reads the machine code of every kernel of an object, library or cubin."""
+    kernels: dict[str, list[Instruction]] = {}
+    pattern = r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     for line in run_cuobjdump("-sass", path).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
-            counts = kernels.setdefault(match[1], Counter())
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            counts.update({match[1], match[1].split(".")[0]})
+            code = kernels.setdefault(match[1], [])
+        elif match := re.match(pattern, line):
+            code.append(Instruction(match[1], match[2].strip()))
     return kernels
+
+
+def read_threads(path: Path | str) -> dict[str, int]:
+    """Reads the most threads per block, of every kernel with launch bounds."""
+    threads, name = {}, ""
+    lines = iter(run_cuobjdump("-elf", path).splitlines())
+    for line in lines:
+        if match := re.match(r"\.nv\.info\.(\S+)", line):
+            name = match[1]
+        elif "EIATTR_MAX_THREADS" in line:
+            next(lines)
+            sizes = re.findall(r"0x[0-9a-f]+", next(lines))
+            threads[name] = math.prod(int(size, 16) for size in sizes)
+    return threads
 
 
 def read_kernels(path: Path | str) -> list[Kernel]:
@@ -76,7 +103,7 @@ def read_kernels(path: Path | str) -> list[Kernel]:
     Spilled registers are in the stack frame, so a spill shows as `stack`.
     """
     usage = run_cuobjdump("-res-usage", path)
-    instructions = read_instructions(path)
+    sass, threads = read_sass(path), read_threads(path)
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     return [
         Kernel(
@@ -84,7 +111,8 @@ def read_kernels(path: Path | str) -> list[Kernel]:
             registers=int(registers),
             shared=int(shared),
             stack=int(stack) + int(local),
-            instructions=instructions.get(name, Counter()),
+            threads=threads.get(name, 0),
+            sass=sass.get(name, []),
         )
         for name, registers, stack, shared, local in re.findall(pattern, usage)
     ]
@@ -101,7 +129,7 @@ def find_failures(kernels: list[Kernel], required: dict[str, tuple[str, ...]]) -
             failures.append(f"{kernel.name}: spills {kernel.spills} bytes of registers")
         if kernel.stack:
             failures.append(f"{kernel.name}: has a stack frame of {kernel.stack} bytes")
-        if kernel.instructions is None:
+        if kernel.sass is None:
             continue
         for part, opcodes in required.items():
             if part in kernel.name:
@@ -124,7 +152,7 @@ def format_table(kernels: list[Kernel]) -> str:
     rows = [f"{header}  kernel"]
     for kernel in kernels:
         row = f"{kernel.registers:>5} {kernel.shared:>7} {kernel.stack:>6} {kernel.spills:>6}"
-        unread = kernel.instructions is None
+        unread = kernel.sass is None
         row += "".join(f" {'?' if unread else kernel.count(op):>8}" for op in COUNTED)
         rows.append(f"{row}  {demangle(kernel.name)}")
     return "\n".join(rows)

@@ -5,8 +5,8 @@
 
 The build runs nvcc through this file (CMake's compiler launcher). A compile fails on a ptxas
 C75xx or C76xx message (wgmma serialised, setmaxnreg ignored, ...), a register spill, a stack
-frame, or an instruction of REQUIRED missing from the machine code. Instructions are read with
-cuobjdump; without it, the check of instructions is left to the tests.
+frame, an instruction of REQUIRED missing from the machine code, or products driven badly (see
+wgmma.py). Instructions are read with cuobjdump; without it, their check is left to the tests.
 """
 
 import re
@@ -19,9 +19,11 @@ from cubin import (
     find_cuobjdump,
     find_failures,
     format_table,
-    read_instructions,
     read_kernels,
+    read_sass,
+    read_threads,
 )
+from wgmma import find_tensor_failures, format_tensor_table
 
 # Opcodes that a kernel must contain, by a part of its name: without them it is correct but slow.
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -79,20 +81,27 @@ def compile_checked(
         sys.stderr.write(log)
         return kernels, messages
     if find_cuobjdump() is not None:
-        instructions = read_instructions(command[command.index("-o") + 1])
+        target = command[command.index("-o") + 1]
+        sass, threads = read_sass(target), read_threads(target)
         for kernel in kernels:
-            kernel.instructions = instructions[kernel.name]
-    return kernels, messages + find_failures(kernels, REQUIRED if required is None else required)
+            kernel.sass, kernel.threads = sass[kernel.name], threads.get(kernel.name, 0)
+    failures = find_failures(kernels, REQUIRED if required is None else required)
+    return kernels, messages + failures + find_tensor_failures(kernels)
+
+
+def print_tables(kernels: list[Kernel]) -> None:
+    for table in (format_table(kernels) if kernels else "", format_tensor_table(kernels)):
+        if table:
+            print(table)
 
 
 def main(arguments: list[str]) -> int:
     if arguments[0] != "--":
-        print(format_table(read_kernels(arguments[0])))
+        print_tables(read_kernels(arguments[0]))
         return 0
     command = arguments[1:]
     kernels, failures = compile_checked(command)
-    if kernels:
-        print(format_table(kernels))
+    print_tables(kernels)
     for failure in failures:
         print(f"sm_90a gate: {failure}", file=sys.stderr)
     if failures:

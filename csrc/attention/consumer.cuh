@@ -1,10 +1,12 @@
 // Code that the attention kernels share: one warpgroup fetches (the producer), kConsumers multiply.
 //
-// A kernel's configuration C gives kHeadDim, kStages and Shared, the struct of its shared memory:
-//   q                                    one block of kQueryBlock rows per consumer, or more
+// A kernel's configuration C gives kHeadDim, kKeyTile, kStages, kClearsKeys (see KeyRing::clear)
+// and Shared, the struct of its shared memory:
+//   q, out                               blocks of kQueryBlock rows: out has one per consumer
 //   k, v                                 rings of kStages tiles
 //   q_full, q_empty                      barriers of q
 //   k_full, k_empty, v_full, v_empty     barriers of k and v, one per stage
+//   cleared                              barriers of KeyRing::clear, one per stage
 #pragma once
 
 #include "attention/products.cuh"
@@ -33,27 +35,28 @@ HOPPER_DEVICE void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) hopper::mbar_arrive(empty);
 }
 
-// Called by all threads. One elected thread per consumer gives queries back, one per warp keys and
-// values.
+// Called by all threads. One thread per warp gives queries, keys and values back; so does the warp
+// that clears.
 template <class C>
 HOPPER_DEVICE void init_barriers(typename C::Shared& shared) {
   using namespace hopper;
   if (threadIdx.x == 0) {
     mbar_init(&shared.q_full, 1);
-    mbar_init(&shared.q_empty, kConsumers);
+    mbar_init(&shared.q_empty, 4 * kConsumers);
     for (int i = 0; i < C::kStages; ++i) {
       mbar_init(&shared.k_full[i], 1);
       mbar_init(&shared.v_full[i], 1);
       mbar_init(&shared.k_empty[i], 4 * kConsumers);
-      mbar_init(&shared.v_empty[i], 4 * kConsumers);
+      mbar_init(&shared.v_empty[i], 4 * kConsumers + 1);
+      mbar_init(&shared.cleared[i], 1);
     }
     fence_barrier_init();
   }
   cta_sync();
 }
 
-// The rings of keys and values, as the fetching thread or a consumer goes through them. A consumer
-// counts tiles from the first of its work item.
+// The rings of keys and values, as the fetching thread, the clearing warp or a consumer goes
+// through them. A consumer counts tiles from the first of its work item.
 template <class C>
 class KeyRing {
  public:
@@ -69,13 +72,35 @@ class KeyRing {
       hopper::mbar_wait(empty, stage.parity ^ 1);
       hopper::mbar_arrive_expect_tx(full, sizeof(tile));
       for (int panel = 0; panel < C::kHeadDim / kPanel; ++panel) {
-        hopper::tma_load_4d(tile[panel], &map, full, panel * kPanel, row, head, batch);
+        // Other query tiles read the same rows soon
+        hopper::tma_load_4d(tile[panel], &map, full, panel * kPanel, row, head, batch,
+                            hopper::CacheHint::EVICT_LAST);
       }
     };
     fetch(shared_.k[stage.index], maps.k, &shared_.k_full[stage.index],
           &shared_.k_empty[stage.index]);
     fetch(shared_.v[stage.index], maps.v, &shared_.v_full[stage.index],
           &shared_.v_empty[stage.index]);
+  }
+
+  // Zeroes the rows of the next tile from `visible` on, if any, once they have arrived. They belong
+  // to nobody's keys: padding of the text, frames to come, frames forgotten. Their weights are
+  // zero, but zero times NaN is NaN. kClearsKeys: keys, too, are the right factor of a product with
+  // weights. Called by one whole warp.
+  HOPPER_DEVICE void clear(int visible) {
+    const Stage stage(before_++);
+    hopper::mbar_wait(&shared_.v_full[stage.index], stage.parity);
+    if (visible < C::kKeyTile) {
+      zero_rows(shared_.v[stage.index], visible);
+      if constexpr (C::kClearsKeys) {
+        hopper::mbar_wait(&shared_.k_full[stage.index], stage.parity);
+        zero_rows(shared_.k[stage.index], visible);
+      }
+      hopper::fence_proxy_async();
+      hopper::warp_sync();
+    }
+    release(&shared_.cleared[stage.index]);
+    release(&shared_.v_empty[stage.index]);
   }
 
   // Moves on to the next work item, after one of `tiles` tiles.
@@ -86,6 +111,10 @@ class KeyRing {
   }
   HOPPER_DEVICE void wait_values(int i) {
     hopper::mbar_wait(&shared_.v_full[stage_of(i).index], stage_of(i).parity);
+  }
+  // For a tile that ends within its kKeyTile rows.
+  HOPPER_DEVICE void wait_cleared(int i) {
+    hopper::mbar_wait(&shared_.cleared[stage_of(i).index], stage_of(i).parity);
   }
   HOPPER_DEVICE uint32_t keys(int i) const {
     return hopper::smem_u32(shared_.k[stage_of(i).index]);
@@ -99,6 +128,17 @@ class KeyRing {
  private:
   using Stage = hopper::Stage<C::kStages>;
   HOPPER_DEVICE Stage stage_of(int i) const { return Stage(before_ + i); }
+
+  template <class Tile>
+  HOPPER_DEVICE static void zero_rows(Tile& tile, int first) {
+    constexpr int kVectors = kPanelRow / sizeof(uint4);  // per row of a panel
+    for (int panel = 0; panel < C::kHeadDim / kPanel; ++panel) {
+      auto* vectors = reinterpret_cast<uint4*>(tile[panel]);
+      for (int i = first * kVectors + threadIdx.x % 32; i < C::kKeyTile * kVectors; i += 32) {
+        vectors[i] = {0, 0, 0, 0};
+      }
+    }
+  }
 
   typename C::Shared& shared_;
   uint32_t before_ = 0;  // tiles before this item, or fetched
@@ -114,8 +154,13 @@ HOPPER_DEVICE void store_lse(const OnlineSoftmax& softmax, float scale_log2, flo
   }
 }
 
-// Rounds a consumer's 64 rows of results to BF16 and stores them from token `row` on, through the
-// shared memory of its queries; then gives that back to the producer.
+// Waits until this consumer's stores have read shared memory.
+HOPPER_DEVICE void finish_stores() {
+  if (leads_group()) hopper::tma_store_wait_read<0>();
+}
+
+// Rounds a consumer's 64 rows of results to BF16 and stores them from token `row` on, through its
+// own block of shared memory. The store may still read it at the end; see finish_stores.
 template <class C>
 HOPPER_DEVICE void store_rows(typename C::Shared& shared, const hopper::TensorMap& map,
                               const float (&results)[C::kHeadDim / 2], int group, int row, int head,
@@ -123,13 +168,14 @@ HOPPER_DEVICE void store_rows(typename C::Shared& shared, const hopper::TensorMa
   using namespace hopper;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const uint32_t block_row = warp * 16 + lane % 16, half_columns = lane / 16 * 16;
-  sync_group(group);  // every warp has read the queries
+  finish_stores();
+  sync_group(group);
   HOPPER_UNROLL
   for (int i = 0; i < C::kHeadDim / 16; ++i) {
     const auto pair = [&](int j) {
       return pack_bf16(results[8 * i + 2 * j], results[8 * i + 2 * j + 1]);
     };
-    auto* panel = reinterpret_cast<uint8_t*>(shared.q[group][i / 4]);
+    auto* panel = reinterpret_cast<uint8_t*>(shared.out[group][i / 4]);
     stmatrix_x4(panel + sw128(block_row, i % 4 * 32 + half_columns), pair(0), pair(1), pair(2),
                 pair(3));
   }
@@ -137,11 +183,9 @@ HOPPER_DEVICE void store_rows(typename C::Shared& shared, const hopper::TensorMa
   sync_group(group);
   if (leads_group()) {
     for (int panel = 0; panel < C::kHeadDim / kPanel; ++panel) {
-      tma_store_4d(&map, shared.q[group][panel], panel * kPanel, row, head, batch);
+      tma_store_4d(&map, shared.out[group][panel], panel * kPanel, row, head, batch);
     }
     tma_store_commit();
-    tma_store_wait_read<0>();
-    mbar_arrive(&shared.q_empty);
   }
 }
 

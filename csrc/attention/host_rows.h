@@ -6,6 +6,15 @@
 
 namespace aapt {
 
+// Copies a tensor that is expanded along a dimension: no rule of the driver allows a tensor map
+// whose stride is zero.
+inline Tensor unexpanded(const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1 && tensor.stride(i) == 0) return torch::stable::contiguous(tensor);
+  }
+  return tensor;
+}
+
 // Checks a tensor with `check_rows`, and describes its rows to a kernel.
 inline RowBuffer row_buffer(const char* name, const Tensor& tensor, const Tensor& q,
                             int64_t length) {

@@ -20,6 +20,8 @@ struct KeyIntervals {
   struct Tile {
     int row, end;  // first row of the tile; end of its interval
     bool in_sink;
+
+    HOPPER_DEVICE int visible() const { return end - row; }  // kKeyTile or more if all are
   };
 
   HOPPER_DEVICE int text_tiles() const { return text.tiles(kKeyTile); }

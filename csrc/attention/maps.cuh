@@ -7,6 +7,12 @@
 
 namespace aapt {
 
+// Fetches descriptors before the first copy needs them. Called by one thread.
+template <class... Maps>
+HOPPER_DEVICE void prefetch(const Maps&... maps) {
+  (hopper::tma_prefetch(&maps), ...);
+}
+
 // Makes the tensor maps of a launch, in tiles of `box_rows` tokens x 64 columns. Stops at the first
 // map that cannot be made: `error` is then its message, else null.
 template <class Params>

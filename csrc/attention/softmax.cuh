@@ -36,6 +36,11 @@ struct OnlineSoftmax {
     }
   }
 
+  // Depends on every weight that `add` has made; for hopper::settle.
+  HOPPER_DEVICE uint32_t witness() const {
+    return hopper::bits_from_float(sum[0]) | hopper::bits_from_float(sum[1]);
+  }
+
   // Adds `sum` over the four threads that share a row.
   HOPPER_DEVICE void reduce() {
     HOPPER_UNROLL
@@ -61,6 +66,15 @@ HOPPER_DEVICE void hide_columns(float (&scores)[kKeys / 2], int visible) {
   for (int i = 0; i < kKeys / 2; ++i) {
     if (i / 4 * 8 + column + i % 2 >= visible) scores[i] = -INFINITY;
   }
+}
+
+// Depends on every weight of a fragment; for hopper::settle.
+template <int kSize>
+HOPPER_DEVICE uint32_t witness_of(const float (&weights)[kSize]) {
+  uint32_t bits = 0;
+  HOPPER_UNROLL
+  for (int i = 0; i < kSize; ++i) bits |= hopper::bits_from_float(weights[i]);
+  return bits;
 }
 
 // Multiplies the two rows of an accumulator fragment.

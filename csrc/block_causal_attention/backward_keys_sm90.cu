@@ -3,8 +3,9 @@
 // A CTA keeps 128 keys and their gradients, 64 per warpgroup, and goes through the query tiles that
 // see the keys. Scores are transposed, keys by query rows: in the registers where a product leaves
 // the scores, they are the left factors of dv and dk. Only for dq do the warpgroups exchange scores
-// through shared memory. Each then multiplies one half of dq over all 128 keys, and adds it to
-// global memory by a bulk reduction. Only the order of these reductions varies from run to run.
+// through shared memory. Each then multiplies one half of dq over all 128 keys. A thread of the
+// fetching warpgroup adds both halves to global memory by a bulk reduction, during the product of
+// dk. Only the order of these reductions varies from run to run.
 
 #include "attention/consumer.cuh"
 #include "attention/maps.cuh"
@@ -42,8 +43,10 @@ struct Config {
   using Sums = QuerySums<kHeadDim>;
   static constexpr int kRows = Sums::kRows;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (24 + 2 x 240)
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // Within 65536: 128 x (40 + 2 x 232) or 128 x (24 + 2 x 240). With 24, the thread that adds dq
+  // spills; without that thread, a consumer has fewer products to hold its registers until.
+  static constexpr int kProducerRegisters = kAddsQueries ? 40 : 24;
+  static constexpr int kConsumerRegisters = kAddsQueries ? 232 : 240;
 
   using KeyBlock = uint16_t[kPanels][64 * kPanel];
   using RowBlock = uint16_t[kPanels][kRows * kPanel];
@@ -59,14 +62,15 @@ struct Config {
     alignas(1024) float dq[kConsumers][Sums::kHalf];
     alignas(16) float lse[kStages][kRows];
     alignas(16) float delta[kStages][kRows];
+    int edge_row[kStages];  // first row of a query tile at an edge of the mask; else negative
+    Interval seen_by[kKeyTile];
     Work work[2];  // two, because results of the one before may not be stored yet
-    uint64_t keys_full, keys_empty;
+    uint64_t keys_full, keys_empty, dq_full, dq_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
   };
 };
 
-// Named barriers; 0 is __syncthreads.
-enum Barrier { kScores = 1, kGroup };
+constexpr int kScores = kOwnBarriers;  // a named barrier
 
 struct TensorMaps {
   TensorMap q, q_sink, k, v, dout;
@@ -130,14 +134,16 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
       const int64_t stats = pair * backward.padded_rows + row;
 
       mbar_wait(&shared.q_empty[stage], at.parity ^ 1);
+      const bool clean = tile >= work.clean.begin && tile < work.clean.end;
+      shared.edge_row[stage] = clean ? -1 : row;
       mbar_arrive_expect_tx(&shared.q_full[stage], sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         if (work.keys.in_sink) {  // q_sink has no text: rows before it give zeros
           tma_load_4d(shared.q[stage][panel], &maps.q_sink, &shared.q_full[stage], panel * kPanel,
-                      row - params.mask.text_tokens, item.head, item.batch);
+                      row - params.mask.text_tokens, item.head, item.batch, CacheHint::EVICT_LAST);
         } else {
           tma_load_4d(shared.q[stage][panel], &maps.q, &shared.q_full[stage], panel * kPanel, row,
-                      item.head, item.batch);
+                      item.head, item.batch, CacheHint::EVICT_LAST);
         }
       }
       bulk_load(shared.lse[stage], backward.row_lse + stats, kStats, &shared.q_full[stage]);
@@ -146,9 +152,33 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
       mbar_arrive_expect_tx(&shared.dout_full[stage], sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.dout[stage][panel], &maps.dout, &shared.dout_full[stage], panel * kPanel,
-                    row, item.head, item.batch);
+                    row, item.head, item.batch, CacheHint::EVICT_LAST);
       }
       bulk_load(shared.delta[stage], backward.row_delta + stats, kStats, &shared.dout_full[stage]);
+    }
+  }
+}
+
+// Adds the sums of dq of every query tile to global memory, once both consumers have written
+// theirs.
+template <class C>
+HOPPER_DEVICE void add_sums(typename C::Shared& shared, const Params& params,
+                            const Backward& backward) {
+  uint32_t n = 0;
+  for (uint32_t key_tiles = 0;; ++key_tiles) {
+    mbar_wait(&shared.keys_full, key_tiles % 2);
+    const Work& work = shared.work[key_tiles % 2];
+    if (work.is_end) break;
+    int tiles = work.rows.end - work.rows.begin;
+    float* sums = C::Sums::half(params, backward.dq_sums, work.keys.in_sink, work.batch, work.head,
+                                work.rows.begin, 0);
+    mbar_arrive(&shared.keys_empty);
+    for (; tiles > 0; --tiles, ++n, sums += kSumsPerTile) {
+      mbar_wait(&shared.dq_full, n % 2);
+      bulk_reduce_add_f32(sums, shared.dq[0], sizeof(shared.dq));
+      tma_store_commit();
+      tma_store_wait_read<0>();
+      mbar_arrive(&shared.dq_empty);
     }
   }
 }
@@ -176,8 +206,6 @@ class Consumer {
       release(&shared_.keys_empty);
       store(work);
     }
-    // The last sums are still being read
-    if (is_leader()) tma_store_wait_read<0>();
   }
 
  private:
@@ -186,13 +214,14 @@ class Consumer {
     const uint32_t keys = smem_u32(shared_.k[group_]), values = smem_u32(shared_.v[group_]);
     float scores[C::kRows / 2], ds[C::kRows / 2], dq[kPanel / 2];
     uint32_t p_factor[C::kRows / kMmaDepth][4], ds_factor[C::kRows / kMmaDepth][4];
-
-    for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n_) {
+    find_viewers(work);
+    for (int tiles = work.rows.end - work.rows.begin; tiles > 0; --tiles, ++n_) {
       const Stage<C::kStages> at(n_);
       const int stage = at.index;
       const uint32_t queries = smem_u32(shared_.q[stage]), dout = smem_u32(shared_.dout[stage]);
 
       mbar_wait(&shared_.q_full[stage], at.parity);
+      const int edge_row = shared_.edge_row[stage];  // here, where nothing waits for it
       reg_fence(scores);
       wgmma_fence();
       multiply_qk<C::kHeadDim, C::kRows>(scores, keys, queries);
@@ -205,7 +234,7 @@ class Consumer {
 
       wgmma_wait<1>();
       reg_fence(scores);
-      if (tile < work.clean.begin || tile >= work.clean.end) hide(scores, work, tile * C::kRows);
+      if (edge_row >= 0) hide(scores, edge_row);
       weigh(scores, shared_.lse[stage]);
       wgmma_wait<0>();
       reg_fence(ds);
@@ -218,20 +247,9 @@ class Consumer {
         wgmma_fence();
         multiply_pv<C::kHeadDim, C::kRows>(dv_, p_factor, dout);
         wgmma_commit();
-        reg_fence(dk_);
-        wgmma_fence();
-        multiply_pv<C::kHeadDim, C::kRows>(dk_, ds_factor, queries);
-        wgmma_commit();
       }
-      if constexpr (kTakesGradient) {
-        wgmma_wait<1>();
-        reg_fence(dv_);
-      }
-      release(&shared_.dout_empty[stage]);
       if constexpr (C::kAddsQueries) {
-        // The sums of the tile before have been read, and all scores of this tile are shared
-        if (is_leader()) tma_store_wait_read<0>();
-        bar_sync(kScores, 128 * kConsumers);
+        bar_sync(kScores, 128 * kConsumers);  // all scores of this tile are shared
         reg_fence(dq);
         wgmma_fence();
         multiply_transposed<kKeyTile>(dq, smem_u32(shared_.ds[n_ % 2][C::Sums::row(group_) / 64]),
@@ -240,40 +258,77 @@ class Consumer {
         wgmma_commit();
       }
       if constexpr (kTakesGradient) {
-        wgmma_wait<C::kAddsQueries ? 1 : 0>();
+        reg_fence(dk_);
+        wgmma_fence();
+        multiply_pv<C::kHeadDim, C::kRows>(dk_, ds_factor, queries);
+        wgmma_commit();
+        wgmma_wait<C::kAddsQueries ? 2 : 1>();
+        reg_fence(dv_);
+      }
+      release(&shared_.dout_empty[stage]);
+      if constexpr (C::kAddsQueries) {
+        wgmma_wait<kTakesGradient ? 1 : 0>();
+        reg_fence(dq);
+        give(dq);  // while dk is multiplied
+      }
+      if constexpr (kTakesGradient) {
+        wgmma_wait<0>();
         reg_fence(dk_);
       }
       release(&shared_.q_empty[stage]);
-      if constexpr (C::kAddsQueries) {
-        wgmma_wait<0>();
-        reg_fence(dq);
-        add(dq, work, tile);
-      }
     }
   }
 
-  HOPPER_DEVICE void hide(float (&scores)[C::kRows / 2], const Work& work, int row) {
-    const int text = text_length(params_.mask, work.batch);
-    Interval seen_by[2];
+  HOPPER_DEVICE int thread_key(const Work& work, int half) const {
+    return work.keys.row + group_ * 64 + thread_row() + 8 * half;
+  }
+
+  // Notes which query rows see the keys of this warp. Zeroes keys and values that no row sees, as
+  // KeyRing::clear does. Four threads share a key.
+  HOPPER_DEVICE void find_viewers(const Work& work) {
+    const int text = text_length(params_.mask, work.batch), lane = threadIdx.x % 4;
     HOPPER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int key = work.keys.row + group_ * 64 + thread_row() + 8 * half;
-      seen_by[half] = {0, 0};
-      if (key < work.keys.end) seen_by[half] = rows_that_see(params_.mask, text, key);
+      const int key = thread_key(work, half), row = thread_row() + 8 * half;
+      Interval rows = {0, 0};
+      if (key < work.keys.end) rows = rows_that_see(params_.mask, text, key);
+      if (lane == 0) shared_.seen_by[group_ * 64 + row] = rows;
+      if (rows.begin < rows.end) continue;
+      constexpr int kVectors = kPanelRow / sizeof(uint4);
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        for (int i = row * kVectors + lane; i < (row + 1) * kVectors; i += 4) {
+          reinterpret_cast<uint4*>(shared_.k[group_][panel])[i] = {0, 0, 0, 0};
+          reinterpret_cast<uint4*>(shared_.v[group_][panel])[i] = {0, 0, 0, 0};
+        }
+      }
     }
+    fence_proxy_async();
+    sync_group(group_);
+  }
+
+  HOPPER_DEVICE void hide(float (&scores)[C::kRows / 2], int row) {
+    const Interval* own = shared_.seen_by + group_ * 64 + thread_row();
+    const Interval seen_by[2] = {own[0], own[8]};
     hide_rows<C::kRows>(scores, seen_by, row);
   }
 
-  // exp(score - lse), in place. Columns are query rows.
+  // exp(score - lse), in place. Columns are query rows. Settles 64 of them at a time, so that ptxas
+  // keeps no more values of lse in registers.
   HOPPER_DEVICE void weigh(float (&scores)[C::kRows / 2], const float (&lse)[C::kRows]) {
     HOPPER_UNROLL
-    for (int i = 0; i < C::kRows / 8; ++i) {
-      const float2 offset = reinterpret_cast<const float2*>(lse)[4 * i + threadIdx.x % 4];
+    for (int first = 0; first < C::kRows / 8; first += 8) {
+      uint32_t witness = 0;
       HOPPER_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        scores[4 * i + j] = exp2_approx(scores[4 * i + j] * params_.scale_log2 -
-                                        (j % 2 == 0 ? offset.x : offset.y));
+      for (int i = first; i < first + 8; ++i) {
+        const float2 offset = reinterpret_cast<const float2*>(lse)[4 * i + threadIdx.x % 4];
+        HOPPER_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          float& score = scores[4 * i + j];
+          score = exp2_approx(score * params_.scale_log2 - (j % 2 == 0 ? offset.x : offset.y));
+          witness |= bits_from_float(score);
+        }
       }
+      settle(witness, &shared_.keys_full);
     }
   }
 
@@ -304,20 +359,16 @@ class Consumer {
     fence_proxy_async();
   }
 
-  HOPPER_DEVICE void add(const float (&dq)[kPanel / 2], const Work& work, int tile) {
+  // Leaves a half of dq to `add_sums`.
+  HOPPER_DEVICE void give(const float (&dq)[kPanel / 2]) {
+    mbar_wait(&shared_.dq_empty, n_ % 2 ^ 1);
     auto* own = reinterpret_cast<float4*>(shared_.dq[group_]);
     HOPPER_UNROLL
     for (int i = 0; i < kPanel / 8; ++i) {
       own[i * 128 + threadIdx.x % 128] = {dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]};
     }
     fence_proxy_async();
-    bar_sync(kGroup + group_, 128);
-    if (is_leader()) {
-      float* sums = C::Sums::half(params_, backward_.dq_sums, work.keys.in_sink, work.batch,
-                                  work.head, tile, group_);
-      bulk_reduce_add_f32(sums, shared_.dq[group_], sizeof(shared_.dq[group_]));
-      tma_store_commit();
-    }
+    release(&shared_.dq_full);
   }
 
   // Stores row by row, because a tile may end among the keys of another CTA.
@@ -325,24 +376,22 @@ class Consumer {
     const FrameMask& mask = params_.mask;
     HOPPER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int key = work.keys.row + group_ * 64 + thread_row() + 8 * half;
-      if (key >= work.keys.end) continue;
+      const int key = thread_key(work, half);
       const bool zero = !backward_.prefix_grad && key >= mask.text_tokens && key < prefix_end(mask);
       const float dk_scale = zero ? 0.0f : params_.scale, dv_scale = zero ? 0.0f : 1.0f;
       const int64_t row = static_cast<int64_t>(work.batch) * mask.key_rows + key;
-      const int64_t at = (row * params_.heads + work.head) * C::kHeadDim + threadIdx.x % 4 * 2;
+      const int64_t at = (row * params_.heads + work.head) * C::kHeadDim + threadIdx.x % 4 * 8;
       HOPPER_UNROLL
-      for (int i = 0; i < C::kHeadDim / 8; ++i) {
-        const auto pair = [&](const float (&x)[C::kHeadDim / 2], float scale) {
-          return pack_bf16(x[4 * i + 2 * half] * scale, x[4 * i + 2 * half + 1] * scale);
-        };
-        *reinterpret_cast<uint32_t*>(backward_.dk + at + 8 * i) = pair(dk_, dk_scale);
-        *reinterpret_cast<uint32_t*>(backward_.dv + at + 8 * i) = pair(dv_, dv_scale);
+      for (int i = 0; i < C::kHeadDim / 32; ++i) {
+        const uint4 dk = gather_columns<C::kHeadDim>(dk_, i, half, dk_scale);
+        const uint4 dv = gather_columns<C::kHeadDim>(dv_, i, half, dv_scale);
+        if (key >= work.keys.end) continue;
+        *reinterpret_cast<uint4*>(backward_.dk + at + 32 * i) = dk;
+        *reinterpret_cast<uint4*>(backward_.dv + at + 32 * i) = dv;
       }
     }
   }
 
-  HOPPER_DEVICE static bool is_leader() { return threadIdx.x % 128 == 0; }
   // Gives a buffer back once all lanes of the warp have read it.
   HOPPER_DEVICE void release(uint64_t* empty) {
     warp_sync();
@@ -365,8 +414,11 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
   if (threadIdx.x == 0) {
+    prefetch(maps.q, maps.k, maps.v, maps.dout);
     mbar_init(&shared.keys_full, 1);
-    mbar_init(&shared.keys_empty, 4 * kConsumers);
+    mbar_init(&shared.keys_empty, 4 * kConsumers + (C::kAddsQueries ? 1 : 0));
+    mbar_init(&shared.dq_full, 4 * kConsumers);
+    mbar_init(&shared.dq_empty, 1);
     for (int i = 0; i < C::kStages; ++i) {
       mbar_init(&shared.q_full[i], 1);
       mbar_init(&shared.dout_full[i], 1);
@@ -382,6 +434,9 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
     setmaxnreg_dec<C::kProducerRegisters>();
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch<C>(shared, maps, params, backward);
+    if constexpr (C::kAddsQueries) {
+      if (warp == 1 && elect_one()) add_sums<C>(shared, params, backward);
+    }
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, params, backward, group - 1).run();

@@ -20,7 +20,8 @@ using namespace hopper;
 
 template <int kHeadDim_, int kStages_>
 struct Config {
-  static constexpr int kHeadDim = kHeadDim_, kStages = kStages_;
+  static constexpr int kHeadDim = kHeadDim_, kStages = kStages_, kKeyTile = block_causal::kKeyTile;
+  static constexpr bool kClearsKeys = true;
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (40 + 2 x 232)
@@ -30,11 +31,14 @@ struct Config {
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    alignas(1024) QueryBlock q[kConsumers];  // replaced by dq once read
+    alignas(1024) QueryBlock q[kConsumers];
     alignas(1024) QueryBlock dout[kConsumers];
+    alignas(1024) QueryBlock out[kConsumers];  // dq
     alignas(1024) KeyBlock k[kStages];
     alignas(1024) KeyBlock v[kStages];
-    uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint64_t q_full, q_empty;
+    uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint64_t cleared[kStages];
   };
 };
 
@@ -85,13 +89,13 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
       for (int panel = 0; panel < C::kPanels; ++panel) {
         if (work.of_sink) {  // q_sink has no text: rows before it give zeros
           tma_load_4d(shared.q[block][panel], &maps.q_sink, &shared.q_full, panel * kPanel,
-                      row - params.mask.text_tokens, item.head, item.batch);
+                      row - params.mask.text_tokens, item.head, item.batch, CacheHint::EVICT_FIRST);
         } else {
           tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row,
-                      item.head, item.batch);
+                      item.head, item.batch, CacheHint::EVICT_FIRST);
         }
         tma_load_4d(shared.dout[block][panel], &maps.dout, &shared.q_full, panel * kPanel, row,
-                    item.head, item.batch);
+                    item.head, item.batch, CacheHint::EVICT_FIRST);
       }
     }
   }
@@ -108,6 +112,17 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
     for (int i = 0; i < work.count; ++i) {
       ring.fetch(maps, work.tile(params, i).row, item.head, item.batch);
     }
+  }
+}
+
+template <class C>
+HOPPER_DEVICE void clear_keys(typename C::Shared& shared, const Params& params) {
+  Schedule schedule = Work::schedule(params);
+  Item item;
+  KeyRing<C> ring(shared);
+  while (schedule.next(item)) {
+    const Work work(params, item);
+    for (int i = 0; i < work.count; ++i) ring.clear(work.tile(params, i).visible());
   }
 }
 
@@ -133,6 +148,7 @@ class Consumer {
       attend(work, item);
       store(work, item);
     }
+    finish_stores();
   }
 
  private:
@@ -151,10 +167,12 @@ class Consumer {
 
     HOPPER_UNROLL
     for (int i = 0; i < C::kHeadDim / 2; ++i) dq_[i] = 0.0f;
+    if (work.count == 0) release(&shared_.q_empty);
     for (int i = 0; i < work.count; ++i) {
       const KeyTile tile = work.tile(params_, i);
       const uint32_t keys = ring_.keys(i), values = ring_.values(i);
       ring_.wait_keys(i);
+      if (tile.visible() < kKeyTile) ring_.wait_cleared(i);
       reg_fence(scores);
       wgmma_fence();
       multiply_qk<C::kHeadDim, kKeyTile>(scores, queries, keys);
@@ -172,9 +190,11 @@ class Consumer {
       for (int j = 0; j < kKeyTile / 2; ++j) {
         scores[j] = exp2_approx(scores[j] * params_.scale_log2 - lse[j / 2 % 2]);
       }
+      settle(witness_of(scores), &shared_.q_full);
       wgmma_wait<0>();
       reg_fence(ds);
       ring_.release_values(i);
+      if (i == work.count - 1) release(&shared_.q_empty);
       HOPPER_UNROLL
       for (int j = 0; j < kKeyTile / 2; ++j) ds[j] = scores[j] * (ds[j] - delta[j / 2 % 2]);
       pack_factor<kKeyTile>(ds, factor);
@@ -213,6 +233,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                            HOPPER_GRID_CONSTANT const Backward backward) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
+  if (threadIdx.x == 0) prefetch(maps.q, maps.k, maps.v, maps.dout, maps.dq);
   init_barriers<C>(shared);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
@@ -221,6 +242,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
+    if (warp == 2) clear_keys<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, backward, group - 1).run();

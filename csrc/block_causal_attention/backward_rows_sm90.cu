@@ -73,22 +73,30 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
   const int hidden = of_sink ? params.mask.text_tokens : 0;  // q_sink has frames only
   const int rows = params.mask.query_rows - hidden;
   const int first = tile * Sums::kRows + Sums::row(group) + warp * 16 + lane / 4 - hidden;
-  const int column = Sums::column(group) + lane % 4 * 2;
+  const int column = Sums::column(group) + lane % 4 * 8;
   const auto* sums = reinterpret_cast<const float4*>(
       Sums::half(params, backward.dq_sums, of_sink, batch, head, tile, group));
   uint16_t* out = of_sink ? backward.dq_sink : backward.dq;
-  const auto write = [&](int row, int i, float low, float high) {
-    if (row < 0 || row >= rows) return;
-    const int64_t at =
-        ((static_cast<int64_t>(batch) * rows + row) * params.heads + head) * kHeadDim + column;
-    *reinterpret_cast<uint32_t*>(out + at + 8 * i) =
-        pack_bf16(low * params.scale, high * params.scale);
-  };
+  float part[kPanel / 2];
   HOPPER_UNROLL
   for (int i = 0; i < kPanel / 8; ++i) {
     const float4 sum = sums[i * 128 + threadIdx.x % 128];
-    write(first, i, sum.x, sum.y);
-    write(first + 8, i, sum.z, sum.w);
+    part[4 * i] = sum.x;
+    part[4 * i + 1] = sum.y;
+    part[4 * i + 2] = sum.z;
+    part[4 * i + 3] = sum.w;
+  }
+  HOPPER_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = first + 8 * half;
+    const int64_t at =
+        ((static_cast<int64_t>(batch) * rows + row) * params.heads + head) * kHeadDim + column;
+    HOPPER_UNROLL
+    for (int i = 0; i < kPanel / 32; ++i) {
+      const uint4 columns = gather_columns<kPanel>(part, i, half, params.scale);
+      if (row < 0 || row >= rows) continue;
+      *reinterpret_cast<uint4*>(out + at + 32 * i) = columns;
+    }
   }
 }
 

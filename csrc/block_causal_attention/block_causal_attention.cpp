@@ -93,6 +93,10 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
                                    std::optional<int64_t> past_frames, double scale,
                                    bool /*prefix_grad*/) {
   const DeviceScope scope(q);
+  q = unexpanded(q);
+  k = unexpanded(k);
+  v = unexpanded(v);
+  if (q_sink) q_sink = unexpanded(*q_sink);
   const Layout layout{text_tokens,   tokens_per_frame, frames,
                       window_frames, sink_frames,      past_frames};
   Problem problem(q, k, v, text_lens, q_sink, layout, scale);
@@ -116,6 +120,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     int64_t sink_frames, std::optional<int64_t> past_frames, double scale, bool prefix_grad,
     bool deterministic) {
   const DeviceScope scope(q);
+  q = unexpanded(q);
+  k = unexpanded(k);
+  v = unexpanded(v);
+  if (q_sink) q_sink = unexpanded(*q_sink);
   const Layout layout{text_tokens,   tokens_per_frame, frames,
                       window_frames, sink_frames,      past_frames};
   Problem problem(q, k, v, text_lens, q_sink, layout, scale);

@@ -21,7 +21,8 @@ using namespace hopper;
 
 template <int kHeadDim_, int kStages_>
 struct Config {
-  static constexpr int kHeadDim = kHeadDim_, kStages = kStages_;
+  static constexpr int kHeadDim = kHeadDim_, kStages = kStages_, kKeyTile = block_causal::kKeyTile;
+  static constexpr bool kClearsKeys = false;
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (40 + 2 x 232)
@@ -31,12 +32,13 @@ struct Config {
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    // q, then q_sink; replaced by out once read
-    alignas(1024) QueryBlock q[2 * kConsumers];
+    alignas(1024) QueryBlock q[2 * kConsumers];  // q, then q_sink
+    alignas(1024) QueryBlock out[kConsumers];
     alignas(1024) KeyBlock k[kStages];
     alignas(1024) KeyBlock v[kStages];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint64_t cleared[kStages];
   };
 };
 
@@ -77,11 +79,12 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
       const int row = first_row(params, item) + block * kQueryBlock;
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row, item.head,
-                    item.batch);
+                    item.batch, CacheHint::EVICT_FIRST);
         if (!sink) continue;
         // q_sink has no text: rows before it, which see no sink, give zeros
         tma_load_4d(shared.q[kConsumers + block][panel], &maps.q_sink, &shared.q_full,
-                    panel * kPanel, row - params.mask.text_tokens, item.head, item.batch);
+                    panel * kPanel, row - params.mask.text_tokens, item.head, item.batch,
+                    CacheHint::EVICT_FIRST);
       }
     }
   }
@@ -99,6 +102,18 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
     for (int i = 0; i < count; ++i) {
       ring.fetch(maps, keys.tile(i).row, item.head, item.batch);
     }
+  }
+}
+
+template <class C>
+HOPPER_DEVICE void clear_keys(typename C::Shared& shared, const Params& params) {
+  Schedule schedule = schedule_of(params);
+  Item item;
+  KeyRing<C> ring(shared);
+  while (schedule.next(item)) {
+    const VisibleKeys keys = visible_keys(params, item);
+    const int count = keys.tiles();
+    for (int i = 0; i < count; ++i) ring.clear(keys.tile(i).visible());
   }
 }
 
@@ -124,6 +139,7 @@ class Consumer {
       store(item, row);
     }
     if (group_ == 0) take_turn(group_);  // leaves no barrier half full
+    finish_stores();
   }
 
  private:
@@ -137,7 +153,10 @@ class Consumer {
     softmax_ = OnlineSoftmax();
     HOPPER_UNROLL
     for (int i = 0; i < C::kHeadDim / 2; ++i) out_[i] = 0.0f;
-    if (count == 0) return;  // text of length zero
+    if (count == 0) {  // text of length zero
+      release(&shared_.q_empty);
+      return;
+    }
 
     KeyTile tile = keys.tile(0);
     ring_.wait_keys(0);
@@ -147,14 +166,14 @@ class Consumer {
     wgmma_commit();
     wgmma_wait<0>();
     reg_fence(scores);
-    ring_.release_keys(0);
+    release_factors(0, count);
     if (!tile.clean) hide_keys<kKeyTile>(scores, views, tile);
     softmax_.template add<kKeyTile>(scores, rescale, params_.scale_log2);
     pack_factor<kKeyTile>(scores, p);
     for (int i = 1; i < count; ++i) {
+      wait_values(i - 1, tile);
       tile = keys.tile(i);
       ring_.wait_keys(i);
-      ring_.wait_values(i - 1);
       take_turn(group_);
       reg_fence(scores);
       wgmma_fence();
@@ -167,16 +186,17 @@ class Consumer {
       pass_turn(group_);
       wgmma_wait<1>();
       reg_fence(scores);
-      ring_.release_keys(i);
+      release_factors(i, count);
       if (!tile.clean) hide_keys<kKeyTile>(scores, views, tile);
       softmax_.template add<kKeyTile>(scores, rescale, params_.scale_log2);
+      settle(softmax_.witness(), &shared_.q_full);
       wgmma_wait<0>();
       reg_fence(out_);
       ring_.release_values(i - 1);
       scale_rows(out_, rescale);
       pack_factor<kKeyTile>(scores, p);
     }
-    ring_.wait_values(count - 1);
+    wait_values(count - 1, tile);
     reg_fence(out_);
     wgmma_fence();
     multiply_pv<C::kHeadDim, kKeyTile>(out_, p, ring_.values(count - 1));
@@ -185,6 +205,18 @@ class Consumer {
     reg_fence(out_);
     ring_.release_values(count - 1);
     softmax_.reduce();
+  }
+
+  // Once the scores of tile i are there: gives back its keys, and after the last tile the queries,
+  // so that the next ones arrive during the last products and the store.
+  HOPPER_DEVICE void release_factors(int i, int count) {
+    ring_.release_keys(i);
+    if (i == count - 1) release(&shared_.q_empty);
+  }
+
+  HOPPER_DEVICE void wait_values(int i, const KeyTile& tile) {
+    ring_.wait_values(i);
+    if (tile.visible() < kKeyTile) ring_.wait_cleared(i);
   }
 
   HOPPER_DEVICE void store(const Item& item, int first) {
@@ -219,15 +251,17 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                                   HOPPER_GRID_CONSTANT const Params params) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
+  if (threadIdx.x == 0) prefetch(maps.q, maps.k, maps.v, maps.out);
   init_barriers<C>(shared);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
-    // Two threads, so that keys are fetched while queries wait for their buffer
+    // Two threads fetch, so that keys arrive while queries wait for their buffer
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
+    if (warp == 2) clear_keys<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();

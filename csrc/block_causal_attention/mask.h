@@ -51,6 +51,8 @@ struct KeyTile {
   int row, end;  // first key row; keys from `end` on are not in the tile
   bool in_sink;  // multiplied with q_sink
   bool clean;    // every row sees every key
+
+  HOPPER_DEVICE int visible() const { return end - row; }  // kKeyTile or more if all are
 };
 
 // The keys that query rows see, in tiles.

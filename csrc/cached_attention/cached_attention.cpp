@@ -28,6 +28,10 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   STD_TORCH_CHECK(batch * heads * tiles * (capacity / 64 + 3) < std::numeric_limits<int32_t>::max(),
                   "q, k_cache: expected less than 2^31 tiles of work");
   const DeviceScope scope(q);
+  q = unexpanded(q);
+  k_cache = unexpanded(k_cache);
+  v_cache = unexpanded(v_cache);
+  if (q_sink) q_sink = unexpanded(*q_sink);
 
   Tensor out = torch::stable::new_empty(q, q.sizes());
   Tensor lse = torch::stable::new_empty(q, {batch, heads, tokens}, ScalarType::Float);

@@ -24,7 +24,7 @@ using namespace hopper;
 template <int kHeadDim_, int kKeyTile_, int kStages_, bool kSinkQuery_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_, kKeyTile = kKeyTile_, kStages = kStages_;
-  static constexpr bool kSinkQuery = kSinkQuery_;
+  static constexpr bool kSinkQuery = kSinkQuery_, kClearsKeys = false;
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (40 + 2 x 232). With 24, the fetching threads spill.
@@ -34,13 +34,14 @@ struct Config {
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    // q, then q_sink; replaced, once read, by sums for the other warpgroup and by out
-    alignas(1024) QueryBlock q[kSinkQuery ? 2 * kConsumers : kConsumers];
+    alignas(1024) QueryBlock q[kSinkQuery ? 2 * kConsumers : kConsumers];  // q, then q_sink
+    alignas(1024) QueryBlock out[kConsumers];  // or sums for the other warpgroup
     alignas(1024) KeyBlock k[kStages];
     alignas(1024) KeyBlock v[kStages];
     float4 stats[Part<kHeadDim>::kStats];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint64_t cleared[kStages];
     uint32_t arrived[kConsumers];
   };
 };
@@ -65,10 +66,10 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
       const int row = piece.tile * kQueryTile + block * kQueryBlock;
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row,
-                    piece.head, piece.batch);
+                    piece.head, piece.batch, CacheHint::EVICT_FIRST);
         if constexpr (C::kSinkQuery) {
           tma_load_4d(shared.q[kConsumers + block][panel], &maps.q_sink, &shared.q_full,
-                      panel * kPanel, row, piece.head, piece.batch);
+                      panel * kPanel, row, piece.head, piece.batch, CacheHint::EVICT_FIRST);
         }
       }
     }
@@ -84,8 +85,19 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
   while (schedule.next(piece)) {
     const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
     for (int i = 0; i < piece.count; ++i) {
-      ring.fetch(maps, keys.tile(piece.first + i).row, piece.head, piece.batch);
+      ring.fetch(maps, keys.tile(piece.tile_at(i)).row, piece.head, piece.batch);
     }
+  }
+}
+
+template <class C>
+HOPPER_DEVICE void clear_keys(typename C::Shared& shared, const CachedAttentionParams& params) {
+  Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
+  Piece piece;
+  KeyRing<C> ring(shared);
+  while (schedule.next(piece)) {
+    const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
+    for (int i = 0; i < piece.count; ++i) ring.clear(keys.tile(piece.tile_at(i)).visible());
   }
 }
 
@@ -108,6 +120,7 @@ class Consumer {
       finish(piece, schedule.sharers(piece));
     }
     if (group_ == 0) take_turn(group_);  // leaves no barrier half full
+    finish_stores();
   }
 
  private:
@@ -125,8 +138,9 @@ class Consumer {
     for (int i = 0; i < C::kHeadDim / 2; ++i) out_[i] = 0.0f;
 
     if (piece.narrow && group_ == 1) skip(0);
+    if (first >= piece.count) release(&shared_.q_empty);
+    auto tile = keys.tile(piece.tile_at(first));
     if (first < piece.count) {
-      const auto tile = keys.tile(piece.first + first);
       ring_.wait_keys(first);
       reg_fence(scores);
       wgmma_fence();
@@ -135,8 +149,8 @@ class Consumer {
       wgmma_commit();
       wgmma_wait<0>();
       reg_fence(scores);
-      ring_.release_keys(first);
-      hide_columns<C::kKeyTile>(scores, tile.end - tile.row);
+      release_factors(first, first + stride >= piece.count);
+      hide_columns<C::kKeyTile>(scores, tile.visible());
       softmax_.template add<C::kKeyTile>(scores, rescale, params_.scale_log2);
       pack_factor<C::kKeyTile>(scores, p);
     }
@@ -148,9 +162,9 @@ class Consumer {
         break;
       }
       if (piece.narrow) skip(i - 1);
-      const auto tile = keys.tile(piece.first + i);
+      wait_values(before, tile.visible());
+      tile = keys.tile(piece.tile_at(i));
       ring_.wait_keys(i);
-      ring_.wait_values(before);
       take_turn(group_);
       reg_fence(scores);
       wgmma_fence();
@@ -163,9 +177,10 @@ class Consumer {
       pass_turn(group_);
       wgmma_wait<1>();
       reg_fence(scores);
-      ring_.release_keys(i);
-      hide_columns<C::kKeyTile>(scores, tile.end - tile.row);
+      release_factors(i, i + stride >= piece.count);
+      hide_columns<C::kKeyTile>(scores, tile.visible());
       softmax_.template add<C::kKeyTile>(scores, rescale, params_.scale_log2);
+      settle(softmax_.witness(), &shared_.q_full);
       wgmma_wait<0>();
       reg_fence(out_);
       ring_.release_values(before);
@@ -174,7 +189,7 @@ class Consumer {
     }
     if (first < piece.count) {
       const int last = first + (piece.count - 1 - first) / stride * stride;
-      ring_.wait_values(last);
+      wait_values(last, tile.visible());
       reg_fence(out_);
       wgmma_fence();
       multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, ring_.values(last));
@@ -187,22 +202,29 @@ class Consumer {
     softmax_.reduce();
   }
 
+  // Once the scores of tile i are there: gives back its keys, and after the last tile the queries,
+  // so that the next ones arrive during the last products and the store.
+  HOPPER_DEVICE void release_factors(int i, bool last) {
+    ring_.release_keys(i);
+    if (last) release(&shared_.q_empty);
+  }
+
+  HOPPER_DEVICE void wait_values(int i, int visible) {
+    ring_.wait_values(i);
+    if (visible < C::kKeyTile) ring_.wait_cleared(i);
+  }
+
   // Adds up the parts of the query block and stores it.
   HOPPER_DEVICE void finish(const Piece& piece, const Interval& sharers) {
     if (piece.narrow) {
-      // Both have read their queries: the memory is free
+      finish_stores();  // of both: the memory is free
       bar_sync(kMerge, 128 * kConsumers);
-      const Part<C::kHeadDim> part(reinterpret_cast<float4*>(shared_.q), shared_.stats);
-      if (group_ == 1) {
-        part.write(out_, softmax_);
-        fence_proxy_async();  // TMA will write the next queries there
-      }
+      const Part<C::kHeadDim> part(reinterpret_cast<float4*>(shared_.out), shared_.stats);
+      if (group_ == 1) part.write(out_, softmax_);
       bar_sync(kMerge, 128 * kConsumers);
-      if (group_ == 1) {
-        if (leads_group()) mbar_arrive(&shared_.q_empty);
-        return;
-      }
-      add_part<C::kHeadDim>(out_, softmax_, part, params_.scale_log2);
+      if (group_ == 0) add_part<C::kHeadDim>(out_, softmax_, part, params_.scale_log2);
+      bar_sync(kMerge, 128 * kConsumers);
+      if (group_ == 1) return;
     }
     bool complete = piece.whole;
     if (!complete) {
@@ -212,11 +234,7 @@ class Consumer {
         add_parts<C::kHeadDim>(out_, softmax_, params_, sharers.begin, sharers.end, group_);
       }
     }
-    if (complete) {
-      store(piece);
-    } else if (leads_group()) {
-      mbar_arrive(&shared_.q_empty);
-    }
+    if (complete) store(piece);
   }
 
   // Counts this CTA's part of a query block as written; true if it is the last of `parts`.
@@ -224,8 +242,7 @@ class Consumer {
     const int64_t tile =
         (static_cast<int64_t>(piece.batch) * params_.heads + piece.head) * params_.query_tiles +
         piece.tile;
-    fence_gpu();
-    sync_group(group_);
+    sync_group(group_);  // cumulative: the leader releases what all have written
     if (leads_group()) {
       shared_.arrived[group_] =
           atomic_add_acq_rel(params_.arrivals + tile * kConsumers + group_, 1);
@@ -274,15 +291,17 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                             HOPPER_GRID_CONSTANT const CachedAttentionParams params) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
+  if (threadIdx.x == 0) prefetch(maps.q, maps.k, maps.v, maps.out);
   init_barriers<C>(shared);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
-    // Two threads, so that keys are fetched while queries wait for their buffer
+    // Two threads fetch, so that keys arrive while queries wait for their buffer
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
+    if (warp == 2) clear_keys<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();
@@ -316,7 +335,7 @@ const char* launch_cached_attention_sm90(const CachedAttentionParams& params,
                : launch<Config<64, 128, 4, false>>(params, buffers, ctas, stream);
   }
   return params.pinned_rotation ? launch<Config<128, 128, 2, true>>(params, buffers, ctas, stream)
-                                : launch<Config<128, 128, 3, false>>(params, buffers, ctas, stream);
+                                : launch<Config<128, 128, 2, false>>(params, buffers, ctas, stream);
 }
 
 }  // namespace aapt

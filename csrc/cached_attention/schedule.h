@@ -5,6 +5,12 @@
 // whole query tiles and, at either end, a piece of one; `partials.cuh` adds the pieces up. The
 // lengths depend on counters in device memory, so every CTA computes its own share.
 //
+// A CTA does the pieces of its share from the last to the first, so that it begins with a tile's
+// first keys, as nearly all others do. Where it has all of a tile, or nothing but a part of one,
+// the order of the keys is free: it is rotated so that step n is at key tile n, modulo the length.
+// Thus the CTAs of a head read the same keys at about the same time, and the L2 cache serves all
+// but the first (benchmarks/schedule_model.py counts the bytes).
+//
 // One step is 128 queries against one tile of keys. A last tile of at most 64 queries is *narrow*:
 // its two warpgroups take alternate key tiles for the same rows, which halves its cost.
 #pragma once
@@ -48,6 +54,13 @@ struct Piece {
   int steps_begin;     // of the whole query tile, among all steps
   int steps;           // of the whole query tile
   bool starts, whole;  // begins at the tile's first key tile; has all of them
+  int rotation;        // of the order of its key tiles
+
+  // The key tile that comes i-th.
+  HOPPER_DEVICE int tile_at(int i) const {
+    const int turned = i + rotation;
+    return first + (turned < count ? turned : turned - count);
+  }
 };
 
 template <int kKeyTile>
@@ -59,14 +72,14 @@ class Schedule {
       total_ += params.heads * steps_per_head(key_tiles(batch));
     }
     ctas_ = ctas < total_ ? ctas : total_;
-    at_ = share_begin(cta < ctas_ ? cta : ctas_);
+    begin_ = share_begin(cta < ctas_ ? cta : ctas_);
     end_ = share_begin(cta < ctas_ ? cta + 1 : ctas_);
   }
 
   // Sets `piece` to the next one of this CTA's share; false if none is left.
   HOPPER_DEVICE bool next(Piece& piece) {
-    if (at_ >= end_) return false;
-    int rest = at_, keys = key_tiles(0);
+    if (begin_ >= end_) return false;
+    int rest = end_ - 1, keys = key_tiles(0);
     piece.batch = 0;
     while (rest >= params_.heads * steps_per_head(keys)) {
       rest -= params_.heads * steps_per_head(keys);
@@ -80,17 +93,23 @@ class Schedule {
     piece.narrow = piece.tile == wide;
     piece.steps = piece.narrow ? (keys + 1) / 2 : keys;
     rest -= piece.tile * keys;
-    piece.steps_begin = at_ - rest;
+    piece.steps_begin = end_ - 1 - rest;
 
-    const int left = end_ - at_;
-    const int steps = piece.steps - rest < left ? piece.steps - rest : left;
+    const int begin = piece.steps_begin > begin_ ? piece.steps_begin : begin_;
+    const int steps = end_ - begin;
     const int tiles_per_step = piece.narrow ? 2 : 1;
-    piece.first = rest * tiles_per_step;
+    piece.first = (begin - piece.steps_begin) * tiles_per_step;
     piece.count = steps * tiles_per_step;
     if (piece.first + piece.count > keys) piece.count = keys - piece.first;
-    piece.starts = rest == 0;
+    piece.starts = piece.first == 0;
     piece.whole = steps == piece.steps;
-    at_ += steps;
+    piece.rotation = 0;
+    if (!piece.narrow && piece.whole) piece.rotation = done_ % piece.count;
+    if (!piece.narrow && done_ == 0) {
+      piece.rotation = (piece.count - piece.first % piece.count) % piece.count;
+    }
+    end_ = begin;
+    done_ += steps;
     return true;
   }
 
@@ -123,7 +142,9 @@ class Schedule {
   }
 
   const CachedAttentionParams& params_;
-  int total_, ctas_, at_, end_;
+  int total_, ctas_;
+  int begin_, end_;  // what is left of the share
+  int done_ = 0;     // steps
 };
 
 }  // namespace aapt

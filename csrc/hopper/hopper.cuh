@@ -17,6 +17,12 @@
 namespace aapt::hopper {
 // In the order of the TMA enumeration.
 enum Swizzle { SW_NONE = 0, SW_32 = 1, SW_64 = 2, SW_128 = 3 };
+
+// What the L2 cache should do with a loaded tile, in the encoding of the instruction.
+enum class CacheHint : uint64_t {
+  EVICT_FIRST = 0x12F0000000000000,
+  EVICT_LAST = 0x14F0000000000000
+};
 }  // namespace aapt::hopper
 
 #if defined(__CUDACC__)
@@ -43,6 +49,13 @@ HOPPER_DEVICE uint64_t make_desc(uint32_t address, uint32_t lbo, uint32_t sbo, S
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
          static_cast<uint64_t>((lbo & 0x3FFFF) >> 4) << 16 |
          static_cast<uint64_t>((sbo & 0x3FFFF) >> 4) << 32 | descriptor_layout(swizzle) << 62;
+}
+
+// The descriptor of the matrix `bytes` further on. Shared memory ends below 2^18, so no sum carries
+// out of the address: one addition, where a new descriptor takes a chain of mask, shift and merge.
+HOPPER_DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & 0xFFFFFFFF00000000) | low;
 }
 
 // Byte offset inside a 1024-byte aligned tile of 128-byte rows.

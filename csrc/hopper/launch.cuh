@@ -63,8 +63,13 @@ inline const char* make_tensor_map(TensorMap* map, void* base, int element_bytes
   static const Encode encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
     const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
                                                                 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
     return reinterpret_cast<Encode>(status == cudaSuccess ? entry : nullptr);
   }();
   if (encode == nullptr) return "tensor map: expected a driver of CUDA 12 or later; update it";

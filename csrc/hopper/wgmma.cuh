@@ -10,6 +10,17 @@ HOPPER_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// Keeps the next wgmma_wait after the arithmetic that gave `witness`, a number whose sign bit is
+// never set. A wait orders memory operations and accumulators, so ptxas moves it above arithmetic
+// on other registers, and the warpgroup would sleep through the products that this arithmetic
+// should hide behind. Above a memory operation ptxas does not move a wait: this one depends on
+// `witness` and never happens. `smem`: any word of shared memory.
+HOPPER_DEVICE void settle(uint32_t witness, void* smem) {
+  asm volatile("{.reg .pred p; setp.lt.s32 p, %0, 0; @p st.shared.u32 [%1], %0;}" ::"r"(witness),
+               "r"(smem_u32(smem))
+               : "memory");
+}
+
 // Keeps the compiler from moving uses of these registers across this point.
 template <int N>
 HOPPER_DEVICE void reg_fence(float (&d)[N]) {

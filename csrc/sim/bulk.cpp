@@ -185,6 +185,7 @@ void access_rows(const Copy& copy, GlobalAccess access, const Actor& actor) {
 void issue_load(Copy copy, uint64_t* bar) {
   Barrier& barrier = barrier_for_load(bar, copy.site);
   ++statistics().bulk_loads;
+  statistics().loaded_bytes += copy.bytes;
   const Actor actor{barrier_agent(barrier.index), barrier.phase + 1, &clock_of(*current), ASYNC};
   access_rows(copy, GlobalAccess::READ_ASYNC, actor);
   write_shared(copy.shared, copy.bytes, actor, copy.site);
@@ -196,6 +197,7 @@ void issue_load(Copy copy, uint64_t* bar) {
 
 void issue_store(Copy copy, bool add) {
   ++statistics().bulk_stores;
+  statistics().stored_bytes += copy.bytes;
   const int storer = storer_of(*current);
   const auto group = static_cast<uint32_t>(current->store_groups);
   const Clock* knows = &clock_of(*current);
@@ -348,6 +350,9 @@ const char* make_tensor_map(TensorMap* map, void* base, int element_bytes, int r
       return "tensor map: expected dimensions of 1 to 2^32";
     }
     if (box[i] == 0 || box[i] > 256) return "tensor map: expected a box of 1 to 256 elements";
+    if (i > 0 && dims[i] > 1 && map->strides[i] == 0) {
+      return "tensor map: expected strides above 0; none is known to be allowed";
+    }
     if (i > 0 && (map->strides[i] % 16 != 0 || map->strides[i] >= uint64_t{1} << 40)) {
       return "tensor map: expected strides that are multiples of 16 bytes, below 2^40";
     }

@@ -3,6 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
 
 #define AAPT_SIM_API __attribute__((visibility("default")))
 
@@ -19,15 +22,26 @@ struct Options {
   bool races = true;
   bool shuffle_blocks = true;  // if seed is not 0
   int multiprocessors = 4;     // of the device that host code sizes a grid for
+  int registers = 0;           // of a thread at launch, as ptxas reports; 0: as many as fit
+  bool banks = false;          // count bank conflicts
 };
 
-// Counts of the last launch.
+// Counts of the last launch. Bytes are those that bulk copies and reductions move between shared
+// memory and the L2 cache.
 struct Statistics {
-  uint64_t blocks, switches, bulk_loads, bulk_stores, wgmmas, accesses;
+  uint64_t blocks, switches, bulk_loads, bulk_stores, wgmmas, accesses, loaded_bytes, stored_bytes;
+};
+
+// Accesses to shared memory at one place of the source, by whole warps: wavefronts are cycles that
+// the banks took, `least` the cycles without a conflict.
+struct BankCount {
+  uint64_t instructions, least, wavefronts;
 };
 
 AAPT_SIM_API Options& options();
 AAPT_SIM_API Statistics& statistics();
+// Of all launches with Options::banks since the last call, by place.
+AAPT_SIM_API std::vector<std::pair<std::string, BankCount>> bank_counts();
 AAPT_SIM_API const char* last_report();  // of the last launch; empty if it was clean
 
 // The global memory that kernels may touch: each access must lie wholly inside one such range.

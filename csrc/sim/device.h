@@ -153,6 +153,10 @@ inline void tma_load_4d(void* smem, const TensorMap* map, uint64_t* bar, int c0,
   const int at[] = {c0, c1, c2, c3};
   tma_load(smem, map, bar, 4, at, where);
 }
+inline void tma_load_4d(void* smem, const TensorMap* map, uint64_t* bar, int c0, int c1, int c2,
+                        int c3, CacheHint, HOPPER_WHERE) {
+  tma_load_4d(smem, map, bar, c0, c1, c2, c3, where);
+}
 inline void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, int c0, int c1, int c2,
                         int c3, int c4, HOPPER_WHERE) {
   const int at[] = {c0, c1, c2, c3, c4};
@@ -201,6 +205,8 @@ template <int N>
 inline void wgmma_wait(HOPPER_WHERE) {
   sim::wgmma_wait(N, where);
 }
+// The simulator keeps the order of the source.
+inline void settle(uint32_t /*witness*/, const void* smem) { smem_u32(smem); }
 template <int N>
 inline void reg_fence(float (&)[N]) {}
 template <int N, int TA, int TB>

@@ -1,5 +1,6 @@
 // Kernel files are compiled with -fsanitize=thread but linked with these functions, not with
 // libtsan: the compiler calls one for every plain load and store that may reach memory.
+#include "sim/banks.h"
 #include "sim/fibers.h"
 #include "sim/global.h"
 #include "sim/races.h"
@@ -20,6 +21,7 @@ void access_shared_plainly(const void* pointer, size_t bytes, bool write, Site s
     fail(site, "plain %s of %zu bytes at smem+%zu: outside shared memory (%zu bytes)",
          write ? "write" : "read", bytes, shared_offset(pointer), shared_bytes);
   }
+  count_banks(*current, site, shared_offset(pointer), bytes);
   if (write) {
     write_shared(pointer, bytes, actor_of(*current), site);
   } else {

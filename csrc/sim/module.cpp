@@ -38,7 +38,16 @@ py::dict statistics_of_last_launch() {
   return py::dict(py::arg("blocks") = last.blocks, py::arg("switches") = last.switches,
                   py::arg("bulk_loads") = last.bulk_loads,
                   py::arg("bulk_stores") = last.bulk_stores, py::arg("wgmmas") = last.wgmmas,
-                  py::arg("accesses") = last.accesses);
+                  py::arg("accesses") = last.accesses, py::arg("loaded_bytes") = last.loaded_bytes,
+                  py::arg("stored_bytes") = last.stored_bytes);
+}
+
+py::dict banks_since_last_call() {
+  py::dict places;
+  for (const auto& [place, count] : bank_counts()) {
+    places[py::str(place)] = py::make_tuple(count.instructions, count.least, count.wavefronts);
+  }
+  return places;
 }
 
 }  // namespace
@@ -56,7 +65,9 @@ PYBIND11_MODULE(_sim, m) {
       .def_readwrite("wgmma", &Options::wgmma)
       .def_readwrite("races", &Options::races)
       .def_readwrite("shuffle_blocks", &Options::shuffle_blocks)
-      .def_readwrite("multiprocessors", &Options::multiprocessors);
+      .def_readwrite("multiprocessors", &Options::multiprocessors)
+      .def_readwrite("registers", &Options::registers)
+      .def_readwrite("banks", &Options::banks);
   py::class_<Configured>(m, "configured", "Options changed inside a with block.")
       .def(py::init<const py::kwargs&>())
       .def("__enter__", &Configured::enter)
@@ -64,5 +75,8 @@ PYBIND11_MODULE(_sim, m) {
   m.def("options", &options_object);
   m.def("reset_options", [] { options() = Options{}; });
   m.def("statistics", &statistics_of_last_launch);
+  m.def("banks", &banks_since_last_call,
+        "Shared memory by place: (warp instructions, cycles without conflicts, cycles), in the "
+        "launches with banks=True since the last call.");
   m.def("last_report", [] { return std::string(last_report()); });
 }

@@ -1,5 +1,6 @@
 // Runs one block: its threads alternate until all have left or none can run.
 #include "sim/scheduler.h"
+#include "sim/banks.h"
 
 #include <algorithm>
 #include <csetjmp>
@@ -242,6 +243,7 @@ bool run_block(const Call& call) {
   for (size_t i = 0; i < shared_bytes; i += 4) memcpy(shared_window + i, &kPoison, 4);
   reset_barriers();
   reset_warps();
+  reset_banks();
   reset_shared_races();
   reset_wgmma();
   begin_global_block();

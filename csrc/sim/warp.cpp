@@ -1,4 +1,5 @@
 // Warp-wide operations: exchange, matrices, register allocation.
+#include "sim/banks.h"
 #include "sim/collective.h"
 #include "sim/races.h"
 
@@ -8,9 +9,10 @@ std::vector<Warp> warps;
 
 namespace {
 
-int register_pool;
+int register_pool;  // given back by the block: a launch leaves it no others
 
-int max_registers_at_launch() {
+int registers_at_launch() {
+  if (options().registers != 0) return options().registers;
   const int even_share = kRegisterFile / thread_count / 8 * 8;
   return even_share < 248 ? even_share : 248;
 }
@@ -46,6 +48,11 @@ void move_elements(const Thread& thread, uint8_t* at, int bytes, uint64_t& value
 // Lanes 8 m to 8 m + 7 hold the row addresses of matrix m. Lane l has elements 2 (l % 4) and 2 (l %
 // 4) + 1 of row l / 4 of each matrix, or, if transposed, of column l / 4.
 void move_matrices(Warp& warp, Slot* slots, MatrixMove move, bool transposed) {
+  uint32_t addresses[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    addresses[lane] = shared_offset(reinterpret_cast<uint8_t*>(slots[lane][0]));
+  }
+  count_matrix_banks(current->site, addresses);
   for (int matrix = 0; matrix < 4; ++matrix) {
     const auto row_address = [&](int row) {
       return reinterpret_cast<uint8_t*>(slots[matrix * 8 + row][0]);
@@ -97,11 +104,10 @@ void load_matrices(uint32_t (&r)[4], const void* smem, void (*last)(Warp&, Slot*
 
 void reset_warps() {
   warps.assign(warp_count, Warp{});
-  register_pool = kRegisterFile;
+  register_pool = 0;
   for (int i = 0; i < warp_count; ++i) {
     warps[i].index = i;
-    warps[i].registers = max_registers_at_launch();
-    register_pool -= warps[i].registers * kWarp;
+    warps[i].registers = registers_at_launch();
   }
 }
 

@@ -74,6 +74,16 @@ def test_the_target_shapes_fill_the_device(model):
         assert prediction.at_target > prediction.flops_floor > prediction.bytes_floor
 
 
+def test_aligned_ctas_share_what_they_read(model):
+    """Three tiles of one head on three CTAs: each key tile is read from memory once; six halves of
+    them: at most twice."""
+    shape = model.Shape(384, (128 * 2000,), 1)
+    tile_bytes = 4 * 128 * 128
+    for ctas, most in ((3, 1), (6, 2)):
+        read = model.predict(shape, ctas).device_bytes / tile_bytes
+        assert 2000 <= read <= most * 2000
+
+
 @pytest.fixture(scope="module")
 def kernel_schedule(tmp_path_factory):
     """The schedule of the kernel itself, compiled for the host: a function to rows of integers."""
@@ -96,19 +106,19 @@ def test_the_kernel_follows_the_model(model, kernel_schedule, queries, text, fra
     batch = 2
     shape = model.Shape(queries, (text + frames * queries,), heads, batch=batch)
     expected = [
-        (cta, piece.tile, piece.steps, piece.whole, piece.narrow)
+        (cta, piece.tile, piece.steps, piece.whole, piece.narrow, piece.keys(shape, 0)[0][1])
         for cta, share in enumerate(model.pieces(shape, ctas))
         for piece in share
     ]
     rows = kernel_schedule(queries, text, frames, heads, batch, ctas)
     steps = [(count + narrow) // (1 + narrow) for _, _, _, count, _, _, narrow, *_ in rows]
     assert expected == [
-        (cta, tile, count, bool(whole), bool(narrow))
-        for (cta, tile, _, _, _, whole, narrow, *_), count in zip(rows, steps, strict=True)
+        (cta, tile, count, bool(whole), bool(narrow), begins)
+        for (cta, tile, _, _, _, whole, narrow, begins, *_), count in zip(rows, steps, strict=True)
     ]
 
     seen, sharers = {}, {}
-    for cta, tile, first, count, starts, *_, begin, end in rows:
+    for cta, tile, first, count, starts, *_, begin, end in sorted(rows):
         assert starts == (first == 0)
         seen.setdefault(tile, []).extend(range(first, first + count))
         sharers.setdefault(tile, []).append((cta, begin, end))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import sm90_gate
-from cubin import find_cuobjdump, find_failures, read_kernels
+from cubin import Instruction, Kernel, find_cuobjdump, find_failures, read_kernels
+from wgmma import OVERLAPPED, find_tensor_failures, format_tensor_table, read_tensor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GATE = Path(sm90_gate.__file__)
@@ -73,10 +74,58 @@ def test_built_kernels_are_clean():
     if not kernels:
         pytest.skip("this build has no sm_90a kernels")
     assert find_failures(kernels, sm90_gate.REQUIRED) == []
-    for part in sm90_gate.REQUIRED:
+    assert find_tensor_failures(kernels) == []
+    for part in (*sm90_gate.REQUIRED, *OVERLAPPED):
         assert any(part in kernel.name for kernel in kernels), f"{part}: not in the library"
+    for kernel in kernels:
+        if any(part in kernel.name for part in OVERLAPPED):
+            assert kernel.threads == 384 and read_tensor(kernel).barriers >= 12
+    assert len(format_tensor_table(kernels).splitlines()) > len(OVERLAPPED)
 
 
 @needs_cuobjdump
 def test_a_file_without_kernels_is_read_as_empty():
     assert read_kernels(sys.executable) == []
+
+
+def sass(*lines: str) -> list[Instruction]:
+    return [
+        Instruction(*line.split(" ", 1)) if " " in line else Instruction(line, "") for line in lines
+    ]
+
+
+FIRST, SECOND = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+RUN = ["WARPGROUP.ARRIVE", *["UIADD3", "UMOV", "HGMMA.64x128x16.F32.BF16"] * 2, "UMOV"]
+
+
+@pytest.mark.parametrize(
+    ("between", "behind", "words"),
+    [
+        (["FMNMX", "MUFU.EX2", "MUFU.EX2"], ["FMUL"], []),
+        (["FMNMX"], ["MUFU.EX2", "MUFU.EX2"], ["2 of 2 exponentials come after"]),
+        (["MUFU.EX2"], ["MUFU.EX2"], ["1 of 2 exponentials come after"]),
+        ([], [], ["0 of 0 exponentials"]),
+    ],
+)
+def test_exponentials_belong_before_the_second_wait(between, behind, words):
+    code = sass(*RUN, FIRST, *between, SECOND, *behind, *RUN, SECOND, "MUFU.EX2")
+    kernel = Kernel("cached_attention_kernel", sass=code)
+    failures = find_tensor_failures([kernel])
+    assert len(failures) == len(words)
+    assert all(word in failure for word, failure in zip(words, failures, strict=True))
+    assert find_tensor_failures([Kernel("another_kernel", sass=code)]) == []
+
+
+def test_descriptors_are_not_rebuilt_for_every_product():
+    chain = ["UIADD3", "ULOP3.LUT", "USHF.R.U32.HI", "ULOP3.LUT", "UMOV", "UMOV"] * 2
+    code = sass("WARPGROUP.ARRIVE", *[*chain, "HGMMA.64x64x16.F32.BF16"] * 8)
+    code += sass(FIRST, "MUFU.EX2", SECOND)
+    (failure,) = find_tensor_failures([Kernel("block_causal_dq_kernel", sass=code)])
+    assert "12.0 uniform instructions per product" in failure
+
+
+@pytest.mark.parametrize(("registers", "fits"), [(168, True), (176, True), (160, False)])
+def test_setmaxnreg_needs_its_registers_at_launch(registers, fits):
+    code = sass("USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8", "USETMAXREG.DEALLOC.CTAPOOL 0x28")
+    failures = find_tensor_failures([Kernel("k", registers=registers, threads=384, sass=code)])
+    assert failures == [] if fits else "it would wait for ever" in failures[0]

@@ -231,6 +231,23 @@ def test_gradients_arrive_in_any_layout(kernel, schedule):
         assert_error_ratio(results[0], results[1].double(), results[1])
 
 
+def test_expanded_inputs_equal_their_copies(kernel, schedule):
+    """Keys and values that all heads, or all samples, share."""
+    schedule(multiprocessors=2, seed=0)
+    case = Case(kernel, FrameLayout(3, 40, 2, 1), batch=2, pinned=True)
+    shape = case.k.shape
+    case.k, case.v = case.k[:, :, :1].expand(shape), case.v[:1].expand(shape)
+    case.q_sink = case.q_sink[:1].expand(case.q_sink.shape)
+    results = []
+    for _ in range(2):
+        out, lse = case.forward()
+        results.append((out, lse, *case.backward(out, lse, deterministic=True)))
+        case.k, case.v = case.k.contiguous(), case.v.contiguous()
+        case.q_sink = case.q_sink.contiguous()
+    for expanded, copied in zip(*results, strict=True):
+        assert torch.equal(expanded, copied)
+
+
 def test_large_scores_do_not_overflow(kernel, schedule):
     schedule(multiprocessors=3, seed=0)
     case = Case(kernel, FrameLayout(3, 40, 3, 1), scale=20.0)
@@ -238,6 +255,54 @@ def test_large_scores_do_not_overflow(kernel, schedule):
     _, oracle_lse = ref.forward(*case.inputs(torch.float64), *case.arguments)
     torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=0)
     assert all(x.isfinite().all() for x in (out, *case.backward(out, lse)))
+
+
+HIDDEN = {
+    "padded text": (FrameLayout(150, 60, 3, 1), [20, 0]),
+    "padded text before a sink": (FrameLayout(90, 70, 4, 1, 1), [80, 33]),
+    "frames before the window": (FrameLayout(10, 100, 2, 1, 1, past_frames=3), [7, 10]),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_keys_that_no_query_sees_may_be_nan(
+    kernel, schedule, name, pinned, head_dim, deterministic
+):
+    schedule(multiprocessors=3, seed=1)
+    layout, text_lens = HIDDEN[name]
+    case = Case(kernel, layout, batch=2, head_dim=head_dim, text_lens=text_lens, pinned=pinned)
+    key = torch.arange(layout.key_length, device=case.k.device)
+    padding = (key >= case.text_lens[:, None]) & (key < layout.text_tokens)
+    seen = layout.dense_mask(key.device).any(0) & ~padding
+    hidden = ~seen[:, :, None, None]
+    assert hidden.any()
+    results = []
+    for value in (0.0, float("nan"), float("inf")):
+        case.k.masked_fill_(hidden, value)
+        case.v.masked_fill_(hidden, value)
+        out, lse = case.forward()
+        results.append((out, lse, *case.backward(out, lse, deterministic=deterministic)))
+    for tensors in results[1:]:
+        for tensor, expected in zip(tensors, results[0], strict=True):
+            torch.testing.assert_close(tensor, expected)
+    _, _, _, dk, dv, _ = results[1]
+    assert not dk[hidden.expand_as(dk)].any() and not dv[hidden.expand_as(dv)].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_later_frames_may_be_nan(kernel, schedule, head_dim):
+    """Rows whose query tile ends with their frame do not read what follows it in the key tile."""
+    schedule(multiprocessors=3, seed=1)
+    case = Case(kernel, FrameLayout(28, 100, 4, 2), head_dim=head_dim)
+    expected, expected_lse = case.forward()
+    for x in (case.k, case.v):
+        x[:, 128:] = float("nan")
+    out, lse = case.forward()
+    assert torch.equal(out[:, :128], expected[:, :128])
+    assert torch.equal(lse[..., :128], expected_lse[..., :128])
 
 
 def test_text_lengths_beyond_the_text_are_cut(kernel, schedule):

@@ -173,6 +173,38 @@ def test_large_scores_do_not_overflow(kernel, schedule):
     torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_hidden_rows_may_be_nan(kernel, schedule, step, pinned, head_dim):
+    """Padding of the text, and slots of the ring that a reset has left as they were."""
+    schedule(multiprocessors=3, seed=step, tma=step)
+    case = Case(
+        kernel,
+        tokens=70,
+        head_dim=head_dim,
+        batch=2,
+        step=step,
+        text_tokens=150,
+        text_lens=[20, 0],
+        window_frames=3,
+        pinned=pinned,
+    )
+    integers = case.cache.integers
+    capacity = case.cache.k.shape[2]
+    seen = ref.visible(case.cache.step, case.cache.text_lens, capacity, *integers)
+    hidden = ~seen[None, :, :, None, None]
+    assert hidden.any()
+    results = []
+    for value in (0.0, math.nan, math.inf):
+        case.cache.k.masked_fill_(hidden, value)
+        case.cache.v.masked_fill_(hidden, value)
+        results.append(case.run())
+    assert results[0][0].isfinite().all() and results[0][1].isfinite().all()
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
 def test_unsuitable_arguments_are_refused(kernel):
     case = Case(kernel, tokens=8)
     with pytest.raises(RuntimeError, match="scale: expected"):

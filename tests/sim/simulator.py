@@ -85,7 +85,10 @@ def read_bugs(header: str) -> dict[str, int]:
 class Statistics(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in ("blocks", "switches", "bulk_loads", "bulk_stores", "wgmmas", "accesses")
+        for name in (
+            *("blocks", "switches", "bulk_loads", "bulk_stores", "wgmmas", "accesses"),
+            *("loaded_bytes", "stored_bytes"),
+        )
     ]
 
 
@@ -96,9 +99,12 @@ class Simulator:
         self.library = ctypes.CDLL(str(library))
         self.library.get_statistics.restype = ctypes.POINTER(Statistics)
 
-    def launch(self, name, *arguments, seed=0, tma=LATE, wgmma=LATE, races=True) -> str | None:
+    def launch(
+        self, name, *arguments, seed=0, tma=LATE, wgmma=LATE, races=True, banks=False
+    ) -> str | None:
         """Runs a test kernel, which may touch only the given arrays; returns the report, if any."""
         self.library.set_options(seed, tma, wgmma, races)
+        self.library.count_banks(banks)
         self.library.forget()
         values = []
         for argument in arguments:
@@ -113,6 +119,12 @@ class Simulator:
         function.restype = ctypes.c_char_p
         report = function(*values, None)
         return report.decode() if report else None
+
+    def banks(self) -> tuple[int, int, int]:
+        """Warp instructions, cycles without bank conflicts and cycles since the last call."""
+        sums = (ctypes.c_uint64 * 3)()
+        self.library.get_banks(sums)
+        return tuple(sums)
 
     @property
     def statistics(self) -> Statistics:

@@ -50,24 +50,25 @@ BUGS = {
         "dq[4 * i + 3]};\n    }",
         "without fence_proxy_async",
     ),
-    "no barrier before the reduction": (
-        "bar_sync(kGroup + group_, 128);",
-        "",
-        "is not ordered after the write by",
+    "cleared keys are not fenced": (
+        "fence_proxy_async();\n    sync_group(group_);",
+        "sync_group(group_);",
+        "without fence_proxy_async",
     ),
-    "a warp's barrier before the reduction": (
-        "bar_sync(kGroup + group_, 128);",
-        "warp_sync();",
-        "is not ordered after the write by",
+    "no wait before the reduction": ("mbar_wait(&shared.dq_full, n % 2);", "", "deadlock"),
+    "the reduction waits for one consumer": (
+        "mbar_init(&shared.dq_full, 4 * kConsumers);",
+        "mbar_init(&shared.dq_full, 4);",
+        None,
     ),
     "sums overwritten while they leave": (
-        "if (is_leader()) tma_store_wait_read<0>();\n        bar_sync",
-        "bar_sync",
+        "mbar_wait(&shared_.dq_empty, n_ % 2 ^ 1);",
+        "",
         "is not ordered after the read by bulk store",
     ),
-    "the wait for sums comes after the barrier": (
-        "if (is_leader()) tma_store_wait_read<0>();\n        bar_sync(kScores, 128 * kConsumers);",
-        "bar_sync(kScores, 128 * kConsumers);\n        if (is_leader()) tma_store_wait_read<0>();",
+    "sums given back before they are read": (
+        "tma_store_wait_read<0>();\n      mbar_arrive(&shared.dq_empty);",
+        "mbar_arrive(&shared.dq_empty);\n      tma_store_wait_read<0>();",
         "is not ordered after the read by bulk store",
     ),
     "reductions are not committed": (
@@ -75,25 +76,25 @@ BUGS = {
         "",
         "is not ordered after the read by bulk store",
     ),
-    "the last sums are left alone": (
-        "// The last sums are still being read\n    if (is_leader()) tma_store_wait_read<0>();",
+    "nobody waits for the reductions": (
+        "tma_store_wait_read<0>();",
         "",
-        "may still read shared memory",
+        "is not ordered after the read by bulk store",
     ),
     "sums overwrite sums of other keys": (
         "bulk_reduce_add_f32(sums,",
         "bulk_store(sums,",
         "race in global memory",
     ),
-    "every warp adds": (
-        "HOPPER_DEVICE static bool is_leader() { return threadIdx.x % 128 == 0; }",
-        "HOPPER_DEVICE static bool is_leader() { return threadIdx.x % 32 == 0; }",
-        None,
+    "all tiles into the first": ("++n, sums += kSumsPerTile", "++n", None),
+    "both halves into one": (
+        "reinterpret_cast<float4*>(shared_.dq[group_])",
+        "reinterpret_cast<float4*>(shared_.dq[0])",
+        "is not ordered after the write by",
     ),
-    "both halves into one": ("work.head, tile, group_)", "work.head, tile, 0)", None),
     "sums of the tile before": (
-        "work.head, tile, group_)",
-        "work.head, tile > 0 ? tile - 1 : 0, group_)",
+        "work.rows.begin, 0)",
+        "work.rows.begin > 0 ? work.rows.begin - 1 : 0, 0)",
         None,
     ),
     "dout is not released": (
@@ -102,12 +103,12 @@ BUGS = {
         "deadlock",
     ),
     "q released before dk is done": (
-        "wgmma_wait<C::kAddsQueries ? 1 : 0>();\n        reg_fence(dk_);",
+        "wgmma_wait<0>();\n        reg_fence(dk_);",
         "reg_fence(dk_);",
         "is not ordered after the read by wgmma",
     ),
     "dq read while it is multiplied": (
-        "wgmma_wait<0>();\n        reg_fence(dq);",
+        "wgmma_wait<kTakesGradient ? 1 : 0>();\n        reg_fence(dq);",
         "reg_fence(dq);",
         "while a wgmma on it is in flight",
     ),
@@ -127,7 +128,7 @@ BUGS = {
         "bytes to come",
     ),
     "edges are not hidden": (
-        "if (tile < work.clean.begin || tile >= work.clean.end) hide(",
+        "if (edge_row >= 0) hide(",
         "if (false) hide(",
         None,
     ),
@@ -220,9 +221,9 @@ QUICK = {
     "scores are not fenced",
     "no barrier between scores and dq",
     "one place for scores, read and written",
-    "a warp's barrier before the reduction",
+    "the reduction waits for one consumer",
     "sums overwritten while they leave",
-    "the last sums are left alone",
+    "cleared keys are not fenced",
     "sums overwrite sums of other keys",
     "q released before dk is done",
     "edges are not hidden",

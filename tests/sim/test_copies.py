@@ -92,3 +92,12 @@ def test_matrix_moves(machine, transpose_store):
     out = np.zeros_like(source)
     assert machine.launch("run_transpose_matrices", source, out, transpose_store) is None
     np.testing.assert_array_equal(out, source.T)
+
+
+@pytest.mark.parametrize(("stride", "cycles"), [(1, 1), (2, 2), (8, 8), (31, 1), (32, 32), (33, 1)])
+def test_bank_conflicts_are_counted(simulator, stride, cycles):
+    """One store of a warp: words 32 apart share a bank."""
+    out = nan_filled(32)
+    assert simulator.launch("run_stride", out, stride, banks=True) is None
+    np.testing.assert_array_equal(out, np.arange(32))
+    assert simulator.banks() == (1, 1, cycles)

@@ -14,3 +14,12 @@ EXPORT void set_options(int seed, int tma, int wgmma, int races) {
 EXPORT void allow(const void* begin, size_t bytes) { sim::allow(begin, bytes); }
 EXPORT void forget() { sim::forget(); }
 EXPORT const sim::Statistics* get_statistics() { return &sim::statistics(); }
+EXPORT void count_banks(int on) { sim::options().banks = on != 0; }
+// Instructions, cycles without conflicts and cycles of all places together.
+EXPORT void get_banks(uint64_t* sums) {
+  for (const auto& [place, count] : sim::bank_counts()) {
+    sums[0] += count.instructions;
+    sums[1] += count.least;
+    sums[2] += count.wavefronts;
+  }
+}

@@ -46,3 +46,7 @@ EXPORT const char* run_transpose_matrices(const uint16_t* in, uint16_t* out, int
   return HOPPER_LAUNCH(copies::transpose_matrices, dim3(1), dim3(32), 1024, stream, in, out,
                        transpose_store);
 }
+
+EXPORT const char* run_stride(float* out, int stride, void* stream) {
+  return HOPPER_LAUNCH(copies::stride_words, dim3(1), dim3(32), 32 * 4 * 33, stream, out, stride);
+}

@@ -197,4 +197,12 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(32, 1)
   for (int i = lane; i < 256; i += 32) out[i] = tile[i];
 }
 
+// Every lane of a warp writes a word `stride` words after its neighbour's.
+HOPPER_KERNEL stride_words(float* out, int stride) {
+  HOPPER_SHARED(raw);
+  auto* words = reinterpret_cast<float*>(raw);
+  words[threadIdx.x * stride] = static_cast<float>(threadIdx.x);
+  out[threadIdx.x] = words[threadIdx.x * stride];
+}
+
 }  // namespace copies
