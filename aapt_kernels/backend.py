@@ -176,6 +176,14 @@ def implementation(op: str, name: str) -> Callable | None:
     return partial(caller, kernels) if kernel and caller else kernel
 
 
+def kernels_of(device: torch.device):
+    """Return the namespace of the hand-written kernels that may run on tensors of this device, None
+    if there are none."""
+    if device.type == "cuda" and not no_sm90(device):
+        return torch.ops.aapt_sm90
+    return torch.ops.aapt_sim if device.type == "cpu" and _forced == "sim" else None
+
+
 def obstacle(op: str, name: str, device: torch.device | str) -> str | None:
     """Return why this backend cannot run this op on this device, None if it can."""
     device = torch.device(device)

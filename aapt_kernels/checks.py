@@ -142,6 +142,14 @@ def sm90_limit(q: Tensor, **others: Tensor | None) -> str | None:
     return None
 
 
+def cache_limit(q: Tensor, k_cache: Tensor | None) -> str | None:
+    """Return why a kernel that computes on the stored keys does not take this cache, None if it
+    does or there is none."""
+    if k_cache is None or k_cache.dtype == q.dtype:
+        return None
+    return f"k_cache: expected a cache of the dtype of q, {q.dtype}, got {k_cache.dtype}"
+
+
 def scale_limit(scale: float | None) -> str | None:
     """Return why the sm_90a kernels do not take this scale, None if they do or there is none."""
     if scale is None or scale > 0:

@@ -10,6 +10,9 @@ while playing:
         q = kv_append(q, k, v, cache, layer, q_weight, k_weight, cos, sin)
         out = cached_attention(q, cache, layer)
     cache.advance()
+
+A step may append n frames at once, which see each other: q, k and v then have the tokens of n
+frames, and cache.advance(n) ends the step.
 """
 
 import copy
@@ -17,7 +20,11 @@ import copy
 import torch
 from torch import Tensor
 
-from .checks import check_dense_rows, check_device, check_dtype, check_integer, check_shape
+from .backend import kernels_of
+from .checks import FLOATS, check_dense_rows, check_device, check_dtype, check_integer, check_shape
+from .precision import as_bits, dequantise, quantise
+
+QUANTISED = (torch.float8_e4m3fn,)
 
 
 class KVCache:
@@ -32,9 +39,22 @@ class KVCache:
     (i - sink_frames) mod (window_frames + 1). Nothing is ever shifted, and no step reads the
     counter on the host.
 
+    dtype: of k and v in memory. compute_dtype: of the keys and values that the cache takes and
+    returns, and of q: that of k and v, or for float8_e4m3fn any of the others, bfloat16 unless
+    given. k_scale, v_scale: of a float8 cache, (layers, heads) float32, 1 until the caller writes
+    others into them, before the first key; a cache stores k / k_scale and v / v_scale. None for any
+    other dtype.
+
+    workspace: memory that the sm_90a kernels reuse in every call, None where they do not run.
+
     A cache serves inside and outside of inference mode, wherever it was made. Sizes are integers
     of any kind; TypeError or ValueError, by name, for another.
     """
+
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    workspace: Tensor | None = None
+    _compute_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -48,6 +68,7 @@ class KVCache:
         window_frames: int,
         sink_frames: int = 1,
         dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ):
         sizes = {}
@@ -67,6 +88,7 @@ class KVCache:
         self.tokens_per_frame = sizes["tokens_per_frame"]
         self.window_frames = sizes["window_frames"]
         self.sink_frames = sizes["sink_frames"]
+        self._choose_dtypes(dtype, compute_dtype)
         # Head-major in memory, because every attention reads the keys of one head in one piece
         shape = (layers, batch, heads, self.capacity, head_dim)
         # A tensor of inference mode could not be written to outside of it
@@ -75,10 +97,49 @@ class KVCache:
             self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
             self.step = torch.zeros((), dtype=torch.int64, device=device)
             self.text_lens = torch.zeros(batch, dtype=torch.int64, device=device)
+            if dtype in QUANTISED:
+                self.k_scale, self.v_scale = torch.ones(2, layers, heads, device=device).unbind()
+            self.workspace = self._new_workspace()
+
+    def _choose_dtypes(self, dtype: torch.dtype, compute_dtype: torch.dtype | None) -> None:
+        if dtype not in (*FLOATS, *QUANTISED):
+            names = ", ".join(str(x) for x in (*FLOATS, *QUANTISED))
+            raise TypeError(f"dtype: expected one of {names}, got {dtype}")
+        if compute_dtype is None:
+            compute_dtype = torch.bfloat16 if dtype in QUANTISED else dtype
+        allowed = FLOATS if dtype in QUANTISED else (dtype,)
+        if compute_dtype not in allowed:
+            names = " or ".join(str(x) for x in allowed)
+            raise TypeError(
+                f"compute_dtype: expected {names} for a cache of {dtype}, got {compute_dtype}"
+            )
+        self._compute_dtype = compute_dtype
+
+    def _new_workspace(self) -> Tensor | None:
+        head_dim = self.k.shape[-1]
+        if self.k.dtype != torch.bfloat16 or head_dim not in (64, 128):
+            return None
+        kernels = kernels_of(self.k.device)
+        if kernels is None:
+            return None
+        sizes = (self.tokens_per_frame, self.window_frames)
+        return kernels.cached_attention_workspace(self.k[0], *sizes)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the queries, keys and values that the cache takes and returns."""
+        return self._compute_dtype or self.k.dtype
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Scales of one layer's keys and values, (heads,) each, None for none, as the ops take
+        them."""
+        if self.k_scale is None:
+            return None, None
+        return self.k_scale[layer], self.v_scale[layer]
 
     @property
     def ring_frames(self) -> int:
-        """Slots of the ring: the window and the frame being made."""
+        """Slots of the ring: window and newest frame. A step appends at most as many frames."""
         return self.window_frames + 1
 
     @property
@@ -98,7 +159,8 @@ class KVCache:
         text_lens (batch,): number of first rows that are text, all unless given; it is one for all
         layers. Text is stored at the end of its slot, next to the frames, so that a frame sees one
         piece of memory. The rest of the slot is zero: padding, NaN included, is forgotten. Frames
-        already in the cache stay as they were made.
+        already in the cache stay as they were made. A float8 cache stores k / k_scale and
+        v / v_scale.
 
         Raises IndexError, ValueError or TypeError if an argument does not fit the cache.
         """
@@ -111,7 +173,7 @@ class KVCache:
                 f"k: expected at most {self.text_tokens} text tokens, the slot of this cache, "
                 f"got {length}"
             )
-        check_dtype({"cache": self.k, "k": k, "v": v})
+        self._check_dtype({"k": k, "v": v})
         check_device({"cache": self.k, "k": k, "v": v})
         if text_lens is not None:
             check_shape("text_lens", text_lens, (batch,))
@@ -124,14 +186,26 @@ class KVCache:
             shift = length - self.text_lens[:, None]  # rows of padding, moved to the front
             row = torch.arange(length, device=k.device) - shift
             source = row.clamp(min=0)[..., None, None].expand_as(k)
-            for cached, text in ((self.k, k), (self.v, v)):
+            k_scale, v_scale = self.scales(layer)
+            for cached, text, scale in ((self.k, k, k_scale), (self.v, v, v_scale)):
                 cached[layer, :, : self.text_tokens - length].zero_()
                 text = text.gather(1, source).masked_fill_(row[..., None, None] < 0, 0)
-                cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(text)
+                cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(
+                    quantise(text, scale, cached.dtype)
+                )
 
-    def advance(self) -> None:
-        """Finish a step: the frame that every layer has appended is now part of the past."""
-        self.step.add_(1)
+    def advance(self, frames: int = 1) -> None:
+        """Finish a step: the frames that every layer has appended are now part of the past.
+
+        frames: number of frames that each layer appended in this step, at most window_frames + 1.
+        TypeError or ValueError for another.
+        """
+        frames = check_integer("frames", frames, 1)
+        if frames > self.ring_frames:
+            raise ValueError(
+                f"frames: expected at most {self.ring_frames}, the ring of this cache, got {frames}"
+            )
+        self.step.add_(frames)
 
     def reset(self) -> None:
         """Forget every frame, and NaN with it: their keys and values become zero. Text stays."""
@@ -144,30 +218,38 @@ class KVCache:
         """Return an independent copy, to branch a stream or to keep its state for training."""
         twin = copy.copy(self)
         with torch.inference_mode(False), torch.no_grad():
-            for name in ("k", "v", "step", "text_lens"):
+            for name in self._state:
                 setattr(twin, name, getattr(self, name).clone())
+            if self.workspace is not None:
+                twin.workspace = torch.zeros_like(self.workspace)
         return twin
 
+    @property
+    def _state(self) -> tuple[str, ...]:
+        """Names of the tensors that make up the state."""
+        names = ("k", "v", "step", "text_lens")
+        return names if self.k_scale is None else (*names, "k_scale", "v_scale")
+
     def check_twin(self, other: "KVCache") -> None:
-        """Raise ValueError unless the other cache has the sizes, dtype and device of this one."""
+        """Raise ValueError unless the other cache has the sizes, dtypes and device of this one."""
         forms = [
-            (cache.integers, *cache.k.shape, cache.k.dtype, cache.k.device)
+            (cache.integers, *cache.k.shape, cache.k.dtype, cache.compute_dtype, cache.k.device)
             for cache in (self, other)
         ]
         if forms[0] != forms[1]:
             raise ValueError(f"cache: expected one of {forms[0]}, got {forms[1]}")
 
     def load(self, other: "KVCache") -> None:
-        """Copy the state of a cache of the same shape into the memory of this one, so that a
-        captured step stays valid. ValueError as `check_twin`."""
+        """Copy the state of a cache of the same shape, scales included, into the memory of this
+        one, so that a captured step stays valid. ValueError as `check_twin`."""
         self.check_twin(other)
-        for name in ("k", "v", "step", "text_lens"):
+        for name in self._state:
             getattr(self, name).copy_(getattr(other, name))
 
     @property
     def bytes(self) -> int:
-        """Memory of keys, values and counters."""
-        return sum(x.nbytes for x in (self.k, self.v, self.step, self.text_lens))
+        """Memory of the state: keys, values, scales and counters, without `workspace`."""
+        return sum(getattr(self, name).nbytes for name in self._state)
 
     @property
     def past_frames(self) -> int:
@@ -177,7 +259,7 @@ class KVCache:
     def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return copies of one layer's `[sink | past]` keys and values, oldest first, with which
         FrameLayout(past_frames=cache.past_frames) continues the sequence in parallel:
-        (batch, (sink_frames + past_frames) * tokens_per_frame, heads, head_dim).
+        (batch, (sink_frames + past_frames) * tokens_per_frame, heads, head_dim) in `compute_dtype`.
 
         Call it between steps; it waits for the device. RuntimeError before the sink is complete.
         """
@@ -192,11 +274,13 @@ class KVCache:
         index = torch.cat([torch.arange(self.sink_frames, device=self.k.device), past])
         frames = (-1, self.tokens_per_frame)
 
-        def take(x: Tensor) -> Tensor:
-            slots = x[layer, :, self.text_tokens :].unflatten(1, frames)
-            return slots.index_select(1, index).flatten(1, 2)
+        def take(x: Tensor, scale: Tensor | None) -> Tensor:
+            slots = as_bits(x)[layer, :, self.text_tokens :].unflatten(1, frames)
+            taken = slots.index_select(1, index).flatten(1, 2).view(x.dtype)
+            return dequantise(taken, scale, self.compute_dtype)
 
-        return take(self.k), take(self.v)
+        k_scale, v_scale = self.scales(layer)
+        return take(self.k, k_scale), take(self.v, v_scale)
 
     def check_layer(self, layer: int) -> None:
         """Raise IndexError, or TypeError for another type, unless the cache has this layer."""
@@ -205,13 +289,30 @@ class KVCache:
         if not 0 <= layer < self.k.shape[0]:
             raise IndexError(f"layer: expected 0 ... {self.k.shape[0] - 1}, got {layer}")
 
-    def check_frame(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Raise IndexError, ValueError or TypeError unless each tensor is one frame of this cache,
-        (batch, tokens_per_frame, heads, head_dim)."""
+    def check_frames(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Raise IndexError, ValueError or TypeError unless all tensors are n frames for this cache,
+        (batch, n * tokens_per_frame, heads, head_dim), with one n from 1 to window_frames + 1."""
         self.check_layer(layer)
         _, batch, _, heads, head_dim = self.k.shape
+        length = None
         for name, tensor in tensors.items():
-            check_shape(name, tensor, (batch, self.tokens_per_frame, heads, head_dim), "this cache")
+            if length is None:  # the first one gives the number of frames
+                expected = (batch, f"n * {self.tokens_per_frame}", heads, head_dim)
+                length = check_shape(name, tensor, expected, "this cache")[1]
+                frames, rest = length // self.tokens_per_frame, length % self.tokens_per_frame
+                if rest != 0 or not 1 <= frames <= self.ring_frames:
+                    raise ValueError(
+                        f"{name}: expected {self.tokens_per_frame} tokens for each of 1 to "
+                        f"{self.ring_frames} frames, the ring of this cache, got {length}"
+                    )
+            check_shape(name, tensor, (batch, length, heads, head_dim), "this cache")
         check_dense_rows(tensors)
-        check_dtype({"cache": self.k, **tensors})
+        self._check_dtype(tensors)
         check_device({"cache": self.k, **tensors})
+
+    def _check_dtype(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.dtype != self.compute_dtype:
+                raise TypeError(
+                    f"{name}: expected {self.compute_dtype} like cache, got {tensor.dtype}"
+                )

@@ -17,6 +17,27 @@ def widen(*arguments) -> list:
     ]
 
 
+def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x (B, L, H, D) as a cache of `dtype` stores it: x / scale (H,), rounded and limited to
+    the largest finite value, because a conversion to float8 turns what is larger into NaN."""
+    if scale is None:
+        return x
+    limit = torch.finfo(dtype).max
+    return (x.to(wide(x.dtype)) / scale[:, None]).clamp(-limit, limit).to(dtype)
+
+
+def dequantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the values in `dtype` that `quantise` has stored as x (B, L, H, D)."""
+    if scale is None:
+        return x
+    return (x.to(wide(dtype)) * scale[:, None]).to(dtype)
+
+
+def as_bits(x: Tensor) -> Tensor:
+    """Return x, float8 as a view of its bytes: PyTorch has no indexing for float8."""
+    return x.view(torch.uint8) if x.itemsize == 1 else x
+
+
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x contiguous in this dtype: x itself if it is so already."""
     return x.to(dtype).contiguous()

@@ -21,11 +21,17 @@ constexpr const char* KV_APPEND =
     "kv_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "Tensor? cos_sink, Tensor? sin_sink, float eps, SymInt text_tokens, SymInt tokens_per_frame, "
-    "SymInt window_frames, SymInt sink_frames) -> (Tensor q, Tensor q_sink)";
+    "SymInt window_frames, SymInt sink_frames, Tensor? k_scale, Tensor? v_scale) "
+    "-> (Tensor q, Tensor q_sink)";
 constexpr const char* CACHED_ATTENTION =
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
     "Tensor? q_sink, SymInt text_tokens, SymInt tokens_per_frame, SymInt window_frames, "
-    "SymInt sink_frames, float scale) -> (Tensor out, Tensor lse)";
+    "SymInt sink_frames, float scale, Tensor? k_scale, Tensor? v_scale, Tensor(a!)? workspace) "
+    "-> (Tensor out, Tensor lse)";
+// Memory for cached_attention on one layer's cache, which calls may reuse: zeros.
+[[maybe_unused]] constexpr const char* CACHED_ATTENTION_WORKSPACE =
+    "cached_attention_workspace(Tensor k_cache, SymInt tokens_per_frame, SymInt window_frames) "
+    "-> Tensor";
 [[maybe_unused]] constexpr const char* CAUSAL_CONV3D =
     "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
     "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, bool replicate, "
@@ -46,6 +52,7 @@ constexpr const char* CACHED_ATTENTION =
   m.def(BLOCK_CAUSAL_ATTENTION_BACKWARD);
   m.def(KV_APPEND);
   m.def(CACHED_ATTENTION);
+  m.def(CACHED_ATTENTION_WORKSPACE);
   m.def(CAUSAL_CONV3D_KERNEL);
   m.def(CAUSAL_CONV3D_PACK);
 }
@@ -65,7 +72,8 @@ STABLE_TORCH_LIBRARY(aapt, m) {
       "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? cos_sink, "
       "Tensor? sin_sink, float eps) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)");
 
-  // One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter.
+  // One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter. The scales,
+  // (heads,) float32, are those of a cache of another dtype than q.
   m.def(KV_APPEND);
   m.def(CACHED_ATTENTION);
 

@@ -111,6 +111,14 @@ inline Strides check_rows(const char* name, const Tensor& tensor, const Tensor& 
   return strides;
 }
 
+// Checks that the tokens of q are those of 1 to `ring_frames` whole frames.
+inline void check_frames(int64_t tokens, int64_t tokens_per_frame, int64_t ring_frames) {
+  STD_TORCH_CHECK(tokens_per_frame > 0 && tokens > 0 && tokens % tokens_per_frame == 0 &&
+                      tokens / tokens_per_frame <= ring_frames,
+                  "q: expected ", tokens_per_frame, " tokens for each of 1 to ", ring_frames,
+                  " frames, got ", tokens);
+}
+
 // Checks that a tensor is contiguous, has this dtype and shape, and is on the device of q; unless
 // it holds integers, also that it begins on a 16-byte boundary. Returns its `device_pointer`.
 inline void* check_dense(const char* name, const Tensor& tensor, const Tensor& q, ScalarType dtype,

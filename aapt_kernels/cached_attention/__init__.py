@@ -1,10 +1,10 @@
-"""Attention of one new frame to the KV cache, which is read in place (docs/method.md#3, #5)."""
+"""Attention of new frames to the KV cache, which is read in place (docs/method.md#3, #5)."""
 
 import torch
 from torch import Tensor
 
 from ..backend import deferred, for_simulator, implement, register_fake
-from ..checks import check_no_grad, check_no_tangent, scale_limit, sm90_limit
+from ..checks import cache_limit, check_no_grad, check_no_tangent, scale_limit, sm90_limit
 from ..kv_cache import KVCache
 from ..precision import follow_autocast, wide
 from . import cpu, ref
@@ -19,24 +19,27 @@ def cached_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return what `block_causal_attention` gives for frame `cache.step`, which sees its text, the
-    sink frames, the window and itself. Call it after `kv_append` of the same step and layer, before
-    `cache.advance()`.
+    """Attend from n new frames to the text, the sink frames, the window and each other. Call it
+    after `kv_append` of the same step and layer, before `cache.advance(n)`.
 
-    q and q_sink (B, tokens_per_frame, H, D), as `kv_append` returns them -> out like q; autocast
-    casts both to the cache's dtype. scale: factor of the scores, 1 / sqrt(D) unless given.
-    return_lse also returns the log-sum-exp of the scores, (B, H, tokens_per_frame) float32 (float64
-    for float64).
+    The n frames, `cache.step` to `last = cache.step + n - 1`, share one window that ends with the
+    last: every query sees frames last - window_frames ... last. For n = 1 that is what
+    `block_causal_attention` gives for frame `cache.step`.
 
-    A slot that the frame does not see, such as one before `cache.reset()`, never reaches the
+    q and q_sink (B, n * tokens_per_frame, H, D), as `kv_append` returns them -> out like q;
+    autocast casts both to the cache's `compute_dtype`. scale: factor of the scores, 1 / sqrt(D)
+    unless given. return_lse also returns the log-sum-exp of the scores,
+    (B, H, n * tokens_per_frame) float32 (float64 for float64).
+
+    A slot that the frames do not see, such as one before `cache.reset()`, never reaches the
     output, not even as NaN.
 
     Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
     requires grad, and NotImplementedError in forward-mode differentiation.
     """
-    q, q_sink = follow_autocast(q, q_sink, dtype=cache.k.dtype)
+    q, q_sink = follow_autocast(q, q_sink, dtype=cache.compute_dtype)
     tensors = {"q": q} if q_sink is None else {"q": q, "q_sink": q_sink}
-    cache.check_frame(layer, tensors)
+    cache.check_frames(layer, tensors)
     check_no_tangent("cached_attention", tensors)
     check_no_grad("cached_attention", tensors)
     if scale is None:
@@ -51,6 +54,8 @@ def cached_attention(
         q_sink,
         *cache.integers,
         scale,
+        *cache.scales(layer),
+        cache.workspace,
     )
     return (out, lse) if return_lse else out
 
@@ -63,8 +68,9 @@ def _(q, *_):
 
 
 def _sm90_limit(q, k_cache=None, v_cache=None, step=None, text_lens=None, q_sink=None, *options):
+    scale = options[4] if options else None
     tensors = dict(k_cache=k_cache, v_cache=v_cache, text_lens=text_lens, q_sink=q_sink)
-    return sm90_limit(q, **tensors) or scale_limit(options[-1] if options else None)
+    return cache_limit(q, k_cache) or sm90_limit(q, **tensors) or scale_limit(scale)
 
 
 implement(

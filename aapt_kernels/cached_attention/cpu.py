@@ -1,13 +1,13 @@
 """Fast CPU implementation: flash attention on views of the cache, which is never copied.
 
-Text, sink and ring are stored side by side, so one call sees exactly what the frame sees. q_sink
-takes three calls, whose results are merged by their log-sum-exp.
+Text, sink and ring are stored side by side, so one call sees exactly what the new frames see.
+q_sink takes three calls, whose results are merged by their log-sum-exp.
 """
 
 import torch
 from torch import Tensor
 
-from ..precision import dense
+from ..precision import dense, dequantise
 
 Part = tuple[Tensor, Tensor]  # out (B, H, L, D), lse (B, H, L)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -40,12 +40,18 @@ def attend(q, k, v, intervals, q_sink, sink, scale) -> Part:
 
 
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
-    text_tokens, tokens_per_frame, window_frames, sink_frames, scale = arguments
-    frames = min(int(step) + 1, sink_frames + window_frames + 1)
+    text_tokens, tokens_per_frame, window_frames, sink_frames, scale, *scales, _ = arguments
+    new_frames = q.shape[1] // tokens_per_frame
+    frames = min(int(step) + new_frames, sink_frames + window_frames + 1)
     sink_end = text_tokens + min(sink_frames, frames) * tokens_per_frame
     end = text_tokens + frames * tokens_per_frame
     if sink_end == text_tokens:
         q_sink = None
+    if any(x is not None for x in scales):
+        k_cache, v_cache = (
+            dequantise(x[:, :end], x_scale, q.dtype)
+            for x, x_scale in zip((k_cache, v_cache), scales, strict=True)
+        )
     lens = [max(0, min(length, text_tokens)) for length in text_lens.tolist()]
 
     def part(length: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> Part:

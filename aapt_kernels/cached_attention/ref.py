@@ -1,4 +1,4 @@
-"""Specification: one frame's queries attend to the whole cache under a mask of slots.
+"""Specification: the queries of new frames attend to the whole cache under a mask of slots.
 
 The mask is computed from the counter on the device, so this runs wherever PyTorch does, without
 waiting for the device.
@@ -6,24 +6,27 @@ waiting for the device.
 
 import torch
 
-from ..precision import dense, widen
+from ..precision import dense, dequantise, widen
 
 
-def visible(step, text_lens, capacity, text_tokens, tokens_per_frame, window_frames, sink_frames):
-    """Return (batch, capacity) bool, True where frame `step` sees the cache, itself included."""
+def visible(step, frames, text_lens, capacity, geometry):
+    """Return (batch, capacity) bool, True where frames step ... step + frames - 1 see the cache,
+    themselves included."""
+    text_tokens, tokens_per_frame, *_ = geometry
     key = torch.arange(capacity, device=step.device)
     slot = torch.div(key - text_tokens, tokens_per_frame, rounding_mode="floor")
-    # Slots fill up in order, and a full ring holds exactly the window and the frame itself
-    seen = (key >= text_tokens) & (slot <= step)
+    # Slots fill up in order, and a full ring holds exactly the window that ends with the last frame
+    seen = (key >= text_tokens) & (slot < step + frames)
     begin = text_tokens - torch.clamp(text_lens, 0, text_tokens)[:, None]
     return seen | ((key >= begin) & (key < text_tokens))
 
 
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
-    *geometry, scale = arguments
+    *geometry, scale, k_scale, v_scale, _ = arguments
     text_tokens, tokens_per_frame, _, sink_frames = geometry
-    seen = visible(step, text_lens, k_cache.shape[1], *geometry)
-    # A weight of zero would still multiply NaN in a slot that the frame does not see
+    seen = visible(step, q.shape[1] // tokens_per_frame, text_lens, k_cache.shape[1], geometry)
+    k_cache, v_cache = dequantise(k_cache, k_scale, q.dtype), dequantise(v_cache, v_scale, q.dtype)
+    # A weight of zero would still multiply NaN in a slot that the frames do not see
     k_cache, v_cache = (x.masked_fill(~seen[..., None, None], 0) for x in (k_cache, v_cache))
     s = torch.einsum("bqhd,bkhd->bhqk", q * scale, k_cache)
     if q_sink is not None:

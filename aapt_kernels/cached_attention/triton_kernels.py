@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import cache_limit
 from ..triton_rows import multiprocessors
 from ..triton_tiles import LOG2_E, dot, load_rows
 
@@ -192,8 +193,8 @@ def cached_attention_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     active = row < length
 
-    # What this frame sees: [text, end), with q_sink in three intervals
-    frames = tl.minimum(tl.load(step) + 1, slots).to(tl.int32)
+    # What these frames see: [text, end), with q_sink in three intervals
+    frames = tl.minimum(tl.load(step) + length // tokens_per_frame, slots).to(tl.int32)
     text = text_tokens - tl.minimum(tl.maximum(tl.load(text_lens + batch), 0), text_tokens).to(
         tl.int32
     )
@@ -310,11 +311,11 @@ def merge_kernel(
     tl.store(out + at, result, mask=mask)
 
 
-def limit(q: Tensor, *_) -> str | None:
-    """Return why the kernel does not take q, None if it does. It pads a head_dim to the next of 32,
-    64 and 128."""
+def limit(q: Tensor, k_cache: Tensor | None = None, *_) -> str | None:
+    """Return why the kernel does not take q and the cache, None if it does. It pads a head_dim to
+    the next of 32, 64 and 128."""
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM:
-        return None
+        return cache_limit(q, k_cache)
     return (
         f"it takes float16, bfloat16 or float32 with a head_dim up to {MAX_HEAD_DIM}, "
         f"got {q.dtype} with {q.shape[-1]}"
@@ -349,7 +350,7 @@ def choose_splits(tiles: int, key_tiles: int, programs: int) -> int:
 
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: int | None = None):
     """Launch the kernel; splits: chosen from shapes alone, unless given."""
-    text_tokens, tokens_per_frame, window_frames, sink_frames, scale = arguments
+    text_tokens, tokens_per_frame, window_frames, sink_frames, scale, *_ = arguments
     batch, length, heads, head_dim = q.shape
     if scale < 0:  # the running maximum is that of the scaled scores only for a scale > 0
         q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale

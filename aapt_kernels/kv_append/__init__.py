@@ -1,10 +1,10 @@
-"""Norm, rotate and append one frame to the KV cache, in place (docs/method.md#5)."""
+"""Norm, rotate and append new frames to the KV cache, in place (docs/method.md#5)."""
 
 import torch
 from torch import Tensor
 
 from ..backend import deferred, for_simulator, implement, register_fake
-from ..checks import check_no_grad, check_no_tangent, sm90_limit
+from ..checks import cache_limit, check_no_grad, check_no_tangent, sm90_limit
 from ..kv_cache import KVCache
 from ..precision import follow_autocast
 from ..qk_norm_rope import check_arguments
@@ -26,20 +26,22 @@ def kv_append(
     cos_sink: Tensor | None = None,
     sin_sink: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Apply `qk_norm_rope` to one new frame and write its k and v to the cache slot that
-    `cache.step` names, over the oldest frame of the ring.
+    """Apply `qk_norm_rope` to n new frames and write their k and v to the cache slots of frames
+    `cache.step` to `cache.step + n - 1`, over the oldest frames of the ring.
 
-    q, k, v (B, tokens_per_frame, H, D) in the cache's dtype, to which autocast casts them; cos and
-    sin (tokens_per_frame, D / 2). Returns the rotated q, or (q, q_sink) if cos_sink and sin_sink
-    are given. Call it once per layer and step, before `cached_attention`.
+    q, k, v (B, n * tokens_per_frame, H, D) with n from 1 to window_frames + 1, in the cache's
+    `compute_dtype`, to which autocast casts them; cos and sin (n * tokens_per_frame, D / 2). A
+    float8 cache stores k / k_scale and v / v_scale, limited to the largest finite value. Returns
+    the rotated q, or (q, q_sink) if cos_sink and sin_sink are given. Call it once per layer and
+    step, before `cached_attention`; a second call in a step writes the frames anew.
 
     Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
     requires grad, because writing in place has no gradient, and NotImplementedError in forward-mode
     differentiation.
     """
-    q, k, v = follow_autocast(q, k, v, dtype=cache.k.dtype)
+    q, k, v = follow_autocast(q, k, v, dtype=cache.compute_dtype)
     tensors = {"q": q, "k": k, "v": v}
-    cache.check_frame(layer, tensors)
+    cache.check_frames(layer, tensors)
     check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink)
     tensors |= {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
     tensors |= {"cos_sink": cos_sink, "sin_sink": sin_sink}
@@ -63,6 +65,7 @@ def kv_append(
         sin_sink,
         eps,
         *cache.integers,
+        *cache.scales(layer),
     )
     return q if cos_sink is None else (q, q_sink)
 
@@ -77,7 +80,9 @@ def _sm90_limit(q, k=None, v=None, k_cache=None, v_cache=None, step=None, *rest)
     """`sm90_limit`; weights of one dtype, bfloat16 or float32, and tables of float32."""
     names = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink")
     rest = {name: x for name, x in zip(names, rest, strict=False) if x is not None}
-    reason = sm90_limit(q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, **rest)
+    reason = cache_limit(q, k_cache) or sm90_limit(
+        q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, **rest
+    )
     first = next(iter(rest.values()), None)
     for name, tensor in {} if reason else rest.items():
         dtype = torch.float32
@@ -90,7 +95,7 @@ def _sm90_limit(q, k=None, v=None, k_cache=None, v_cache=None, step=None, *rest)
 
 implement(
     "kv_append",
-    limits={"cuda": _sm90_limit},
+    limits={"cuda": _sm90_limit, "triton": deferred(__name__, "limit")},
     reference=ref.forward,
     cpu=cpu.forward,
     triton=deferred(__name__),

@@ -1,20 +1,24 @@
-"""Specification: norm and rotate one frame, write it to the slot that the counter names.
+"""Specification: norm and rotate new frames, write them to the slots that the counter names.
 
-The slot is found on the device, so this runs wherever PyTorch does, without waiting for the device.
+The slots are found on the device, so this runs wherever PyTorch does, without waiting for the
+device.
 """
 
 import torch
 
+from ..precision import as_bits, quantise
 from ..qk_norm_rope import ref as norm_rope
 
 
 def forward(q, k, v, k_cache, v_cache, step, *arguments):
-    *arguments, text_tokens, tokens_per_frame, window_frames, sink_frames = arguments
+    arguments, geometry, scales = arguments[:-6], arguments[-6:-2], arguments[-2:]
+    text_tokens, tokens_per_frame, window_frames, sink_frames = geometry
     q, k, q_sink = norm_rope.reference_forward(q, k, *arguments)
-    in_ring = sink_frames + (step - sink_frames) % (window_frames + 1)
-    slot = torch.where(step < sink_frames, step, in_ring)
-    tokens = torch.arange(tokens_per_frame, device=q.device)
-    index = text_tokens + slot * tokens_per_frame + tokens
-    k_cache.index_copy_(1, index, k)
-    v_cache.index_copy_(1, index, v)
+    token = torch.arange(q.shape[1], device=q.device)
+    frame = step + torch.div(token, tokens_per_frame, rounding_mode="floor")
+    in_ring = sink_frames + (frame - sink_frames) % (window_frames + 1)
+    slot = torch.where(frame < sink_frames, frame, in_ring)
+    index = text_tokens + slot * tokens_per_frame + token % tokens_per_frame
+    for cached, x, scale in zip((k_cache, v_cache), (k, v), scales, strict=True):
+        as_bits(cached).index_copy_(1, index, as_bits(quantise(x, scale, cached.dtype)))
     return q, q_sink

@@ -1,10 +1,11 @@
-"""Norm, rotation and the write into the cache slot that the counter on the device names: one launch
-per layer and step, for any GPU that Triton serves (docs/method.md#4, #5)."""
+"""Norm, rotation and the write into the cache slots that the counter on the device names: one
+launch per layer and step, for any GPU that Triton serves (docs/method.md#4, #5)."""
 
 import torch
 import triton
 import triton.language as tl
 
+from ..checks import cache_limit
 from ..triton_rows import (
     dense_or_none,
     load_angles,
@@ -18,7 +19,7 @@ from ..triton_rows import (
     tiling,
 )
 
-INTEGERS = ["rows", "text_tokens", "tokens_per_frame", "ring_frames", "sink_frames"]
+INTEGERS = ["rows", "length", "text_tokens", "tokens_per_frame", "ring_frames", "sink_frames"]
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -54,6 +55,7 @@ def kv_append_kernel(
     v_cache_head_stride,
     rows,
     heads,
+    length,
     text_tokens,
     tokens_per_frame,
     ring_frames,
@@ -66,11 +68,11 @@ def kv_append_kernel(
     WIDE: tl.constexpr,
 ):
     batch, token, head, active, out = locate(
-        tl.program_id(0), rows, tokens_per_frame, heads, HEAD_DIM, ROWS, ACROSS
+        tl.program_id(0), rows, length, heads, HEAD_DIM, ROWS, ACROSS
     )
 
     # Load everything before the first use
-    frame = tl.load(step)
+    frame = tl.load(step) + token // tokens_per_frame
     q_at = offsets(batch, token, head, q_batch_stride, q_token_stride, q_head_stride)
     k_at = offsets(batch, token, head, k_batch_stride, k_token_stride, k_head_stride)
     v_at = offsets(batch, token, head, v_batch_stride, v_token_stride, v_head_stride)
@@ -81,7 +83,7 @@ def kv_append_kernel(
 
     in_ring = sink_frames + (frame - sink_frames) % ring_frames
     slot = tl.where(frame < sink_frames, frame, in_ring)
-    key = text_tokens + slot * tokens_per_frame + token
+    key = text_tokens + slot * tokens_per_frame + token % tokens_per_frame
     k_at = offsets(
         batch, key, head, k_cache_batch_stride, k_cache_token_stride, k_cache_head_stride
     )
@@ -121,8 +123,13 @@ def kv_append_kernel(
     )
 
 
+def limit(q, k=None, v=None, k_cache=None, *_) -> str | None:
+    """Return why the kernel does not take this cache, None if it does."""
+    return cache_limit(q, k_cache)
+
+
 def forward(q, k, v, k_cache, v_cache, step, q_weight, k_weight, *arguments):
-    *tables, eps, text_tokens, tokens_per_frame, window_frames, sink_frames = arguments
+    *tables, eps, text_tokens, tokens_per_frame, window_frames, sink_frames, _, _ = arguments
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     q_sink = q.new_empty(0 if tables[2] is None else q.shape)
     rows, constants = tiling(q, k_weight if q_weight is None else q_weight, eps)
@@ -141,6 +148,7 @@ def forward(q, k, v, k_cache, v_cache, step, q_weight, k_weight, *arguments):
                 *(stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]),
                 rows,
                 q.shape[2],
+                q.shape[1],
                 text_tokens,
                 tokens_per_frame,
                 window_frames + 1,

@@ -10,11 +10,36 @@
 namespace aapt {
 namespace {
 
+// Where the parts of query blocks are in a workspace, in 32-bit words. It does not depend on the
+// number of new frames: a call finds the counters where the last one has left them, at zero.
+struct Workspace {
+  int64_t arrivals, outs, stats;  // words of each
+
+  Workspace(const Tensor& k_cache, int64_t tokens_per_frame, int64_t ring_frames) {
+    const int64_t ctas = multiprocessors(k_cache.get_device_index());
+    const int64_t tiles = (ring_frames * tokens_per_frame + kQueryTile - 1) / kQueryTile;
+    const int64_t blocks = k_cache.size(0) * k_cache.size(2) * tiles * kConsumers;
+    arrivals = (blocks + 31) / 32 * 32;  // the parts begin on a boundary of 128 bytes
+    outs = ctas * kPartialsPerCta * kQueryBlock * k_cache.size(3);
+    stats = ctas * kPartialsPerCta * 2 * kQueryBlock;
+  }
+  int64_t words() const { return arrivals + outs + stats; }
+};
+
+Tensor cached_attention_workspace(Tensor k_cache, int64_t tokens_per_frame, int64_t window_frames) {
+  STD_TORCH_CHECK(k_cache.dim() == 4, "k_cache: expected (batch, capacity, heads, head_dim)");
+  const DeviceScope scope(k_cache);
+  const Workspace layout(k_cache, tokens_per_frame, window_frames + 1);
+  return torch::stable::new_zeros(k_cache, {layout.words()}, ScalarType::Int);
+}
+
 std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step,
                                             Tensor text_lens, std::optional<Tensor> q_sink,
                                             int64_t text_tokens, int64_t tokens_per_frame,
                                             int64_t window_frames, int64_t sink_frames,
-                                            double scale) {
+                                            double scale, std::optional<Tensor> k_scale,
+                                            std::optional<Tensor> v_scale,
+                                            std::optional<Tensor> workspace) {
   STD_TORCH_CHECK(q.dim() == 4 && (q.size(3) == 64 || q.size(3) == 128),
                   "q: expected (batch, tokens, heads, 64 or 128) for the sm_90a kernel");
   STD_TORCH_CHECK(scale > 0 && std::isfinite(scale), "scale: expected a positive number, got ",
@@ -22,7 +47,11 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   STD_TORCH_CHECK(text_tokens >= 0 && sink_frames >= 0 && window_frames >= 0,
                   "cached_attention: expected text_tokens, sink_frames and window_frames >= 0");
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  const int64_t capacity = text_tokens + (sink_frames + window_frames + 1) * tokens_per_frame;
+  STD_TORCH_CHECK(!k_scale && !v_scale,
+                  "cached_attention: expected no scales with a cache of bfloat16, got some");
+  const int64_t ring_frames = window_frames + 1;
+  const int64_t capacity = text_tokens + (sink_frames + ring_frames) * tokens_per_frame;
+  check_frames(tokens, tokens_per_frame, ring_frames);
   const int64_t tiles = (tokens + kQueryTile - 1) / kQueryTile;
   // Work is counted in steps of one query tile and 64 keys or more, with 32 bits
   STD_TORCH_CHECK(batch * heads * tiles * (capacity / 64 + 3) < std::numeric_limits<int32_t>::max(),
@@ -37,20 +66,23 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   Tensor lse = torch::stable::new_empty(q, {batch, heads, tokens}, ScalarType::Float);
 
   CachedAttentionBuffers buffers{};
-  buffers.q = row_buffer("q", q, q, tokens_per_frame);
-  if (q_sink) buffers.q_sink = row_buffer("q_sink", *q_sink, q, tokens_per_frame);
+  buffers.q = row_buffer("q", q, q, tokens);
+  if (q_sink) buffers.q_sink = row_buffer("q_sink", *q_sink, q, tokens);
   buffers.k = row_buffer("k_cache", k_cache, q, capacity);
   buffers.v = row_buffer("v_cache", v_cache, q, capacity);
-  buffers.out = row_buffer("out", out, q, tokens_per_frame);
+  buffers.out = row_buffer("out", out, q, tokens);
 
   const int ctas = multiprocessors(q.get_device_index());
-  const auto workspace = [&](int64_t floats) {
-    return torch::stable::new_empty(q, {ctas * kPartialsPerCta * floats}, ScalarType::Float);
-  };
-  Tensor partial_out = workspace(kQueryBlock * head_dim);
-  Tensor partial_stats = workspace(2 * kQueryBlock);
-  Tensor arrivals =
-      torch::stable::new_zeros(q, {batch * heads * tiles * kConsumers}, ScalarType::Int);
+  const Workspace layout(k_cache, tokens_per_frame, ring_frames);
+  if (!workspace) {
+    workspace = torch::stable::new_zeros(q, {layout.words()}, ScalarType::Int);
+  }
+  auto* words =
+      static_cast<uint32_t*>(check_dense("workspace", *workspace, q, ScalarType::Int,
+                                         {workspace->dim() == 1 ? workspace->size(0) : 0}));
+  STD_TORCH_CHECK(workspace->size(0) >= layout.words(), "workspace: expected at least ",
+                  layout.words(), " words, got ", workspace->size(0),
+                  "; make it with cached_attention_workspace");
 
   CachedAttentionParams params{};
   params.batch = batch;
@@ -59,17 +91,19 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   params.head_dim = head_dim;
   params.query_tiles = tiles;
   params.text_tokens = text_tokens;
+  params.tokens_per_frame = tokens_per_frame;
   params.sink_frames = sink_frames;
-  params.ring_frames = window_frames + 1;
+  params.ring_frames = ring_frames;
+  params.frames = tokens / tokens_per_frame;
   params.pinned_rotation = q_sink.has_value();
   params.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
   params.step = static_cast<const int64_t*>(check_dense("step", step, q, ScalarType::Long, {}));
   params.text_lens = static_cast<const int64_t*>(
       check_dense("text_lens", text_lens, q, ScalarType::Long, {batch}));
   params.lse = static_cast<float*>(device_pointer(lse));
-  params.partial_out = static_cast<float*>(device_pointer(partial_out));
-  params.partial_stats = static_cast<float*>(device_pointer(partial_stats));
-  params.arrivals = static_cast<uint32_t*>(device_pointer(arrivals));
+  params.arrivals = words;
+  params.partial_out = reinterpret_cast<float*>(words + layout.arrivals);
+  params.partial_stats = params.partial_out + layout.outs;
 
   if (q.numel() > 0) {
     const char* error =
@@ -82,4 +116,7 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
 }  // namespace
 }  // namespace aapt
 
-AAPT_KERNELS(m) { m.impl("cached_attention", TORCH_BOX(&aapt::cached_attention)); }
+AAPT_KERNELS(m) {
+  m.impl("cached_attention", TORCH_BOX(&aapt::cached_attention));
+  m.impl("cached_attention_workspace", TORCH_BOX(&aapt::cached_attention_workspace));
+}

@@ -1,4 +1,4 @@
-// Attention from one new frame to the KV cache, in place, on sm_90a (docs/method.md#3,
+// Attention from new frames to the KV cache, in place, on sm_90a (docs/method.md#3,
 // docs/method.md#5).
 //
 // Compute-bound: 4 head_dim FLOPs per query and key, but 4 head_dim bytes per key for all 1196
@@ -237,7 +237,8 @@ class Consumer {
     if (complete) store(piece);
   }
 
-  // Counts this CTA's part of a query block as written; true if it is the last of `parts`.
+  // Counts this CTA's part of a query block as written; true if it is the last of `parts`. The last
+  // one sets the count back, for the next call.
   HOPPER_DEVICE bool arrive_last(const Piece& piece, uint32_t parts) {
     const int64_t tile =
         (static_cast<int64_t>(piece.batch) * params_.heads + piece.head) * params_.query_tiles +
@@ -246,6 +247,9 @@ class Consumer {
     if (leads_group()) {
       shared_.arrived[group_] =
           atomic_add_acq_rel(params_.arrivals + tile * kConsumers + group_, 1);
+      if (shared_.arrived[group_] + 1 == parts) {
+        params_.arrivals[tile * kConsumers + group_] = 0;
+      }
     }
     sync_group(group_);
     return shared_.arrived[group_] + 1 == parts;

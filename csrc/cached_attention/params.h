@@ -10,12 +10,13 @@ namespace aapt {
 struct CachedAttentionParams {
   int batch, heads, tokens, head_dim;  // of the query: (batch, tokens, heads, head_dim)
   int query_tiles;                     // of 128 rows, per head
-  int text_tokens, sink_frames, ring_frames;
+  int text_tokens, tokens_per_frame, sink_frames, ring_frames;
+  int frames;            // of the query, at most ring_frames
   bool pinned_rotation;  // the sink frames have a query of their own, q_sink
   float scale_log2;      // softmax scale times log2(e)
 
   // On the device, so that a captured step can be replayed.
-  const int64_t* step;       // index of the new frame
+  const int64_t* step;       // index of the first new frame
   const int64_t* text_lens;  // (batch,)
 
   float* lse;  // (batch, heads, tokens), natural logarithm
@@ -25,7 +26,7 @@ struct CachedAttentionParams {
   // the sum of the softmax.
   float* partial_out;
   float* partial_stats;
-  uint32_t* arrivals;  // parts written, per query block of 64 rows; zero at first
+  uint32_t* arrivals;  // parts written, per query block of 64 rows; zero at first and at last
 };
 
 struct CachedAttentionBuffers {

@@ -29,14 +29,15 @@ struct VisibleKeys : KeyIntervals<kKeyTile> {
 
   HOPPER_DEVICE VisibleKeys(const CachedAttentionParams& params, int batch) {
     const int64_t step = *params.step, capacity = params.sink_frames + params.ring_frames;
-    const int frames = static_cast<int>(step < capacity ? step + 1 : capacity);
+    const int64_t made = step + params.frames;
+    const int frames = static_cast<int>(made < capacity ? made : capacity);
     const int sinks = frames < params.sink_frames ? frames : params.sink_frames;
     const int64_t given = params.text_lens[batch];
     const int length = static_cast<int>(given < params.text_tokens ? given : params.text_tokens);
-    const int end = params.text_tokens + frames * params.tokens;
+    const int end = params.text_tokens + frames * params.tokens_per_frame;
     text = {params.text_tokens - length, params.text_tokens};
     sink = {text.end, text.end};
-    if (params.pinned_rotation) sink.end += sinks * params.tokens;
+    if (params.pinned_rotation) sink.end += sinks * params.tokens_per_frame;
     rest.begin = sink.end;
     rest.end = end;
     if (this->sink_tiles() == 0) {  // one query for all keys: one interval

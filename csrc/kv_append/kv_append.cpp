@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cach
                                      std::optional<Tensor> sin, std::optional<Tensor> cos_sink,
                                      std::optional<Tensor> sin_sink, double eps,
                                      int64_t text_tokens, int64_t tokens_per_frame,
-                                     int64_t window_frames, int64_t sink_frames) {
+                                     int64_t window_frames, int64_t sink_frames,
+                                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   STD_TORCH_CHECK(q.dim() == 4 && (q.size(3) == 64 || q.size(3) == 128),
                   "q: expected (batch, tokens, heads, 64 or 128) for the sm_90a kernel");
   STD_TORCH_CHECK(q.numel() / q.size(3) <= std::numeric_limits<int32_t>::max() / 2,
@@ -43,14 +44,20 @@ std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cach
       cos.has_value() == sin.has_value() && cos_sink.has_value() == sin_sink.has_value(),
       "kv_append: expected cos with sin and cos_sink with sin_sink");
 
-  const int64_t ring_frames = window_frames + 1;
+  STD_TORCH_CHECK(!k_scale && !v_scale,
+                  "kv_append: expected no scales with a cache of bfloat16, got some");
+
+  const int64_t tokens = q.size(1), ring_frames = window_frames + 1;
   const int64_t capacity = text_tokens + (sink_frames + ring_frames) * tokens_per_frame;
+  check_frames(tokens, tokens_per_frame, ring_frames);
+  STD_TORCH_CHECK(capacity <= std::numeric_limits<int32_t>::max(),
+                  "k_cache: expected fewer than 2^31 tokens");
   const DeviceScope scope(q);
 
   KvAppendParams params{};
-  params.q_strides = check_rows("q", q, q, tokens_per_frame);
-  params.k_strides = check_rows("k", k, q, tokens_per_frame);
-  params.v_strides = check_rows("v", v, q, tokens_per_frame);
+  params.q_strides = check_rows("q", q, q, tokens);
+  params.k_strides = check_rows("k", k, q, tokens);
+  params.v_strides = check_rows("v", v, q, tokens);
   params.k_cache_strides = check_rows("k_cache", k_cache, q, capacity);
   params.v_cache_strides = check_rows("v_cache", v_cache, q, capacity);
   params.q = device_pointer(q);
@@ -71,11 +78,12 @@ std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cach
   params.cos_sink = check_angles("cos_sink", cos_sink, q);
   params.sin_sink = check_angles("sin_sink", sin_sink, q);
   params.step = static_cast<const int64_t*>(check_dense("step", step, q, ScalarType::Long, {}));
-  params.text_tokens = text_tokens;
-  params.sink_frames = sink_frames;
-  params.ring_frames = ring_frames;
+  params.text_tokens = static_cast<int>(text_tokens);
+  params.tokens_per_frame = static_cast<int>(tokens_per_frame);
+  params.sink_frames = static_cast<int>(sink_frames);
+  params.ring_frames = static_cast<int>(ring_frames);
   params.batch = static_cast<int>(q.size(0));
-  params.tokens = static_cast<int>(q.size(1));
+  params.tokens = static_cast<int>(tokens);
   params.heads = static_cast<int>(q.size(2));
   params.head_dim = static_cast<int>(q.size(3));
 

@@ -1,5 +1,6 @@
 // One launch per layer and step: RMSNorm of q and k, rotary embedding, and the write of k and v
-// into the cache slot that the device-side step counter names (docs/method.md#4, docs/method.md#5).
+// into the cache slots that the device-side step counter names (docs/method.md#4,
+// docs/method.md#5).
 //
 // Memory-bound: every row is read once and written once, 16 bytes per access. A row (one token, one
 // head) belongs to head_dim / 16 neighbouring lanes; a lane holds 8 elements of the row's first
@@ -135,19 +136,26 @@ HOPPER_DEVICE RawPair rotate(const FloatPair& x, const float* cos, const float* 
   return {narrow(low), narrow(high)};
 }
 
-// The cache row of the new frame's first token.
-HOPPER_DEVICE int64_t first_cache_row(const KvAppendParams& params) {
-  int64_t slot = *params.step;
-  if (slot >= params.sink_frames) {
-    slot = params.sink_frames + (slot - params.sink_frames) % params.ring_frames;
+// The slot of the first new frame, counted from the ring's first: below zero for a pinned one.
+HOPPER_DEVICE int first_slot(const KvAppendParams& params) {
+  const int64_t slot = *params.step - params.sink_frames;
+  return static_cast<int>(slot < 0 ? slot : slot % params.ring_frames);
+}
+
+// The cache row of a new token. Pinned slots lie before the ring, which the new frames enter or go
+// round at most once. Frames are few: counting them takes fewer registers than a division.
+HOPPER_DEVICE int cache_row(const KvAppendParams& params, int slot, int token) {
+  while (token >= params.tokens_per_frame) {
+    token -= params.tokens_per_frame;
+    if (++slot == params.ring_frames) slot = 0;
   }
-  return params.text_tokens + slot * params.tokens;
+  return params.text_tokens + (params.sink_frames + slot) * params.tokens_per_frame + token;
 }
 
 // A value is copied, bit for bit.
-HOPPER_DEVICE void write_value(const KvAppendParams& params, const Place& at, int64_t cache_row,
-                               int half, const RawPair& v) {
-  store_row(params.v_cache, offset_of(params.v_cache_strides, at, cache_row + at.token), half, v);
+HOPPER_DEVICE void write_value(const KvAppendParams& params, const Place& at, int row, int half,
+                               const RawPair& v) {
+  store_row(params.v_cache, offset_of(params.v_cache_strides, at, row), half, v);
 }
 
 // The first element that a lane reads of the weight.
@@ -157,12 +165,12 @@ HOPPER_DEVICE int weight_offset(const Place& at) {
 }
 
 template <int kHeadDim, bool kAcrossHeads, typename Weight>
-HOPPER_DEVICE void write_key(const KvAppendParams& params, const Place& at, int64_t cache_row,
+HOPPER_DEVICE void write_key(const KvAppendParams& params, const Place& at, int row,
                              const RawPair& raw, float scale) {
   constexpr int kHalf = kHeadDim / 2;
   const FloatPair k = normalize<Weight>(raw, params.k_weight,
                                         weight_offset<kHeadDim, kAcrossHeads>(at), kHalf, scale);
-  store_row(params.k_cache, offset_of(params.k_cache_strides, at, cache_row + at.token), kHalf,
+  store_row(params.k_cache, offset_of(params.k_cache_strides, at, row), kHalf,
             rotate(k, params.cos, params.sin, at.token * kHalf + at.column));
 }
 
@@ -186,7 +194,7 @@ template <int kHeadDim, typename Weight>
 HOPPER_DEVICE void append_heads(const KvAppendParams& params) {
   constexpr int kHalf = kHeadDim / 2, kRowLanes = kLanes<kHeadDim>;
   constexpr int kRowsPerWarp = 32 / kRowLanes, kRowsPerBlock = kThreads / kRowLanes;
-  const int64_t cache_row = first_cache_row(params);
+  const int slot = first_slot(params);
   const int column = threadIdx.x % kRowLanes * kVector;
   // 32-bit counts: dividing 64-bit ones costs more than the norm.
   const int heads = params.heads, tokens = params.tokens;
@@ -206,8 +214,9 @@ HOPPER_DEVICE void append_heads(const KvAppendParams& params) {
     const float q_sum = sum_over(sum_of_squares(q), kRowLanes);
     const float k_sum = sum_over(sum_of_squares(k), kRowLanes);
     if (row != here) continue;
-    write_value(params, at, cache_row, kHalf, v);
-    write_key<kHeadDim, false, Weight>(params, at, cache_row, k,
+    const int stored = cache_row(params, slot, at.token);
+    write_value(params, at, stored, kHalf, v);
+    write_key<kHeadDim, false, Weight>(params, at, stored, k,
                                        rsqrt_approx(k_sum / kHeadDim + params.eps));
     write_query<kHeadDim, false, Weight>(params, at, q,
                                          rsqrt_approx(q_sum / kHeadDim + params.eps));
@@ -221,7 +230,7 @@ HOPPER_DEVICE void append_tokens(const KvAppendParams& params) {
   constexpr int kHalf = kHeadDim / 2, kRowLanes = kLanes<kHeadDim>;
   HOPPER_SHARED(shared);
   auto* warp_sums = reinterpret_cast<float2*>(shared);  // of q and k; two places that alternate
-  const int64_t cache_row = first_cache_row(params);
+  const int slot = first_slot(params);
   const int column = threadIdx.x % kRowLanes * kVector;
   const int heads = params.heads, tokens = params.tokens, all_tokens = params.batch * tokens;
   const int first = threadIdx.x / kRowLanes, stride = blockDim.x / kRowLanes;
@@ -229,6 +238,7 @@ HOPPER_DEVICE void append_tokens(const KvAppendParams& params) {
   int turn = 0;
   for (int token = blockIdx.x; token < all_tokens; token += gridDim.x, turn ^= 1) {
     Place at{token / tokens, token % tokens, first, column};
+    const int stored = cache_row(params, slot, at.token);
     float q_sum = 0.0f, k_sum = 0.0f;
     for (; at.head < heads; at.head += stride) {
       const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), kHalf);
@@ -236,7 +246,7 @@ HOPPER_DEVICE void append_tokens(const KvAppendParams& params) {
       const RawPair v = load_row(params.v, offset_of(params.v_strides, at, at.token), kHalf);
       q_sum += sum_of_squares(q);
       k_sum += sum_of_squares(k);
-      write_value(params, at, cache_row, kHalf, v);
+      write_value(params, at, stored, kHalf, v);
     }
     q_sum = sum_over(q_sum, 32);
     k_sum = sum_over(k_sum, 32);
@@ -254,7 +264,7 @@ HOPPER_DEVICE void append_tokens(const KvAppendParams& params) {
     const float k_scale = rsqrt_approx(k_sum / width + params.eps);
     for (at.head = first; at.head < heads; at.head += stride) {
       const RawPair k = load_row(params.k, offset_of(params.k_strides, at, at.token), kHalf);
-      write_key<kHeadDim, true, Weight>(params, at, cache_row, k, k_scale);
+      write_key<kHeadDim, true, Weight>(params, at, stored, k, k_scale);
       const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), kHalf);
       write_query<kHeadDim, true, Weight>(params, at, q, q_scale);
     }

@@ -22,12 +22,13 @@ struct KvAppendParams {
   // One layer of the cache: BF16, (batch, capacity, heads, head_dim).
   void *k_cache, *v_cache;
   Strides k_cache_strides, v_cache_strides;
-  // Index of the new frame; on the device, so that a captured step can be replayed.
+  // Index of the first new frame; on the device, so that a captured step can be replayed.
   const int64_t* step;
-  int64_t text_tokens, sink_frames, ring_frames;
+  int text_tokens, tokens_per_frame, sink_frames, ring_frames;  // of fewer than 2^31 tokens
   // BF16, (batch, tokens, heads, head_dim), contiguous; q_sink_out is null if not wanted.
   void *q_out, *q_sink_out;
-  int batch, tokens, heads, head_dim;  // fewer than 2^30 rows
+  // tokens: of all new frames, which are at most ring_frames; fewer than 2^30 rows
+  int batch, tokens, heads, head_dim;
 };
 
 // Enqueues the kernel. Returns null or an error message.

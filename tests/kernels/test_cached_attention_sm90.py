@@ -17,13 +17,14 @@ LSE_TOLERANCE = 2e-5  # one key too many or too few costs more
 
 
 class Case:
-    """A frame's queries and a cache in the middle of a stream, both random."""
+    """The queries of new frames and a cache in the middle of a stream, both random."""
 
     def __init__(
         self,
         device,
         *,
         tokens,
+        frames=1,
         heads=2,
         head_dim=64,
         batch=1,
@@ -59,7 +60,7 @@ class Case:
         lens = [text_tokens] * batch if text_lens is None else text_lens
         self.cache.text_lens.copy_(torch.tensor(lens))
         # Views of one projection, as a model makes them
-        queries = normal(batch, tokens, 2, heads, head_dim)
+        queries = normal(batch, frames * tokens, 2, heads, head_dim)
         self.q, q_sink = queries.unbind(2)
         self.q_sink = q_sink if pinned else None
         self.scale = head_dim**-0.5 if scale is None else scale
@@ -68,7 +69,7 @@ class Case:
         cache = self.cache
         tensors = (self.q, cache.k[0], cache.v[0], cache.step, cache.text_lens, self.q_sink)
         cast = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors]
-        return *cast, *cache.integers, self.scale
+        return *cast, *cache.integers, self.scale, None, None, None
 
     def run(self):
         return cached_attention(
@@ -95,6 +96,49 @@ def test_frame_lengths(kernel, schedule, tokens, head_dim):
 def test_ring_cold_filling_and_wrapped(kernel, schedule, step, pinned):
     schedule(multiprocessors=4, seed=step)
     Case(kernel, tokens=60, step=step, text_tokens=5, pinned=pinned, seed=step).check()
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 9])
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize(("frames", "sink_frames"), [(2, 0), (2, 1), (3, 2), (3, 5)])
+def test_several_frames(kernel, schedule, frames, sink_frames, pinned, step):
+    """Cold, filling and wrapped; more pinned slots than new frames, and fewer."""
+    schedule(multiprocessors=4, seed=step)
+    Case(
+        kernel,
+        tokens=50,
+        frames=frames,
+        sink_frames=sink_frames,
+        step=step,
+        text_tokens=5,
+        pinned=pinned,
+        seed=step,
+    ).check()
+
+
+def test_a_workspace_is_left_as_it_was_found(kernel, schedule):
+    """Calls of any number of frames, cut into shares, count their parts from zero."""
+    schedule(multiprocessors=5, seed=1)
+    first = Case(kernel, tokens=130, frames=3, step=4)
+    workspace = first.cache.workspace
+    assert workspace is not None and not workspace.any()
+    for frames in (3, 1, 2):
+        case = Case(kernel, tokens=130, frames=frames, step=4, seed=frames)
+        case.cache.workspace = workspace
+        case.check()
+        assert workspace.any()  # query tiles were shared
+        blocks = 2 * math.ceil(3 * 130 / 128) * 2  # of two heads, for as many frames as fit
+        assert not workspace[:blocks].any()
+    twin = first.cache.clone()
+    assert twin.workspace.shape == workspace.shape and not twin.workspace.any()
+
+
+def test_a_workspace_that_is_too_small_is_refused(kernel, schedule):
+    schedule(multiprocessors=5, seed=1)
+    case = Case(kernel, tokens=130, step=4)
+    case.cache.workspace = case.cache.workspace[:-1]
+    with pytest.raises(RuntimeError, match="workspace: expected at least .* words, got"):
+        case.run()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -261,10 +261,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("local_attn_size", "sink_size", "chunk"), [(4, 1, 1), (5, 2, 1), (3, 0, 1), (3, 1, 3)]
+    ("local_attn_size", "sink_size", "first", "chunk"),
+    [
+        (4, 1, 1, 1),
+        (5, 2, 1, 1),
+        (3, 0, 1, 1),
+        (9, 3, 3, 3),
+        (7, 2, 3, 3),
+        (6, 1, 2, 5),
+        (5, 0, 1, 4),
+    ],
 )
-def test_rolling_cache(backend, local_attn_size, sink_size, chunk):
-    """Two layers, past the buffer's size several times, two noisy passes and a clean one a step."""
+def test_rolling_cache(backend, local_attn_size, sink_size, first, chunk):
+    """Two layers, past the buffer's size several times, two noisy passes and a clean one a step.
+    Sink, window and the first chunk need not be multiples of the chunk."""
     before, after = recipe("Self-Forcing: the rolling cache")
     theirs = run(before, rotate=rotate, attention=attention)["self_attention"]
     ours = run(after)
@@ -273,7 +283,7 @@ def test_rolling_cache(backend, local_attn_size, sink_size, chunk):
     prepared.load_state_dict(layers.state_dict())
     for layer in prepared:
         ours["rotate_halves"](layer)
-    tokens = chunk * GRID[0] * GRID[1]
+    tokens = GRID[0] * GRID[1]
     shape = (BATCH, local_attn_size * tokens, HEADS, HEAD_DIM)
     rolling = [
         {name: torch.zeros(shape) for name in "kv"}
@@ -284,15 +294,17 @@ def test_rolling_cache(backend, local_attn_size, sink_size, chunk):
         len(layers), BATCH, HEADS, HEAD_DIM, local_attn_size, sink_size, tokens
     )
     assert cache.capacity == local_attn_size * tokens
+    done = 0
     with torch.inference_mode():
-        for step in range(STEPS):
-            freqs = rotations(step * chunk, chunk)
+        for frames in (first, *[chunk] * (STEPS - 1)):
+            freqs = rotations(done, frames)
             for _ in range(3):
-                expected = actual = torch.randn(BATCH, tokens, HEADS * HEAD_DIM)
+                expected = actual = torch.randn(BATCH, frames * tokens, HEADS * HEAD_DIM)
                 for index, layer in enumerate(layers):
-                    state = rolling[index], step * tokens, sink_size * tokens
+                    state = rolling[index], done * tokens, sink_size * tokens
                     expected = theirs(layer, expected, freqs, *state)
                     actual = ours["self_attention"](prepared[index], actual, freqs, cache, index)
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-            cache.advance()
-    assert all(state["global_end"] == STEPS * tokens for state in rolling)
+            cache.advance(frames)
+            done += frames
+    assert all(state["global_end"] == done * tokens for state in rolling)

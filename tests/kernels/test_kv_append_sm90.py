@@ -40,9 +40,10 @@ class Stream:
         across_heads=False,
         window_frames=2,
         sink_frames=1,
+        frames=1,
         seed=0,
     ):
-        self.device, self.shape = device, (batch, tokens, heads, head_dim)
+        self.device, self.shape = device, (batch, frames * tokens, heads, head_dim)
         self.generator = torch.Generator().manual_seed(seed)
         self.cache = KVCache(
             batch,
@@ -73,9 +74,9 @@ class Stream:
         qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=self.generator)
         return qkv.bfloat16().to(self.device).unbind(2)
 
-    def append_and_check(self, slot):
-        """Check one step: the outputs, the slot, and every other bit of the cache."""
-        cache, tokens = self.cache, self.shape[1]
+    def append_and_check(self, *slots):
+        """Check one step: the outputs, the slots, and every other bit of the cache."""
+        cache, tokens = self.cache, self.cache.tokens_per_frame
         q, k, v = self.make_frame()
         before = cache.k.clone(), cache.v.clone()
         sink = dict(zip(("cos_sink", "sin_sink"), self.sink_angles))
@@ -83,7 +84,7 @@ class Stream:
         q_normed, k_normed = (
             normalize(x, weight, 1e-5) for x, weight in zip((q, k), self.weights, strict=True)
         )
-        rows = slice(TEXT + slot * tokens, TEXT + (slot + 1) * tokens)
+        rows = [TEXT + slot * tokens + token for slot in slots for token in range(tokens)]
         for got, want in (
             (q_out, rotate(q_normed, *self.angles)),
             (q_sink, rotate(q_normed, *self.sink_angles)),
@@ -95,7 +96,7 @@ class Stream:
             rest = after.clone()
             rest[1, :, rows] = old[1, :, rows]
             assert torch.equal(rest.view(torch.int16), old.view(torch.int16))
-        cache.advance()
+        cache.advance(len(slots))
 
 
 @pytest.mark.parametrize("across_heads", [False, True])
@@ -128,6 +129,33 @@ def test_every_slot_of_the_cache(kernel, window_frames, sink_frames, across_head
     ring = [sink_frames + frame for frame in range(window_frames + 1)]
     for slot in [*range(sink_frames), *ring, *ring, ring[0]]:
         stream.append_and_check(slot)
+
+
+# frames, window frames, sink frames; the slots of each step
+SEVERAL = [
+    (2, 1, 1, [(0, 1), (2, 1), (2, 1)]),
+    (3, 2, 1, [(0, 1, 2), (3, 1, 2), (3, 1, 2)]),
+    (2, 2, 3, [(0, 1), (2, 3), (4, 5), (3, 4), (5, 3)]),
+    (3, 3, 0, [(0, 1, 2), (3, 0, 1), (2, 3, 0)]),
+]
+
+
+@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize(("frames", "window_frames", "sink_frames", "steps"), SEVERAL)
+def test_several_frames_go_round_the_ring(
+    kernel, frames, window_frames, sink_frames, steps, across_heads
+):
+    stream = Stream(
+        kernel,
+        batch=2,
+        tokens=5,
+        frames=frames,
+        window_frames=window_frames,
+        sink_frames=sink_frames,
+        across_heads=across_heads,
+    )
+    for slots in steps:
+        stream.append_and_check(*slots)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 132])
@@ -181,7 +209,7 @@ def test_unsuitable_arguments_never_reach_the_kernel(kernel, change, words):
     for name, spoil in change.items():
         arguments[name] = spoil(arguments[name]).to(kernel)
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.aapt.kv_append(*arguments.values(), 1e-5, *cache.integers)
+        torch.ops.aapt.kv_append(*arguments.values(), 1e-5, *cache.integers, None, None)
 
 
 def test_a_captured_step_follows_the_counter():

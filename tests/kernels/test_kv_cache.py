@@ -163,7 +163,7 @@ def test_reset_and_clone():
         (
             lambda c: cached_attention(make_frame(tokens=2), c, 0),
             ValueError,
-            "q: expected (2, 3, 1, 2) for this cache, got (2, 2, 1, 2)",
+            "q: expected 3 tokens for each of 1 to 3 frames, the ring of this cache, got 2",
         ),
         (
             lambda c: cached_attention(make_frame(), c, 0, q_sink=make_frame(tokens=1)),

@@ -37,9 +37,10 @@ def norm_rope_arguments(optional, requires_grad=True):
     return (q, k, *weights, *torch.rand(4, 3, 2), 1e-6)
 
 
-def make_cache():
+def make_cache(**options):
     sizes = dict(batch=1, layers=2, heads=2, head_dim=4)
-    return KVCache(**sizes, text_tokens=2, tokens_per_frame=3, window_frames=1)
+    geometry = dict(text_tokens=2, tokens_per_frame=3, window_frames=1)
+    return KVCache(**sizes, **geometry | options)
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -75,15 +76,28 @@ def test_kv_append(optional):
     cache = make_cache()
     q, k, *rest = norm_rope_arguments(optional, requires_grad=False)
     cached = (torch.randn_like(q), cache.k[1], cache.v[1], cache.step)
-    opcheck(OPS.kv_append.default, (q, k, *cached, *rest, *cache.integers))
+    opcheck(OPS.kv_append.default, (q, k, *cached, *rest, *cache.integers, None, None))
 
 
 @pytest.mark.parametrize("optional", [False, True])
 def test_cached_attention(optional):
     cache = make_cache()
-    q = torch.randn(1, 3, 2, 4)
+    q = torch.randn(1, 6, 2, 4)
     arguments = (q, cache.k[1], cache.v[1], cache.step, cache.text_lens, q if optional else None)
-    opcheck(OPS.cached_attention.default, (*arguments, *cache.integers, 0.5))
+    workspace = torch.zeros(32, dtype=torch.int32) if optional else None
+    opcheck(
+        OPS.cached_attention.default,
+        (*arguments, *cache.integers, 0.5, *cache.scales(1), workspace),
+    )
+
+
+def test_a_cache_of_float8():
+    cache = make_cache(dtype=torch.float8_e4m3fn)
+    q, k, v = torch.randn(3, 1, 6, 2, 4)
+    tensors = (q, k, v, cache.k[1], cache.v[1], cache.step)
+    opcheck(OPS.kv_append.default, (*tensors, *[None] * 6, 1e-6, *cache.integers, *cache.scales(1)))
+    tensors = (q, cache.k[1], cache.v[1], cache.step, cache.text_lens, None)
+    opcheck(OPS.cached_attention.default, (*tensors, *cache.integers, 0.5, *cache.scales(1), None))
 
 
 def compiled(function):
@@ -228,6 +242,44 @@ def test_export_with_any_number_of_frames(strict):
     for count in (2, 9, 33):
         x = torch.randn(1, count, 3, 48)
         assert torch.equal(program(x), model(x))
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["frames", "text"])
+def test_two_graphs_serve_every_step_of_a_stream(name, dynamic, dtype, clamped):
+    """Chunks of any number of frames, or caches for any length of text."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def step(x, cache, cos, sin):
+        sink = dict(cos_sink=sin, sin_sink=cos) if clamped else {}
+        appended = kv_append(x, x, x, cache, 1, None, None, cos, sin, **sink)
+        q, q_sink = appended if clamped else (appended, None)
+        out = cached_attention(q, cache, 1, q_sink=q_sink)
+        cache.advance(x.shape[1] // cache.tokens_per_frame)
+        return out
+
+    def make(text):
+        options = dict(dtype=dtype, compute_dtype=torch.float32)
+        cache = make_cache(text_tokens=text, window_frames=7, **options)
+        words = torch.randn(1, text, 2, 4)
+        for layer in range(2):
+            cache.write_text(layer, words, words)
+        return cache
+
+    compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=dynamic)
+    cache = make(2)
+    for i in range(1, 9):
+        frames = i if name == "frames" else 1
+        cache = cache if name == "frames" else make(i + 1)
+        twin = cache.clone()
+        x = torch.randn(1, 3 * frames, 2, 4)
+        cos, sin = torch.rand(2, 3 * frames, 2)
+        assert torch.equal(compiled(x, cache, cos, sin), step(x, twin, cos, sin))
+        assert torch.equal(cache.k.float(), twin.k.float()) and torch.equal(cache.step, twin.step)
+    assert graphs.frame_count <= 2
 
 
 def test_two_graphs_serve_every_layer_given_as_an_argument():

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
         "test_causal_conv3d_triton.py",
         "test_derivatives.py",
         "test_hidden.py",
+        "test_frames.py",
     ],
 )
 def test_kernels_agree_with_float64(request, name):

@@ -186,7 +186,8 @@ def test_append_writes_the_frame_and_nothing_else(dtype, norm, rotations, shape)
 
 def check_attention(cache, q, q_sink, scale, attend):
     """`attend` against the specification; what the frame does not see is NaN in the cache."""
-    seen = attention.visible(cache.step, cache.text_lens, cache.capacity, *cache.integers)
+    frames = q.shape[1] // cache.tokens_per_frame
+    seen = attention.visible(cache.step, frames, cache.text_lens, cache.capacity, cache.integers)
     k, v = normal(2, *cache.k[1].shape, dtype=q.dtype).unbind()
     hidden = ~seen[:, :, None, None]
     cache.k[1].copy_(k.masked_fill(hidden, float("nan")))
@@ -195,7 +196,7 @@ def check_attention(cache, q, q_sink, scale, attend):
     def plain(dtype):
         tensors = cast(dtype, q, k, v)
         (sink,) = cast(dtype, q_sink)
-        rest = (cache.step, cache.text_lens, sink, *cache.integers, scale)
+        rest = (cache.step, cache.text_lens, sink, *cache.integers, scale, None, None, None)
         return attention.forward(*tensors, *rest)
 
     out, lse = attend()
@@ -234,7 +235,9 @@ def test_attention(dtype, case, splits):
             if splits is None:
                 return cached_attention(q, cache, 1, q_sink=q_sink, scale=0.2, return_lse=True)
             tensors = (q, cache.k[1], cache.v[1], cache.step, cache.text_lens, q_sink)
-            return attention_kernels.forward(*tensors, *cache.integers, 0.2, splits=splits)
+            return attention_kernels.forward(
+                *tensors, *cache.integers, 0.2, None, None, None, splits=splits
+            )
 
         check_attention(cache, q, q_sink, 0.2, attend)
 
