@@ -15,6 +15,7 @@ from .evaluate import evaluate, evaluate_vae
 from .generate import generate
 from .info import info
 from .plot import plot
+from .serve import serve
 from .shared import InputError, say
 from .train import train
 
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-for command in (generate, info, train, encode, plot):
+for command in (generate, serve, info, train, encode, plot):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-vae")(evaluate_vae)

@@ -111,6 +111,14 @@ class Seek(Message):
     step: Sequence
 
 
+class Follow(Message):
+    """Plays the recorded controls of a branch from this step on, under the prompt in force: "change
+    the prompt in the past and replay forward". Input is ignored meanwhile; pause ends it."""
+
+    type: Literal["follow"]
+    branch: Sequence
+
+
 class Split(Message):
     """Two forks of one step, played in turn as lanes 0 and 1. A lane with a control keeps it; null
     follows `input`. With `controls` null the split ends, and lane 0 stays."""
@@ -140,6 +148,7 @@ ClientMessage = Annotated[
     | Reset
     | Redo
     | Seek
+    | Follow
     | Split
     | GetLog
     | Ping,
@@ -253,6 +262,14 @@ class Sought(Message):
     ms: float
 
 
+class State(Message):
+    """Sent after play, pause, seek and follow, and when followed controls have ended."""
+
+    type: Literal["state"] = "state"
+    playing: bool
+    following: bool
+
+
 class SplitAnswer(Message):
     """The branches of lanes 0 and 1; null when a split has ended, with the branch that stays."""
 
@@ -298,7 +315,7 @@ class Ended(Message):
     """The world has ended. idle: nobody played; moved: another connection has resumed it."""
 
     type: Literal["ended"] = "ended"
-    reason: Literal["idle", "moved", "shutdown", "limit", "failed"]
+    reason: Literal["idle", "moved", "limit", "failed"]
 
 
 ServerMessage = Annotated[
@@ -308,6 +325,7 @@ ServerMessage = Annotated[
     | Opened
     | Tree
     | Sought
+    | State
     | SplitAnswer
     | LogAnswer
     | Pong

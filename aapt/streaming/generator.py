@@ -1,6 +1,7 @@
 """The streaming generator: a first frame and controls in, four video frames per step out."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -218,6 +219,7 @@ class Stream:
         first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3).
         seed: The seed of all noise.
         steps: Latent frames made so far.
+        seconds: Time of the last step on the host, up to its latent frame and for its decoding.
     """
 
     @torch.inference_mode()
@@ -230,6 +232,7 @@ class Stream:
         recache: bool,
     ):
         self.generator, self.seed, self.steps = generator, seed, 0
+        self.seconds = (0.0, 0.0)
         self._lock, self._trouble = threading.Lock(), None
         text, self._prompt = self._embed(prompt), prompt
         latent = generator.encode(first_frame[None])[None]
@@ -266,6 +269,7 @@ class Stream:
         control: see `StreamingGenerator.condition`. ValueError for another one, which changes
         nothing.
         """
+        started = time.perf_counter()
         with nvtx.annotate("condition"):
             condition = self.generator.condition(control)
         with self._changing():
@@ -274,9 +278,11 @@ class Stream:
                 noise = self._noise(self.steps).to(recycled)
             with nvtx.annotate("generate"):
                 latent = self._rollout.step(noise, recycled, condition)
+            generated = time.perf_counter()
             with nvtx.annotate("decode"):
                 pixels = to_array(self._decoder.decode(latent))
             self.steps += 1
+        self.seconds = (generated - started, time.perf_counter() - generated)
         return pixels
 
     @contextmanager
@@ -331,6 +337,7 @@ class Stream:
         with self._changing():
             twin = object.__new__(Stream)
             twin.generator, twin.seed, twin.steps = self.generator, self.seed, self.steps
+            twin.seconds = self.seconds
             twin._lock, twin._trouble = threading.Lock(), None
             twin._prompt, twin._noise = self._prompt, self._noise
             twin.first_frame = self.first_frame.copy()
