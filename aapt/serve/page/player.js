@@ -1,0 +1,444 @@
+// The state of a played world: what the server has said, what is asked of it, what is shown.
+
+import { Branches } from "./branches.js";
+import { upload } from "./files.js";
+import { FrameMemory } from "./frame_memory.js";
+import { Receipts } from "./receipts.js";
+
+const SEEK_QUIET_MS = 180; // a jump is asked for once the scrubbing rests
+const LOG_MS = 10_000; // how often the log is fetched, to rebuild the world on another server
+const TURN = 0.6, AHEAD = 0.7;
+
+/** Controls one can give to a half of a split screen; null follows the keys. */
+export const LANE_CONTROLS = [
+  ["your keys", null],
+  ["ahead", { yaw: 0, forward: 1 }],
+  ["ahead and left", { yaw: -TURN, forward: AHEAD }],
+  ["ahead and right", { yaw: TURN, forward: AHEAD }],
+  ["turn left", { yaw: -TURN, forward: 0 }],
+  ["turn right", { yaw: TURN, forward: 0 }],
+  ["stand still", { yaw: 0, forward: 0 }],
+];
+
+/**
+ * Plays one world over a connection.
+ *
+ * phase: connecting, opening, waiting (in line), ready (never played), playing, paused, lost, ended
+ * or failed. Dispatches "change" after any change of state, "welcome" (detail: the message),
+ * "obeyed" (detail: {presses, frame}), "said" (detail: a line to show) and "prompt" (detail: the
+ * prompt in force, when it was not the player who changed it).
+ */
+export class Player extends EventTarget {
+  phase = "connecting";
+  head = { branch: 0, step: 0, index: 0 };
+  prompt = "";
+  seed = 0;
+  stepSeconds = 1 / 6;
+  place = 0; // in line
+  progress = null; // {done, total} of a replay
+  retryAt = 0;
+  problem = "";
+  jump = null; // what the last jump cost, in words
+  split = null; // {branches, controls}
+  redo = false;
+  following = false; // recorded controls are played, not the player's
+  recording = null; // {branch, from}
+  future = 0; // the branch whose steps after the playhead are the ones left behind
+  marks = [];
+  branches = new Branches();
+  memory = new FrameMemory();
+  receipts = new Receipts();
+  #sequence = 0;
+  #promptSequence = 0;
+  #waitingPrompt = null; // {sequence, text}, until a frame honours it
+  #control = { yaw: 0, forward: 0 };
+  #scrubbing = false; // from the first move until the server has sought
+  #seekTimer = 0;
+  #seekTo = null;
+  #afterSeek = [];
+  #resumePlaying = false;
+  #walk = null; // an action log to open in place of a picture
+  #log = null; // lines of the last fetched log
+  #logWaiters = [];
+
+  constructor(connection, stage, { walk }) {
+    super();
+    this.connection = connection;
+    this.stage = stage;
+    this.#walk = walk;
+    stage.onPaint = (frame, now) => this.#painted(frame, now);
+    connection.addEventListener("message", ({ detail }) => this.#heard(detail));
+    connection.addEventListener("frames", ({ detail }) => this.#received(detail));
+    connection.addEventListener("lost", ({ detail }) => this.#lost(detail));
+    setInterval(() => {
+      if (this.phase === "playing") connection.send({ type: "log" });
+    }, LOG_MS);
+  }
+
+  get playing() {
+    return this.phase === "playing";
+  }
+
+  /** Whether there is a world to act on. */
+  get live() {
+    return ["ready", "playing", "paused"].includes(this.phase);
+  }
+
+  /** Steps between the playhead and the end of the branch it was scrubbed on. */
+  get behind() {
+    return (this.branches.get(this.future)?.to_step ?? this.head.step) - this.head.step;
+  }
+
+  open({ image = "sample", prompt = null, seed = 0, log = null }) {
+    this.#leaveWorld();
+    this.phase = "opening";
+    this.connection.send(log ? { type: "open", log } : { type: "open", image, prompt, seed });
+    this.#changed();
+  }
+
+  /** Uploads an action log and opens its world; says so if the server refuses it. */
+  async openWalk(walk) {
+    try {
+      this.open({ log: await upload(walk) });
+    } catch (error) {
+      this.#emit("said", error.message);
+      if (this.phase === "opening") this.open({});
+    }
+  }
+
+  play() {
+    if (!this.live || this.playing) return;
+    this.#whenSought(() => {
+      this.phase = "playing";
+      this.connection.send({ type: "play" });
+    });
+  }
+
+  pause() {
+    if (!this.playing) return;
+    this.phase = "paused";
+    this.following = false;
+    this.connection.send({ type: "pause" });
+    this.connection.send({ type: "log" });
+    this.receipts.forgetPending();
+    this.#changed();
+  }
+
+  reset(seed = this.seed) {
+    if (!this.live) return;
+    const playing = this.playing;
+    this.#leaveWorld();
+    this.connection.send({ type: "reset", seed });
+    if (playing) this.phase = "playing";
+    this.#changed();
+  }
+
+  /** Takes a change of the control; `key` names a press, whose receipt is then waited for. */
+  steer({ yaw, forward, taps, time, key }) {
+    if (!this.live) return;
+    this.#control = { yaw, forward };
+    const moves = Boolean(yaw || forward || taps);
+    if (this.following && moves) this.pause(); // the player takes over
+    // The input goes out first, so that the first step already has it.
+    const sequence = this.#sendInput(taps, time);
+    if (moves) this.play();
+    if (key && this.playing) this.receipts.pressed(sequence, time, key);
+  }
+
+  changePrompt(text) {
+    if (!this.live || text === this.prompt) return;
+    this.prompt = text;
+    this.#promptSequence += 1;
+    this.#waitingPrompt = { sequence: this.#promptSequence, text };
+    const sequence = this.#promptSequence;
+    this.#whenSought(() => this.connection.send({ type: "prompt", sequence, text }));
+  }
+
+  /** Moves the playhead; the server follows once it rests (`done`). */
+  async scrub(branch, step, done) {
+    if (!this.live) return;
+    if (this.split) this.endSplit(0);
+    this.pause();
+    this.#scrubbing = true;
+    this.stage.cut();
+    this.phase = "paused";
+    this.head = { branch: this.branches.owner(branch, step), step, index: 0 };
+    this.future = branch;
+    this.jump = null;
+    this.#seekTo = { branch: this.head.branch, step };
+    clearTimeout(this.#seekTimer);
+    if (done) this.#seekTimer = setTimeout(() => this.#flushSeek(), SEEK_QUIET_MS);
+    this.#changed();
+    const bitmap = await this.memory.last(this.head.branch, step);
+    if (bitmap && this.#scrubbing && this.head.step === step) this.stage.preview(0, bitmap);
+    bitmap?.close();
+  }
+
+  /** Goes back from the playhead, as from where the last jump would end. */
+  rewind(steps) {
+    if (!this.live || this.head.step === 0) return;
+    const branch = this.behind > 0 ? this.future : this.head.branch;
+    this.scrub(branch, Math.max(0, this.head.step - steps), true);
+  }
+
+  /** Plays the controls left behind again from here, under the prompt in force. */
+  follow() {
+    if (!this.live || this.behind <= 0) return;
+    const branch = this.future;
+    this.#whenSought(() => {
+      this.connection.send({ type: "follow", branch });
+      this.following = true;
+      this.phase = "playing";
+    });
+  }
+
+  startSplit(controls) {
+    if (!this.live) return;
+    this.#whenSought(() => {
+      const { branch, step } = this.head;
+      this.split = { branches: null, controls };
+      this.connection.send({
+        type: "split", branch, step, controls: controls.map((index) => LANE_CONTROLS[index][1]),
+      });
+    });
+  }
+
+  /** Gives a half of the screen another control: the split starts again from its past. */
+  changeLane(lane, index) {
+    const controls = this.split.controls.with(lane, index);
+    const first = this.branches.get(this.split.branches?.[0]);
+    const playing = this.playing;
+    const { parent, from_step: step } = first ?? {};
+    this.endSplit(0);
+    this.#afterSeek.push(() => {
+      this.startSplit(controls);
+      if (playing) this.play();
+    });
+    if (first) this.scrub(parent ?? first.id, step, true);
+  }
+
+  endSplit(keep) {
+    if (!this.split) return;
+    const kept = this.split.branches?.[keep];
+    this.split = null;
+    this.stage.cut();
+    this.connection.send({ type: "split", controls: null });
+    if (kept !== undefined) {
+      const step = this.branches.get(kept)?.to_step ?? this.head.step;
+      this.head = { branch: kept, step, index: 0 };
+      if (keep === 1) this.scrub(kept, step, true);
+    }
+    this.#changed();
+  }
+
+  setRedo(on) {
+    this.redo = on;
+    this.connection.send({ type: "redo", on });
+    this.#changed();
+  }
+
+  /** Fetches the action log; resolves to its lines. */
+  fetchLog() {
+    this.connection.send({ type: "log" });
+    return new Promise((resolve) => this.#logWaiters.push(resolve));
+  }
+
+  startRecording() {
+    this.recording = { branch: this.head.branch, from: this.head.step };
+    this.#changed();
+  }
+
+  /** Ends a recording; returns its branch and steps, null if nothing was played. */
+  stopRecording() {
+    const { from } = this.recording;
+    const { branch, step: to } = this.head;
+    this.recording = null;
+    this.#changed();
+    return to > from ? { branch, from, to } : null;
+  }
+
+  #leaveWorld() {
+    this.stage.cut();
+    this.branches.clear();
+    this.memory.clear();
+    this.receipts.forgetPending();
+    this.marks = [];
+    this.split = null;
+    this.recording = null;
+    this.progress = null;
+    this.following = false;
+    this.future = 0;
+    this.#scrubbing = false;
+    this.#afterSeek = [];
+    this.#waitingPrompt = null;
+    clearTimeout(this.#seekTimer);
+    this.#seekTo = null;
+    this.head = { branch: 0, step: 0, index: 0 };
+  }
+
+  #sendInput(taps, time) {
+    this.#sequence += 1;
+    const message = { type: "input", sequence: this.#sequence, time, ...this.#control, taps };
+    const shown = this.redo && this.stage.shown;
+    this.connection.send(shown ? { ...message, shown } : message);
+    return this.#sequence;
+  }
+
+  /** Acts now, or once the jump under way has ended. */
+  #whenSought(action) {
+    this.#flushSeek();
+    if (this.#scrubbing) this.#afterSeek.push(action);
+    else action();
+    this.#changed();
+  }
+
+  #flushSeek() {
+    clearTimeout(this.#seekTimer);
+    if (!this.#seekTo) return;
+    this.stage.cut();
+    this.connection.send({ type: "seek", ...this.#seekTo });
+    this.#seekTo = null;
+  }
+
+  #heard(message) {
+    const hear = {
+      welcome: () => this.#welcomed(message),
+      queued: () => { this.phase = "waiting"; this.place = message.place; },
+      replaying: () => { this.progress = message; },
+      opened: () => this.#opened(message),
+      state: () => this.#stated(message),
+      tree: () => this.branches.update(message),
+      sought: () => this.#sought(message),
+      split: () => this.#splitAnswered(message),
+      log: () => this.#logged(message.lines),
+      error: () => this.#failed(message),
+      ended: () => { this.phase = "ended"; this.problem = message.reason; },
+    }[message.type];
+    hear?.();
+    this.#changed();
+  }
+
+  #welcomed(message) {
+    this.stepSeconds = message.frames_per_step / message.fps;
+    this.stage.configure(message);
+    this.#emit("welcome", message);
+    this.#sequence = 0;
+    this.#promptSequence = 0;
+    if (this.redo) this.connection.send({ type: "redo", on: true });
+    this.phase = "opening";
+    if (message.resumed) return;
+    // Another server does not know the token: it gets the world's log.
+    const walk = this.#walk ?? (this.#log && new Blob([`${this.#log.join("\n")}\n`]));
+    this.#walk = null;
+    if (walk) this.openWalk(walk);
+    else this.open({});
+  }
+
+  #opened({ branch, step, seed, prompt }) {
+    this.stage.cut();
+    this.#scrubbing = false;
+    this.progress = null;
+    this.head = { branch, step, index: 0 };
+    this.seed = seed;
+    this.prompt = prompt;
+    this.#emit("prompt", prompt);
+    this.connection.send({ type: "log" });
+    const goOn = this.phase === "playing"; // a reset goes on as it was
+    this.phase = goOn ? "playing" : step ? "paused" : "ready";
+    if (this.#resumePlaying) {
+      this.#resumePlaying = false;
+      this.play();
+    }
+  }
+
+  #sought({ branch, step, prompt, replayed, ms }) {
+    if (this.#seekTo) return; // the playhead has moved on since
+    this.#scrubbing = false;
+    this.progress = null;
+    this.phase = "paused";
+    this.head = { branch, step, index: 0 };
+    if (prompt !== this.prompt && !this.#waitingPrompt) {
+      this.prompt = prompt;
+      this.#emit("prompt", prompt);
+    }
+    this.jump = `Coming here replayed ${replayed === 1 ? "1 step" : `${replayed} steps`} in ${Math.round(ms)} ms.`;
+    for (const action of this.#afterSeek.splice(0)) action();
+  }
+
+  #splitAnswered({ branches, branch }) {
+    this.progress = null;
+    if (branches && this.split) this.split.branches = branches;
+    else this.split = null;
+    this.stage.cut();
+    if (!branches) this.head.branch = branch;
+  }
+
+  #stated({ playing, following }) {
+    if (this.following && !playing) this.phase = "paused"; // the recorded controls have ended
+    this.following = following;
+  }
+
+  #logged(lines) {
+    this.#log = lines;
+    for (const resolve of this.#logWaiters.splice(0)) resolve(lines);
+  }
+
+  #failed({ message, fatal }) {
+    if (!fatal) {
+      this.#emit("said", message);
+      this.#scrubbing = false;
+      this.progress = null;
+      return;
+    }
+    this.connection.refuse();
+    this.phase = "failed";
+    this.problem = message;
+  }
+
+  #lost({ retryAt }) {
+    if (this.phase === "ended" || this.phase === "failed") return;
+    this.#resumePlaying ||= this.playing;
+    this.phase = "lost";
+    this.retryAt = retryAt;
+    this.stage.cut();
+    this.receipts.forgetPending();
+    this.#changed();
+  }
+
+  #received(frames) {
+    const { branch, step, type, images } = frames;
+    this.memory.put(branch, step, type, images);
+    this.branches.advance(branch, step);
+    if (!frames.seek && !frames.first) this.receipts.stepped(frames);
+    if (this.#scrubbing && !frames.seek) return; // made before the jump was heard
+    this.stage.receive(frames);
+  }
+
+  #painted(frame, now) {
+    if (frame.lane === 0) {
+      this.head = { branch: frame.branch, step: frame.step, index: frame.index };
+      if (this.playing) this.future = frame.branch;
+    }
+    const presses = this.receipts.painted(frame, now);
+    if (presses.length) {
+      const { branch, step } = frame;
+      const text = `${presses.at(-1).key} after ${Math.round(presses.at(-1).ms)} ms`;
+      this.marks.push({ branch, step, kind: "key", text });
+      this.#emit("obeyed", { presses, frame });
+    }
+    const waiting = this.#waitingPrompt;
+    if (waiting && frame.prompt >= waiting.sequence) {
+      this.marks.push({ branch: frame.branch, step: frame.step, kind: "prompt", text: waiting.text });
+      this.#waitingPrompt = null;
+    }
+    this.#changed();
+  }
+
+  #changed() {
+    this.#emit("change");
+  }
+
+  #emit(name, detail) {
+    this.dispatchEvent(new CustomEvent(name, { detail }));
+  }
+}
