@@ -47,11 +47,11 @@ def ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def load(model: str):
+def load(model: str, **options):
     with bad_input():
         from ..streaming.generator import StreamingGenerator
 
-        return StreamingGenerator.from_pretrained(model)
+        return StreamingGenerator.from_pretrained(model, **options)
 
 
 def table(rows: list[tuple[str, str]]) -> None:

@@ -2,6 +2,16 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Turn:
+    """A visitor in line: the place in it that was told last."""
+
+    given: asyncio.Future
+    told: Callable[[int], None]
+    place: int = 0
 
 
 class Line:
@@ -14,7 +24,7 @@ class Line:
     def __init__(self, places: int, changed: Callable[["Line"], None] = lambda line: None):
         self.places, self.changed = places, changed
         self.taken = 0
-        self._waiting: list[tuple[asyncio.Future, Callable[[int], None]]] = []
+        self._waiting: list[Turn] = []
 
     @property
     def waiting(self) -> int:
@@ -27,12 +37,11 @@ class Line:
             self.taken += 1
             self.changed(self)
             return
-        turn = (asyncio.get_running_loop().create_future(), told)
+        turn = Turn(asyncio.get_running_loop().create_future(), told)
         self._waiting.append(turn)
-        told(len(self._waiting))
-        self.changed(self)
+        self._tell()
         try:
-            await turn[0]
+            await turn.given
         except asyncio.CancelledError:
             if turn in self._waiting:
                 self._waiting.remove(turn)
@@ -44,14 +53,15 @@ class Line:
     def leave(self) -> None:
         """Gives a place to the next in line."""
         if self._waiting:
-            turn, _ = self._waiting.pop(0)
-            turn.set_result(None)
+            self._waiting.pop(0).given.set_result(None)
             self._tell()
         else:
             self.taken -= 1
             self.changed(self)
 
     def _tell(self) -> None:
-        for place, (_, told) in enumerate(self._waiting, start=1):
-            told(place)
+        for place, turn in enumerate(self._waiting, start=1):
+            if place != turn.place:
+                turn.place = place
+                turn.told(place)
         self.changed(self)

@@ -77,16 +77,24 @@ class Scheduler:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while flow := self._wait():
-            started = time.perf_counter()
-            try:
-                flow.run()
-            except Exception as error:
-                log.exception("a slice failed")
-                flow.fail(error)
-            with self._changed:
-                if flow in self._credit:
-                    self._credit[flow] -= time.perf_counter() - started
+        while self.run_slice():
+            pass
+
+    def run_slice(self) -> bool:
+        """Waits for the flow whose turn it is and runs a slice of it; False after `stop`."""
+        flow = self._wait()
+        if flow is None:
+            return False
+        started = time.perf_counter()
+        try:
+            flow.run()
+        except Exception as error:
+            log.exception("a slice failed")
+            flow.fail(error)
+        with self._changed:
+            if flow in self._credit:
+                self._credit[flow] -= time.perf_counter() - started
+        return True
 
     def _wait(self) -> Flow | None:
         """Waits for the next flow to run; None to stop."""

@@ -199,7 +199,7 @@ def load_walk(lines: Iterable[str]) -> Walk:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = _json(text)
             if not isinstance(line, dict):
                 raise ValueError(f"expected an object, got {text[:40]!r}")
             if walk is None:
@@ -215,13 +215,37 @@ def load_walk(lines: Iterable[str]) -> Walk:
     return walk
 
 
+def _read_redone(earlier: Any) -> Redone:
+    if not (isinstance(earlier, list) and len(earlier) == 3 and isinstance(earlier[2], int)):
+        raise ValueError(f"redone: expected [yaw, forward, frames], got {earlier!r}"[:120])
+    control = Control(*earlier[:2])
+    return Redone(control.yaw, control.forward, earlier[2])
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON, got {text[:40]!r}: {error.msg}") from None
+
+
+def read_walk(file: Path) -> Walk:
+    """Reads a walk from a file. ValueError as `load_walk`, and for a file that cannot be read."""
+    try:
+        return load_walk(file.read_text(encoding="utf-8").splitlines())
+    except OSError as error:
+        raise ValueError(f"walk: cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"walk: expected a text file, got {file}: not UTF-8") from None
+
+
 def _get(line: dict[str, Any], name: str, kind: type, *default: Any) -> Any:
     value = line.get(name, *default)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        if default and value is default[0]:
-            return value
-        raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}"[:120])
-    return value
+    if (isinstance(value, kind) and not isinstance(value, bool)) or (
+        default and value is default[0]
+    ):
+        return value
+    raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}"[:120])
 
 
 def _read_start(line: dict[str, Any]) -> Walk:
@@ -265,14 +289,11 @@ def _read_step(walk: Walk, branch: int, line: dict[str, Any]) -> None:
     end = walk.branches[branch].end
     if line.get("step") != end + 1:
         raise ValueError(f"step: expected {end + 1}, got {line.get('step')!r}"[:120])
-    yaw, forward = (_get(line, name, (int, float), None) for name in ("yaw", "forward"))
-    if yaw is not None:
+    yaw, forward = (line.get(name) for name in ("yaw", "forward"))
+    if (yaw, forward) != (None, None):
         control = Control(yaw, forward)
         yaw, forward = control.yaw, control.forward
-    redone = []
-    for earlier in line.get("redone", []):
-        control = Control(earlier[0], earlier[1])
-        redone.append(Redone(control.yaw, control.forward, int(earlier[2])))
+    redone = [_read_redone(earlier) for earlier in _get(line, "redone", list, [])]
     prompt = _get(line, "prompt", str, walk.prompt_at(branch, end))
     crc = _get(line, "crc", int, None)
     walk.append(branch, end, Step(yaw, forward, prompt, crc, tuple(redone)))
@@ -316,14 +337,27 @@ def make_as_seen(stream: "Stream", step: Step) -> tuple[np.ndarray, np.ndarray]:
     return frames, np.stack(shown)
 
 
-def replay(
-    generator: "StreamingGenerator", walk: Walk, branch: int, step: int
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Yields the video of a walk up to a step, uint8 (frames, H, W, 3): the first frame, then each
-    step as it was shown. The second value is False if the step's CRC is another one."""
-    path = walk.path(branch, step)
-    with generator.open(walk.first_frame, walk.prompt, walk.seed) as stream:
-        yield stream.first_frame, True
-        for made in path:
-            frames, shown = make_as_seen(stream, made)
-            yield shown, made.crc in (None, frames_crc(frames))
+class Replay:
+    """A stream that makes the steps of a walk again, as they were shown.
+
+    Attributes:
+        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3).
+        differing: Numbers of the steps whose video frames have another CRC-32.
+    """
+
+    def __init__(self, generator: "StreamingGenerator", walk: Walk):
+        self.generator = generator
+        self.differing: list[int] = []
+        self._stream = generator.open(walk.first_frame, walk.prompt, walk.seed)
+        self.first_frame = self._stream.first_frame
+
+    def step(self, step: Step) -> np.ndarray:
+        """Makes the next step of a path, uint8 (frames, H, W, 3)."""
+        frames, shown = make_as_seen(self._stream, step)
+        if step.crc not in (None, frames_crc(frames)):
+            self.differing.append(self._stream.steps)
+        return shown
+
+    def close(self) -> None:
+        """Frees the stream's memory."""
+        self._stream.close()

@@ -19,7 +19,7 @@ from ..model.conditioning import Control, control_rays
 from ..model.config import CameraConfig, ModelConfig, SamplingConfig
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE, DecoderStream
-from ..vae.folder import load_vae
+from ..vae.folder import LIGHT, load_vae
 from ..vae.pixels import to_array
 from .noise import Noise
 from .snapshot import Snapshot
@@ -76,10 +76,11 @@ class StreamingGenerator:
         self.latent_size = (height // factor, width // factor)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "StreamingGenerator":
+    def from_pretrained(cls, name: str | Path, decoder: str = LIGHT) -> "StreamingGenerator":
         """Loads a bundled model by name, or a checkpoint folder.
 
-        CheckpointError says what was expected and what was found.
+        decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`. CheckpointError says what was
+        expected and what was found.
         """
         folder = find_checkpoint(name)
         config = load_config(folder)
@@ -93,7 +94,7 @@ class StreamingGenerator:
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
                 picture["sampling"] = SamplingConfig(**sampling)
-            generator = cls(model, load_vae(folder), **picture)
+            generator = cls(model, load_vae(folder, decoder), **picture)
         load_module(folder / "model.safetensors", model)
         return generator
 

@@ -28,8 +28,9 @@ class History:
     """Snapshots of a walk within `budget` bytes, one every `every` steps.
 
     When they exceed the budget, the snapshot goes whose absence costs least: the replay between its
-    neighbours, divided by its age, where ages up to `recent` steps count alike. A snapshot larger
-    than the budget is not kept; a jump then replays from the first frame.
+    neighbours, divided by its age. Those of the last `recent` steps are spared unless they fill
+    two thirds of the budget. A snapshot larger than the budget is not kept; a jump then replays
+    from the first frame.
     """
 
     def __init__(self, walk: Walk, budget: int, every: int, recent: int):
@@ -51,7 +52,13 @@ class History:
         self._kept[branch, step] = kept
         self.bytes += kept.bytes
         while self.bytes > self.budget:
-            self.discard(*min(self._kept, key=self._worth))
+            recent = {place for place, kept in self._kept.items() if self._age(kept) < self.recent}
+            full = 3 * sum(self._kept[place].bytes for place in recent) > 2 * self.budget
+            spared = set() if full else recent
+            self.discard(*min(self._kept.keys() - spared, key=self._worth))
+
+    def _age(self, kept: Kept) -> int:
+        return self._clock - kept.added
 
     def discard(self, branch: int, step: int) -> None:
         """Drops the snapshot of a step, if there is one."""
@@ -64,8 +71,8 @@ class History:
         after = [k.step for k in self._kept.values() if k.branch == kept.branch]
         following = min((step for step in after if step > kept.step), default=None)
         end = self.walk.branches[kept.branch].end if following is None else following
-        gap = end - (before.step if before else 0) + 1
-        return gap / max(self._clock - kept.added, self.recent)
+        gap = end - (before.step if before else 0)
+        return (gap + 1) / (self._age(kept) + self.every)
 
     def nearest(self, branch: int, step: int) -> Kept | None:
         """Returns the latest snapshot at or before a step on the path to it, if any."""
