@@ -14,9 +14,11 @@ export class Hud {
     this.line = line;
     this.receipts = receipts;
     this.caps = new Map([...keys.children].map((cap) => [cap.dataset.key, cap]));
+    // The pairs are the median and the 99th percentile.
     this.rows = {
       fps: row(hud, "frames/s"),
-      step: row(hud, "step"),
+      step: row(hud, "step p50/99"),
+      share: row(hud, "of a period"),
       key: row(hud, "key to pixel"),
       queue: row(hud, "buffered"),
     };
@@ -39,8 +41,9 @@ export class Hud {
     const [step50, step99] = pair(steps);
     const [key50, key99] = pair(keys);
     this.rows.fps.textContent = fps === null ? "–" : fps.toFixed(1);
-    this.rows.step.textContent = step50 === null
-      ? "–" : `${round(step50)} / ${round(step99)} ms of ${round(this.period)}`;
+    this.rows.step.textContent = step50 === null ? "–" : `${round(step50)} / ${round(step99)} ms`;
+    this.rows.share.textContent = step50 === null
+      ? "–" : `${round((100 * step50) / this.period)} % of ${round(this.period)} ms`;
     this.rows.key.textContent = key50 === null
       ? "press a key" : `${round(key50)} / ${round(key99)} ms`;
     this.rows.queue.textContent = `${round(queued)} ms${redone ? `, ${redone} redone` : ""}`;

@@ -16,8 +16,7 @@ const STICK_DEAD = 0.12;
 const PAD_DEAD = 0.16;
 const ANALOG_MS = 33; // shortest time between two messages of a stick or a pad
 
-/** Elements in which letters and arrows mean something else. */
-const OWN_KEYS = "input, textarea, select, dialog, [role=slider]";
+const WRITTEN_IN = "input, textarea, select, dialog"; // elements in which letters mean letters
 
 /**
  * Calls `onChange({yaw, forward, taps, time, key})` on every change of the control, and
@@ -42,7 +41,7 @@ export class Input {
     addEventListener("blur", () => this.release());
     document.addEventListener("visibilitychange", () => this.release());
     document.addEventListener("focusin", ({ target }) => {
-      if (target.matches(OWN_KEYS)) this.release();
+      if (target.closest(WRITTEN_IN)) this.release();
     });
     this.#followPointer(surface, stick);
     addEventListener("gamepadconnected", () => requestAnimationFrame(() => this.#pollPad()));
@@ -63,7 +62,8 @@ export class Input {
 
   #down(event) {
     if (!(event.code in KEYS) || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest?.(OWN_KEYS)) return;
+    if (event.target.closest?.(WRITTEN_IN)) return;
+    if (event.code.startsWith("Arrow") && event.target.closest?.("[role=slider]")) return;
     event.preventDefault();
     if (this.#held.has(event.code)) return;
     const [yaw, forward, key] = KEYS[event.code];

@@ -30,7 +30,7 @@ const walk = await sharedWalk().catch(() => {
 const player = new Player(connection, stage, { walk });
 const view = new View(player);
 const hud = new Hud($("hud"), $("keys"), $("receipt"), player.receipts);
-const timeline = new Timeline($("timeline"), player.branches, {
+const timeline = new Timeline($("timeline"), $("thumb"), player.branches, {
   onScrub: (branch, step, done) => player.scrub(branch, step, done),
   preview: (branch, step) => player.memory.last(player.branches.owner(branch, step), step),
 });
@@ -143,7 +143,10 @@ function fillThemes(prompts) {
     const chip = Object.assign(document.createElement("button"), {
       type: "button", className: "chip", textContent: text,
     });
-    chip.addEventListener("click", () => usePrompt(text));
+    chip.addEventListener("click", (event) => {
+      usePrompt(text);
+      if (event.detail) $("stage").focus();
+    });
     return chip;
   }));
 }
@@ -211,6 +214,14 @@ function showFigures(on) {
   $("figures").setAttribute("aria-pressed", on);
 }
 
+/** Shows the first picture behind what is said while a world opens. */
+async function showPoster(address) {
+  const answer = await fetch(address);
+  const bitmap = await createImageBitmap(await answer.blob());
+  if (["opening", "waiting"].includes(player.phase)) stage.preview(0, bitmap);
+  bitmap.close();
+}
+
 // What the player tells.
 
 player.addEventListener("welcome", ({ detail }) => {
@@ -221,6 +232,9 @@ player.addEventListener("welcome", ({ detail }) => {
   view.welcome(detail);
   fillThemes(detail.prompts);
   worlds.fill(detail.gallery);
+  if (detail.gallery.length && !detail.resumed && !player.branches.rows.length) {
+    showPoster(detail.gallery[0].url);
+  }
 });
 player.addEventListener("prompt", ({ detail }) => showPrompt(detail));
 player.addEventListener("said", ({ detail }) => view.say(detail));

@@ -30,7 +30,7 @@ export const LANE_CONTROLS = [
  */
 export class Player extends EventTarget {
   phase = "connecting";
-  head = { branch: 0, step: 0, index: 0 };
+  head = { branch: 0, step: 0 };
   prompt = "";
   seed = 0;
   stepSeconds = 1 / 6;
@@ -50,7 +50,7 @@ export class Player extends EventTarget {
   receipts = new Receipts();
   #sequence = 0;
   #promptSequence = 0;
-  #waitingPrompt = null; // {sequence, text}, until a frame honours it
+  #waitingPrompt = null; // its sequence, until a frame honours it
   #control = { yaw: 0, forward: 0 };
   #scrubbing = false; // from the first move until the server has sought
   #seekTimer = 0;
@@ -149,7 +149,7 @@ export class Player extends EventTarget {
     if (!this.live || text === this.prompt) return;
     this.prompt = text;
     this.#promptSequence += 1;
-    this.#waitingPrompt = { sequence: this.#promptSequence, text };
+    this.#waitingPrompt = this.#promptSequence;
     const sequence = this.#promptSequence;
     this.#whenSought(() => this.connection.send({ type: "prompt", sequence, text }));
   }
@@ -162,7 +162,7 @@ export class Player extends EventTarget {
     this.#scrubbing = true;
     this.stage.cut();
     this.phase = "paused";
-    this.head = { branch: this.branches.owner(branch, step), step, index: 0 };
+    this.head = { branch: this.branches.owner(branch, step), step };
     this.future = branch;
     this.jump = null;
     this.#seekTo = { branch: this.head.branch, step };
@@ -197,6 +197,7 @@ export class Player extends EventTarget {
     this.#whenSought(() => {
       const { branch, step } = this.head;
       this.split = { branches: null, controls };
+      this.stage.copy();
       this.connection.send({
         type: "split", branch, step, controls: controls.map((index) => LANE_CONTROLS[index][1]),
       });
@@ -217,16 +218,21 @@ export class Player extends EventTarget {
     if (first) this.scrub(parent ?? first.id, step, true);
   }
 
+  /** Ends a split; the half `keep`, 0 or 1, plays on if it played. */
   endSplit(keep) {
     if (!this.split) return;
+    const playing = this.playing;
     const kept = this.split.branches?.[keep];
     this.split = null;
     this.stage.cut();
     this.connection.send({ type: "split", controls: null });
     if (kept !== undefined) {
       const step = this.branches.get(kept)?.to_step ?? this.head.step;
-      this.head = { branch: kept, step, index: 0 };
-      if (keep === 1) this.scrub(kept, step, true);
+      this.head = { branch: kept, step };
+      if (keep === 1) {
+        this.scrub(kept, step, true);
+        if (playing) this.play();
+      }
     }
     this.#changed();
   }
@@ -273,7 +279,7 @@ export class Player extends EventTarget {
     this.#waitingPrompt = null;
     clearTimeout(this.#seekTimer);
     this.#seekTo = null;
-    this.head = { branch: 0, step: 0, index: 0 };
+    this.head = { branch: 0, step: 0 };
   }
 
   #sendInput(taps, time) {
@@ -338,7 +344,7 @@ export class Player extends EventTarget {
     this.stage.cut();
     this.#scrubbing = false;
     this.progress = null;
-    this.head = { branch, step, index: 0 };
+    this.head = { branch, step };
     this.seed = seed;
     this.prompt = prompt;
     this.#emit("prompt", prompt);
@@ -356,8 +362,8 @@ export class Player extends EventTarget {
     this.#scrubbing = false;
     this.progress = null;
     this.phase = "paused";
-    this.head = { branch, step, index: 0 };
-    if (prompt !== this.prompt && !this.#waitingPrompt) {
+    this.head = { branch, step };
+    if (prompt !== this.prompt && this.#waitingPrompt === null) {
       this.prompt = prompt;
       this.#emit("prompt", prompt);
     }
@@ -415,23 +421,23 @@ export class Player extends EventTarget {
   }
 
   #painted(frame, now) {
-    if (frame.lane === 0) {
-      this.head = { branch: frame.branch, step: frame.step, index: frame.index };
-      if (this.playing) this.future = frame.branch;
+    const { branch, step } = frame;
+    const moved = frame.lane === 0 && (branch !== this.head.branch || step !== this.head.step);
+    if (moved) {
+      this.head = { branch, step };
+      if (this.playing) this.future = branch;
     }
     const presses = this.receipts.painted(frame, now);
     if (presses.length) {
-      const { branch, step } = frame;
-      const text = `${presses.at(-1).key} after ${Math.round(presses.at(-1).ms)} ms`;
-      this.marks.push({ branch, step, kind: "key", text });
+      this.marks.push({ branch, step, kind: "key" });
       this.#emit("obeyed", { presses, frame });
     }
     const waiting = this.#waitingPrompt;
-    if (waiting && frame.prompt >= waiting.sequence) {
-      this.marks.push({ branch: frame.branch, step: frame.step, kind: "prompt", text: waiting.text });
+    if (waiting !== null && frame.prompt >= waiting) {
+      this.marks.push({ branch, step, kind: "prompt" });
       this.#waitingPrompt = null;
     }
-    this.#changed();
+    if (moved || presses.length) this.#changed();
   }
 
   #changed() {

@@ -78,6 +78,12 @@ export class Stage {
     context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   }
 
+  /** Shows on the second lane what the first one shows. */
+  copy() {
+    const [first, second] = this.lanes;
+    second.context.drawImage(first.canvas, 0, 0);
+  }
+
   #run() {
     if (this.#running) return;
     this.#running = true;

@@ -14,15 +14,19 @@ export class Timeline {
   #drag = null;
   #drawn = 0;
   #hover = 0;
+  #unit = 1;
+  #width = 0;
+  #span = SHORTEST;
+  #row = 0; // of the playhead, as last drawn
   head = { branch: 0, step: 0 };
   seconds = 1 / 6; // of a step
   lanes = null; // branches of a split
-  marks = []; // {branch, step, kind: "prompt" | "key", text}
+  marks = []; // {branch, step, kind: "prompt" | "key"}
 
-  constructor(element, branches, { onScrub, preview }) {
+  constructor(element, thumb, branches, { onScrub, preview }) {
     this.element = element;
     this.svg = element.querySelector("svg");
-    this.thumb = element.querySelector("canvas");
+    this.thumb = thumb;
     this.branches = branches;
     this.onScrub = onScrub;
     this.preview = preview;
@@ -46,19 +50,13 @@ export class Timeline {
     if (next) this.onScrub(next.id, next.to_step, true);
   }
 
-  get #span() {
-    let span = SHORTEST;
-    while (span < this.branches.lastStep) span *= 1.5;
-    return span;
-  }
-
-  /** Pixels of a length of 1 in the drawing: it grows with the letters. */
-  get #unit() {
-    return parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
-  }
-
-  get #width() {
-    return this.element.clientWidth / this.#unit;
+  /** Measures the element, before anything is written: pixels of a length of 1 in the drawing
+   * (they grow with the letters), its width, and the steps in it. */
+  #measure() {
+    this.#unit = parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
+    this.#width = this.element.clientWidth / this.#unit;
+    this.#span = SHORTEST;
+    while (this.#span < this.branches.lastStep) this.#span *= 1.5;
   }
 
   #x(step) {
@@ -72,6 +70,7 @@ export class Timeline {
   }
 
   #draw() {
+    this.#measure();
     const { rows } = this.branches;
     const height = TOP + Math.max(1, rows.length) * ROW + BOTTOM;
     this.svg.setAttribute("viewBox", `0 0 ${this.#width} ${height}`);
@@ -81,13 +80,21 @@ export class Timeline {
     const live = new Set((this.lanes ?? [this.head.branch]).flatMap(
       (id) => this.branches.lineage(id).map((branch) => branch.id)));
     for (const branch of rows) parts.push(...this.#line(branch, live.has(branch.id)));
-    for (const mark of this.marks) parts.push(...this.#mark(mark));
     const heads = this.lanes
       ? this.lanes.map((id) => ({ branch: id, step: this.branches.get(id)?.to_step ?? 0 }))
       : [this.head];
     for (const head of heads) parts.push(...this.#playhead(head, height));
     this.svg.replaceChildren(...parts);
+    this.#reveal(this.branches.get(heads[0].branch)?.row ?? 0);
     this.#describe();
+  }
+
+  /** Scrolls a row into view when the playhead comes to it. */
+  #reveal(row) {
+    if (row === this.#row || this.#drag) return;
+    this.#row = row;
+    const y = this.#y(row) * this.#unit, room = this.element.clientHeight;
+    this.element.scrollTop = y - room / 2;
   }
 
   *#ruler(height) {
@@ -118,21 +125,18 @@ export class Timeline {
     const colour = `c${branch.id % COLOURS}`;
     yield node("path", { class: `branch ${colour}${live ? " live" : ""}`, d });
     yield node("circle", { class: `tip ${colour}${live ? " live" : ""}`, cx: to, cy: y, r: 3.5 });
-    const ticks = this.branches.snapshots.filter((snapshot) => snapshot.branch === branch.id);
-    const marks = ticks.map(({ step }) => `M${this.#x(step)} ${y + 5}v3`).join("");
-    if (marks) yield node("path", { class: "snapshots", d: marks });
+    yield* this.#ticks("snapshots", `${y + 5}v3`, this.branches.snapshots, branch);
+    const keys = this.marks.filter((mark) => mark.kind === "key");
+    yield* this.#ticks("keys-honoured", `${y - 5}v-4`, keys, branch);
+    const prompts = this.marks.filter((mark) => mark.kind === "prompt");
+    yield* this.#ticks("prompts", `${y - 7}l4 -4l-4 -4l-4 4z`, prompts, branch);
   }
 
-  *#mark({ branch, step, kind, text }) {
-    const at = this.branches.get(branch);
-    if (!at) return;
-    const x = this.#x(step), y = this.#y(at.row);
-    const d = kind === "prompt" ? `M${x} ${y - 9}l4 -4l-4 -4l-4 4z` : `M${x} ${y - 5}v-4`;
-    const shape = node("path", { class: `mark ${kind}`, d });
-    const title = node("title", {});
-    title.textContent = text;
-    shape.append(title);
-    yield shape;
+  /** One path with a mark for each place on a branch: there may be thousands. */
+  *#ticks(name, shape, places, branch) {
+    const d = places.filter((place) => place.branch === branch.id)
+      .map(({ step }) => `M${this.#x(step)} ${shape}`).join("");
+    if (d) yield node("path", { class: name, d });
   }
 
   *#playhead({ branch, step }, height) {

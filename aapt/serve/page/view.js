@@ -37,7 +37,9 @@ export class View {
     setInterval(() => { if (this.player.phase === "lost") this.#showCard(); }, 250);
   }
 
-  welcome({ model, width, height, version }) {
+  welcome({ model, width, height, version, driven_by: drivenBy }) {
+    document.body.dataset.drivenBy = drivenBy;
+    $("insecure").hidden = isSecureContext;
     $("model").textContent = `${model} · ${width}×${height}`;
     $("model").title = `aapt ${version}`;
   }
@@ -65,15 +67,12 @@ export class View {
     const end = player.head.step + Math.max(0, player.behind);
     setText($("clock").firstElementChild, clock(player.head.step * player.stepSeconds));
     setText($("clock").lastElementChild, clock(end * player.stepSeconds));
-    Object.assign($("stage").dataset, {
-      step: player.head.step, branch: player.head.branch, index: player.head.index,
-    });
+    Object.assign($("stage").dataset, player.head);
     this.#showButtons();
     this.#showSplit();
     this.#showPast();
     this.#showCard();
-    const hint = phase === "ready" && !this.#hinted;
-    $("hint").hidden = !hint;
+    $("hint").hidden = phase !== "ready" || this.#hinted;
   }
 
   /** Takes the hint away: the player has found the keys. */
@@ -148,8 +147,9 @@ export class View {
     const replays = player.branches.replayed(player.head.branch, player.head.step);
     const ms = replays * player.branches.replayMs;
     const seconds = (player.behind * player.stepSeconds).toFixed(1);
-    setText($("past-text"), `${seconds} s in the past. A key plays on from here as a new branch. `
-      + (player.jump ?? `Coming here replays ${count(replays, "step")}, about ${Math.round(ms)} ms.`));
+    setText($("past-by"), `${seconds} s in the past.`);
+    setText($("past-cost"), player.jump
+      ?? `Coming here replays ${count(replays, "step")}, about ${Math.round(ms)} ms.`);
   }
 
   #showCard() {
