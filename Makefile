@@ -13,6 +13,7 @@ demo: $(VENV)/.installed
 	@echo "== demo: a ten-second walk through the bundled world"
 	$(VENV)/bin/aapt generate --seconds 10 --out demo.mp4
 	@echo "The video: $(CURDIR)/demo.mp4"
+	@echo 'Play in it: $(VENV)/bin/pip install "aapt[serve]" && $(VENV)/bin/aapt serve'
 
 build: $(VENV)/.installed
 

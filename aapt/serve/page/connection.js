@@ -1,6 +1,7 @@
 // A WebSocket that says hello, comes back after a loss, and resumes its stream by the token.
 
 import { PROTOCOL, parseFrames } from "./protocol.js";
+import { read, write } from "./storage.js";
 
 const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 
@@ -13,12 +14,22 @@ export class Connection extends EventTarget {
   #attempt = 0;
   #timer = 0;
   #refused = false;
-  token = null; // names the stream for a minute after a loss
+  #token = read("sessionStorage", "token");
 
   constructor(url, formats) {
     super();
     this.url = url;
     this.formats = formats;
+  }
+
+  /** Names the stream for a minute after a loss; a tab that is loaded again still has it. */
+  get token() {
+    return this.#token;
+  }
+
+  set token(token) {
+    this.#token = token;
+    write("sessionStorage", "token", token);
   }
 
   get open() {

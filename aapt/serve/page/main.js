@@ -7,6 +7,7 @@ import { Input } from "./input.js";
 import { LANE_CONTROLS, Player } from "./player.js";
 import { ShareDialog } from "./sharing.js";
 import { Stage } from "./stage.js";
+import { read, write } from "./storage.js";
 import { Timeline } from "./timeline.js";
 import { View } from "./view.js";
 import { randomSeed, WorldDialog } from "./world.js";
@@ -14,6 +15,7 @@ import { randomSeed, WorldDialog } from "./world.js";
 const HUD_MS = 250;
 const PAD_BUTTONS = { 0: "play", 1: "back", 3: "split", 9: "play" }; // of a standard gamepad
 const COLOURS = ["system", "dark", "light"];
+let colours = "system";
 
 const $ = (id) => document.getElementById(id);
 const secure = location.protocol === "https:" ? "wss:" : "ws:";
@@ -67,7 +69,7 @@ const actions = {
   figures: () => showFigures($("hud").hidden),
   full: () => (document.fullscreenElement
     ? document.exitFullscreen() : $("stage").requestFullscreen()),
-  theme: () => colour(COLOURS[(COLOURS.indexOf(stored("colours", "system")) + 1) % 3]),
+  theme: () => colour(COLOURS[(COLOURS.indexOf(colours) + 1) % COLOURS.length]),
 };
 
 const SHORTCUTS = {
@@ -186,22 +188,9 @@ for (const lane of [0, 1]) {
 
 // Settings that stay.
 
-function stored(name, otherwise) {
-  try {
-    return localStorage.getItem(`aapt.${name}`) ?? otherwise;
-  } catch {
-    return otherwise; // a browser that keeps nothing
-  }
-}
-
-function store(name, value) {
-  try {
-    localStorage.setItem(`aapt.${name}`, value);
-  } catch { /* the setting holds until the page is left */ }
-}
-
 function colour(name) {
-  store("colours", name);
+  colours = name;
+  write("localStorage", "colours", name);
   if (name === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
   $("theme").setAttribute("aria-label", `Colours: ${name === "system" ? "as the system" : name}`);
@@ -209,7 +198,7 @@ function colour(name) {
 }
 
 function showFigures(on) {
-  store("figures", on);
+  write("localStorage", "figures", on);
   hud.show(on);
   $("figures").setAttribute("aria-pressed", on);
 }
@@ -251,8 +240,9 @@ player.addEventListener("change", () => {
 });
 $("world").addEventListener("problem", ({ detail }) => view.say(detail));
 
-colour(stored("colours", "system"));
-showFigures(stored("figures", String(matchMedia("(min-width: 900px)").matches)) === "true");
+colour(read("localStorage", "colours") ?? "system");
+const figures = read("localStorage", "figures");
+showFigures(figures === null ? matchMedia("(min-width: 900px)").matches : figures === "true");
 setInterval(() => hud.draw(stage.backlog), HUD_MS);
 if (brokenLink) {
   view.say("link: expected a whole shared walk, got a part of one; copy the whole link");

@@ -6,7 +6,8 @@ import { FrameMemory } from "./frame_memory.js";
 import { Receipts } from "./receipts.js";
 
 const SEEK_QUIET_MS = 180; // a jump is asked for once the scrubbing rests
-const LOG_MS = 10_000; // how often the log is fetched, to rebuild the world on another server
+const LOG_MS = 10_000; // how often a log is fetched, to rebuild the world on another server
+const LOG_LINE_MS = 20; // added for each of its lines
 const TURN = 0.6, AHEAD = 0.7;
 
 /** Controls one can give to a half of a split screen; null follows the keys. */
@@ -38,7 +39,7 @@ export class Player extends EventTarget {
   progress = null; // {done, total} of a replay
   retryAt = 0;
   problem = "";
-  jump = null; // what the last jump cost, in words
+  jump = null; // what the last jump cost: {replayed, ms}
   split = null; // {branches, controls}
   redo = false;
   following = false; // recorded controls are played, not the player's
@@ -52,11 +53,14 @@ export class Player extends EventTarget {
   #promptSequence = 0;
   #waitingPrompt = null; // its sequence, until a frame honours it
   #control = { yaw: 0, forward: 0 };
+  #followHeard = false;
   #scrubbing = false; // from the first move until the server has sought
   #seekTimer = 0;
   #seekTo = null;
   #afterSeek = [];
   #resumePlaying = false;
+  #opening = true; // messages are of the world before
+  #sample = false; // the world asked for is the sample's
   #walk = null; // an action log to open in place of a picture
   #log = null; // lines of the last fetched log
   #logWaiters = [];
@@ -70,9 +74,8 @@ export class Player extends EventTarget {
     connection.addEventListener("message", ({ detail }) => this.#heard(detail));
     connection.addEventListener("frames", ({ detail }) => this.#received(detail));
     connection.addEventListener("lost", ({ detail }) => this.#lost(detail));
-    setInterval(() => {
-      if (this.phase === "playing") connection.send({ type: "log" });
-    }, LOG_MS);
+    if (walk) connection.token = null;
+    this.#keepLog();
   }
 
   get playing() {
@@ -92,6 +95,7 @@ export class Player extends EventTarget {
   open({ image = "sample", prompt = null, seed = 0, log = null }) {
     this.#leaveWorld();
     this.phase = "opening";
+    this.#sample = image === "sample" && !log;
     this.connection.send(log ? { type: "open", log } : { type: "open", image, prompt, seed });
     this.#changed();
   }
@@ -101,9 +105,19 @@ export class Player extends EventTarget {
     try {
       this.open({ log: await upload(walk) });
     } catch (error) {
-      this.#emit("said", error.message);
-      if (this.phase === "opening") this.open({});
+      this.#refused(error.message);
     }
+  }
+
+  /** Starts again after the end: a world that slept is rebuilt from its log, others are new. */
+  again() {
+    if (this.phase === "ended") {
+      this.connection.token = null;
+      if (this.problem !== "idle" && this.problem !== "shutdown") this.#log = null;
+    }
+    this.phase = "connecting";
+    this.connection.connect();
+    this.#changed();
   }
 
   play() {
@@ -188,6 +202,7 @@ export class Player extends EventTarget {
     this.#whenSought(() => {
       this.connection.send({ type: "follow", branch });
       this.following = true;
+      this.#followHeard = false;
       this.phase = "playing";
     });
   }
@@ -206,16 +221,16 @@ export class Player extends EventTarget {
 
   /** Gives a half of the screen another control: the split starts again from its past. */
   changeLane(lane, index) {
-    const controls = this.split.controls.with(lane, index);
     const first = this.branches.get(this.split.branches?.[0]);
+    if (!first) return; // the server has not split yet
+    const controls = this.split.controls.with(lane, index);
     const playing = this.playing;
-    const { parent, from_step: step } = first ?? {};
     this.endSplit(0);
+    this.scrub(first.parent, first.from_step, true);
     this.#afterSeek.push(() => {
       this.startSplit(controls);
       if (playing) this.play();
     });
-    if (first) this.scrub(parent ?? first.id, step, true);
   }
 
   /** Ends a split; the half `keep`, 0 or 1, plays on if it played. */
@@ -263,7 +278,14 @@ export class Player extends EventTarget {
     return to > from ? { branch, from, to } : null;
   }
 
+  /** Fetches the log now and then while the world is played. */
+  #keepLog() {
+    if (this.playing) this.connection.send({ type: "log" });
+    setTimeout(() => this.#keepLog(), LOG_MS + LOG_LINE_MS * (this.#log?.length ?? 0));
+  }
+
   #leaveWorld() {
+    this.#opening = true;
     this.stage.cut();
     this.branches.clear();
     this.memory.clear();
@@ -313,12 +335,12 @@ export class Player extends EventTarget {
       replaying: () => { this.progress = message; },
       opened: () => this.#opened(message),
       state: () => this.#stated(message),
-      tree: () => this.branches.update(message),
+      tree: () => { if (!this.#opening) this.branches.update(message); },
       sought: () => this.#sought(message),
       split: () => this.#splitAnswered(message),
       log: () => this.#logged(message.lines),
       error: () => this.#failed(message),
-      ended: () => { this.phase = "ended"; this.problem = message.reason; },
+      ended: () => this.#ended(message.reason),
     }[message.type];
     hear?.();
     this.#changed();
@@ -328,9 +350,7 @@ export class Player extends EventTarget {
     this.stepSeconds = message.frames_per_step / message.fps;
     this.stage.configure(message);
     this.#emit("welcome", message);
-    this.#sequence = 0;
-    this.#promptSequence = 0;
-    if (this.redo) this.connection.send({ type: "redo", on: true });
+    this.#opening = true;
     this.phase = "opening";
     if (message.resumed) return;
     // Another server does not know the token: it gets the world's log.
@@ -342,13 +362,16 @@ export class Player extends EventTarget {
 
   #opened({ branch, step, seed, prompt }) {
     this.stage.cut();
+    this.#opening = false;
     this.#scrubbing = false;
     this.progress = null;
     this.head = { branch, step };
+    this.future = branch;
     this.seed = seed;
     this.prompt = prompt;
     this.#emit("prompt", prompt);
     this.connection.send({ type: "log" });
+    if (this.redo) this.connection.send({ type: "redo", on: true });
     const goOn = this.phase === "playing"; // a reset goes on as it was
     this.phase = goOn ? "playing" : step ? "paused" : "ready";
     if (this.#resumePlaying) {
@@ -367,7 +390,7 @@ export class Player extends EventTarget {
       this.prompt = prompt;
       this.#emit("prompt", prompt);
     }
-    this.jump = `Coming here replayed ${replayed === 1 ? "1 step" : `${replayed} steps`} in ${Math.round(ms)} ms.`;
+    this.jump = { replayed, ms };
     for (const action of this.#afterSeek.splice(0)) action();
   }
 
@@ -380,8 +403,17 @@ export class Player extends EventTarget {
   }
 
   #stated({ playing, following }) {
-    if (this.following && !playing) this.phase = "paused"; // the recorded controls have ended
+    this.#followHeard ||= following; // a state from before the request says nothing of it
+    if (!this.following || !this.#followHeard) return;
+    if (!playing) this.phase = "paused"; // the recorded controls have ended
     this.following = following;
+  }
+
+  #ended(reason) {
+    this.phase = "ended";
+    this.problem = reason;
+    this.stage.cut();
+    if (reason !== "shutdown") this.connection.refuse();
   }
 
   #logged(lines) {
@@ -391,9 +423,9 @@ export class Player extends EventTarget {
 
   #failed({ message, fatal }) {
     if (!fatal) {
-      this.#emit("said", message);
       this.#scrubbing = false;
       this.progress = null;
+      this.#refused(message);
       return;
     }
     this.connection.refuse();
@@ -401,8 +433,20 @@ export class Player extends EventTarget {
     this.problem = message;
   }
 
+  /** Says why something was refused; if it was a world, opens the sample's in its place. */
+  #refused(message) {
+    this.#emit("said", message);
+    if (this.live) return;
+    if (this.#sample) {
+      this.phase = "failed";
+      this.problem = message;
+      return;
+    }
+    this.#log = null;
+    this.open({});
+  }
+
   #lost({ retryAt }) {
-    if (this.phase === "ended" || this.phase === "failed") return;
     this.#resumePlaying ||= this.playing;
     this.phase = "lost";
     this.retryAt = retryAt;
@@ -412,11 +456,12 @@ export class Player extends EventTarget {
   }
 
   #received(frames) {
+    if (this.#opening) return;
     const { branch, step, type, images } = frames;
     this.memory.put(branch, step, type, images);
     this.branches.advance(branch, step);
     if (!frames.seek && !frames.first) this.receipts.stepped(frames);
-    if (this.#scrubbing && !frames.seek) return; // made before the jump was heard
+    if (this.#scrubbing && (this.#seekTo || !frames.seek)) return; // made before this jump
     this.stage.receive(frames);
   }
 

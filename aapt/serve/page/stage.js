@@ -2,7 +2,7 @@
 
 import { Pacer } from "./pacer.js";
 
-const LARGEST = 640; // pixels to which small frames are enlarged with a cubic filter, before the page's
+const LARGEST = 320; // pixels to which small frames are enlarged by a cubic filter; the page's is linear
 
 /**
  * Paints frames on the canvases of two lanes.

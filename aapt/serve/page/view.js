@@ -5,6 +5,7 @@ import { clock, COLOURS } from "./timeline.js";
 
 const TOAST_MS = 4200;
 const HINT_MS = 400;
+const SHORT_MS = 1000; // a replay that takes less is not announced
 
 const STATUS = {
   connecting: "Connecting",
@@ -19,12 +20,14 @@ const STATUS = {
 };
 
 const ENDED = {
-  idle: ["The world went to sleep", "Nobody played for a while, so its place was given away."],
+  idle: ["The world went to sleep", "Nobody played for a while, so its place was given away. It can be rebuilt from your keys."],
   moved: ["Played elsewhere", "This world goes on in another tab or on another device."],
   shutdown: ["The server is closing", "It may be back in a moment."],
   limit: ["The end of the world", "A world has a last step, and this one has reached it."],
-  failed: ["The world broke", "A step failed. Start again, or rewind in a new one."],
+  failed: ["The world broke", "A step failed, and the server has closed the world."],
 };
+
+const BUTTONS = { idle: "Wake it", moved: "Start another" };
 
 const $ = (id) => document.getElementById(id);
 
@@ -33,7 +36,7 @@ export class View {
 
   constructor(player) {
     this.player = player;
-    $("card-button").addEventListener("click", () => this.retry());
+    $("card-button").addEventListener("click", () => player.again());
     setInterval(() => { if (this.player.phase === "lost") this.#showCard(); }, 250);
   }
 
@@ -42,20 +45,6 @@ export class View {
     $("insecure").hidden = isSecureContext;
     $("model").textContent = `${model} · ${width}×${height}`;
     $("model").title = `aapt ${version}`;
-  }
-
-  /** What the card's button does in this phase. */
-  retry() {
-    const { player } = this;
-    const { connection } = player;
-    if (player.phase === "ended" && connection.open && player.problem !== "shutdown") {
-      player.open({});
-      return;
-    }
-    player.phase = "connecting";
-    if (player.problem === "moved" || player.problem === "failed") connection.token = null;
-    connection.connect();
-    this.update();
   }
 
   update() {
@@ -144,12 +133,9 @@ export class View {
     const past = player.phase === "paused" && player.behind > 0 && !player.split;
     $("past").hidden = !past;
     if (!past) return;
-    const replays = player.branches.replayed(player.head.branch, player.head.step);
-    const ms = replays * player.branches.replayMs;
     const seconds = (player.behind * player.stepSeconds).toFixed(1);
     setText($("past-by"), `${seconds} s in the past.`);
-    setText($("past-cost"), player.jump
-      ?? `Coming here replays ${count(replays, "step")}, about ${Math.round(ms)} ms.`);
+    setText($("past-cost"), jumpCost(player));
   }
 
   #showCard() {
@@ -165,8 +151,9 @@ export class View {
     setText($("card-button"), card.button ?? "");
   }
 
-  #cardOf({ phase, place, progress, retryAt, problem }) {
-    if (progress) {
+  #cardOf({ phase, place, progress, retryAt, problem, branches }) {
+    const long = progress && (progress.total * (branches.replayMs || SHORT_MS)) > SHORT_MS;
+    if (long) {
       return { busy: true, title: "Replaying", text: `${progress.done} of ${progress.total} steps` };
     }
     switch (phase) {
@@ -181,13 +168,13 @@ export class View {
         const wait = Math.max(0, Math.ceil((retryAt - performance.now()) / 1000));
         return {
           title: "Connection lost",
-          text: wait ? `Trying again in ${wait} s. Your world is kept for a minute.` : "Trying again",
+          text: wait ? `Trying again in ${wait} s. Your world is kept.` : "Trying again",
           button: "Try now",
         };
       }
       case "ended": {
         const [title, text] = ENDED[problem] ?? ["The world has ended", problem];
-        return { title, text, button: problem === "moved" ? "Start another" : "Start again" };
+        return { title, text, button: BUTTONS[problem] ?? "Start again" };
       }
       case "failed": return { title: "The server refused", text: problem, button: "Connect again" };
       default: return null;
@@ -195,9 +182,13 @@ export class View {
   }
 }
 
-/** A number with its noun. */
-function count(number, noun) {
-  return `${number} ${noun}${number === 1 ? "" : "s"}`;
+/** What the jump to the playhead cost, or is expected to cost. */
+function jumpCost({ jump, head, branches }) {
+  const replayed = jump?.replayed ?? branches.replayed(head.branch, head.step);
+  const ms = Math.round(jump?.ms ?? replayed * branches.replayMs);
+  const steps = replayed === 1 ? "1 step" : `${replayed} steps`;
+  return jump ? `Coming here replayed ${steps} in ${ms} ms.`
+    : `Coming here replays ${steps}, about ${ms} ms.`;
 }
 
 function setText(element, text) {
