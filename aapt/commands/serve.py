@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import MODEL, InputError, Model, bad_input, load, say
+from .shared import MODEL, InputError, Model, bad_input, load, missing_extra, say
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SEND_BUFFER = 1 << 17  # bytes per connection: what the network has not taken grows stale
@@ -65,10 +65,7 @@ def serve(
         from ..serve.app import create_app
         from ..serve.settings import Settings
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"serve: expected FastAPI and uvicorn, {error.name} is missing; "
-            "pip install 'aapt[serve]'"
-        ) from None
+        raise missing_extra(error) from None
     from ..device import move
 
     if threads:

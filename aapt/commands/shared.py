@@ -17,6 +17,13 @@ class InputError(Exception):
     """What a command found wrong with its input, beyond what typer checks."""
 
 
+def missing_extra(error: ModuleNotFoundError) -> InputError:
+    """What to say when a package of the extra `serve` is missing."""
+    return InputError(
+        f"serve: expected FastAPI and uvicorn, {error.name} is missing; pip install 'aapt[serve]'"
+    )
+
+
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
     """Turn the ValueErrors of what reads the user's input into exit code 2."""

@@ -5,16 +5,18 @@ import contextlib
 import hmac
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.background import BackgroundTask
+from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..streaming.generator import StreamingGenerator
 from . import protocol
@@ -50,16 +52,7 @@ def create_app(generator: StreamingGenerator, name: str, settings: Settings) -> 
     app = FastAPI(title="aapt", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next):
-        reason = refusal(request, settings)
-        if reason and request.url.path != "/healthz":
-            return JSONResponse({"error": reason}, 403)
-        response = await call_next(request)
-        response.headers.update(HEADERS)
-        if settings.token and "token" in request.query_params:
-            response.set_cookie(COOKIE, settings.token, httponly=True, samesite="strict")
-        return response
+    app.add_middleware(Guard, settings=settings)
 
     @app.exception_handler(HTTPException)
     async def one_line(request: Request, error: HTTPException) -> JSONResponse:
@@ -164,6 +157,39 @@ def create_app(generator: StreamingGenerator, name: str, settings: Settings) -> 
 
     app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
     return app
+
+
+class Guard:
+    """Refuses requests that are not for this server, and adds headers to its answers.
+
+    WebSockets pass: a refusal is told to them after they are accepted.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        token = self.settings.token if "token" in request.query_params else None
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if token:
+                    cookie = f"{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
+                    headers.append("Set-Cookie", cookie)
+            await send(message)
+
+        reason = refusal(request, self.settings)
+        if reason and request.url.path != "/healthz":
+            answer = JSONResponse({"error": reason}, 403)
+            await answer(scope, receive, send)
+            return
+        await self.app(scope, receive, send_with_headers)
 
 
 def refusal(connection: HTTPConnection, settings: Settings) -> str | None:

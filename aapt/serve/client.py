@@ -1,5 +1,6 @@
 """A client without a page: for programs, the benchmark and tests."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -54,9 +55,13 @@ class Client:
 
     @classmethod
     async def connect(cls, url: str, resume: str | None = None, **options: Any) -> "Client":
-        """Connects and says hello. options: of `websockets.connect`."""
+        """Connects and says hello. Refused if the server does not serve it.
+
+        options: of `websockets.connect`.
+        """
         client = cls(await websockets.connect(url, max_size=None, **options))
-        await client.send("hello", protocol=PROTOCOL, resume=resume, formats=["jpeg"])
+        with contextlib.suppress(websockets.ConnectionClosed):  # the reason is received below
+            await client.send("hello", protocol=PROTOCOL, resume=resume, formats=["jpeg"])
         client.welcome = await client.text("welcome")
         return client
 

@@ -63,10 +63,11 @@ class Open(Message):
 
 
 class Input(Deflections):
-    """The state of the controls; a later message replaces it. `taps` hold for exactly one step: the
-    deflection of keys that were pressed and released since the message before."""
+    """The state of the controls of a lane; a later message replaces it. `taps` hold for exactly one
+    step: the deflection of keys that were pressed and released since the message before."""
 
     type: Literal["input"]
+    lane: Annotated[int, Field(ge=0, le=1)] = 0
     sequence: Sequence
     time: Annotated[Milliseconds, Field(description="of the client's clock; sent back")]
     taps: Deflections | None = None
@@ -120,8 +121,9 @@ class Follow(Message):
 
 
 class Split(Message):
-    """Two forks of one step, played in turn as lanes 0 and 1. A lane with a control keeps it; null
-    follows `input`. With `controls` null the split ends, and lane 0 stays."""
+    """Two forks of one step, played in turn as lanes 0 and 1. A lane starts with its control, null
+    for the present one, and then follows the input of its lane. With `controls` null the split
+    ends, and lane 0 stays."""
 
     type: Literal["split"]
     branch: Sequence = 0
@@ -268,6 +270,8 @@ class State(Message):
     type: Literal["state"] = "state"
     playing: bool
     following: bool
+    branch: int
+    step: int
 
 
 class SplitAnswer(Message):

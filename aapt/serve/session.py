@@ -87,7 +87,7 @@ class Session:
         self.bytes = 0  # of streams and snapshots
         self.place = Place(world.walk, 0, 0, world.prompt)
         self._lock = threading.Lock()
-        self._input = Sample()
+        self._inputs = [Sample(), Sample()]  # by lane
         self._shown: protocol.Shown | None = None
         self._wants_again = False
         self._jobs: deque[tuple[Job, bool]] = deque()  # with True for a seek
@@ -95,7 +95,7 @@ class Session:
         # Written by the generator thread alone:
         self._playing = False
         self._prompt_sequence = 0
-        self._sample = Sample()  # used by the last step
+        self._samples = [Sample(), Sample()]  # used by the last step of each lane
         self._turn = 0  # the lane of the next step
         self._due = 0.0
         self._step_seconds = 0.0
@@ -107,11 +107,12 @@ class Session:
         """Replaces the state of the controls; taps are kept until a step takes them."""
         held = clamped(message.yaw, message.forward)
         with self._lock:
-            before, taps = self._input, self._input.taps
+            before = self._inputs[message.lane]
+            taps = before.taps
             if message.taps:
                 new = clamped(message.taps.yaw, message.taps.forward)
                 taps = Control(new.yaw or taps.yaw, new.forward or taps.forward)
-            self._input = Sample(held, taps, message.sequence, message.time)
+            self._inputs[message.lane] = Sample(held, taps, message.sequence, message.time)
             self._shown = message.shown
             changed = held != before.held or taps != before.taps
             self._wants_again |= changed and self.world.redo and self._playing
@@ -204,7 +205,10 @@ class Session:
         """Plays two lanes from a step."""
         playing = self._playing
         self._play(False)
-        made, _ = yield from self._telling(self.world.split(branch, step, controls))
+        made, _ = yield from self._telling(self.world.split(branch, step))
+        with self._lock:
+            given = self._inputs[0]
+            self._inputs = [replace(given, held=control or given.held) for control in controls]
         branches = [lane.branch for lane in self.world.lanes]
         self.send(protocol.SplitAnswer(branches=branches, branch=branches[0]), 0)
         for lane in self.world.lanes:
@@ -308,12 +312,11 @@ class Session:
             self.end("limit")
             return
         with self._lock:
-            self._sample = self._input
-            if self._turn == len(world.lanes) - 1:  # taps hold for one step of every lane
-                self._input = Sample(self._input.held, Control(), *self._seen())
+            sample = self._samples[self._turn] = self._inputs[self._turn]
+            self._inputs[self._turn] = replace(sample, taps=Control())
         followed = bool(lane.script)
         branches = len(world.walk.branches)
-        made = world.step(lane, world.control(lane, self._sample.control))
+        made = world.step(lane, world.control(lane, sample.control))
         took = time.perf_counter() - started
         self._step_seconds += (SMOOTHING if self._step_seconds else 1.0) * (
             took - self._step_seconds
@@ -330,18 +333,15 @@ class Session:
             self._play(False)
             self._tell_state()
 
-    def _seen(self) -> tuple[int, float]:
-        return self._input.sequence, self._input.time
-
     def _step_again(self) -> None:
         """Makes the last step again under the control that has changed, if frames of it are still
         to be shown when the new ones arrive."""
         world, lane = self.world, self.world.lanes[0]
         with self._lock:
-            now, shown = self._input, self._shown
+            now, last, shown = self._inputs[0], self._samples[0], self._shown
         if len(world.lanes) > 1 or lane.before is None or lane.script or shown is None:
             return
-        if now.held == self._sample.held and now.taps == Control():  # only a tap has ended
+        if now.held == last.held and now.taps == Control():  # only a tap has ended
             return
         seen = shown.frames if shown.step == lane.step else 0 if shown.step < lane.step else None
         frame_seconds = 1 / world.generator.fps
@@ -349,14 +349,13 @@ class Session:
         first = count if seen is None else seen + math.ceil(self._step_seconds / frame_seconds)
         if first >= count:
             return
-        last_taps, new_taps = self._sample.taps, now.taps
-        taps = Control(new_taps.yaw or last_taps.yaw, new_taps.forward or last_taps.forward)
+        taps = Control(now.taps.yaw or last.taps.yaw, now.taps.forward or last.taps.forward)
+        sample = self._samples[0] = replace(now, taps=taps)
         with self._lock:
-            self._sample = Sample(now.held, taps, now.sequence, now.time)
-            if self._input.taps == new_taps:
-                self._input = Sample(self._input.held, Control(), *self._seen())
+            if self._inputs[0] is now:
+                self._inputs[0] = replace(now, taps=Control())
         started = time.perf_counter()
-        made = world.again(lane, self._sample.control, first)
+        made = world.again(lane, sample.control, first)
         self.metrics.redo(time.perf_counter() - started)
         self._send_frames(lane, made, protocol.REDO, first_shown=first)
 
@@ -396,15 +395,17 @@ class Session:
     ) -> None:
         started = time.perf_counter()
         images = encode_frames(made.frames, self.image_format, self.world.settings.quality)
+        number = self.world.lanes.index(lane)
+        sample = self._samples[number]
         header = FrameHeader(
             branch=lane.branch,
             step=made.step,
             count=len(images),
-            lane=self.world.lanes.index(lane),
+            lane=number,
             flags=flags,
-            input=self._sample.sequence,
+            input=sample.sequence,
             prompt=self._prompt_sequence,
-            time=self._sample.time,
+            time=sample.time,
             wait_ms=1e3 * wait,
             model_ms=1e3 * made.model_seconds,
             decode_ms=1e3 * made.decode_seconds,
@@ -442,7 +443,9 @@ class Session:
 
     def _tell_state(self) -> None:
         following = any(lane.script for lane in self.world.lanes)
-        self.send(protocol.State(playing=self._playing, following=following), 0)
+        branch, step = self.world.place()
+        state = protocol.State(playing=self._playing, following=following, branch=branch, step=step)
+        self.send(state, 0)
 
     def _refuse(self, code: protocol.ErrorCode, message: str) -> None:
         line = " ".join(message.split())

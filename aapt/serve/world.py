@@ -24,7 +24,6 @@ class Lane:
     """A stream being played, and its place in the tree.
 
     Attributes:
-        held: The control of a lane that does not follow the visitor's.
         script: Recorded controls still to be played, next one last.
         frames: The video frames of the last step.
         before: The state before the last step, while a redo may ask for it.
@@ -34,7 +33,6 @@ class Lane:
     branch: int
     step: int
     frames: np.ndarray
-    held: Control | None = None
     script: list[Control] = field(default_factory=list)
     before: Snapshot | None = None
 
@@ -100,7 +98,7 @@ class World:
         """Returns the control of a lane's next step, when the visitor's is `given`."""
         if self.generator.driven_by != "camera":
             return None
-        return lane.script[-1] if lane.script else lane.held or given
+        return lane.script[-1] if lane.script else given
 
     def step(self, lane: Lane, control: Control | None) -> Made:
         """Makes a lane's next step."""
@@ -146,7 +144,7 @@ class World:
             lane.stream.restore(nearest.snapshot)
             lane.frames, start = nearest.frames, nearest.step
         path = self.walk.path(branch, step)
-        lane.before, lane.held, lane.script = None, None, []
+        lane.before, lane.script = None, []
         for number in range(start, step):
             yield number - start, step - start
             lane.frames = make(lane.stream, path[number])
@@ -156,23 +154,19 @@ class World:
             self._remember(lane)
         return Made(lane.frames, branch, step)
 
-    def split(
-        self, branch: int, step: int, controls: list[Control | None]
-    ) -> Iterator[tuple[int, int]]:
+    def split(self, branch: int, step: int) -> Iterator[tuple[int, int]]:
         """Opens two lanes at a step, each with a branch of its own; yields as `seek` does."""
         made = yield from self.seek(branch, step)
         first = self.lanes[0]
         second = Lane(first.stream.fork(), branch, step, first.frames)
-        self.lanes.append(second)
-        for lane, control in zip(self.lanes, controls):
-            lane.held = control
+        self.lanes = [first, second]
+        for lane in self.lanes:
             lane.branch = self.walk.split(branch, step)
         return made
 
     def join(self) -> None:
         """Ends a split; the first lane stays."""
         self._replace(self.lanes[:1])
-        self.lanes[0].held = None
 
     def follow(self, branch: int) -> None:
         """Plays the recorded controls of a branch from here on, under the prompt in force.

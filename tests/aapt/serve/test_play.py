@@ -198,12 +198,14 @@ def test_a_split_plays_two_controls_from_one_past(serve, talk, generator):
             await opened(client)
             await client.input(forward=1.0)
             await step_to(client, 5)
-            controls = [{"yaw": 1.0, "forward": 0.0}, None]
+            controls = [None, {"yaw": 1.0, "forward": 0.0}]
             await client.send("split", branch=0, step=4, controls=controls)
             branches = (await client.text("split"))["branches"]
             past = [await client.frames(), await client.frames()]
             assert past[0].images == past[1].images
             await step_to(client, 8, lane=1)
+            await client.input(yaw=-1.0, lane=1)
+            await step_to(client, 12, lane=1)
             await client.send("split", controls=None)
             assert await client.text("split") == {
                 "type": "split",
@@ -214,9 +216,11 @@ def test_a_split_plays_two_controls_from_one_past(serve, talk, generator):
 
     branches, walk = talk(conversation())
     assert branches == [1, 2]
-    for branch, control in ((1, (1.0, 0.0)), (2, (0.0, 1.0))):
-        path = walk.path(branch, 8)
-        assert [(s.yaw, s.forward) for s in path] == [(0.0, 1.0)] * 4 + [control] * 4
+    for branch, before, after in ((1, (0.0, 1.0), (0.0, 1.0)), (2, (1.0, 0.0), (-1.0, 0.0))):
+        path = [(step.yaw, step.forward) for step in walk.path(branch, 12)]
+        turn = path.index(after, 4)
+        assert path[:4] == [(0.0, 1.0)] * 4 and turn in (4, *range(8, 12))
+        assert path[4:turn] == [before] * (turn - 4) and path[turn:] == [after] * (12 - turn)
         video(generator, walk, branch)  # asserts the bits of every step
 
 
