@@ -3,11 +3,11 @@ VENV := .venv
 GPU_PYTHON := $(PYTHON)
 PYTHON := $(VENV)/bin/python
 TORCH := torch==2.13.0
-SOURCES := aapt aapt_kernels tests benchmarks tools setup.py
+SOURCES := aapt aapt_kernels tests benchmarks docs examples tools setup.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo build test test-all lint bench gpu wheel clean
+.PHONY: demo build test test-all lint docs bench gpu wheel clean
 
 demo: $(VENV)/.installed
 	@echo "== demo: a ten-second walk through the bundled world"
@@ -31,6 +31,11 @@ lint: $(VENV)/.installed
 	$(PYTHON) -m ruff format --check $(wildcard $(SOURCES))
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
+docs: $(VENV)/.docs
+	@echo "== documents: build/site"
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+	$(PYTHON) tools/foreign_hosts.py build/site
+
 bench: $(VENV)/.installed
 	@echo "== benchmarks on this machine"
 	$(PYTHON) -m pytest benchmarks --benchmark-only
@@ -49,7 +54,7 @@ wheel: $(VENV)/.installed
 	@ls dist
 
 clean:
-	rm -rf build dist *.egg-info aapt_kernels/lib $(VENV)/.installed
+	rm -rf build dist *.egg-info aapt_kernels/lib $(VENV)/.installed $(VENV)/.docs
 
 # PyTorch first and by itself: the build below compiles against it.
 $(VENV)/.torch:
@@ -61,4 +66,10 @@ $(VENV)/.torch:
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@echo "== building the operators and installing aapt (editable)"
 	$(PYTHON) -m pip install --quiet --no-compile --no-build-isolation -e ".[test]"
+	@touch $@
+
+# The package is installed: pip adds what its extra names, and builds nothing.
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "== installing what the documents need"
+	$(PYTHON) -m pip install --quiet --no-compile "aapt[docs]"
 	@touch $@

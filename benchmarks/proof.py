@@ -1,9 +1,9 @@
 """The paper's claims, tried on the bundled world: `python benchmarks/proof.py drift --run RUN`.
 
-RUN is a folder of `aapt train tiny-world`: every experiment starts from its stages. Each variant is
-trained, exported and measured once per seed; a second call goes on where the first was stopped. The
-result is a page and two pictures in `docs/proof/`. What stands in a page under the heading
-"Reading", at its end, is written by hand and stays.
+RUN is a folder of `aapt train tiny-world`; every experiment starts from stages of that run. Each
+variant is trained, exported and measured once per seed. A second call resumes where the first was
+stopped. The result is a page and two images in `docs/proof/`. The section "Reading" at the end of a
+page is written by hand, and a new result keeps it.
 """
 
 import argparse
@@ -39,12 +39,12 @@ class Experiment:
     """Variants to compare.
 
     Attributes:
-        question: What it answers.
-        variants: Named stages; one may start from another.
-        recipe: The recipe they belong to.
-        beside: Stages of that recipe to measure as well.
-        samplings: Ways to sample its diffusion stage, by name, to measure as well.
-        starts: Worlds of the evaluation.
+        question: question that the comparison answers.
+        variants: stages by name; one may start from another.
+        recipe: recipe that gives the variants their model and data.
+        beside: names of stages of `recipe` to measure too.
+        samplings: settings, by name, to sample the recipe's diffusion stage with and measure too.
+        starts: worlds per evaluation.
     """
 
     question: str
@@ -56,7 +56,7 @@ class Experiment:
 
 
 def plain(**changes) -> AdversarialConfig:
-    """Stage 3 as in the paper, without our errors against the clip, brief enough for a CPU."""
+    """Stage 3 of the paper, without errors against the real clip, brief enough for a CPU."""
     config = replace(
         tiny_world().stages["adversarial"],
         start="regression",
@@ -72,7 +72,7 @@ def plain(**changes) -> AdversarialConfig:
 
 
 def drift() -> Experiment:
-    """All continue the same short training for as many updates, and differ in how far they roll."""
+    """Extensions of one short training, equal in updates, different in the length of rollouts."""
     further = dict(steps=60, discriminator_warmup=20, overlap_frames=2)
     longer = plain(start="short", judge="short", **further)
     return Experiment(
@@ -98,7 +98,8 @@ def teacher_forcing(clamp: float | None = tiny_world().model.output_clamp) -> Ex
         for corruption in (None, Corruption())
     }
     return Experiment(
-        "Does teacher-forced adversarial training fail when it is rolled out? (paper, Figure 7) "
+        "Does a generator fail in a rollout after teacher-forced adversarial training? "
+        "(paper, Figure 7) "
         f"Output clamp: {clamp}.",
         variants,
         replace(recipe, model=replace(recipe.model, output_clamp=clamp)),
@@ -107,14 +108,14 @@ def teacher_forcing(clamp: float | None = tiny_world().model.output_clamp) -> Ex
 
 
 def recycling(recycle: bool = True) -> Experiment:
-    """From nothing, for a model without recycled frames is another model. Neither has the residual
-    head, which needs them."""
+    """Trains from random weights, because a model without recycled frames is another model. The
+    residual head needs recycled frames, so both sides are without it."""
     recipe = tiny_world()
     model = replace(recipe.model, recycle=recycle, residual_head=False)
     brief = constant("clips", frames=10, batch=8, steps=1000)
     stages = recipe.stages
     return Experiment(
-        "What is lost without recycled frames? (paper, supplement G) "
+        "What is lost without recycled frames? (paper, appendix E) "
         f"Recycled: {'yes' if recycle else 'no'}.",
         {
             "brief-diffusion": replace(stages["diffusion"], curriculum=brief),
@@ -129,7 +130,7 @@ def stage_three() -> Experiment:
     """One factor of the adversarial stage at a time."""
     base = plain()
     return Experiment(
-        "What makes the adversarial stage work? One change to the first line at a time.",
+        "What matters in the adversarial stage? Every line below `base` changes one thing of it.",
         {
             "base": base,
             "from-consistency": replace(base, start="consistency"),
@@ -146,10 +147,11 @@ def stage_three() -> Experiment:
 
 
 def stage_three_unclamped() -> Experiment:
-    """The same base; the clamp is the model's and not the stage's."""
+    """The base of `stage_three` in a model without the output clamp."""
     recipe = tiny_world()
     return Experiment(
-        "What does the output clamp do for the adversarial stage from student-forced regression?",
+        "What does the output clamp do in an adversarial stage that starts from student-forced "
+        "regression?",
         {"base": plain()},
         replace(recipe, model=replace(recipe.model, output_clamp=None)),
         beside=("regression",),
@@ -157,25 +159,25 @@ def stage_three_unclamped() -> Experiment:
 
 
 def many_segments() -> Experiment:
-    """As the extensions of `drift`, and further: 15 s in a rollout."""
+    """An extension of `drift` with 15 segments: rollouts of 15 s."""
     given = drift()
     extension = replace(given.variants["extension-5"], segments=15)
     return Experiment(
-        "Do rollouts of very many segments streak?",
+        "Do rollouts of fifteen segments streak?",
         {"short": given.variants["short"], "extension-14": extension},
         given.recipe,
     )
 
 
 def against_regression(question: str, names: Sequence[str], updates: int) -> Experiment:
-    """Adversarial stages of the recipe, each from the one before, against about as many updates of
-    the regression that the first starts from."""
+    """Adversarial stages of the recipe against `updates` more updates of regression. Each stage
+    starts from the stage before; the first and the regression start from one model."""
     recipe = tiny_world()
     stages = {name: recipe.stages[name] for name in names}
     start = stages[names[0]].start
     regression = replace(recipe.stages[start], start=start, steps=updates)
     return Experiment(
-        f"{question} All lines below the first continue it.",
+        f"{question} Every line below the first starts from the first line's model.",
         {**stages, "more-regression": regression},
         recipe,
         beside=(start,),
@@ -186,9 +188,10 @@ def colours() -> Experiment:
     recipe = tiny_world()
     final = recipe.stages["final"]
     return Experiment(
-        "What do colours owe to the last stage: that it rolls out up to "
-        f"{final.lead_segments} segments before the ones it judges, or that it compares the mean "
-        "colours of rows in place of whole frames? All lines below the first continue it.",
+        "What keeps the colours in the last stage: its lead, up to "
+        f"{final.lead_segments} segments rolled out before the judged ones, or its comparison of "
+        "the mean colours of rows in place of whole frames? Every line below the first starts from "
+        "the first line's model.",
         {
             "final": final,
             "no-lead": replace(final, lead_segments=0),
@@ -200,13 +203,13 @@ def colours() -> Experiment:
 
 
 def baselines() -> Experiment:
-    """Nothing is trained. Few worlds and steps: 8 with guidance are 16 passes for every frame."""
+    """Trains nothing. Worlds and steps are few: 8 steps with guidance are 16 passes per frame."""
     recipe = tiny_world()
     shift = recipe.stages["diffusion"].shift
     guidances = {"diffusion-guidance-10": 10.0, "diffusion-guidance-3": 3.0, "diffusion": 1.0}
     return Experiment(
-        "What does one forward pass per frame give up against many? The diffusion model of stage 1 "
-        "(8 steps), the consistency-only model of stage 2, and what the later stages add. "
+        "What does one forward pass per frame lose against many? Compared are the diffusion model "
+        "of stage 1 (8 steps), the consistency model of stage 2, and the later stages. "
         "(paper, Figure 3 and Table 1)",
         {},
         recipe,
@@ -218,13 +221,16 @@ def baselines() -> Experiment:
 
 EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "adversarial": partial(
-        against_regression, "Does the adversarial stage earn its place?", ["adversarial"], 210
+        against_regression,
+        "Is the first adversarial stage better than more updates of regression?",
+        ["adversarial"],
+        210,
     ),
     "baselines": baselines,
     "drift": drift,
     "final": partial(
         against_regression,
-        "Do the last adversarial stages earn their place?",
+        "Are the last adversarial stages better than more updates of regression?",
         ["further-adversarial", "final"],
         200,
     ),
@@ -239,6 +245,13 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"
+DEVIATIONS = "Figures are means over seeds ± the largest deviation of a seed from the mean."
+LEGEND = (
+    "Real video has a latent deviation and a sharpness of 1. Feature distance and palette error "
+    "are better if smaller. Theme kept: share of worlds whose colours are nearest to their own "
+    "theme. Yaw, forward: correlation of realised with commanded motion. Yaw gain: realised over "
+    "commanded turn."
+)
 SHEET_WIDTH = 960
 WINDOWS = ("4-6 s", "55-60 s")
 COLUMNS = (
@@ -255,12 +268,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What came out under one seed.
+    """Result of one seed.
 
     Attributes:
-        report: The evaluation's.
-        minutes: CPU minutes of each part of the work, as far as they are known.
-        speeds: Forward passes and CPU milliseconds per latent frame, of each checkpoint.
+        report: report of the evaluation.
+        minutes: CPU minutes of each part of the work, if recorded.
+        speeds: forward passes and CPU milliseconds per latent frame, by checkpoint.
     """
 
     report: dict
@@ -269,7 +282,7 @@ class Result:
 
 
 def train(experiment: Experiment, run: Run, shared: Path) -> None:
-    """Makes the variants, beside the stages they start from."""
+    """Trains the variants in the folder of `run`, with links to the shared stages."""
     run.claim()
     given = [stage for stage in experiment.recipe.stages if stage not in experiment.variants]
     for stage in ("encoder", "decoder", *run.recipe.data, *given):
@@ -283,7 +296,7 @@ def train(experiment: Experiment, run: Run, shared: Path) -> None:
 
 
 def export(experiment: Experiment, run: Run) -> dict[str, Path]:
-    """Checkpoint folders of all that is to be measured."""
+    """Exports every checkpoint to measure; returns their folders by name."""
     sources = {name: name for name in (*experiment.beside, *experiment.variants)}
     sources |= {name: "diffusion" for name in experiment.samplings}
     folders = {name: run.out / "checkpoints" / name for name in sources}
@@ -297,7 +310,7 @@ def export(experiment: Experiment, run: Run) -> dict[str, Path]:
 
 
 def measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Result:
-    """All variants under one seed, trained and measured unless their files are there."""
+    """Trains and measures all variants under one seed; existing files are not made again."""
     recipe = replace(experiment.recipe, seed=seed)
     recipe = replace(recipe, stages={**recipe.stages, **experiment.variants})
     run = Run(recipe, out, workers=1)
@@ -316,7 +329,7 @@ def measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Resul
 
 @contextmanager
 def counted(out: Path, part: str) -> Iterator[None]:
-    """Adds the CPU minutes of a part of the work, its processes included, to a file."""
+    """Adds the CPU minutes of a part of the work, child processes included, to a file."""
     begun = sum(os.times()[:4])
     try:
         yield
@@ -332,8 +345,8 @@ def read(path: Path) -> dict:
 
 @torch.inference_mode()
 def speed(folder: Path, frames: int = 20) -> tuple[int, float]:
-    """Forward passes and CPU milliseconds per latent frame of one stream, the decoder left out: the
-    fastest of `frames` behind a full window."""
+    """Measures one stream without its decoder: forward passes and CPU milliseconds per latent
+    frame, the fastest of `frames` after the window is full."""
     generator = StreamingGenerator.from_pretrained(folder)
     model, sampling = generator.model, generator.sampling
     height, width = generator.latent_size
@@ -348,7 +361,7 @@ def speed(folder: Path, frames: int = 20) -> tuple[int, float]:
 
 
 def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> str:
-    """The result in Markdown: means over seeds, and how far seeds are apart."""
+    """Formats the result in Markdown: means over seeds, and the largest deviation of a seed."""
     seeds = " ".join(map(str, results))
     first = next(iter(results.values())).report
     settings, machine = first["settings"], first["environment"]
@@ -357,10 +370,12 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
         "",
         experiment.question,
         "",
-        f"`python benchmarks/proof.py {name} --run RUN --seeds {seeds}`, RUN a folder of "
-        f"`aapt train tiny-world`. {settings['starts']} held-out worlds of "
-        f"{settings['seconds']:g} s for each seed, all through the recipe's original decoder."
-        + (" Means over seeds ± the largest distance of a seed." if len(results) > 1 else ""),
+        f"`python benchmarks/proof.py {name} --run RUN --seeds {seeds}`, with RUN a folder of "
+        f"`aapt train tiny-world`. Per seed {settings['starts']} held-out worlds of "
+        f"{settings['seconds']:g} s, decoded by the recipe's original decoder. "
+        + (DEVIATIONS if len(results) > 1 else "One seed: small differences are not told apart."),
+        "",
+        LEGEND,
     ]
     parts = dict.fromkeys(part for result in results.values() for part in result.minutes)
     if parts:
@@ -377,7 +392,7 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
             cells = (spread([each[field] for each in found], form) for _, field, form in COLUMNS)
             lines += [f"| {source} | " + " | ".join(cells) + " |"]
     if experiment.samplings:
-        lines += ["", "## Cost of a latent frame, one stream without the decoder", ""]
+        lines += ["", "## Cost per latent frame, one stream without its decoder", ""]
         lines += heading(("forward passes", "CPU ms"))
         for source in sources:
             passes, taken = zip(*(result.speeds[source] for result in results.values()))
@@ -405,7 +420,7 @@ def spread(values: Sequence[float | None], form: str) -> str:
 def publish(
     experiment: Experiment, name: str, results: Mapping[int, Result], out: Path, docs: Path
 ):
-    """Writes the page, less its reading, and the pictures of the evaluation in `out`."""
+    """Writes the page above its reading, and copies the images of the evaluation in `out`."""
     docs.mkdir(parents=True, exist_ok=True)
     path = docs / f"{name}.md"
     _, mark, reading = (path.read_text() if path.is_file() else "").partition(READING)

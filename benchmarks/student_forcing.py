@@ -1,9 +1,9 @@
-"""Two-pass student forcing against back-propagation through the cached rollout (SPEC 8).
+"""Two-pass student forcing against back-propagation through the cached rollout, docs/method.md#8.
 
-One generator update of the same model on the same clips, by time and by peak memory, with and
-without activation checkpointing: `python benchmarks/student_forcing.py [--json]`. Each way runs in
-a process of its own, because memory that a process once had cannot be told from what it needs;
-the time is the best of several updates.
+`python benchmarks/student_forcing.py [--json]` measures one generator update by time and by peak
+memory, with and without activation checkpointing. All ways use one model and one set of clips. Each
+way runs in a process of its own, because memory that a process once held cannot be told from memory
+it needs. The time is the best of several updates.
 """
 
 import argparse

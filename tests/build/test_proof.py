@@ -23,7 +23,7 @@ def proof(monkeypatch):
 
 
 def result(proof, sharpness, **others):
-    """Of two sources, `plain` and `sampled`, the second half as sharp; no theme is known."""
+    """Result with two sources; `sampled` is half as sharp as `plain`. No theme is known."""
     fields = {field: 1.0 for _, field, _ in proof.COLUMNS} | {"theme_kept": None}
     measured = {
         source: fields | {"sharpness": share * sharpness}
@@ -129,3 +129,15 @@ def test_every_experiment_can_be_made(proof):
         made = make()
         assert made.question and {*made.variants, *made.beside, *made.samplings}, name
         assert set(made.beside) <= set(made.recipe.stages)
+
+
+def test_pages_answer_the_questions_of_their_experiments(proof):
+    files = set((ROOT / "docs/proof").glob("*.md")) - {ROOT / "docs/proof/index.md"}
+    pages = {path.stem: path.read_text() for path in files}
+    assert set(pages) == set(proof.EXPERIMENTS)
+    for name, text in pages.items():
+        head, _, reading = text.partition(proof.READING)
+        assert head.startswith(f"# {name}\n\n{proof.EXPERIMENTS[name]().question}\n"), name
+        assert f"`python benchmarks/proof.py {name} --run RUN --seeds " in head
+        assert proof.LEGEND in head
+        assert reading.strip(), name

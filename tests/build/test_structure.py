@@ -1,13 +1,9 @@
 """The house, as rules that a wrong import, a stale permission or a grown file breaks."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
-import typer
-
-from aapt.commands.app import app
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 600
@@ -144,14 +140,3 @@ def test_files_stay_readable():
     ]
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
-
-
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_documented_commands_exist(document):
-    text = (ROOT / document).read_text()
-    commands = re.findall(r"(?:^|`)(make|aapt) ([a-z-]+)", text, re.MULTILINE)
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    group = typer.main.get_command(app)
-    known = {"make": targets, "aapt": list(group.commands)}
-    assert commands
-    assert [f"{tool} {name}" for tool, name in commands if name not in known[tool]] == []
