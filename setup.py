@@ -16,15 +16,15 @@ LIBRARY = "aapt_kernels/lib/libaapt_ops.so"
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake with Ninja; editable installs get the library in the source tree, and the
+    """Runs CMake with Ninja. An editable install gets the library in the source tree, and the
     simulator."""
 
     def run(self) -> None:
         build = ROOT / "build" / "cmake"
         prefix = ROOT if self.inplace else Path(self.build_lib)
         program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
-        # A fresh configuration follows the Python (and its PyTorch) of this very build;
-        # objects that are still right are kept.
+        # A fresh configuration follows the Python (and its PyTorch) of this build. Up-to-date
+        # objects are kept.
         configure = [program, "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]

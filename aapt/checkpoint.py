@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -147,21 +147,59 @@ def load_module(path: Path, module: nn.Module) -> None:
 def fill_module(path: Path, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     """Fill a module with what was read from `path`; errors as of `load_module`."""
     wanted = module.state_dict()
-    for name, tensor in wanted.items():
-        if name not in tensors:
-            raise CheckpointError(f"{path}: expected tensor {name}, which is missing")
-        if tensors[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{path}: {name}: expected {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}"
-            )
-    for name in tensors:
-        if name not in wanted:
-            raise CheckpointError(f"{path}: tensor {name} belongs to no parameter of the model")
+    shapes = [{name: tuple(x.shape) for name, x in some.items()} for some in (tensors, wanted)]
+    check_shapes(path, *shapes)
     module.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted})
 
 
+def load_meta_module(
+    path: Path, module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None
+) -> None:
+    """Moves a module from the meta device to `device`, floating tensors as `dtype` (None: as they
+    are), and fills it from `path` one tensor at a time.
+
+    So the host holds at most one tensor of the file at once. CheckpointError as of `load_module`,
+    before any memory is taken.
+    """
+    check_header(path)
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        check_shapes(path, shapes, {n: tuple(x.shape) for n, x in module.state_dict().items()})
+        if dtype is not None:
+            module.to(dtype)
+        module.to_empty(device=device)
+        with torch.no_grad():
+            for name, tensor in module.state_dict().items():
+                tensor.copy_(file.get_tensor(name))
+
+
+def check_shapes(
+    path: Path, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """CheckpointError, naming the first tensor, unless names and shapes are those wanted."""
+    for name, shape in wanted.items():
+        if name not in given:
+            raise CheckpointError(f"{path}: expected tensor {name}, which is missing")
+        if given[name] != shape:
+            raise CheckpointError(f"{path}: {name}: expected {shape}, got {given[name]}")
+    for name in given:
+        if name not in wanted:
+            raise CheckpointError(f"{path}: tensor {name} belongs to no parameter of the model")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, after checking that the file holds all their bytes."""
+    """Reads all tensors of a safetensors file. CheckpointError as of `check_header`."""
+    check_header(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: expected a safetensors file, got one that {error}"
+        ) from None
+
+
+def check_header(path: Path) -> None:
+    """CheckpointError unless the file is safetensors and holds all bytes that it should."""
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a safetensors file, which is missing")
     size = path.stat().st_size
@@ -180,7 +218,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                     f"{path}: {name}: expected {end} bytes up to its end, got a file of {size} "
                     "bytes"
                 )
-        return load_file(path)
     except CheckpointError:
         raise
     except (struct.error, SafetensorError, LookupError, TypeError, AttributeError, ValueError):

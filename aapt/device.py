@@ -6,6 +6,15 @@ import torch
 from torch import nn
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name. ValueError, with the reason, if PyTorch cannot use it here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: cannot use {device}: {reason}") from None
+
+
 def move(network: nn.Module, device: str | torch.device) -> None:
     """Onto a device, in place. ValueError for one that is not there."""
     try:

@@ -1,9 +1,10 @@
-"""Whole steps of a stream: the bundled model with decoding, and aapt-8b with random weights.
+"""Times whole steps of a stream: the bundled model with decoding, aapt-8b with random weights.
 
-For `make gpu PART=stream`; on a CPU `aapt bench stream` times the bundled model.
+Run with `make gpu PART=stream`; on a CPU `aapt bench stream` times the bundled model.
 """
 
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,9 @@ PHASES = (  # the operator that a device time belongs to, by the first name that
     ("kv_append", ("kv_append",)),
     ("products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm")),
 )
+
+
+pytestmark = pytest.mark.patience(45)  # 8 billion weights are drawn, and both rings filled
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +56,8 @@ def test_aapt_8b(mode, device, record_property, height, width):
         small = {"width": 256, "heads": 2, "depth": 2, "text_width": 32, "text_tokens": 8}
         config, size = replace(config, window_frames=2, **small), (4, 6)
     with torch.device(device):
-        model = VideoTransformer(config).bfloat16().requires_grad_(False).eval()
+        with default_dtype(torch.bfloat16):  # in float32 first, the weights alone would take 33 GB
+            model = VideoTransformer(config).bfloat16().requires_grad_(False).eval()
         shape = (1, config.latent_channels, 1, *size)
         noise, latent = torch.randn(2, *shape, dtype=torch.bfloat16)
         text = torch.randn(1, config.text_tokens, config.text_width, dtype=torch.bfloat16)
@@ -84,6 +89,16 @@ def test_aapt_8b(mode, device, record_property, height, width):
     assert result["finite"] and "graph_error" not in result
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def step_milliseconds(step, device, rounds: int) -> float:
     """Median from call to the end of the device's work."""
     times = []
@@ -105,7 +120,7 @@ def graph_milliseconds(step, device) -> float:
 
 
 def phases(step, device) -> dict[str, float]:
-    """Device milliseconds of one eager step by what they are for. A dry run counts CPU time."""
+    """Device milliseconds of one eager step by purpose (PHASES). A dry run counts CPU time."""
     on_gpu = device.type == "cuda"
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         step()

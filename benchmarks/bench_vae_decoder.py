@@ -1,9 +1,9 @@
 """The decoder's convolutions and one steady step of the light decoder against cuDNN.
 
 On a GPU, at 736x416: every peer is the plain composition (concatenate the past, pad, convolve,
-add), compiled with max-autotune, in the layout that its name says; CUDA graphs replay both sides of
-the step. Run with `pytest benchmarks/bench_vae_decoder.py --device cuda`; `--device dry` cuts the
-cases down to a CPU. What to expect: `python benchmarks/decoder_model.py`.
+add) in the layout that its name says, eager or compiled with max-autotune; CUDA graphs replay both
+sides of the step. Run with `pytest benchmarks/bench_vae_decoder.py --device cuda`; `--device dry`
+cuts the cases down to a CPU. The prediction: `python benchmarks/decoder_model.py`.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from aapt_kernels.causal_conv3d.cases import ACTIVE, Case, make_inputs
 
 from .compositions import concatenating_conv3d
 from .conftest import Work
-from .peers import attempt, other_backends
+from .peers import Compiled, attempt, compiled, other_backends
 
 LAST, FIRST = torch.channels_last_3d, torch.contiguous_format
 
@@ -42,11 +42,12 @@ def not_in_make_bench(mode):
         pytest.skip("bench_causal_conv3d.py has the CPU's cases")
 
 
-def compiled(function, mode):
-    torch._dynamo.reset()
-    if mode != "cuda":
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
-    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+def tuned(function, mode):
+    return compiled(function, mode, "max-autotune-no-cudagraphs")
+
+
+def eager(function, mode):
+    return function
 
 
 def prepare(case, mode, device):
@@ -84,16 +85,17 @@ def test_convolution(against, mode, device, name):
     def wanted(outputs):
         return outputs[2 if case.next_norm else 0]
 
-    def cudnn(memory_format):
+    def cudnn(memory_format, how):
         inputs, options = arguments(memory_format)
         if options["upsample"] != (1, 1):  # the peer keeps its past at the output's rate
             options["state"] = options["state"].repeat_interleave(2, dim=2)
-        run = compiled(concatenating_conv3d, mode)
+        run = how(concatenating_conv3d, mode)
         return lambda: wanted(run(*inputs, **options))
 
     rivals = {
-        "cuDNN NDHWC, compiled": attempt(lambda: cudnn(LAST)),
-        "cuDNN NCDHW, compiled": attempt(lambda: cudnn(FIRST)),
+        "cuDNN NDHWC, eager": attempt(lambda: cudnn(LAST, eager)),
+        "cuDNN NDHWC, compiled": Compiled(lambda: cudnn(LAST, tuned)),
+        "cuDNN NCDHW, compiled": Compiled(lambda: cudnn(FIRST, tuned)),
     }
     if mode == "cuda":
         rivals |= other_backends("causal_conv3d", inputs[0], ours)
@@ -132,10 +134,15 @@ def test_steady_step_of_the_light_decoder(against, mode, device, monkeypatch, he
         options["pixels"] = False
         return concatenating_conv3d(x, weight, bias, **options)
 
-    def cudnn():
-        return decode(plain, lambda *_: False, False, lambda f: compiled(f, mode))
+    def cudnn(how):
+        try:
+            return decode(plain, lambda *_: False, False, lambda f: how(f, mode))
+        finally:
+            choose(causal_conv3d, fuses_next_norm)
 
     ours = decode(causal_conv3d, fuses_next_norm, True)
-    rivals = {"cuDNN, compiled": attempt(cudnn)}
-    choose(causal_conv3d, fuses_next_norm)
+    rivals = {
+        "cuDNN, eager": attempt(lambda: cudnn(eager)),
+        "cuDNN, compiled": Compiled(lambda: cudnn(tuned)),
+    }
     against(ours, rivals, rounds=5, iterations=1, work=Work(work.folded_flops, work.bytes))

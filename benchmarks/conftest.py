@@ -1,8 +1,9 @@
-"""`against`: time a function and its rivals by turns, in one process, and print the ratios.
+"""`against` times a function and its rivals by turns, in one process, and prints the ratios.
 
     pytest benchmarks                                        # the CPU backends
     pytest benchmarks/bench_cached_attention.py --device cuda
     pytest benchmarks/bench_cached_attention.py --device dry    # the GPU's cases, cut down to a CPU
+    pytest benchmarks --device cuda --quick     # ten rounds, no peer that has to be compiled
 
 Tests that take `shape` and `dtype` get those of `shapes.py` for the device.
 """
@@ -15,6 +16,7 @@ import torch
 
 from aapt_kernels.testing import time_by_turns
 
+from .peers import Compiled, attempt
 from .shapes import dtypes_for, shapes_for
 
 LARGEST_DIFFERENCE = 2e-2  # between ours and a rival, relative L2
@@ -22,6 +24,7 @@ LARGEST_DIFFERENCE = 2e-2  # between ours and a rival, relative L2
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda", "dry"), default="cpu")
+    parser.addoption("--quick", action="store_true", help="ten rounds, no compiled peers")
 
 
 def pytest_generate_tests(metafunc):
@@ -49,7 +52,7 @@ def random_numbers():
 
 
 class Work(NamedTuple):
-    """The least that a function has to do, padding not counted."""
+    """The least work of a function: floating-point operations and bytes, padding not counted."""
 
     flops: float = 0
     bytes: float = 0
@@ -64,16 +67,17 @@ class Work(NamedTuple):
 
 
 @pytest.fixture
-def against(benchmark, capsys, mode, device, record_property):
+def against(request, benchmark, capsys, mode, device, record_property):
     """against(ours, {name: rival}, rounds, iterations, work, ceilings): compare `ours` with others.
 
     On the CPU pytest-benchmark times `ours`; before each of its rounds every rival runs once, so
     that all of them meet the same machine. The printed ratio, also in extra_info, is the rival's
     best time over ours: above 1 we are faster. On a GPU all are timed there (`time_by_turns`), with
     medians, and pytest-benchmark shows what a call costs the host. A rival that fails is recorded
-    with its words; so is how far its output, if it returns any, is from ours. `ceilings` are no
-    rivals: they do less, as fast as the machine can.
+    with its words; so is the relative L2 difference of its output, if any, from ours. `ceilings` do
+    less than ours, as fast as the machine can.
     """
+    quick = request.config.getoption("quick")
 
     def on_cpu(ours, rivals, rounds=10, iterations=1, work=None, ceilings=None):
         del work
@@ -104,8 +108,13 @@ def against(benchmark, capsys, mode, device, record_property):
 
     def on_gpu(ours, rivals, rounds=10, iterations=1, work=None, ceilings=None):
         del rounds, iterations  # of the CPU
-        turns = 30 if mode == "cuda" else 1
+        turns = 1 if mode == "dry" else 10 if quick else 30
         ceilings = ceilings or {}
+        rivals = {
+            name: attempt(rival.build) if isinstance(rival, Compiled) else rival
+            for name, rival in rivals.items()
+            if not (quick and isinstance(rival, Compiled))
+        }
         result = compare(ours, rivals | ceilings, device, turns, work or Work())
         result["ceilings"] = {name: result["peers"].pop(name) for name in ceilings}
         benchmark.pedantic(lambda: wait_for(ours, device), rounds=5, iterations=1, warmup_rounds=1)
@@ -168,7 +177,7 @@ def compare(ours, rivals, device, rounds, work) -> dict:
 
 
 def relative_difference(wanted, got) -> float:
-    """Relative L2, in float64; the largest of several outputs."""
+    """The relative L2 difference, in float64; the largest if there are several outputs."""
     if isinstance(wanted, tuple):
         return max(map(relative_difference, wanted, got))
     wanted, got = wanted.double(), got.double()

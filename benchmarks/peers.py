@@ -1,8 +1,10 @@
-"""What others offer for the same work. A peer that cannot be built here is the exception that says
-why, and `against` records its words."""
+"""Implementations by others of the work of an op. A peer that cannot be built here is the exception
+that says why, and `against` records its words."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,14 @@ from torch.utils import deterministic as memory
 
 from aapt_kernels import FrameLayout, backend, use_backend
 
-Peer = Callable[[], object] | Exception
+
+class Compiled(NamedTuple):
+    """A peer that has to be compiled first, which may take minutes; `--quick` leaves it out."""
+
+    build: Callable[[], Callable[[], object]]
+
+
+Peer = Callable[[], object] | Exception | Compiled
 
 
 def attempt(build: Callable[[], Callable[[], object]]) -> Peer:
@@ -23,22 +32,29 @@ def attempt(build: Callable[[], Callable[[], object]]) -> Peer:
         return error
 
 
-def compiled(function: Callable, device: str) -> Callable:
-    """torch.compile without graph breaks; a dry run only traces."""
+def compiled(function: Callable, device: str, mode: str | None = None) -> Callable:
+    """Compile a function with torch.compile, without graph breaks; a dry run only traces.
+
+    mode: torch.compile's own, such as max-autotune-no-cudagraphs.
+    """
     torch._dynamo.reset()  # every case is a program of its own, not a recompilation
-    compiler = "inductor" if device == "cuda" else "eager"
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)
+    if device != "cuda":
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
 def other_backends(op: str, x: Tensor, call: Callable[[], object]) -> dict[str, Peer]:
-    """Our own backends of an op besides the one that `auto` takes, as peers."""
+    """Our other backends of an op, besides the one that `auto` takes."""
     chosen = backend.resolve(op, x)
     peers = {}
     for name in ("cuda", "triton"):
         reason = backend.obstacle(op, name, x.device.type)
         if reason is None and backend.implementation(op, name) is chosen:
             continue
-        peers[f"ours, {name}"] = backend.BackendError(reason) if reason else forced(name, call)
+        peer = backend.BackendError(reason) if reason else forced(name, call)
+        if name == "triton" and not reason:
+            peer = Compiled(partial(forced, name, call))
+        peers[f"ours, {name}"] = peer
     return peers
 
 
@@ -74,7 +90,7 @@ def attentions(q: Tensor, k: Tensor, v: Tensor, device: str) -> dict[str, Peer]:
     return {
         "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
         "SDPA flash (FA2)": sdpa(SDPBackend.FLASH_ATTENTION),
-        "FlexAttention compiled": attempt(flex),
+        "FlexAttention compiled": Compiled(flex),
         "FA3": attempt(lambda: flash("flash_attn_interface")),
         "FA4": attempt(lambda: flash("flash_attn.cute")),
     }
@@ -149,13 +165,13 @@ def masked_attentions(
         "SDPA, dense mask": attempt(dense),
         "SDPA cuDNN per frame": attempt(sdpa(SDPBackend.CUDNN_ATTENTION)),
         "SDPA flash (FA2) per frame": attempt(sdpa(SDPBackend.FLASH_ATTENTION)),
-        "FlexAttention compiled": attempt(flex),
+        "FlexAttention compiled": Compiled(flex),
         "FA3 per frame": attempt(lambda: flash("flash_attn_interface")),
     }
 
 
 def deterministic(call: Callable[[], object]) -> Callable[[], object]:
-    """The same in PyTorch's deterministic mode, without the fill of fresh memory."""
+    """Wrap a call in PyTorch's deterministic mode, without its fill of fresh memory."""
 
     def run():
         before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
@@ -171,7 +187,7 @@ def deterministic(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def first(result):
-    """The output, of functions that return the log-sum-exp beside it."""
+    """The output of a function that may return the log-sum-exp beside it."""
     return result[0] if isinstance(result, tuple) else result
 
 

@@ -24,11 +24,11 @@ class Shape:
 
     @property
     def attention_flops(self) -> int:
-        """Of the two products, padding not counted."""
+        """Operations of the two products, padding not counted."""
         return 4 * self.tokens * self.keys * self.heads * self.head_dim
 
     def reduced(self) -> "Shape":
-        """As odd, and small enough for a CPU in no time."""
+        """A shape with as odd sizes, small enough for a CPU."""
         return replace(
             self, tokens=self.tokens % 128 or 8, frames=3, heads=min(self.heads, 2), text=16
         )
@@ -74,7 +74,7 @@ CUDA["tiny world"] = Shape(tokens=40, frames=10, heads=3, head_dim=64, text=25)
 
 
 def shapes_for(device: str) -> dict[str, Shape]:
-    """By what --device says: cpu, cuda, or dry."""
+    """Shapes by name. `device`: the value of --device, cpu, cuda or dry."""
     if device == "cpu":
         return CPU
     if device == "cuda":
@@ -105,17 +105,16 @@ class TrainingShape:
         return text * text + tokens * seen
 
     def flops(self, products: int) -> int:
-        """Of as many matrix products, two in the forward and five in the backward, where the mask
-        shows something."""
+        """Operations on visible elements. `products`: matrix products, 2 forward, 5 backward."""
         return 2 * products * self.visible * self.head_dim * self.heads * self.batch
 
     def bytes(self, query_tensors: int, key_tensors: int) -> int:
-        """Of BF16 tensors, each read or written once."""
+        """Bytes of BF16 tensors, each read or written once."""
         rows = query_tensors * self.layout.query_length + key_tensors * self.layout.key_length
         return 2 * rows * self.head_dim * self.heads * self.batch
 
     def reduced(self) -> "TrainingShape":
-        """As odd, and small enough for a CPU in no time."""
+        """A shape with as odd sizes, small enough for a CPU."""
         layout = self.layout
         tokens = layout.tokens_per_frame % 128 or 8
         return replace(
@@ -150,7 +149,7 @@ TRAINING_CUDA["tiny world"] = TrainingShape(FrameLayout(25, 40, 16, 8), 3, 64, b
 
 
 def training_shapes_for(device: str) -> dict[str, TrainingShape]:
-    """By what --device says: cpu, cuda, or dry."""
+    """Shapes by name. `device`: the value of --device, cpu, cuda or dry."""
     if device == "cpu":
         return TRAINING_CPU
     if device == "cuda":

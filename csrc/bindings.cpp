@@ -1,6 +1,6 @@
-// Every operator schema and nothing else: the table of contents of the library.
-// Implementations live with their op: CUDA in csrc/<op>/, the rest in aapt_kernels/<op>/. The
-// simulator's library (AAPT_SIM) has the same kernels for CPU tensors and nothing else.
+// Every operator schema and nothing else: the table of contents of the library. Implementations are
+// in the folder of their op: CUDA in csrc/<op>/, all others in aapt_kernels/<op>/. The simulator's
+// library (AAPT_SIM) has only the CUDA kernels, for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
 namespace {

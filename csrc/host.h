@@ -1,6 +1,6 @@
-// What the host side of an op needs: where its tensors live, the stream, the device's size, and the
-// checks that keep a kernel inside its buffers. Shapes and dtypes have been checked in Python, with
-// the words for people.
+// Host code that every op needs: the device and stream of its tensors, the number of
+// multiprocessors, and checks that keep a kernel inside its buffers. Python has checked shapes and
+// dtypes before, with messages for people.
 //
 // One source for two devices: with AAPT_SIM the kernels run on CPU tensors, under csrc/sim.
 #pragma once
@@ -24,7 +24,8 @@
 #else
 #include <cuda_runtime_api.h>
 #define AAPT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(aapt_sm90, CUDA, m)
-// NOTE: weak, because only PyTorch builds with CUDA have it; the library must load on the others.
+// NOTE: weak, because only PyTorch builds with CUDA have it; the library must load without CUDA
+// too.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
@@ -69,7 +70,7 @@ inline int multiprocessors(int32_t device) {
 
 inline void* current_stream(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "this PyTorch was built without CUDA");
+                  "PyTorch: expected a build with CUDA, got one without; install a CUDA build");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
@@ -93,8 +94,8 @@ inline bool is_row_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kRowAlignment == 0;
 }
 
-// Checks a BF16 (batch, length, heads, head_dim) tensor, like q but for its length, for 16-byte
-// access to its rows.
+// Checks a BF16 (batch, length, heads, head_dim) tensor: shaped like q except for its length, with
+// rows on 16-byte boundaries. Returns its strides.
 inline Strides check_rows(const char* name, const Tensor& tensor, const Tensor& q, int64_t length) {
   STD_TORCH_CHECK(on_device_of(q, tensor), name, ": expected a tensor on the device of q");
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, ": expected bfloat16");
@@ -110,8 +111,8 @@ inline Strides check_rows(const char* name, const Tensor& tensor, const Tensor& 
   return strides;
 }
 
-// Checks a contiguous tensor of this dtype and shape on the device of q; float tensors also for
-// 16-byte access. Returns its `device_pointer`.
+// Checks that a tensor is contiguous, has this dtype and shape, and is on the device of q; unless
+// it holds integers, also that it begins on a 16-byte boundary. Returns its `device_pointer`.
 inline void* check_dense(const char* name, const Tensor& tensor, const Tensor& q, ScalarType dtype,
                          std::initializer_list<int64_t> shape) {
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous();

@@ -1,4 +1,4 @@
-"""What a compiled kernel really is: its resources and its instructions, read with cuobjdump."""
+"""Reads the resources and the instructions of compiled kernels, with cuobjdump."""
 
 import re
 import shutil
@@ -21,14 +21,14 @@ class Kernel:
     shared: int = 0
     stack: int = 0
     spills: int = 0
-    instructions: Counter | None = None  # None: no cuobjdump to read them with
+    instructions: Counter | None = None  # None without cuobjdump
 
     def count(self, opcode: str) -> int:
         return 0 if self.instructions is None else self.instructions[opcode]
 
 
 def find_cuobjdump() -> str | None:
-    """The CUDA toolkit's cuobjdump, or the one that the Triton wheel carries."""
+    """Finds the cuobjdump of the CUDA toolkit, else of the Triton wheel; None without either."""
     if on_path := shutil.which("cuobjdump"):
         return on_path
     triton = find_spec("triton")
@@ -39,13 +39,15 @@ def find_cuobjdump() -> str | None:
 
 
 def run_cuobjdump(option: str, path: Path | str) -> str:
-    """What cuobjdump prints; nothing for a file without device code.
+    """Returns the output of cuobjdump; empty for a file without device code.
 
-    Raises FileNotFoundError without cuobjdump, RuntimeError with its words where it fails.
+    Raises FileNotFoundError without cuobjdump, RuntimeError with its message if it fails.
     """
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        raise FileNotFoundError("cuobjdump: expected on PATH or in an installed Triton wheel")
+        raise FileNotFoundError(
+            "cuobjdump: expected on PATH or in the Triton wheel, got neither; install triton"
+        )
     done = subprocess.run([cuobjdump, option, str(path)], capture_output=True, text=True)
     if "does not contain device code" in done.stderr:
         return ""
@@ -55,7 +57,7 @@ def run_cuobjdump(option: str, path: Path | str) -> str:
 
 
 def read_instructions(path: Path | str) -> dict[str, Counter]:
-    """Opcode counts per kernel of an object, library or cubin.
+    """Counts the opcodes of every kernel of an object, library or cubin.
 
     Every instruction counts twice: as written (`LDG.E.128`) and without modifiers (`LDG`).
     """
@@ -69,9 +71,9 @@ def read_instructions(path: Path | str) -> dict[str, Counter]:
 
 
 def read_kernels(path: Path | str) -> list[Kernel]:
-    """Resources and instructions of every kernel, from the compiled file alone.
+    """Reads resources and instructions of every kernel from the compiled file alone.
 
-    Spilled registers live in the stack frame, so here a spill shows as `stack`.
+    Spilled registers are in the stack frame, so a spill shows as `stack`.
     """
     usage = run_cuobjdump("-res-usage", path)
     instructions = read_instructions(path)
@@ -89,7 +91,7 @@ def read_kernels(path: Path | str) -> list[Kernel]:
 
 
 def find_failures(kernels: list[Kernel], required: dict[str, tuple[str, ...]]) -> list[str]:
-    """Why these kernels are not good enough: spills, stack frames, missing instructions.
+    """Lists why kernels are rejected: spills, stack frames, missing instructions.
 
     required: opcodes that must occur, by a substring of the kernel's (mangled) name.
     """
@@ -109,7 +111,7 @@ def find_failures(kernels: list[Kernel], required: dict[str, tuple[str, ...]]) -
 
 
 def demangle(name: str) -> str:
-    """The kernel's own name and template arguments, where c++filt is installed."""
+    """Returns a kernel's name with template arguments; without c++filt, the mangled name."""
     if shutil.which("c++filt") is None:
         return name
     full = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()

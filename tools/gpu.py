@@ -1,6 +1,7 @@
 """Builds, tests and measures on a CUDA machine with an sm_90 device: what `make gpu` runs.
 
-    make gpu PART=calibrate     the simulator against the chip; the chip's own ceilings
+    make gpu PART=first         all of it in small, for a quarter of an hour
+    make gpu PART=calibrate     descriptors and fragments on the chip; the chip's own ceilings
     make gpu PART=test          the tests that need the GPU
     make gpu PART=kernels       every microbenchmark against its peers
     make gpu PART=stream        whole steps: the bundled model, and aapt-8b with random weights
@@ -9,8 +10,11 @@
     OUT=/somewhere make gpu PART=test     results there, not in benchmarks/results
     COMMIT=1a2b3c4 make gpu PART=test     for a copy of the files without their history
 
-Each part takes less than 8 minutes and writes one file, <gpu>/<commit>-<part>.json, case by case.
-Further arguments go to pytest; files or folders among them replace the part's own selection:
+Without make: python3 tools/gpu.py --part first --build
+
+A part takes at most 9 minutes. Each case is written to <gpu>/<commit>-<part>.jsonl as it ends; the
+page printed last is kept beside it as <commit>-<part>.txt. Further arguments go to pytest; files or
+folders among them replace the part's own selection:
 
     python tools/gpu.py --part kernels benchmarks/bench_kv_append.py -k "24 heads"
     python tools/gpu.py --part kernels --dry-run     # on a CPU, cases cut down: checks this tool
@@ -19,59 +23,39 @@ Exit status: 0 all passed, 1 a case failed, 2 this machine or these arguments wi
 """
 
 import argparse
+import ctypes
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 
-from gpu_results import ROOT, Results, commit, format_table, machine, slug
-from gpu_watch import run_cases
+from gpu_parts import PARTS, PATIENCE, Group
+from gpu_results import (
+    GOOD,
+    ROOT,
+    Results,
+    commit,
+    format_figures,
+    format_summary,
+    function_of,
+    machine,
+    output_of,
+    slug,
+)
+from gpu_watch import run_group
 
-SECONDS = 450.0  # of one part, the build included
 TEST_MODULES = ("pytest", "pytest_benchmark", "triton", "numpy")
-BUILD_MODULES = ("setuptools", "cmake", "ninja", "pybind11")
-HINTS = {"pytest_benchmark": "pytest-benchmark"}  # where pip's name differs
-
-
-@dataclass(frozen=True)
-class Part:
-    what: str
-    selection: tuple[str, ...]  # what pytest is told
-    modules: tuple[str, ...] = ()  # besides TEST_MODULES
-    benchmark: bool = True  # takes --device
-
-
-PARTS = {
-    "calibrate": Part(
-        "the simulator against the chip; the chip's own ceilings",
-        ("benchmarks/bench_machine.py", "benchmarks/bench_calibration.py"),
-    ),
-    "test": Part(
-        "the tests that need the GPU",
-        ("tests/kernels", "-k", "(cuda or sm90 or triton) and not [sim and not -sim"),
-        benchmark=False,
-    ),
-    "kernels": Part(
-        "every microbenchmark against its peers",
-        (
-            "benchmarks/bench_cached_attention.py",
-            "benchmarks/bench_kv_append.py",
-            "benchmarks/bench_qk_norm_rope.py",
-            "benchmarks/bench_vae_decoder.py",
-        ),
-    ),
-    "stream": Part(
-        "whole steps: the bundled model, and aapt-8b with random weights",
-        ("benchmarks/bench_stream.py",),
-        modules=("einops", "safetensors", "nvtx", "PIL"),
-    ),
-}
+BUILD_MODULES = ("setuptools", "cmake", "ninja")
+HINTS = {"pytest_benchmark": "pytest-benchmark", "PIL": "pillow"}  # where pip's name differs
 
 
 class Refusal(Exception):
@@ -82,11 +66,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    results = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
     parser.add_argument("--part", default="", help=", ".join(PARTS))
     parser.add_argument("--build", action="store_true", help="install in place first, no network")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, cases cut down")
-    parser.add_argument("--out", type=Path, help="instead of benchmarks/results")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="the part's time")
+    parser.add_argument(
+        "--out", type=Path, default=results, help="default: $OUT, else benchmarks/results"
+    )
+    parser.add_argument("--seconds", type=float, help="the part's time, the build included")
     options, options.selection = parser.parse_known_args(arguments)
     return options
 
@@ -116,19 +103,65 @@ def check(options: argparse.Namespace) -> None:
         raise Refusal(f"expected a device with compute capability 9.0, got {given}")
     if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
         raise Refusal("no nvcc on PATH or in CUDA_HOME: the sm_90a kernels cannot be built")
+    driver, compiler = cuda_of_driver(), cuda_of_nvcc()
+    if driver and compiler and driver < compiler:
+        words = f"the driver runs CUDA {driver}, nvcc builds for CUDA {compiler}"
+        raise Refusal(f"{words}: use an nvcc of CUDA {driver}, or a newer driver")
+
+
+def cuda_of_driver() -> int | None:
+    """The newest major version of CUDA that the driver runs; None without a driver."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return number.value // 1000
+
+
+def cuda_of_nvcc() -> int | None:
+    """The major version of CUDA that nvcc builds for; None if nvcc is not on PATH."""
+    found = re.search(r"release (\d+)", output_of("nvcc", "--version") or "")
+    return int(found[1]) if found else None
 
 
 def build() -> None:
-    """Install this checkout in place with this interpreter. Raises Refusal where pip fails."""
+    """Install this checkout in place with this interpreter. Raises Refusal if pip fails.
+
+    Without the simulator: on a GPU nothing runs it, and it is half of the build.
+    """
     print("== building the operators in place", flush=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation"]
     command += ["--no-deps", "--no-compile", "-e", str(ROOT)]
-    done = subprocess.run(command, env=os.environ | {"AAPT_CUDA": "on"})
+    done = subprocess.run(command, env=os.environ | {"AAPT_CUDA": "on", "AAPT_SIM": "off"})
     if done.returncode:
         raise Refusal("the build failed; what pip printed above says why")
 
 
-def run(options: argparse.Namespace, seconds: float) -> int:
+def groups_of(options: argparse.Namespace) -> tuple[Group, ...]:
+    """The part's groups with all their options; of one that `selection` replaces, only the name."""
+    groups = PARTS[options.part].groups
+    selection = tuple(options.selection)
+    files = tuple(a for a in selection if (ROOT / a.split("::")[0]).exists())
+    if files:
+        groups = (Group(options.part, ()),)
+    mode = "dry" if options.dry_run else "cuda"
+
+    def complete(group: Group) -> Group:
+        given = (*group.options, *selection)
+        if any(file.startswith("benchmarks") for file in (*group.files, *files)):
+            given += (f"--device={mode}", "--benchmark-quiet")
+        if not options.dry_run:
+            return replace(group, options=given)
+        # On a CPU shapes have other names, and deadlines say nothing.
+        cases = tuple(dict.fromkeys(map(function_of, group.cases)))
+        return replace(group, cases=cases, options=given, seconds=inf, patience=PATIENCE)
+
+    return tuple(map(complete, groups))
+
+
+def run(options: argparse.Namespace, deadline: float) -> int:
+    """Run the part until `deadline` (on time.monotonic()) and print its page."""
     part = PARTS[options.part]
     facts = {"part": options.part, "dry_run": options.dry_run}
     facts |= machine("cpu" if options.dry_run else "cuda")
@@ -137,32 +170,44 @@ def run(options: argparse.Namespace, seconds: float) -> int:
     folder = options.out or (
         Path(tempfile.mkdtemp(prefix="gpu-")) if options.dry_run else ROOT / "benchmarks/results"
     )
-    path = (folder / name / f"{commit()[0]}-{options.part}.json").resolve()
+    path = (folder / name / f"{commit()[0]}-{options.part}.jsonl").resolve()
     Results(path, facts)
-    selection = list(options.selection)
-    if not any((ROOT / argument.split("::")[0]).exists() for argument in selection):
-        selection = [*part.selection, *selection]  # only options, such as -k
-    if part.benchmark:
-        selection += [f"--device={'dry' if options.dry_run else 'cuda'}", "--benchmark-quiet"]
     print(f"== {options.part}: {part.what}\n   {path}", flush=True)
-    run_cases(["-q", "--no-header", *selection], path, seconds)
+    for group in groups_of(options):
+        print(f"== {group.name}, {deadline - time.monotonic():.0f} s left", flush=True)
+        run_group(group, path, deadline)
     return report(Results(path))
 
 
 def report(results: Results) -> int:
-    """Print the table; 1 if a case failed or did not run. All skipped is no success on a GPU."""
-    print(f"\n== {results.path}\n{format_table(results.rows)}")
-    outcomes = [row["outcome"] for row in results.rows]
-    print("\n" + ", ".join(f"{outcomes.count(one)} {one}" for one in dict.fromkeys(outcomes)))
+    """Print the page; 1 if a case failed or did not run. All skipped is no success on a GPU."""
     if results.not_run:
-        print(f"{len(results.not_run)} not run: out of time")
         results.note(not_run=results.not_run)
-    needed = "skipped" if results.content.get("dry_run") else "passed"
-    good = set(outcomes) <= {"passed", "skipped"} and not results.not_run
+    if figures := format_figures(results.rows):
+        print(f"\n== every figure\n{figures}")
+    page = f"{format_summary(results)}\n\n{targets(results.path)}"
+    results.path.with_suffix(".txt").write_text(page + "\n")
+    outcomes = [row["outcome"] for row in results.rows]
+    counts = ", ".join(f"{outcomes.count(one)} {one}" for one in dict.fromkeys(outcomes))
+    print(f"\n== {results.path}\n{page}\n\n{counts}")
+    needed = "skipped" if results.facts.get("dry_run") else "passed"
+    good = set(outcomes) <= GOOD and not results.not_run
     if not set(outcomes) & {"passed", needed}:
         print("nothing ran")
         good = False
     return 0 if good else 1
+
+
+def targets(path: Path) -> str:
+    """The figures of a results file beside the targets and the models' assumptions.
+
+    In a process of its own: an error there must not cost the page.
+    """
+    command = [sys.executable, "-m", "benchmarks.targets", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return f"targets: {done.stderr.strip()[-500:]}"
+    return done.stdout.strip()
 
 
 def main(arguments: list[str]) -> int:
@@ -178,8 +223,14 @@ def main(arguments: list[str]) -> int:
     except Refusal as refusal:
         print(f"make gpu: {refusal}", file=sys.stderr)
         return 2
-    return run(options, options.seconds - (time.monotonic() - begun))
+    return run(options, begun + (options.seconds or PARTS[options.part].seconds))
+
+
+def stop(signum, frame):
+    """Leave as an error does, so that the process of the running group ends as well."""
+    raise SystemExit(128 + signum)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     raise SystemExit(main(sys.argv[1:]))

@@ -1,19 +1,25 @@
-"""One file of results: facts about the machine, then a row per case, on disk as soon as known.
+"""A results file: JSON lines, appended as soon as anything is known; and the words made of it.
 
-A run on rented or shared hardware may end at any moment; what it has learnt by then must stay.
+A run on rented or shared hardware may end at any moment, and what it has learnt by then must stay.
+The first line holds the facts about the machine. Every later line has one of four keys: `plan`, the
+cases to come; `begin`, a case that starts; `case`, one that has ended; `note`, further facts.
 """
 
 import json
 import os
 import re
 import subprocess
+from collections import Counter
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LOST_CONTEXT = 75  # pytest's exit status after which the rest has to run in a new process
+LOST_CONTEXT = 75  # pytest's exit status after which the other cases need a new process
+LOSSES = 2  # cases of a test function that hang or lose the device before the others are left out
+MAX_ERROR = 2000  # characters, from the end
+MAX_FAILURES = 20  # test functions named in a summary
 PACKAGES = ("torch", "triton", "numpy", "flash_attn", "flash_attn_interface", "pytest")
 SMI_FIELDS = (
     "driver_version",
@@ -25,29 +31,33 @@ SMI_FIELDS = (
     "power.limit",
     "temperature.gpu",
 )
+GOOD = {"passed", "skipped"}
 
 
 class Results:
-    """The content of one results file. Every change is written at once, whole or not at all."""
+    """The content of a results file. Every change is appended at once, in a single write."""
 
     def __init__(self, path: Path | str, facts: dict[str, Any] | None = None):
-        """Start a new file with these facts, or without any go on with the one that is there."""
+        """Start a new file with these facts, or read the existing one if there are none."""
         self.path = Path(path)
-        if facts is None:
-            self.content = json.loads(self.path.read_text())
-        else:
-            self.content = {**facts, "running": None, "planned": [], "rows": []}
+        self.facts: dict[str, Any] = {}
+        self.planned: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.running: dict[str, Any] | None = None  # the case that has begun and not ended
+        self._separator = ""
+        if facts is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write()
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.content["rows"]
-
-    @property
-    def running(self) -> str | None:
-        """The case that has begun and not ended."""
-        return self.content["running"]
+            self.path.write_text("")
+            self._append({"note": facts})
+            return
+        text = self.path.read_text()
+        for line in text.splitlines():
+            try:
+                self._apply(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # its writer was killed
+        if not text.endswith("\n"):
+            self._separator = "\n"
 
     @property
     def finished(self) -> set[str]:
@@ -55,30 +65,51 @@ class Results:
 
     @property
     def not_run(self) -> list[str]:
-        return [case for case in self.content["planned"] if case not in self.finished]
+        return [case for case in self.planned if case not in self.finished]
+
+    @property
+    def given_up(self) -> set[str]:
+        """Test functions of which LOSSES cases have hung, crashed or lost the device."""
+        losses = Counter(function_of(row["case"]) for row in self.rows if row.get("lost"))
+        return {name for name, count in losses.items() if count >= LOSSES}
 
     def plan(self, cases: list[str]) -> None:
-        known = set(self.content["planned"])
-        self.content["planned"] += [case for case in cases if case not in known]
-        self._write()
+        known = set(self.planned)
+        self._append({"plan": [case for case in cases if case not in known]})
 
-    def begin(self, case: str) -> None:
-        self.content["running"] = case
-        self._write()
+    def begin(self, case: str, patience: float = 0.0) -> None:
+        """patience: seconds that the case may take, if more than its group allows."""
+        self._append({"begin": case, "patience": patience})
 
     def end(self, case: str, outcome: str, **facts: Any) -> None:
-        self.rows.append({"case": case, "outcome": outcome, **facts})
-        self.content["running"] = None
-        self._write()
+        if "error" in facts:
+            facts["error"] = facts["error"][-MAX_ERROR:]
+        self._append({"case": case, "outcome": outcome, **facts})
 
     def note(self, **facts: Any) -> None:
-        self.content |= facts
-        self._write()
+        self._append({"note": facts})
 
-    def _write(self) -> None:
-        whole = self.path.with_suffix(".part")
-        whole.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(whole, self.path)
+    def _apply(self, line: dict[str, Any]) -> None:
+        if "case" in line:
+            self.rows.append(line)
+            self.running = None
+        elif "begin" in line:
+            self.running = {"case": line["begin"], "patience": line["patience"]}
+        elif "plan" in line:
+            self.planned += line["plan"]
+        else:
+            self.facts |= line["note"]
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._apply(line)
+        with open(self.path, "a") as file:
+            file.write(self._separator + json.dumps(line) + "\n")
+        self._separator = ""
+
+
+def function_of(case: str) -> str:
+    """A case's id without its parameters."""
+    return case.split("[")[0]
 
 
 def slug(name: str) -> str:
@@ -88,7 +119,7 @@ def slug(name: str) -> str:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints, None if it is not there or fails."""
+    """The output of a command; None if the command does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
@@ -97,24 +128,31 @@ def output_of(*command: str) -> str | None:
 
 
 def commit() -> tuple[str, bool | None]:
-    """Of this checkout, short, and whether files differ. A copy without its history is told by the
-    variable COMMIT; nobody knows then what differs."""
+    """This checkout's commit, shortened, and whether its files differ from it.
+
+    The variable COMMIT names the commit of a copy without history; nobody knows then what differs.
+    """
     head = output_of("git", "rev-parse", "--short=9", "HEAD")
     if head is None:
         return os.environ.get("COMMIT", "unknown"), None
     return head, bool(output_of("git", "status", "--porcelain", "--untracked-files=no"))
 
 
-def smi() -> dict[str, str]:
-    """The driver's word on clocks and power, empty without nvidia-smi."""
+def smi_query(*options: str) -> tuple[str, ...]:
+    """The nvidia-smi command that asks for SMI_FIELDS of the first visible device."""
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    query = ("nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader")
-    found = output_of(*query, f"--id={index}")
+    query = f"--query-gpu={','.join(SMI_FIELDS)}"
+    return ("nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={index}", *options)
+
+
+def smi() -> dict[str, str]:
+    """Clocks (MHz), power (W) and temperature (C) by the driver; empty without nvidia-smi."""
+    found = output_of(*smi_query())
     return {} if not found else dict(zip(SMI_FIELDS, found.splitlines()[0].split(", ")))
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Everything a figure must come with; `device`: cuda, or cpu for a dry run."""
+    """Collect every fact that a figure must come with. `device`: cuda, or cpu for a dry run."""
     import torch
 
     head, dirty = commit()
@@ -147,9 +185,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """A line per case: outcome, time and rate of ours, the best peer; then what went wrong."""
-    lines, wrong = [], []
+def format_figures(rows: list[dict[str, Any]]) -> str:
+    """A line per measured case: outcome, time and rate of ours, the best peer."""
+    lines = []
     for row in rows:
         result = row.get("result", {})
         line = f"{row['outcome']:8} {short(row['case'])}"
@@ -159,12 +197,41 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             if peers:
                 best = min(peers, key=lambda name: peers[name]["us"])
                 line += f"; best peer {best} {peers[best]['us']:.1f} us{_rate(peers[best])}"
-        if "summary" in result:
+        elif "summary" in result:
             line += f": {result['summary']}"
+        else:
+            continue
         lines.append(line)
-        if "error" in row:
-            wrong.append(f"{short(row['case'])}\n    {row['error'].splitlines()[-1][:200]}")
-    return "\n".join(lines + ([""] + wrong if wrong else []))
+    return "\n".join(lines)
+
+
+def format_summary(results: Results) -> str:
+    """How the cases of every group ended, then what went wrong, by test function."""
+    lines = ["What ran"]
+    for group in dict.fromkeys(row.get("group", "") for row in results.rows):
+        outcomes = Counter(row["outcome"] for row in results.rows if row.get("group", "") == group)
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        lines.append(f"  {group or 'cases'}: {counts}")
+    if results.not_run:
+        lines.append(f"  not run, out of time: {len(results.not_run)}")
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for row in results.rows:
+        if row["outcome"] not in GOOD:
+            place = function_of(short(row["case"])), row["outcome"]
+            wrong.setdefault(place, []).append(gist(row.get("error", "")))
+    lines += ["", "What failed"] if wrong else ["", "Nothing failed"]
+    for (name, outcome), errors in list(wrong.items())[:MAX_FAILURES]:
+        lines.append(f"  {name}: {len(errors)} {outcome}" + f": {errors[0]}" * bool(errors[0]))
+    if len(wrong) > MAX_FAILURES:
+        lines.append(f"  and {len(wrong) - MAX_FAILURES} more test functions")
+    return "\n".join(lines)
+
+
+def gist(error: str) -> str:
+    """The first line that says what went wrong; in pytest's reports it begins with an E."""
+    lines = error.strip().splitlines()
+    lines = [line[1:].strip() for line in lines if line.startswith("E ")] or lines
+    return lines[0][:120] if lines else ""
 
 
 def _rate(facts: dict[str, float]) -> str:
@@ -174,5 +241,5 @@ def _rate(facts: dict[str, float]) -> str:
 
 
 def short(case: str) -> str:
-    """A test's id without its folders and its constant part."""
+    """A case's id without its folders and its constant part."""
     return case.rsplit("/", 1)[-1].replace("-torch.bfloat16", "")

@@ -1,4 +1,4 @@
-"""Compiles a CUDA source and refuses it unless every kernel in it is clean.
+"""Compiles a CUDA source, and rejects it unless every kernel in it is clean.
 
     python tools/sm90_gate.py -- nvcc -Xptxas=-v ... -c kernel_sm90.cu -o kernel.o
     python tools/sm90_gate.py library.so          # only the table
@@ -6,7 +6,7 @@
 The build runs nvcc through this file (CMake's compiler launcher). A compile fails on a ptxas
 C75xx or C76xx message (wgmma serialised, setmaxnreg ignored, ...), a register spill, a stack
 frame, or an instruction of REQUIRED missing from the machine code. Instructions are read with
-cuobjdump; where there is none, that one check is left to the tests.
+cuobjdump; without it, the check of instructions is left to the tests.
 """
 
 import re
@@ -23,7 +23,7 @@ from cubin import (
     read_kernels,
 )
 
-# Opcodes a kernel exists for, by a part of its name: without them it would be right, but slow.
+# Opcodes that a kernel must contain, by a part of its name: without them it is correct but slow.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "kv_append_kernel": ("LDG.E.128", "STG.E.128"),
     "cached_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
@@ -39,7 +39,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 
 
 def parse_ptxas(log: str) -> tuple[list[Kernel], list[str]]:
-    """Kernels and C75xx/C76xx messages of a `ptxas -v` log."""
+    """Returns the kernels and the C75xx/C76xx messages of a `ptxas -v` log."""
     kernels = []
     for block in log.split("Compiling entry function")[1:]:
         name = re.search(r"'(\w+)'", block)[1]
@@ -67,7 +67,7 @@ def compile_checked(
 ) -> tuple[list[Kernel], list[str]]:
     """Runs a compile command with `-o object` and `-Xptxas=-v`; returns kernels and failures.
 
-    Raises SystemExit with the compiler's own words and status where it fails.
+    If the compiler fails, prints its output and raises SystemExit with its status.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     log = done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel ahead of time, with no GPU, and says what the machine code is like.
+"""Compiles a Triton kernel ahead of time, without a GPU, and reads its machine code.
 
 kernels = compile_ahead(my_kernel, {"x": "*bf16", "n": "i32"}, {"BLOCK": 128}, capability=90)
 assert not find_failures(kernels, {"my_kernel": ("HGMMA",)})
@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 def launch_signature(
     kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object]
 ) -> dict[str, str]:
-    """The run-time arguments of `kernel` with their Triton types: those of `types`, else i32."""
+    """Returns the Triton type of every run-time argument of `kernel`: from `types`, else i32."""
     return {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
 
 
@@ -31,13 +31,13 @@ def compile_ahead(
     num_stages: int = 3,
     divisible: Collection[str] = (),
 ) -> list[Kernel]:
-    """Resources and instruction counts of `kernel` for sm_80, sm_90, ...
+    """Compiles `kernel` for a capability (80, 90, ...); returns resources and instruction counts.
 
-    signature: Triton types of the run-time arguments; constants: the tl.constexpr ones, and the
-    optional ones that are None. Pointers are taken to be 16-byte aligned, as PyTorch allocates
-    them; divisible: integers that are multiples of 16, as Triton finds out at a launch.
+    signature: Triton types of the run-time arguments. constants: values of tl.constexpr arguments,
+    and None for optional arguments. divisible: integers that are multiples of 16, which Triton
+    detects at a launch. Pointers are taken to be 16-byte aligned, as PyTorch allocates them.
 
-    Raises TypeError for a kernel made under TRITON_INTERPRET=1, which has nothing to compile.
+    Raises TypeError for a kernel made under TRITON_INTERPRET=1, which cannot be compiled.
     """
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"kernel: expected a compiled triton.jit function, got {type(kernel)}")
@@ -63,5 +63,5 @@ def compile_ahead(
         cubin.write_bytes(compiled.asm["cubin"])
         kernels = read_kernels(cubin)
     for one in kernels:
-        one.shared = compiled.metadata.shared  # dynamic, so the file does not tell
+        one.shared = compiled.metadata.shared  # dynamic: not in the file
     return kernels

@@ -81,6 +81,7 @@ def encode(
     from ..data.videos import encode as job
     from ..data.videos.buckets import Bucket
     from ..data.videos.clip_reader import CutConfig
+    from ..data.videos.shard_folder import JOURNAL
     from ..device import move
 
     with bad_input():
@@ -125,7 +126,7 @@ def encode(
         say("aapt: interrupted: the same command goes on")
         raise typer.Exit(130)
     if not index["buckets"]:
-        say(f"aapt: {videos}: no clip could be used; {out / job.JOURNAL} says why")
+        say(f"aapt: {videos}: no clip could be used; {out / JOURNAL} says why")
         raise typer.Exit(1)
 
 

@@ -66,7 +66,6 @@ def serve(
         from ..serve.settings import Settings
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
-    from ..device import move
 
     if threads:
         import torch
@@ -78,10 +77,8 @@ def serve(
     for file in tls or ():
         if not file.is_file():
             raise InputError(f"tls: expected a PEM file, got {file}: no such file")
-    generator = load(model)
+    generator = load(model, device=device)
     with bad_input():
-        for network in (generator.model, generator.vae):
-            move(network, device)
         if gallery and not gallery.is_dir():
             raise ValueError(f"gallery: expected a folder of images, got {gallery}")
         settings = Settings(

@@ -1,4 +1,4 @@
-"""Clips of latents with their motion and prompts: what every training stage eats."""
+"""Clips of latents with their motion and prompts, from which every training stage draws."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,15 @@ FirstFrame = Literal["half", "never"]
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """latents (B, C, 1 + T, H, W) in unit deviation; one prompt per clip. Row n of `motion`
-    drives latent n + 1: controls (B, T, 2), poses relative to the video frame before
-    (B, T, frames, 4, 4), or channels (B, C, T, H, W); None where nothing is controlled."""
+    """Windows of clips, drawn for one update.
+
+    Attributes:
+        latents: (B, C, 1 + T, H, W), of unit deviation.
+        motion: Row n drives latent frame n + 1. Controls (B, T, 2), poses (B, T, frames, 4, 4) that
+            are relative to the video frame before, or channels (B, C, T, H, W); None for clips
+            without motion.
+        prompts: One per clip.
+    """
 
     latents: Tensor
     motion: Tensor | None
@@ -26,43 +32,51 @@ class ClipBatch:
 
     @property
     def targets(self) -> Tensor:
+        """Latent frames to generate (B, C, T, H, W): all but the first."""
         return self.latents[:, :, 1:]
 
     @property
     def recycled(self) -> Tensor:
+        """The latent frame before each target (B, C, T, H, W)."""
         return self.latents[:, :, :-1]
 
     @property
     def size(self) -> tuple[int, int]:
+        """(H, W) of the latents."""
         return tuple(self.latents.shape[-2:])
 
 
 class Clips(Protocol):
-    """What a stage draws from."""
+    """A set of clips that a stage draws from."""
 
     @property
     def latent_frames(self) -> int:
-        """Of the longest clips, after their first."""
+        """Latent frames of the longest clips, without the first frame."""
 
     def part(self, random: ClipRandom, frames: int) -> "Clips":
-        """The clips that an update draws from if it needs `frames` latent frames after the first:
-        all of one size and length, and the same ones on every rank."""
+        """The clips for an update that needs `frames` latent frames after the first.
+
+        These clips have one size and one length, and every rank draws from the same part.
+        """
 
     def sample(
         self, random: ClipRandom, frames: int, first_frame: FirstFrame = "half"
     ) -> ClipBatch:
-        """One window of 1 + `frames` latent frames for each clip of `random`, on its device.
+        """Draw one window of 1 + `frames` latent frames per clip of `random`, on its device.
 
-        A clip's latent 0 covers one video frame, all others cover four. A stream always starts
-        from such a frame, so half of the windows do; "never" leaves it out (SPEC 8, segments).
+        Latent frame 0 of a clip covers one video frame, every other latent frame covers four. A
+        stream starts from a frame of the first kind, so half of the windows start with frame 0;
+        with "never" no window does (`docs/method.md#8`, segments).
         """
 
 
 class LatentClips:
     """Encoded clips in memory; batches are random windows with random phrasings.
 
-    latents: (clips, C, length, H, W) of any float type; controls: (clips, length - 1, 2);
-    phrasings: per clip the prompts that describe it.
+    Args:
+        latents: (clips, C, length, H, W), of any float type.
+        controls: (clips, length - 1, 2).
+        phrasings: The prompts that describe each clip; one of them is drawn.
     """
 
     def __init__(self, latents: Tensor, controls: Tensor, phrasings: Sequence[Sequence[str]]):
@@ -106,9 +120,10 @@ class LatentClips:
 def window_starts(
     random: ClipRandom, length: int, frames: int, first_frame: FirstFrame
 ) -> list[int]:
-    """Where windows of 1 + `frames` latents begin in clips of `length`, see `Clips.sample`.
+    """Draw the first latent frame of each window, see `Clips.sample`.
 
-    ValueError if they do not fit.
+    length: latent frames of a clip. frames: latent frames of a window after its first. ValueError
+    if a window does not fit.
     """
     earliest = 1 if first_frame == "never" else 0
     places = length - frames - earliest
@@ -121,18 +136,18 @@ def window_starts(
 
 
 class VideoClips:
-    """Clips as pixels: at most `count`, each uint8 (F, H, W, 3), all of one shape."""
+    """Clips as pixels: at most `count` videos, each uint8 (F, H, W, 3), all of one shape."""
 
     def __init__(self, videos: Iterable[Tensor], count: int):
         first = next(videos := iter(videos))
-        self.videos = first.new_empty(count, *first.shape)  # beside a list, twice the memory
+        self.videos = first.new_empty(count, *first.shape)  # a list to stack would need it twice
         made = 0
         for made, video in enumerate(chain([first], videos), start=1):
             self.videos[made - 1] = video
         self.videos = self.videos[:made]
 
     def sample(self, random: ClipRandom, frames: int) -> Tensor:
-        """Random windows (B, 3, frames, H, W) in [-1, 1]."""
+        """Draw random windows (B, 3, frames, H, W) in [-1, 1]. ValueError if clips are shorter."""
         count, length = self.videos.shape[:2]
         if frames > length:
             raise ValueError(f"frames: expected at most {length}, got {frames}")

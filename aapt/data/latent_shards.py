@@ -1,8 +1,8 @@
-"""Folders of encoded clips, as `aapt encode` writes them and training reads them.
+"""Folders of encoded clips, which `aapt encode` writes and training reads.
 
-index.json            what was encoded and how, the shards of each bucket, what was skipped
-config.json           with vae.safetensors, the autoencoder that decodes them (`vae_folder`)
-videos.jsonl          one line per video: its clips, and each reason to skip something of it
+index.json            settings, the shards of each bucket, and counts of skips by reason
+config.json           with vae.safetensors: the autoencoder of the latents (`aapt.vae.folder`)
+videos.jsonl          one line per video: its clips, its skips, and stamps of its files
 736x416/00000.safetensors
     latents  (clips, C, 1 + T, h, w) float16, of unit deviation
     poses    (clips, T, 4, 4, 4) and lens (clips, 4), with camera motion
@@ -14,6 +14,7 @@ import bisect
 import functools
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,21 @@ INDEX = "index.json"
 
 
 class DataError(ValueError):
-    """Encoded clips that cannot be used, and why."""
+    """A reason why encoded clips cannot be used."""
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`index.json` of a folder of encoded clips. DataError if there is none that fits."""
+    """Read `index.json` of a folder of encoded clips. DataError if it is missing or not valid."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text())
     except FileNotFoundError:
-        raise DataError(f"{folder}: expected a folder of encoded clips with {INDEX}") from None
+        raise DataError(
+            f"{folder}: expected a folder of encoded clips with {INDEX}, got none; make one with "
+            "aapt encode"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path}: expected JSON, got {error}") from None
     version = index.get("format_version") if isinstance(index, dict) else None
@@ -52,8 +58,11 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def ray_deviation(shards: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Of ray origins and directions (SPEC 10) over all clips of shards as `index.json` has them,
-    seen at MEASURED_FIELD_OF_VIEW; None without camera motion."""
+    """Deviation of ray origins and of ray directions (`docs/method.md#10`) over all clips.
+
+    shards: entries of `index.json`. The rays are seen at MEASURED_FIELD_OF_VIEW. None without
+    camera motion.
+    """
     known = [shard for shard in shards if "ray_squares" in shard]
     if not known:
         return None
@@ -64,11 +73,15 @@ def ray_deviation(shards: Sequence[Mapping[str, Any]]) -> tuple[float, float] | 
 
 
 class LatentShards:
-    """The clips of one bucket of a folder, read from the disk as they are drawn.
+    """The clips of one bucket of a folder, read from the disk when they are drawn.
 
-    bucket: such as '736x416'; not needed where the folder has one. camera: the model's, which
-    brings clips of any lens to its own; needed for clips with camera motion, unused otherwise.
-    Raises DataError for a folder, a bucket or a shard that is not as it should be.
+    Args:
+        folder: A folder of `aapt encode`.
+        bucket: A size such as '736x416'; None for the only bucket of the folder.
+        camera: The model's camera, to whose lens the clips' own lenses are brought. Needed for
+            clips with camera motion, and for no others.
+
+    Raises DataError if the folder, the bucket or a shard is missing or damaged.
     """
 
     def __init__(
@@ -95,7 +108,7 @@ class LatentShards:
         self.ends = list(itertools.accumulate(shard["clips"] for shard in self.shards))
         for shard in self.shards:
             path = self.folder / shard["file"]
-            size = path.stat().st_size if path.is_file() else 0
+            size = os.path.getsize(path) if os.path.isfile(path) else 0
             if size != shard["bytes"]:
                 raise DataError(f"{path}: expected {shard['bytes']} bytes, got {size}")
         self._open = functools.lru_cache(maxsize=64)(self._read_shard)
@@ -105,7 +118,7 @@ class LatentShards:
 
     @property
     def latent_frames(self) -> int:
-        """Of a clip, after its first."""
+        """Latent frames of a clip, without the first frame."""
         return self.encoding["latent_frames"]
 
     def part(self, random: ClipRandom, frames: int) -> "LatentShards":
@@ -124,7 +137,7 @@ class LatentShards:
         return self._batch(windows, random.device)
 
     def whole(self, clips: Sequence[int]) -> ClipBatch:
-        """The clips of these numbers from end to end, each with the first of its captions."""
+        """Whole clips by their numbers, each with its first caption."""
         windows = [self._window(clip, 0, self.latent_frames, 0.0) for clip in clips]
         return self._batch(windows, torch.device("cpu"))
 
@@ -139,7 +152,10 @@ class LatentShards:
     def _window(
         self, clip: int, start: int, frames: int, choice: float
     ) -> tuple[Tensor, Tensor | None, str]:
-        """`choice` in [0, 1) picks one of the clip's captions."""
+        """Latents (C, 1 + `frames`, h, w), motion and caption of one window.
+
+        choice: number in [0, 1) that picks one of the clip's captions.
+        """
         number = bisect.bisect_right(self.ends, clip)
         clip -= self.ends[number - 1] if number else 0
         path = self.folder / self.shards[number]["file"]
@@ -165,10 +181,11 @@ class LatentShards:
 
 
 class Mixture:
-    """Clips of several folders or buckets as one set, of any sizes and lengths: every update draws
-    all of its clips from one of those whose clips are long enough, as often as it has clips.
+    """Clips of several folders or buckets as one set, of any sizes and lengths.
 
-    A batch has one size, so an update that draws several times draws from its `part`.
+    An update draws all its clips from one part, because a batch has one size. The part is drawn
+    among those whose clips are long enough, in proportion to its number of clips. An update that
+    draws several times draws from `part`.
     """
 
     def __init__(self, parts: Sequence[LatentShards]):
@@ -176,11 +193,11 @@ class Mixture:
 
     @property
     def latent_frames(self) -> int:
-        """Of the longest clips, after their first."""
+        """Latent frames of the longest clips, without the first frame."""
         return max(part.latent_frames for part in self.parts)
 
     def part(self, random: ClipRandom, frames: int) -> LatentShards:
-        """See `Clips.part`. ValueError if no clips are as long."""
+        """The part that the update draws from, see `Clips.part`. ValueError if all are shorter."""
         fitting = [part for part in self.parts if part.latent_frames >= frames]
         if not fitting:
             raise ValueError(
@@ -188,7 +205,7 @@ class Mixture:
                 f"clips have, got {frames}"
             )
         clips = sum(map(len, fitting))
-        # From what seeds the update's shared numbers, not from these: they move on with every draw.
+        # Seeded like the update's shared numbers, but apart: each draw would change these.
         update = random.shared.bit_generator.seed_seq.entropy
         chosen = np.random.default_rng([*update, 2])
         return fitting[chosen.choice(len(fitting), p=[len(part) / clips for part in fitting])]

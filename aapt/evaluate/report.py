@@ -3,12 +3,13 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from .measure import Measurement, Timeline
 from .motion_probe import ProbeQuality
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLUMNS = (
     ("latent std", "latent_deviation", "{:.3f}"),
@@ -60,8 +61,10 @@ class Report:
         """Everything; a number that is infinite or none at all is null."""
         return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """One line per source and window; columns that nothing was measured for are left out."""
+        from rich.table import Table  # the only need for it here, and not installed everywhere
+
         caption = f"truth: {self.truth}"
         if self.probe is not None:
             caption += (

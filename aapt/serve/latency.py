@@ -90,7 +90,7 @@ class Player:
         else:
             at = self.pacer.show(header.step, header.count, now)
             self.arrivals.append(now)
-            self.step_ms.append(header.model_ms + header.decode_ms)
+            self.step_ms.append(header.model_ms + header.pixels_ms)
         honoured = [sequence for sequence in self.pressed if sequence <= header.input]
         pressed = [self.pressed.pop(sequence) for sequence in honoured]
         if len(self.arrivals) > WARMUP_STEPS:

@@ -363,7 +363,7 @@ def parse(text: str) -> ClientMessage:
 LAYOUT = (  # of the header: field of `FrameHeader` and its code in `struct`
     *(("magic", "4s"), ("protocol", "B"), ("kind", "B"), ("lane", "B"), ("flags", "B")),
     *(("branch", "I"), ("step", "I"), ("input", "I"), ("prompt", "I"), ("time", "d")),
-    *(("wait_ms", "f"), ("model_ms", "f"), ("decode_ms", "f"), ("encode_ms", "f")),
+    *(("wait_ms", "f"), ("model_ms", "f"), ("pixels_ms", "f"), ("encode_ms", "f")),
     *(("first_shown", "B"), ("count", "B"), ("format", "H"), ("reserved", "12s")),
 )
 HEADER = struct.Struct("<" + "".join(code for _, code in LAYOUT))
@@ -382,7 +382,10 @@ class FrameHeader:
         branch, step: The place in the tree.
         input, prompt: Sequences of the latest input and prompt that this pass honoured.
         time: `time` of that input, in milliseconds of the client's clock.
-        wait_ms, model_ms, decode_ms, encode_ms: Phases of the pass.
+        wait_ms: By how much the pass began late.
+        model_ms, pixels_ms: Making the frames, decoder included, and waiting for their pixels. On a
+            CUDA device the former is the launch of a graph and the latter its time.
+        encode_ms: Encoding the images.
         first_shown: After a redo, the index of the first frame that replaces an earlier one.
         count, format: Number of images, and the index of their format in FORMATS.
     """
@@ -398,7 +401,7 @@ class FrameHeader:
     time: float = 0.0
     wait_ms: float = 0.0
     model_ms: float = 0.0
-    decode_ms: float = 0.0
+    pixels_ms: float = 0.0
     encode_ms: float = 0.0
     first_shown: int = 0
     format: int = 0

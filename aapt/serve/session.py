@@ -408,7 +408,7 @@ class Session:
             time=sample.time,
             wait_ms=1e3 * wait,
             model_ms=1e3 * made.model_seconds,
-            decode_ms=1e3 * made.decode_seconds,
+            pixels_ms=1e3 * made.pixel_seconds,
             encode_ms=1e3 * (time.perf_counter() - started),
             first_shown=first_shown,
             format=protocol.FORMATS.index(self.image_format),

@@ -5,13 +5,14 @@ after each of them, so that other worlds have their turn.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..model.conditioning import Control
-from ..streaming.actions import Redone, Step, Walk, frames_crc, make
+from ..streaming.actions import Redone, Step, Walk, frames_crc, make, submit
 from ..streaming.controls import FORWARD_RANGE, YAW_RANGE
 from ..streaming.generator import Stream, StreamingGenerator
 from ..streaming.history import History
@@ -45,7 +46,7 @@ class Made:
     branch: int
     step: int
     model_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    pixel_seconds: float = 0.0
 
 
 class World:
@@ -105,7 +106,7 @@ class World:
         yaw, forward = (control.yaw, control.forward) if control else (None, None)
         lane.before = lane.stream.snapshot() if self.redo else None
         step = Step(yaw, forward, self.prompt)
-        lane.frames = make(lane.stream, step)
+        seconds = self._make(lane, step)
         lane.branch = self.walk.append(
             lane.branch, lane.step, step._replace(crc=frames_crc(lane.frames))
         )
@@ -114,7 +115,16 @@ class World:
             lane.script.pop()
         if self.history.wants(lane.branch, lane.step):
             self._remember(lane)
-        return Made(lane.frames, lane.branch, lane.step, *lane.stream.seconds)
+        return Made(lane.frames, lane.branch, lane.step, *seconds)
+
+    @staticmethod
+    def _make(lane: Lane, step: Step) -> tuple[float, float]:
+        """Makes a step; returns the seconds until it was submitted, and then for its pixels."""
+        started = time.perf_counter()
+        pixels = submit(lane.stream, step)
+        submitted = time.perf_counter()
+        lane.frames = pixels()
+        return submitted - started, time.perf_counter() - submitted
 
     def again(self, lane: Lane, control: Control, shown: int) -> Made:
         """Makes a lane's last step again under another control; `shown` of its frames were
@@ -124,11 +134,11 @@ class World:
         lane.stream.restore(lane.before)
         redone = (*earlier.redone, Redone(earlier.yaw, earlier.forward, shown))
         step = Step(control.yaw, control.forward, self.prompt, redone=redone)
-        lane.frames = make(lane.stream, step)
+        seconds = self._make(lane, step)
         steps[-1] = step._replace(crc=frames_crc(lane.frames))
         if (lane.branch, lane.step) in self.history:
             self._remember(lane)
-        return Made(lane.frames, lane.branch, lane.step, *lane.stream.seconds)
+        return Made(lane.frames, lane.branch, lane.step, *seconds)
 
     def seek(self, branch: int, step: int) -> Iterator[tuple[int, int]]:
         """Plays a stream up to a step from the nearest snapshot. Yields (steps replayed, steps to

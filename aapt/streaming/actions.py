@@ -21,7 +21,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -311,12 +311,17 @@ def frames_crc(frames: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(frames))
 
 
-def make(stream: "Stream", step: Step) -> np.ndarray:
-    """Makes one step of a walk, uint8 (frames, H, W, 3). Earlier passes are not made again: they
-    change no later frame."""
+def submit(stream: "Stream", step: Step) -> Callable[[], np.ndarray]:
+    """Starts one step of a walk; returns the call that waits for its video frames, see
+    `Stream.submit`. Earlier passes of the step are not made again: they change no later frame."""
     if stream.prompt != step.prompt:
         stream.prompt = step.prompt
-    return stream.step(step.control)
+    return stream.submit(step.control)
+
+
+def make(stream: "Stream", step: Step) -> np.ndarray:
+    """Makes one step of a walk, uint8 (frames, H, W, 3)."""
+    return submit(stream, step)()
 
 
 def make_as_seen(stream: "Stream", step: Step) -> tuple[np.ndarray, np.ndarray]:

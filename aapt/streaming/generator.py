@@ -1,7 +1,6 @@
 """The streaming generator: a first frame and controls in, four video frames per step out."""
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,21 +8,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import nvtx
 import torch
 from torch import Tensor
 
-from ..checkpoint import find_checkpoint, load_config, load_module, reading_config, tuples
+from ..checkpoint import find_checkpoint, load_config, load_meta_module, reading_config, tuples
 from ..clock import FPS
-from ..model.conditioning import Control, control_rays
+from ..device import usable_device
+from ..model.conditioning import Control
 from ..model.config import CameraConfig, ModelConfig, SamplingConfig
 from ..model.world_model import WorldModel
-from ..vae import CausalVAE, DecoderStream
+from ..vae import CausalVAE
 from ..vae.folder import LIGHT, load_vae
-from ..vae.pixels import to_array
-from .noise import Noise
+from .memory import StreamMemory
 from .snapshot import Snapshot
-from .student import StudentRollout
 
 
 class StreamingGenerator:
@@ -54,17 +51,12 @@ class StreamingGenerator:
     ):
         self.model = model.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
-        self.height, self.width, self.fps = height, width, fps
+        self.fps = fps
         self.themes = tuple(prompts)
         self._sample = sample
         self.sampling = sampling
-        self._idle_decoders: list[DecoderStream] = []
-        factor = vae.config.space_factor
-        granularity = factor * model.config.patch
-        if height % granularity or width % granularity:
-            raise ValueError(
-                f"height, width: expected multiples of {granularity}, got {height} x {width}"
-            )
+        self._idle: list[StreamMemory] = []
+        self._resize(height, width)
         for name, ours, vaes in (
             ("latent_channels", model.config.latent_channels, vae.config.latent_channels),
             ("camera.frames", model.camera and model.camera.frames, vae.config.time_factor),
@@ -73,29 +65,61 @@ class StreamingGenerator:
                 continue
             if ours != vaes:
                 raise ValueError(f"{name}: expected {vaes}, as the VAE has it, got {ours}")
+
+    def _resize(self, height: int, width: int) -> None:
+        """Streams have this size from now on. ValueError if tokens do not fill it."""
+        factor = self.vae.config.space_factor
+        granularity = factor * self.model.config.patch
+        if min(height, width) < 1 or height % granularity or width % granularity:
+            raise ValueError(
+                f"height, width: expected multiples of {granularity}, got {height} x {width}"
+            )
+        self.height, self.width = height, width
         self.latent_size = (height // factor, width // factor)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, decoder: str = LIGHT) -> "StreamingGenerator":
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+        decoder: str = LIGHT,
+    ) -> "StreamingGenerator":
         """Loads a bundled model by name, or a checkpoint folder.
 
-        decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`. CheckpointError says what was
-        expected and what was found.
+        Weights go from the file to the device one tensor at a time.
+
+        Args:
+            device: Where the networks run; None for the CPU.
+            dtype: Their precision; None for bfloat16 on a CUDA device and float32 elsewhere.
+            size: (height, width) in pixels; None for the checkpoint's own. Positions stretch to
+                another size (docs/method.md#4).
+            decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`.
+
+        CheckpointError says what was expected and what was found, ValueError why the device or the
+        size cannot be used.
         """
         folder = find_checkpoint(name)
         config = load_config(folder)
+        device = usable_device(device or "cpu")
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         with reading_config(folder):
             camera = config["camera"]
-            model = WorldModel(
-                ModelConfig(**tuples(config["model"])), CameraConfig(**camera) if camera else None
-            )
+            with torch.device("meta"):
+                model = WorldModel(
+                    ModelConfig(**tuples(config["model"])),
+                    CameraConfig(**camera) if camera else None,
+                )
+            load_meta_module(folder / "model.safetensors", model, device, dtype)
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
                 picture["sampling"] = SamplingConfig(**sampling)
-            generator = cls(model, load_vae(folder, decoder), **picture)
-        load_module(folder / "model.safetensors", model)
+            generator = cls(model, load_vae(folder, decoder, device, dtype), **picture)
+        if size is not None:
+            generator._resize(*size)
         return generator
 
     def sample_image(self) -> Path:
@@ -131,35 +155,27 @@ class StreamingGenerator:
         video = video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         return self.vae.encode(video.to(self.vae.latent_mean.dtype))[0]
 
-    def condition(self, control: Control | Tensor | None) -> Tensor | None:
-        """Returns the channels (1, condition_channels, 1, h, w) that drive one step, if any.
-
-        control: a `Control` for a model with a camera; the channels (condition_channels, h, w) of
-        one latent frame for a model that has some without a camera; else None. ValueError for any
-        other.
-        """
-        model = self.model
-        like = model.transformer.video_in.weight
+    def check_control(self, control: Control | Tensor | None) -> None:
+        """ValueError unless `control` drives a step of this model: a `Control` for a model with a
+        camera, the channels (condition_channels, h, w) of one latent frame for a model that has
+        some without a camera, else None."""
         if self.driven_by == "camera":
             if not isinstance(control, Control):
                 raise ValueError(f"control: expected a Control, got {control!r}")
-            controls = like.new_tensor([[[control.yaw, control.forward]]])
-            return control_rays(controls, model.camera, *self.latent_size)
-        if self.driven_by == "prompt":
+        elif self.driven_by == "prompt":
             if control is not None:
                 raise ValueError(
                     f"control: expected None, the prompt alone drives this model, got {control!r}"
                 )
-            return None
-        shape = (model.config.condition_channels, *self.latent_size)
-        if not isinstance(control, Tensor) or control.shape != shape:
-            got = tuple(control.shape) if isinstance(control, Tensor) else repr(control)
-            raise ValueError(f"control: expected condition channels {shape}, got {got}")
-        return control.to(like)[None, :, None]
+        else:
+            shape = (self.model.config.condition_channels, *self.latent_size)
+            if not isinstance(control, Tensor) or control.shape != shape:
+                got = tuple(control.shape) if isinstance(control, Tensor) else repr(control)
+                raise ValueError(f"control: expected condition channels {shape}, got {got}")
 
     @property
     def driven_by(self) -> Literal["camera", "channels", "prompt"]:
-        """The kind of control that a step takes, see `condition`."""
+        """The kind of control that a step takes, see `check_control`."""
         if self.model.camera:
             return "camera"
         return "channels" if self.model.config.condition_channels else "prompt"
@@ -193,20 +209,16 @@ class StreamingGenerator:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
         return Stream(self, first_frame, prompt, seed, recache)
 
-    def _borrow_decoder(
-        self, stream: "Stream", shape: Sequence[int]
-    ) -> tuple[DecoderStream, Callable[[], object]]:
-        """A decoder for as long as `stream` lives, and the call that gives it back earlier.
+    def _borrow_memory(self, stream: "Stream") -> tuple[StreamMemory, Callable[[], object]]:
+        """Memory for as long as `stream` lives, and the call that gives it back earlier.
 
-        One that an earlier stream has left is taken first, because a new one captures two CUDA
-        graphs.
+        One that an earlier stream has left is taken first, because a new one captures CUDA graphs.
         """
-        decoder = self._idle_decoders.pop() if self._idle_decoders else None
-        decoder = decoder or DecoderStream(self.vae, shape)
-        decoder.reset()
-        give_back = weakref.finalize(stream, self._idle_decoders.append, decoder)
+        memory = self._idle.pop() if self._idle else None
+        memory = memory or StreamMemory(self.model, self.vae, self.latent_size)
+        give_back = weakref.finalize(stream, self._idle.append, memory)
         give_back.atexit = False
-        return decoder, give_back
+        return memory, give_back
 
 
 class Stream:
@@ -220,7 +232,6 @@ class Stream:
         first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3).
         seed: The seed of all noise.
         steps: Latent frames made so far.
-        seconds: Time of the last step on the host, up to its latent frame and for its decoding.
     """
 
     @torch.inference_mode()
@@ -233,16 +244,12 @@ class Stream:
         recache: bool,
     ):
         self.generator, self.seed, self.steps = generator, seed, 0
-        self.seconds = (0.0, 0.0)
         self._lock, self._trouble = threading.Lock(), None
         text, self._prompt = self._embed(prompt), prompt
         latent = generator.encode(first_frame[None])[None]
-        self._decoder, self._return = generator._borrow_decoder(self, latent.shape)
-        self.first_frame = to_array(self._decoder.decode(latent))
-        transformer = generator.model.transformer
-        latent = latent.to(transformer.video_in.weight.dtype)
-        self._noise = Noise(seed, latent.shape, latent.device)
-        self._rollout = StudentRollout(transformer, *text, latent, recache)
+        self._memory, self._return = generator._borrow_memory(self)
+        self.first_frame = self._memory.start(latent, seed, recache)
+        self._memory.rollout.set_text(*text)
 
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, str):
@@ -260,30 +267,28 @@ class Stream:
     def prompt(self, prompt: str) -> None:
         text = self._embed(prompt)
         with self._changing():
-            self._rollout.set_text(*text)
+            self._memory.rollout.set_text(*text)
             self._prompt = prompt
 
-    @torch.inference_mode()
     def step(self, control: Control | Tensor | None = None) -> np.ndarray:
         """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3).
 
-        control: see `StreamingGenerator.condition`. ValueError for another one, which changes
+        control: see `StreamingGenerator.check_control`. ValueError for another one, which changes
         nothing.
         """
-        started = time.perf_counter()
-        with nvtx.annotate("condition"):
-            condition = self.generator.condition(control)
+        return self.submit(control)()
+
+    @torch.inference_mode()
+    def submit(self, control: Control | Tensor | None = None) -> Callable[[], np.ndarray]:
+        """Starts a step, and returns the call that waits for its pixels: `step` is both at once.
+
+        On a CUDA device the next step may be submitted before the pixels of this one are taken, so
+        that the device never waits for the host. On a CPU the step is finished on return.
+        """
+        self.generator.check_control(control)
         with self._changing():
-            recycled = self._rollout.last
-            with nvtx.annotate("noise"):
-                noise = self._noise(self.steps).to(recycled)
-            with nvtx.annotate("generate"):
-                latent = self._rollout.step(noise, recycled, condition)
-            generated = time.perf_counter()
-            with nvtx.annotate("decode"):
-                pixels = to_array(self._decoder.decode(latent))
+            pixels = self._memory.advance(control)
             self.steps += 1
-        self.seconds = (generated - started, time.perf_counter() - generated)
         return pixels
 
     @contextmanager
@@ -304,13 +309,7 @@ class Stream:
     def snapshot(self) -> Snapshot:
         """Copies the whole state, between two steps. The stream does not change."""
         with self._changing():
-            return Snapshot(
-                self.seed,
-                self.steps,
-                self._prompt,
-                self._rollout.snapshot(),
-                self._decoder.snapshot(),
-            )
+            return self._memory.snapshot(self.seed, self.steps, self._prompt)
 
     @torch.inference_mode()
     def restore(self, snapshot: Snapshot) -> None:
@@ -320,32 +319,23 @@ class Stream:
         Also mends a stream whose last step failed. ValueError for a snapshot of another shape,
         RuntimeError once the stream is closed.
         """
-        if self._rollout is None:
+        if self._memory is None:
             raise RuntimeError(f"stream: {self._trouble}")
-        self._rollout.check(snapshot.rollout)
+        self._memory.check(snapshot)
         self._trouble = None
         with self._changing():
-            self._rollout.restore(snapshot.rollout)
-            self._decoder.restore(snapshot.decoder)
-            if self.seed != snapshot.seed:
-                self.seed = snapshot.seed
-                self._noise = Noise(snapshot.seed, self._noise.shape, self._noise.keys.device)
-            self.steps, self._prompt = snapshot.steps, snapshot.prompt
+            self._memory.restore(snapshot)
+            self.seed, self.steps, self._prompt = snapshot.seed, snapshot.steps, snapshot.prompt
 
     @torch.inference_mode()
     def fork(self) -> "Stream":
         """A second stream that starts where this one is; neither changes the other."""
-        with self._changing():
-            twin = object.__new__(Stream)
-            twin.generator, twin.seed, twin.steps = self.generator, self.seed, self.steps
-            twin.seconds = self.seconds
-            twin._lock, twin._trouble = threading.Lock(), None
-            twin._prompt, twin._noise = self._prompt, self._noise
-            twin.first_frame = self.first_frame.copy()
-            twin._rollout = self._rollout.fork()
-            shape = self._rollout.last.shape
-            twin._decoder, twin._return = self.generator._borrow_decoder(twin, shape)
-            twin._decoder.restore(self._decoder.snapshot())
+        snapshot = self.snapshot()
+        twin = object.__new__(Stream)
+        twin.generator, twin.first_frame = self.generator, self.first_frame.copy()
+        twin._lock, twin._trouble = threading.Lock(), None
+        twin._memory, twin._return = self.generator._borrow_memory(twin)
+        twin.restore(snapshot)
         return twin
 
     def __copy__(self) -> "Stream":
@@ -360,12 +350,12 @@ class Stream:
     @property
     def bytes(self) -> int:
         """Memory of the stream's own tensors, in bytes; weights are shared."""
-        return 0 if self._rollout is None else self._rollout.bytes + self._decoder.bytes
+        return 0 if self._memory is None else self._memory.bytes
 
     def close(self) -> None:
         """Frees the stream's memory. Safe to call twice."""
         self._return()
-        self._rollout = self._decoder = None
+        self._memory = None
         self._trouble = "closed; open a new one"
 
     def __enter__(self) -> "Stream":

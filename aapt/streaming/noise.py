@@ -47,10 +47,15 @@ class Noise:
         self.counters = torch.zeros(4, -(-math.prod(shape) // 4), dtype=torch.int64, device=device)
         self.counters[0] = torch.arange(self.counters.shape[1])
 
+    def reseed(self, seed: int) -> None:
+        """Draws from another seed from now on, at the addresses that a captured step reads."""
+        self.keys.copy_(round_keys(seed))
+
     def __call__(self, step: int | Tensor) -> Tensor:
         """The noise of one step, float32. step: a number, or a () int64 tensor on the device."""
         counters = self.counters.clone()
-        counters[2], counters[3] = step & WORD, step >> 32
+        counters[2:3] = step & WORD
+        counters[3:4] = step >> 32
         words = philox(counters, self.keys)
         uniform = (words.double() + 0.5) * 2.0**-32  # in (0, 1), never 0
         radius = (-2 * uniform[0::2].log()).sqrt()

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ..model.transformer import KVCache
 from ..vae.stream import DecoderSnapshot
-from .student import RolloutSnapshot
+from .student import Past
 
 
 @dataclass(frozen=True)
@@ -15,16 +18,22 @@ class Snapshot:
     Attributes:
         seed, steps: The seed of the noise and the steps made with it; noise has no other state.
         prompt: The prompt in force.
-        rollout, decoder: Keys, values and recycled frame; states of the decoder's convolutions.
+        latent: The last frame (1, C, 1, h, w), which the next step recycles.
+        cache: Text, first frame and window of every layer.
+        past: The inputs of the remembered steps, in a stream opened with `recache`.
+        decoder: The states of the decoder's convolutions.
     """
 
     seed: int
     steps: int
     prompt: str
-    rollout: RolloutSnapshot
+    latent: Tensor
+    cache: KVCache
+    past: Past | None
     decoder: DecoderSnapshot
 
     @property
     def bytes(self) -> int:
         """Memory of all tensors."""
-        return self.rollout.bytes + self.decoder.bytes
+        remembered = self.past.bytes if self.past else 0
+        return self.latent.nbytes + self.cache.bytes + remembered + self.decoder.bytes

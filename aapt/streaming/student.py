@@ -6,7 +6,6 @@ rollout without gradient only has to find the recycled inputs; one block-causal 
 those inputs then has the same value and the same gradient as back-propagating through the cache.
 """
 
-import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.transformer import KeysValues, KVCache, VideoTransformer, clean
+from ..model.transformer import KeysValues, VideoTransformer, clean
 
 
 @dataclass(frozen=True)
@@ -46,28 +45,17 @@ class Past:
         twin.first, twin.window = self.first.copy(), self.window.copy()
         return twin
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the inputs."""
+        return sum(x.nbytes for inputs in self for x in inputs if x is not None)
+
     def __len__(self) -> int:
         return len(self.first) + len(self.window)
 
     def __iter__(self) -> Iterator[tuple]:
         yield from self.first
         yield from self.window
-
-
-@dataclass(frozen=True)
-class RolloutSnapshot:
-    """A copy of a rollout's state: cache, last frame (B, C, 1, H, W), steps, remembered inputs."""
-
-    cache: KVCache
-    last: Tensor
-    frames: int
-    past: Past | None
-
-    @property
-    def bytes(self) -> int:
-        """Memory of cache, last frame and remembered inputs."""
-        inputs = [x for step in self.past or () for x in step if x is not None]
-        return self.cache.bytes + sum(x.nbytes for x in (self.last, *inputs))
 
 
 class StudentRollout:
@@ -148,42 +136,16 @@ class StudentRollout:
         """Makes the next latent frame (B, C, 1, H, W): one autoregressive step, 1 NFE at t = 1."""
         if self.past is not None:
             self.past.append((noise, recycled, condition))
-        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
-        self.last = clean(self.model.config, output, noise, recycled, self.time)
+        self.last = self.infer(noise, recycled, condition)
         self.frames += 1
         return self.last
 
     @torch.no_grad()
-    def snapshot(self) -> RolloutSnapshot:
-        """A copy of the state between two steps."""
-        past = self.past and self.past.copy()
-        return RolloutSnapshot(self.cache.clone(), self.last.clone(), self.frames, past)
-
-    def check(self, snapshot: RolloutSnapshot) -> None:
-        """ValueError unless the snapshot is of a rollout of this shape."""
-        self.cache.check_twin(snapshot.cache)
-        if (self.past is None) != (snapshot.past is None):
-            raise ValueError("snapshot: expected one of a stream with the same `recache`")
-
-    @torch.no_grad()
-    def restore(self, snapshot: RolloutSnapshot) -> None:
-        """Returns to a snapshot, in the memory that the rollout has. ValueError as `check`."""
-        self.check(snapshot)
-        self.cache.load(snapshot.cache)
-        self.last, self.frames = snapshot.last.clone(), snapshot.frames
-        self.past = snapshot.past and snapshot.past.copy()
-
-    @torch.no_grad()
-    def fork(self) -> "StudentRollout":
-        """A second rollout that starts where this one is."""
-        twin, state = copy.copy(self), self.snapshot()
-        twin.cache, twin.last, twin.past = state.cache, state.last, state.past
-        return twin
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the state, see `RolloutSnapshot.bytes`."""
-        return RolloutSnapshot(self.cache, self.last, self.frames, self.past).bytes
+    def infer(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
+        """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
+        next latent frame is returned."""
+        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
+        return clean(self.model.config, output, noise, recycled, self.time)
 
 
 def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:

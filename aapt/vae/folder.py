@@ -14,7 +14,7 @@ import torch
 from ..checkpoint import (
     find_checkpoint,
     load_config,
-    load_module,
+    load_meta_module,
     reading_config,
     save_config,
     save_module,
@@ -26,21 +26,27 @@ from .wan_weights import WEIGHTS
 LIGHT, ORIGINAL = "vae", "original_vae"
 
 
-def load_vae(name: str | Path, part: str = LIGHT) -> CausalVAE:
+def load_vae(
+    name: str | Path,
+    part: str = LIGHT,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> CausalVAE:
     """Loads the autoencoder of a bundled model or a checkpoint folder.
 
     part: LIGHT, the decoder that the checkpoint streams with, or ORIGINAL, the decoder that the
-    light one was made from. A folder of diffusers' Wan has one decoder for both. CheckpointError
-    says what was expected and what was found.
+    light one was made from. A folder of diffusers' Wan has one decoder for both.
+    device, dtype: Where the weights go, and their precision; None for float32. CheckpointError says
+    what was expected and what was found.
     """
     folder = find_checkpoint(name)
     if (folder / WEIGHTS).is_file():
-        return load_wan(folder)
+        return load_wan(folder).to(device, dtype)
     config = load_config(folder)
     part = part if part in config else LIGHT
-    with reading_config(folder):
+    with reading_config(folder), torch.device("meta"):
         vae = CausalVAE(VAEConfig(**tuples(config[part])))
-    load_module(folder / f"{part}.safetensors", vae)
+    load_meta_module(folder / f"{part}.safetensors", vae, device, dtype)
     return vae
 
 

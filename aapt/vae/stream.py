@@ -1,4 +1,4 @@
-"""One stream through the decoder in fixed memory: on a CUDA device, two CUDA graphs."""
+"""One stream through the decoder in fixed memory, and its capture as CUDA graphs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,53 @@ class DecoderSnapshot:
 
     @property
     def bytes(self) -> int:
+        """Memory of the states."""
         return sum(part.nbytes for part in self.states)
+
+
+class DecoderStates:
+    """The states of one stream's convolutions, at fixed addresses.
+
+    latent: a tensor of the stream's shape (batch, channels, 1, height, width), for sizes alone. A
+    convolution's new state is copied over the old one, after it was read.
+    """
+
+    @torch.no_grad()
+    def __init__(self, vae: CausalVAE, latent: Tensor):
+        self.vae = vae
+        self.frames = 0  # latent frames decoded since the start
+        # Outside of inference mode, so that callers outside of it can write to the buffers too;
+        # leaving it turns gradients on.
+        with torch.inference_mode(False), torch.no_grad():
+            _, state = vae.decode_frame(torch.zeros_like(latent), pixels=True)
+            self.tensors = tuple(torch.empty_like(part) for part in state)
+
+    def first(self, latent: Tensor) -> Tensor:
+        """Decodes the first latent frame: uint8 pixels (batch, 3, 1, H, W)."""
+        return self.vae.decode_frame(latent, pixels=True, state_out=self.tensors)[0]
+
+    def next(self, latent: Tensor) -> Tensor:
+        """Decodes a later latent frame: uint8 pixels (batch, 3, frames, H, W)."""
+        states = self.tensors
+        return self.vae.decode_frame(latent, states, pixels=True, state_out=states)[0]
+
+    @torch.no_grad()
+    def snapshot(self) -> DecoderSnapshot:
+        """A copy of the states between two frames."""
+        with torch.inference_mode(False):
+            return DecoderSnapshot(self.frames, tuple(part.clone() for part in self.tensors))
+
+    @torch.no_grad()
+    def restore(self, snapshot: DecoderSnapshot) -> None:
+        """Returns to a snapshot of a stream of this shape, in the memory that this one has."""
+        for ours, theirs in zip(self.tensors, snapshot.states, strict=True):
+            ours.copy_(theirs)
+        self.frames = snapshot.frames
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the states."""
+        return sum(part.nbytes for part in self.tensors)
 
 
 class DecoderStream:
@@ -61,9 +107,7 @@ class DecoderStream:
     every stream has its own graphs, states and scratch memory. Streams share the weights alone and
     may run side by side. The weights must neither change nor move.
 
-    The states are one set of buffers: a convolution's new state is copied over the old one, after
-    it was read. A copy (`copy.copy`, `copy.deepcopy`) is a stream of its own. ValueError for
-    another shape.
+    A copy (`copy.copy`, `copy.deepcopy`) is a stream of its own. ValueError for another shape.
     """
 
     @torch.no_grad()
@@ -74,21 +118,19 @@ class DecoderStream:
                 f"shape: expected (batch, {channels}, 1, height, width), got {tuple(shape)}"
             )
         self.vae = vae
-        self.frames = 0  # latent frames decoded since the start
-        # Outside of inference mode, so that callers outside of it can write to the buffers too;
-        # leaving it turns gradients on.
+        self._whole = True  # False while a decode is under way
         with torch.inference_mode(False), torch.no_grad():
             self._latent = vae.latent_mean.new_zeros(tuple(shape))
-            _, state = vae.decode_frame(self._latent, pixels=True)
-            self._state = tuple(torch.empty_like(part) for part in state)
+            self._states = DecoderStates(vae, self._latent)
             device = self._latent.device
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-            self._whole = True  # False while a decode is under way
-            self._first = capture(lambda: self._step(None), device, pool)
-            self._steady = capture(lambda: self._step(self._state), device, pool)
+            self._first = capture(lambda: self._states.first(self._latent), device, pool)
+            self._steady = capture(lambda: self._states.next(self._latent), device, pool)
 
-    def _step(self, state: tuple[Tensor, ...] | None) -> Tensor:
-        return self.vae.decode_frame(self._latent, state, pixels=True, state_out=self._state)[0]
+    @property
+    def frames(self) -> int:
+        """Latent frames decoded since the start."""
+        return self._states.frames
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -111,31 +153,27 @@ class DecoderStream:
         self._whole = False
         self._latent.copy_(latent)
         pixels = self._steady() if self.frames else self._first()
-        self.frames += 1
+        self._states.frames += 1
         self._whole = True
         return pixels
 
     def reset(self) -> None:
         """The next frame starts a new stream."""
-        self.frames, self._whole = 0, True
+        self._states.frames, self._whole = 0, True
 
-    @torch.no_grad()
     def snapshot(self) -> DecoderSnapshot:
         """A copy of the states between two frames."""
-        with torch.inference_mode(False):
-            return DecoderSnapshot(self.frames, tuple(part.clone() for part in self._state))
+        return self._states.snapshot()
 
-    @torch.no_grad()
     def restore(self, snapshot: DecoderSnapshot) -> None:
         """Returns to a snapshot of a stream of this shape, in the memory that this one has."""
-        for ours, theirs in zip(self._state, snapshot.states, strict=True):
-            ours.copy_(theirs)
-        self.frames, self._whole = snapshot.frames, True
+        self._states.restore(snapshot)
+        self._whole = True
 
     @property
     def bytes(self) -> int:
         """Memory of the states and the latent; that of a captured graph is not known."""
-        return self._latent.nbytes + sum(part.nbytes for part in self._state)
+        return self._latent.nbytes + self._states.bytes
 
     def __deepcopy__(self, memo: dict) -> "DecoderStream":
         twin = DecoderStream(self.vae, self._latent.shape)

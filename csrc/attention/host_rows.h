@@ -1,4 +1,4 @@
-// The host side of rows.h.
+// Makes a RowBuffer on the host.
 #pragma once
 
 #include "attention/rows.h"
@@ -6,7 +6,7 @@
 
 namespace aapt {
 
-// Checks a tensor as `check_rows` does, and says where its rows lie.
+// Checks a tensor with `check_rows`, and describes its rows to a kernel.
 inline RowBuffer row_buffer(const char* name, const Tensor& tensor, const Tensor& q,
                             int64_t length) {
   const Strides strides = check_rows(name, tensor, q, length);

@@ -7,8 +7,8 @@
 
 namespace aapt {
 
-// Makes the maps of a launch, in tiles of `box_rows` tokens x 64 columns. `error` says in words
-// what is wrong with the first that cannot be made, else it is null; none is made after that.
+// Makes the tensor maps of a launch, in tiles of `box_rows` tokens x 64 columns. Stops at the first
+// map that cannot be made: `error` is then its message, else null.
 template <class Params>
 class MapMaker {
  public:

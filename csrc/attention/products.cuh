@@ -1,9 +1,9 @@
 // The two matrix products of attention on one warpgroup: 64 queries, BF16 in, float32 sums.
 //
-// Tiles lie in shared memory as TMA writes them: panels of 64 columns, 128-byte rows, 128-byte
-// swizzle. A thread of warp w holds, of every 8 columns, columns 2 (lane % 4) and the next, in rows
-// 16 w + lane / 4 and that plus 8: element i of a fragment is row half (i / 2) % 2, column
-// 8 (i / 4) + 2 (lane % 4) + i % 2.
+// Tiles are stored in shared memory as TMA writes them: panels of 64 columns, 128-byte rows,
+// 128-byte swizzle. A thread of warp w holds two rows: 16 w + lane / 4, and 8 rows after it. Of
+// every 8 columns it holds two: 2 (lane % 4), and the next. Element i of its fragment is row half
+// (i / 2) % 2, column 8 (i / 4) + 2 (lane % 4) + i % 2.
 #pragma once
 
 #include "hopper/hopper.cuh"
@@ -45,8 +45,8 @@ HOPPER_DEVICE void multiply_pv(float (&out)[kHeadDim / 2],
   }
 }
 
-// sums = ds^T k: ds (kKeys, 64) along its columns, one panel; k (kKeys, 64), a panel in blocks of
-// 64 keys that lie `block_bytes` apart.
+// sums = ds^T k: ds (kKeys, 64) along its columns, one panel; k (kKeys, 64), one panel, in blocks
+// of 64 keys `block_bytes` apart.
 template <int kKeys>
 HOPPER_DEVICE void multiply_transposed(float (&sums)[32], uint32_t ds, uint32_t k,
                                        uint32_t block_bytes) {
@@ -61,7 +61,7 @@ HOPPER_DEVICE void multiply_transposed(float (&sums)[32], uint32_t ds, uint32_t 
   }
 }
 
-// Scores, as they came out of one product, become the left factor of the next.
+// Rounds the scores of one product to BF16, as the left factor of the next.
 template <int kKeys>
 HOPPER_DEVICE void pack_factor(const float (&scores)[kKeys / 2],
                                uint32_t (&p)[kKeys / kMmaDepth][4]) {

@@ -1,4 +1,5 @@
-// Where the rows of a BF16 (batch, tokens, heads, head_dim) tensor lie, as kernels are told.
+// The rows of a BF16 (batch, tokens, heads, head_dim) tensor as a kernel addresses them, and the
+// number of query rows that a warpgroup and a CTA take.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@ struct RowBuffer {
   int tokens;
 };
 
-struct Interval {
-  int begin, end;  // rows, half-open
-};
+constexpr int kQueryBlock = 64;  // rows of one warpgroup
+constexpr int kConsumers = 2;    // warpgroups that multiply
+constexpr int kQueryTile = kConsumers * kQueryBlock;
 
 }  // namespace aapt

@@ -9,8 +9,8 @@ struct OnlineSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY};  // of the raw scores
   float sum[2] = {0.0f, 0.0f};                // of this thread's columns, until `reduce`
 
-  // Turns raw scores, -inf where a key is hidden, into weights relative to the new maximum, and
-  // returns in `rescale` what older weights are now worth. A row may see nothing, so far or ever.
+  // Turns raw scores, -inf for a hidden key, into weights relative to the new maximum. Returns in
+  // `rescale` the factor of all older weights. A row may see no key.
   template <int kKeys>
   HOPPER_DEVICE void add(float (&scores)[kKeys / 2], float (&rescale)[2], float scale_log2) {
     HOPPER_UNROLL
@@ -36,7 +36,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Makes `sum` that of whole rows; four threads share one.
+  // Adds `sum` over the four threads that share a row.
   HOPPER_DEVICE void reduce() {
     HOPPER_UNROLL
     for (int row = 0; row < 2; ++row) {
@@ -44,15 +44,22 @@ struct OnlineSoftmax {
       sum[row] += hopper::shfl_xor(sum[row], 2);
     }
   }
+
+  // After `reduce`: the natural logarithm of the sum of exponentials; -inf if the row sees nothing.
+  HOPPER_DEVICE float log_sum_exp(int row, float scale_log2) const {
+    constexpr float kLn2 = 0.693147180559945f;
+    return kLn2 * (maximum[row] * scale_log2 + hopper::log2_approx(sum[row]));
+  }
 };
 
-// Hides all columns of a fragment but the first `valid`.
+// Hides the columns of a fragment from `visible` on, if any.
 template <int kKeys>
-HOPPER_DEVICE void hide_columns(float (&scores)[kKeys / 2], int valid) {
+HOPPER_DEVICE void hide_columns(float (&scores)[kKeys / 2], int visible) {
+  if (visible >= kKeys) return;
   const int column = threadIdx.x % 4 * 2;
   HOPPER_UNROLL
   for (int i = 0; i < kKeys / 2; ++i) {
-    if (i / 4 * 8 + column + i % 2 >= valid) scores[i] = -INFINITY;
+    if (i / 4 * 8 + column + i % 2 >= visible) scores[i] = -INFINITY;
   }
 }
 

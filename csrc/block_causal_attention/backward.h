@@ -1,11 +1,12 @@
 // The kernels of the backward, and the order in which `launch_backward_sm90` enqueues them:
 //
-//   rows      log-sum-exp and rowsum(dout out) - dlse, as the others read them
-//   backward  per tile of keys: dk and dv, and what the tile adds to dq
-//   convert   the sums of dq, to BF16
+//   rows      log-sum-exp and rowsum(dout out) - dlse of every query row
+//   keys      dk and dv of every tile of keys, and the tile's part of dq
+//   convert   the sums of dq, rounded to BF16
 //
-// Deterministic, dq has a kernel of its own, which goes through the keys of a query tile in order
-// and computes the scores a second time: seven products instead of five, but no sums in memory.
+// In a deterministic backward, a kernel for dq replaces `convert`. It goes through the keys of a
+// query tile in order and computes the scores a second time: seven products instead of five, but no
+// sums in memory.
 #pragma once
 
 #include "block_causal_attention/params.h"

@@ -1,12 +1,13 @@
-// The mask: which keys some query rows see, and by which query rows some keys are seen. A few
-// integers each, from FrameMask; only tiles at the edges need arithmetic per element.
+// The mask (docs/method.md#3): the keys that query rows see, and the query rows that see keys. Both
+// are a few integers, computed from FrameMask; only tiles at an edge need arithmetic per element.
 //
-// A row sees the text, the sink frames up to its own, and the frames of its window: three intervals
-// of keys, fewer where they touch. A key is seen by one interval of query rows. Query tiles are cut
-// without regard to frames: the edges of all these intervals grow with the row (or key), so
-// those of a tile follow from its first and last.
+// A row sees the text, the sink frames up to its own frame, and the frames of its window: three
+// intervals of keys, or fewer if they touch. A key is seen by one interval of query rows. Tiles may
+// cut frames, because the edges of every interval grow with the row (or key): the edges of a tile
+// follow from its first and last row (or key).
 #pragma once
 
+#include "attention/intervals.h"
 #include "block_causal_attention/params.h"
 #include "hopper/hopper.cuh"
 
@@ -14,9 +15,6 @@ namespace aapt::block_causal {
 
 HOPPER_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 HOPPER_DEVICE int larger(int a, int b) { return a < b ? b : a; }
-HOPPER_DEVICE int tiles_of(const Interval& rows, int tile) {
-  return (rows.end - rows.begin + tile - 1) / tile;
-}
 
 HOPPER_DEVICE int text_length(const FrameMask& mask, int batch) {
   if (mask.text_lens == nullptr) return mask.text_tokens;
@@ -25,7 +23,7 @@ HOPPER_DEVICE int text_length(const FrameMask& mask, int batch) {
 }
 
 // The frames that a query row sees, as key rows: the sink from the end of the text to `sink_end`,
-// and the window after it. Nothing for a row of text.
+// and the window after it. A row of text sees no frame.
 struct RowView {
   int sink_end;
   Interval window;
@@ -45,13 +43,13 @@ struct RowView {
     window = {text + oldest * tokens, text + (position + 1) * tokens};
   }
 
-  // Every key below is seen, but for padding of the text.
+  // Every key before this one is seen, except padding of the text.
   HOPPER_DEVICE int head_end() const { return window.begin == sink_end ? window.end : sink_end; }
 };
 
 struct KeyTile {
-  int row, end;  // first key row; the first that this tile leaves to others
-  bool in_sink;  // to be met with q_sink
+  int row, end;  // first key row; keys from `end` on are not in the tile
+  bool in_sink;  // multiplied with q_sink
   bool clean;    // every row sees every key
 };
 
@@ -61,48 +59,40 @@ class VisibleKeys {
   HOPPER_DEVICE VisibleKeys(const FrameMask& mask, bool pinned_rotation, int batch, int first_row,
                             int last_row) {
     const int text_tokens = mask.text_tokens;
-    text_ = {0, text_length(mask, batch)};
+    keys_.text = {0, text_length(mask, batch)};
     first_ = RowView(mask, first_row);
     last_ = RowView(mask, last_row);
     const int oldest = RowView(mask, larger(first_row, text_tokens)).window.begin;
-    sink_ = {text_tokens, last_.sink_end};
-    window_ = {smaller(larger(oldest, last_.sink_end), last_.window.end), last_.window.end};
+    keys_.sink = {text_tokens, last_.sink_end};
+    keys_.rest = {smaller(larger(oldest, last_.sink_end), last_.window.end), last_.window.end};
     if (pinned_rotation) return;
-    // One query for all: neighbours are one interval
-    const int begin = text_.end == text_tokens ? 0 : text_tokens;
-    if (begin == 0) text_.end = 0;
-    if (sink_.end == window_.begin) {
-      window_.begin = begin;
-      sink_.end = sink_.begin;
+    // One query for all keys: neighbouring intervals become one
+    const int begin = keys_.text.end == text_tokens ? 0 : text_tokens;
+    if (begin == 0) keys_.text.end = 0;
+    if (keys_.sink.end == keys_.rest.begin) {
+      keys_.rest.begin = begin;
+      keys_.sink.end = keys_.sink.begin;
     } else {
-      sink_.begin = begin;
+      keys_.sink.begin = begin;
     }
     plain_sink_ = true;
   }
 
-  HOPPER_DEVICE int tiles() const {
-    return tiles_of(text_, kKeyTile) + tiles_of(sink_, kKeyTile) + tiles_of(window_, kKeyTile);
-  }
-  // Where the sink has a query of its own: the tiles met with that one, or with the other.
-  HOPPER_DEVICE int sink_tiles() const { return tiles_of(sink_, kKeyTile); }
+  HOPPER_DEVICE int tiles() const { return keys_.tiles(); }
+  // If the sink has a query of its own: the tiles multiplied with q_sink, or with q.
+  HOPPER_DEVICE int sink_tiles() const { return keys_.sink_tiles(); }
   HOPPER_DEVICE int tiles_with(bool q_sink) const {
     return q_sink ? sink_tiles() : tiles() - sink_tiles();
   }
   HOPPER_DEVICE int index_with(bool q_sink, int i) const {
-    const int text_tiles = tiles_of(text_, kKeyTile);
+    const int text_tiles = keys_.text_tiles();
     return q_sink ? text_tiles + i : i < text_tiles ? i : i + sink_tiles();
   }
 
   HOPPER_DEVICE KeyTile tile(int index) const {
-    const int text_tiles = tiles_of(text_, kKeyTile), sink_tiles = tiles_of(sink_, kKeyTile);
-    const bool in_text = index < text_tiles, in_sink = !in_text && index < text_tiles + sink_tiles;
-    const int within = in_text   ? index
-                       : in_sink ? index - text_tiles
-                                 : index - text_tiles - sink_tiles;
-    const int begin = in_text ? text_.begin : in_sink ? sink_.begin : window_.begin;
-    const int end = in_text ? text_.end : in_sink ? sink_.end : window_.end;
-    const int row = begin + within * kKeyTile, row_end = row + kKeyTile;
-    // Once the window has left the sink behind, it has for all later rows
+    const auto [row, end, in_sink] = keys_.tile(index);
+    const int row_end = row + kKeyTile;
+    // If the window has left the sink, it has left the sink for all later rows too
     const int head_end = last_.window.begin == last_.sink_end ? first_.head_end() : first_.sink_end;
     const bool seen =
         row_end <= head_end || (row >= last_.window.begin && row_end <= first_.window.end);
@@ -110,12 +100,12 @@ class VisibleKeys {
   }
 
  private:
-  Interval text_, sink_, window_;
+  KeyIntervals<kKeyTile> keys_;
   RowView first_, last_;
   bool plain_sink_ = false;
 };
 
-// A key tile of the backward; its edges are left to the query tiles.
+// A key tile of the backward. `clean` is not used: VisibleRows says which query tiles are.
 HOPPER_DEVICE KeyTile key_tile(const FrameMask& mask, const KeyRegions& regions, int index) {
   const int sink_index = index - regions.head_tiles, rest_index = sink_index - regions.sink_tiles;
   const bool in_head = sink_index < 0, in_sink = !in_head && rest_index < 0;
@@ -126,7 +116,7 @@ HOPPER_DEVICE KeyTile key_tile(const FrameMask& mask, const KeyRegions& regions,
   return {row, smaller(end, row + kKeyTile), in_sink, false};
 }
 
-// The query rows that see a key; `text` keys are text, the rest of it is padding.
+// The query rows that see a key. Text keys from `text` on are padding.
 HOPPER_DEVICE Interval rows_that_see(const FrameMask& mask, int text, int key) {
   const int text_tokens = mask.text_tokens, tokens = mask.tokens_per_frame;
   if (key < text_tokens) return {0, key < text ? mask.query_rows : 0};
@@ -139,8 +129,8 @@ HOPPER_DEVICE Interval rows_that_see(const FrameMask& mask, int text, int key) {
   return {text_tokens + first * tokens, text_tokens + last * tokens};
 }
 
-// The tiles of kRows query rows that see a tile of keys: some of its keys in all of these, all of
-// them in the clean ones.
+// The tiles of kRows query rows that see any key of a tile. Every row of a clean tile sees every
+// key.
 template <int kRows>
 struct VisibleRows {
   Interval tiles = {0, 0}, clean = {0, 0};
@@ -148,7 +138,7 @@ struct VisibleRows {
   HOPPER_DEVICE VisibleRows(const FrameMask& mask, int batch, const KeyTile& keys) {
     const int text = text_length(mask, batch), text_tokens = mask.text_tokens;
     const bool any_text = keys.row < text;
-    // Without text the first visible key is a frame's, if there is one
+    // Without text, the first visible key is a frame's, if any
     const int first_key = any_text ? keys.row : larger(keys.row, text_tokens);
     if (first_key >= keys.end) return;
     const Interval first = rows_that_see(mask, text, first_key);

@@ -1,4 +1,4 @@
-// What the host side of block_causal_attention hands to its kernels.
+// Arguments of the kernels of block_causal_attention.
 #pragma once
 
 #include <cstdint>
@@ -7,29 +7,27 @@
 
 namespace aapt::block_causal {
 
-constexpr int kQueryBlock = 64;  // rows of one warpgroup
-constexpr int kConsumers = 2;    // warpgroups that multiply
-constexpr int kQueryTile = kConsumers * kQueryBlock;
 constexpr int kKeyTile = 128;
 
-// FrameLayout (SPEC 3) as integers.
+// FrameLayout (docs/method.md#3) as integers.
 struct FrameMask {
   int text_tokens, tokens_per_frame;
   int frames;         // of the query
-  int frames_before;  // of the key, before those
-  int window_frames;  // at most as many as the key has
+  int frames_before;  // of the key, before the query's
+  int window_frames;  // at most the frames of the key
   int sink_frames;
-  int query_rows, key_rows;  // of both, text included
-  const int64_t* text_lens;  // (batch,) on the device, or null where every text is full
+  int query_rows, key_rows;  // text included
+  const int64_t* text_lens;  // (batch,) on the device, or null if every text is full
 };
 
-// The rows of the key tiles of the backward. Tiles do not cross the end of the sink, which many
-// more rows see than what follows, nor that of the text where the sink has a query of its own: then
-// the head is the text alone, else text and sink, and nothing is left for the sink.
+// The key rows of the backward, in tiles. No tile crosses the end of the sink, because many more
+// query rows see the sink than the frames after it. If the sink has a query of its own, no tile
+// crosses the end of the text either: the head is then the text alone, else text and sink, and the
+// region of the sink is empty.
 struct KeyRegions {
   int head_end, sink_end;      // the rest ends with the keys
-  int head_tiles, sink_tiles;  // in a row
-  int tiles;                   // all
+  int head_tiles, sink_tiles;  // of the first two regions
+  int tiles;                   // of all three
 };
 
 inline KeyRegions key_regions(const FrameMask& mask, bool pinned_rotation) {
@@ -50,14 +48,14 @@ struct Params {
   bool pinned_rotation;  // the sink frames have a query of their own, q_sink
   float scale;           // of the softmax
   float scale_log2;      // times log2(e)
-  float* lse;            // (batch, heads, query_rows), natural logarithm; -inf sees nothing
+  float* lse;  // (batch, heads, query_rows), natural logarithm; -inf if a row sees nothing
 };
 
 struct Buffers {
   RowBuffer q, q_sink, k, v, out;  // q_sink.data is null without one
 };
 
-// Enqueues the forward kernel on `ctas` CTAs. Returns null, or words for why it did not start.
+// Enqueues the forward kernel on `ctas` CTAs. Returns null or an error message.
 const char* launch_sm90(const Params& params, const Buffers& buffers, int ctas, void* stream);
 
 // The backward. Sums and outputs are dense; rows of `row_lse` and `row_delta` are padded to whole
@@ -67,8 +65,8 @@ struct Backward {
   int padded_rows;
   float* row_lse;    // log-sum-exp in units of log2; +inf where a row sees nothing
   float* row_delta;  // rowsum(dout out) - dlse
-  // Sums of dq, then of dq_sink, in tiles as `QuerySums` lays them out; zero. Null where another
-  // kernel makes dq, from all keys of a row in their order.
+  // Sums of dq, then of dq_sink, stored as `QuerySums` says; zero at first. Null if the kernel for
+  // dq computes dq.
   float* dq_sums;
   uint16_t *dq, *dq_sink;  // (batch, query_rows, heads, head_dim), (batch, frame rows, ...)
   uint16_t *dk, *dv;       // (batch, key_rows, heads, head_dim)

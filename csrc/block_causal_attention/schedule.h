@@ -1,7 +1,7 @@
-// Who does what: tiles of one operand against all tiles of the other that the mask shows, the
-// longest first, dealt out to persistent CTAs there and back (0 1 2 2 1 0 0 ...), so that every CTA
-// gets as much as the others. The 24 (batch, head) pairs of a group take turns: neighbouring CTAs
-// work on the same few of them and share what they read in the L2 cache.
+// The work of each CTA. An item is one tile of one operand against all visible tiles of the other.
+// Items are dealt to persistent CTAs, the longest first, there and back (0 1 2 2 1 0 0 ...), so
+// that all CTAs get about equal work. Successive items alternate between the 24 (batch, head) pairs
+// of a group: all CTAs work on few pairs at a time and share their data in the L2 cache.
 #pragma once
 
 #include "hopper/hopper.cuh"
@@ -20,7 +20,7 @@ class Schedule {
   HOPPER_DEVICE Schedule(int tiles, int batch, int heads, int cta, int ctas)
       : tiles_(tiles), pairs_(batch * heads), heads_(heads), cta_(cta), ctas_(ctas) {}
 
-  // The next item of this CTA; false when there is none.
+  // Sets `item` to the next one of this CTA; false if none is left.
   HOPPER_DEVICE bool next(Item& item) {
     const int place = round_ % 2 == 0 ? cta_ : ctas_ - 1 - cta_;
     const int index = round_ * ctas_ + place;

@@ -1,6 +1,6 @@
-// How the float32 sums of dq lie in memory: query tile after query tile, one half of a tile per
-// warpgroup, and in it four elements of a thread at a time, neighbouring threads side by side. So a
-// warpgroup writes them without bank conflicts and adds them with one bulk reduction.
+// The float32 sums of dq in memory: query tile after query tile, and in a tile one half per
+// warpgroup. A half has four elements of each thread, then the next four of each thread, and so on.
+// So a warpgroup writes it without bank conflicts and adds it with one bulk reduction.
 #pragma once
 
 #include "attention/products.cuh"
@@ -15,14 +15,14 @@ struct QuerySums {
   static constexpr int kRowPanels = kRows / 64;
   static constexpr int kHalf = kSumsPerTile / kConsumers;  // floats: 64 rows x 64 columns
 
-  // What a warpgroup's half is in the tile: both are multiples of 64.
+  // The first row and column of a warpgroup's half in its tile; multiples of 64.
   HOPPER_DEVICE static int row(int group) { return group % kRowPanels * 64; }
   HOPPER_DEVICE static int column(int group) { return group / kRowPanels * kPanel; }
 
   HOPPER_DEVICE static int tiles(const FrameMask& mask) {
     return (mask.query_rows + kRows - 1) / kRows;
   }
-  // The half of one tile; those of dq_sink come after all of dq.
+  // The address of a half; the sums of dq_sink come after all of dq.
   HOPPER_DEVICE static float* half(const Params& params, float* sums, bool of_sink, int batch,
                                    int head, int tile, int group) {
     const int64_t pair =

@@ -1,12 +1,13 @@
-// One new frame's queries against the KV cache, in place, on sm_90a (SPEC 3, 5).
+// Attention from one new frame to the KV cache, in place, on sm_90a (docs/method.md#3,
+// docs/method.md#5).
 //
-// Compute-bound: 4 head_dim FLOPs per query and key against 4 head_dim bytes per key for 1196
-// queries. So the tensor cores must never wait. One warpgroup fetches (TMA), two multiply (wgmma)
-// and take turns, so that one's softmax runs under the other's products; within a warpgroup the
-// scores of the next key tile are multiplied together with the values of this one. `schedule.h`
-// keeps every SM busy to the end.
+// Compute-bound: 4 head_dim FLOPs per query and key, but 4 head_dim bytes per key for all 1196
+// queries. So the tensor cores must never wait. One warpgroup fetches (TMA) and two multiply
+// (wgmma). The two alternate: the softmax of one runs during the products of the other. Within a
+// warpgroup, the scores of the next key tile are computed together with the values of the current
+// one. `schedule.h` keeps every SM busy to the end.
 
-#include "attention/barriers.cuh"
+#include "attention/consumer.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "attention/softmax.cuh"
@@ -30,13 +31,13 @@ struct Config {
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using QueryBlock = uint16_t[kPanels][kQueryBlock * kPanel];
-  using KeyTile = uint16_t[kPanels][kKeyTile * kPanel];
+  using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    // q, and q_sink after it; once read, sums on their way to the other warpgroup, and out
+    // q, then q_sink; replaced, once read, by sums for the other warpgroup and by out
     alignas(1024) QueryBlock q[kSinkQuery ? 2 * kConsumers : kConsumers];
-    alignas(1024) KeyTile k[kStages];
-    alignas(1024) KeyTile v[kStages];
+    alignas(1024) KeyBlock k[kStages];
+    alignas(1024) KeyBlock v[kStages];
     float4 stats[Part<kHeadDim>::kStats];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
@@ -44,16 +45,7 @@ struct Config {
   };
 };
 
-// Named barriers; 0 is __syncthreads.
-enum Barrier { kTurn = 1, kGroup = kTurn + kConsumers, kMerge = kGroup + kConsumers };
-
-// The stage of the n-th key tile that a CTA handles, and the parity of its barriers then.
-template <class C>
-struct Stage {
-  int index;
-  uint32_t phase;
-  HOPPER_DEVICE explicit Stage(uint32_t n) : index(n % C::kStages), phase(n / C::kStages % 2) {}
-};
+constexpr int kMerge = kOwnBarriers;  // a named barrier
 
 struct TensorMaps {
   TensorMap q, q_sink, k, v, out;
@@ -88,24 +80,11 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
                               const CachedAttentionParams& params) {
   Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
   Piece piece;
-  uint32_t n = 0;
+  KeyRing<C> ring(shared);
   while (schedule.next(piece)) {
     const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
-    for (int i = 0; i < piece.count; ++i, ++n) {
-      const Stage<C> stage(n);
-      const int row = keys.tile(piece.first + i).row;
-      const auto fetch = [&](typename C::KeyTile& tile, const TensorMap& map, uint64_t* full,
-                             uint64_t* empty) {
-        mbar_wait(empty, stage.phase ^ 1);
-        mbar_arrive_expect_tx(full, sizeof(tile));
-        for (int panel = 0; panel < C::kPanels; ++panel) {
-          tma_load_4d(tile[panel], &map, full, panel * kPanel, row, piece.head, piece.batch);
-        }
-      };
-      fetch(shared.k[stage.index], maps.k, &shared.k_full[stage.index],
-            &shared.k_empty[stage.index]);
-      fetch(shared.v[stage.index], maps.v, &shared.v_full[stage.index],
-            &shared.v_empty[stage.index]);
+    for (int i = 0; i < piece.count; ++i) {
+      ring.fetch(maps, keys.tile(piece.first + i).row, piece.head, piece.batch);
     }
   }
 }
@@ -116,27 +95,27 @@ class Consumer {
  public:
   HOPPER_DEVICE Consumer(typename C::Shared& shared, const TensorMaps& maps,
                          const CachedAttentionParams& params, int group)
-      : shared_(shared), maps_(maps), params_(params), group_(group) {}
+      : shared_(shared), maps_(maps), params_(params), group_(group), ring_(shared) {}
 
   HOPPER_DEVICE void run() {
     Schedule<C::kKeyTile> schedule(params_, blockIdx.x, gridDim.x);
     Piece piece;
-    if (group_ == 1) pass_turn();  // the first turn is the other's
+    if (group_ == 1) pass_turn(group_);  // the other consumer begins
     for (uint32_t n = 0; schedule.next(piece); ++n) {
       mbar_wait(&shared_.q_full, n % 2);
       attend(piece);
-      before_ += piece.count;
+      ring_.finish_item(piece.count);
       finish(piece, schedule.sharers(piece));
     }
-    if (group_ == 0) take_turn();  // leaves no barrier half full
+    if (group_ == 0) take_turn(group_);  // leaves no barrier half full
   }
 
  private:
-  // The key tiles of a piece: all of them, or every other one of a narrow tile.
+  // Goes through the key tiles of a piece: all, or every other one if the tile is narrow.
   HOPPER_DEVICE void attend(const Piece& piece) {
     const VisibleKeys<C::kKeyTile> keys(params_, piece.batch);
     const int stride = piece.narrow ? 2 : 1, first = piece.narrow ? group_ : 0;
-    // Both take the same number of turns, even if one has a tile less
+    // Both consumers take equally many turns, even if one has a tile less
     const int turns = (piece.count + stride - 1) / stride;
     float scores[C::kKeyTile / 2], rescale[2];
     uint32_t p[C::kKeyTile / kMmaDepth][4];
@@ -145,81 +124,82 @@ class Consumer {
     HOPPER_UNROLL
     for (int i = 0; i < C::kHeadDim / 2; ++i) out_[i] = 0.0f;
 
-    if (piece.narrow and group_ == 1) skip(0);
+    if (piece.narrow && group_ == 1) skip(0);
     if (first < piece.count) {
       const auto tile = keys.tile(piece.first + first);
-      wait_keys(first);
+      ring_.wait_keys(first);
       reg_fence(scores);
       wgmma_fence();
-      multiply_qk<C::kHeadDim, C::kKeyTile>(scores, queries(piece, tile.in_sink), keys_at(first));
+      multiply_qk<C::kHeadDim, C::kKeyTile>(scores, queries(piece, tile.in_sink),
+                                            ring_.keys(first));
       wgmma_commit();
       wgmma_wait<0>();
       reg_fence(scores);
-      release(&shared_.k_empty[stage(first).index]);
-      if (tile.valid < C::kKeyTile) hide_columns<C::kKeyTile>(scores, tile.valid);
+      ring_.release_keys(first);
+      hide_columns<C::kKeyTile>(scores, tile.end - tile.row);
       softmax_.template add<C::kKeyTile>(scores, rescale, params_.scale_log2);
       pack_factor<C::kKeyTile>(scores, p);
     }
     for (int turn = 1; turn < turns; ++turn) {
       const int i = first + turn * stride, before = i - stride;
       if (i >= piece.count) {  // the other has one tile more
-        take_turn();
-        pass_turn();
+        take_turn(group_);
+        pass_turn(group_);
         break;
       }
       if (piece.narrow) skip(i - 1);
       const auto tile = keys.tile(piece.first + i);
-      wait_keys(i);
-      wait_values(before);
-      take_turn();
+      ring_.wait_keys(i);
+      ring_.wait_values(before);
+      take_turn(group_);
       reg_fence(scores);
       wgmma_fence();
-      multiply_qk<C::kHeadDim, C::kKeyTile>(scores, queries(piece, tile.in_sink), keys_at(i));
+      multiply_qk<C::kHeadDim, C::kKeyTile>(scores, queries(piece, tile.in_sink), ring_.keys(i));
       wgmma_commit();
       reg_fence(out_);
       wgmma_fence();
-      multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, values_at(before));
+      multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, ring_.values(before));
       wgmma_commit();
-      pass_turn();
+      pass_turn(group_);
       wgmma_wait<1>();
       reg_fence(scores);
-      release(&shared_.k_empty[stage(i).index]);
-      if (tile.valid < C::kKeyTile) hide_columns<C::kKeyTile>(scores, tile.valid);
+      ring_.release_keys(i);
+      hide_columns<C::kKeyTile>(scores, tile.end - tile.row);
       softmax_.template add<C::kKeyTile>(scores, rescale, params_.scale_log2);
       wgmma_wait<0>();
       reg_fence(out_);
-      release(&shared_.v_empty[stage(before).index]);
+      ring_.release_values(before);
       scale_rows(out_, rescale);
       pack_factor<C::kKeyTile>(scores, p);
     }
     if (first < piece.count) {
       const int last = first + (piece.count - 1 - first) / stride * stride;
-      wait_values(last);
+      ring_.wait_values(last);
       reg_fence(out_);
       wgmma_fence();
-      multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, values_at(last));
+      multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, ring_.values(last));
       wgmma_commit();
       wgmma_wait<0>();
       reg_fence(out_);
-      release(&shared_.v_empty[stage(last).index]);
-      if (piece.narrow and last + 1 < piece.count) skip(last + 1);
+      ring_.release_values(last);
+      if (piece.narrow && last + 1 < piece.count) skip(last + 1);
     }
     softmax_.reduce();
   }
 
-  // Brings the parts of the query block together and writes it out.
+  // Adds up the parts of the query block and stores it.
   HOPPER_DEVICE void finish(const Piece& piece, const Interval& sharers) {
     if (piece.narrow) {
-      // Neither reads its queries any more: their place is free
+      // Both have read their queries: the memory is free
       bar_sync(kMerge, 128 * kConsumers);
       const Part<C::kHeadDim> part(reinterpret_cast<float4*>(shared_.q), shared_.stats);
       if (group_ == 1) {
         part.write(out_, softmax_);
-        fence_proxy_async();  // the next queries will be copied over it
+        fence_proxy_async();  // TMA will write the next queries there
       }
       bar_sync(kMerge, 128 * kConsumers);
       if (group_ == 1) {
-        if (threadIdx.x % 128 == 0) mbar_arrive(&shared_.q_empty);
+        if (leads_group()) mbar_arrive(&shared_.q_empty);
         return;
       }
       add_part<C::kHeadDim>(out_, softmax_, part, params_.scale_log2);
@@ -234,101 +214,56 @@ class Consumer {
     }
     if (complete) {
       store(piece);
-    } else if (threadIdx.x % 128 == 0) {
+    } else if (leads_group()) {
       mbar_arrive(&shared_.q_empty);
     }
   }
 
-  // Counts this CTA's part of a query block in; true for the last of `parts`.
+  // Counts this CTA's part of a query block as written; true if it is the last of `parts`.
   HOPPER_DEVICE bool arrive_last(const Piece& piece, uint32_t parts) {
     const int64_t tile =
         (static_cast<int64_t>(piece.batch) * params_.heads + piece.head) * params_.query_tiles +
         piece.tile;
     fence_gpu();
-    bar_sync(kGroup + group_, 128);
-    if (threadIdx.x % 128 == 0) {
+    sync_group(group_);
+    if (leads_group()) {
       shared_.arrived[group_] =
           atomic_add_acq_rel(params_.arrivals + tile * kConsumers + group_, 1);
     }
-    bar_sync(kGroup + group_, 128);
+    sync_group(group_);
     return shared_.arrived[group_] + 1 == parts;
   }
 
   HOPPER_DEVICE void store(const Piece& piece) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int first_row = piece.tile * kQueryTile + group_ * kQueryBlock;
-    float inverse[2];
-    HOPPER_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      inverse[half] = 1.0f / softmax_.sum[half];
-      const int row = first_row + warp * 16 + lane / 4 + 8 * half;
-      if (lane % 4 == 0 and row < params_.tokens) {
-        const int64_t head = static_cast<int64_t>(piece.batch) * params_.heads + piece.head;
-        constexpr float kLn2 = 0.693147180559945f;
-        params_.lse[head * params_.tokens + row] =
-            kLn2 * (softmax_.maximum[half] * params_.scale_log2 + log2_approx(softmax_.sum[half]));
-      }
-    }
+    const int first = piece.tile * kQueryTile + group_ * kQueryBlock;
+    const int64_t head = static_cast<int64_t>(piece.batch) * params_.heads + piece.head;
+    // Every row sees its own frame: no sum is zero
+    const float inverse[2] = {1.0f / softmax_.sum[0], 1.0f / softmax_.sum[1]};
+    store_lse(softmax_, params_.scale_log2, params_.lse + head * params_.tokens,
+              first + thread_row(), params_.tokens);
     scale_rows(out_, inverse);
-
-    // Every warp of the group has done with the queries, or the sums, that lie here
-    bar_sync(kGroup + group_, 128);
-    const uint32_t row = warp * 16 + lane % 16, half_columns = lane / 16 * 16;
-    HOPPER_UNROLL
-    for (int i = 0; i < C::kHeadDim / 16; ++i) {
-      auto* panel = reinterpret_cast<uint8_t*>(shared_.q[group_][i / 4]);
-      stmatrix_x4(
-          panel + sw128(row, i % 4 * 32 + half_columns), pack_bf16(out_[8 * i], out_[8 * i + 1]),
-          pack_bf16(out_[8 * i + 2], out_[8 * i + 3]), pack_bf16(out_[8 * i + 4], out_[8 * i + 5]),
-          pack_bf16(out_[8 * i + 6], out_[8 * i + 7]));
-    }
-    fence_proxy_async();
-    bar_sync(kGroup + group_, 128);
-    if (threadIdx.x % 128 == 0) {
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        tma_store_4d(&maps_.out, shared_.q[group_][panel], panel * kPanel, first_row, piece.head,
-                     piece.batch);
-      }
-      tma_store_commit();
-      tma_store_wait_read<0>();
-      mbar_arrive(&shared_.q_empty);
-    }
+    store_rows<C>(shared_, maps_.out, out_, group_, first, piece.head, piece.batch);
   }
 
-  HOPPER_DEVICE Stage<C> stage(int i) const { return Stage<C>(before_ + i); }
-  HOPPER_DEVICE uint32_t keys_at(int i) const { return smem_u32(shared_.k[stage(i).index]); }
-  HOPPER_DEVICE uint32_t values_at(int i) const { return smem_u32(shared_.v[stage(i).index]); }
-  HOPPER_DEVICE void wait_keys(int i) {
-    mbar_wait(&shared_.k_full[stage(i).index], stage(i).phase);
-  }
-  HOPPER_DEVICE void wait_values(int i) {
-    mbar_wait(&shared_.v_full[stage(i).index], stage(i).phase);
-  }
-  HOPPER_DEVICE void release(uint64_t* empty) {
-    if (threadIdx.x % 32 == 0) mbar_arrive(empty);
-  }
-  // The other warpgroup's tile: counted in, once it is there, so that parities stay in step. All
-  // lanes must have seen it before one lets it be refilled.
+  // Releases a tile of the other consumer once it has been fetched, so that parities stay in step.
+  // All lanes must have waited for the tile before one lets it be refilled.
   HOPPER_DEVICE void skip(int i) {
-    wait_keys(i);
-    wait_values(i);
+    ring_.wait_keys(i);
+    ring_.wait_values(i);
     warp_sync();
-    release(&shared_.k_empty[stage(i).index]);
-    release(&shared_.v_empty[stage(i).index]);
+    ring_.release_keys(i);
+    ring_.release_values(i);
   }
-  HOPPER_DEVICE void take_turn() { bar_sync(kTurn + group_, 128 * kConsumers); }
-  HOPPER_DEVICE void pass_turn() { bar_arrive(kTurn + 1 - group_, 128 * kConsumers); }
-
   HOPPER_DEVICE uint32_t queries(const Piece& piece, bool in_sink) const {
     const int block = piece.narrow ? 0 : group_;
-    return smem_u32(shared_.q[C::kSinkQuery and in_sink ? kConsumers + block : block]);
+    return smem_u32(shared_.q[C::kSinkQuery && in_sink ? kConsumers + block : block]);
   }
 
   typename C::Shared& shared_;
   const TensorMaps& maps_;
   const CachedAttentionParams& params_;
   const int group_;
-  uint32_t before_ = 0;  // key tiles of finished pieces
+  KeyRing<C> ring_;
   float out_[C::kHeadDim / 2];
   OnlineSoftmax softmax_;
 };
@@ -339,15 +274,15 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                             HOPPER_GRID_CONSTANT const CachedAttentionParams params) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
-  init_barriers<C::kStages>(shared, kConsumers);
+  init_barriers<C>(shared);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
-    // Two threads, so that the next keys are under way while queries wait for their place
+    // Two threads, so that keys are fetched while queries wait for their buffer
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 and elect_one()) fetch_keys<C>(shared, maps, params);
-    if (warp == 1 and elect_one()) fetch_queries<C>(shared, maps, params);
+    if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
+    if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();
@@ -374,7 +309,7 @@ const char* launch(const CachedAttentionParams& params, const CachedAttentionBuf
 const char* launch_cached_attention_sm90(const CachedAttentionParams& params,
                                          const CachedAttentionBuffers& buffers, int ctas,
                                          void* stream) {
-  // head_dim, key tile, stages: as much as 227 KB of shared memory hold
+  // 227 KB of shared memory hold this many stages
   if (params.head_dim == 64) {
     return params.pinned_rotation
                ? launch<Config<64, 128, 4, true>>(params, buffers, ctas, stream)

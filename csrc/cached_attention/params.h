@@ -1,4 +1,4 @@
-// What the host side of cached_attention hands to its kernel.
+// Arguments of the kernel of cached_attention.
 #pragma once
 
 #include <cstdint>
@@ -15,28 +15,26 @@ struct CachedAttentionParams {
   float scale_log2;      // softmax scale times log2(e)
 
   // On the device, so that a captured step can be replayed.
-  const int64_t* step;       // frames in the cache besides the one being made
+  const int64_t* step;       // index of the new frame
   const int64_t* text_lens;  // (batch,)
 
   float* lse;  // (batch, heads, tokens), natural logarithm
 
-  // Parts of query blocks that more than one CTA works on (see schedule.h): per CTA, begin or end
-  // of its share, and warpgroup: 64 x head_dim sums, and per row the maximum and the sum.
+  // Parts of query blocks that several CTAs share (schedule.h): one per CTA, end of its share
+  // (first or last piece) and warpgroup. A part is 64 x head_dim sums, and per row the maximum and
+  // the sum of the softmax.
   float* partial_out;
   float* partial_stats;
-  uint32_t* arrivals;  // per query block of 64 rows, zero
+  uint32_t* arrivals;  // parts written, per query block of 64 rows; zero at first
 };
 
 struct CachedAttentionBuffers {
   RowBuffer q, q_sink, k, v, out;  // q_sink.data is null without one
 };
 
-constexpr int kQueryBlock = 64;  // rows of one warpgroup
-constexpr int kConsumers = 2;    // warpgroups that multiply
-constexpr int kQueryTile = kConsumers * kQueryBlock;
 constexpr int kPartialsPerCta = 2 * kConsumers;
 
-// Enqueues the kernel on `ctas` CTAs. Returns null, or words for why it did not start.
+// Enqueues the kernel on `ctas` CTAs. Returns null or an error message.
 const char* launch_cached_attention_sm90(const CachedAttentionParams& params,
                                          const CachedAttentionBuffers& buffers, int ctas,
                                          void* stream);

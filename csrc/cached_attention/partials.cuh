@@ -1,6 +1,6 @@
-// Where parts of a query block meet: through shared memory within a CTA, through global memory
-// between CTAs. The parts are added in the order of the CTAs, whoever arrives last to add them, so
-// a result does not depend on timing.
+// Adds the parts of a query block: through shared memory within a CTA, through global memory
+// between CTAs. The CTA that arrives last adds all parts, in the order of the CTAs, so that the
+// result does not depend on timing.
 #pragma once
 
 #include "attention/softmax.cuh"
@@ -9,8 +9,8 @@
 
 namespace aapt {
 
-// One warpgroup's sums and its softmax, as it lies in memory: four elements at a time, neighbouring
-// threads side by side.
+// One warpgroup's sums and softmax in memory: four elements of each thread, then the next four of
+// each thread, and so on.
 template <int kHeadDim>
 struct Part {
   static constexpr int kSums = kHeadDim / 8;      // float4 per thread
@@ -21,8 +21,9 @@ struct Part {
 
   HOPPER_DEVICE Part(float4* sums, float4* stats) : sums(sums), stats(stats) {}
 
-  // In the workspace. A CTA has at most one piece that begins within a query tile, the first of
-  // its share, and one that only begins one, the last: two places per warpgroup.
+  // A part in the workspace. At most two pieces of a CTA are parts: its first, which may begin
+  // within a query tile, and its last, which may end within one. So there are two places per
+  // warpgroup.
   HOPPER_DEVICE Part(const CachedAttentionParams& params, int cta, bool starts, int group) {
     const int64_t place = (2 * static_cast<int64_t>(cta) + starts) * kConsumers + group;
     sums = reinterpret_cast<float4*>(params.partial_out) + place * kSums * 128;
@@ -43,7 +44,7 @@ struct Part {
   }
 };
 
-// The weight of a part whose maximum was `maximum` in a whole whose maximum is `highest`.
+// The weight of a part with this maximum, if the maximum of all parts is `highest`.
 HOPPER_DEVICE float part_weight(float maximum, float highest, float scale_log2) {
   return hopper::exp2_approx((maximum - highest) * scale_log2);
 }
@@ -79,7 +80,8 @@ HOPPER_DEVICE void add_part(float (&out)[kHeadDim / 2], OnlineSoftmax& softmax,
   }
 }
 
-// Adds up what the CTAs `first` ... `last` have left in the workspace: the whole block.
+// Replaces the sums by those of the whole block: the parts of the CTAs `first` to `last` in the
+// workspace.
 template <int kHeadDim>
 HOPPER_DEVICE void add_parts(float (&out)[kHeadDim / 2], OnlineSoftmax& softmax,
                              const CachedAttentionParams& params, int first, int last, int group) {

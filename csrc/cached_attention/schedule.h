@@ -1,25 +1,25 @@
-// Who does what: stream-K over the key tiles of all query tiles.
+// The work of each CTA: stream-K over the key tiles of all query tiles.
 //
 // 1196 queries of 3 heads are 30 tiles of 128 rows: whole tiles cannot fill 132 SMs. So the work of
 // all tiles is laid end to end, in steps, and cut into equal shares, one per CTA. A share covers
-// some whole query tiles and a piece of one at either end; pieces meet again in
-// `partials.cuh`. The lengths depend on counters that live on the device, so every CTA finds its
-// share by itself.
+// whole query tiles and, at either end, a piece of one; `partials.cuh` adds the pieces up. The
+// lengths depend on counters in device memory, so every CTA computes its own share.
 //
 // One step is 128 queries against one tile of keys. A last tile of at most 64 queries is *narrow*:
-// its two warpgroups take alternate key tiles for the same rows, so that it costs half.
+// its two warpgroups take alternate key tiles for the same rows, which halves its cost.
 #pragma once
 
+#include "attention/intervals.h"
 #include "cached_attention/params.h"
 #include "hopper/hopper.cuh"
 
 namespace aapt {
 
-// The keys that one batch entry sees: one interval of cache rows, or three where the sink frames
-// have a query of their own.
+// The cache rows that one batch entry sees: one interval, or three if the sink frames have a query
+// of their own.
 template <int kKeyTile>
-struct VisibleKeys {
-  Interval text, sink, rest;
+struct VisibleKeys : KeyIntervals<kKeyTile> {
+  using KeyIntervals<kKeyTile>::text, KeyIntervals<kKeyTile>::sink, KeyIntervals<kKeyTile>::rest;
 
   HOPPER_DEVICE VisibleKeys(const CachedAttentionParams& params, int batch) {
     const int64_t step = *params.step, capacity = params.sink_frames + params.ring_frames;
@@ -31,34 +31,12 @@ struct VisibleKeys {
     text = {params.text_tokens - length, params.text_tokens};
     sink = {text.end, text.end};
     if (params.pinned_rotation) sink.end += sinks * params.tokens;
-    rest = {sink.end, end};
-    if (sink.end == sink.begin) {  // one query for all: one interval
+    rest.begin = sink.end;
+    rest.end = end;
+    if (this->sink_tiles() == 0) {  // one query for all keys: one interval
       rest.begin = text.begin;
       text.end = text.begin;
     }
-  }
-
-  HOPPER_DEVICE static int tiles(const Interval& interval) {
-    return (interval.end - interval.begin + kKeyTile - 1) / kKeyTile;
-  }
-
-  HOPPER_DEVICE int tiles() const { return tiles(text) + tiles(sink) + tiles(rest); }
-
-  struct Tile {
-    int row, valid;  // first cache row, and how many of the tile's rows are visible
-    bool in_sink;
-  };
-
-  HOPPER_DEVICE Tile tile(int index) const {
-    const int text_tiles = tiles(text), sink_tiles = tiles(sink);
-    const bool in_text = index < text_tiles, in_sink = !in_text && index < text_tiles + sink_tiles;
-    const int within = in_text   ? index
-                       : in_sink ? index - text_tiles
-                                 : index - text_tiles - sink_tiles;
-    const int begin = in_text ? text.begin : in_sink ? sink.begin : rest.begin;
-    const int end = in_text ? text.end : in_sink ? sink.end : rest.end;
-    const int row = begin + within * kKeyTile;
-    return {row, end - row < kKeyTile ? end - row : kKeyTile, in_sink};
   }
 };
 
@@ -85,7 +63,7 @@ class Schedule {
     end_ = share_begin(cta < ctas_ ? cta + 1 : ctas_);
   }
 
-  // The next piece of this CTA's share; false when there is none.
+  // Sets `piece` to the next one of this CTA's share; false if none is left.
   HOPPER_DEVICE bool next(Piece& piece) {
     if (at_ >= end_) return false;
     int rest = at_, keys = key_tiles(0);

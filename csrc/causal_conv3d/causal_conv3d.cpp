@@ -16,8 +16,9 @@ using OptionalTensor = std::optional<Tensor>;
 // Rounds towards minus infinity.
 int floor_div(int a, int b) { return (a >= 0 ? a : a - b + 1) / b; }
 
-// Checks (batch, channels, frames, height, width) with channels last in memory. Batch entries may
-// lie apart where `pitch` wants to know how many frames.
+// Checks (batch, channels, frames, height, width) with channels last in memory. If `pitch` is
+// given, batch entries may be further apart than their frames; `pitch` receives the distance in
+// frames.
 void check_frames(const char* name, const Tensor& tensor, const Tensor& x,
                   std::initializer_list<int64_t> shape, int* pitch = nullptr) {
   bool fits = tensor.dim() == 5;
@@ -54,8 +55,9 @@ Tensor new_frames(const Tensor& x, int64_t channels, int64_t frames, int64_t hei
   return transpose(transpose(transpose(dense, 3, 4), 2, 3), 1, 2);
 }
 
-// Taps of a phase along one axis: where they begin, and how many input elements they fall on.
-// Output element `repeats` n + copy, tap i, reads input element n + (copy + i - lead) / repeats.
+// Taps of a phase along one axis: the first input element that they read, and the number of input
+// elements that they read at most. Output element `repeats` n + copy, tap i, reads input element n
+// + (copy + i - lead) / repeats.
 int first_tap(int lead, int repeats, int copy) { return floor_div(copy - lead, repeats); }
 int count_taps(int kernel, int lead, int repeats) {
   int most = 0;
@@ -67,7 +69,8 @@ int count_taps(int kernel, int lead, int repeats) {
 }
 
 void set_phases(CausalConv3dParams& params, int kt, int kh, int kw, bool starts) {
-  const int skipped = starts ? params.repeats - 1 : 0;  // output frames at the front of a stream
+  // Output frames at the start of a stream that are left out
+  const int skipped = starts ? params.repeats - 1 : 0;
   params.taps_time = count_taps(kt, kt - 1, params.repeats);
   params.taps_y = count_taps(kh, kh / 2, params.copies);
   params.taps_x = count_taps(kw, kw / 2, params.copies);
@@ -91,12 +94,12 @@ void set_phases(CausalConv3dParams& params, int kt, int kh, int kw, bool starts)
   }
 }
 
-// Matrices of packed weights: one for every tap of every phase.
+// The number of matrices of packed weights: one per tap and phase.
 int64_t products(const CausalConv3dParams& params) {
   return int64_t{params.phases} * params.taps_time * params.taps_y * params.taps_x;
 }
 
-// The options that decide how weights are folded and packed.
+// Checks the options that decide how weights are folded and packed.
 void check_geometry(int64_t kt, int64_t kh, int64_t kw, const std::vector<int64_t>& upsample) {
   STD_TORCH_CHECK(
       std::min(upsample[0], upsample[1]) >= 1 && std::max(upsample[0], upsample[1]) <= kMaxRepeats,
@@ -153,11 +156,12 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv3d(Tensor x, Tensor packed, Option
   check_geometry(kt, kh, kw, upsample);
   STD_TORCH_CHECK(in_channels % 8 == 0 && in_channels > 0,
                   "x: expected a multiple of 8 channels for the sm_90a kernel");
-  STD_TORCH_CHECK(!(residual && (out_channels % 8 != 0 || pixels)),
-                  "residual: expected none with pixels or other than a multiple of 8 channels");
+  STD_TORCH_CHECK(
+      !(residual && (out_channels % 8 != 0 || pixels)),
+      "residual: expected none for pixels, or for channels that are not a multiple of 8");
   STD_TORCH_CHECK(!(next_norm_weight && (out_channels % 8 != 0 || pixels)),
-                  "next_norm_weight: expected none with pixels or other than a multiple of 8 "
-                  "channels");
+                  "next_norm_weight: expected none for pixels, or for channels that are not a "
+                  "multiple of 8");
   const int64_t past = (kt - 1 + upsample[0] - 1) / upsample[0];
   const int64_t outputs = batch * upsample[0] * frames * upsample[1] * upsample[1] * height * width;
   // Pixels and tiles are counted with 32 bits
@@ -196,13 +200,13 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv3d(Tensor x, Tensor packed, Option
     if (!wanted) return torch::stable::new_empty(x, {0});
     return new_frames(x, out_channels, params.out_frames, out_height, out_width, dtype);
   };
-  // More channels than a tile has are normed by a pass over the output
+  // If there are more channels than a tile holds, a pass over the output norms them
   const bool norms = next_norm_weight.has_value();
   const bool in_epilogue = norms && out_channels <= kMaxNormedChannels;
   const bool writes_out = keep_out || (norms && !in_epilogue);
   const Tensor active = output(norms);
   const Tensor out = output(writes_out, pixels ? ScalarType::Byte : ScalarType::BFloat16);
-  // Without norm and SiLU x is read in place, and its last frames need not be kept
+  // Without norm and SiLU, x is read in place, and its last frames need not be kept
   const bool identity = !norm_weight && !silu;
   STD_TORCH_CHECK(keep_state || identity, "keep_state: expected True with a norm or SiLU");
   const Tensor new_state = keep_state ? new_frames(x, in_channels, past, height, width)

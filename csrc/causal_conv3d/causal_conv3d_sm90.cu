@@ -1,14 +1,15 @@
-// Causal 3D convolution as an implicit matrix product on sm_90a (SPEC 9).
+// Causal 3D convolution as an implicit matrix product on sm_90a (docs/method.md#9).
 //
-// Compute-bound where public decoders are not: the taps of a tile all read one halo tile in shared
+// Compute-bound, unlike public decoders, because all taps of a tile read one halo tile in shared
 // memory. Output channels are wgmma's M, pixels its N: a tile is 8 x 32 pixels, 256 columns of the
 // product, and each tap a descriptor that starts some rows further into the halo tile (a *slab*:
 // one input frame, 64 channels, the tile and its margin). Slabs and the weights of each tap stream
-// through two rings. Input frames come from where they lie: the state, the input, the next state.
+// through two rings. Input frames are read where they are stored: in the state, the input or the
+// next state.
 //
-// A last convolution of three channels would leave most of M empty. There M holds a row for every
-// tap in space and channel, and a tile its own margin: one product per slab instead of nine, whose
-// shifted rows are added up behind it.
+// A last convolution of three channels would leave most of M empty. So its M holds a row for every
+// tap in space and channel, and a tile includes its margin: one product per slab instead of nine.
+// The rows, each shifted by its tap, are added up afterwards.
 //
 // Sums run over channel blocks, then taps in time, then in space, whatever the chunk: decoding in
 // any chunks gives the same bits.
@@ -29,13 +30,13 @@ HOPPER_DEVICE void convolve(const TensorMaps& maps, const CausalConv3dParams& pa
     for (int i = 0; i < C::kSlabs; ++i) {
       mbar_init(&shared.slab_full[i], 1);
       mbar_init(&shared.slab_ready[i], 1);
-      mbar_init(&shared.slab_empty[i], 4 * kGroups);
+      mbar_init(&shared.slab_empty[i], 4 * kConsumers);
     }
     for (int i = 0; i < C::kWeightStages; ++i) {
       mbar_init(&shared.weights_full[i], 1);
-      mbar_init(&shared.weights_empty[i], 4 * kGroups);
+      mbar_init(&shared.weights_empty[i], 4 * kConsumers);
     }
-    for (int i = 0; i < kGroups; ++i) {
+    for (int i = 0; i < kConsumers; ++i) {
       mbar_init(&shared.residual_full[i], 1);
       mbar_init(&shared.staging_empty[i], 1);
     }
@@ -47,12 +48,12 @@ HOPPER_DEVICE void convolve(const TensorMaps& maps, const CausalConv3dParams& pa
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 and elect_one()) fetch_slabs<C>(shared, maps, params);
-    if (warp == 1 and elect_one()) fetch_weights<C>(shared, maps, params);
-    if (warp == 2 and params.residual != nullptr and elect_one()) {
+    if (warp == 0 && elect_one()) fetch_slabs<C>(shared, maps, params);
+    if (warp == 1 && elect_one()) fetch_weights<C>(shared, maps, params);
+    if (warp == 2 && params.residual != nullptr && elect_one()) {
       fetch_residuals<C>(shared, maps, params);
     }
-    if (warp == 3 and params.replicate) replicate_edges<C>(shared, params);
+    if (warp == 3 && params.replicate) replicate_edges<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();
@@ -68,7 +69,8 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
 
 using RowsConfig = Config<true, true>;
 
-// By a name of its own: it stores no tiles.
+// Has a name of its own because it stores no tiles, which tools/sm90_gate.py requires of the kernel
+// above.
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(RowsConfig::kThreads, 1)
     causal_conv3d_rows_kernel(HOPPER_GRID_CONSTANT const TensorMaps maps,
                               HOPPER_GRID_CONSTANT const CausalConv3dParams params) {
@@ -97,7 +99,7 @@ const char* make_input_map(TensorMap* map, const void* data, int frames, int pit
   return make_map(map, data, dims, strides, kTileWidth + 2 * margin_x, kTileHeight + 2 * margin_y);
 }
 
-// The output elements of one phase; also of the residual and of what is normed.
+// Maps the output elements of one phase, in the output, the residual or `active`.
 const char* make_output_map(TensorMap* map, const void* data, const ConvPhase& phase,
                             const CausalConv3dParams& params) {
   if (data == nullptr || phase.frames == 0) return nullptr;
@@ -115,7 +117,8 @@ const char* make_output_map(TensorMap* map, const void* data, const ConvPhase& p
   return make_map(map, first, dims, strides, kTileWidth, kTileHeight);
 }
 
-// Taps in the rows are the same weights: (taps_time, taps in space x out_channels, in_channels).
+// With taps in the rows, weights are read as (taps_time, taps in space x out_channels,
+// in_channels).
 template <class C>
 const char* make_weight_map(TensorMap* map, const CausalConv3dParams& params) {
   const uint64_t taps = static_cast<uint64_t>(params.taps_y) * params.taps_x;

@@ -9,28 +9,28 @@ namespace aapt {
 
 using namespace hopper;
 
-constexpr int kGroups = 2;           // warpgroups that multiply
-constexpr int kGroupChannels = 64;   // rows of one's product: output channels
+constexpr int kConsumers = 2;        // warpgroups that multiply
+constexpr int kGroupChannels = 64;   // output channels of one consumer: rows of its product
 constexpr int kDepth = 64;           // input channels of a slab
-constexpr int kMmaDepth = 16;        // of one instruction
+constexpr int kMmaDepth = 16;        // input channels of one instruction
 constexpr uint32_t kRowBytes = 128;  // of one pixel, and of one output channel's weights
 constexpr uint32_t kSwizzleStride = 8 * kRowBytes;
 constexpr int kMaxSlabPixels = (kTileWidth + 2 * kMaxMargin) * (kTileHeight + 2 * kMaxMargin);
 constexpr int kSlabBytes = (kMaxSlabPixels * kRowBytes + 1023) / 1024 * 1024;
-constexpr int kMaxTapRows = 32;  // float sums of a tile, so many rows, fit its staging
+constexpr int kMaxTapRows = 32;  // rows of float sums that fit the staging of a tile
 
-// How the two warpgroups share a tile. Above 64 output channels they share pixels and take 64
-// channels each; below they share weights and take one frame each. With very few channels a product
-// has a row for every tap in space and channel (kTapsInRows).
+// Divides a tile between the two consumers. If there are more than 64 output channels, they share
+// pixels and take 64 channels each; else they share weights and take one frame each. With very few
+// channels, a product has a row for every tap in space and channel (kTapsInRows).
 template <bool kShareWeights_, bool kTapsInRows_ = false>
 struct Config {
   static constexpr bool kShareWeights = kShareWeights_, kTapsInRows = kTapsInRows_;
-  static constexpr int kChannels = kShareWeights ? kGroupChannels : kGroups * kGroupChannels;
-  static constexpr int kFrames = kShareWeights ? kGroups : 1;
-  // As much as 227 KB of shared memory hold; two frames in work need two slabs at a time
+  static constexpr int kChannels = kShareWeights ? kGroupChannels : kConsumers * kGroupChannels;
+  static constexpr int kFrames = kShareWeights ? kConsumers : 1;
+  // 227 KB of shared memory hold this many; two frames at once need two slabs at once
   static constexpr int kSlabs = kShareWeights ? 3 : 2;
   static constexpr int kWeightStages = 4;
-  static constexpr int kThreads = 128 * (1 + kGroups);
+  static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (56 + 2 x 224). With 40, the fetching threads spill.
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   using Schedule = ConvSchedule<kChannels, kFrames, kTapsInRows>;
@@ -38,25 +38,17 @@ struct Config {
   struct Shared {
     alignas(1024) uint8_t slab[kSlabs][kSlabBytes];
     alignas(1024) uint8_t weights[kWeightStages][kChannels * kRowBytes];
-    // The residual of a tile, then the tile on its way out: rows of 64 channels
-    alignas(1024) uint8_t staging[kGroups][kTilePixels * kRowBytes];
+    // The residual of a tile, then its output: rows of 64 channels
+    alignas(1024) uint8_t staging[kConsumers][kTilePixels * kRowBytes];
     uint64_t slab_full[kSlabs], slab_ready[kSlabs], slab_empty[kSlabs];
     uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
-    uint64_t residual_full[kGroups], staging_empty[kGroups];
+    uint64_t residual_full[kConsumers], staging_empty[kConsumers];
   };
 };
 
 struct TensorMaps {
   TensorMap past, body, tail, weights;
   TensorMap out[kMaxPhases], active[kMaxPhases], residual[kMaxPhases];
-};
-
-// A ring: the stage of the n-th use, and the parity of its barriers then.
-template <int kStages>
-struct Stage {
-  int index;
-  uint32_t parity;
-  HOPPER_DEVICE explicit Stage(uint32_t n) : index(n % kStages), parity(n / kStages % 2) {}
 };
 
 HOPPER_DEVICE int depth_blocks(const CausalConv3dParams& params) {
@@ -70,12 +62,12 @@ template <class C>
 HOPPER_DEVICE int slab_height(const CausalConv3dParams& params) {
   return kTileHeight + (C::kTapsInRows ? 0 : 2 * params.margin_y);
 }
-// Products of one slab
+// Products per slab
 template <class C>
 HOPPER_DEVICE int taps_per_slab(const CausalConv3dParams& params) {
   return C::kTapsInRows ? 1 : params.taps_y * params.taps_x;
 }
-// Input frames that a tile reads, for each block of channels
+// Input frames that a tile reads, per block of channels
 template <class C>
 HOPPER_DEVICE int slabs_per_block(const CausalConv3dParams& params) {
   return params.taps_time + C::kFrames - 1;

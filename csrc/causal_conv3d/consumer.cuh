@@ -1,16 +1,17 @@
-// The warpgroups of causal_conv3d that multiply, and what they make of their sums: bias, residual,
-// and where a tile holds all output channels the norm and the SiLU of the next convolution.
+// The consumers of causal_conv3d, the warpgroups that multiply. They also add bias and residual
+// and, if a tile holds all output channels, apply the norm and the SiLU of the next convolution.
 #pragma once
 
 #include "causal_conv3d/config.cuh"
 
 namespace aapt {
 
-enum Barrier { kGroupBarrier = 1, kBothGroups = kGroupBarrier + kGroups };  // the first: one each
+// Named barriers: one per consumer, and one for both.
+enum Barrier { kGroupBarrier = 1, kBothGroups = kGroupBarrier + kConsumers };
 
-// A thread of warp w holds, of every 8 pixels, pixels 2 (lane % 4) and the next, of output channels
-// 16 w + lane / 4 and that plus 8: element i of the sums is channel half (i / 2) % 2, pixel
-// 8 (i / 4) + 2 (lane % 4) + i % 2.
+// A thread of warp w holds two output channels: 16 w + lane / 4, and 8 channels after it. Of every
+// 8 pixels it holds two: 2 (lane % 4), and the next. Element i of its sums is channel half (i / 2)
+// % 2, pixel 8 (i / 4) + 2 (lane % 4) + i % 2.
 template <class C>
 class Consumer {
  public:
@@ -31,7 +32,7 @@ class Consumer {
       multiply(tile);
       if constexpr (C::kTapsInRows) {
         add_rows(tile, schedule);
-      } else if (params_.pixels or params_.out_channels % 8 != 0) {
+      } else if (params_.pixels || params_.out_channels % 8 != 0) {
         store_elements(tile);
       } else if (params_.active != nullptr) {
         store_normed(tile, n);
@@ -64,7 +65,7 @@ class Consumer {
         mbar_wait(
             params_.replicate ? &shared_.slab_ready[slab.index] : &shared_.slab_full[slab.index],
             slab.parity);
-        if (i < offset or i >= offset + params_.taps_time) {  // only the other group's
+        if (i < offset || i >= offset + params_.taps_time) {  // a frame of the other group only
           warp_sync();
           release(slab_empty);
           continue;
@@ -80,7 +81,7 @@ class Consumer {
           wgmma_wait<1>();  // the tap before has been read
           if (weights_in_use != nullptr) release(weights_in_use);
           weights_in_use = &shared_.weights_empty[weights.index];
-          if (tap == 0 and slab_in_use != nullptr) release(slab_in_use);
+          if (tap == 0 && slab_in_use != nullptr) release(slab_in_use);
         }
         slab_in_use = slab_empty;
       }
@@ -96,7 +97,7 @@ class Consumer {
     wgmma_fence();
     HOPPER_UNROLL
     for (int k = 0; k < kDepth / kMmaDepth; ++k) {
-      // Rows of 8 pixels lie a slab's row apart
+      // Groups of 8 pixels are one row of the slab apart
       const uint64_t a = make_desc(weights + k * kMmaDepth * 2, 16, kSwizzleStride, SW_128);
       const uint64_t b = make_desc(pixels + k * kMmaDepth * 2, 16, width * kRowBytes, SW_128);
       wgmma_ss<kTilePixels, 0, 0>(sums_, a, b, k == 0 ? accumulate : 1);
@@ -105,11 +106,11 @@ class Consumer {
   }
 
   HOPPER_DEVICE float load_value(const uint16_t* values, int channel) const {
-    if (values == nullptr or channel >= params_.out_channels) return 0.0f;
+    if (values == nullptr || channel >= params_.out_channels) return 0.0f;
     return float_from_bits(static_cast<uint32_t>(load_readonly(values + channel)) << 16);
   }
 
-  // Of this thread's two channels; zeros past the last.
+  // Loads the values of this thread's two channels; zeros after the last channel.
   HOPPER_DEVICE void load_values(const uint16_t* values, const ConvTile& tile,
                                  float (&two)[2]) const {
     const int channel = group_channel<C>(tile, group_) + warp_ * 16 + lane_ / 4;
@@ -117,21 +118,21 @@ class Consumer {
     two[1] = load_value(values, channel + 8);
   }
 
-  // Where this lane's row of 16 channels x 16 pixels lies for ldmatrix and stmatrix.
+  // The address of this lane's row, for ldmatrix and stmatrix of 16 channels x 16 pixels.
   HOPPER_DEVICE uint8_t* staged(int i) const {
     const uint32_t pixel = 16 * i + lane_ / 16 * 8 + lane_ % 8;
     return shared_.staging[group_] + sw128(pixel, warp_ * 32 + lane_ / 8 % 2 * 16);
   }
 
-  // Bias and residual; then into the staging, where channels come to lie together, if `stage`. The
-  // sums are left as they are unless `keep`.
+  // Adds bias and residual. If `stage`, stores the result in the staging, where the channels of a
+  // pixel are contiguous. If `keep`, keeps it in the sums too.
   template <bool keep>
   HOPPER_DEVICE void add_and_stage(const ConvTile& tile, uint32_t n, bool stage) {
     const bool has_residual = params_.residual != nullptr;
     float bias[2];
     load_values(params_.bias, tile, bias);
     if (has_residual) mbar_wait(&shared_.residual_full[group_], n % 2);
-    group_sync();  // the tile before has left
+    group_sync();  // the tile before has been stored
     HOPPER_UNROLL
     for (int i = 0; i < kTilePixels / 16; ++i) {  // 16 channels x 16 pixels
       uint8_t* const at = staged(i);
@@ -152,7 +153,7 @@ class Consumer {
     }
   }
 
-  // Out by TMA, by one thread, which returns when the staging has been read.
+  // Stores the staging by TMA. One thread does this, and returns when the staging has been read.
   HOPPER_DEVICE void store_staging(const TensorMap& map, const ConvTile& tile) {
     fence_proxy_async();
     group_sync();
@@ -166,13 +167,13 @@ class Consumer {
   }
 
   HOPPER_DEVICE void give_staging_back() {
-    if (threadIdx.x % 128 == 0 and params_.residual != nullptr) {
+    if (threadIdx.x % 128 == 0 && params_.residual != nullptr) {
       mbar_arrive(&shared_.staging_empty[group_]);
     }
   }
 
-  // RMS norm over the channels of every pixel and SiLU, from the sums before they are rounded; the
-  // tile itself goes out first if it is wanted.
+  // Stores the SiLU of the RMS norm over the channels of every pixel, from sums before rounding. If
+  // the tile itself is wanted, it is stored first.
   HOPPER_DEVICE void store_normed(const ConvTile& tile, uint32_t n) {
     const bool has_out = params_.out != nullptr;
     add_and_stage<true>(tile, n, has_out);
@@ -230,8 +231,8 @@ class Consumer {
     channels_sync();  // the other group has read this one's squares
   }
 
-  // Over a warp's 16 channels, of 32 pixels: lanes that hold other channels of the same pixels
-  // exchange halves, so that each ends with one pixel.
+  // Sums the squares of a warp's 16 channels, for 32 pixels. Lanes that hold other channels of
+  // equal pixels exchange halves, so that each lane ends with one pixel.
   HOPPER_DEVICE float sum_of_squares(const float* sums) const {
     float part[8];
     HOPPER_UNROLL
@@ -255,23 +256,23 @@ class Consumer {
     return part / 2 * 8 + 2 * (lane_ % 4) + part % 2;
   }
 
-  // 2 x sigmoid(2 x), with one approximation: the epilogue waits for those.
+  // 2 x sigmoid(2 x) with one approximation, because approximations bound the epilogue.
   static HOPPER_DEVICE float silu_of_twice(float x) { return x + x * tanh_approx(x); }
 
   HOPPER_DEVICE float* scratch(int group) const {
     return reinterpret_cast<float*>(shared_.staging[group]);
   }
   HOPPER_DEVICE void group_sync() const { bar_sync(kGroupBarrier + group_, 128); }
-  // Between all who hold channels of a pixel.
+  // A barrier for all threads that hold channels of a pixel.
   HOPPER_DEVICE void channels_sync() const {
     if constexpr (C::kShareWeights) {
       group_sync();
     } else {
-      bar_sync(kBothGroups, 128 * kGroups);
+      bar_sync(kBothGroups, 128 * kConsumers);
     }
   }
 
-  // For a few channels, or bytes: every thread stores what it has.
+  // Stores element by element, for bytes or for channels that are not a multiple of 8.
   HOPPER_DEVICE void store_elements(const ConvTile& tile) {
     float bias[2];
     load_values(params_.bias, tile, bias);
@@ -284,12 +285,12 @@ class Consumer {
     }
   }
 
-  // Where the product has a row for every tap in space and channel, an output element is the sum of
-  // one row for every tap, shifted by it.
+  // Stores the output of a product that has a row for every tap in space and channel: an output
+  // element is the sum of one row per tap, shifted by the tap.
   HOPPER_DEVICE void add_rows(const ConvTile& tile, const typename C::Schedule& schedule) {
     const int taps = params_.taps_y * params_.taps_x, channels = params_.out_channels;
     float* const rows = scratch(group_);
-    // Rows of the product lie 256 floats apart: in banks of their own
+    // Rows of the product are 256 floats apart; the exclusive or puts them into different banks
     const auto at = [](int row, int pixel) { return row * kTilePixels + (pixel ^ row % 4 * 8); };
     group_sync();  // the tile before has been added up
     HOPPER_UNROLL
@@ -317,7 +318,7 @@ class Consumer {
   HOPPER_DEVICE void store_element(const ConvTile& tile, int x, int y, int channel, float value) {
     const ConvPhase& phase = params_.phase[tile.phase];
     const int frame = group_frame<C>(tile, group_) - phase.first_frame;
-    if (frame >= phase.frames or channel >= params_.out_channels or x >= params_.width or
+    if (frame >= phase.frames || channel >= params_.out_channels || x >= params_.width ||
         y >= params_.height) {
       return;
     }
@@ -337,7 +338,7 @@ class Consumer {
     }
   }
 
-  // By one lane of each warp.
+  // Gives a buffer back, by one lane of each warp.
   HOPPER_DEVICE void release(uint64_t* empty) {
     if (lane_ == 0) mbar_arrive(empty);
   }

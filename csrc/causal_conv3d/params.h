@@ -1,13 +1,13 @@
-// What the host side of causal_conv3d hands to its kernels. Tensors are BF16, dense in memory as
-// (batch, frames, height, width, channels).
+// Arguments of the kernels of causal_conv3d. Tensors are BF16, dense in memory as (batch, frames,
+// height, width, channels).
 #pragma once
 
 #include <cstdint>
 
 namespace aapt {
 
-// Of a convolution behind nearest upsampling, the output elements that the same taps of the input
-// make: one phase of `repeats` in time times `copies` in each direction of space.
+// The output elements of a convolution after nearest upsampling that read the input with equal
+// taps. There are `repeats` phases in time times `copies` in each direction of space.
 struct ConvPhase {
   int first_frame, frames;      // input frames that make an output frame in this phase
   int tap_time, tap_y, tap_x;   // input element of the first tap, relative to the output's own
@@ -25,19 +25,19 @@ struct CausalConv3dParams {
   int repeats, copies;            // of nearest upsampling
   int out_frames;
 
-  // Input frame t lies in one of three tensors: t < 0 in `past`, at past_frames + t; from
-  // body_frames on in `tail`, at t + tail_offset; else in `body`.
-  // In memory the batch entries of `past` lie past_pitch frames apart.
+  // Input frame t is stored in one of three tensors: t < 0 in `past`, at past_frames + t; from
+  // body_frames on in `tail`, at t + tail_offset; else in `body`. Batch entries of `past` are
+  // past_pitch frames apart in memory.
   int past_frames, past_pitch, body_frames, tail_frames, tail_offset;
-  const void *past, *body, *tail;  // `past` may be null: then zeros, or with `replicate` frame 0
-  bool replicate;                  // at the edges, else zeros
+  const void *past, *body, *tail;  // null `past`: zeros, or frame 0 with `replicate`
+  bool replicate;                  // edge pixels outside the frame; else zeros
 
   int phases;
   ConvPhase phase[kMaxPhases];
   const void* weights;   // (phases, taps_time, taps_y, taps_x, out_channels, in_channels)
   const uint16_t* bias;  // null without one
   const void* residual;  // like out, or null
-  void* out;             // null where only `active` is wanted
+  void* out;             // null if only `active` is wanted
   bool pixels;           // out is uint8
 
   void* active;                      // out, normed and activated for the next convolution; or null
@@ -45,11 +45,11 @@ struct CausalConv3dParams {
   float eps;
 };
 
-// A tile of at most so many output channels norms its own pixels.
+// A tile norms its own pixels if there are at most this many output channels.
 constexpr int kMaxNormedChannels = 128;
 
-// Norm, SiLU and a copy: writes the input frames from `first` on, of which negative ones are past
-// frames, those before `body_frames` to `body` and the others to `tail`.
+// Norm, SiLU and copy of the input frames from `first` on; negative frames are past ones. Frames
+// before `body_frames` are written to `body`, later frames to `tail`.
 struct ActivateParams {
   int batch, frames, pixels, channels;  // of x; pixels in a frame
   int first, past_frames, past_pitch, body_frames, tail_frames, tail_offset;
@@ -68,7 +68,7 @@ struct PackParams {
   uint16_t* packed;
 };
 
-// Each enqueues a kernel and returns null, or words for why it did not start.
+// Each enqueues a kernel, and returns null or an error message.
 const char* launch_causal_conv3d_sm90(const CausalConv3dParams& params, int multiprocessors,
                                       void* stream);
 const char* launch_activate_sm90(const ActivateParams& params, int multiprocessors, void* stream);

@@ -5,7 +5,7 @@
 
 namespace aapt {
 
-// visit(tile, first input channel, input frame, n) for every slab of this CTA, in order.
+// Calls visit(tile, first input channel, input frame, n) for every slab of this CTA, in order.
 template <class C, typename Visit>
 HOPPER_DEVICE void for_slabs(const CausalConv3dParams& params, Visit visit) {
   const typename C::Schedule schedule(params);
@@ -33,13 +33,13 @@ HOPPER_DEVICE void fetch_slabs(typename C::Shared& shared, const TensorMaps& map
       tma_load_5d(shared.slab[stage.index], &map, full, channel, tile.x - params.margin_x,
                   tile.y - params.margin_y, in_frame, tile.batch);
     };
-    if (frame < 0 and params.past != nullptr) {
+    if (frame < 0 && params.past != nullptr) {
       load(maps.past, params.past_frames + frame);
       return;
     }
-    if (frame < 0 and params.replicate) frame = 0;
-    // A frame before the first, or after the last, lies outside: zeros
-    if (frame < params.body_frames or params.tail_frames == 0) {
+    if (frame < 0 && params.replicate) frame = 0;
+    // A frame before the first or after the last is outside the map: zeros
+    if (frame < params.body_frames || params.tail_frames == 0) {
       load(params.body_frames > 0 ? maps.body : maps.tail, frame);
     } else {
       load(maps.tail, frame + params.tail_offset);
@@ -47,7 +47,7 @@ HOPPER_DEVICE void fetch_slabs(typename C::Shared& shared, const TensorMaps& map
   });
 }
 
-// The outermost pixels of a frame in place of what lies beyond, for one warp.
+// Repeats the outermost pixels of a frame in the margin around it. For one warp.
 template <class C>
 HOPPER_DEVICE void replicate_edges(typename C::Shared& shared, const CausalConv3dParams& params) {
   const int width = slab_width<C>(params), pixels = width * slab_height<C>(params);
@@ -60,9 +60,9 @@ HOPPER_DEVICE void replicate_edges(typename C::Shared& shared, const CausalConv3
     for (int pixel = threadIdx.x % 32; pixel < pixels; pixel += 32) {
       const int x = left + pixel % width, y = top + pixel / width;
       const int inside_x = clamp(x, params.width), inside_y = clamp(y, params.height);
-      // Further out no output reads
-      const bool near = x <= params.width and y <= params.height;
-      if ((x == inside_x and y == inside_y) or not near) continue;
+      // Pixels further out are never read
+      const bool near = x <= params.width && y <= params.height;
+      if ((x == inside_x && y == inside_y) || !near) continue;
       const int from = (inside_y - top) * width + inside_x - left;
       for (uint32_t byte = 0; byte < kRowBytes; byte += 16) {
         *reinterpret_cast<uint4*>(slab + sw128(pixel, byte)) =
@@ -103,7 +103,7 @@ HOPPER_DEVICE void fetch_residuals(typename C::Shared& shared, const TensorMaps&
   ConvTile tile;
   uint32_t n = 0;
   for (int index = blockIdx.x; schedule.locate(index, tile); index += gridDim.x, ++n) {
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < kConsumers; ++group) {
       uint64_t* const full = &shared.residual_full[group];
       mbar_wait(&shared.staging_empty[group], n % 2 ^ 1);
       mbar_arrive_expect_tx(full, sizeof(shared.staging[0]));

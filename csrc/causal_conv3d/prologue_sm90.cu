@@ -1,5 +1,5 @@
-// What runs before the convolution: RMS norm and SiLU of every pixel; and, once for every version
-// of the weights, laying them out for the tensor cores.
+// The kernels that run before the convolution: RMS norm and SiLU of every pixel and, once per
+// version of the weights, packing for the tensor cores.
 //
 // Memory-bound: a pixel's channels are read once and written once, 16 bytes per access, by a group
 // of neighbouring lanes; frames are written where the convolution reads them, the last ones
@@ -18,7 +18,7 @@ using namespace hopper;
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 4;
 constexpr int kVector = 8;   // BF16 elements in 16 bytes
-constexpr int kVectors = 4;  // that a lane holds of a pixel: up to 1024 channels
+constexpr int kVectors = 4;  // of a pixel per lane: at most 1024 channels
 
 HOPPER_DEVICE void widen(const uint4& raw, float (&out)[kVector]) {
   const uint32_t pairs[] = {raw.x, raw.y, raw.z, raw.w};
@@ -40,7 +40,7 @@ HOPPER_DEVICE float silu(float x) {
   return x / (1.0f + exp2_approx(-kLog2e * x));
 }
 
-// Where a pixel of a frame comes from and goes to, as 16-byte vectors; `from` is null for zeros.
+// Source and destination of a pixel of a frame, as 16-byte vectors; `from` is null for zeros.
 struct Pixel {
   const uint4* from;
   uint4* to;
@@ -57,12 +57,12 @@ HOPPER_DEVICE Pixel locate(const ActivateParams& params, int index) {
     return ((static_cast<int64_t>(batch) * frames + t) * params.pixels + pixel) * vectors;
   };
   Pixel place;
-  const bool from_past = frame < 0 and params.past != nullptr;
-  place.activates = not from_past;
+  const bool from_past = frame < 0 && params.past != nullptr;
+  place.activates = !from_past;
   if (from_past) {
     place.from =
         static_cast<const uint4*>(params.past) + at(params.past_pitch, params.past_frames + frame);
-  } else if (frame < 0 and not params.replicate) {
+  } else if (frame < 0 && !params.replicate) {
     place.from = nullptr;
   } else {
     place.from = static_cast<const uint4*>(params.x) + at(params.frames, frame < 0 ? 0 : frame);
@@ -92,7 +92,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
     for (int i = 0; i < kVectors; ++i) {
       const int vector = lane + i * lanes;
       raw[i] = {0, 0, 0, 0};
-      if (vector < vectors and place.from != nullptr) raw[i] = place.from[vector];
+      if (vector < vectors && place.from != nullptr) raw[i] = place.from[vector];
       float x[kVector];
       widen(raw[i], x);
       HOPPER_UNROLL
@@ -130,14 +130,13 @@ struct Taps {
   int first, last;
 };
 
-// Those that fall on input element `element`, for one copy of an output element.
+// The taps that read input element `element`, for one copy of an output element.
 HOPPER_DEVICE Taps taps_on(int element, int kernel, int lead, int repeats, int copy) {
   const int first = element * repeats - copy + lead, last = first + repeats;
   return {first < 0 ? 0 : first, last < kernel ? last : kernel};
 }
 
-// The weight of one element of the folded kernels: the sum of the taps that fall on it, rounded
-// once.
+// One element of the folded kernels: the sum of the taps that read an input element, rounded once.
 HOPPER_DEVICE uint16_t folded_weight(const PackParams& pack, const CausalConv3dParams& params,
                                      int64_t index) {
   const int in = index % params.in_channels;

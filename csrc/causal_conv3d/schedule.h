@@ -6,9 +6,9 @@
 
 namespace aapt {
 
-// A tile of output: pixels in space of one frame, or of two that follow each other, and a block of
-// output channels. Coordinates are those of the input; `phase` says which output elements they are.
-// With the taps in the rows of the product (kTapsInRows) its margin is part of the tile.
+// A tile of output: pixels of one frame, or of two successive frames, and a block of output
+// channels. Its coordinates count input pixels; `phase` says which output elements they are. With
+// the taps in the rows of the product (kTapsInRows), the margin is part of the tile.
 constexpr int kTileWidth = 8;  // a group of rows of wgmma
 constexpr int kTileHeight = 32;
 constexpr int kTilePixels = kTileWidth * kTileHeight;
@@ -28,11 +28,12 @@ class ConvSchedule {
         rows_((params.height + height_ - 1) / height_),
         blocks_((params.out_channels + kChannels - 1) / kChannels) {}
 
-  // Of the output of one frame that a tile makes.
+  // Output pixels of one frame per tile.
   HOPPER_DEVICE int tile_width() const { return width_; }
   HOPPER_DEVICE int tile_height() const { return height_; }
 
-  // Neighbouring CTAs share weights and the edges of their tiles. False past the last tile.
+  // Finds the tile of an index; false after the last tile. Neighbouring CTAs share weights and the
+  // edges of their tiles.
   HOPPER_DEVICE bool locate(int index, ConvTile& tile) const {
     for (int phase = 0; phase < params_.phases; ++phase) {
       const int groups = (params_.phase[phase].frames + kFrames - 1) / kFrames;

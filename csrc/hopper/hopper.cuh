@@ -1,7 +1,7 @@
 // The Hopper intrinsics a kernel may use, as functions: inline PTX under nvcc, the host simulator
 // of csrc/sim under g++. A kernel includes this file only and is written once for both.
 //
-// What the simulator asks of a kernel, beyond what the GPU does:
+// The simulator asks more of a kernel than the GPU does:
 //   no asm, __shared__, <<<>>> or other CUDA builtins than threadIdx and its like;
 //   shared memory is one struct over HOPPER_SHARED;
 //   all lanes reach a warp-wide function (shuffles, elect_one, barriers, wgmma_wait) from one line;
@@ -32,7 +32,7 @@ enum Swizzle { SW_NONE = 0, SW_32 = 1, SW_64 = 2, SW_128 = 3 };
 
 namespace aapt::hopper {
 
-// The descriptor's layout field counts the other way round than TMA.
+// The layout field of a descriptor counts in the opposite order of the TMA enumeration.
 HOPPER_DEVICE constexpr uint64_t descriptor_layout(Swizzle swizzle) { return (4 - swizzle) % 4; }
 
 // Shared-memory matrix descriptor of wgmma; offsets in bytes. K-major: `sbo` from one group of 8
@@ -49,6 +49,14 @@ HOPPER_DEVICE uint64_t make_desc(uint32_t address, uint32_t lbo, uint32_t sbo, S
 HOPPER_DEVICE constexpr uint32_t sw128(uint32_t row, uint32_t byte) {
   return row * 128 + (byte ^ ((row & 7) << 4));
 }
+
+// The n-th use of a ring: its stage, and the parity of the stage's barriers then.
+template <int kStages>
+struct Stage {
+  int index;
+  uint32_t parity;
+  HOPPER_DEVICE explicit Stage(uint32_t n) : index(n % kStages), parity(n / kStages % 2) {}
+};
 
 // The two BF16 values of a register, low half first.
 HOPPER_DEVICE float2 unpack_bf16(uint32_t pair) {

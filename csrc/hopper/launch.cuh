@@ -14,12 +14,12 @@
   extern __shared__ __align__(1024) uint8_t hopper_dynamic_shared[]; \
   uint8_t* const name = hopper_dynamic_shared
 
-// const char* HOPPER_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...): null or
-// words.
+// const char* HOPPER_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...): null or an
+// error message.
 #define HOPPER_LAUNCH(kernel, grid, block, shared_bytes, ...) \
   ::aapt::hopper::launch(false, kernel, grid, block, shared_bytes, __VA_ARGS__)
-// The same, but the kernel may start before the one before it in the stream has ended: it must call
-// grid_dependency_wait() before it touches what that one writes.
+// As HOPPER_LAUNCH, but the kernel may start before the previous kernel of the stream has ended. It
+// must call grid_dependency_wait() before it touches memory that the previous kernel writes.
 #define HOPPER_LAUNCH_DEPENDENT(kernel, grid, block, shared_bytes, ...) \
   ::aapt::hopper::launch(true, kernel, grid, block, shared_bytes, __VA_ARGS__)
 
@@ -53,8 +53,8 @@ const char* launch(bool dependent, void (*kernel)(Parameters...), dim3 grid, dim
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
-// A tile of `box` elements over a tensor of `dims`, innermost dimension first, without a stride for
-// that one. Returns null, or words that say what is wrong.
+// Maps a tensor of `dims` elements in tiles of `box` elements. Dimensions begin with the innermost,
+// which has no stride. Returns null or an error message.
 inline const char* make_tensor_map(TensorMap* map, void* base, int element_bytes, int rank,
                                    const uint64_t* dims, const uint64_t* strides_bytes,
                                    const uint32_t* box, Swizzle swizzle) {
@@ -67,7 +67,7 @@ inline const char* make_tensor_map(TensorMap* map, void* base, int element_bytes
                                                                 12000, cudaEnableDefault, &found);
     return reinterpret_cast<Encode>(status == cudaSuccess ? entry : nullptr);
   }();
-  if (encode == nullptr) return "tensor map: the CUDA driver has no cuTensorMapEncodeTiled";
+  if (encode == nullptr) return "tensor map: expected a driver of CUDA 12 or later; update it";
   const CUtensorMapDataType type = element_bytes == 4   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                         : CU_TENSOR_MAP_DATA_TYPE_UINT8;
@@ -76,7 +76,7 @@ inline const char* make_tensor_map(TensorMap* map, void* base, int element_bytes
       encode(&map->map, type, rank, base, dims, strides_bytes, box, element_strides,
              CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle),
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "tensor map: the CUDA driver refused it";
+  return result == CUDA_SUCCESS ? nullptr : "tensor map: the CUDA driver rejected it";
 }
 
 }  // namespace aapt::hopper

@@ -94,13 +94,14 @@ HOPPER_DEVICE void bulk_reduce_add_f32(float* global, const float* smem, uint32_
 
 HOPPER_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// At most N groups still run: of the others the writes are visible.
+// Waits until at most N groups still run. The writes of all others are then visible.
 template <int N>
 HOPPER_DEVICE void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// The others have only read their shared memory, which may be overwritten.
+// Waits until at most N groups still read shared memory. That of all others may then be
+// overwritten.
 template <int N>
 HOPPER_DEVICE void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");

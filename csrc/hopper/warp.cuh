@@ -15,7 +15,7 @@ HOPPER_DEVICE T shfl_idx(T value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
-// True in one lane of the warp, which one is the hardware's choice.
+// True in one lane of the warp, which the hardware chooses.
 HOPPER_DEVICE bool elect_one() {
   uint32_t elected;
   asm volatile("{.reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
@@ -57,8 +57,8 @@ HOPPER_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem) {
                : "memory");
 }
 
-// Adds and returns the value before; releases what this thread knows of and acquires what others
-// released there.
+// Adds, and returns the value before. Releases all writes that this thread knows of, and acquires
+// all writes released at this address.
 HOPPER_DEVICE uint32_t atomic_add_acq_rel(uint32_t* global, uint32_t value) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -68,7 +68,7 @@ HOPPER_DEVICE uint32_t atomic_add_acq_rel(uint32_t* global, uint32_t value) {
   return before;
 }
 
-// Past the L1 cache: for what other blocks of this launch have written.
+// Loads past the L1 cache, for data that other blocks of this launch have written.
 HOPPER_DEVICE float4 load_l2(const float4* global) {
   float4 value;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -78,7 +78,7 @@ HOPPER_DEVICE float4 load_l2(const float4* global) {
   return value;
 }
 
-// Through the read-only cache: for what no block of this launch writes.
+// Loads through the read-only cache, for data that no block of this launch writes.
 template <typename T>
 HOPPER_DEVICE T load_readonly(const T* global) {
   return __ldg(global);
@@ -99,7 +99,7 @@ HOPPER_DEVICE float rsqrt_approx(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// To 2^-11 of the value.
+// Has a relative error of at most 2^-11.
 HOPPER_DEVICE float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,10 +1,11 @@
 // One launch per layer and step: RMSNorm of q and k, rotary embedding, and the write of k and v
-// into the cache slot that the device-side step counter names (SPEC 4, 5).
+// into the cache slot that the device-side step counter names (docs/method.md#4, docs/method.md#5).
 //
-// Memory-bound: every row is read once and written once, 16 bytes per access. A row (one token,
-// one head) belongs to head_dim / 16 neighbouring lanes; a lane holds 8 elements of the row's first
-// half and the 8 of the second half that rotate with them, so rotation needs no exchange at all and
-// the norm of a head one short butterfly. A norm across heads gives a token to a block instead.
+// Memory-bound: every row is read once and written once, 16 bytes per access. A row (one token, one
+// head) belongs to head_dim / 16 neighbouring lanes; a lane holds 8 elements of the row's first
+// half and the 8 of the second half that rotate with them, so rotation needs no exchange, and the
+// norm of a head only a short butterfly. For a norm across heads, a block takes a whole token
+// instead.
 
 #include <algorithm>
 
@@ -165,7 +166,7 @@ HOPPER_DEVICE void write_key(const KvAppendParams& params, const Place& at, int6
             rotate(k, params.cos, params.sin, at.token * kHalf + at.column));
 }
 
-// The query, and the same query as the pinned frame sees it
+// Writes the query, and the query rotated for the pinned sink frames.
 template <int kHeadDim, bool kAcrossHeads, typename Weight>
 HOPPER_DEVICE void write_query(const KvAppendParams& params, const Place& at, const RawPair& raw,
                                float scale) {
@@ -180,7 +181,7 @@ HOPPER_DEVICE void write_query(const KvAppendParams& params, const Place& at, co
   store_row(params.q_sink_out, out, kHalf, rotate(q, params.cos_sink, params.sin_sink, angle));
 }
 
-// A grid of lanes over all rows, each normed by itself.
+// Spreads lanes over all rows, and norms each row by itself.
 template <int kHeadDim, typename Weight>
 HOPPER_DEVICE void append_heads(const KvAppendParams& params) {
   constexpr int kHalf = kHeadDim / 2, kRowLanes = kLanes<kHeadDim>;
@@ -213,12 +214,13 @@ HOPPER_DEVICE void append_heads(const KvAppendParams& params) {
   }
 }
 
-// A block per token, normed across its heads: the second reading of q and k finds them in L1.
+// Gives a block to each token, and norms the token across its heads. The second read of q and k is
+// from L1.
 template <int kHeadDim, typename Weight>
 HOPPER_DEVICE void append_tokens(const KvAppendParams& params) {
   constexpr int kHalf = kHeadDim / 2, kRowLanes = kLanes<kHeadDim>;
   HOPPER_SHARED(shared);
-  auto* warp_sums = reinterpret_cast<float2*>(shared);  // of q and k, for two tokens by turns
+  auto* warp_sums = reinterpret_cast<float2*>(shared);  // of q and k; two places that alternate
   const int64_t cache_row = first_cache_row(params);
   const int column = threadIdx.x % kRowLanes * kVector;
   const int heads = params.heads, tokens = params.tokens, all_tokens = params.batch * tokens;
@@ -273,7 +275,7 @@ template <int kHeadDim, typename Weight>
 const char* launch(const KvAppendParams& params, int multiprocessors, void* stream) {
   const int64_t tokens = params.batch * params.tokens;
   if (params.across_heads) {
-    // No more warps than hold a token, and as many blocks as the registers allow.
+    // At most the warps that hold one token, and as many blocks as the registers allow.
     const int64_t lanes = (params.heads * kLanes<kHeadDim> + 31) / 32 * 32;
     const int threads = std::min<int64_t>(lanes, kThreads);
     const int64_t resident = kBlocksPerSm * kThreads / threads * multiprocessors;

@@ -1,4 +1,4 @@
-// What the host side of kv_append hands to its kernel.
+// Arguments of the kernel of kv_append.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +22,15 @@ struct KvAppendParams {
   // One layer of the cache: BF16, (batch, capacity, heads, head_dim).
   void *k_cache, *v_cache;
   Strides k_cache_strides, v_cache_strides;
-  // Frames in the cache so far; on the device, so that a captured step can be replayed.
+  // Index of the new frame; on the device, so that a captured step can be replayed.
   const int64_t* step;
   int64_t text_tokens, sink_frames, ring_frames;
-  // BF16, (batch, tokens, heads, head_dim), contiguous; q_sink_out null: not asked for.
+  // BF16, (batch, tokens, heads, head_dim), contiguous; q_sink_out is null if not wanted.
   void *q_out, *q_sink_out;
   int batch, tokens, heads, head_dim;  // fewer than 2^30 rows
 };
 
-// Enqueues the kernel. Returns null, or words for why it did not start.
+// Enqueues the kernel. Returns null or an error message.
 const char* launch_kv_append_sm90(const KvAppendParams& params, int multiprocessors, void* stream);
 
 }  // namespace aapt

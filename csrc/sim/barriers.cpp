@@ -20,7 +20,7 @@ std::vector<std::unique_ptr<Barrier>> barriers;
 struct NamedBarrier {
   int expected, arrived, generation;
   bool whole_block;
-  Clock arriving;  // what those that arrive know
+  Clock arriving;  // what threads that arrive know
   std::vector<int> waiting_warps;
 };
 NamedBarrier named[kNamedBarriers];
@@ -58,8 +58,8 @@ void complete_phase(Barrier& barrier) {
   if (!options().races) return;
   join(barrier.completed, barrier.arriving);
   barrier.completed.at[barrier_agent(barrier.index)] = barrier.phase;
-  // Those that wait learn it now: when they run again, there may be more to learn, from a later
-  // phase that nothing orders before them.
+  // Threads that wait learn it now. When they run again, the barrier may know more, from a later
+  // phase that is not ordered before them.
   for (int i = 0; i < thread_count; ++i) {
     Thread& thread = threads[i];
     if (thread.object == &barrier && wait_is_over(thread)) {
@@ -94,7 +94,7 @@ Barrier& check_wait(uint64_t* bar, uint32_t parity) {
   return barrier;
 }
 
-// False: it gave up, as only those that poll do.
+// Returns false if the thread gave up, which only polling threads do.
 bool wait_for(Barrier& barrier, uint32_t parity, bool (*ready)(Thread&), const char* what) {
   if (phase_passed(barrier, parity)) {
     if (options().races) join(clock_of(*current), barrier.completed);
@@ -104,7 +104,7 @@ bool wait_for(Barrier& barrier, uint32_t parity, bool (*ready)(Thread&), const c
   return phase_passed(barrier, parity);
 }
 
-// Named barriers count the threads of whole warps. __syncthreads waits for those that are left.
+// Named barriers count the threads of whole warps. __syncthreads waits for the remaining threads.
 void release_if_full(NamedBarrier& barrier) {
   const int needed = barrier.whole_block ? live_threads : barrier.expected;
   if (barrier.arrived == 0 || barrier.arrived < needed) return;
@@ -122,7 +122,8 @@ void release_if_full(NamedBarrier& barrier) {
 
 constexpr uint64_t kWholeBlock = 1, kWaits = 2;  // in a slot
 
-// By the last lane, for its warp. Leaves the generation that it waits to end in the first slot.
+// Called by the last lane, for its warp. Stores in the first slot the generation whose end the warp
+// waits for.
 void arrive_warp(Warp& warp, Slot* slots) {
   const int id = static_cast<int>(slots[0][0]), count = static_cast<int>(slots[0][1]);
   const bool whole_block = slots[0][2] & kWholeBlock;

@@ -12,10 +12,10 @@ struct Barrier {
   int64_t transfer_bytes;
   int init_thread, init_fences;
   bool known_to_async;
-  Clock arriving, completed;  // what those that arrive know; what a wait learns
+  Clock arriving, completed;  // what threads that arrive know; what threads that wait learn
 };
 
-// Of the mbarrier that a bulk load names.
+// The mbarrier that a bulk load names.
 Barrier& barrier_for_load(uint64_t* bar, Site site);
 void complete_bytes(Barrier& barrier, uint32_t bytes);
 

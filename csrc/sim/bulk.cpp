@@ -1,7 +1,7 @@
 // Bulk copies: tiles by tensor map, and plain runs of bytes.
 //
-// A load poisons its destination when it is issued and lands later. A store reads shared memory and
-// writes global memory at two separate moments, as its two kinds of wait tell them apart.
+// A load poisons its destination when issued, and lands later. A store reads shared memory and
+// writes global memory at two separate moments, because kernels can wait for either.
 #include <algorithm>
 
 #include "sim/barriers.h"
@@ -28,7 +28,7 @@ std::vector<Copy> loads, stores;
 
 uint32_t row_bytes(const TensorMap& map) { return map.box[0] * map.element_bytes; }
 
-// visit(row, global address of the row's first byte, first and last byte inside the tensor)
+// Calls visit(row, global address of the row's first byte, first and last byte inside the tensor).
 template <typename Visit>
 void for_rows(const Copy& copy, Visit visit) {
   const TensorMap& map = copy.map;
@@ -115,8 +115,7 @@ void finish_stores(Select select) {
   stores.erase(std::remove_if(stores.begin(), stores.end(), select), stores.end());
 }
 
-// The bytes that the copy touches are checked one row after another only if the tensor as a whole
-// is not allowed.
+// Checks the bytes of the copy row by row, but only if the tensor as a whole is not allowed.
 void check_global(const Copy& copy, const char* what) {
   const TensorMap& map = copy.map;
   uint64_t extent = map.element_bytes;
@@ -129,7 +128,7 @@ void check_global(const Copy& copy, const char* what) {
 
 void check_shared(const Copy& copy, const char* what) {
   if (!in_shared(copy.shared, copy.bytes)) {
-    fail(copy.site, "%s: smem+%zd and %u bytes lie outside shared memory (%zu bytes)", what,
+    fail(copy.site, "%s: smem+%zd and %u bytes are outside shared memory (%zu bytes)", what,
          copy.shared - shared_window, copy.bytes, shared_bytes);
   }
 }
@@ -218,7 +217,7 @@ void issue_store(Copy copy, bool add) {
 }  // namespace
 
 bool step_bulk() {
-  // With no thread able to run, only a load can help: stores may stay late.
+  // If no thread can run, only a load can help: stores may stay late.
   const size_t choices = loads.size() + (options().tma == RANDOM ? stores.size() : 0);
   if (choices == 0) return false;
   const size_t choice = random_bits() % choices;

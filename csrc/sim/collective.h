@@ -1,4 +1,5 @@
-// What all lanes of a warp do together: each leaves its values, the last one acts, all go on.
+// Operations of all lanes of a warp: each lane stores its values, the last lane acts, then all
+// continue.
 #pragma once
 
 #include "sim/state.h"

@@ -1,4 +1,4 @@
-// What host code and tests set and ask of the simulator.
+// The simulator's options and reports, for host code and tests.
 #pragma once
 
 #include <cstddef>
@@ -17,11 +17,11 @@ struct Options {
   int tma = LATE;    // Completion of bulk copies
   int wgmma = LATE;  // Completion of wgmma
   bool races = true;
-  bool shuffle_blocks = true;  // where seed is not 0
-  int multiprocessors = 4;     // as host code that sizes a grid sees the device
+  bool shuffle_blocks = true;  // if seed is not 0
+  int multiprocessors = 4;     // of the device that host code sizes a grid for
 };
 
-// Of the last launch.
+// Counts of the last launch.
 struct Statistics {
   uint64_t blocks, switches, bulk_loads, bulk_stores, wgmmas, accesses;
 };

@@ -1,4 +1,4 @@
-// The functions of csrc/hopper for g++: what they do is in the engines beside this file.
+// The functions of csrc/hopper for g++. The other files of this folder implement them.
 #pragma once
 
 #include <cmath>
@@ -269,7 +269,7 @@ inline uint32_t bits_from_float(float value) {
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
 inline float rsqrt_approx(float x) { return 1.0f / sqrtf(x); }
-// As inexact as the chip may be: cut to 11 bits behind the leading one.
+// As inexact as the chip may be: cut to 11 bits after the leading one.
 inline float tanh_approx(float x) { return float_from_bits(bits_from_float(tanhf(x)) & ~0xFFFu); }
 inline uint32_t round_to_bf16(float value) {
   const uint32_t bits = bits_from_float(value);

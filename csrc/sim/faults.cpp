@@ -26,20 +26,20 @@ __thread bool launching;
 
 void on_fault(int signal, siginfo_t* info, void* context) {
   if (!launching) {
-    // Another thread of the process: as if we were not here.
+    // The fault is another thread's: passes it on to the previous handler.
     for (int i = 0; i < kSignalCount; ++i) {
       if (kSignals[i] != signal) continue;
       if (previous[i].sa_flags & SA_SIGINFO) {
         previous[i].sa_sigaction(signal, info, context);
       } else if (previous[i].sa_handler == SIG_DFL || previous[i].sa_handler == SIG_IGN) {
-        sigaction(signal, &previous[i], nullptr);  // it happens again, and ends the process
+        sigaction(signal, &previous[i], nullptr);  // the fault recurs, and ends the process
       } else {
         previous[i].sa_handler(signal);
       }
     }
     return;
   }
-  // In the kernel itself, or somewhere that it has called.
+  // The fault is in the kernel itself, or in a function that it has called.
   const auto* machine = &static_cast<ucontext_t*>(context)->uc_mcontext;
   const auto* instruction = reinterpret_cast<const char*>(machine->gregs[REG_RIP]);
   const Site called = current == nullptr ? 0 : current->site;

@@ -6,7 +6,7 @@
 
 namespace aapt::sim {
 
-extern sigjmp_buf launch_exit;  // where a failure in the scheduler goes
+extern sigjmp_buf launch_exit;  // a failure in the scheduler jumps here
 
 [[noreturn]] void leave_launch();
 

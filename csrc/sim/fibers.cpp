@@ -9,7 +9,7 @@
 #error "the simulator's context switch is written for x86-64"
 #endif
 
-// Only what a call must preserve: a switch costs some 15 ns.
+// Saves only the registers that a call must preserve: a switch costs about 15 ns.
 asm(R"(
   .text
   .globl aapt_sim_switch

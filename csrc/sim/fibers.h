@@ -11,7 +11,7 @@ constexpr size_t kStackBytes = 256 * 1024;
 char* allocate_stack();
 // True for an address in that memory: the stack overflowed.
 bool in_guard(const char* stack, const void* address);
-// What to switch to, to begin `main` on the stack.
+// The stack pointer to switch to, which begins `main` on the stack.
 void* begin_fiber(char* stack, void (*main)());
 
 extern "C" void aapt_sim_switch(void** save_stack_pointer, void* load_stack_pointer);

@@ -16,11 +16,11 @@ std::vector<Range> allowed;
 
 const char *arguments_begin, *arguments_end;
 
-// --- One block after another
+// --- Order between blocks
 //
-// A block that ran before is ordered before an access only by atomics: some thread released what it
-// knew there, and a later block acquired it. As blocks run one after another, an acquisition takes
-// all releases made at its address so far.
+// Only atomics order an earlier block before an access: a thread released what it knew at an
+// address, and a later block acquired it. Because blocks run one after another, an acquisition
+// takes all earlier releases at its address.
 
 struct Release {
   int block;
@@ -31,7 +31,7 @@ std::vector<Release> releases;
 
 struct Location {
   std::vector<int> releases;
-  int block;    // that the clock below belongs to
+  int block;    // of the clock below
   Clock clock;  // released here by threads of that block
 };
 std::unordered_map<uintptr_t, std::unique_ptr<Location>> locations;
@@ -40,7 +40,7 @@ struct Acquisition {
   int thread;
   uint32_t time;
   std::vector<int> releases;
-  // By block: what its releases know together. Filled as it is asked for.
+  // By block: the joint knowledge of its releases. Computed on demand.
   mutable std::unordered_map<int, std::vector<uint32_t>> by_block;
 };
 std::vector<Acquisition> acquisitions;  // of the running block
@@ -106,14 +106,14 @@ struct Page {
   Word words[kPageBytes / 4];
 };
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-bool written;  // anything at all
+bool written;  // anything in this launch
 
 struct {
   uintptr_t number;
   Page* page;
 } recent[64];
 
-// Null if there is none and none is wanted.
+// Returns null if the page does not exist, unless `create`.
 Page* page_of(uintptr_t address, bool create) {
   const uintptr_t number = address / kPageBytes;
   auto& slot = recent[number % 64];
@@ -135,7 +135,7 @@ bool is_async(GlobalAccess access) {
 
 std::string agent_of_block(int block, int agent) {
   if (block == running_block) return agent_name(agent);
-  // Agents of other blocks go by other numbers only where they are not threads.
+  // Only threads have the same agent numbers in every block.
   return (agent < thread_count ? agent_name(agent) : "a bulk store") + " of another block";
 }
 
@@ -186,7 +186,7 @@ void forget() { allowed.clear(); }
 
 bool is_allowed(const void* pointer, size_t bytes) {
   const auto begin = static_cast<const char*>(pointer), end = begin + bytes;
-  static size_t last = 0;  // most accesses follow one to the same range
+  static size_t last = 0;  // most accesses are to the range of the one before
   if (last < allowed.size() && allowed[last].begin <= begin && end <= allowed[last].end) {
     return true;
   }
@@ -241,7 +241,7 @@ void begin_global_block() {
 void access_global(const void* pointer, size_t bytes, GlobalAccess access, const Actor& actor,
                    Site site) {
   if (!options().races) return;
-  // Bulk loads are not remembered: only what they read is checked.
+  // Bulk loads are not recorded: only what they read is checked.
   const bool remembers = access != GlobalAccess::READ_ASYNC;
   if (!remembers && !written) return;
   ++statistics().accesses;
@@ -330,7 +330,7 @@ uint32_t atomic_add_acq_rel(uint32_t* global, uint32_t value, Where where) {
   if (slot == nullptr) slot = std::make_unique<Location>();
   Location& location = *slot;
   Clock& clock = clock_of(*current);
-  // Acquire. A tick of its own, so that only those who hear of this thread later share it.
+  // Acquire. The tick lets only agents that hear of this thread later share the acquisition.
   if (location.block == running_block) join(clock, location.clock);
   tick(*current);
   if (!location.releases.empty()) {

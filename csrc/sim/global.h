@@ -1,5 +1,5 @@
-// Global memory: what kernels may touch, and whether accesses of different threads, blocks and
-// engines are ordered.
+// Global memory: the ranges that kernels may touch, and the order of accesses by threads, blocks
+// and engines.
 #pragma once
 
 #include "sim/races.h"

@@ -8,7 +8,7 @@
 namespace aapt::sim {
 namespace {
 
-// Of one thread without a call of this layer: it loops for ever.
+// The most accesses of a thread between two calls of the simulator: more are an endless loop.
 constexpr uint32_t kMaxAccesses = 1u << 24;
 
 bool on_own_stack(const void* pointer) {
@@ -27,7 +27,7 @@ void access_shared_plainly(const void* pointer, size_t bytes, bool write, Site s
   }
 }
 
-// Anywhere but on the thread's own stack. `alignment`: that the device asks for.
+// Checks an access outside the thread's own stack. `alignment`: bytes, as the device requires.
 void access_memory(const void* pointer, size_t bytes, size_t alignment, bool write, Site site) {
   in_kernel = false;
   if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) {
@@ -80,7 +80,8 @@ AAPT_HOOKS(8)
 AAPT_HOOKS(16)
 #undef AAPT_HOOKS
 
-// -fsanitize=alignment, with it: the compiler splits a vector access into parts that look aligned.
+// Called by -fsanitize=alignment, because the compiler splits a vector access into parts that look
+// aligned.
 struct UndefinedTypeMismatch {
   const char* file;
   uint32_t line, column;

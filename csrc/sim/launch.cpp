@@ -1,4 +1,4 @@
-// A launch: its limits, and its blocks one after another.
+// Runs a launch: checks its limits, then runs its blocks one after another.
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
@@ -29,7 +29,7 @@ std::mutex launching;
 const char* check_limits(dim3 grid, dim3 block, size_t shared) {
   const uint64_t count = uint64_t{block.x} * block.y * block.z;
   if (count == 0 || count > kMaxThreads) return "launch: expected 1 to 1024 threads in a block";
-  if (count % kWarp != 0) return "launch: not simulated: a block of other than whole warps";
+  if (count % kWarp != 0) return "launch: expected whole warps: others are not simulated";
   if (shared > kSharedCapacity) return "launch: expected at most 227 KiB of shared memory";
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (blocks == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {

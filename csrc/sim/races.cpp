@@ -65,7 +65,8 @@ inline void remember_reader(Word& word, uint8_t mask, const Actor& actor, Site s
   if (i < word.reader_count) {
     mask |= word.read_times[i] == actor.time ? word.read_bytes[i] : 0;
   } else {
-    // In the place of a reader that this one comes after, else in a free one, else in any.
+    // Replaces a reader that is ordered before this one; if none, takes a free place, else any
+    // place.
     for (i = 0; i < word.reader_count; ++i) {
       if (actor.knows->at[word.readers[i]] >= word.read_times[i]) break;
     }
@@ -118,7 +119,7 @@ void write_shared(const void* pointer, size_t bytes, const Actor& actor, Site si
       check_after_write(word, offset, true, actor, site);
     }
     check_after_reads(word, offset, mask, actor, site);
-    // The last writer of a word stands for all its bytes that it wrote at that time.
+    // One writer is recorded per word, with all bytes that it wrote at that time.
     const bool same = word.writer == actor.agent && word.write_time == actor.time;
     word.written_bytes = same ? word.written_bytes | mask : mask;
     word.reader_count = 0;

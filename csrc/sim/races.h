@@ -1,5 +1,5 @@
-// Accesses to shared memory: which agent wrote and read each word last, and whether the next access
-// is ordered after them.
+// Accesses to shared memory: the agents that last wrote and read each word, and whether the next
+// access is ordered after theirs.
 #pragma once
 
 #include "sim/state.h"
@@ -8,7 +8,7 @@ namespace aapt::sim {
 
 enum Proxy : uint8_t { GENERIC = 1, ASYNC = 2 };
 
-// Who accesses: an agent, the time on its clock, and what it knows of the others' clocks.
+// The author of an access: an agent, the time on its clock, and what it knows of other clocks.
 struct Actor {
   int agent;
   uint32_t time;
@@ -23,7 +23,8 @@ inline Actor actor_of(const Thread& thread) {
 void read_shared(const void* pointer, size_t bytes, const Actor& actor, Site site);
 void write_shared(const void* pointer, size_t bytes, const Actor& actor, Site site);
 
-// How a bulk load laid out the data, for wgmma to compare with its descriptor. -1: other data.
+// The swizzle of data from a bulk load, for wgmma to compare with its descriptor; -1 for other
+// data.
 void tag_layout(const void* pointer, size_t bytes, int swizzle);
 int layout_of(const void* pointer);
 

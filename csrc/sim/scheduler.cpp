@@ -1,4 +1,4 @@
-// One block: its threads take turns until all have left, or none can run.
+// Runs one block: its threads alternate until all have left or none can run.
 #include "sim/scheduler.h"
 
 #include <algorithm>
@@ -100,7 +100,7 @@ bool can_run(Thread& thread) {
   return !thread.done && (thread.ready == nullptr || thread.ready(thread));
 }
 
-// Lanes of a warp that wait at the same place for the same thing share a line.
+// True if two lanes wait at one place for one thing: they share a line of the report.
 bool waits_alike(const Thread& a, const Thread& b) {
   return a.done == b.done && (a.done || (a.site == b.site && a.waiting == b.waiting &&
                                          a.object == b.object && a.argument == b.argument));
@@ -125,7 +125,7 @@ void report_deadlock() {
   fail(0, "%s", text.c_str());
 }
 
-// Only threads that poll an mbarrier may be left: they poll again, but not for ever.
+// Lets threads that poll an mbarrier poll again, but not for ever. Returns false if none does.
 bool spin_again() {
   static uint64_t seen;
   static int idle;

@@ -4,7 +4,7 @@
 
 namespace aapt::sim {
 
-// Runs the block at blockIdx to its end. False: it failed, and last_report() says how.
+// Runs the block at blockIdx to its end. Returns false if the block failed; last_report() says how.
 bool run_block(const Call& call);
 
 }  // namespace aapt::sim

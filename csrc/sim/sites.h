@@ -17,7 +17,7 @@ Site site_of_instruction(const void* instruction);
 // "kernel.cuh:12"
 std::string describe(Site site);
 
-// The library of a kernel, for instructions and for the constants it may read.
+// Notes the library of a kernel, to find its instructions and the constants it may read.
 void enter_library(const void* function);
 bool in_library(const void* pointer, size_t bytes);
 

@@ -1,9 +1,9 @@
-// What the parts of the simulator share: the block that runs, its threads and warps, how a thread
-// waits, and how anything fails.
+// State that the parts of the simulator share: the running block, its threads and warps, and the
+// ways to wait and to fail.
 //
 // Blocks run one after another; every CUDA thread of a block is a fiber on one host thread, which
 // runs until it waits. Asynchronous engines (bulk copies, wgmma) are queues that the scheduler or a
-// wait drains. All of it belongs to one launch at a time.
+// wait drains. This state belongs to one launch at a time.
 #pragma once
 
 #include <random>
@@ -23,14 +23,14 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxBarriers = 64;
 constexpr int kMaxStorers = 128;                // threads of a block that issue bulk stores
-constexpr uint32_t kSharedBase = 1024;          // where sm_90 puts dynamic shared memory
+constexpr uint32_t kSharedBase = 1024;          // address of dynamic shared memory on sm_90
 constexpr size_t kSharedCapacity = 227 * 1024;  // of one block
 constexpr uint32_t kPoison = 0x7FA0BAD1;        // a signalling NaN: arithmetic changes its bits
 constexpr int kRegisterFile = 65536;
 
-// Vector clocks. An agent is whatever acts on its own: a thread, the wgmma engine of a warp, the
-// loads of an mbarrier, and for each thread that issues bulk stores their reads of shared memory
-// and their writes of global memory.
+// Vector clocks. An agent acts on its own: a thread, the wgmma engine of a warp, the loads of an
+// mbarrier, and for each thread that issues bulk stores their reads of shared memory and their
+// writes of global memory.
 constexpr int kMaxAgents = kMaxThreads + kMaxThreads / kWarp + kMaxBarriers + 2 * kMaxStorers;
 static_assert(kMaxAgents % 16 == 0, "clocks are joined 16 agents at a time");
 struct Clock {
@@ -41,7 +41,7 @@ struct Clock {
 struct Accumulator {
   float* registers;
   int count, last_group;
-  std::vector<float> values;  // what the registers, poisoned meanwhile, will hold
+  std::vector<float> values;  // the registers get after the wgmma; until then they are poisoned
 };
 
 struct Thread {
@@ -51,17 +51,17 @@ struct Thread {
   char* stack;  // kept from block to block
   bool done;
 
-  // What it waits for; null if it can run
+  // The condition it waits for; null if it can run
   bool (*ready)(Thread&);
   void* object;
   uint64_t argument;
   const char* waiting;
-  Site site;                 // the call it is in, or was in last
+  Site site;                 // the current call, or the last one
   bool polling, spin_again;  // in mbar_try_wait; it may give up
 
   uint64_t collectives;
   int init_fences;                     // of mbarrier initialisations
-  std::vector<uint32_t> proxy_fences;  // when they were, on its clock
+  std::vector<uint32_t> proxy_fences;  // times of fence_proxy_async, on its clock
 
   int wgmmas, wgmma_groups;
   bool wgmma_fenced;
@@ -78,7 +78,7 @@ extern int thread_count, warp_count, live_threads;
 extern int agent_count;  // rounded up to 16
 extern std::mt19937 random_bits;
 extern uint32_t plain_accesses;  // of the thread since it was resumed
-extern uint64_t events;          // counts whatever may end a wait for an mbarrier
+extern uint64_t events;          // counts events that may end a wait for an mbarrier
 extern size_t shared_bytes;      // of this launch
 alignas(4096) extern uint8_t shared_window[];
 constexpr size_t kSharedWindow = kSharedCapacity + 1024;
@@ -99,7 +99,7 @@ inline int reader_agent(int storer) {
 }
 inline int writer_agent(int storer) { return reader_agent(storer) + 1; }
 std::string agent_name(int agent);
-// Of the current thread; grows agent_count with the first use.
+// The storer number of a thread. Its first use raises agent_count.
 int storer_of(Thread& thread);
 
 inline void join(Clock& into, const Clock& from) {
@@ -110,10 +110,10 @@ inline void join(Clock& into, const Clock& from) {
 inline Clock& clock_of(const Thread& thread) { return clocks[thread.index]; }
 inline void tick(const Thread& thread) { ++clock_of(thread).at[thread.index]; }
 
-// True while code of a kernel runs on this host thread: only then the hooks look at its accesses.
+// True while code of a kernel runs on this host thread. Only then do the hooks check accesses.
 extern __thread bool in_kernel __attribute__((tls_model("initial-exec")));
 
-// Every function that a kernel calls begins with one.
+// Every function that a kernel calls begins with an Entry.
 struct Entry {
   explicit Entry(Where where) {
     in_kernel = false;
@@ -128,10 +128,10 @@ struct Entry {
 
 void set_report(const char* text);
 
-// Lets others run until ready(current).
+// Lets other threads run until ready(current).
 void wait_until(bool (*ready)(Thread&), void* object, uint64_t argument, const char* what);
 
-// What happens at the start of a block, ...
+// Called at the start of a block, ...
 void reset_barriers();
 void reset_warps();
 void reset_shared_races();
@@ -141,8 +141,8 @@ void begin_global_block();
 void check_wgmma_exit(const Thread& thread);
 void check_store_exit(const Thread& thread);
 void lane_left(const Thread& thread);
-void thread_left();  // named barriers count those that are left
-// ... when asynchronous work takes a step (false: there is none), ...
+void thread_left();  // named barriers count the remaining threads
+// ... when asynchronous work takes a step (false: none is left), ...
 bool step_bulk();
 void step_wgmma();
 // ... and at the end of a block and of a launch.

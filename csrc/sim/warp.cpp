@@ -43,8 +43,8 @@ void move_elements(const Thread& thread, uint8_t* at, int bytes, uint64_t& value
   value = (value & ~mask) | (element << bit & mask);
 }
 
-// Lanes 8 m to 8 m + 7 hold the row addresses of matrix m. Lane l has elements 2 (l % 4) and
-// 2 (l % 4) + 1 of row l / 4 of each matrix, or, transposed, those two of column l / 4.
+// Lanes 8 m to 8 m + 7 hold the row addresses of matrix m. Lane l has elements 2 (l % 4) and 2 (l %
+// 4) + 1 of row l / 4 of each matrix, or, if transposed, of column l / 4.
 void move_matrices(Warp& warp, Slot* slots, MatrixMove move, bool transposed) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     const auto row_address = [&](int row) {

@@ -1,5 +1,5 @@
-// wgmma: per warp a queue of instructions that read shared memory some time between their issue and
-// the wait for their group, and that hold the accumulator registers meanwhile.
+// wgmma: a queue of instructions per warp. An instruction reads shared memory at some time between
+// its issue and the wait for its group, and holds its accumulator registers until then.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace aapt::sim {
 namespace {
 
-constexpr int kRows = 16;  // of the 64, that a warp has
+constexpr int kRows = 16;  // of the 64 rows, per warp
 constexpr int kMaxN = 256, kMaxK = 32;
 
 struct Instruction {
@@ -33,7 +33,7 @@ struct Engine {
 };
 std::vector<Engine> engines;  // by warp
 
-// What the first warp of a warpgroup issued, for the other three to agree with.
+// An instruction as the first warp of a warpgroup issued it; the other three must agree.
 struct Issue {
   Site site;
   int n;
@@ -53,7 +53,7 @@ Swizzle descriptor_swizzle(uint64_t descriptor) {
   return static_cast<Swizzle>((4 - (descriptor >> 62)) % 4);
 }
 
-// An operand in shared memory, as its descriptor tells: `i` along M or N, `k` along K.
+// An operand in shared memory, as its descriptor says: `i` along M or N, `k` along K.
 struct Operand {
   uint64_t descriptor;
   int extent, k;
@@ -81,7 +81,7 @@ struct Operand {
     return swizzle_address(at, swizzle);
   }
 
-  // visit(i, k, address) for each 16 bytes: `piece` elements along K, or along M or N
+  // Calls visit(i, k, address) for each 16 bytes: `piece` elements along K, or along M or N.
   template <typename Visit>
   void for_pieces(int first, int last, Visit visit) const {
     for (int i = first; i < last; i += mn_major ? piece() : 1) {
@@ -168,7 +168,7 @@ void unpack_shared(const Operand& operand, int first, int last, bool e4m3, Store
   });
 }
 
-// Not fused: the sums shall be the same on every machine.
+// Not fused, so that sums are equal on every machine.
 __attribute__((target_clones("avx2", "default"))) void multiply_add(int n, int k) {
   for (int row = 0; row < kRows; ++row) {
     for (int j = 0; j < k; ++j) {
@@ -182,7 +182,7 @@ __attribute__((target_clones("avx2", "default"))) void multiply_add(int n, int k
   }
 }
 
-// Element of the accumulator fragment: which lane has it, and in which register.
+// The lane and the register of an element of the accumulator fragment.
 int fragment_lane(int row, int column) { return row % 8 * 4 + column % 8 / 2; }
 int fragment_register(int row, int column) { return column / 8 * 4 + row / 8 * 2 + (column & 1); }
 
@@ -279,11 +279,11 @@ void hold_registers(Thread& thread, float* d, int count) {
 
 uint64_t known_turn;
 
-// What the lanes of the current thread's warp know together.
+// The joint knowledge of the lanes of the current thread's warp.
 const Clock& clock_of_warp(int warp) {
   static Clock knows;
   if (!options().races) return knows;
-  // Since this thread was resumed nobody else's clock has changed.
+  // Since this thread was resumed, no other clock has changed.
   if (known_turn != statistics().switches) {
     known_turn = statistics().switches;
     knows = clock_of(threads[warp * kWarp]);
@@ -293,7 +293,7 @@ const Clock& clock_of_warp(int warp) {
   return knows;
 }
 
-// By the last lane: the warp has issued the instruction.
+// Called by the last lane: the warp has issued the instruction.
 void issue(int warp, Instruction& it) {
   Engine& engine = engines[warp];
   auto& group = issues[warp / 4];

@@ -4,7 +4,7 @@
 
 namespace aapt::sim {
 
-// Of the hooks: fails if the access meets an accumulator that a wgmma holds.
+// Called by the hooks: fails if the access is to an accumulator that a wgmma holds.
 void check_accumulator_access(const Thread& thread, const void* pointer, bool write, Site site);
 
 }  // namespace aapt::sim

@@ -1,17 +1,19 @@
-"""`make gpu` as far as it goes without a GPU: refusals, a dry run, and what becomes of cases that
-hang, crash or lose the CUDA context."""
+"""`make gpu` without a GPU: refusals, a dry run, the results file and its words."""
 
-import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 import gpu
 import pytest
 import torch
-from gpu_results import Results, format_table, slug
-from gpu_watch import run_cases
+from gpu_parts import Group
+from gpu_results import Results, format_figures, format_summary, slug
+from gpu_watch import run_group
 
 from aapt_kernels.testing import time_by_turns
 
@@ -28,7 +30,7 @@ def test_without_a_part_it_says_what_there_is():
 
 def test_an_unknown_part_is_refused(capsys):
     assert gpu.main(["--part", "tests"]) == 2
-    words = "make gpu: PART: expected one of calibrate, test, kernels, stream, got 'tests'\n"
+    words = "make gpu: PART: expected one of first, calibrate, test, kernels, stream, got 'tests'\n"
     assert capsys.readouterr().err == words
 
 
@@ -48,6 +50,19 @@ def test_another_gpu_is_refused(capsys, monkeypatch):
     assert capsys.readouterr().err == f"make gpu: {words}"
 
 
+def test_an_nvcc_newer_than_the_driver_is_refused(capsys, monkeypatch):
+    """Its runtime would fail in the first call of a kernel, whatever PyTorch was built for."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu, "cuda_of_driver", lambda: 12)
+    monkeypatch.setattr(gpu, "output_of", lambda *command: "Cuda compiler\nrelease 13.0, V13")
+    assert gpu.main(["--part", "test"]) == 2
+    words = "use an nvcc of CUDA 12, or a newer driver\n"
+    words = f"make gpu: the driver runs CUDA 12, nvcc builds for CUDA 13: {words}"
+    assert capsys.readouterr().err == words
+
+
 def test_missing_packages_are_named(capsys, monkeypatch):
     def find_spec(name):
         return None if name in ("cmake", "pytest_benchmark") else name
@@ -59,10 +74,11 @@ def test_missing_packages_are_named(capsys, monkeypatch):
 
 
 def test_a_build_that_fails_is_refused(capsys, monkeypatch):
-    commands = []
+    commands, environments = [], []
 
-    def fails(command, **_):
+    def fails(command, env):
         commands.append(command)
+        environments.append(env)
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(subprocess, "run", fails)
@@ -71,11 +87,13 @@ def test_a_build_that_fails_is_refused(capsys, monkeypatch):
     (command,) = commands
     assert command[0] == sys.executable
     assert {"--no-build-isolation", "--no-deps", "-e"} <= set(command)
+    assert environments[0]["AAPT_CUDA"] == "on" and environments[0]["AAPT_SIM"] == "off"
     assert "make gpu: the build failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("dry_run", "status"), [(True, 0), (False, 1)])
-def test_skipping_everything_is_no_success_on_a_gpu(tmp_path, dry_run, status):
+def test_skipping_everything_is_no_success_on_a_gpu(tmp_path, monkeypatch, dry_run, status):
+    monkeypatch.setattr(gpu, "targets", lambda path: "")
     results = Results(tmp_path / "results.json", {"part": "test", "dry_run": dry_run})
     results.end("a", "skipped", error="Skipped: no CUDA device")
     assert gpu.report(results) == status
@@ -86,20 +104,27 @@ def test_a_dry_run_records_every_case(tmp_path):
     files = [f"benchmarks/bench_{name}.py" for name in ("kv_append", "machine", "stream")]
     command = [sys.executable, TOOL, "--part", "kernels", "--dry-run", "--out", tmp_path]
     done = subprocess.run(
-        [*command, *files, "-k", "tiny or copy or 416"], capture_output=True, text=True, cwd=ROOT
+        [*command, *files, "-k", "tiny or test_copy or 416"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (tmp_path / "dry-run").glob("*-kernels.json")
-    content = json.loads(path.read_text())
-    assert content["dry_run"] and content["versions"]["torch"] and content["date"]
-    results = {row["case"].split("::")[1].split("[")[0]: row["result"] for row in content["rows"]}
-    assert set(results) == {"test_kv_append", "test_copy", "test_aapt_8b"}
-    append = results["test_kv_append"]
+    (path,) = (tmp_path / "dry-run").glob("*-kernels.jsonl")
+    results = Results(path)
+    assert results.facts["dry_run"] and results.facts["versions"]["torch"]
+    assert results.facts["date"] and {row["group"] for row in results.rows} == {"kernels"}
+    figures = {row["case"].split("::")[1].split("[")[0]: row["result"] for row in results.rows}
+    assert set(figures) == {"test_kv_append", "test_copy", "test_copy_within_l2", "test_aapt_8b"}
+    append = figures["test_kv_append"]
     assert append["ours"]["us"] > 0 and append["ours"]["gb_per_s"] > 0
     assert append["peers"]["composition, compiled"]["difference"] < 0.02
     assert append["ceilings"]["a copy of as many bytes"]["us"] > 0
-    assert results["test_aapt_8b"]["phases_ms"]["products"] > 0
-    assert "3 passed" in done.stdout
+    assert figures["test_aapt_8b"]["phases_ms"]["products"] > 0
+    assert "4 passed" in done.stdout
+    page = path.with_suffix(".txt").read_text()
+    assert "kernels: 4 passed" in page and page in done.stdout
+    assert "decoder_model, device memory: 4.3 TB/s, not measured" in page  # a CPU says nothing
 
 
 @pytest.mark.slow
@@ -108,97 +133,102 @@ def test_a_dry_run_calibrates_the_simulator_against_float64(tmp_path):
     command = [sys.executable, TOOL, "--part", "calibrate", "--dry-run", "--out", tmp_path]
     done = subprocess.run([*command, "-k", "fp8"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_fp8_pipeline: simulator: 0 wrong" in done.stdout
-
-
-CASES = """
-import os, time
-
-def test_first():
-    pass
-
-def test_crash():
-    os._exit(9)
-
-def test_wrong():
-    assert 1 == 2
-
-def test_hang():
-    time.sleep(1000)
-
-def test_lost_context():
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-def test_last(record_property):
-    record_property("result", {"process": os.getpid()})
-"""
-
-
-def test_cases_that_hang_or_crash_cost_only_themselves(tmp_path):
-    cases = tmp_path / "test_cases.py"
-    cases.write_text(CASES)
-    path = tmp_path / "results.json"
-    Results(path, {"part": "test"})
-    run_cases(["-q", "--rootdir", str(tmp_path), str(cases)], path, seconds=300, case_seconds=5)
-    results = Results(path)
-    outcomes = {row["case"].split("::")[1]: row["outcome"] for row in results.rows}
-    assert outcomes == {
-        "test_first": "passed",
-        "test_crash": "crashed (9)",
-        "test_wrong": "failed",
-        "test_hang": "hung",
-        "test_lost_context": "failed",
-        "test_last": "passed",
-    }
-    assert results.running is None and results.not_run == []
-    assert "assert 1 == 2" in next(row["error"] for row in results.rows if "wrong" in row["case"])
-    assert gpu.report(results) == 1
+    assert "test_fp8_pipeline: 0 of 20000 sums are wrong" in done.stdout
 
 
 def test_time_up_ends_the_case_and_names_the_rest(tmp_path, capsys, monkeypatch):
-    def killed(selection, path, deadline, case_seconds):
+    def killed(group, path, deadline, root):
         results = Results(path)
         results.plan(["a", "b"])
         results.begin("a")
-        return -6, "out of time"
+        return -6, "out of time", ""
 
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     Results(path, {"part": "test"})
     monkeypatch.setattr("gpu_watch.run_once", killed)
-    run_cases([], path, seconds=0)
+    monkeypatch.setattr(gpu, "targets", lambda path: "")
+    run_group(Group("slow", ()), path, deadline=0)
     results = Results(path)
-    assert [(row["case"], row["outcome"]) for row in results.rows] == [("a", "out of time")]
+    (row,) = results.rows
+    assert (row["case"], row["outcome"], row["group"]) == ("a", "out of time", "slow")
+    assert "lost" not in row  # a deadline says nothing against the function
     assert gpu.report(results) == 1
-    assert "1 not run: out of time" in capsys.readouterr().out
+    assert "not run, out of time: 1" in capsys.readouterr().out
 
 
 def test_time_up_before_the_first_case(tmp_path):
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     Results(path, {"part": "test"})
-    run_cases([str(tmp_path)], path, seconds=0)
+    run_group(Group("late", (), options=(str(tmp_path),)), path, deadline=0)
     assert [row["outcome"] for row in Results(path).rows] == ["out of time"]
 
 
-def test_a_selection_without_cases_is_a_failure(tmp_path):
-    path = tmp_path / "results.json"
+def test_a_run_that_is_ended_ends_its_cases(tmp_path):
+    case, pid = tmp_path / "test_case.py", tmp_path / "pid"
+    program = "import os, time\n\ndef test_it():\n"
+    program += f"    open({str(pid)!r}, 'w').write(f'{{os.getpid()}}.')\n    time.sleep(1000)\n"
+    case.write_text(program)
+    command = [sys.executable, TOOL, "--part", "calibrate", "--dry-run", "--out", tmp_path, case]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (pid.exists() and pid.read_text().endswith(".")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text().rstrip(".")), 0)
+
+
+def test_a_selection_without_cases_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "targets", lambda path: "")
+    path = tmp_path / "results.jsonl"
     Results(path, {"part": "test"})
-    run_cases(["-q", str(tmp_path)], path, seconds=60)
+    run_group(Group("empty", (), options=(str(tmp_path),)), path, deadline=float("inf"))
     assert gpu.report(Results(path)) == 1
 
 
 def test_rows_are_on_disk_at_once(tmp_path):
-    path = tmp_path / "h200" / "results.json"
+    path = tmp_path / "h200" / "results.jsonl"
     results = Results(path, {"part": "kernels"})
     results.plan(["a", "b"])
-    results.begin("a")
-    assert Results(path).running == "a"
+    results.begin("a", patience=60)
+    assert Results(path).running == {"case": "a", "patience": 60}
     facts = {"us": 2.0, "tflops": 600.0}
     peer = {"us": 3.0, "tflops": 400.0}
     result = {"ours": facts, "peers": {"SDPA": peer, "FA3": {"error": "no"}}, "ceilings": {}}
     results.end("a", "passed", result=result)
-    assert Results(path).rows == results.rows and Results(path).not_run == ["b"]
+    read = Results(path)
+    assert read.rows == results.rows and read.not_run == ["b"] and read.running is None
     line = "passed   a: 2.0 us (600 TFLOP/s); best peer SDPA 3.0 us (400 TFLOP/s)"
-    assert format_table(results.rows) == line
+    assert format_figures(results.rows) == line
+
+
+def test_a_line_cut_short_costs_only_itself(tmp_path):
+    path = tmp_path / "results.jsonl"
+    Results(path, {"part": "test"}).end("a", "passed")
+    with open(path, "a") as file:
+        file.write('{"case": "b", "outc')
+    Results(path).end("c", "passed")
+    assert [row["case"] for row in Results(path).rows] == ["a", "c"]
+
+
+def test_a_summary_counts_by_group_and_names_what_failed(tmp_path):
+    results = Results(tmp_path / "results.jsonl", {})
+    results.plan(["x/a.py::test_b[9]"])
+    results.end("x/a.py::test_a", "passed", group="first")
+    for number in range(2):
+        error = f"a.py:3: in test_b\nE   assert {number} == 7\nE    +  where"
+        results.end(f"x/a.py::test_b[{number}]", "failed", group="then", error=error)
+    results.end("x/c.py::test_c", "skipped", group="then", error="no device")
+    assert format_summary(results).splitlines() == [
+        "What ran",
+        "  first: 1 passed",
+        "  then: 2 failed, 1 skipped",
+        "  not run, out of time: 1",
+        "",
+        "What failed",
+        "  a.py::test_b: 2 failed: assert 0 == 7",
+    ]
 
 
 def test_folders_are_named_after_the_device():

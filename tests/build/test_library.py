@@ -58,7 +58,7 @@ def test_the_simulator_brings_its_own_hooks():
 @pytest.mark.parametrize(
     ("switches", "succeeds", "message"),
     [
-        ({"AAPT_CUDA": "on"}, False, "AAPT_CUDA=on needs nvcc, and none was found"),
+        ({"AAPT_CUDA": "on"}, False, "AAPT_CUDA=on: expected nvcc on PATH"),
         ({"AAPT_CUDA": "auto"}, True, "nvcc not found: sm_90a kernels skipped"),
         ({"AAPT_CUDA": "off"}, True, "AAPT_CUDA=off: sm_90a kernels skipped"),
         ({"AAPT_CUDA": "maybe"}, False, "AAPT_CUDA: expected on, off or auto, got 'maybe'"),

@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "__main__": {"commands"},
     "model": {"checkpoint"},
     "vae": {"checkpoint"},
-    "data": {"checkpoint", "clock", "model", "vae"},
-    "streaming": {"checkpoint", "clock", "model", "vae"},
+    "data": {"checkpoint", "clock", "lock", "model", "vae"},
+    "streaming": {"checkpoint", "clock", "device", "model", "vae"},
     "training": {"data", "device", "model", "streaming", "torchscript", "vae"},
     "evaluate": {
         *GROUND,

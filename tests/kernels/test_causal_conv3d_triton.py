@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 if not (interpreted() or torch.cuda.is_available()):
     pytest.skip("test_triton_interpreter.py runs these", allow_module_level=True)
 
+pytestmark = pytest.mark.patience(45)  # Triton compiles
 DEVICE = "cpu" if interpreted() else "cuda"
 LAST = torch.channels_last_3d
 # Between them, every option of the kernel; the interpreter is slow

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from aapt_kernels import FrameLayout
 from aapt_kernels.block_causal_attention.cases import LAYOUTS
 from aapt_kernels.testing import assert_error_ratio
+
+pytest.importorskip("diffusers")
+
+from diffusers import WanTransformer3DModel  # noqa: E402
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
 

@@ -26,6 +26,7 @@ if not (interpreted() or torch.cuda.is_available()):
 
 from aapt_kernels.cached_attention import triton_kernels as attention_kernels  # noqa: E402
 
+pytestmark = pytest.mark.patience(45)  # Triton compiles
 DEVICE = "cpu" if interpreted() else "cuda"
 EPS = 1e-5
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -25,5 +25,5 @@ def has_hopper() -> bool:
 
 @pytest.fixture(params=["simulator", "sm90"] if has_hopper() else ["simulator"])
 def machine(request):
-    """Where a kernel without bugs gives the same: the simulator, and a GPU that can tell."""
+    """Machines that must agree without bugs: the simulator and a Hopper GPU, if any."""
     return request.getfixturevalue(request.param)

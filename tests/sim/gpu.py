@@ -1,4 +1,4 @@
-"""The test kernels on a GPU, behind the same call: that calibrates the simulator."""
+"""Runs the test kernels on a GPU, with the interface of Simulator, to calibrate the simulator."""
 
 import ctypes
 import subprocess

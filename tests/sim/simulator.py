@@ -36,8 +36,10 @@ def build(
     headers: Sequence[Path] = (),
     name: str = "kernels",
 ) -> Path:
-    """The library of these kernels with the simulator, built in `folder` unless it is there for
-    these sources. `headers`: theirs, besides those of the simulator and the test kernels."""
+    """Builds kernels and simulator into a library in `folder`, unless it exists for these sources.
+
+    headers: included by `sources`, besides the headers of the simulator and the test kernels.
+    """
     digest = hash_of([Path(__file__), *RUNTIME, *HEADERS, *sources, *headers])
     library = folder / f"lib{name}-{digest}.so"
     with open(folder / "lock", "w") as lock:
@@ -48,14 +50,14 @@ def build(
             old.unlink()
         objects = [compile_once(folder, source) for source in RUNTIME]
         objects += [compile_once(folder, source, headers) for source in sources]
-        # -Bsymbolic: not the functions of another simulator in the process
+        # -Bsymbolic: binds to this simulator, not to another one in the process
         link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True, text=True)
     return library
 
 
 def compile_once(folder: Path, source: Path, headers: Sequence[Path] = ()) -> str:
-    """The object of a source, compiled unless it is there."""
+    """Compiles a source, unless its object exists; returns the path of the object."""
     digest = hash_of([Path(__file__), *HEADERS, *headers, source])
     target = folder / f"{source.stem}-{source.suffix[1:]}-{digest}.o"
     if not target.exists():
@@ -75,7 +77,7 @@ def hash_of(paths: Iterable[Path]) -> str:
 
 
 def read_bugs(header: str) -> dict[str, int]:
-    """The names of `enum Bug` in a kernel's header."""
+    """Reads the names of `enum Bug` in a kernel's header; returns them with their numbers."""
     body = re.search(r"enum Bug \{(.*?)\}", (KERNELS / header).read_text(), re.S)[1]
     return {name: number for number, name in enumerate(re.findall(r"\w+", body))}
 
@@ -95,7 +97,7 @@ class Simulator:
         self.library.get_statistics.restype = ctypes.POINTER(Statistics)
 
     def launch(self, name, *arguments, seed=0, tma=LATE, wgmma=LATE, races=True) -> str | None:
-        """Runs one test kernel, which may touch exactly the arrays given; returns the report."""
+        """Runs a test kernel, which may touch only the given arrays; returns the report, if any."""
         self.library.set_options(seed, tma, wgmma, races)
         self.library.forget()
         values = []

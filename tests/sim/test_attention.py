@@ -1,4 +1,4 @@
-"""A whole pipeline: right without bugs under every schedule, and every planted bug reported."""
+"""A whole pipeline is right under every schedule without bugs, and planted bugs are reported."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from .simulator import EAGER, LATE, RANDOM, from_bf16, nan_filled, read_bugs, to
 
 BUGS = read_bugs("attention.cuh")
 
-# The words that tell a reader what is wrong. None: nothing but the result can tell.
+# Words of the report, by planted bug; None if only the result shows the bug.
 REPORTS = {
     "MAP_SWIZZLE": "swizzle mode 3, but TMA filled",
     "DESCRIPTOR_SWIZZLE": "swizzle mode 2, but TMA filled",
@@ -54,7 +54,7 @@ BY_SEED = ["SHARED_BARRIER"]
 
 
 def run(simulator, head_dim, queries, keys, bug=0, **options):
-    """The report, or the relative error of the output and the largest error of lse."""
+    """Returns the report, or the relative error of the output and the largest error of lse."""
     heads = 2
     random = np.random.default_rng(0)
     q, k, v = (
@@ -129,7 +129,7 @@ def test_planted_bug_under_several_schedules(simulator, bug):
 
 
 def test_lse_beyond_the_last_block(simulator):
-    """In the last block of the last head there is nothing to race with, only the end."""
+    """After the last block of the last head nothing races: only the bounds check reports."""
     random = np.random.default_rng(0)
     q = to_bf16(random.standard_normal((1, 100, 64)))
     out, lse = np.full_like(q, 0x7FC1), nan_filled(1, 100)

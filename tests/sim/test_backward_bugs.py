@@ -1,5 +1,5 @@
-"""The backward of block_causal_attention with a bug planted into its source: the simulator reports
-every barrier, fence and reduction that is missing or wrong, with words that tell what it is."""
+"""Plants bugs into the source of block_causal_attention's backward: the simulator reports every
+barrier, fence and reduction that is missing or wrong, and says what is wrong with it."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from aapt_kernels.block_causal_attention import ref
 from .simulator import CSRC, EAGER, LATE, RANDOM, Simulator, build, from_bf16, nan_filled, to_bf16
 
 FOLDER = CSRC / "block_causal_attention"
-KERNEL = FOLDER / "backward_sm90.cu"
-OTHERS = [FOLDER / "rows_sm90.cu", FOLDER / "dq_sm90.cu"]
+KERNEL = FOLDER / "backward_keys_sm90.cu"
+OTHERS = [FOLDER / "backward_rows_sm90.cu", FOLDER / "backward_queries_sm90.cu"]
 DRIVER = CSRC.parent / "tests" / "sim" / "drivers" / "backward.cpp"
 HEADERS = [
     path
@@ -22,8 +22,8 @@ HEADERS = [
 LAYOUT = FrameLayout(20, 150, 3, 1)
 HEADS = 2
 
-# By name: the text of the source, what stands there instead, and the words of the report; None: the
-# gradients alone can tell.
+# By name: a text of the source, its replacement, and words of the report; None if only the
+# gradients show the bug.
 BUGS = {
     "scores are not fenced": (
         "ds[i][3]);\n    }\n    fence_proxy_async();",
@@ -35,7 +35,7 @@ BUGS = {
         "",
         "is not ordered after the write by",
     ),
-    "scores lie in one place": (
+    "scores are stored in one place": (
         "share(ds_factor, shared_.ds[n_ % 2])",
         "share(ds_factor, shared_.ds[0])",
         None,
@@ -80,7 +80,7 @@ BUGS = {
         "",
         "may still read shared memory",
     ),
-    "sums overwrite those of other keys": (
+    "sums overwrite sums of other keys": (
         "bulk_reduce_add_f32(sums,",
         "bulk_store(sums,",
         "race in global memory",
@@ -157,7 +157,7 @@ class Problem:
         self.gradients = [x[0].numpy() for x in gradients[:3]]
 
     def run(self, simulator, ctas=3, **options):
-        """The report, or whether the gradients are right."""
+        """Returns the report, if any, else whether the gradients are right."""
         rows = LAYOUT.query_length
         tiles = -(-rows // 128)
         stats = nan_filled(2, HEADS, tiles * 128)
@@ -187,7 +187,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def planted(request):
-    """planted(name): the simulator of the source with that bug; without a name, as it is."""
+    """Returns planted(name): the simulator of the source with this bug, by default with none."""
     folder = request.config.cache.mkdir("simulator")
 
     def make(name=None):
@@ -196,7 +196,7 @@ def planted(request):
             old, new, _ = BUGS[name]
             assert old in source, f"{name}: the source has changed"
             source = source.replace(old, new)
-        # One head_dim, and the kernel that adds: the others take as long to compile
+        # Keeps one head_dim and the kernel that adds: each other kernel takes as long to compile
         source = source.replace("run(launch<Config<128, true>>)", "nullptr")
         source = source.replace("run(launch<Config<128, false>>)", "nullptr")
         source = source.replace("run(launch<Config<64, false>>)", "nullptr")
@@ -215,7 +215,7 @@ def test_right_without_a_bug(planted, problem):
         assert result is True, result
 
 
-# Each costs a compilation: in every run those of the barriers and the reduction.
+# Each bug costs a compilation. Every run has these, of the barriers and the reduction.
 QUICK = {
     "scores are not fenced",
     "no barrier between scores and dq",
@@ -223,7 +223,7 @@ QUICK = {
     "a warp's barrier before the reduction",
     "sums overwritten while they leave",
     "the last sums are left alone",
-    "sums overwrite those of other keys",
+    "sums overwrite sums of other keys",
     "q released before dk is done",
     "edges are not hidden",
 }

@@ -27,7 +27,7 @@ def sum_rows(simulator, bug="NO_BUG", **options):
 
 
 def sum_tiles(simulator, bug="NO_BUG", **options):
-    tiles, rows = 3, 7  # the eighth row of a tile is outside: zeros come, nothing goes
+    tiles, rows = 3, 7  # the eighth row of a tile is outside: zeros are read, nothing is written
     source, out = floats(tiles, rows, 32), np.ones((rows, 32), np.float32)
     report = simulator.launch("run_sum_tiles", source, out, tiles, rows, BUGS[bug], **options)
     return report or np.testing.assert_allclose(out, 1 + source.sum(0), atol=1e-5)

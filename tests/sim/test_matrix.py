@@ -1,4 +1,4 @@
-"""What wgmma descriptors and register fragments mean. On a GPU the same kernels calibrate this."""
+"""The meaning of wgmma descriptors and register fragments, which a GPU calibrates."""
 
 import numpy as np
 import pytest
@@ -21,13 +21,18 @@ def test_descriptors(machine, n, swizzle, ta, tb):
     np.testing.assert_allclose(c, from_bf16(a) @ from_bf16(b).T, atol=1e-4)
 
 
-@pytest.mark.parametrize("width, first", [(8, 0), (10, 0), (10, 1), (10, 12), (13, 7), (9, 57)])
-def test_descriptors_of_a_halo_tile(machine, width, first):
+HALO = [(64, 16, 8, 0), (64, 13, 10, 1), (64, 13, 10, 12), (64, 9, 13, 7), (64, 15, 9, 57)]
+# A slab of causal_conv3d, and the first pixel of every tap
+HALO += [(256, 34, 10, 10 * row + column) for row in range(3) for column in range(3)]
+
+
+@pytest.mark.parametrize("n, rows, width, first", HALO)
+def test_descriptors_of_a_halo_tile(machine, n, rows, width, first):
     random = np.random.default_rng(0)
-    a, b = (to_bf16(random.standard_normal((rows, 64))) for rows in (64, 128))
-    c = nan_filled(64, 64)
-    assert machine.launch("run_multiply_halo", width, first, a, b, c) is None
-    pixels = first + np.arange(8)[:, None] * width + np.arange(8)
+    a, b = (to_bf16(random.standard_normal((size, 128))) for size in (64, rows * width))
+    c = nan_filled(64, n)
+    assert machine.launch("run_multiply_halo", n, rows, width, first, a, b, c) is None
+    pixels = first + np.arange(n // 8)[:, None] * width + np.arange(8)
     np.testing.assert_allclose(c, from_bf16(a) @ from_bf16(b)[pixels.ravel()].T, atol=1e-4)
 
 

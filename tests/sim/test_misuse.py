@@ -1,4 +1,4 @@
-"""Whatever a kernel does, it ends in a report, and the next launch is as good as the first."""
+"""Every misuse of the GPU ends in a report, and does not affect the next launch."""
 
 import faulthandler
 import signal
@@ -74,7 +74,7 @@ def test_empty_grid(simulator):
 
 
 def test_leaves_the_process_as_it_was(simulator):
-    """Signal handlers, PyTorch and other threads do not notice."""
+    """Signal handlers, PyTorch and other threads are not affected."""
     enabled = faulthandler.is_enabled()
     handler = signal.getsignal(signal.SIGFPE)
     assert "division by zero" in transpose(simulator, "DIVISION_BY_ZERO")

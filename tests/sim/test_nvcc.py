@@ -1,4 +1,4 @@
-"""The same kernels compile for the GPU without a complaint: they can calibrate the model there."""
+"""The test kernels compile for the GPU without warnings, so that they can run there too."""
 
 import shutil
 

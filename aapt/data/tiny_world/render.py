@@ -1,9 +1,9 @@
 """Renders the tiny world: analytic coverage, no textures, no polygons to clip.
 
-The camera is a pinhole that never tilts, so the picture splits at the horizon. Above lies a
-panorama that depends on the heading alone; below lies the ground plane. Every object then is a
-set of columns, each with a top, a bottom and a colour, painted from far to near. Edges are
-blended by the fraction of a pixel that they cover, which a small video autoencoder likes.
+The camera is a pinhole that never tilts, so the horizon divides the image. Above is a panorama that
+depends on the heading alone, below is the ground plane. An object is a set of columns, each with a
+top, a bottom and a colour. Objects are painted from far to near. Edges are blended by the fraction
+of a pixel that they cover, because a small video autoencoder reproduces soft edges better.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK = 16  # frames rendered together: the working set stays in the cache
 
 
 def render_frames(world: World, poses: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Renders poses (frames, 3) as uint8 (frames, height, width, 3)."""
+    """Render poses (frames, 3) as uint8 (frames, height, width, 3)."""
     video = np.empty((len(poses), height, width, 3), np.uint8)
     parts = visible_parts(world, poses)
     for start in range(0, len(poses), CHUNK):
@@ -40,11 +40,11 @@ def _smooth(edge: np.ndarray) -> np.ndarray:
     return np.clip(edge + 0.5, 0, 1)
 
 
-# The panorama: everything that is too far away to move when walking.
+# The panorama: everything too far away to move when walking.
 
 
 def _skyline(kind: str, heading: np.ndarray, layer: int) -> np.ndarray:
-    """Height of a silhouette over the horizon, as a tangent."""
+    """Height of a silhouette over the horizon, as the tangent of its elevation."""
     waves = sum(
         np.sin(frequency * heading + phase + 2.1 * layer) / weight
         for frequency, phase, weight in ((3, 0.3, 1.0), (5, 1.9, 1.4), (8, 4.0, 2.2))
@@ -67,7 +67,7 @@ def _skyline(kind: str, heading: np.ndarray, layer: int) -> np.ndarray:
 
 
 def _clouds(heading: np.ndarray, height: np.ndarray, pixel: float) -> np.ndarray:
-    """Coverage of nine clouds of four puffs each with flat bases."""
+    """Coverage by nine clouds, each of four puffs with a flat base."""
     rng = np.random.default_rng(7)
     coverage = np.zeros(np.broadcast_shapes(heading.shape, height.shape), np.float32)
     for cloud in range(9):
@@ -93,7 +93,7 @@ def _panorama(theme: Theme, columns: int, rows: int, top: float) -> np.ndarray:
     """Sky and silhouettes (3, columns, rows); rows go from the horizon up to tangent `top`."""
     heading = (np.arange(columns, dtype=np.float32)[:, None] + 0.5) * (2 * math.pi / columns)
     height = (np.arange(rows, dtype=np.float32)[None] + 0.5) * (top / rows)
-    pixel = 1.0 / 64  # softness of edges: one pixel of the 128 pixel wide picture
+    pixel = 1.0 / 64  # softness of edges: a pixel of an image 128 pixels wide
     pixel = min(pixel, max(4 * top / rows, 1.0 / 512))
 
     low, middle, high = (rgb(c)[:, None, None] for c in theme.sky)
@@ -244,7 +244,10 @@ def _shadows(
 
 
 def render(world: World, poses: torch.Tensor, height: int = 80, width: int = 128) -> torch.Tensor:
-    """Renders poses (frames, 3), rows (x, y, heading), as uint8 (frames, height, width, 3)."""
+    """Render poses (frames, 3), rows (x, y, heading), as uint8 (frames, height, width, 3).
+
+    ValueError for a size below 1, no poses, or poses of another shape.
+    """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: expected 1 or more, got {height} and {width}")
     poses = checked_rows(poses, "poses", 3)

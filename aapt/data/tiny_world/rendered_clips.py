@@ -1,6 +1,6 @@
 """Training data from the tiny world: rendered clips, and the latents of many of them.
 
-`python -m aapt.data.tiny_world.rendered_clips --out sheet.png` draws every theme.
+Run `python -m aapt.data.tiny_world.rendered_clips --out sheet.png` to draw every theme.
 """
 
 import multiprocessing
@@ -23,14 +23,14 @@ from .world import make_world, sample_trajectory
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of n latent frames and what made it.
+    """A rendered clip of n latent frames, with its controls, poses and prompt.
 
     Attributes:
         video: uint8 (4 n - 3, height, width, 3).
         controls: float32 (n - 1, 2), rows (yaw, forward); row i drives video frames 4 i + 1 to
             4 i + 4.
         poses: float64 (4 n - 3, 3), rows (x, y, heading).
-        prompt: One of the sentences of the theme.
+        prompt: A sentence of the theme.
         theme: Index into THEMES.
     """
 
@@ -49,11 +49,11 @@ def sample_clip(
     height: int = 80,
     width: int = 128,
 ) -> Clip:
-    """A random walk through a random world, the same for the same arguments.
+    """Render a random walk through a random world. Equal arguments give equal clips.
 
     Args:
-        seed: Any int >= 0: world, walk, prompt, and the theme unless it is given.
-        latent_frames: Length, the first frame included; 1 gives a single picture.
+        seed: Any int >= 0; decides world, walk and prompt, and the theme unless it is given.
+        latent_frames: Length, with the first frame; 1 gives a single image.
         theme: Index into THEMES, None for a random one.
         height, width: Size of the video in pixels.
     """
@@ -72,18 +72,27 @@ def sample_clip(
 
 @dataclass(frozen=True)
 class ProceduralData:
-    """How much of the world is rendered. Clip i of a set has seed `first_seed + i`."""
+    """A set of clips to render. Clip i has seed `first_seed + i`.
+
+    Attributes:
+        height, width: Size of the video in pixels.
+        clips: Number of clips.
+        latent_frames: Latent frames of a clip, with the first frame.
+        video_clips: Number of clips, from the first one, that are also kept as pixels to train the
+            decoder on.
+        first_seed: Seed of clip 0.
+    """
 
     height: int
     width: int
     clips: int
     latent_frames: int
-    video_clips: int = 0  # the first of them, kept as pixels for the decoder
+    video_clips: int = 0
     first_seed: int = 1_000
 
 
 def render_clips(data: ProceduralData, workers: int, count: int | None = None) -> Iterator[Clip]:
-    """The first `count` clips in order, all unless given, rendered by `workers` processes."""
+    """Render the first `count` clips in order, by default all, with `workers` processes."""
     count = data.clips if count is None else count
     seeds = range(data.first_seed, data.first_seed + count)
     render_clip = partial(
@@ -92,7 +101,7 @@ def render_clips(data: ProceduralData, workers: int, count: int | None = None) -
         height=data.height,
         width=data.width,
     )
-    # Fork would copy torch's threads in an unknown state.
+    # Fork would copy the locks of torch's threads in an unknown state.
     with multiprocessing.get_context("spawn").Pool(workers, initializer=_single_thread) as pool:
         yield from pool.imap(render_clip, seeds, chunksize=4)
 
@@ -103,7 +112,10 @@ def _single_thread() -> None:
 
 @torch.inference_mode()
 def encode_clips(vae: CausalVAE, clips: Iterable[Clip], batch: int = 4) -> dict[str, Tensor]:
-    """Latents (clips, C, T, h, w) float16, controls (clips, T - 1, 2) and themes (clips,)."""
+    """Encode clips into latents (clips, C, T, h, w) float16, `batch` clips per pass.
+
+    The result also has controls (clips, T - 1, 2) and themes (clips,).
+    """
     latents, controls, themes, pending = [], [], [], []
 
     def flush():
@@ -126,13 +138,13 @@ def encode_clips(vae: CausalVAE, clips: Iterable[Clip], batch: int = 4) -> dict[
 
 
 def latent_clips(tensors: dict[str, Tensor]) -> LatentClips:
-    """What `encode_clips` returned, or its saved form, with each theme's phrasings."""
+    """A set of the result of `encode_clips`, with the prompts of each clip's theme."""
     phrasings = [THEMES[theme].prompts for theme in tensors["themes"].tolist()]
     return LatentClips(tensors["latents"], tensors["controls"], phrasings)
 
 
 def draw_themes(path: str | Path, moments: int = 6) -> None:
-    """Writes a picture with a row per theme: moments of one walk, 6 latent frames apart."""
+    """Write an image with a row per theme: moments of one walk, 6 latent frames apart."""
     from PIL import Image
 
     rows = []

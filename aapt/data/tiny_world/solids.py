@@ -1,8 +1,8 @@
 """Objects of the tiny world as columns of pixels.
 
-Seen by a camera that does not tilt, an upright box, cylinder, cone or ball covers in each pixel
-column one interval of rows. `paint_parts` computes these intervals for all solids and all
-columns at once and blends them into the picture from far to near.
+The camera does not tilt, so an upright box, cylinder, cone or ball covers one interval of rows in
+each column of pixels. `paint_parts` computes the intervals of all solids and all columns at once,
+and blends them into the image from far to near.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BOX, CYLINDER, DOME, CONE, BALL = range(5)
 
 
 def focal_length(width: int) -> float:
-    """Focal length in pixels of a picture `width` pixels wide."""
+    """Focal length in pixels of an image `width` pixels wide."""
     return width / 2 / math.tan(FIELD_OF_VIEW / 2)
 
 
@@ -37,7 +37,7 @@ def rgb(colour: Colour) -> np.ndarray:
 
 
 def fog_share(distance: np.ndarray) -> np.ndarray:
-    """Share of the haze in the colour of something at `distance`."""
+    """Share of the haze in the colour of an object at `distance`."""
     return 1 - np.exp(-((distance / FOG_DISTANCE) ** 2))
 
 
@@ -45,8 +45,11 @@ def fog_share(distance: np.ndarray) -> np.ndarray:
 class Parts:
     """Simple solids, one or two per object; every field has one entry (row) per solid.
 
-    `trim` is the colour above the height `trim_from`, reached over `trim_soft` units of height.
-    `cell` (n, 2) is the grid cell of the object; `casts` marks what throws a shadow.
+    Attributes:
+        trim, trim_from, trim_soft: Colour above the height `trim_from`; the change takes
+            `trim_soft` units of height.
+        casts: True for solids that cast a shadow.
+        cell: (n, 2), grid cell of the object.
     """
 
     x: np.ndarray
@@ -101,7 +104,7 @@ def _solids(theme: Theme, item: Object) -> Iterator[Solid]:
 
 
 def visible_parts(world: World, poses: np.ndarray) -> Parts:
-    """The solids within sight of any of the poses (frames, 3)."""
+    """The solids that can be seen from any of the poses (frames, 3)."""
     theme = THEMES[world.theme]
     low = poses[:, :2].min(0) - VIEW_DISTANCE
     high = poses[:, :2].max(0) + VIEW_DISTANCE
@@ -132,15 +135,15 @@ def visible_parts(world: World, poses: np.ndarray) -> Parts:
 
 
 def paint_parts(image: np.ndarray, world: World, parts: Parts, poses: np.ndarray) -> None:
-    """Paints the solids into image (frames, 3, height, width), float32, in place."""
+    """Paint the solids into image (frames, 3, height, width), float32, in place."""
     if len(parts.x) == 0:
         return
     height, width = image.shape[2:]
     focal = focal_length(width)
     theme = THEMES[world.theme]
 
-    # Which solids, from far to near. They keep to the cells of a grid, so the distance in cells
-    # orders them without error whatever their size.
+    # Sorted from far to near by the distance in grid cells: no object leaves its cell, so this
+    # order is right for every size.
     dx = parts.x - poses[:, :1]
     dy = parts.y - poses[:, 1:2]
     cosine, sine = np.cos(poses[:, 2:]), np.sin(poses[:, 2:])
@@ -217,12 +220,14 @@ def _columns(
 ) -> tuple[np.ndarray, ...]:
     """Coverage, heights over the horizon and shade of each solid in each column.
 
-    `order` (F, K) picks the solids of each frame; z and u (F, K, 1) are their depths and their
-    offsets to the right.
+    Args:
+        order: (F, K), the solids of each frame.
+        z, u: (F, K, 1), their depths and their offsets to the right.
 
-    Returns alpha (F, K, W); the slopes (height over the eye / depth) of the top, of the start
-    of the trim and of its softness (3, F, K, W); of the bottom; the share of the shadow
-    colour, and what panels add to it (F, K, W).
+    Returns:
+        Coverage (F, K, W); slopes (3, F, K, W) of the top, the start of the trim and its softness;
+        slopes (F, K, W) of the bottom; share of the shadow colour (F, K, W); and the panels'
+        addition to this share (F, K, W). A slope is height over the eye / depth.
     """
     half_x, half_y, top, bottom, trim_from, trim_soft = (
         value[order][..., None].astype(np.float32)
@@ -281,9 +286,9 @@ def _box(
     focal: float,
     theme: Theme,
 ) -> tuple[np.ndarray, ...]:
-    """Coverage, inverse depth, shade and panels of boxes, of the one or two sides in view.
+    """Coverage, inverse depth, shade and panels of boxes, over the one or two sides in view.
 
-    Coverage adds up over the two sides, so nothing shines through the edge that they share.
+    Coverage adds up over both sides, so nothing shines through their common edge.
     """
     heading = poses[:, 2, None, None].astype(np.float32)
     cosine, sine = np.cos(heading), np.sin(heading)
@@ -303,7 +308,7 @@ def _box(
             lit = outward * math.sin(theme.sun_heading) - 0.3
             half = half_x
         (z0, u0), (z1, u1) = ((x * cosine + y * sine, y * cosine - x * sine) for x, y in ends)
-        # Cut off what lies behind the camera.
+        # Cut off the part behind the camera.
         share0 = np.clip((NEAR - z0) / np.where(z1 == z0, 1, z1 - z0), 0, 1) * (z0 < NEAR)
         share1 = np.clip((NEAR - z1) / np.where(z1 == z0, 1, z0 - z1), 0, 1) * (z1 < NEAR)
         front = (outward != 0) & ((z0 > NEAR) | (z1 > NEAR))
@@ -314,10 +319,10 @@ def _box(
         s0, s1 = u0 / z0 * focal + width / 2, u1 / z1 * focal + width / 2
         first, last = np.minimum(s0, s1), np.maximum(s0, s1)
         cover = np.clip(np.minimum(left + 1, last) - np.maximum(left, first), 0, 1) * front
-        # Inverse depth is linear across the picture.
+        # Inverse depth is linear across the image.
         position = (np.clip(left + 0.5, first, last) - s0) / np.where(s1 == s0, 1, s1 - s0)
         inverse = 1 / z0 + (1 / z1 - 1 / z0) * position
-        # Upright panels; they fade where a pixel is not small next to them.
+        # Upright panels; they fade if a pixel is not small beside a panel.
         begin, end = half * (2 * share0 - 1) / z0, half * (1 - 2 * share1) / z1
         place = (begin + (end - begin) * position) / inverse
         wave = np.cos(2 * math.pi / PANEL * place)

@@ -19,15 +19,15 @@ class Theme:
             tangents of the elevation.
         cloud: Colour of the clouds, None for a clear sky.
         far, near: Colours of the two silhouettes on the horizon.
-        skyline: Their shape: ``hills``, ``mesas``, ``towers`` or ``peaks``.
+        skyline: Shape of the silhouettes: ``hills``, ``mesas``, ``towers`` or ``peaks``.
         ground: The two colours of the ground pattern.
         pattern: ``checker``, ``dunes``, ``grid``, ``ripples`` or ``diamonds``.
         block, block_trim: Colour of the walls and of the band on their top.
         round, round_trim: Colours of the round objects and of their upper part.
-        trunk: Colour of the stem below, where the shape has one.
+        trunk: Colour of the stem, if the shape has a stem.
         shape: Round objects: ``tree``, ``cactus``, ``column``, ``pine`` or ``lollipop``.
-        shadow: Colour that shaded sides and the ground beneath them turn to.
-        shade: How far the side away from the sun turns to it, 0 to 1.
+        shadow: Colour of shadows, on the ground and on shaded sides.
+        shade: Share of `shadow` in the side away from the sun, 0 to 1.
         panels: Contrast of the upright panels on the walls, 0 to 1.
     """
 

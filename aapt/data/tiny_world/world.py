@@ -32,7 +32,15 @@ DENSITY = 0.62  # share of the cells with an object
 
 @dataclass(frozen=True)
 class Object:
-    """One block or round object; `half_x == half_y` is the radius of a round one."""
+    """One block or round object.
+
+    Attributes:
+        x, y: Centre on the ground, in units.
+        half_x, half_y: Half the sides of a block; both are the radius of a round object.
+        height: Height in units.
+        is_round: True for a round object.
+        cell: Grid cell (i, j) that contains the object.
+    """
 
     x: float
     y: float
@@ -54,7 +62,14 @@ class Object:
 
 @dataclass(frozen=True)
 class World:
-    """An endless world. `tint` (3,) is the small colour gain that tells its light apart."""
+    """An endless world.
+
+    Attributes:
+        seed: Decides the objects.
+        theme: Index into THEMES, decides the look.
+        tint: (3,) gain of red, green and blue, close to 1, different from world to world.
+        cell_size: Side of a grid cell in units.
+    """
 
     seed: int
     theme: int
@@ -80,7 +95,7 @@ class World:
 
 
 def _mix(value: int) -> int:
-    """One round of SplitMix64: the same numbers on every platform."""
+    """One round of SplitMix64, which gives equal numbers on every platform."""
     value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -112,7 +127,8 @@ def _object(seed: int, i: int, j: int) -> Object | None:
 
 
 def make_world(seed: int, theme: int) -> World:
-    """The world of a seed (any int >= 0) in the look ``THEMES[theme]``."""
+    """The world of a seed (any int >= 0) with the look of ``THEMES[theme]``. ValueError for other
+    numbers."""
     if not 0 <= theme < len(THEMES):
         raise ValueError(f"theme: expected 0 to {len(THEMES) - 1}, got {theme}")
     if seed < 0:
@@ -122,7 +138,7 @@ def make_world(seed: int, theme: int) -> World:
 
 
 def checked_rows(value: torch.Tensor, name: str, columns: int) -> np.ndarray:
-    """`value` as float64 (n, columns). ValueError for another shape, NaN or infinity."""
+    """Convert `value` to float64 (n, columns). ValueError for another shape, NaN or infinity."""
     array = np.asarray(value, dtype=np.float64)
     if array.ndim != 2 or array.shape[1] != columns:
         raise ValueError(f"{name}: expected shape (n, {columns}), got {tuple(array.shape)}")
@@ -134,7 +150,7 @@ def checked_rows(value: torch.Tensor, name: str, columns: int) -> np.ndarray:
 def integrate(
     controls: torch.Tensor, start_pose: tuple[float, float, float] = (0.0, 0.0, 0.0)
 ) -> torch.Tensor:
-    """Poses of the video frames that controls (n, 2), rows (yaw, forward), drive.
+    """Poses of video frames driven by controls (n, 2), rows (yaw, forward).
 
     Returns float64 (1 + 4 n, 3), rows (x, y, heading); row 0 is `start_pose`, and control row i
     moves the rows 4 i + 1 to 4 i + 4. The heading is not wrapped.
@@ -156,8 +172,8 @@ def integrate(
 def relative_poses(poses: torch.Tensor) -> torch.Tensor:
     """Camera motion of poses (frames, 3) from frame to frame.
 
-    Returns float64 (frames - 1, 4, 4); entry f maps points in the axes of camera f + 1 to those
-    of camera f, both in OpenCV axes (x right, y down, z forward). SPEC 10.
+    Returns float64 (frames - 1, 4, 4); entry f maps points in the axes of camera f + 1 to the
+    axes of camera f, both OpenCV (x right, y down, z forward; `docs/method.md#10`).
     """
     pose = torch.from_numpy(checked_rows(poses, "poses", 3))
     step = pose[1:] - pose[:-1]
@@ -174,10 +190,10 @@ def relative_poses(poses: torch.Tensor) -> torch.Tensor:
 def sample_trajectory(
     world: World, steps: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A walk of piecewise constant controls that stops before it hits anything.
+    """A random walk of piecewise constant controls that stops before every object.
 
-    Returns the controls float32 (steps, 2) and the poses float64 (1 + 4 steps, 3) that they give:
-    only the choice of controls avoids objects, so both always agree exactly.
+    Returns controls float32 (steps, 2) and poses float64 (1 + 4 steps, 3). The poses are exactly
+    those of the controls, because objects are avoided by the choice of controls alone.
     """
     pose = np.append(rng.uniform(-40, 40, 2), rng.uniform(-math.pi, math.pi))
     while world.clearance(pose[None])[0] < CLEARANCE:
@@ -200,7 +216,7 @@ def sample_trajectory(
 
 
 def _piece(rng: np.random.Generator) -> tuple[float, float, int]:
-    """(yaw, forward, latent frames): walking, turning, both, or standing still."""
+    """Draw (yaw, forward, latent frames): walking, turning, both, or standing still."""
     length = int(rng.integers(3, 13))
     yaw, forward = rng.uniform(-1, 1), rng.uniform(-BACKWARD_LIMIT, 1)
     kind = rng.random()
@@ -216,7 +232,7 @@ def _piece(rng: np.random.Generator) -> tuple[float, float, int]:
 
 
 def _turn(angle: float, speed: float, rng: np.random.Generator) -> tuple[float, float, int]:
-    """Turns by `angle` (wrapped) in whole latent frames while walking at `speed`."""
+    """Turn by `angle` (wrapped) in whole latent frames while walking at `speed`."""
     angle = (angle + math.pi) % (2 * math.pi) - math.pi
     full = YAW_STEP * FRAMES_PER_LATENT
     length = max(1, math.ceil(abs(angle) / (full * rng.uniform(0.6, 1))))
@@ -226,7 +242,7 @@ def _turn(angle: float, speed: float, rng: np.random.Generator) -> tuple[float, 
 def _leave(
     world: World, pose: np.ndarray, rng: np.random.Generator
 ) -> list[tuple[float, float, int]]:
-    """What to do in front of an obstacle: stop or step back, turn to an open way, walk on."""
+    """Leave an obstacle: stop or step back, turn to an open way, walk."""
     pieces = []
     kind = rng.random()
     if kind < 0.15:
@@ -248,7 +264,7 @@ def _leave(
 def _approach(
     world: World, pose: np.ndarray, rng: np.random.Generator
 ) -> list[tuple[float, float, int]]:
-    """Turns to an object in front, then walks up to it or closely past it."""
+    """Turn to an object in front, then walk up to the object or closely past it."""
     near = []
     for item in world.objects(pose[:2] - 6, pose[:2] + 6):
         away = math.hypot(item.x - pose[0], item.y - pose[1])

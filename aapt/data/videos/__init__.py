@@ -1,1 +1,1 @@
-"""Clips from the user's videos."""
+"""Clips from the user's videos: sources, decoding, cutting, sidecars, encoding."""

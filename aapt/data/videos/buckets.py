@@ -1,4 +1,4 @@
-"""Aspect buckets: the few sizes clips are encoded at, and the crop that brings a video to one."""
+"""Aspect buckets: the sizes that clips are encoded at, and the crop of a video to a bucket."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Bucket(NamedTuple):
-    """A size of clips in pixels; written 736x416, width first."""
+    """Size of clips in pixels, written 736x416 with the width first."""
 
     width: int
     height: int
@@ -18,7 +18,7 @@ class Bucket(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, multiple: int = 1) -> "Bucket":
-        """'736x416'; ValueError unless both sides are positive multiples of `multiple`."""
+        """Read '736x416'. ValueError unless both sides are positive multiples of `multiple`."""
         match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
         if match is None:
             raise ValueError(f"bucket: expected WIDTHxHEIGHT such as 736x416, got {text!r}")
@@ -29,14 +29,20 @@ class Bucket(NamedTuple):
 
     @classmethod
     def parse_family(cls, text: str, multiple: int = 1) -> tuple["Bucket", ...]:
-        """'736x416+1280x720': sizes that one video is encoded at; ValueError as of `parse`."""
+        """Read '736x416+1280x720', the sizes that one video is encoded at; errors of `parse`."""
         return tuple(cls.parse(part, multiple) for part in text.split("+"))
 
 
 class Crop(NamedTuple):
-    """A source of (columns, rows) is brought to a size, and the bucket is cut out of that.
+    """A scaling of the upright source, and the place of the bucket in the scaled image.
 
-    Pictures, keypoints and lenses go through the same crop, so they stay together.
+    Pixels, keypoints and lens of a clip go through one crop, so that they stay together.
+
+    Attributes:
+        source: (columns, rows) before scaling.
+        scaled: (columns, rows) after scaling.
+        left, top: Pixels of the scaled image before the bucket.
+        bucket: The part that is used.
     """
 
     source: tuple[int, int]
@@ -46,25 +52,25 @@ class Crop(NamedTuple):
     bucket: Bucket
 
     def window(self, pixels: np.ndarray) -> np.ndarray:
-        """The bucket's part of a scaled picture (rows, columns, 3)."""
+        """Cut the bucket out of a scaled image (rows, columns, 3)."""
         rows = slice(self.top, self.top + self.bucket.height)
         return pixels[rows, self.left : self.left + self.bucket.width]
 
     def points(self, points: np.ndarray) -> np.ndarray:
-        """(..., 2) of (x, y) in pixels of the source -> pixels of the bucket."""
+        """Convert points (..., 2) of (x, y) from pixels of the source to pixels of the bucket."""
         return points * np.divide(self.scaled, self.source) - (self.left, self.top)
 
     def lens(self, lens: np.ndarray) -> np.ndarray:
-        """(fx, fy, cx, cy) in shares of the source's width and height -> of the bucket's."""
+        """Convert (fx, fy, cx, cy) from fractions of the source's sides to the bucket's."""
         scale = np.divide(self.scaled, self.bucket)
         focal, centre = lens[:2] * scale, lens[2:] * scale
         return np.concatenate([focal, centre - np.divide((self.left, self.top), self.bucket)])
 
 
 def crop(columns: int, rows: int, bucket: Bucket, pixel_aspect: float = 1.0) -> Crop:
-    """The largest centred part of a picture that has the bucket's shape on the screen.
+    """The largest centred part of an image that has the bucket's shape on the screen.
 
-    `pixel_aspect` is the width of a source pixel over its height.
+    pixel_aspect: width of a source pixel over its height.
     """
     scale = max(bucket.width / (columns * pixel_aspect), bucket.height / rows)
     width = max(bucket.width, round(columns * pixel_aspect * scale))
@@ -76,11 +82,11 @@ def crop(columns: int, rows: int, bucket: Bucket, pixel_aspect: float = 1.0) -> 
 def choose(
     families: Sequence[Sequence[Bucket]], columns: int, rows: int, pixel_aspect: float = 1.0
 ) -> list[Bucket]:
-    """The buckets a picture goes into: those of one family that do not enlarge it, else the
-    family's smallest.
+    """The buckets that an image goes into, all of one family.
 
-    It is the family of the bucket that loses least of the picture; of several of that shape the
-    largest that does not enlarge it, else the smallest.
+    The family is that of the bucket that crops the least of the image. Among buckets of one shape,
+    the largest that does not enlarge the image counts, or the smallest if all enlarge it. Of the
+    family, all buckets are returned that do not enlarge the image, or the smallest if all do.
     """
 
     def enlarges(bucket: Bucket) -> bool:

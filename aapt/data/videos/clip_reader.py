@@ -1,4 +1,4 @@
-"""From a sample to the clips cut out of it, with their captions and their motion."""
+"""Clips cut out of a sample, with their captions and their motion."""
 
 import math
 from collections import deque
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,16 +13,29 @@ from torch import Tensor
 from ...model.conditioning import trajectory_poses
 from .buckets import Bucket, Crop, choose, crop
 from .keypoints import POINTS, People, parse_keypoints
+from .picture import Picture
+from .sample import Sample, Skipped
 from .skeletons import draw_skeletons
-from .sources import Sample, Skipped
 from .trajectories import Trajectory, parse_trajectory, rotation_vectors
-from .video_reader import Picture, at_rate, pictures
+from .video_reader import at_rate, file_errors, pictures
 
 
 @dataclass(frozen=True)
 class CutConfig:
-    """How clips are cut: of 1 + `frames_per_latent` * `latent_frames` frames at `fps`, a start
-    every `stride` frames, in all sizes of the family of buckets that crops least."""
+    """Settings by which clips are cut.
+
+    Attributes:
+        buckets: Families of sizes. A clip is cut in the sizes of one family, see `choose`.
+        latent_frames: Latent frames of a clip, without the first frame.
+        stride: Video frames from the start of a clip to the start of the next clip.
+        fps: Video frames per second.
+        frames_per_latent: Video frames per latent frame.
+        motion: Kind of motion that is read from sidecars.
+        max_move: Largest move of the camera per video frame, in units of the trajectory; a larger
+            one is a mistake of the trajectory.
+        max_turn: Largest turn of the camera per video frame, in radians.
+        min_score: Score from which keypoints are drawn.
+    """
 
     buckets: tuple[tuple[Bucket, ...], ...]
     latent_frames: int
@@ -31,9 +43,9 @@ class CutConfig:
     fps: int = 24
     frames_per_latent: int = 4
     motion: Literal["none", "camera", "pose"] = "none"
-    max_move: float = 0.5  # trajectory's units per frame; further is a mistake in it (SPEC 10)
-    max_turn: float = math.radians(15)  # per frame
-    min_score: float = 0.3  # of a keypoint that is drawn
+    max_move: float = 0.5
+    max_turn: float = math.radians(15)
+    min_score: float = 0.3
 
     def __post_init__(self):
         for name in ("latent_frames", "stride"):
@@ -50,20 +62,29 @@ class CutConfig:
 
     @property
     def frames(self) -> int:
+        """Video frames of a clip."""
         return 1 + self.frames_per_latent * self.latent_frames
 
     @property
     def seconds(self) -> float:
-        """From the first frame of a clip to its last."""
+        """Seconds from the first video frame of a clip to the last."""
         return (self.frames - 1) / self.fps
 
 
 @dataclass(frozen=True)
 class RawClip:
-    """video: uint8 (F, H, W, 3); `start` in seconds after the video's first picture.
+    """A clip in one size.
 
-    With camera motion, poses (T, frames_per_latent, 4, 4), each relative to the frame before, and
-    the lens (4,) in shares of the clip's size; with pose motion, skeletons like the video.
+    Attributes:
+        video: uint8 (F, H, W, 3).
+        bucket: (W, H).
+        source: Name of the sample.
+        start: Seconds after the first picture of the file.
+        captions: Descriptions of the sample.
+        poses: With camera motion (T, frames_per_latent, 4, 4), each relative to the video frame
+            before.
+        lens: With camera motion (4,) of (fx, fy, cx, cy), fractions of the clip's sides.
+        skeletons: With pose motion, drawings like `video`.
     """
 
     video: np.ndarray
@@ -77,54 +98,59 @@ class RawClip:
 
 
 class _Frame(NamedTuple):
-    time: float
-    shown: float  # the time of the picture shown
-    index: int  # of that picture
-    pixels: list[np.ndarray]  # in every size
+    """A video frame at the even rate, and the picture of the file that it shows."""
+
+    time: float  # seconds
+    shown: float  # seconds, of the picture
+    index: int  # number of the picture
+    pixels: list[np.ndarray]  # one array per size
 
 
 def read_clips(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]:
-    """Clips in order of time, and what could not be used: of the sample or of one clip.
+    """Read the clips of a sample in order of time, and the reasons to skip the sample or a clip.
 
-    Only an OSError of the source's disk gets out: all that follows would fail with it.
+    OSError if the disk fails; every other error is a reason to skip.
     """
     try:
-        if sample.video is None:
-            raise Skipped("broken archive", sample.broken)
-        captions = sample.captions()
-        trajectory = keypoints = None
-        start, end = 0.0, math.inf
-        if config.motion == "camera":
-            blob = sample.sidecar("camera.txt", "no camera")
-            trajectory = parse_trajectory(blob.text("bad camera"))
-            # Half a frame outside is still the nearest picture to an end.
-            start = max(0.0, trajectory.times[0].item())
-            end = trajectory.times[-1].item() + 0.5 / config.fps
-        elif config.motion == "pose":
-            keypoints = parse_keypoints(sample.keypoints())
-        with sample.video.open() as file:
-            windows = _windows(at_rate(pictures(file), config.fps, start, end), config)
-            for window in windows:
-                if isinstance(window, Skipped):
-                    yield window
-                    continue
-                try:
-                    yield from _clips(sample, captions, *window, trajectory, keypoints, config)
-                except Skipped as skipped:
-                    yield skipped
+        with file_errors():
+            yield from _read(sample, config)
     except Skipped as skipped:
         yield skipped
-    except Exception as error:  # whatever a strange file makes of a library, the others go on
-        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
-            raise
-        yield Skipped("cannot be decoded", f"{type(error).__name__}: {error}")
+
+
+def _read(sample: Sample, config: CutConfig) -> Iterator[RawClip | Skipped]:
+    if sample.fault:
+        raise Skipped(*sample.fault)
+    captions = sample.captions()
+    trajectory = keypoints = None
+    start, end = 0.0, math.inf
+    if config.motion == "camera":
+        blob = sample.sidecar("camera.txt", "no camera")
+        trajectory = parse_trajectory(blob.text("bad camera"))
+        # A frame may be half a frame outside, because its nearest picture is an end.
+        start = max(0.0, trajectory.times[0].item())
+        end = trajectory.times[-1].item() + 0.5 / config.fps
+    elif config.motion == "pose":
+        keypoints = parse_keypoints(sample.keypoints())
+    with sample.open() as file:
+        for window in _windows(at_rate(pictures(file), config.fps, start, end), config):
+            if isinstance(window, Skipped):
+                yield window
+                continue
+            try:
+                yield from _clips(sample, captions, *window, trajectory, keypoints, config)
+            except Skipped as skipped:
+                yield skipped
 
 
 def _windows(
     source: Iterator[tuple[float, Picture]], config: CutConfig
 ) -> Iterator[tuple[list[Crop], list[_Frame]] | Skipped]:
-    """Every `stride` frames of a take the next `config.frames` of them, cropped and resized to
-    every size. Of gaps with no window between them the first is told."""
+    """The clips of the frames in `source`, cropped and resized to every size.
+
+    A clip starts every `stride` frames of a take. Of several gaps with no clip between them, the
+    first is a reason to skip.
+    """
     parts: list[Crop] = []
     window: deque[_Frame] = deque(maxlen=config.frames)
     count, take, gap, found = 0, 0, None, False
@@ -171,7 +197,7 @@ def _clips(
     keypoints: list[People] | None,
     config: CutConfig,
 ) -> Iterator[RawClip]:
-    """One window in every size. Skipped where it cannot be used."""
+    """One clip in every size, with its motion. Skipped if the motion cannot be used."""
     start = frames[0].time
     motion = {}
     if trajectory is not None:
@@ -186,8 +212,11 @@ def _clips(
 
 
 def _poses(frames: list[_Frame], trajectory: Trajectory, config: CutConfig) -> Tensor:
-    """At the times of the pictures that are shown, not of the frames: 30 fps shown at 24 is uneven,
-    and the camera moves as it is seen to move."""
+    """Poses at the times of the pictures that are shown.
+
+    The times of the frames would be wrong: 30 fps shown at 24 is uneven, and the camera must move
+    as unevenly as the pictures do.
+    """
     times = torch.tensor([frame.shown for frame in frames], dtype=torch.float64)
     poses = trajectory_poses(trajectory.at(times))
     move = poses[:, :3, 3].norm(dim=1).max().item()
@@ -205,6 +234,7 @@ def _poses(frames: list[_Frame], trajectory: Trajectory, config: CutConfig) -> T
 def _skeletons(
     frames: list[_Frame], keypoints: list[People], part: Crop, config: CutConfig
 ) -> np.ndarray:
+    """Drawings of the people in the pictures that are shown."""
     drawn = []
     for frame in frames:
         people = np.zeros((0, POINTS, 3))

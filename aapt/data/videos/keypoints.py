@@ -1,19 +1,20 @@
-"""People as the 133 points of COCO-WholeBody, read from what pose estimators and data sets write.
+"""People as the 133 points of COCO-WholeBody, read from files of pose estimators and data sets.
 
 The points are 17 of the body, 6 of the feet, 68 of the face, 21 of the left hand and 21 of the
-right. Three layouts are known by their keys:
+right. A file has an entry per video frame, in one of three layouts, which their keys tell apart:
 
-- MMPose (RTMW, DWPose, ...): `instances` with `keypoints` and `keypoint_scores`, or a list of them,
-  in a list of pictures or one under `instance_info`.
-- OpenPose, and the DWPose nodes of ComfyUI: `people` with `pose_keypoints_2d` and so on, in one
-  picture or a list of them.
-- COCO-WholeBody's annotations: `annotations` with `keypoints`, `foot_kpts` and so on of `images`.
+- MMPose (RTMW, DWPose, ...): an entry has `instances` with `keypoints` and `keypoint_scores`, or is
+  a list of instances. The list of entries may be under `instance_info`.
+- OpenPose, and the DWPose nodes of ComfyUI: an entry has `people` with `pose_keypoints_2d` and so
+  on. The file is one entry, or a list of entries.
+- COCO-WholeBody's annotations: `images` are the entries, and `annotations` of these images have
+  `keypoints`, `foot_kpts` and so on.
 
-A picture that is null in a list, and a part that a person lacks, has nothing to see in it.
+An entry that is null has no people. A part that a person lacks counts as not seen.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,35 +22,40 @@ from typing import Any
 
 import numpy as np
 
-from .sources import Skipped
+from .sample import Skipped
 
 REASON = "bad keypoints"
 POINTS = 133
 FACE, LEFT_HAND, RIGHT_HAND = slice(23, 91), slice(91, 112), slice(112, 133)
 
-# COCO's body points in the order of OpenPose, whose neck lies between the shoulders (5, 6).
+# COCO's body points in the order of OpenPose, whose neck is between the shoulders (5, 6).
 BODY = (0, "neck", 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 BODY_OF_OPENPOSE = [BODY.index(point) for point in range(17)]
-MID_HIP = 8  # is between these in BODY_25, which ends with COCO-WholeBody's feet
+MID_HIP = 8  # a further point of BODY_25; its last six are COCO-WholeBody's feet
 
-SHAPE_TOLERANCE = 0.05  # pictures are resized to multiples of a number of pixels
+MAX_FRAMES = 10**7  # video frames of a video: four days at 24 fps
+SHAPE_TOLERANCE = 0.05  # estimators resize images to multiples of a number of pixels
 
 
 @dataclass(frozen=True)
 class People:
-    """Those in one picture: `points` (people, 133, 3) of (x, y, score), a score of 0 for what is
-    not seen.
+    """The people in one video frame.
 
-    canvas: (width, height) of the picture they were found in, (1, 1) if they are shares of its
-    sides, None if it was of the video's own size.
+    Attributes:
+        points: (people, 133, 3) of (x, y, score); a score of 0 for points that are not seen.
+        canvas: (width, height) of the image in which the points were found; (1, 1) for fractions of
+            its sides; None for an image of the video's own size.
     """
 
     points: np.ndarray
     canvas: tuple[float, float] | None = None
 
     def on(self, columns: int, rows: int) -> np.ndarray:
-        """The points in pixels of a picture of that size. Skipped where the canvas has another
-        shape: what was cut off, or added, is not known."""
+        """Convert the points to pixels of an upright video frame of this size.
+
+        Skipped if the canvas has another aspect ratio, because the crop or the turn between the two
+        is not known.
+        """
         if self.canvas is None:
             return self.points
         width, height = self.canvas
@@ -62,10 +68,13 @@ class People:
         return self.points * np.array((columns / width, rows / height, 1), np.float32)
 
 
-def parse_keypoints(data: Any) -> list[People]:
-    """The people of each picture of a video, from the JSON of a file of any layout above.
+NOBODY = People(np.zeros((0, POINTS, 3), np.float32))
 
-    Skipped, saying which picture, where it is of none.
+
+def parse_keypoints(data: Any) -> list[People]:
+    """The people of each video frame, from the JSON of a file.
+
+    Skipped for `bad keypoints`, naming the entry, if no layout fits.
     """
     if isinstance(data, dict):
         if "annotations" in data:
@@ -73,7 +82,7 @@ def parse_keypoints(data: Any) -> list[People]:
         data = [data] if "people" in data else data.get("instance_info")
     if not isinstance(data, list):
         raise Skipped(
-            REASON, "expected a list of pictures, 'instance_info', 'people' or 'annotations'"
+            REASON, "expected a list of entries, 'instance_info', 'people' or 'annotations'"
         )
     if any(isinstance(entry, dict) and "people" in entry for entry in data):
         return _openpose(data)
@@ -83,10 +92,10 @@ def parse_keypoints(data: Any) -> list[People]:
 def _mmpose(entries: list) -> list[People]:
     people = []
     for index, entry in enumerate(entries):
-        with _explained(f"picture {index}"):
+        with _explained(f"entry {index}"):
             instances = entry if isinstance(entry, list) else (entry or {}).get("instances")
             people.append(People(_stacked(instances, _mmpose_person)))
-    return people
+    return _placed(people, entries)
 
 
 def _mmpose_person(person: dict) -> np.ndarray:
@@ -100,29 +109,34 @@ def _mmpose_person(person: dict) -> np.ndarray:
 
 
 def _openpose(entries: list) -> list[People]:
-    """In pixels, or in shares of the picture: which of them is seen from the whole file, as some
-    points of either may lie outside the picture."""
+    """People in pixels, or in fractions of the canvas.
+
+    The median of the whole file decides which, because single points may be outside the canvas.
+    """
     people = []
     for index, entry in enumerate(entries):
-        with _explained(f"picture {index}"):
+        with _explained(f"entry {index}"):
             entry = entry or {}
             points = _stacked(entry.get("people"), _openpose_person)
             people.append(People(points, _size(entry, "canvas_width", "canvas_height")))
     seen = [p.points[p.points[..., 2] > 0][:, :2] for p in people]
     if sum(map(len, seen)) and np.median(np.concatenate(seen)) <= 1:
         people = [_in_pixels(p) for p in people]
-    return people
+    return _placed(people, entries)
 
 
 def _in_pixels(people: People) -> People:
-    """Of shares, as far as the size of the picture is known."""
+    """Convert fractions to pixels of the canvas; without a canvas keep them."""
     canvas = people.canvas or (1.0, 1.0)
     return People(people.points * np.array((*canvas, 1), np.float32), canvas)
 
 
 def _openpose_person(person: dict) -> np.ndarray:
-    """A body of 18 points, as in OpenPose's COCO model and DWPose, or of BODY_25; a face of 68 or,
-    with the pupils, 70."""
+    """The points (133, 3) of a person.
+
+    The body has 18 points, as in OpenPose's COCO model and DWPose, or 25; the face has 68 points,
+    or 70 with the pupils.
+    """
     body = _part(person, "pose_keypoints_2d", 18, 25)
     feet = _part(person, "foot_keypoints_2d", 6)
     if len(body) == 25:
@@ -133,7 +147,7 @@ def _openpose_person(person: dict) -> np.ndarray:
 
 
 def _coco_wholebody(data: dict) -> list[People]:
-    """Pictures in the order of their `id`."""
+    """People of the images, in the order of `id`."""
     people, found = [], defaultdict(list)
     with _explained("annotations"):
         for annotation in data["annotations"]:
@@ -143,11 +157,34 @@ def _coco_wholebody(data: dict) -> list[People]:
         with _explained(f"image {image['id']}"):
             points = _stacked(found[image["id"]], _coco_person)
             people.append(People(points, _size(image, "width", "height")))
-    return people
+    return _placed(people, images)
+
+
+def _placed(people: list[People], entries: list) -> list[People]:
+    """The people of each video frame: entries by their `frame_id`, and nobody in between.
+
+    Without such numbers entry n belongs to video frame n. `frame_id` counts from 1, as in MMPose's
+    demos, unless one of them is 0.
+    """
+    numbers = [entry.get("frame_id") if isinstance(entry, dict) else None for entry in entries]
+    if all(number is None for number in numbers):
+        return people
+    for index, number in enumerate(numbers):
+        if type(number) is not int or not 0 <= number <= MAX_FRAMES:
+            expected = f"expected a frame_id from 0 to {MAX_FRAMES}"
+            raise Skipped(REASON, f"entry {index}: {expected}, got {number!r}")
+    if len(set(numbers)) < len(numbers):
+        number = Counter(numbers).most_common(1)[0][0]
+        raise Skipped(REASON, f"expected each frame_id once, got {number} again")
+    first = min(1, *numbers)
+    placed = [NOBODY] * (1 + max(numbers) - first)
+    for number, found in zip(numbers, people):
+        placed[number - first] = found
+    return placed
 
 
 def _coco_person(person: dict) -> np.ndarray:
-    """The third value says whether a point is labelled: 0 if not, and more if so."""
+    """The points (133, 3) of a person. The third value of a point is 0 if it is not labelled."""
     parts = {"keypoints": 17, "foot_kpts": 6, "face_kpts": 68}
     parts |= {"lefthand_kpts": 21, "righthand_kpts": 21}
     points = np.concatenate([_part(person, name, count) for name, count in parts.items()])
@@ -156,7 +193,10 @@ def _coco_person(person: dict) -> np.ndarray:
 
 
 def _part(person: dict, name: str, *counts: int) -> np.ndarray:
-    """(points, 3) of one of the counts; the first of them, not seen, where the part is missing."""
+    """A part of a person as (points, 3); ValueError unless it has one of the counts.
+
+    A missing part has the first count, and none of its points is seen.
+    """
     values = np.array(person.get(name) or [], np.float32).ravel()
     if not values.size:
         return np.zeros((counts[0], 3), np.float32)
@@ -178,7 +218,7 @@ def _size(entry: dict, width: str, height: str) -> tuple[float, float] | None:
 
 
 def _stacked(given: list | None, read: Callable[[dict], np.ndarray]) -> np.ndarray:
-    """(people, 133, 3), of which points that are no numbers are not seen."""
+    """(people, 133, 3). Points that are not finite count as not seen."""
     people = np.stack([np.zeros((POINTS, 3), np.float32), *map(read, given or [])])[1:]
     people[~np.isfinite(people).all(axis=-1)] = 0
     return people
@@ -186,7 +226,7 @@ def _stacked(given: list | None, read: Callable[[dict], np.ndarray]) -> np.ndarr
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Skipped, saying where, for what a file of another form leads to."""
+    """Turn the errors that a file of another layout causes into Skipped, naming the place."""
     try:
         yield
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:

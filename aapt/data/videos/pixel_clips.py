@@ -1,7 +1,8 @@
-"""Clips of a user's videos as pixels, for training that needs nothing else of them."""
+"""Clips of the user's videos as pixels, to train and to measure autoencoders on."""
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, crop
-from .sources import Sample, Skipped, find_samples
-from .video_reader import at_rate, pictures
+from .sample import Sample, Skipped
+from .sources import find_samples
+from .video_reader import at_rate, file_errors, pictures
 
 
 def video_clips(
@@ -24,11 +26,11 @@ def video_clips(
     fps: int = 24,
     report: Callable[[str], None] = print,
 ) -> Iterator[Tensor]:
-    """Up to `count` clips of `frames` frames, uint8 (frames, H, W, 3), cropped to `size`.
+    """At most `count` clips of `frames` video frames, uint8 (frames, H, W, 3), cropped to `size`.
 
-    As many videos as can be, in the order of their names, give as few clips each as can be, none of
-    them across a gap; what cannot be read is reported and left out. ValueError if no clip is long
-    enough.
+    The clips are spread over the videos in the order of the names, as few per video as suffice. No
+    clip crosses a gap. A video that cannot be read is reported and left out. ValueError if no video
+    is long enough for a clip; OSError if the disk fails.
     """
     samples = find_samples(source)
     each = math.ceil(count / len(samples))
@@ -39,7 +41,8 @@ def video_clips(
                 made += 1
                 yield clip
         except Skipped as skipped:
-            report(f"{sample.name}: {skipped}")
+            name = sample.name.encode(errors="backslashreplace").decode()  # need not be UTF-8
+            report(f"{name}: {skipped}")
         if made == count:
             return
     if not made:
@@ -49,23 +52,31 @@ def video_clips(
 
 
 def source_digest(source: Path) -> str:
-    """SHA-256 of the names and sizes of a source's videos. ValueError if it has none."""
+    """SHA-256 of the names and sizes of a source's videos. ValueError if the source has none."""
     digest = hashlib.sha256()
     for sample in find_samples(source):
-        blob = sample.video  # a file, a member of a tar, or none in a tar that is broken
-        size = blob and (blob.path.stat().st_size if blob.size is None else blob.size)
-        digest.update(f"{sample.name}\0{size}\n".encode())
+        # A name need not be UTF-8: the bytes are those of the file system.
+        digest.update(os.fsencode(f"{sample.name}\0{_size(sample)}\n"))
     return digest.hexdigest()
 
 
-def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor]:
+def _size(sample: Sample) -> int | None:
+    """Bytes of the video; None if it cannot be read."""
     if sample.video is None:
-        raise Skipped("broken archive", sample.broken)
+        return None
+    try:
+        status = sample.video.status()
+    except Skipped:
+        return None
+    return status.st_size if sample.video.size is None else sample.video.size
+
+
+def _cut(sample: Sample, size: Bucket, frames: int, fps: int) -> Iterator[Tensor]:
     clip: list[np.ndarray] = []
     take = 0
-    with sample.video.open() as file:
+    with file_errors(), sample.open() as file:
         for _, picture in at_rate(pictures(file), fps):
-            if picture.take != take:  # no clip goes across a gap
+            if picture.take != take:  # no clip crosses a gap
                 clip, take = [], picture.take
             part = crop(*picture.size, size, picture.pixel_aspect)
             clip.append(part.window(picture.pixels(*part.scaled)))

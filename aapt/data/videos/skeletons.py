@@ -1,4 +1,4 @@
-"""COCO-WholeBody keypoints drawn as skeletons, the OpenPose way."""
+"""COCO-WholeBody keypoints drawn as skeletons, in the style of OpenPose."""
 
 import colorsys
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ FINGERS = tuple(  # from the wrist (0) along each finger
 def draw_skeletons(
     people: Sequence[np.ndarray], width: int, height: int, min_score: float
 ) -> np.ndarray:
-    """uint8 (height, width, 3): people (133, 3) of (x, y, score) in pixels, on black.
+    """Draw people, each (133, 3) of (x, y, score) in pixels, as uint8 (height, width, 3) on black.
 
-    Points that score less than `min_score` are left out, and what hangs on them. Of two people the
-    later is drawn over the earlier.
+    Points with a score below `min_score` are not drawn, nor are limbs that end at one. A person is
+    drawn over the people before.
     """
-    detail = 2  # drawn larger, then averaged: thin lines keep their place between pixels
+    detail = 2  # drawn larger and then averaged, so that thin lines move by parts of a pixel
     image = Image.new("RGB", (width * detail, height * detail))
     pen = ImageDraw.Draw(image)
     thickness = detail * max(1.0, height / 100)
@@ -42,7 +42,7 @@ def draw_skeletons(
     for person in people:
         person = person * (detail, detail, 1)
         far = (np.abs(person[:, :2] - np.divide(image.size, 2)) > image.size).any(axis=1)
-        person[far, 2] = -np.inf  # a wild guess, and more than Pillow can draw
+        person[far, 2] = -np.inf  # a wild guess, further away than Pillow can draw
         body = np.stack([_neck(person) if i == "neck" else person[i] for i in BODY])
         seen = body[:, 2] >= min_score
         for number, (a, b) in enumerate(LIMBS):
@@ -62,7 +62,7 @@ def draw_skeletons(
 
 
 def _neck(person: np.ndarray) -> np.ndarray:
-    """Between the shoulders, as sure as the less sure of them."""
+    """(x, y, score) of the middle between the shoulders, with the lower of their scores."""
     left, right = person[5], person[6]
     return np.append((left[:2] + right[:2]) / 2, min(left[2], right[2]))
 

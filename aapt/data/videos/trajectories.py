@@ -1,12 +1,13 @@
 """Camera trajectories in the text format of RealEstate10K.
 
-The first line names the video. Every other line is one picture:
+The first line is a title, and may be missing. Every other line is one video frame:
 
     timestamp fx fy cx cy k1 k2 p11 p12 p13 p14 p21 ... p34
 
-`timestamp` in microseconds after the first picture; focal lengths and principal point in shares of
-the picture's width and height; k1 k2 = 0, no distortion; p the world-to-camera matrix, row by row,
-in OpenCV axes (x right, y down, z forward).
+`timestamp` is in microseconds after the first video frame. fx fy cx cy are the focal lengths and
+the principal point, as fractions of the width and height of the upright image. k1 and k2 are 0,
+because distortion is not supported. p is the world-to-camera matrix, row by row, in OpenCV axes
+(x right, y down, z forward).
 """
 
 import math
@@ -15,25 +16,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sources import Skipped
+from .sample import Skipped
 
 REASON = "bad camera"
-LENS_TOLERANCE = 0.01  # one lens per clip: a zoom has no rays in SPEC 10
-MAX_TURN = math.pi / 2  # between neighbours; more has no one way between
+COLUMNS = 19  # numbers per line
+LENS_TOLERANCE = 0.01  # a share; a clip has one lens and no zoom (docs/method.md#10)
+MAX_TURN = math.pi / 2  # radians between two lines; a larger turn could go either way
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """times (N,) in seconds, growing; lens (4,) of (fx, fy, cx, cy) in shares of the picture;
-    cameras (N, 4, 4), camera-to-world; all float64."""
+    """A camera's path, all float64.
+
+    Attributes:
+        times: (N,) seconds, growing.
+        lens: (4,) of (fx, fy, cx, cy), fractions of the image's sides.
+        cameras: (N, 4, 4), camera-to-world.
+    """
 
     times: Tensor
     lens: Tensor
     cameras: Tensor
 
     def at(self, times: Tensor) -> Tensor:
-        """Camera-to-world matrices (len(times), 4, 4): rotations turn evenly about one axis between
-        neighbours, centres move on a line. Times outside take the nearest end."""
+        """Camera-to-world matrices (len(times), 4, 4) at times in seconds.
+
+        Between two lines the rotation turns evenly about one axis, and the centre moves on a
+        straight line. A time outside the path gives the nearest end.
+        """
         times = times.clamp(self.times[0], self.times[-1])
         after = torch.searchsorted(self.times, times).clamp(min=1)
         start, end = self.cameras[after - 1], self.cameras[after]
@@ -46,7 +56,7 @@ class Trajectory:
 
 
 def rotation_vectors(matrices: Tensor) -> Tensor:
-    """Rotations (..., 3, 3) by less than half a turn -> axis times angle, (..., 3)."""
+    """Convert rotations (..., 3, 3) by less than half a turn to axis times angle (..., 3)."""
     odd = (matrices - matrices.mT) / 2
     axis = torch.stack([odd[..., 2, 1], odd[..., 0, 2], odd[..., 1, 0]], dim=-1)  # times sine
     sine = axis.norm(dim=-1, keepdim=True)
@@ -55,7 +65,7 @@ def rotation_vectors(matrices: Tensor) -> Tensor:
 
 
 def rotations(vectors: Tensor) -> Tensor:
-    """Axis times angle (..., 3) -> rotation matrices (..., 3, 3)."""
+    """Convert axis times angle (..., 3) to rotation matrices (..., 3, 3)."""
     x, y, z = vectors.unbind(-1)
     zero = torch.zeros_like(x)
     cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
@@ -63,13 +73,15 @@ def rotations(vectors: Tensor) -> Tensor:
 
 
 def parse_trajectory(text: str) -> Trajectory:
-    """Skipped, saying which line, where the text is not of the format above."""
-    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()][1:]
+    """Read a trajectory. Skipped for `bad camera`, naming the line, if the format differs."""
+    lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if lines and not _is_camera(lines[0][1]):  # a title
+        del lines[0]
     if len(lines) < 2:
-        raise Skipped(REASON, f"expected a title and two pictures or more, got {len(lines)}")
+        raise Skipped(REASON, f"expected a title and two video frames or more, got {len(lines)}")
     for number, words in lines:
-        if len(words) != 19:
-            raise Skipped(REASON, f"line {number}: expected 19 numbers, got {len(words)}")
+        if len(words) != COLUMNS:
+            raise Skipped(REASON, f"line {number}: expected {COLUMNS} numbers, got {len(words)}")
     try:
         rows = [[float(word) for word in words] for _, words in lines]
     except ValueError as error:
@@ -97,3 +109,11 @@ def parse_trajectory(text: str) -> Trajectory:
     cameras[:, :3, :3] = rotation.mT  # the inverse of a rotation
     cameras[:, :3, 3:] = -rotation.mT @ shift
     return Trajectory(times, lens[0], cameras)
+
+
+def _is_camera(words: list[str]) -> bool:
+    """True for a line that is no title: 19 numbers."""
+    try:
+        return len([float(word) for word in words]) == COLUMNS
+    except ValueError:
+        return False

@@ -1,4 +1,4 @@
-"""Windows of clips: where they start, and what belongs together in them."""
+"""Windows of clips: their starts, and the motion and prompts that belong to them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def numbered(count: int = 4, length: int = 9) -> LatentClips:
     return LatentClips(latents, controls, [(f"{c} long", f"{c}") for c in range(count)])
 
 
-def test_windows_start_where_they_should():
+def test_first_frames_of_windows():
     data = clips(count=2, length=9)
     data.latents[:, :, 0] = 99.0
     starts = (data.sample(draws(200), 4).latents[:, 0, 0, 0, 0] == 99).sum()
@@ -37,7 +37,7 @@ def test_every_window_can_be_drawn(first_frame):
 
 @pytest.mark.parametrize("first_frame", ["half", "never"])
 def test_a_control_drives_the_latent_after_it(first_frame):
-    """Control row n belongs to latent n + 1 of the same clip, which follows latent n."""
+    """Control row n belongs to latent frame n + 1 of its clip."""
     batch = numbered().sample(draws(64), 5, first_frame)
     targets = batch.targets[:, 0, :, 0, 0]
     assert targets.dtype == torch.float32 and targets.shape == (64, 5)

@@ -1,4 +1,4 @@
-"""Encoded clips as training draws them: windows, motion, mixtures, damaged folders."""
+"""Encoded clips in training: windows, motion, mixtures, damaged folders."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ TURN = 0.1  # to the right
 
 
 def folder_of(path, motion="none", buckets=("48x32",), offset=0, length=LENGTH):
-    """Six clips a bucket: latent i of clip c is 10 c + i, and row n of its motion 10 c + n + 1."""
+    """Six clips per bucket: latent i of clip c is 10 c + i, row n of its motion 10 c + n + 1."""
     index = {"format_version": 1, "buckets": {}}
     index["encoding"] = {"latent_frames": length - 1, "motion": motion}
     for bucket in buckets:
@@ -141,7 +141,7 @@ def test_buckets_of_a_folder(tmp_path):
             LatentShards(folder, bucket)
 
 
-def test_a_folder_that_is_none(tmp_path):
+def test_a_folder_without_a_valid_index(tmp_path):
     with pytest.raises(DataError, match="expected a folder of encoded clips with index.json"):
         LatentShards(tmp_path)
     (tmp_path / "index.json").write_text("{")
@@ -191,7 +191,7 @@ def test_a_mixture_draws_one_part_per_update(tmp_path):
 
 
 def test_a_mixture_draws_from_parts_that_are_long_enough(tmp_path):
-    """Of two short folders and a long one, as often as each of those that fit has clips."""
+    """Two short folders and a long one, each drawn in proportion to its clips if it fits."""
     lengths = {"a": 7, "b": 7, "c": 13}
     folders = [
         folder_of(tmp_path / name, offset=20 * place, length=length)
@@ -199,7 +199,7 @@ def test_a_mixture_draws_from_parts_that_are_long_enough(tmp_path):
     ]
 
     def parts(frames, first_frame="half", clips=range(2)):
-        """Of 300 updates, by number, from a mixture of its own."""
+        """The numbers of the parts that 300 updates draw from, with a mixture of their own."""
         mixture = Mixture([LatentShards(folder) for folder in folders])
         batches = (
             mixture.sample(ClipRandom(7, step, clips), frames, first_frame) for step in range(300)
@@ -219,8 +219,8 @@ def test_a_mixture_draws_from_parts_that_are_long_enough(tmp_path):
 
 
 def test_all_draws_of_an_update_come_from_one_part(tmp_path):
-    """Later segments need a latent more than the first one: clips that are just long enough for
-    that alone, here of another size, are not begun with."""
+    """Later segments need one more latent frame than the first segment. A part that is only long
+    enough for the first segment, here of another size, is never drawn."""
     wide = LatentShards(folder_of(tmp_path / "wide", length=4))
     tall = LatentShards(folder_of(tmp_path / "tall", buckets=("32x48",), offset=50, length=9))
     settings = dataclasses.replace(CONFIG, condition_channels=0, latent_channels=5)

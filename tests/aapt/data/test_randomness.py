@@ -1,4 +1,4 @@
-"""Random numbers that belong to a clip of an update, whoever draws them."""
+"""Random numbers belong to a clip of an update, whichever rank draws them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from aapt.data.randomness import ClipRandom
 
 
-def test_a_share_of_the_clips_gets_what_they_get_in_the_whole():
+def test_a_rank_draws_the_numbers_that_one_rank_would_draw():
     whole, share = ClipRandom(3, 7, range(6)), ClipRandom(3, 7, range(2, 4))
     assert len(whole) == 6 and len(share) == 2
     for draw in (

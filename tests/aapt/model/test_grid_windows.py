@@ -148,7 +148,7 @@ def test_a_checkpoint_streams_with_the_window_of_its_size(tmp_path, capsys):
     generator = StreamingGenerator.from_pretrained(folder)
     stream = generator.open(np.zeros((generator.height, generator.width, 3), np.uint8), "")
     assert stream.step(Control()).shape[0] == 4
-    assert stream._rollout.cache.ring_frames == 4
+    assert stream._memory.rollout.cache.ring_frames == 4
     assert main(["info", "--model", str(folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["model"]
     assert facts["window_frames"] == 3 and facts["config"]["grid_windows"] == [[5, 8, 3]]

@@ -68,7 +68,7 @@ def test_headers_have_the_layout_of_the_protocol():
         time=7.5,
         wait_ms=1,
         model_ms=2,
-        decode_ms=3,
+        pixels_ms=3,
         encode_ms=4,
         first_shown=3,
         format=1,

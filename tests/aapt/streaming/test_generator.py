@@ -4,10 +4,13 @@ import dataclasses
 import gc
 import json
 import resource
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import CheckpointError, load_config, save_config, save_module
@@ -96,7 +99,7 @@ def test_a_stream_takes_over_what_one_that_ended_has_left(generator, picture):
         other = generator.open(picture, "a desert", seed=4)
         other.step(Control(yaw=1.0))
         frames.append([stream.first_frame, *(stream.step(Control(forward=1.0)) for _ in range(3))])
-        decoders.append({id(stream._decoder), id(other._decoder)})
+        decoders.append({id(stream._memory), id(other._memory)})
         del stream, other
         gc.collect()
     assert decoders[0] == decoders[1] and len(decoders[0]) == 2
@@ -106,10 +109,10 @@ def test_a_stream_takes_over_what_one_that_ended_has_left(generator, picture):
 def test_streaming_decode_equals_whole_clip(generator, picture):
     """The stream's pixels are those of decoding all its latents at once."""
     stream = generator.open(picture, "ab", seed=0)
-    latents, frames = [stream._rollout.last], [stream.first_frame]
+    latents, frames = [stream._memory.latent.clone()], [stream.first_frame]
     for control in WALK:
         frames.append(stream.step(control))
-        latents.append(stream._rollout.last)
+        latents.append(stream._memory.latent.clone())
     whole = to_array(to_bytes(generator.vae.decode(torch.cat(latents, dim=2))))
     difference = np.abs(whole.astype(int) - np.concatenate(frames).astype(int))
     assert difference.max() <= 1  # rounding to uint8
@@ -131,12 +134,12 @@ def test_memory_does_not_grow_with_the_stream(generator, picture):
     stream = generator.open(picture, "ab", seed=0)
     for _ in range(40):
         stream.step(Control(forward=1.0))
-    cache = stream._rollout.cache.k.data_ptr()
+    cache = stream._memory.rollout.cache.k.data_ptr()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(300):
         stream.step(Control(forward=1.0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
-    assert stream._rollout.cache.k.data_ptr() == cache
+    assert stream._memory.rollout.cache.k.data_ptr() == cache
 
 
 @pytest.mark.parametrize(
@@ -167,8 +170,57 @@ def test_half_precision_models_stream(picture):
     model, vae = build()
     half = StreamingGenerator(model.bfloat16(), vae, height=HEIGHT, width=WIDTH, prompts=["ab"])
     stream = half.open(picture, "ab")
-    assert stream._rollout.cache.k.dtype == torch.bfloat16
+    assert stream._memory.rollout.cache.k.dtype == torch.bfloat16
     assert play(stream, WALK[:3]).shape == (12, HEIGHT, WIDTH, 3)
+
+
+def test_precision_and_size_are_chosen_at_loading(folder, picture):
+    generator = StreamingGenerator.from_pretrained(folder, dtype=torch.bfloat16, size=(48, 64))
+    weights = [*generator.model.parameters(), *generator.vae.parameters()]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    wide = np.zeros((48, 64, 3), np.uint8)
+    assert generator.open(wide, "ab").step(Control(yaw=1.0)).shape == (4, 48, 64, 3)
+    with pytest.raises(ValueError, match=r"first_frame: expected uint8 \(48, 64, 3\)"):
+        generator.open(picture, "ab")
+    with pytest.raises(ValueError, match="^height, width: expected multiples of 16, got 40 x 64"):
+        StreamingGenerator.from_pretrained(folder, size=(40, 64))
+
+
+def test_a_device_that_is_not_there_is_said(folder):
+    with pytest.raises(ValueError, match="^device: cannot use no-such-device: "):
+        StreamingGenerator.from_pretrained(folder, device="no-such-device")
+
+
+def test_weights_are_loaded_one_tensor_at_a_time(folder, monkeypatch):
+    """No more than one tensor of the file is alive at any moment, and the values are the file's."""
+    alive, most = [], 0
+
+    class File:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            self.file = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            nonlocal most
+            tensor = self.file.get_tensor(name)
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(each() is not None for each in alive))
+            return tensor
+
+    monkeypatch.setattr("aapt.checkpoint.safe_open", File)
+    generator = StreamingGenerator.from_pretrained(folder)
+    assert len(alive) > 20 and most == 1
+    for name, stored in load_file(folder / "model.safetensors").items():
+        assert torch.equal(generator.model.state_dict()[name], stored.float()), name
 
 
 def test_parts_must_fit():

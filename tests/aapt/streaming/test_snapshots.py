@@ -75,17 +75,24 @@ def test_a_stream_is_not_pickled(generator, picture):
         pickle.dumps(generator.open(picture, "ab"))
 
 
-def test_snapshots_of_other_streams_are_refused(generator, picture):
-    snapshot = generator.open(picture, "ab", recache=True).snapshot()
+def test_a_snapshot_says_whether_its_stream_recaches(generator, picture):
+    recached = generator.open(picture, "ab", recache=True)
+    play(recached, WALK[:2])
     stream = generator.open(picture, "ab")
-    with pytest.raises(ValueError, match="snapshot: expected one of a stream with the same `reca"):
-        stream.restore(snapshot)
-    assert stream.step(Control()).shape[0] == 4  # nothing has changed
+    stream.restore(recached.snapshot())
+    for each in (recached, stream):
+        each.prompt = "something else"
+    assert np.array_equal(play(recached, WALK), play(stream, WALK))
+
+
+def test_snapshots_of_another_size_are_refused(generator, picture):
+    stream = generator.open(picture, "ab")
     model, vae = build()
     smaller = StreamingGenerator(model, vae, height=HEIGHT - 16, width=WIDTH)
     other = smaller.open(picture[: HEIGHT - 16], "ab").snapshot()
     with pytest.raises(ValueError, match="cache: expected one of"):
         stream.restore(other)
+    assert stream.step(Control()).shape[0] == 4  # nothing has changed
 
 
 @pytest.mark.parametrize("place", ["transformer", "decoder"])
@@ -126,14 +133,14 @@ def test_a_bad_control_changes_nothing(generator, picture):
 
 def test_closing_frees_the_memory(generator, picture):
     stream = generator.open(picture, "ab", seed=0)
-    idle = len(generator._idle_decoders)
-    assert stream.bytes > stream._rollout.cache.k.nbytes
+    idle = len(generator._idle)
+    assert stream.bytes > stream._memory.rollout.cache.k.nbytes
     snapshot = stream.snapshot()
     assert abs(snapshot.bytes - stream.bytes) < 4 * 4 * WIDTH * HEIGHT
     with stream:
         stream.step(Control())
     stream.close()
-    assert stream.bytes == 0 and len(generator._idle_decoders) == idle + 1
+    assert stream.bytes == 0 and len(generator._idle) == idle + 1
     for use in (lambda: stream.step(Control()), lambda: stream.restore(snapshot), stream.fork):
         with pytest.raises(RuntimeError, match="stream: closed; open a new one"):
             use()

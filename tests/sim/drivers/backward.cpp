@@ -1,5 +1,5 @@
-// The backward of block_causal_attention with head_dim 64 and one batch entry, for ctypes; its
-// first sums of dq are zero.
+// The backward of block_causal_attention with head_dim 64 and one batch entry, for ctypes. The
+// caller sets the sums of dq to zero.
 #include "block_causal_attention/params.h"
 
 using namespace aapt;

@@ -1,5 +1,5 @@
-// Attention forward with a producer warp and two consumer warpgroups: the pipeline that the
-// simulator is for. q, k, v, o: (batch * heads, length, head_dim) BF16.
+// Attention forward with a producer warp and two consumer warpgroups, a pipeline as in csrc. q, k,
+// v, o: (batch * heads, length, head_dim) BF16.
 #pragma once
 
 #include "bugs.h"
@@ -57,7 +57,7 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_, kKeys = 128, kStages = 2, kQueries = 128;
   static constexpr int kHalves = kHeadDim / 64;
   struct Shared {
-    alignas(1024) uint16_t q[2][kHalves][64 * 64];  // later the output
+    alignas(1024) uint16_t q[2][kHalves][64 * 64];  // replaced by the output
     alignas(1024) uint16_t k[kStages][kHalves][kKeys * 64];
     alignas(1024) uint16_t v[kStages][kHalves][kKeys * 64];
     uint64_t q_full, k_full[kStages], v_full[kStages], k_empty[kStages], v_empty[kStages];
@@ -109,7 +109,7 @@ HOPPER_DEVICE void pack(const float (&s)[C::kKeys / 2], uint32_t (&p)[C::kKeys /
   }
 }
 
-// One tile of the online softmax; returns in `decay` what the output so far is to be scaled by.
+// One tile of the online softmax; returns in `decay` the factor of the output so far.
 template <class C>
 HOPPER_DEVICE void softmax(float (&s)[C::kKeys / 2], float (&high)[2], float (&sum)[2],
                            float (&decay)[2], int first_key, const Params& params) {

@@ -1,5 +1,5 @@
-// The same kernel with and without a planted bug: under the simulator compiled once with all of
-// them, one chosen at run time; for the GPU without any.
+// Planted bugs of the test kernels. The simulator's build has all of them, and one is chosen at run
+// time; the GPU's build has none.
 #pragma once
 
 #include "hopper/hopper.cuh"

@@ -64,7 +64,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
     }
     cta_sync();
   }
-  // The loop waits for reads only: the writes are complete when the kernel is.
+  // The loop waits for reads only: writes are complete at the end of the kernel.
 }
 
 // out += in, summed over blocks by the memory system; each block has one row of `in`.
@@ -82,7 +82,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
   }
 }
 
-// The same by tiles of 8 x 32: out (rows, 32) += each block's tile of in.
+// out (rows, 32) += each block's tile of `in`, in tiles of 8 x 32.
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
     sum_tiles(HOPPER_GRID_CONSTANT const TensorMap in, HOPPER_GRID_CONSTANT const TensorMap out,
               BuildBugs bug) {
@@ -105,8 +105,8 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
   }
 }
 
-// out[i] = sum over blocks of in[block, i]: the block that comes last to the counter adds up what
-// all have left in `partials`.
+// out[i] = sum over blocks of in[block, i]: the last block at the counter adds up the partial sums
+// of all blocks.
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
     meet(const float* in, float* partials, uint32_t* counter, float* out, BuildBugs bug) {
   struct Shared {

@@ -33,6 +33,22 @@ const char* multiply_majors(int ta, int tb, void* a, void* b, float* c, void* st
   return multiply<N, kSwizzle, 1, 1>(a, b, c, stream);
 }
 
+template <int N>
+const char* multiply_halo(int rows, int width, int first, void* a, void* b, float* c,
+                          void* stream) {
+  constexpr uint32_t kChannels = 128, kSlab = 64;
+  TensorMap ta, tb;
+  const char* error = make_map(&ta, a, 2, 64, kChannels, 64, kSlab, SW_128);
+  if (error != nullptr) return error;
+  const uint64_t dims[] = {kChannels, static_cast<uint64_t>(width), static_cast<uint64_t>(rows)};
+  const uint64_t strides[] = {2 * kChannels, 2 * kChannels * dims[1]};
+  const uint32_t box[] = {kSlab, static_cast<uint32_t>(width), static_cast<uint32_t>(rows)};
+  error = make_tensor_map(&tb, b, 2, 3, dims, strides, box, SW_128);
+  if (error != nullptr) return error;
+  return HOPPER_LAUNCH(matrix::multiply_halo<N>, dim3(1), dim3(128), 104 * 1024, stream, ta, tb, c,
+                       rows, width, first);
+}
+
 template <int N, bool kE4m3>
 const char* multiply_registers(void* a, void* b, float* c, void* stream) {
   TensorMap tb;
@@ -65,15 +81,11 @@ EXPORT const char* run_multiply(int n, int swizzle, int ta, int tb, void* a, voi
   return "run_multiply: no such case";
 }
 
-EXPORT const char* run_multiply_halo(int width, int first, void* a, void* b, float* c,
-                                     void* stream) {
-  constexpr int kN = 64, kPixels = 128;
-  TensorMap ta, tb;
-  const char* error = make_map(&ta, a, 2, 64, 64, 64, 64, SW_128);
-  if (error == nullptr) error = make_map(&tb, b, 2, kPixels, 64, kPixels, 64, SW_128);
-  if (error != nullptr) return error;
-  return HOPPER_LAUNCH((matrix::multiply_halo<kN, kPixels>), dim3(1), dim3(128), 32 * 1024, stream,
-                       ta, tb, c, width, first);
+EXPORT const char* run_multiply_halo(int n, int rows, int width, int first, void* a, void* b,
+                                     float* c, void* stream) {
+  if (n == 64) return multiply_halo<64>(rows, width, first, a, b, c, stream);
+  if (n == 256) return multiply_halo<256>(rows, width, first, a, b, c, stream);
+  return "run_multiply_halo: no such case";
 }
 
 EXPORT const char* run_multiply_registers(int n, int e4m3, void* a, void* b, float* c,

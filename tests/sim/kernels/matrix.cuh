@@ -1,5 +1,5 @@
-// One wgmma tile for every swizzle, major-ness and operand kind: what the descriptors mean.
-// c[64, N] = a[64, K] b[N, K]^T.
+// One wgmma tile for every swizzle, major-ness and operand kind, to test descriptors. c[64, N] =
+// a[64, K] b[N, K]^T.
 #pragma once
 
 #include "bugs.h"
@@ -74,16 +74,18 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
   }
 }
 
-// K = 64, 128-byte swizzle. B is a picture of `width` columns, (pixels, 64): column 8 g + i of the
-// product is pixel first + g width + i, as a convolution reads a halo tile. So descriptors start
-// anywhere in the swizzle's pattern of 8 rows, and groups of 8 lie any number of rows apart.
-template <int N, int kPixels>
+// K = 128 in two slabs of 64, 128-byte swizzle. B is an image of `rows` x `width` pixels, (rows,
+// width, 128): column 8 g + i of the product is pixel first + g width + i, as a convolution reads a
+// halo tile. So descriptors start anywhere in the swizzle's pattern of 8 rows, and groups of 8 are
+// any number of rows apart.
+template <int N>
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
     multiply_halo(HOPPER_GRID_CONSTANT const TensorMap ta, HOPPER_GRID_CONSTANT const TensorMap tb,
-                  float* c, int width, int first) {
+                  float* c, int rows, int width, int first) {
+  constexpr int kSlabs = 2;
   struct Shared {
-    alignas(1024) uint16_t a[64 * 64];
-    alignas(1024) uint16_t b[kPixels * 64];
+    alignas(1024) uint16_t a[kSlabs][64 * 64];
+    alignas(1024) uint16_t b[kSlabs][344 * 64];  // whole patterns, as the slabs of causal_conv3d
     uint64_t full;
   };
   HOPPER_SHARED(raw);
@@ -94,20 +96,26 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
   }
   cta_sync();
   if (threadIdx.x == 0) {
-    mbar_arrive_expect_tx(&shared.full, sizeof(shared.a) + sizeof(shared.b));
-    tma_load_2d(shared.a, &ta, &shared.full, 0, 0);
-    tma_load_2d(shared.b, &tb, &shared.full, 0, 0);
+    mbar_arrive_expect_tx(&shared.full, sizeof(shared.a) + kSlabs * rows * width * 128);
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      tma_load_2d(shared.a[slab], &ta, &shared.full, slab * 64, 0);
+      tma_load_3d(shared.b[slab], &tb, &shared.full, slab * 64, 0, 0);
+    }
   }
   mbar_wait(&shared.full, 0);
   float d[N / 2];
   reg_fence(d);
   wgmma_fence();
   HOPPER_UNROLL
-  for (int step = 0; step < 4; ++step) {
-    wgmma_ss<N, 0, 0>(
-        d, make_desc(smem_u32(shared.a) + step * 32, 16, 1024, SW_128),
-        make_desc(smem_u32(shared.b) + first * 128 + step * 32, 16, width * 128, SW_128),
-        step != 0);
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    HOPPER_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      const uint32_t at = step * 32;
+      wgmma_ss<N, 0, 0>(
+          d, make_desc(smem_u32(shared.a[slab]) + at, 16, 1024, SW_128),
+          make_desc(smem_u32(shared.b[slab]) + first * 128 + at, 16, width * 128, SW_128),
+          slab + step != 0);
+    }
   }
   wgmma_commit();
   wgmma_wait<0>();

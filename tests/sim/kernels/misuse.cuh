@@ -1,4 +1,4 @@
-// Kernels that are wrong in one way each: all must end in a report.
+// A kernel that can be wrong in many ways, one at a time: each must end in a report.
 #pragma once
 
 #include "bugs.h"

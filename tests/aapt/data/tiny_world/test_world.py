@@ -110,7 +110,7 @@ def test_relative_poses_walk_along_z_and_turn_right_for_positive_yaw():
     expected[2, 3] = FORWARD_STEP
     torch.testing.assert_close(ahead, expected)
     right = relative_poses(integrate(torch.tensor([[1.0, 0.0]])))[0]
-    # What the second camera has straight ahead lies to the right (x > 0) of the first.
+    # A point straight ahead of the second camera is to the right (x > 0) of the first.
     seen = right[:3, :3] @ torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
     expected = torch.tensor([math.sin(YAW_STEP), 0.0, math.cos(YAW_STEP)], dtype=torch.float64)
     torch.testing.assert_close(seen, expected)
@@ -158,7 +158,7 @@ def test_objects_stay_inside_their_own_cells():
 
 
 def facing(world, away, shift=0.0):
-    """A pose that looks along +x at the side of a block, `away` units in front of it."""
+    """A pose that looks along +x at the side of a block, `away` units in front of the side."""
     block = first_object(world, False)
     return block, torch.tensor([[block.x - block.half_x - away, block.y + shift, 0.0]])
 
@@ -174,7 +174,7 @@ class Chosen(World):
 
 
 def wall_columns(away):
-    """A block and the columns that it covers over the horizon, where nothing casts a shadow."""
+    """A block and its columns over the horizon, where no object casts a shadow."""
     world = make_world(4, 1)
     block, pose = facing(world, away)
     alone, empty = (
@@ -199,7 +199,7 @@ def test_a_wall_grows_when_it_is_approached():
     assert widths[0] < widths[1] < widths[2]
 
 
-def test_turning_right_moves_the_picture_to_the_left():
+def test_turning_right_moves_the_image_to_the_left():
     world = make_world(0, 3)
     poses = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0 + 2 * YAW_STEP]])
     sky = render(world, poses, 80, 128)[:, 20:38].float().mean(-1)
@@ -240,7 +240,7 @@ def test_any_size_renders(size):
         assert clip.video.shape == (5, *size, 3)
 
 
-def test_a_larger_picture_shows_the_same_scene():
+def test_a_larger_image_shows_the_same_scene():
     world, _, poses = walk(7, 6, theme=2)
     small = render(world, poses[::6], 40, 64).float()
     large = render(world, poses[::6], 160, 256).float()
@@ -271,7 +271,7 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_the_sample_picture_is_a_view_of_the_desert():
+def test_the_sample_image_is_a_view_of_the_desert():
     picture = np.asarray(Image.open(Path(aapt.data.__file__).parents[1] / "assets/sample.png"))
     view = render(make_world(502, 1), torch.tensor([[3.4, -11.5, 2.8]], dtype=torch.float64))[0]
     assert picture.shape == (80, 128, 3)

@@ -1,4 +1,4 @@
-"""Which size a video is encoded at, and what is cut off for it."""
+"""The sizes that a video is encoded at, and the crop to them."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_crop_by_hand():
 
 
 def test_crop_of_odd_sizes_stays_together():
-    """A size that does not divide is scaled by less than a pixel off; points and lens know it."""
+    """The scaled size is rounded to whole pixels; points and lens use the rounded size."""
     part = crop(333, 101, Bucket(64, 32))
     assert part.scaled == (106, 32) and part.left == 21
     centre = part.points(np.array([[333 / 2, 101 / 2]]))[0]

@@ -1,9 +1,11 @@
-"""Clips cut out of samples: which frames, which motion, and what is skipped."""
+"""Clips cut out of samples: their frames, their motion, and reasons to skip."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
+import os
 
 import av
 import numpy as np
@@ -13,13 +15,25 @@ import torch
 from aapt.data.videos import clip_reader
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.clip_reader import CutConfig, read_clips
-from aapt.data.videos.sources import Skipped, find_samples
+from aapt.data.videos.sample import Skipped
+from aapt.data.videos.sources import find_samples
 from aapt.data.videos.trajectories import parse_trajectory
 from aapt.model.conditioning import trajectory_poses
 
 from .test_keypoints import entry, person
 from .test_trajectories import controlled, trajectory, yawed
-from .videos import grey, numbers, retimed, sound, video
+from .videos import (
+    COLOURS,
+    ORIENTATIONS,
+    corners,
+    grey,
+    numbers,
+    retimed,
+    seen_corners,
+    sound,
+    video,
+    with_display_matrix,
+)
 
 CONFIG = CutConfig(((Bucket(24, 16),),), latent_frames=2, stride=9)  # clips of 9 frames
 
@@ -82,11 +96,11 @@ def test_what_comes_before_damage_is_used(tmp_path):
 
 
 def starts(items):
-    """Of clips their start in frames, else the text of a skip."""
+    """For each clip its start in video frames, for each skip its text."""
     return [item if isinstance(item, str) else round(24 * item.start) for item in items]
 
 
-def test_clips_go_on_after_a_gap(tmp_path):
+def test_clips_begin_anew_after_a_gap(tmp_path):
     """Pictures 0 to 12 and 13 to 39, with 0.6 s more between them."""
     times = [1000 * n // 24 + (600 if n > 12 else 0) for n in range(40)]
     items = read(tmp_path, video(grey(40), times=times))
@@ -97,7 +111,8 @@ def test_clips_go_on_after_a_gap(tmp_path):
 
 @pytest.mark.parametrize("seconds", [1e4, 2e6, 2**62 // 1000])
 def test_a_wild_clock_is_one_skip(tmp_path, seconds):
-    """Far ahead from a picture on, to the end; and for one picture, whose neighbours stand in."""
+    """A clock that jumps far ahead, from a picture to the end, and for one picture alone. Its
+    neighbours replace that picture."""
     even = [round(1000 * n / 24) for n in range(30)]
     late = [round(1000 * seconds) + time for time in even]
     items = read(tmp_path, retimed(video(grey(30)), even[:12] + late[12:]))
@@ -110,7 +125,7 @@ def test_a_wild_clock_is_one_skip(tmp_path, seconds):
 
 @pytest.mark.parametrize("motion", ["none", "camera"])
 def test_joined_files_give_clips_of_each(tmp_path, motion):
-    """The second clock goes on after the first, so that no time means two pictures."""
+    """The second clock continues after the first, so that no time means two pictures."""
     even = [round(1000 * n / 24) for n in range(15)]
     cameras = trajectory([yawed(0.0)] * 60)
     config = dataclasses.replace(CONFIG, motion=motion)
@@ -149,13 +164,22 @@ def test_a_change_of_size_ends_a_video(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), MemoryError(), av.EOFError(1, "end")])
-def test_whatever_a_library_makes_of_a_file_is_skipped(tmp_path, monkeypatch, error):
+def test_every_error_of_a_library_is_skipped(tmp_path, monkeypatch, error):
     def pictures(file):
         raise error
 
     monkeypatch.setattr(clip_reader, "pictures", pictures)
     (skipped,) = read(tmp_path, b"")
     assert skipped.startswith(f"cannot be decoded: {type(error).__name__}")
+
+
+@pytest.mark.parametrize("number", [errno.ELOOP, errno.EACCES, errno.ENXIO])
+def test_an_error_of_the_path_while_reading_is_skipped(tmp_path, monkeypatch, number):
+    def pictures(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(clip_reader, "pictures", pictures)
+    assert read(tmp_path, b"") == [f"unreadable: {os.strerror(number)}"]
 
 
 def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):
@@ -170,16 +194,15 @@ def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):
 CAMERA = dataclasses.replace(CONFIG, motion="camera", max_turn=math.radians(80))
 
 
-def test_poses_are_those_between_the_frames_of_the_clip(tmp_path):
-    """Row n - 1 of latent n holds the poses of video frames 4n - 3 to 4n, each relative to the
-    frame before it."""
+def test_poses_are_relative_to_the_video_frame_before(tmp_path):
+    """Row n - 1, of latent frame n, holds the poses of video frames 4n - 3 to 4n."""
     cameras, steps = controlled(19)
     clips = read(tmp_path, video(grey(20)), CAMERA, **{"camera.txt": trajectory(cameras)})
     assert [clip.start for clip in clips] == [0, 9 / 24]
     for clip, start in zip(clips, (0, 9)):
         assert clip.poses.shape == (2, 4, 4, 4) and clip.poses.dtype == torch.float32
         expected = steps[start : start + 8].unflatten(0, (2, 4)).float()
-        # Matroska's clock and the trajectory's are rounded, to a millisecond and a microsecond
+        # The clocks are rounded: Matroska's to milliseconds, the trajectory's to microseconds
         torch.testing.assert_close(clip.poses, expected, atol=4e-3, rtol=0)
     # 48 x 32 and 24 x 16 have one shape: the lens stays
     np.testing.assert_allclose(clips[0].lens, [0.8, 1.4, 0.5, 0.5], rtol=1e-6)
@@ -193,8 +216,8 @@ def test_the_lens_is_cropped_with_the_picture(tmp_path):
 
 
 def test_the_camera_moves_as_the_pictures_do(tmp_path):
-    """30 fps shown at 24: picture 2 is left out, so between frames 1 and 2 the camera moves twice
-    as far. The trajectory has a line for each picture."""
+    """30 fps shown at 24 leave out picture 2, so the camera moves twice as far between frames 1 and
+    2. The trajectory has a line per picture."""
     cameras = [yawed(0.0, (0.02 * n, 0.0, 0.0)) for n in range(20)]
     text = trajectory(cameras, fps=30)
     clip, *_ = read(tmp_path, video(grey(20), rate=30), CAMERA, **{"camera.txt": text})
@@ -204,7 +227,7 @@ def test_the_camera_moves_as_the_pictures_do(tmp_path):
     assert set(np.diff(shown)) == {1, 2}
 
 
-def test_clips_lie_within_the_trajectory(tmp_path):
+def test_clips_are_within_the_trajectory(tmp_path):
     cameras, _ = controlled(39)
     lines = trajectory(cameras).splitlines()
     text = "\n".join([lines[0], *lines[6:36]])  # of pictures 5 to 34
@@ -239,11 +262,26 @@ def test_motion_that_is_missing_or_broken_is_skipped(tmp_path, motion, kind):
     assert skipped.startswith(f"bad {name}: expected ")
 
 
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_the_lens_belongs_to_the_upright_image(tmp_path, name):
+    """A square is cut out of a video that is shown 96 x 48 or 48 x 96."""
+    matrix, corners_seen = ORIENTATIONS[name]
+    data = video(corners(9, 48, 96), codec="libx264", container="mp4")
+    config = dataclasses.replace(CAMERA, buckets=((Bucket(32, 32),),))
+    text = trajectory([yawed(0.0)] * 9, lens=(0.8, 1.2, 0.55, 0.4))
+    data = with_display_matrix(data, matrix)
+    (clip,) = read(tmp_path, data, config, **{"camera.txt": text})
+    assert seen_corners(clip.video[4]) == corners_seen
+    wide = matrix[0] != 0
+    expected = [1.6, 1.2, 0.6, 0.4] if wide else [0.8, 2.4, 0.55, 0.3]
+    np.testing.assert_allclose(clip.lens, expected, rtol=1e-6)
+
+
 POSE = dataclasses.replace(CONFIG, motion="pose", buckets=((Bucket(64, 64),),))
 
 
 def test_skeletons_are_drawn_where_the_people_are(tmp_path):
-    """A 128 x 64 video cropped to its middle square; the arm walks right by 4 pixels a picture."""
+    """A 128 x 64 video cropped to its middle square. The arm moves right, 4 pixels per picture."""
     arms = [entry(person({6: (40 + 4 * n, 20), 8: (40 + 4 * n, 44)})) for n in range(9)]
     data = video(grey(9, 64, 128))
     (clip,) = read(tmp_path, data, POSE, **{"keypoints.json": json.dumps(arms)})
@@ -252,8 +290,29 @@ def test_skeletons_are_drawn_where_the_people_are(tmp_path):
     np.testing.assert_allclose(lit, [8 + 4 * n for n in range(9)], atol=1)
 
 
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_skeletons_are_drawn_on_the_upright_image(tmp_path, name):
+    """An arm in the red quarter of the upright image. A stored pixel is twice as wide as high."""
+    matrix, corners_seen = ORIENTATIONS[name]
+    columns, rows = (128, 64) if matrix[0] else (64, 128)
+    place = corners_seen.index("R")
+    x, y = ((1 + 2 * (place % 2)) * columns // 4, (1 + 2 * (place // 2)) * rows // 4)
+    arm = entry(person({6: (x, y - 8), 8: (x, y + 8)}))
+    data = with_display_matrix(
+        video(corners(9), codec="libx264", container="mp4", aspect=2), matrix
+    )
+    bucket = Bucket(128, 32) if matrix[0] else Bucket(32, 128)  # as it is seen, nothing cut off
+    config = dataclasses.replace(POSE, buckets=((bucket,),))
+    (clip,) = read(tmp_path, data, config, **{"keypoints.json": json.dumps([arm] * 9)})
+    assert seen_corners(clip.video[0]) == corners_seen
+    lit = np.argwhere(clip.skeletons[0].any(axis=2)).mean(axis=0)
+    expected = (y / rows * bucket.height, x / columns * bucket.width)
+    np.testing.assert_allclose(lit, expected, atol=1)
+    assert np.abs(clip.video[0, int(lit[0]), int(lit[1])].astype(int) - COLOURS["R"]).max() < 16
+
+
 def test_keypoints_of_another_size_are_brought_to_the_video(tmp_path):
-    """DWPose was shown the video at half its size."""
+    """DWPose has read the video at half its size."""
     people = [{"pose_keypoints_2d": [0] * 6 + [40, 10, 1, 40, 22, 1] + [0] * 42}]  # right upper arm
     frame = {"people": people, "canvas_width": 64, "canvas_height": 32}
     text = json.dumps([frame] * 9)

@@ -1,10 +1,10 @@
-"""Whole-body keypoints in the files of several tools, against points named by hand."""
+"""Whole-body keypoints from files of several tools, against points named by hand."""
 
 import numpy as np
 import pytest
 
 from aapt.data.videos.keypoints import People, parse_keypoints
-from aapt.data.videos.sources import Skipped
+from aapt.data.videos.sample import Skipped
 
 
 def person(points, score=0.9):
@@ -66,7 +66,7 @@ def openpose_person(body=BODY_18, face=68, **parts):
 
 
 def check_whole(points, feet=True):
-    """A person of `openpose_person`, read."""
+    """Check the points of `openpose_person`."""
     assert points.shape == (133, 3) and points.dtype == np.float32
     for n, name in enumerate(COCO):
         expected = (*PLACES[name], 0.75) if n < 17 or feet else (0, 0, 0)
@@ -87,7 +87,7 @@ def test_layouts_of_mmpose():
         np.testing.assert_array_equal(read[0].on(7, 9), np.stack([one, two]))
 
 
-def test_points_that_are_no_numbers_are_not_seen():
+def test_points_that_are_not_finite_are_not_seen():
     broken = entry(person({0: (1, 2), 1: (3, 4)}))
     broken["instances"][0]["keypoints"][0][0] = float("nan")
     broken["instances"][0]["keypoints"][1][0] = None
@@ -96,7 +96,7 @@ def test_points_that_are_no_numbers_are_not_seen():
 
 
 def test_dwpose():
-    """As ComfyUI's nodes save it: a body of 18 points, and null for what was not found."""
+    """ComfyUI's nodes save a body of 18 points, and null for a part that was not found."""
     frame = {"people": [openpose_person()], "canvas_width": 640, "canvas_height": 480}
     alone = openpose_person(hand_left_keypoints_2d=None, face_keypoints_2d=[])
     del alone["hand_right_keypoints_2d"]
@@ -109,8 +109,8 @@ def test_dwpose():
 
 
 def test_openpose():
-    """One picture as --write_json writes it: BODY_25, whose toes and heels are COCO-WholeBody's,
-    and a face with pupils, which that has not."""
+    """OpenPose's --write_json saves one entry: BODY_25, with the toes and heels of COCO-WholeBody,
+    and a face with pupils, which COCO-WholeBody lacks."""
     frame = {"version": 1.3, "people": [openpose_person(BODY_25, face=70)]}
     for layout in (frame, [frame]):
         (people,) = parse_keypoints(layout)
@@ -134,8 +134,8 @@ def test_unseen_points_of_openpose_have_no_score():
 
 
 @pytest.mark.parametrize("canvas", [{}, {"canvas_width": 640, "canvas_height": 480}])
-def test_shares_of_the_picture(canvas):
-    """Some tools divide by its size. A hand may reach over the edge, and pixels may be few."""
+def test_fractions_of_the_canvas(canvas):
+    """Some tools divide by the size. A hand may be outside, and a canvas may be small."""
     person = openpose_person(BODY_25)
     for part in person.values():
         part[0::3] = [x / 640 for x in part[0::3]]
@@ -189,38 +189,73 @@ def test_a_canvas_has_the_shape_of_the_video():
         )
 
 
-NO_LAYOUT = "expected a list of pictures, 'instance_info', 'people' or 'annotations'"
+def numbered(numbers, **fields):
+    """An entry per number with one person, whose nose is at (number, 1)."""
+    return [{"frame_id": n, **entry(person({0: (n, 1)})), **fields} for n in numbers]
+
+
+@pytest.mark.parametrize(
+    "numbers, expected",
+    [
+        ([1, 2, 5], {0: 1, 1: 2, 4: 5}),  # MMPose's demos count from 1
+        ([0, 1, 4], {0: 0, 1: 1, 4: 4}),  # its inferencer from 0
+        ([3, 2], {1: 2, 2: 3}),
+        ([1], {0: 1}),
+    ],
+)
+def test_entries_with_a_frame_id_belong_to_that_video_frame(numbers, expected):
+    for layout in (numbered(numbers), {"instance_info": numbered(numbers)}):
+        read = parse_keypoints(layout)
+        found = {n: p.points[0, 0, 0] for n, p in enumerate(read) if len(p.points)}
+        assert found == expected and len(read) == max(expected) + 1
+
+
+def test_frame_ids_of_the_other_layouts():
+    people = [{"frame_id": n, "people": [openpose_person()]} for n in (1, 3)]
+    assert [len(found.points) for found in parse_keypoints(people)] == [1, 0, 1]
+    images = [{"id": 7, "frame_id": 1}, {"id": 8, "frame_id": 4}]
+    body = {"image_id": 8, "keypoints": [0.0] * 48 + [3.0, 4.0, 1]}
+    assert [len(found.points) for found in parse_keypoints(coco(images, [body]))] == [0, 0, 0, 1]
+
+
+NO_LAYOUT = "expected a list of entries, 'instance_info', 'people' or 'annotations'"
 IMAGE = {"id": 7}
 BAD = [
     (3, NO_LAYOUT),
     ({}, NO_LAYOUT),
     ({"instance_info": {}}, NO_LAYOUT),
-    ([[1]], "picture 0: "),
-    ([1], "picture 0: "),
-    ([None, {"instances": [{}]}], "picture 1: expected 'keypoints'"),
+    ([[1]], "entry 0: "),
+    ([1], "entry 0: "),
+    ([None, {"instances": [{}]}], "entry 1: expected 'keypoints'"),
     (
         [{"instances": [{"keypoints": [[1, 2]], "keypoint_scores": [1]}]}],
-        "picture 0: expected 133 points (x, y) and scores, got (1, 2) and (1,)",
+        "entry 0: expected 133 points (x, y) and scores, got (1, 2) and (1,)",
     ),
-    ([{"instances": [{"keypoints": [["a", 2]], "keypoint_scores": [1]}]}], "picture 0: could"),
-    ({"people": [3]}, "picture 0: "),
+    ([{"instances": [{"keypoints": [["a", 2]], "keypoint_scores": [1]}]}], "entry 0: could"),
+    ({"people": [3]}, "entry 0: "),
     (
         [None, {"people": [{"pose_keypoints_2d": [1.0] * 51}]}],
-        "picture 1: pose_keypoints_2d: expected (x, y, score) of 18 or 25 points, got 51 numbers",
+        "entry 1: pose_keypoints_2d: expected (x, y, score) of 18 or 25 points, got 51 numbers",
     ),
     (
         {"people": [], "canvas_width": 0, "canvas_height": 3},
-        "picture 0: expected a canvas_width and canvas_height above 0, got 0x3",
+        "entry 0: expected a canvas_width and canvas_height above 0, got 0x3",
     ),
     (
         {"people": [], "canvas_width": 5, "canvas_height": float("nan")},
-        "picture 0: expected a canvas_width and canvas_height above 0, got 5xnan",
+        "entry 0: expected a canvas_width and canvas_height above 0, got 5xnan",
     ),
-    ({"people": [{"face_keypoints_2d": [10**400]}]}, "picture 0: "),
+    ({"people": [{"face_keypoints_2d": [10**400]}]}, "entry 0: "),
     ({"annotations": []}, "annotations: expected 'images'"),
     ({"annotations": [{}], "images": []}, "annotations: expected 'image_id'"),
     ({"annotations": None, "images": []}, "annotations: "),
     (coco([{"id": 1}, {"id": "a"}], []), "annotations: "),
+    (numbered([1, 2, 1]), "expected each frame_id once, got 1 again"),
+    (numbered([1, -1]), "entry 1: expected a frame_id from 0 to 10000000, got -1"),
+    (numbered([1]) + [entry()], "entry 1: expected a frame_id from 0 to 10000000, got None"),
+    ([None, *numbered([2])], "entry 0: expected a frame_id from 0 to 10000000, got None"),
+    ([{"frame_id": "2", "instances": []}], "entry 0: expected a frame_id from 0 to"),
+    ([{"frame_id": 10**9, "instances": []}], "entry 0: expected a frame_id from 0 to"),
     (
         coco([IMAGE], [{"image_id": 7, "face_kpts": [0, 0]}]),
         "image 7: face_kpts: expected (x, y, score) of 68 points, got 2 numbers",
@@ -229,7 +264,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("data, expected", BAD)
-def test_a_bad_file_says_which_picture(data, expected):
+def test_a_bad_file_says_which_entry(data, expected):
     with pytest.raises(Skipped) as skipped:
         parse_keypoints(data)
     assert skipped.value.reason == "bad keypoints" and skipped.value.detail.startswith(expected)

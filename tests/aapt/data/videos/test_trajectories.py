@@ -1,4 +1,4 @@
-"""RealEstate10K trajectories: reading, interpolation, the poses and rays they come to."""
+"""RealEstate10K trajectories: reading, interpolation, their poses and rays."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aapt.data.tiny_world import world
-from aapt.data.videos.sources import Skipped
+from aapt.data.videos.sample import Skipped
 from aapt.data.videos.trajectories import parse_trajectory, rotation_vectors, rotations
 from aapt.model.conditioning import camera_rays, relative_poses, through_lens, trajectory_poses
 from aapt.model.config import CameraConfig
@@ -15,7 +15,7 @@ LENS = (0.8, 1.4, 0.5, 0.5)
 
 
 def line(seconds, camera_to_world, lens=LENS):
-    """One picture, its matrix inverted by `torch.linalg`."""
+    """The line of one video frame, its matrix inverted by `torch.linalg`."""
     matrix = torch.linalg.inv(camera_to_world)[:3].flatten().tolist()
     return " ".join(map(repr, [round(seconds * 1e6), *lens, 0.0, 0.0, *matrix]))
 
@@ -35,7 +35,7 @@ def yawed(angle, position=(0.0, 0.0, 0.0)):
 
 
 def controlled(frames):
-    """Cameras that controls move, and the pose of each relative to the one before."""
+    """Cameras moved by controls, and the pose of each camera relative to the camera before."""
     config = CameraConfig(world.FIELD_OF_VIEW, world.YAW_STEP, world.FORWARD_STEP, 1.0, 1.0)
     controls = torch.rand(frames, 2, dtype=torch.float64) * 2 - 1
     steps = relative_poses(controls, config)
@@ -116,8 +116,8 @@ def replaced(number, index, word):
 
 
 BAD = [
-    ([], "expected a title and two pictures or more, got 0"),
-    (GOOD[:2], "expected a title and two pictures or more, got 1"),
+    ([], "expected a title and two video frames or more, got 0"),
+    (GOOD[:2], "expected a title and two video frames or more, got 1"),
     ([*GOOD, "1 2 3"], "line 5: expected 19 numbers, got 3"),
     (replaced(1, 3, "x"), "expected numbers: could not convert"),
     (replaced(2, 8, "nan"), "line 3: expected finite numbers"),
@@ -139,6 +139,18 @@ def test_a_bad_file_says_which_line(lines, expected):
     with pytest.raises(Skipped) as skipped:
         parse_trajectory("\n".join(lines))
     assert skipped.value.reason == "bad camera" and skipped.value.detail.startswith(expected)
+
+
+def test_a_file_without_a_title_keeps_its_first_line():
+    read = parse_trajectory("\n".join(GOOD[1:]))
+    assert read.times.tolist() == [0, 0.041667, 0.083333]
+    with pytest.raises(Skipped, match="expected a title and two video frames or more, got 1"):
+        parse_trajectory(GOOD[1])
+
+
+@pytest.mark.parametrize("title", ["a", "1 2 3", " ".join(["word"] * 19)])
+def test_every_other_first_line_is_a_title(title):
+    assert len(parse_trajectory("\n".join([title, *GOOD[1:]])).times) == 3
 
 
 def test_blank_lines_and_the_lens():

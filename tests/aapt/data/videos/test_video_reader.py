@@ -1,4 +1,4 @@
-"""Decoding: times, orientation, and files that are not what they should be."""
+"""Decoding: times, orientation, streams, fields, colours, and damaged files."""
 
 import io
 from fractions import Fraction
@@ -7,20 +7,32 @@ from itertools import groupby, pairwise
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
-from aapt.data.videos.sources import Skipped
+from aapt.data.videos.colours import PRIMARIES, with_primaries_of_bt709
+from aapt.data.videos.sample import Skipped
 from aapt.data.videos.video_reader import DAY, MAX_GAP, at_rate, pictures
 from aapt.media.video import open_video
 
-from .videos import grey, numbers, retimed, sound, video
+from .videos import (
+    ORIENTATIONS,
+    corners,
+    grey,
+    numbers,
+    plain,
+    retimed,
+    seen_corners,
+    sound,
+    streams,
+    video,
+    with_display_matrix,
+)
 
 NOISE = np.random.default_rng(0).integers(0, 255, (24, 32, 48, 3), dtype=np.uint8)
-CORNERS = np.zeros((32, 48, 3), np.uint8)
-CORNERS[:16, :24], CORNERS[:16, 24:], CORNERS[16:, :24] = 200, 100, 50
 
 
 def read(data):
-    """(pictures, the reason reading ended or None)."""
+    """The pictures, and the reason why reading ended or None."""
     found = []
     try:
         found.extend(pictures(io.BytesIO(data)))  # keeps what came before an error
@@ -53,23 +65,122 @@ def test_odd_sizes(height, width):
     )
 
 
-@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
-def test_rotated_videos_are_turned_upright(rotation):
-    data = video([CORNERS] * 2, codec="libx264", container="mp4", rotation=rotation, aspect=2)
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_pictures_are_shown_in_each_of_the_eight_orientations(name):
+    matrix, expected = ORIENTATIONS[name]
+    data = video(corners(3, 32, 48), codec="libx264", container="mp4", aspect=2)
+    for picture in read(with_display_matrix(data, matrix))[0]:
+        turned = matrix[0] == 0
+        assert picture.size == ((32, 48) if turned else (48, 32))
+        assert picture.pixel_aspect == (0.5 if turned else 2)
+        assert seen_corners(picture.pixels(*picture.size)) == expected
+        assert seen_corners(picture.pixels(16, 24)) == expected
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4"])
+@pytest.mark.parametrize("degrees, expected", [(90, "GWRB"), (180, "WBGR"), (-90, "BRWG")])
+def test_containers_that_store_an_angle(container, degrees, expected):
+    data = video(corners(2), codec="libx264", container=container, rotation=degrees)
     picture = read(data)[0][0]
-    expected = np.rot90(CORNERS, rotation // 90)  # anticlockwise, as the file asks
-    assert picture.size == expected.shape[1::-1]
-    assert picture.pixel_aspect == (0.5 if rotation in (90, -90) else 2)
-    for row in (0.2, 0.8):
-        for column in (0.2, 0.8):
-            y, x = int(row * expected.shape[0]), int(column * expected.shape[1])
-            assert abs(int(picture.pixels(*picture.size)[y, x, 0]) - int(expected[y, x, 0])) < 8
-    small = picture.pixels(*np.floor_divide(picture.size, 2)).astype(int)
-    assert np.abs(small[4::8, 4::8, 0] - expected[8::16, 8::16, 0]).max() < 16
+    assert seen_corners(picture.pixels(*picture.size)) == expected
+
+
+NONE, DEFAULT = Disposition(0), Disposition.default
+VIDEO, PREVIEW = grey(6, 64, 96), grey(6, 32, 48)
+COVER = corners(1, 200, 200)
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4"])
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([("libx264", PREVIEW, NONE), ("libx264", VIDEO, DEFAULT)], (96, 64)),
+        ([("libx264", PREVIEW, DEFAULT), ("libx264", VIDEO, DEFAULT)], (96, 64)),
+        ([("libx264", VIDEO, NONE), ("libx264", PREVIEW, DEFAULT)], (48, 32)),
+        ([("libx264", VIDEO, DEFAULT), ("mjpeg", COVER, Disposition.attached_pic)], (96, 64)),
+    ],
+)
+def test_the_default_stream_is_read_and_of_several_the_largest(container, given, expected):
+    found, error = read(streams(container, *given))
+    assert error is None and len(found) == 6 and {p.size for p in found} == {expected}
+
+
+@pytest.mark.parametrize("disposition", [NONE, DEFAULT])
+def test_a_cover_that_is_the_first_track_is_not_the_video(disposition):
+    """Matroska has no flag for covers."""
+    data = streams("matroska", ("mjpeg", COVER, disposition), ("libx264", VIDEO, NONE))
+    found, error = read(data)
+    assert error is None and len(found) == 6 and found[0].size == (96, 64)
+
+
+def test_a_song_with_a_cover_has_no_video():
+    data = streams("mp4", ("mjpeg", COVER, Disposition.attached_pic))
+    assert read(data) == ([], "no video: the file has no video stream")
+
+
+TWO_FIELDS = {"flags": "+ilme+ildct", "b": "6000000"}
+
+
+def moving_bar(count=24, interlaced=True):
+    """MPEG-2: a bar that moves 8 pixels a frame. In interlaced video it has moved 4 in the rows of
+    the second field, which is the upper one (PyAV cannot tell the encoder another order)."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpeg") as output:
+        stream = output.add_stream("mpeg2video", rate=25, options=TWO_FIELDS if interlaced else {})
+        stream.width, stream.height, stream.pix_fmt = 160, 128, "yuv420p"
+        for number in range(count):
+            pixels = np.full((128, 160, 3), 40, np.uint8)
+            for field in (0, 1):
+                left = (8 * number + 4 * (interlaced and field == 0)) % 140
+                pixels[field::2, left : left + 16] = 220
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="yuv420p")
+            frame.pts = number
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def combing(picture):
+    """Difference between neighbouring rows; rows of one field do not differ."""
+    pixels = picture.pixels(*picture.size).astype(float).mean(axis=-1)
+    return np.abs(np.diff(pixels, axis=0)).mean()
+
+
+def test_interlaced_video_is_deinterlaced():
+    with av.open(io.BytesIO(moving_bar())) as container:
+        woven = list(container.decode(video=0))
+    assert all(frame.interlaced_frame for frame in woven)
+    assert np.abs(np.diff(woven[9].to_ndarray(format="gray").astype(float), axis=0)).mean() > 5
+    found, error = read(moving_bar())
+    assert error is None and [picture.index for picture in found] == list(range(24))
+    assert [picture.time for picture in found] == pytest.approx([n / 25 for n in range(24)])
+    assert max(map(combing, found)) < 1
+    # At the time of the first field, in each picture
+    lit = [(picture.pixels(160, 128)[64, :, 0] > 130).nonzero()[0].mean() for picture in found]
+    np.testing.assert_allclose(lit, [(8 * n) % 140 + 7.5 for n in range(24)], atol=1.5)
+
+
+def test_progressive_video_is_not_filtered():
+    found, _ = read(moving_bar(interlaced=False))
+    with av.open(io.BytesIO(moving_bar(interlaced=False))) as container:
+        for picture, frame in zip(found, container.decode(video=0), strict=True):
+            assert bytes(picture.frame.planes[0]) == bytes(frame.planes[0])
+
+
+def test_damage_in_interlaced_video_costs_no_picture_before_it():
+    data = moving_bar()
+    found, _ = read(data[: len(data) // 2])
+    with av.open(io.BytesIO(data[: len(data) // 2])) as container:
+        good = 0
+        for frame in container.decode(video=0):
+            if frame.is_corrupt:
+                break
+            good += 1
+    assert len(found) == good > 5
 
 
 def test_colours_are_those_of_the_file(tmp_path):
-    """Tagged BT.709, as `aapt generate` writes it; as BT.601 pure red would be (255, 24, 0)."""
+    """A file of `aapt generate`, tagged BT.709. Read as BT.601, pure red would be (255, 24, 0)."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 180, 30)]
     with open_video(str(tmp_path / "a.mp4"), 32, 48, fps=24, scale=1) as writer:
         for colour in colours:
@@ -79,17 +190,143 @@ def test_colours_are_those_of_the_file(tmp_path):
         assert np.abs(picture.pixels(24, 16)[8, 12].astype(int) - colour).max() <= 4
 
 
+PQ = {"color_primaries": 9, "color_trc": 16, "colorspace": 9, "color_range": 1}
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, "transfer SMPTE2084; convert"),
+        ({"color_trc": 18}, "transfer ARIB_STD_B67; convert"),
+        ({"color_trc": 8}, "transfer LINEAR; convert"),
+        ({"color_trc": 14, "color_primaries": 11}, "primaries SMPTE431; convert"),
+        ({"color_trc": 1, "color_primaries": 1, "colorspace": 8}, "matrix 8; convert"),
+        ({"color_trc": 18, "colorspace": 14}, "transfer ARIB_STD_B67, matrix 14; convert"),
+    ],
+)
+def test_high_dynamic_range_is_skipped_by_name(changes, expected):
+    tags = PQ | changes
+    parameters = "colorprim={color_primaries}:transfer={color_trc}:colormatrix={colorspace}"
+    options = {"x265-params": "log-level=none:range=limited:" + parameters.format(**tags)}
+    data = plain((500, 512, 512), form="yuv420p10le", codec="libx265", options=options, **tags)
+    found, error = read(data)
+    assert found == []
+    assert error.startswith("hdr: expected colours of standard range, got " + expected)
+
+
+@pytest.mark.parametrize("transfer", [1, 2, 4, 5, 6, 7, 11, 13, 14, 15])
+def test_curves_of_standard_range_are_shown_alike(transfer):
+    data = plain((126, 128, 128), color_trc=transfer, color_primaries=1, colorspace=1)
+    found, error = read(data)
+    assert error is None and abs(int(found[0].pixels(96, 64)[32, 48, 0]) - 128) <= 1
+
+
+# From linear light of ITU-R BT.2020 to BT.709, as printed in ITU-R BT.2407 (section 2).
+BT2020_TO_BT709 = [
+    [1.6605, -0.5876, -0.0728],
+    [-0.1246, 1.1329, -0.0083],
+    [-0.0182, -0.1006, 1.1187],
+]
+
+
+def test_wide_primaries_are_converted():
+    y, blue, red = 110, 120, 140
+    scaled = (y - 16) / 219, (blue - 128) / 224, (red - 128) / 224
+    r, b = scaled[0] + 1.4746 * scaled[2], scaled[0] + 1.8814 * scaled[1]
+    g = (scaled[0] - 0.2627 * r - 0.0593 * b) / 0.6780
+    expected = 255 * (np.array(BT2020_TO_BT709) @ np.power([r, g, b], 2.4)) ** (1 / 2.4)
+    tags = {"color_primaries": 9, "color_trc": 14, "colorspace": 9}
+    found, error = read(plain((y, blue, red), **tags))
+    assert error is None
+    assert np.abs(found[0].pixels(96, 64)[32, 48] - expected).max() <= 2
+
+
+@pytest.mark.parametrize("primaries", sorted(PRIMARIES))
+def test_white_and_grey_stay_in_all_primaries(primaries):
+    grey_levels = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)
+    converted = with_primaries_of_bt709(grey_levels, primaries)
+    assert np.abs(converted.astype(int) - grey_levels).max() <= 1
+    red = np.array([[[255, 0, 0]]], np.uint8)
+    assert with_primaries_of_bt709(red, primaries)[0, 0, 0] >= 240
+
+
+def yuv(rgb, red=0.2126, blue=0.0722):
+    """Limited range, by the matrix of BT.709."""
+    luma = red * rgb[0] + (1 - red - blue) * rgb[1] + blue * rgb[2]
+    return [
+        round(16 + 219 * luma / 255),
+        round(128 + 224 * (rgb[2] - luma) / (2 - 2 * blue) / 255),
+        round(128 + 224 * (rgb[0] - luma) / (2 - 2 * red) / 255),
+    ]
+
+
+BT601 = {"red": 0.299, "blue": 0.114}
+
+
+@pytest.mark.parametrize(
+    "size, matrix, tags",
+    [
+        ((1280, 64), {}, {}),
+        ((96, 720), {}, {}),
+        ((1278, 718), BT601, {}),
+        ((1280, 720), BT601, {"colorspace": 5}),
+        ((1280, 720), BT601, {"colorspace": 6}),
+        ((96, 64), {}, {"colorspace": 1}),
+    ],
+)
+def test_untagged_video_is_of_bt709_from_720_lines_or_1280_columns_on(size, matrix, tags):
+    colour = (200, 60, 30)
+    found, _ = read(plain(yuv(colour, **matrix), size=size, count=2, **tags))
+    assert np.abs(found[0].pixels(48, 32)[16, 24].astype(int) - colour).max() <= 3
+
+
+@pytest.mark.parametrize("form, luma", [("yuv420p", 126), ("yuvj420p", 128)])
+def test_full_and_limited_range(form, luma):
+    found, _ = read(plain((luma, 128, 128), form=form, color_range=2 if "j" in form else 1))
+    assert np.abs(found[0].pixels(96, 64).astype(int) - 128).max() <= 1
+
+
+CONTAINERS = [
+    *(("avi", "mpeg4"), ("avi", "msmpeg4"), ("3gp", "mpeg4"), ("flv", "flv"), ("asf", "wmv2")),
+    *(("vob", "mpeg2video"), ("mpegts", "libx265"), ("mpegts", "mpeg2video"), ("mov", "libx264")),
+    *(("webm", "libvpx-vp9"), ("webm", "libvpx"), ("mp4", "libsvtav1")),
+]
+
+
+@pytest.mark.parametrize("container, codec", CONTAINERS)
+def test_containers_and_codecs(container, codec):
+    found, error = read(video(corners(12, 96, 128), codec=codec, container=container))
+    assert error is None and [picture.index for picture in found] == list(range(12))
+    assert {seen_corners(p.pixels(*p.size)) for p in found} == {"RGBW"}
+    steps = np.diff([picture.time for picture in found])
+    np.testing.assert_allclose(steps, 1 / 24, atol=1.1e-3)
+
+
+@pytest.mark.parametrize("aspect", [Fraction(1, 255), Fraction(4, 3), 100])
+def test_pixels_that_are_not_square(aspect):
+    data = video(grey(2, 128, 288), codec="libx264", container="mp4", aspect=aspect)
+    picture = read(data)[0][0]
+    assert picture.pixel_aspect == pytest.approx(float(aspect)) and picture.size == (288, 128)
+
+
+def test_fragments_of_mp4():
+    fragments = {"movflags": "frag_keyframe+empty_moov"}
+    data = video(grey(12), codec="mpeg4", container="mp4", muxer=fragments)
+    found, error = read(data)
+    assert b"moof" in data and error is None and len(found) == 12
+
+
 def test_clocks_that_start_late_start_at_zero():
     found, _ = read(video(grey(4), codec="libx264", container="mpegts"))
     assert [p.time for p in found] == pytest.approx([n / 24 for n in range(4)])
 
 
 def test_24_to_24_is_every_picture_once():
-    """Matroska's clock has milliseconds: 42 is not 41.67, and is the same picture."""
+    """Matroska's clock has milliseconds: 42 instead of 41.67 must not change the picture."""
     assert shown(video(grey(30)), 24) == [(n / 24, n) for n in range(30)]
 
 
-@pytest.mark.parametrize("rate", [12, 25, 30, Fraction(30000, 1001), 60])
+@pytest.mark.parametrize("rate", [6, 12, 15, 25, 30, Fraction(30000, 1001), 60, 120])
 def test_other_rates_show_the_nearest_picture(rate):
     count = int(rate)
     found = shown(video(grey(count), rate=rate), 24)
@@ -203,7 +440,7 @@ def test_a_span_of_a_video():
 
 
 BROKEN = [
-    (b"", "cannot be decoded: at once: "),
+    (b"", "cannot be decoded: at once: the file is empty"),
     (b"not a video" * 50, "cannot be decoded: at once: "),
     (sound(), "no video: the file has no video stream"),
 ]
@@ -211,7 +448,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("data, expected", BROKEN)
 def test_files_without_video(tmp_path, data, expected):
-    """In memory and on the disk, which refuses to be read from before its start otherwise."""
+    """In memory and on the disk. Their errors differ if FFmpeg reads before the start."""
     (tmp_path / "a").write_bytes(data)
     for file in (io.BytesIO(data), (tmp_path / "a").open("rb")):
         with file, pytest.raises(Skipped, match="^" + expected):
@@ -226,7 +463,7 @@ def test_files_without_video(tmp_path, data, expected):
         ("mp4", "libx264", "cannot be decoded: at once: "),  # its index is at the end
     ],
 )
-def test_a_file_that_ends_early_gives_what_is_whole(container, codec, error):
+def test_a_file_that_ends_early_gives_its_whole_pictures(container, codec, error):
     data = video(NOISE, codec=codec, container=container)
     whole, _ = read(data)
     found, got = read(data[: len(data) // 2])
@@ -239,9 +476,9 @@ def test_a_file_that_ends_early_gives_what_is_whole(container, codec, error):
 @pytest.mark.parametrize(
     "first, last, expected", [(0.0, 1.0, "Invalid data found"), (0.5, 0.6, "a damaged picture")]
 )
-def test_damage_ends_a_video_where_it_is(first, last, expected):
-    """A packet of zeros, and one with some in its middle. MPEG-4 because its encoder writes the
-    same file every time; H.264 hides most damage, as arithmetic coding reads anything."""
+def test_a_video_ends_before_its_damage(first, last, expected):
+    """A packet of zeros, and a packet with zeros in its middle. MPEG-4, because its encoder always
+    writes the same file, and because H.264 hides most damage: arithmetic coding reads anything."""
     data = bytearray(video(NOISE, codec="mpeg4", container="mp4"))
     with av.open(io.BytesIO(data)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][12]
@@ -254,7 +491,7 @@ def test_damage_ends_a_video_where_it_is(first, last, expected):
         assert np.array_equal(a.pixels(*a.size), b.pixels(*b.size))
 
 
-def test_an_error_of_the_disk_is_no_error_of_the_video():
+def test_an_error_of_the_disk_is_raised():
     class Disk(io.BytesIO):
         def read(self, size=-1):
             if self.tell() > 100:

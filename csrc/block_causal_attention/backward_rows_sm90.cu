@@ -1,5 +1,5 @@
-// Before and after the backward: what it needs of each query row, and the sums of dq to BF16.
-// Both are bound by memory.
+// The kernels before and after backward_keys_sm90.cu: statistics of every query row, and the sums
+// of dq rounded to BF16. Both are bound by memory.
 
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/sums.h"
@@ -46,7 +46,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
   for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
   if (part != 0) return;
 
-  // A row that sees nothing, or that is not there, has weights exp2(... - inf) = 0
+  // A row that sees nothing, or is padding, has weights exp2(... - inf) = 0
   float lse = INFINITY;
   if (row < rows) {
     constexpr float kLog2E = 1.4426950408889634f;

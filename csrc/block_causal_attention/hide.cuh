@@ -1,4 +1,4 @@
-// Hiding elements of score fragments, in tiles at an edge of the mask.
+// Hides elements of score fragments, in tiles at an edge of the mask.
 #pragma once
 
 #include "block_causal_attention/mask.h"
@@ -6,7 +6,7 @@
 
 namespace aapt::block_causal {
 
-// Scores of two query rows against a tile of keys.
+// Hides the keys of a tile that the two query rows of this thread do not see.
 template <int kKeys>
 HOPPER_DEVICE void hide_keys(float (&scores)[kKeys / 2], const RowView (&views)[2],
                              const KeyTile& tile) {
@@ -28,7 +28,7 @@ HOPPER_DEVICE void hide_keys(float (&scores)[kKeys / 2], const RowView (&views)[
   }
 }
 
-// Scores of two keys against a tile of query rows that begins at `row`.
+// Hides the query rows that do not see the two keys of this thread, in a tile from `row` on.
 template <int kRows>
 HOPPER_DEVICE void hide_rows(float (&scores)[kRows / 2], const Interval (&seen_by)[2], int row) {
   const int first = row + threadIdx.x % 4 * 2;

@@ -1,16 +1,17 @@
-// Block-causal attention backward on sm_90a: dk and dv, and the sums of dq (SPEC 3).
+// Block-causal attention backward on sm_90a: dk and dv, and the sums of dq (docs/method.md#3).
 //
 // A CTA keeps 128 keys and their gradients, 64 per warpgroup, and goes through the query tiles that
-// see them. Scores are transposed, keys by query rows: as the products leave them, they are the
-// left factors of dv and dk. Only for dq do they go through shared memory, where the two
-// warpgroups meet: each then multiplies a half of dq over all 128 keys, and adds it in global
-// memory by a bulk reduction. The order of these is the one thing that varies from run to run.
+// see the keys. Scores are transposed, keys by query rows: in the registers where a product leaves
+// the scores, they are the left factors of dv and dk. Only for dq do the warpgroups exchange scores
+// through shared memory. Each then multiplies one half of dq over all 128 keys, and adds it to
+// global memory by a bulk reduction. Only the order of these reductions varies from run to run.
 
+#include "attention/consumer.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "block_causal_attention/backward.h"
+#include "block_causal_attention/hide.cuh"
 #include "block_causal_attention/mask.h"
-#include "block_causal_attention/masking.cuh"
 #include "block_causal_attention/schedule.h"
 #include "block_causal_attention/sums.h"
 #include "hopper/hopper.cuh"
@@ -20,10 +21,10 @@ namespace {
 
 using namespace hopper;
 
-// A tile of keys and what there is to do with it. The fetching thread finds out and leaves it in
-// shared memory: the others have no registers to spare.
+// A tile of keys and the work on it. The fetching thread computes it and stores it in shared
+// memory, because the consumers have no registers to spare.
 struct Work {
-  bool is_end;  // there is no more; nothing else is set
+  bool is_end;  // after the last tile; nothing else is set
   int batch, head;
   KeyTile keys;
   Interval rows, clean;  // tiles of query rows, see VisibleRows
@@ -32,7 +33,7 @@ struct Work {
   HOPPER_DEVICE bool is_empty() const { return rows.begin == rows.end; }
 };
 
-// kAddsQueries: dq is summed here, else elsewhere.
+// kAddsQueries: this kernel sums dq; if not, backward_queries_sm90.cu computes dq.
 template <int kHeadDim_, bool kAddsQueries_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_;
@@ -41,7 +42,7 @@ struct Config {
   using Sums = QuerySums<kHeadDim>;
   static constexpr int kRows = Sums::kRows;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (40 + 2 x 232). With 24, the fetching thread spills
+  // Within 65536: 128 x (24 + 2 x 240)
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   using KeyBlock = uint16_t[kPanels][64 * kPanel];
@@ -52,12 +53,13 @@ struct Config {
     alignas(1024) KeyBlock v[kConsumers];
     alignas(1024) RowBlock q[kStages];
     alignas(1024) RowBlock dout[kStages];
-    // Twice, so that one barrier per query tile is enough: keys by query rows, 64 of those a panel
+    // Keys by query rows, 64 query rows per panel; two copies, so that one barrier per query tile
+    // is enough
     alignas(1024) uint16_t ds[2][Sums::kRowPanels][kKeyTile * kPanel];
     alignas(1024) float dq[kConsumers][Sums::kHalf];
     alignas(16) float lse[kStages][kRows];
     alignas(16) float delta[kStages][kRows];
-    Work work[2];  // the one before is still being stored
+    Work work[2];  // two, because results of the one before may not be stored yet
     uint64_t keys_full, keys_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
   };
@@ -70,7 +72,7 @@ struct TensorMaps {
   TensorMap q, q_sink, k, v, dout;
 };
 
-// Keys of frames before the query's end here.
+// The end of the keys of frames before the query's.
 HOPPER_DEVICE int prefix_end(const FrameMask& mask) {
   return mask.text_tokens + mask.frames_before * mask.tokens_per_frame;
 }
@@ -106,7 +108,7 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
     Work& work = shared.work[key_tiles % 2];
     work.is_end = !more;
     if (more) find_work<C>(work, params, backward, item);
-    if (!more or work.is_empty()) {
+    if (!more || work.is_empty()) {
       mbar_arrive(&shared.keys_full);
       continue;
     }
@@ -122,15 +124,15 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
     }
     const int64_t pair = static_cast<int64_t>(item.batch) * params.heads + item.head;
     for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n) {
-      const int stage = n % C::kStages, row = tile * C::kRows;
-      const uint32_t parity = n / C::kStages % 2 ^ 1;
+      const Stage<C::kStages> at(n);
+      const int stage = at.index, row = tile * C::kRows;
       constexpr uint32_t kStats = C::kRows * sizeof(float);
       const int64_t stats = pair * backward.padded_rows + row;
 
-      mbar_wait(&shared.q_empty[stage], parity);
+      mbar_wait(&shared.q_empty[stage], at.parity ^ 1);
       mbar_arrive_expect_tx(&shared.q_full[stage], sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
-        if (work.keys.in_sink) {  // q_sink has frames only; rows before give zeros
+        if (work.keys.in_sink) {  // q_sink has no text: rows before it give zeros
           tma_load_4d(shared.q[stage][panel], &maps.q_sink, &shared.q_full[stage], panel * kPanel,
                       row - params.mask.text_tokens, item.head, item.batch);
         } else {
@@ -140,7 +142,7 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
       }
       bulk_load(shared.lse[stage], backward.row_lse + stats, kStats, &shared.q_full[stage]);
 
-      mbar_wait(&shared.dout_empty[stage], parity);
+      mbar_wait(&shared.dout_empty[stage], at.parity ^ 1);
       mbar_arrive_expect_tx(&shared.dout_full[stage], sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.dout[stage][panel], &maps.dout, &shared.dout_full[stage], panel * kPanel,
@@ -186,16 +188,16 @@ class Consumer {
     uint32_t p_factor[C::kRows / kMmaDepth][4], ds_factor[C::kRows / kMmaDepth][4];
 
     for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n_) {
-      const int stage = n_ % C::kStages;
-      const uint32_t phase = n_ / C::kStages % 2;
+      const Stage<C::kStages> at(n_);
+      const int stage = at.index;
       const uint32_t queries = smem_u32(shared_.q[stage]), dout = smem_u32(shared_.dout[stage]);
 
-      mbar_wait(&shared_.q_full[stage], phase);
+      mbar_wait(&shared_.q_full[stage], at.parity);
       reg_fence(scores);
       wgmma_fence();
       multiply_qk<C::kHeadDim, C::kRows>(scores, keys, queries);
       wgmma_commit();
-      mbar_wait(&shared_.dout_full[stage], phase);
+      mbar_wait(&shared_.dout_full[stage], at.parity);
       reg_fence(ds);
       wgmma_fence();
       multiply_qk<C::kHeadDim, C::kRows>(ds, values, dout);
@@ -227,7 +229,7 @@ class Consumer {
       }
       release(&shared_.dout_empty[stage]);
       if constexpr (C::kAddsQueries) {
-        // The sums of the tile before have left; all of this tile's scores are there
+        // The sums of the tile before have been read, and all scores of this tile are shared
         if (is_leader()) tma_store_wait_read<0>();
         bar_sync(kScores, 128 * kConsumers);
         reg_fence(dq);
@@ -275,7 +277,7 @@ class Consumer {
     }
   }
 
-  // p (dp - delta), in the place of dp.
+  // p (dp - delta), in place of dp.
   HOPPER_DEVICE void differentiate(float (&ds)[C::kRows / 2], const float (&p)[C::kRows / 2],
                                    const float (&delta)[C::kRows]) {
     HOPPER_UNROLL
@@ -288,7 +290,7 @@ class Consumer {
     }
   }
 
-  // Leaves this warpgroup's keys where both read them.
+  // Stores the scores of this warpgroup's keys for both warpgroups to read.
   HOPPER_DEVICE void share(const uint32_t (&ds)[C::kRows / kMmaDepth][4],
                            uint16_t (&panels)[C::Sums::kRowPanels][kKeyTile * kPanel]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -318,15 +320,14 @@ class Consumer {
     }
   }
 
-  // Row by row: a tile may end within the keys of another CTA.
+  // Stores row by row, because a tile may end among the keys of another CTA.
   HOPPER_DEVICE void store(const Work& work) {
     const FrameMask& mask = params_.mask;
     HOPPER_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int key = work.keys.row + group_ * 64 + thread_row() + 8 * half;
       if (key >= work.keys.end) continue;
-      const bool zero =
-          !backward_.prefix_grad and key >= mask.text_tokens and key < prefix_end(mask);
+      const bool zero = !backward_.prefix_grad && key >= mask.text_tokens && key < prefix_end(mask);
       const float dk_scale = zero ? 0.0f : params_.scale, dv_scale = zero ? 0.0f : 1.0f;
       const int64_t row = static_cast<int64_t>(work.batch) * mask.key_rows + key;
       const int64_t at = (row * params_.heads + work.head) * C::kHeadDim + threadIdx.x % 4 * 2;
@@ -341,10 +342,8 @@ class Consumer {
     }
   }
 
-  // Of the two keys of this thread in its block of 64, the first; the second comes 8 later.
-  HOPPER_DEVICE static int thread_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
   HOPPER_DEVICE static bool is_leader() { return threadIdx.x % 128 == 0; }
-  // All lanes have read what lies there.
+  // Gives a buffer back once all lanes of the warp have read it.
   HOPPER_DEVICE void release(uint64_t* empty) {
     warp_sync();
     if (threadIdx.x % 32 == 0) mbar_arrive(empty);
@@ -382,7 +381,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 and elect_one()) fetch<C>(shared, maps, params, backward);
+    if (warp == 0 && elect_one()) fetch<C>(shared, maps, params, backward);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, params, backward, group - 1).run();

@@ -1,14 +1,15 @@
-// dq of block-causal attention on sm_90a, in a fixed order: a CTA keeps 128 query rows and goes
-// through the keys that they see, as the forward does, and like it meets the sink with q_sink where
-// there is one: that is an item of work by itself, with dq_sink as its result.
+// dq of block-causal attention on sm_90a, summed in a fixed order (docs/method.md#3). A CTA keeps
+// 128 query rows and goes through the keys that these rows see, as the forward does. If the sink
+// frames have a query of their own, q_sink, their keys are a separate work item, and dq_sink is its
+// result.
 
-#include "attention/barriers.cuh"
+#include "attention/consumer.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "attention/softmax.cuh"
 #include "block_causal_attention/backward.h"
+#include "block_causal_attention/hide.cuh"
 #include "block_causal_attention/mask.h"
-#include "block_causal_attention/masking.cuh"
 #include "block_causal_attention/schedule.h"
 #include "hopper/hopper.cuh"
 
@@ -29,7 +30,7 @@ struct Config {
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
-    alignas(1024) QueryBlock q[kConsumers];  // once read, dq
+    alignas(1024) QueryBlock q[kConsumers];  // replaced by dq once read
     alignas(1024) QueryBlock dout[kConsumers];
     alignas(1024) KeyBlock k[kStages];
     alignas(1024) KeyBlock v[kStages];
@@ -37,13 +38,11 @@ struct Config {
   };
 };
 
-enum Barrier { kGroup = 1 };
-
 struct TensorMaps {
   TensorMap q, q_sink, k, v, dout, dq, dq_sink;
 };
 
-// A tile of queries with q or q_sink, and the keys that it meets.
+// A tile of queries, from q or q_sink, and the keys that it sees.
 struct Work {
   int row;
   bool of_sink;
@@ -84,7 +83,7 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
     for (int block = 0; block < kConsumers; ++block) {
       const int row = work.row + block * kQueryBlock;
       for (int panel = 0; panel < C::kPanels; ++panel) {
-        if (work.of_sink) {  // q_sink has frames only; rows before give zeros
+        if (work.of_sink) {  // q_sink has no text: rows before it give zeros
           tma_load_4d(shared.q[block][panel], &maps.q_sink, &shared.q_full, panel * kPanel,
                       row - params.mask.text_tokens, item.head, item.batch);
         } else {
@@ -103,22 +102,11 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
                               const Params& params) {
   Schedule schedule = Work::schedule(params);
   Item item;
-  uint32_t n = 0;
+  KeyRing<C> ring(shared);
   while (schedule.next(item)) {
     const Work work(params, item);
-    for (int i = 0; i < work.count; ++i, ++n) {
-      const int stage = n % C::kStages, row = work.tile(params, i).row;
-      const uint32_t parity = n / C::kStages % 2 ^ 1;
-      const auto fetch = [&](typename C::KeyBlock& tile, const TensorMap& map, uint64_t* full,
-                             uint64_t* empty) {
-        mbar_wait(empty, parity);
-        mbar_arrive_expect_tx(full, sizeof(tile));
-        for (int panel = 0; panel < C::kPanels; ++panel) {
-          tma_load_4d(tile[panel], &map, full, panel * kPanel, row, item.head, item.batch);
-        }
-      };
-      fetch(shared.k[stage], maps.k, &shared.k_full[stage], &shared.k_empty[stage]);
-      fetch(shared.v[stage], maps.v, &shared.v_full[stage], &shared.v_empty[stage]);
+    for (int i = 0; i < work.count; ++i) {
+      ring.fetch(maps, work.tile(params, i).row, item.head, item.batch);
     }
   }
 }
@@ -129,7 +117,12 @@ class Consumer {
  public:
   HOPPER_DEVICE Consumer(typename C::Shared& shared, const TensorMaps& maps, const Params& params,
                          const Backward& backward, int group)
-      : shared_(shared), maps_(maps), params_(params), backward_(backward), group_(group) {}
+      : shared_(shared),
+        maps_(maps),
+        params_(params),
+        backward_(backward),
+        group_(group),
+        ring_(shared) {}
 
   HOPPER_DEVICE void run() {
     Schedule schedule = Work::schedule(params_);
@@ -158,17 +151,15 @@ class Consumer {
 
     HOPPER_UNROLL
     for (int i = 0; i < C::kHeadDim / 2; ++i) dq_[i] = 0.0f;
-    for (int i = 0; i < work.count; ++i, ++n_) {
-      const int stage = n_ % C::kStages;
-      const uint32_t phase = n_ / C::kStages % 2;
+    for (int i = 0; i < work.count; ++i) {
       const KeyTile tile = work.tile(params_, i);
-      const uint32_t keys = smem_u32(shared_.k[stage]), values = smem_u32(shared_.v[stage]);
-      mbar_wait(&shared_.k_full[stage], phase);
+      const uint32_t keys = ring_.keys(i), values = ring_.values(i);
+      ring_.wait_keys(i);
       reg_fence(scores);
       wgmma_fence();
       multiply_qk<C::kHeadDim, kKeyTile>(scores, queries, keys);
       wgmma_commit();
-      mbar_wait(&shared_.v_full[stage], phase);
+      ring_.wait_values(i);
       reg_fence(ds);
       wgmma_fence();
       multiply_qk<C::kHeadDim, kKeyTile>(ds, dout, values);
@@ -183,7 +174,7 @@ class Consumer {
       }
       wgmma_wait<0>();
       reg_fence(ds);
-      release(&shared_.v_empty[stage]);
+      ring_.release_values(i);
       HOPPER_UNROLL
       for (int j = 0; j < kKeyTile / 2; ++j) ds[j] = scores[j] * (ds[j] - delta[j / 2 % 2]);
       pack_factor<kKeyTile>(ds, factor);
@@ -193,48 +184,17 @@ class Consumer {
       wgmma_commit();
       wgmma_wait<0>();
       reg_fence(dq_);
-      release(&shared_.k_empty[stage]);
+      ring_.release_keys(i);
     }
+    ring_.finish_item(work.count);
   }
 
   HOPPER_DEVICE void store(const Work& work, const Item& item) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const float scale[2] = {params_.scale, params_.scale};
     scale_rows(dq_, scale);
-    // Every warp of the group has done with the queries that lie here
-    bar_sync(kGroup + group_, 128);
-    const uint32_t row = warp * 16 + lane % 16, half_columns = lane / 16 * 16;
-    HOPPER_UNROLL
-    for (int i = 0; i < C::kHeadDim / 16; ++i) {
-      auto* panel = reinterpret_cast<uint8_t*>(shared_.q[group_][i / 4]);
-      stmatrix_x4(panel + sw128(row, i % 4 * 32 + half_columns),
-                  pack_bf16(dq_[8 * i], dq_[8 * i + 1]), pack_bf16(dq_[8 * i + 2], dq_[8 * i + 3]),
-                  pack_bf16(dq_[8 * i + 4], dq_[8 * i + 5]),
-                  pack_bf16(dq_[8 * i + 6], dq_[8 * i + 7]));
-    }
-    fence_proxy_async();
-    bar_sync(kGroup + group_, 128);
-    if (threadIdx.x % 128 == 0) {
-      const int first = work.row + group_ * kQueryBlock;
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        if (work.of_sink) {
-          tma_store_4d(&maps_.dq_sink, shared_.q[group_][panel], panel * kPanel,
-                       first - params_.mask.text_tokens, item.head, item.batch);
-        } else {
-          tma_store_4d(&maps_.dq, shared_.q[group_][panel], panel * kPanel, first, item.head,
-                       item.batch);
-        }
-      }
-      tma_store_commit();
-      tma_store_wait_read<0>();
-      mbar_arrive(&shared_.q_empty);
-    }
-  }
-
-  // Of the two rows of this thread in its block of 64, the first; the second comes 8 later.
-  HOPPER_DEVICE static int thread_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
-  HOPPER_DEVICE void release(uint64_t* empty) {
-    if (threadIdx.x % 32 == 0) mbar_arrive(empty);
+    const int row = work.row + group_ * kQueryBlock;
+    store_rows<C>(shared_, work.of_sink ? maps_.dq_sink : maps_.dq, dq_, group_,
+                  work.of_sink ? row - params_.mask.text_tokens : row, item.head, item.batch);
   }
 
   typename C::Shared& shared_;
@@ -242,7 +202,7 @@ class Consumer {
   const Params& params_;
   const Backward& backward_;
   const int group_;
-  uint32_t n_ = 0;  // key tiles so far
+  KeyRing<C> ring_;
   float dq_[C::kHeadDim / 2];
 };
 
@@ -253,21 +213,21 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
                            HOPPER_GRID_CONSTANT const Backward backward) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
-  init_barriers<C::kStages>(shared, kConsumers);
+  init_barriers<C>(shared);
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 and elect_one()) fetch_keys<C>(shared, maps, params);
-    if (warp == 1 and elect_one()) fetch_queries<C>(shared, maps, params);
+    if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
+    if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, backward, group - 1).run();
   }
 }
 
-// A dense output.
+// The rows of a dense output.
 RowBuffer dense_rows(const Params& params, uint16_t* data, int rows) {
   const uint64_t head = 2 * static_cast<uint64_t>(params.head_dim), token = head * params.heads;
   return {data, token, head, token * rows, rows};

@@ -1,0 +1,65 @@
+"""Clips of one bucket on their way into a file of latents."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint import save_tensors
+from ...model.conditioning import MEASURED_FIELD_OF_VIEW, camera_rays, through_lens
+from ...model.config import CameraConfig
+from ...vae import CausalVAE
+from ...vae.pixels import to_video
+from .clip_reader import RawClip
+
+
+class EncodeError(Exception):
+    """The reason why encoding stopped. Written shards are whole, and a later run resumes."""
+
+
+class Shard:
+    """Clips of one bucket, encoded one after another and written together."""
+
+    def __init__(self, vae: CausalVAE):
+        self.vae = vae
+        self.clips: list[dict[str, Any]] = []
+        self.tensors: dict[str, list[Tensor]] = {}
+        self.squares = torch.zeros(2, dtype=torch.float64)  # of ray origins, of directions
+
+    @torch.inference_mode()
+    def add(self, clip: RawClip) -> None:
+        """Encode a clip. EncodeError if its latents are not finite."""
+        tensors = {"latents": self._encode(clip.video, clip.source)}
+        if clip.poses is not None:
+            tensors |= {"poses": clip.poses, "lens": clip.lens}
+            self.squares += _ray_squares(clip, *tensors["latents"].shape[-2:])
+        if clip.skeletons is not None:  # one drawing per latent frame that it moves
+            tensors["skeletons"] = self._encode(clip.skeletons, clip.source)[:, 1:]
+        for name, tensor in tensors.items():
+            self.tensors.setdefault(name, []).append(tensor)
+        start = round(clip.start, 6)
+        self.clips.append({"video": clip.source, "start": start, "captions": clip.captions})
+
+    def _encode(self, frames, source: str) -> Tensor:
+        """uint8 (F, H, W, 3) -> (C, 1 + T, h, w) float16."""
+        mean = self.vae.latent_mean
+        video = to_video(torch.from_numpy(frames)[None].to(mean.device)).to(mean.dtype)
+        latent = self.vae.encode(video)[0].half().cpu()
+        if not latent.isfinite().all():
+            raise EncodeError(f"{source}: the VAE's latents are not finite in float16")
+        return latent
+
+    def write(self, path: Path) -> None:
+        stacked = {name: torch.stack(tensors) for name, tensors in self.tensors.items()}
+        save_tensors(path, stacked, {"clips": json.dumps(self.clips)})
+
+
+def _ray_squares(clip: RawClip, height: int, width: int) -> Tensor:
+    """Mean squares (2,) of the clip's ray origins and directions, not scaled."""
+    frames = clip.poses.shape[1]
+    unit = CameraConfig(MEASURED_FIELD_OF_VIEW, 0.0, 0.0, 1.0, 1.0, frames)
+    poses = through_lens(clip.poses, clip.lens, unit, height, width)
+    rays = camera_rays(poses[None], unit, height, width)[0].unflatten(0, (frames, 2, 3))
+    return rays.double().square().mean(dim=(0, 2, 3, 4, 5))

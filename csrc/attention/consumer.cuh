@@ -1,0 +1,148 @@
+// Code that the attention kernels share: one warpgroup fetches (the producer), kConsumers multiply.
+//
+// A kernel's configuration C gives kHeadDim, kStages and Shared, the struct of its shared memory:
+//   q                                    one block of kQueryBlock rows per consumer, or more
+//   k, v                                 rings of kStages tiles
+//   q_full, q_empty                      barriers of q
+//   k_full, k_empty, v_full, v_empty     barriers of k and v, one per stage
+#pragma once
+
+#include "attention/products.cuh"
+#include "attention/rows.h"
+#include "attention/softmax.cuh"
+#include "hopper/hopper.cuh"
+
+namespace aapt {
+
+// Named barriers, one per consumer; 0 is __syncthreads, and a kernel's own begin at kOwnBarriers.
+enum ConsumerBarrier { kTurn = 1, kGroup = kTurn + kConsumers, kOwnBarriers = kGroup + kConsumers };
+
+// Consumers alternate: one's softmax runs while the tensor cores multiply for the other.
+HOPPER_DEVICE void take_turn(int group) { hopper::bar_sync(kTurn + group, 128 * kConsumers); }
+HOPPER_DEVICE void pass_turn(int group) { hopper::bar_arrive(kTurn + 1 - group, 128 * kConsumers); }
+
+HOPPER_DEVICE void sync_group(int group) { hopper::bar_sync(kGroup + group, 128); }
+
+HOPPER_DEVICE bool leads_group() { return threadIdx.x % 128 == 0; }
+
+// A thread has two rows of a block of 64: this one, and the one 8 rows after it.
+HOPPER_DEVICE int thread_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+// Counts this warp as done with a buffer that all its lanes have read.
+HOPPER_DEVICE void release(uint64_t* empty) {
+  if (threadIdx.x % 32 == 0) hopper::mbar_arrive(empty);
+}
+
+// Called by all threads. One elected thread per consumer gives queries back, one per warp keys and
+// values.
+template <class C>
+HOPPER_DEVICE void init_barriers(typename C::Shared& shared) {
+  using namespace hopper;
+  if (threadIdx.x == 0) {
+    mbar_init(&shared.q_full, 1);
+    mbar_init(&shared.q_empty, kConsumers);
+    for (int i = 0; i < C::kStages; ++i) {
+      mbar_init(&shared.k_full[i], 1);
+      mbar_init(&shared.v_full[i], 1);
+      mbar_init(&shared.k_empty[i], 4 * kConsumers);
+      mbar_init(&shared.v_empty[i], 4 * kConsumers);
+    }
+    fence_barrier_init();
+  }
+  cta_sync();
+}
+
+// The rings of keys and values, as the fetching thread or a consumer goes through them. A consumer
+// counts tiles from the first of its work item.
+template <class C>
+class KeyRing {
+ public:
+  HOPPER_DEVICE explicit KeyRing(typename C::Shared& shared) : shared_(shared) {}
+
+  // Fetches the next tile, which begins at token `row`, once the consumers have released its
+  // stages.
+  template <class TensorMaps>
+  HOPPER_DEVICE void fetch(const TensorMaps& maps, int row, int head, int batch) {
+    const Stage stage(before_++);
+    const auto fetch = [&](auto& tile, const hopper::TensorMap& map, uint64_t* full,
+                           uint64_t* empty) {
+      hopper::mbar_wait(empty, stage.parity ^ 1);
+      hopper::mbar_arrive_expect_tx(full, sizeof(tile));
+      for (int panel = 0; panel < C::kHeadDim / kPanel; ++panel) {
+        hopper::tma_load_4d(tile[panel], &map, full, panel * kPanel, row, head, batch);
+      }
+    };
+    fetch(shared_.k[stage.index], maps.k, &shared_.k_full[stage.index],
+          &shared_.k_empty[stage.index]);
+    fetch(shared_.v[stage.index], maps.v, &shared_.v_full[stage.index],
+          &shared_.v_empty[stage.index]);
+  }
+
+  // Moves on to the next work item, after one of `tiles` tiles.
+  HOPPER_DEVICE void finish_item(int tiles) { before_ += tiles; }
+
+  HOPPER_DEVICE void wait_keys(int i) {
+    hopper::mbar_wait(&shared_.k_full[stage_of(i).index], stage_of(i).parity);
+  }
+  HOPPER_DEVICE void wait_values(int i) {
+    hopper::mbar_wait(&shared_.v_full[stage_of(i).index], stage_of(i).parity);
+  }
+  HOPPER_DEVICE uint32_t keys(int i) const {
+    return hopper::smem_u32(shared_.k[stage_of(i).index]);
+  }
+  HOPPER_DEVICE uint32_t values(int i) const {
+    return hopper::smem_u32(shared_.v[stage_of(i).index]);
+  }
+  HOPPER_DEVICE void release_keys(int i) { release(&shared_.k_empty[stage_of(i).index]); }
+  HOPPER_DEVICE void release_values(int i) { release(&shared_.v_empty[stage_of(i).index]); }
+
+ private:
+  using Stage = hopper::Stage<C::kStages>;
+  HOPPER_DEVICE Stage stage_of(int i) const { return Stage(before_ + i); }
+
+  typename C::Shared& shared_;
+  uint32_t before_ = 0;  // tiles before this item, or fetched
+};
+
+// Writes the log-sum-exps of this thread's two rows, the first of which is `row`, to lse[row]; rows
+// from `rows` on are not stored.
+HOPPER_DEVICE void store_lse(const OnlineSoftmax& softmax, float scale_log2, float* lse, int row,
+                             int rows) {
+  HOPPER_UNROLL
+  for (int half = 0; half < 2; ++half, row += 8) {
+    if (threadIdx.x % 4 == 0 && row < rows) lse[row] = softmax.log_sum_exp(half, scale_log2);
+  }
+}
+
+// Rounds a consumer's 64 rows of results to BF16 and stores them from token `row` on, through the
+// shared memory of its queries; then gives that back to the producer.
+template <class C>
+HOPPER_DEVICE void store_rows(typename C::Shared& shared, const hopper::TensorMap& map,
+                              const float (&results)[C::kHeadDim / 2], int group, int row, int head,
+                              int batch) {
+  using namespace hopper;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const uint32_t block_row = warp * 16 + lane % 16, half_columns = lane / 16 * 16;
+  sync_group(group);  // every warp has read the queries
+  HOPPER_UNROLL
+  for (int i = 0; i < C::kHeadDim / 16; ++i) {
+    const auto pair = [&](int j) {
+      return pack_bf16(results[8 * i + 2 * j], results[8 * i + 2 * j + 1]);
+    };
+    auto* panel = reinterpret_cast<uint8_t*>(shared.q[group][i / 4]);
+    stmatrix_x4(panel + sw128(block_row, i % 4 * 32 + half_columns), pair(0), pair(1), pair(2),
+                pair(3));
+  }
+  fence_proxy_async();
+  sync_group(group);
+  if (leads_group()) {
+    for (int panel = 0; panel < C::kHeadDim / kPanel; ++panel) {
+      tma_store_4d(&map, shared.q[group][panel], panel * kPanel, row, head, batch);
+    }
+    tma_store_commit();
+    tma_store_wait_read<0>();
+    mbar_arrive(&shared.q_empty);
+  }
+}
+
+}  // namespace aapt

@@ -1,0 +1,39 @@
+// The keys that queries see, as intervals of rows, and the tiles that cover the intervals.
+#pragma once
+
+#include "hopper/hopper.cuh"
+
+namespace aapt {
+
+struct Interval {
+  int begin, end;  // rows, half-open
+
+  HOPPER_DEVICE int tiles(int rows) const { return (end - begin + rows - 1) / rows; }
+};
+
+// The text, the sink frames and the frames after them. Each is cut into tiles of kKeyTile rows; a
+// tile does not cross from one interval into the next.
+template <int kKeyTile>
+struct KeyIntervals {
+  Interval text, sink, rest;
+
+  struct Tile {
+    int row, end;  // first row of the tile; end of its interval
+    bool in_sink;
+  };
+
+  HOPPER_DEVICE int text_tiles() const { return text.tiles(kKeyTile); }
+  HOPPER_DEVICE int sink_tiles() const { return sink.tiles(kKeyTile); }
+  HOPPER_DEVICE int tiles() const { return text_tiles() + sink_tiles() + rest.tiles(kKeyTile); }
+
+  HOPPER_DEVICE Tile tile(int index) const {
+    const int in_texts = text_tiles(), in_sinks = sink_tiles();
+    const bool in_text = index < in_texts, in_sink = !in_text && index < in_texts + in_sinks;
+    const int within = in_text ? index : in_sink ? index - in_texts : index - in_texts - in_sinks;
+    const int begin = in_text ? text.begin : in_sink ? sink.begin : rest.begin;
+    const int end = in_text ? text.end : in_sink ? sink.end : rest.end;
+    return {begin + within * kKeyTile, end, in_sink};
+  }
+};
+
+}  // namespace aapt

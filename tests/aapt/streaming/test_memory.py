@@ -1,0 +1,155 @@
+"""A step as one captured graph: a stand-in for a graph replays from the same addresses."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aapt import Control, StreamingGenerator
+from aapt.model.world_model import WorldModel
+from aapt.streaming import memory
+
+from ..helpers import CONFIG
+from .test_generator import HEIGHT, WALK, WIDTH, build, play
+
+VIEWS = ("aten.select", "aten.lift_fresh", "aten.detach", "aten.view", "aten.alias")
+INSIDE = []  # graphs that are being replayed
+
+
+def stand_in(function, device, pool=None):
+    """As a graph does it: warm-up calls first, then one output tensor at one address."""
+    for _ in range(3):
+        function()
+    out = function()
+
+    def replay():
+        INSIDE.append(function)
+        try:
+            return out.copy_(function())
+        finally:
+            INSIDE.pop()
+
+    return replay
+
+
+class Outside(TorchDispatchMode):
+    """Counts the operations that are launched outside of a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not INSIDE:
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def generators(monkeypatch, **model):
+    """One that runs eagerly and one that replays, with equal weights."""
+    made = []
+    for replayed in (False, True):
+        if replayed:
+            monkeypatch.setattr(memory, "capture", stand_in)
+        world, vae = build()
+        if model:
+            torch.manual_seed(2)
+            world = WorldModel(dataclasses.replace(CONFIG, **model), None).float()
+        made.append(StreamingGenerator(world, vae, height=HEIGHT, width=WIDTH, prompts=["ab"]))
+    return made
+
+
+def test_replays_equal_eager_steps(monkeypatch, picture):
+    eager, replayed = generators(monkeypatch)
+    videos = []
+    for generator in (eager, replayed):
+        streams = [generator.open(picture, "ab", seed) for seed in (0, 1)]
+        frames = [[stream.first_frame] for stream in streams]
+        for control in WALK:
+            for i, stream in enumerate(streams):
+                frames[i].append(stream.step(control))
+        streams[0].prompt = "something else"
+        frames[0].append(streams[0].step(WALK[0]))
+        videos.append([np.concatenate(each) for each in frames])
+    for a, b in zip(*videos, strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("condition_channels", [0, 3])
+def test_models_without_a_camera_are_replayed_too(monkeypatch, picture, condition_channels):
+    eager, replayed = generators(monkeypatch, condition_channels=condition_channels)
+    size = eager.latent_size
+    controls = [
+        torch.randn(condition_channels, *size) if condition_channels else None for _ in range(4)
+    ]
+    videos = [play(g.open(picture, "ab"), controls) for g in (eager, replayed)]
+    assert np.array_equal(*videos)
+
+
+def test_a_graph_is_taken_over_and_rewound(monkeypatch, picture):
+    _, generator = generators(monkeypatch)
+    stream = generator.open(picture, "ab", seed=3)
+    snapshot, expected = stream.snapshot(), play(stream, WALK)
+    stream.restore(snapshot)
+    assert np.array_equal(play(stream, WALK), expected)
+    used = stream._memory
+    stream.close()
+    again = generator.open(picture, "ab", seed=3)
+    assert again._memory is used and np.array_equal(play(again, WALK), expected)
+
+
+def test_nothing_is_launched_outside_of_the_graph(monkeypatch, picture):
+    """A warm step uploads its control and replays; it allocates nothing and reads no number."""
+    _, generator = generators(monkeypatch)
+    stream = generator.open(picture, "ab")
+    play(stream, WALK)
+    monkeypatch.setattr(stream._memory._reader, "read", lambda pixels: lambda: pixels)
+    with torch.inference_mode(), Outside() as outside:
+        stream.submit(Control(yaw=1.0))
+    launches = [name for name in outside.seen if not name.startswith(VIEWS)]
+    # Two numbers into the host's buffer, and the buffer to the device
+    assert launches == ["aten.copy_.default"] * 3
+
+
+def test_memory_is_counted_and_stays_where_it_is(monkeypatch, picture):
+    _, generator = generators(monkeypatch)
+    stream = generator.open(picture, "ab")
+    held = stream._memory
+    tensors = [held.latent, held.drawn, held.condition, held.control, held.rollout.cache.k]
+    addresses = [x.data_ptr() for x in tensors]
+    play(stream, WALK)
+    stream.restore(stream.snapshot())
+    stream.prompt = "something else"
+    play(stream, WALK)
+    assert [x.data_ptr() for x in tensors] == addresses
+    assert stream.bytes >= sum(x.nbytes for x in tensors[:3])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_a_device_is_one_graph(picture):
+    """Replays equal the CPU's steps about, allocate nothing, and can be pipelined."""
+    model, vae = build()
+    expected = play(
+        StreamingGenerator(model, vae, height=HEIGHT, width=WIDTH).open(picture, "ab"), WALK
+    )
+    generator = StreamingGenerator(model.cuda(), vae.cuda(), height=HEIGHT, width=WIDTH)
+    stream = generator.open(picture, "ab")
+    snapshot, frames, pending = stream.snapshot(), [], []
+    for control in WALK:
+        pending.append(stream.submit(control))
+        if len(pending) == 2:
+            frames.append(pending.pop(0)())
+    frames.append(pending.pop()())
+    video = np.concatenate(frames)
+    assert np.abs(video.astype(int) - expected.astype(int)).max() <= 2
+    stream.restore(snapshot)
+    allocated = torch.cuda.memory_allocated()
+    assert np.array_equal(play(stream, WALK), video)
+    assert torch.cuda.memory_allocated() == allocated
