@@ -27,12 +27,13 @@ export class Pacer {
     return Math.max(0, this.#free - now);
   }
 
-  push(frames, now) {
+  /** Queues the frames of a pass; with `urgent`, in place of all that is queued. */
+  push(frames, now, urgent = false) {
     if (this.#arrived !== null && now - this.#arrived < 3 * this.nominal) {
       this.period += SMOOTHING * (now - this.#arrived - this.period);
     }
     this.#arrived = now;
-    if (this.backlog(now) > STALL_PERIODS * this.period) {
+    if (urgent || this.backlog(now) > STALL_PERIODS * this.period) {
       this.#queue.length = 0;
       this.#free = now;
     }

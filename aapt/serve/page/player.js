@@ -462,7 +462,7 @@ export class Player extends EventTarget {
     this.branches.advance(branch, step);
     if (!frames.seek && !frames.first) this.receipts.stepped(frames);
     if (this.#scrubbing && (this.#seekTo || !frames.seek)) return; // made before this jump
-    this.stage.receive(frames);
+    this.stage.receive(frames, this.receipts.awaits(frames.input));
   }
 
   #painted(frame, now) {

@@ -27,6 +27,11 @@ export class Receipts {
     if (redo) this.redone += 1;
   }
 
+  /** Whether a pass that honours the input of this sequence is the first to honour a press. */
+  awaits(sequence) {
+    return this.#pending.some((press) => press.sequence <= sequence);
+  }
+
   /** Notes a painted frame; returns the presses it was the first to honour, with their `ms`. */
   painted(frame, now) {
     if (frame.lane === 0) {

@@ -54,7 +54,8 @@ export class Stage {
     for (const { pacer } of this.lanes) pacer.clear();
   }
 
-  receive(message) {
+  /** Takes parsed frames; with `urgent` they are shown before what is queued, which is dropped. */
+  receive(message, urgent) {
     const epoch = this.#epoch;
     const decoded = decode(message);
     this.#order = this.#order.then(async () => {
@@ -66,7 +67,7 @@ export class Stage {
       } else if (message.redo) {
         pacer.replace(frames.slice(message.firstShown));
       } else {
-        pacer.push(frames, performance.now());
+        pacer.push(frames, performance.now(), urgent);
         this.#run();
       }
     }).catch(() => { /* an image that does not decode is a frame not shown */ });

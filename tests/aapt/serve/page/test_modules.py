@@ -31,6 +31,26 @@ def test_the_pacer_spaces_frames_evenly_and_drains_a_backlog(page):
     assert times[-4][0] - 1280 < 40  # and is gone
 
 
+def test_a_pass_that_obeys_a_new_key_overtakes_what_is_queued(page):
+    shown = page.tab.evaluate(
+        """async () => {
+            const { Pacer } = await import("/static/pacer.js");
+            const pacer = new Pacer(160, 4), shown = [];
+            const pass = (step) => [0, 1, 2, 3].map((index) => ({ step, index }));
+            for (let now = 0; now < 400; now += 1) {
+                if (now === 0) pacer.push(pass(1), now);
+                if (now === 10) pacer.push(pass(2), now);
+                if (now === 50) pacer.push(pass(3), now, true);
+                const frame = pacer.take(now);
+                if (frame) shown.push([now, frame.step, frame.index]);
+            }
+            return shown;
+        }"""
+    )
+    assert [place[1:] for place in shown] == [[1, 0], [1, 1], [3, 0], [3, 1], [3, 2], [3, 3]]
+    assert shown[2][0] == 50
+
+
 def test_a_pass_made_again_replaces_what_is_not_shown(page):
     shown = page.tab.evaluate(
         """async () => {
