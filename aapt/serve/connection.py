@@ -16,6 +16,7 @@ from .world import World, clamped
 
 HELLO_SECONDS = 30.0
 UNREAD_SECONDS = 30.0  # a client that reads nothing for so long is dropped
+MAX_EARLY = 64
 CLOSE_CODE = 1008  # "policy violation", after a fatal error
 
 
@@ -45,6 +46,7 @@ class Connection:
         self.session: Session | None = None
         self.token, self.format = "", "jpeg"
         self.entering: asyncio.Task | None = None
+        self.early: list[protocol.ClientMessage] = []  # commands for the world to be opened
         self.leaving: asyncio.Future = self.loop.create_future()
         self.leaving.set_result(None)
 
@@ -162,6 +164,8 @@ class Connection:
             self._open(message)
         elif isinstance(message, protocol.Hello):
             raise ProtocolError("hello: expected it once", "protocol")
+        elif self.entering and not self.entering.done() and len(self.early) < MAX_EARLY:
+            self.early.append(message)
         elif self.session is None or self.session.ended:
             self._refuse("not_open", f"{message.type}: expected an open world; send open")
         else:
@@ -217,6 +221,7 @@ class Connection:
         """Opens a world, after waiting in line if need be; an earlier wish of this client ends."""
         if self.entering:
             self.entering.cancel()
+        self.early.clear()
         self.entering = asyncio.create_task(self._wait_and_enter(place))
 
     async def _wait_and_enter(self, place: Place) -> None:
@@ -227,6 +232,8 @@ class Connection:
         session = Session(world, server.scheduler, server.metrics, self.deliver, self.format)
         self.session = server.sessions[self.token] = session
         session.post(session.resume(place))
+        for message in self.early:
+            self._command(session, message)
 
     def _leave(self, keep: bool) -> asyncio.Future:
         """Closes the world, if there is one, and then gives its place to the next visitor."""

@@ -199,7 +199,9 @@ def read_gallery(
     folder; the name of a file is its prompt there."""
     files = [(p.stem, p, p.stem.replace("-", " ")) for p in sorted(more.iterdir())] if more else []
     entries = load_config(folder).get("gallery", [])
-    files = [(Path(e["image"]).stem, folder / e["image"], e["prompt"]) for e in entries] + files
+    files = [
+        (Path(e["image"]).stem, folder / Path(e["image"]).name, e["prompt"]) for e in entries
+    ] + files
     with contextlib.suppress(ValueError):  # a model without a sample
         files.insert(0, ("sample", generator.sample_image(), generator.sample_prompt))
     gallery = {}

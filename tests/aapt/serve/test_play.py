@@ -261,7 +261,7 @@ def test_a_redo_makes_the_last_step_again(serve, talk, generator, monkeypatch):
             session = next(iter(running.play.sessions.values()))
             session._step_seconds = 0.0  # as on a machine that is fast enough
             last = max(made)
-            session._playing, session._due = True, float("inf")  # the next step is far away
+            session._playing, session._due = True, 1e9  # the next step is far away
             await client.input(yaw=1.0, shown={"step": last, "frames": 2})
             again = await client.frames()
             assert again.header.flags == REDO and again.header.step == last
