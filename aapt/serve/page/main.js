@@ -9,7 +9,7 @@ import { ShareDialog } from "./sharing.js";
 import { Stage } from "./stage.js";
 import { read, write } from "./storage.js";
 import { Timeline } from "./timeline.js";
-import { View } from "./view.js";
+import { LANE_KEYS, View } from "./view.js";
 import { randomSeed, WorldDialog } from "./world.js";
 
 const HUD_MS = 250;
@@ -179,7 +179,9 @@ async function record() {
 
 for (const lane of [0, 1]) {
   const choice = $(`control${lane}`);
-  choice.replaceChildren(...LANE_CONTROLS.map(([name], index) => new Option(name, index)));
+  const names = LANE_CONTROLS.map(([name]) => name);
+  names[0] = LANE_KEYS[lane];
+  choice.replaceChildren(...names.map((name, index) => new Option(name, index)));
   choice.addEventListener("change", () => {
     player.changeLane(lane, Number(choice.value));
     $("stage").focus();
@@ -235,6 +237,7 @@ player.addEventListener("change", () => {
   view.update();
   timeline.head = player.head;
   timeline.lanes = player.split?.branches ?? null;
+  input.lanes = player.split ? 2 : 1;
   timeline.marks = player.marks;
   timeline.draw();
 });

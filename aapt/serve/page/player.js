@@ -10,9 +10,9 @@ const LOG_MS = 10_000; // how often a log is fetched, to rebuild the world on an
 const LOG_LINE_MS = 20; // added for each of its lines
 const TURN = 0.6, AHEAD = 0.7;
 
-/** Controls one can give to a half of a split screen; null follows the keys. */
+/** Controls that a half of a split screen can hold until a key of its own is pressed. */
 export const LANE_CONTROLS = [
-  ["your keys", null],
+  ["keys", null],
   ["ahead", { yaw: 0, forward: 1 }],
   ["ahead and left", { yaw: -TURN, forward: AHEAD }],
   ["ahead and right", { yaw: TURN, forward: AHEAD }],
@@ -52,7 +52,7 @@ export class Player extends EventTarget {
   #sequence = 0;
   #promptSequence = 0;
   #waitingPrompt = null; // its sequence, until a frame honours it
-  #control = { yaw: 0, forward: 0 };
+  #controls = [{ yaw: 0, forward: 0 }, { yaw: 0, forward: 0 }]; // of the lanes
   #followHeard = false;
   #scrubbing = false; // from the first move until the server has sought
   #seekTimer = 0;
@@ -147,16 +147,17 @@ export class Player extends EventTarget {
     this.#changed();
   }
 
-  /** Takes a change of the control; `key` names a press, whose receipt is then waited for. */
-  steer({ yaw, forward, taps, time, key }) {
+  /** Takes a change of a lane's control; `key` names a press, whose receipt is then waited for. */
+  steer({ lane, yaw, forward, taps, time, key }) {
     if (!this.live) return;
-    this.#control = { yaw, forward };
+    this.#controls[lane] = { yaw, forward };
+    if (this.split) this.split.controls[lane] = 0; // keys take over
     const moves = Boolean(yaw || forward || taps);
     if (this.following && moves) this.pause(); // the player takes over
     // The input goes out first, so that the first step already has it.
-    const sequence = this.#sendInput(taps, time);
+    const sequence = this.#sendInput(lane, taps, time);
     if (moves) this.play();
-    if (key && this.playing) this.receipts.pressed(sequence, time, key);
+    if (key && this.playing) this.receipts.pressed(sequence, time, key, lane);
   }
 
   changePrompt(text) {
@@ -207,6 +208,7 @@ export class Player extends EventTarget {
     });
   }
 
+  /** Forks the world in two; `controls` are indices into LANE_CONTROLS. */
   startSplit(controls) {
     if (!this.live) return;
     this.#whenSought(() => {
@@ -219,18 +221,12 @@ export class Player extends EventTarget {
     });
   }
 
-  /** Gives a half of the screen another control: the split starts again from its past. */
+  /** Gives a half of the screen another control to hold. */
   changeLane(lane, index) {
-    const first = this.branches.get(this.split.branches?.[0]);
-    if (!first) return; // the server has not split yet
-    const controls = this.split.controls.with(lane, index);
-    const playing = this.playing;
-    this.endSplit(0);
-    this.scrub(first.parent, first.from_step, true);
-    this.#afterSeek.push(() => {
-      this.startSplit(controls);
-      if (playing) this.play();
-    });
+    this.split.controls[lane] = index;
+    this.#controls[lane] = LANE_CONTROLS[index][1] ?? { yaw: 0, forward: 0 };
+    this.#sendInput(lane, null, performance.now());
+    this.#changed();
   }
 
   /** Ends a split; the half `keep`, 0 or 1, plays on if it played. */
@@ -304,12 +300,13 @@ export class Player extends EventTarget {
     this.head = { branch: 0, step: 0 };
   }
 
-  #sendInput(taps, time) {
+  #sendInput(lane, taps, time) {
     this.#sequence += 1;
-    const message = { type: "input", sequence: this.#sequence, time, ...this.#control, taps };
+    const sequence = this.#sequence;
+    const message = { type: "input", lane, sequence, time, ...this.#controls[lane], taps };
     const shown = this.redo && this.stage.shown;
     this.connection.send(shown ? { ...message, shown } : message);
-    return this.#sequence;
+    return sequence;
   }
 
   /** Acts now, or once the jump under way has ended. */
@@ -462,7 +459,7 @@ export class Player extends EventTarget {
     this.branches.advance(branch, step);
     if (!frames.seek && !frames.first) this.receipts.stepped(frames);
     if (this.#scrubbing && (this.#seekTo || !frames.seek)) return; // made before this jump
-    this.stage.receive(frames, this.receipts.awaits(frames.input));
+    this.stage.receive(frames, this.receipts.awaits(frames));
   }
 
   #painted(frame, now) {

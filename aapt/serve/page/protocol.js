@@ -41,7 +41,7 @@ export function parseFrames(buffer) {
     time: view.getFloat64(24, true),
     wait: view.getFloat32(32, true),
     model: view.getFloat32(36, true),
-    decode: view.getFloat32(40, true),
+    pixels: view.getFloat32(40, true),
     encode: view.getFloat32(44, true),
     firstShown: view.getUint8(48),
     type: FORMATS[view.getUint16(50, true)],

@@ -13,23 +13,23 @@ export function percentile(samples, share) {
 /** Samples of steps and of key presses; times are milliseconds of `performance.now()`. */
 export class Receipts {
   #paints = [];
-  #pending = []; // presses no frame has honoured yet: {sequence, time, key}
+  #pending = []; // presses no frame has honoured yet: {sequence, time, key, lane}
   steps = [];
   keys = [];
   redone = 0;
 
-  pressed(sequence, time, key) {
-    this.#pending.push({ sequence, time, key });
+  pressed(sequence, time, key, lane) {
+    this.#pending.push({ sequence, time, key, lane });
   }
 
-  stepped({ model, decode, encode, redo }) {
-    keep(this.steps, model + decode + encode);
+  stepped({ model, pixels, encode, redo }) {
+    keep(this.steps, model + pixels + encode);
     if (redo) this.redone += 1;
   }
 
-  /** Whether a pass that honours the input of this sequence is the first to honour a press. */
-  awaits(sequence) {
-    return this.#pending.some((press) => press.sequence <= sequence);
+  /** Whether frames of a lane that honour the input of this sequence are the first to do so. */
+  awaits({ lane, input }) {
+    return this.#pending.some((press) => press.lane === lane && press.sequence <= input);
   }
 
   /** Notes a painted frame; returns the presses it was the first to honour, with their `ms`. */
@@ -38,7 +38,7 @@ export class Receipts {
       this.#paints.push(now);
       while (now - this.#paints[0] > FPS_WINDOW_MS) this.#paints.shift();
     }
-    const honoured = (press) => press.sequence <= frame.input;
+    const honoured = (press) => press.lane === frame.lane && press.sequence <= frame.input;
     const obeyed = this.#pending.filter(honoured).map((p) => ({ ...p, ms: now - p.time }));
     this.#pending = this.#pending.filter((press) => !honoured(press));
     for (const { ms } of obeyed) keep(this.keys, ms);

@@ -29,6 +29,9 @@ const ENDED = {
 
 const BUTTONS = { idle: "Wake it", moved: "Start another" };
 
+/** The keys of the halves of a split screen. */
+export const LANE_KEYS = ["W A S D", "arrow keys"];
+
 const $ = (id) => document.getElementById(id);
 
 export class View {
@@ -122,7 +125,8 @@ export class View {
       const choice = $(`control${lane}`);
       if (document.activeElement !== choice) choice.value = split.controls[lane];
       const tag = $(`tag${lane}`), colour = `c${(split.branches?.[lane] ?? lane) % COLOURS}`;
-      setText(tag, `${"AB"[lane]}  ${LANE_CONTROLS[split.controls[lane]][0]}`);
+      const index = split.controls[lane];
+      setText(tag, `${"AB"[lane]}  ${index ? LANE_CONTROLS[index][0] : LANE_KEYS[lane]}`);
       tag.className = `tag ${colour}`;
       $(`swatch${lane}`).className = `swatch ${colour}`;
     }

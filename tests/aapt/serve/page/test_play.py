@@ -231,8 +231,11 @@ def test_split_screen_shows_one_past_and_two_futures(page):
     page.wait(lambda: page.tab.is_visible("#lane1"))
     page.wait(lambda: {0, 1} <= {header.lane for header, _ in page.frames}, "both lanes")
     assert np.abs(page.picture(0).astype(int) - page.picture(1)).mean() < 3
-    page.hold("a", until=page.step + 8)
+    page.hold("a", "ArrowRight", until=page.step + 8)
     page.pause()
+    steered = {message["lane"]: message["yaw"] for message in page.inputs() if message["yaw"]}
+    assert steered == {0: -1, 1: 1}
+    assert "arrow keys" in page.text("tag1")
     assert np.abs(page.picture(0).astype(int) - page.picture(1)).mean() > 8
     assert len({header.branch for header, _ in page.frames[-6:]}) == 2
     second = next(header.branch for header, _ in reversed(page.frames) if header.lane == 1)
@@ -240,6 +243,21 @@ def test_split_screen_shows_one_past_and_two_futures(page):
     page.tab.click("#keep1")
     page.wait(lambda: page.tab.is_hidden("#lane1") and page.place[0] == second)
     page.wait(lambda: np.abs(page.picture().astype(int) - picture).mean() < 3)
+
+
+def test_half_of_a_split_screen_holds_a_control(page):
+    page.hold("w", until=3)
+    page.tab.keyboard.press("x")
+    page.wait(lambda: {0, 1} <= {header.lane for header, _ in page.frames}, "both lanes")
+    page.tab.select_option("#control0", label="turn left")
+    page.wait(lambda: "turn left" in page.text("tag0"))
+    assert page.inputs()[-1]["yaw"] < 0 and page.inputs()[-1]["lane"] == 0
+    assert page.state == "playing"
+    step = page.step
+    page.wait_step(step + 4)
+    page.tab.click("#keep0")
+    page.wait(lambda: page.tab.is_hidden("#lane1"))
+    page.wait_step(page.step + 3)  # plays on
 
 
 def test_redo_makes_a_pass_again_when_a_key_changes(open_page, checkpoint):
