@@ -10,20 +10,19 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from aapt.streaming.actions import load_walk  # noqa: E402
+from aapt.streaming.actions import Walk, load_walk  # noqa: E402
 
 TEXT = (Path(__file__).parents[3] / "docs" / "play.md").read_text()
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    return [text for kind, text in found if kind == language]
 
 
 def test_the_documented_client_plays(serve, tmp_path):
     running = serve()
     (source,) = blocks("python")
-    lines = [line for line in source.splitlines() if line.strip()]
-    assert len(lines) <= 40
     path = tmp_path / "client.py"
     path.write_text(source.replace("ws://127.0.0.1:8000/ws", running.url))
     done = subprocess.run(
@@ -36,8 +35,6 @@ def test_the_documented_client_plays(serve, tmp_path):
 
 def test_the_documented_log_is_read(picture):
     log = next(block for block in blocks("") if '"walk"' in block)
-    from aapt.streaming.actions import Walk
-
     start = next(Walk("a", "b", picture, "c", 0).lines("0"))
     pixels = re.search(r'"first_frame": "([^"]*)"', start)[1]
     walk = load_walk(log.replace("<PNG>", pixels).splitlines())

@@ -269,6 +269,7 @@ def test_a_redo_makes_the_last_step_again(serve, talk, generator, monkeypatch):
             # All of it is shown: nothing is made again
             await client.input(yaw=-1.0, shown={"step": last, "frames": 4})
             session._due = 0.0
+            running.play.scheduler.wake()
             following = await client.frames()
             assert following.header.step == last + 1 and following.header.flags == 0
             await client.send("pause")

@@ -1,12 +1,15 @@
 """Two replicas on CPUs: load spreads, and a replica that dies takes its own worlds alone."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray itself
 pytest.importorskip("fastapi", reason="needs the extra serve")
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -41,10 +44,19 @@ def address(checkpoint, monkeypatch):
 
 
 def replicas():
-    from ray.util.state import list_actors
+    """Process numbers of the replicas: grandchildren of this process, under its raylet."""
 
-    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return {actor.pid for actor in actors if actor.class_name.startswith("ServeReplica:play")}
+    def parent(process):
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            title = (process / "cmdline").read_bytes()
+            raylet = process.parent / str(parent(process))
+            if title.startswith(b"ray::ServeReplica:play") and parent(raylet) == os.getpid():
+                found.append(int(process.name))
+    return found
 
 
 def test_a_replica_that_dies_leaves_the_others_as_they_are(address, talk, generator):
@@ -62,7 +74,9 @@ def test_a_replica_that_dies_leaves_the_others_as_they_are(address, talk, genera
             await opened(client, seed=seed)
             await client.send("play")
             await to(client, 5)
-        os.kill(min(replicas()), signal.SIGKILL)
+        running = replicas()
+        assert len(running) == 2
+        os.kill(running[0], signal.SIGKILL)
         tasks = [asyncio.create_task(to(client, 200)) for client in clients]
         results = await asyncio.gather(*tasks, return_exceptions=True)
         lost = [isinstance(result, websockets.ConnectionClosed) for result in results]
