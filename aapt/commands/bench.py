@@ -107,7 +107,8 @@ def bench_play(
         raise missing_extra(error) from None
     server = None if url else _start_server(model)
     try:
-        results = asyncio.run(measure(url or _address(server), seconds))
+        url = url or _address(server)
+        results = asyncio.run(measure(url, seconds))
     except OSError as error:
         raise InputError(f"url: cannot connect to {url}: {error}") from None
     finally:

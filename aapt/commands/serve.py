@@ -114,6 +114,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     try:
         listener.bind((host, port))
+        listener.listen()  # who connects before the server is ready waits
     except OSError as error:
         listener.close()
         raise InputError(f"port: cannot listen on {host}:{port}: {error.strerror}") from None

@@ -13,12 +13,14 @@ from .client import Client, Frames
 
 KEYS = [(0.0, 1.0), (0.6, 1.0), (-0.6, 1.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 0.0)]
 BETWEEN = (0.25, 0.75)  # seconds between two key events
+MOST_HURRY = 0.2  # share by which frames may be shown faster
 WARMUP_STEPS = 18  # three seconds
 
 
 @dataclass
 class Pacer:
-    """When each frame is shown: evenly, as early as it can be. Times in seconds."""
+    """When each frame is shown, in seconds: evenly, and a little faster while frames wait, so that
+    one late step does not delay all later ones."""
 
     interval: float  # between two frames
     last: float = 0.0
@@ -28,7 +30,9 @@ class Pacer:
     def show(self, step: int, count: int, now: float) -> float:
         """Schedules the frames of a step that came at `now`; returns when the first is shown."""
         first = max(self.last + self.interval, now)
-        self.step, self.times = step, [first + n * self.interval for n in range(count)]
+        hurry = min(MOST_HURRY, (first - now) / (2 * count * self.interval))
+        interval = (1 - hurry) * self.interval
+        self.step, self.times = step, [first + n * interval for n in range(count)]
         self.last = self.times[-1]
         return first
 
