@@ -84,10 +84,9 @@ def test_a_replica_that_dies_leaves_the_others_as_they_are(address, talk, genera
         survivor = lost.index(False)
         await clients[survivor].send("pause")
         walk = await get_log(clients[survivor])
-        # The one that was lost finds a place again
+        await clients[survivor].socket.close()
         async with await Client.connect(address) as client:
-            await opened(client)
-            await clients[survivor].socket.close()
+            await opened(client)  # there is a place again
         return survivor, results[survivor], walk
 
     survivor, made, walk = talk(conversation())
