@@ -1,4 +1,4 @@
-"""Where networks run."""
+"""Devices and the precision of networks."""
 
 from contextlib import AbstractContextManager
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name. ValueError, with the reason, if PyTorch cannot use it here."""
+    """Return the device of a name. ValueError, with the reason, if PyTorch cannot use it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -16,7 +16,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def move(network: nn.Module, device: str | torch.device) -> None:
-    """Onto a device, in place. ValueError for one that is not there."""
+    """Move a network to a device, in place. ValueError if there is no such device."""
     try:
         network.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
@@ -24,9 +24,10 @@ def move(network: nn.Module, device: str | torch.device) -> None:
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """bfloat16 matrix products with float32 parameters.
+    """Return a context of bfloat16 matrix products with float32 parameters.
 
-    One context for what runs without gradient and another one for what runs with it: a cast that is
-    kept from the first would hand its gradient on after FSDP has reduced it.
+    Code without gradients and code with gradients need a context each, because autocast keeps its
+    casts of parameters for the whole context: a cast kept from the first would pass its gradient on
+    too late, after FSDP has reduced the gradients.
     """
     return torch.autocast(device.type, torch.bfloat16)

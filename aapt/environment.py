@@ -1,4 +1,4 @@
-"""Facts about the machine and the software that a figure or a bug report must come with."""
+"""Facts about the machine and the software, for every figure and bug report."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ PACKAGES = ("aapt", "torch", "triton", "numpy", "av")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, threads, CUDA facts and, in a checkout, the commit."""
+    """Collect versions, processor, threads, CUDA devices and, in a checkout, the commit."""
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "commit": _commit(Path(__file__).parent),
@@ -57,7 +57,7 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _commit(folder: Path) -> str | None:
-    """HEAD of the checkout this package runs from, `-dirty` if files differ; None elsewhere."""
+    """Return HEAD of this package's checkout, with `-dirty` if files differ; None elsewhere."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -19,8 +19,9 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
     out = cached_attention(q, cache, layer)
     cache.advance()                                           # after the last layer
 
-`causal_conv3d` is the VAE's convolution. Each is a real torch op, `torch.ops.aapt.<name>`, that
-compiles without graph breaks; `use_backend` chooses its implementation, `backends` lists them.
+`causal_conv3d` is the VAE's convolution. Each function is a real torch op, `torch.ops.aapt.<name>`,
+that compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends`
+lists the choice.
 """
 
 from . import _library

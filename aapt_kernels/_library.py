@@ -1,5 +1,5 @@
-"""Loads the operator library, which defines every schema of `torch.ops.aapt`, and on demand the
-simulated one, `torch.ops.aapt_sim`."""
+"""Load the operator library, which defines every schema of `torch.ops.aapt`, and on demand the
+simulated kernels, `torch.ops.aapt_sim`."""
 
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ def load() -> Path:
 
 @cache
 def no_simulator() -> str | None:
-    """Load the simulated kernels; why there are none, None if there are."""
+    """Load the simulated kernels; return why there are none, None if they are loaded."""
     path = FOLDER / "libaapt_sim.so"
     if not path.exists():
         return "this build has no simulator: `make build` in a checkout makes it, wheels go without"

@@ -1,15 +1,17 @@
-"""Which implementation of an op runs: one table, resolved by name, visible in `backends()`.
+"""Choice of the implementation that runs an op: one table, resolved by name, shown by `backends()`.
 
-`auto` takes, on a CUDA device, the sm_90a kernel, else the Triton kernel, else plain PyTorch; on
-the CPU the fast PyTorch composition. A backend that was asked for by name never falls back.
+`auto` chooses for each call, by the first tensor's device and by what each backend takes: on a CUDA
+device the sm_90a kernel, else the Triton kernel, else plain PyTorch; on the CPU the fast PyTorch
+composition. A backend forced by name never falls back.
 
-Two more take CPU tensors, run kernels where there is no device, and only by name: `sim`, the
-sm_90a sources on a simulated device (development builds), and `triton` under its interpreter.
+Two more backends take CPU tensors, run kernels where there is no device, and only by name: `sim`,
+the sm_90a sources on a simulated device (development builds), and `triton` under its interpreter.
 """
 
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from . import _library as native
+from .checks import aligned
+from .precision import autocasts
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference", "sim")
 SM90 = {"cuda": "aapt_sm90", "sim": "aapt_sim"}  # namespaces of the hand-written kernels
@@ -29,11 +33,11 @@ _forced = "auto"
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for cannot run; the message says why."""
+    """A backend that was forced cannot run; the message says why."""
 
 
 class Choice(NamedTuple):
-    """One row of `backends()`: what `auto` runs, and why nothing it prefers to that."""
+    """Row of `backends()`: what `auto` runs, and why nothing it prefers to that."""
 
     op: str
     device: str
@@ -47,50 +51,116 @@ def implement(
     limits: dict[str, Callable[..., str | None]] | None = None,
     **implementations: Callable,
 ) -> None:
-    """Give the schema `aapt::<op>` its implementations, by backend name. Each takes the schema's
-    arguments. The sm_90a kernels are not named here: they are `torch.ops.aapt_sm90.<op>`. One that
-    does not take the schema's arguments is called by `sm90`, which gets the namespace before them.
+    """Give the schema `aapt::<op>` its implementations, by backend name.
 
-    `limits`: by backend, why it does not take these arguments; None if it does.
+    Each implementation takes the schema's arguments. The sm_90a kernels are not named here: they
+    are `torch.ops.aapt_sm90.<op>`. A kernel with other arguments is called by `sm90`, which gets
+    the kernels' namespace before the schema's arguments.
+
+    limits: by backend, a function of the arguments that returns why it does not take them, or None.
     """
     _implementations[op] = implementations
     _limits[op] = limits or {}
 
     def dispatch(*args):
-        return resolve(op, *args)(*args)
+        run = resolve(op, *args)
+        if not autocasts(args[0].device):
+            return run(*args)
+        # The op is done in the precision of its own contract, not that of the PyTorch ops in it
+        with torch.autocast(args[0].device.type, enabled=False):
+            return run(*args)
 
     for key in ("CPU", "CUDA"):
         _library.impl(op, dispatch, key)
 
 
+def deferred(package: str, function: str = "forward") -> Callable | None:
+    """Return `function` of the op's `triton_kernels.py`, which is imported when it first runs;
+    None if Triton is not installed.
+
+    Triton is an optional dependency, and slow to import for those who stay on a CPU.
+    """
+    if find_spec("triton") is None:
+        return None
+
+    def run(*arguments):
+        return getattr(import_module(f"{package}.triton_kernels"), function)(*arguments)
+
+    return run
+
+
 def register_fake(op: str) -> Callable:
-    """Decorator: the shapes and dtypes that `aapt::<op>` returns."""
+    """Decorate a function of the arguments of `aapt::<op>` that returns empty results."""
     return torch.library.register_fake(f"aapt::{op}", lib=_library)
 
 
 def register_autograd(op: str, backward: Callable, setup_context: Callable) -> None:
+    """Give `aapt::<op>` its first derivative, by the op `aapt::<op>_backward`.
+
+    The second derivative is that of the reference, if the reference runs: plain PyTorch
+    differentiates it. Any other backend raises NotImplementedError by name.
+    """
     torch.library.register_autograd(
         f"aapt::{op}", backward, setup_context=setup_context, lib=_library
     )
+    first = f"{op}_backward"
+
+    def save(ctx, inputs, output):
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+
+    def differentiate_again(ctx, *gradients):
+        tensors = ctx.saved_tensors
+        inputs = [y if x is None else x for x, y in zip(tensors, ctx.others, strict=True)]
+        name = choose(first, *inputs)
+        if name != "reference":
+            raise NotImplementedError(
+                f"{op} is differentiable once on backend '{name}', got a second derivative; "
+                f'compute it under use_backend("reference")'
+            )
+        places = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def function(*leaves):
+            for place, leaf in zip(places, leaves, strict=True):
+                inputs[place] = leaf
+            return tuple(_implementations[first]["reference"](*inputs))
+
+        _, pull_back = torch.func.vjp(function, *(inputs[place] for place in places))
+        found = dict(zip(places, pull_back(gradients), strict=True))
+        return tuple(found.get(place) for place in range(len(inputs)))
+
+    torch.library.register_autograd(
+        f"aapt::{first}", differentiate_again, setup_context=save, lib=_library
+    )
+
+
+def for_simulator(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors; if `sim` is forced, copies of those that vector loads do not reach.
+
+    A copy costs a simulation nothing. `cuda` hides no cost, and reports its limit.
+    """
+    if _forced != "sim" or torch.compiler.is_compiling():
+        return tensors
+    return tuple(x if x is None else aligned(x) for x in tensors)
 
 
 def resolve(op: str, tensor: Tensor, *rest) -> Callable:
-    """The implementation that runs `op` on these arguments, or BackendError."""
+    """Return the implementation that runs `op` on these arguments, or raise BackendError."""
     return implementation(op, choose(op, tensor, *rest))
 
 
 def choose(op: str, tensor: Tensor, *rest) -> str:
-    """The backend that runs `op` on these arguments, or BackendError; without `rest`, on some
-    arguments of which `tensor` is the first."""
-    device = tensor.device.type
+    """Return the backend that runs `op` on these arguments, or raise BackendError; without `rest`,
+    on some arguments of which `tensor` is the first."""
+    device = tensor.device
     reasons = []
-    for name in PREFERENCE.get(device, ()) if _forced == "auto" else (_forced,):
+    for name in PREFERENCE.get(device.type, ()) if _forced == "auto" else (_forced,):
         limit = _limits[op].get("cuda" if name == "sim" else name, _no_limit)
         reason = obstacle(op, name, device) or limit(tensor, *rest)
         if not reason:
             return name
-        reasons.append(f"backend '{name}' cannot run {op} on a {device} tensor: {reason}")
-    raise BackendError("; ".join(reasons) or f"no backend runs {op} on a {device} tensor")
+        reasons.append(f"backend '{name}' cannot run {op} on a {device.type} tensor: {reason}")
+    raise BackendError("; ".join(reasons) or f"no backend runs {op} on a {device.type} tensor")
 
 
 def _no_limit(tensor: Tensor, *rest) -> None:
@@ -98,7 +168,7 @@ def _no_limit(tensor: Tensor, *rest) -> None:
 
 
 def implementation(op: str, name: str) -> Callable | None:
-    """The function behind one cell of the table, None where nobody has written it."""
+    """Return the function in one cell of the table, None if the cell is empty."""
     if name not in SM90:
         return _implementations[op].get(name)
     kernels = getattr(torch.ops, SM90[name])
@@ -106,28 +176,30 @@ def implementation(op: str, name: str) -> Callable | None:
     return partial(caller, kernels) if kernel and caller else kernel
 
 
-def obstacle(op: str, name: str, device: str) -> str | None:
-    """Why this backend cannot run this op on this kind of device; None if it can."""
-    if reason := unavailable(name):
+def obstacle(op: str, name: str, device: torch.device | str) -> str | None:
+    """Return why this backend cannot run this op on this device, None if it can."""
+    device = torch.device(device)
+    if reason := unavailable(name, device):
         return reason
-    if device != takes(name, device):
-        return f"it takes {takes(name, device).upper()} tensors"
+    if device.type != takes(name, device.type):
+        return f"it takes {takes(name, device.type).upper()} tensors"
     if implementation(op, name) is None:
         return "no kernel for this op yet"
     return None
 
 
 def takes(name: str, device: str) -> str:
-    """The kind of device whose tensors this backend takes: this one, where it takes any."""
+    """Return the kind of device whose tensors this backend takes: `device` if it takes any."""
     if name == "triton":
         return "cpu" if interpreted() else "cuda"
     return {"cuda": "cuda", "cpu": "cpu", "sim": "cpu"}.get(name, device)
 
 
-def unavailable(name: str) -> str | None:
-    """Why this backend can run nothing at all here; None if it can."""
+def unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Return why this backend can run nothing on this device, None if it can; the current device
+    unless given."""
     if name == "cuda":
-        return no_sm90()
+        return no_sm90(device)
     if name == "triton" and find_spec("triton") is None:
         return "Triton is not installed"
     if name == "triton" and not interpreted() and not torch.cuda.is_available():
@@ -138,54 +210,71 @@ def unavailable(name: str) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run under Triton's interpreter, which takes CPU tensors."""
+    """Return whether Triton kernels run under Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def no_sm90() -> str | None:
-    """Why no sm_90a kernel can run here at all; None if one can."""
+def no_sm90(device: torch.device | None = None) -> str | None:
+    """Return why no sm_90a kernel can run on this CUDA device, None if one can; the current device
+    unless given."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return f"the device is not sm_90 but {torch.cuda.get_device_capability()}"
+    chosen = () if device is None or device.index is None else (device,)
+    capability = torch.cuda.get_device_capability(*chosen)
+    if capability != (9, 0):
+        return f"the device is not sm_90 but {capability}"
     if not any(implementation(op, "cuda") for op in _implementations):
         return "the library was built without sm_90a kernels"
     return None
 
 
 def no_sim() -> str | None:
-    """Why the sm_90a kernels cannot be simulated here; None if they can."""
+    """Return why the sm_90a kernels cannot be simulated here, None if they can."""
     return native.no_simulator()
 
 
 class use_backend:
-    """Choose the backend of every op: `use_backend("reference")`, or as a context manager that
-    restores what was chosen before. Names: auto, cuda, triton, cpu, reference; to run kernels
-    without a device sim, and triton with TRITON_INTERPRET=1 in the environment.
+    """Choose the backend of every op: `use_backend("reference")`, or as a context manager.
+
+    Names: auto, cuda, triton, cpu, reference; to run kernels without a device sim, and triton with
+    TRITON_INTERPRET=1 in the environment. A plain call holds until the next. A context holds its
+    own name, however often one object is entered, and leaves what was chosen before it.
 
     The choice is global and holds for the backward pass too. ValueError for another name;
-    BackendError, here or at the op, where the backend cannot run.
+    BackendError, here or at the op, if the backend cannot run.
     """
 
     def __init__(self, name: str):
-        global _forced
         if name not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
         if reason := unavailable(name):
             raise BackendError(f"backend '{name}' cannot run: {reason}")
-        self._before = _forced
-        _forced = name
+        self._name = name
+        self._before = [_forced]
+        self._entered = False
+        _force(name)
 
     def __enter__(self) -> "use_backend":
+        if self._entered or _forced != self._name:
+            self._before.append(_forced)
+        self._entered = True
+        _force(self._name)
         return self
 
     def __exit__(self, *error) -> None:
-        global _forced
-        _forced = self._before
+        _force(self._before.pop())
+
+
+def _force(name: str) -> None:
+    global _forced
+    _forced = name
 
 
 def backends() -> list[Choice]:
-    """What `auto` runs for each op on the CPU and, if there is one, on the CUDA device."""
+    """Return what `auto` runs for each op on the CPU and, if there is one, on the CUDA device.
+
+    Limits of a single call, such as its dtype and alignment, are not in this table.
+    """
     rows = []
     for op in sorted(_implementations):
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

@@ -1,18 +1,42 @@
-"""The argument checks of every op: name the argument, the contract and what was given, once, in
-Python, before any backend."""
+"""Argument checks of every op: name the argument, the contract and what was given, once, in Python,
+before any backend runs."""
 
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ALIGNMENT = 16  # bytes: vector loads and TMA of the sm_90a kernels (csrc/host.h)
+
+
+def check_integer(name: str, value, least: int, optional: bool = False) -> int | None:
+    """Return an integer >= `least`, None if `optional`; TypeError or ValueError for anything else.
+
+    NumPy's integers become Python's. A symbolic size stays symbolic.
+    """
+    if value is None and optional:
+        return None
+    integral = isinstance(value, (int, torch.SymInt))
+    if not integral and hasattr(value, "__index__"):
+        value, integral = operator.index(value), True
+    if integral and value >= least:
+        return value
+    error = ValueError if integral or value is None else TypeError
+    or_none = " or None" if optional else ""
+    raise error(f"{name}: expected an integer >= {least}{or_none}, got {value!r}")
 
 
 def check_shape(
-    name: str, tensor: Tensor, expected: Sequence[int | str], why: str = ""
+    name: str, tensor: Tensor, expected: Sequence[int | str], why: object = ""
 ) -> torch.Size:
-    """The shape, or ValueError; a string in `expected` is the name of a free dimension."""
+    """Return the shape, or raise ValueError; a string in `expected` names a free dimension.
+
+    `why` is formatted in the error only, because a compiler cannot trace the text of a symbolic
+    size.
+    """
     shape = tensor.shape
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=True)
@@ -20,14 +44,15 @@ def check_shape(
     if not fits:
         wanted = ", ".join(str(size) for size in expected)
         wanted += "," if len(expected) == 1 else ""
+        reason = str(why)
         raise ValueError(
-            f"{name}: expected ({wanted}){f' for {why}' if why else ''}, got {tuple(shape)}"
+            f"{name}: expected ({wanted}){f' for {reason}' if reason else ''}, got {tuple(shape)}"
         )
     return shape
 
 
 def check_dense_rows(tensors: Mapping[str, Tensor]) -> None:
-    """The last dimension is contiguous in all of them, or ValueError."""
+    """Raise ValueError unless the last dimension of every tensor is contiguous."""
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
@@ -37,7 +62,7 @@ def check_dense_rows(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_dtype(tensors: Mapping[str, Tensor], allowed: Sequence[torch.dtype] = FLOATS) -> None:
-    """All of one dtype, and that an allowed one, or TypeError."""
+    """Raise TypeError unless all tensors have one dtype, and an allowed one."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dtype not in allowed:
@@ -48,7 +73,7 @@ def check_dtype(tensors: Mapping[str, Tensor], allowed: Sequence[torch.dtype] = 
 
 
 def check_device(tensors: Mapping[str, Tensor]) -> None:
-    """All on the device of the first, or ValueError."""
+    """Raise ValueError unless all tensors are on the device of the first."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.device != first.device:
@@ -59,7 +84,7 @@ def check_device(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_no_grad(op: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """RuntimeError if autograd would have to record the op."""
+    """Raise RuntimeError if autograd would have to record `op`."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
@@ -68,3 +93,57 @@ def check_no_grad(op: str, tensors: Mapping[str, Tensor | None]) -> None:
                 f"{name}: {op} has no gradient; expected a tensor that does not require grad, or "
                 f"a call under torch.no_grad(), got requires_grad=True"
             )
+
+
+def check_no_tangent(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise NotImplementedError if forward-mode differentiation has reached `op`: without this
+    PyTorch drops the tangent without a word."""
+    for name, tensor in tensors.items():
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: {op} has no forward-mode derivative; expected a tensor without a "
+                f"tangent, got one; differentiate in reverse mode"
+            )
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Return whether vector loads reach the tensor: rows of (batch, length, heads, head_dim) that
+    begin on 16-byte boundaries; any other tensor contiguous from such a boundary on, integers from
+    any."""
+    if not tensor.is_floating_point():
+        return tensor.is_contiguous()
+    if tensor.data_ptr() % ALIGNMENT:
+        return False
+    if tensor.dim() != 4:
+        return tensor.is_contiguous()
+    unit = ALIGNMENT // tensor.element_size()
+    return tensor.stride(3) == 1 and not any(stride % unit for stride in tensor.stride()[:3])
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a contiguous copy if vector loads do not reach it."""
+    if is_aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def sm90_limit(q: Tensor, **others: Tensor | None) -> str | None:
+    """Return why the sm_90a kernels of attention and kv_append do not take these tensors, None if
+    they do."""
+    if q.dtype != torch.bfloat16 or q.shape[-1] not in (64, 128):
+        return f"it takes bfloat16 with head_dim 64 or 128, got {q.dtype} with {q.shape[-1]}"
+    for name, tensor in {"q": q, **others}.items():
+        if tensor is not None and not is_aligned(tensor):
+            rows = "rows" if tensor.dim() == 4 else "a contiguous tensor"
+            return (
+                f"{name}: expected {rows} on {ALIGNMENT}-byte boundaries, got strides "
+                f"{tuple(tensor.stride())} at byte {tensor.data_ptr() % ALIGNMENT}"
+            )
+    return None
+
+
+def scale_limit(scale: float | None) -> str | None:
+    """Return why the sm_90a kernels do not take this scale, None if they do or there is none."""
+    if scale is None or scale > 0:
+        return None
+    return f"scale: expected a positive number, got {scale}"

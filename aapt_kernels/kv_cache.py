@@ -1,4 +1,5 @@
-"""KVCache: pinned text, pinned first frame and a ring of frames, in fixed memory (SPEC 5).
+"""KVCache: pinned text, pinned first frame and a ring of frames, in fixed memory
+(docs/method.md#5).
 
 cache = KVCache(1, layers, heads, head_dim, text_tokens=24, tokens_per_frame=40,
                 window_frames=6, dtype=torch.bfloat16)
@@ -16,19 +17,23 @@ import copy
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_dtype, check_shape
+from .checks import check_dense_rows, check_device, check_dtype, check_integer, check_shape
 
 
 class KVCache:
     """Keys and values of every layer: k and v (layers, batch, capacity, heads, head_dim), views
     of a head-major buffer.
 
-    capacity = `[text | sink | ring of window_frames + 1]`, in tokens. `step` is a () int64 tensor
-    on the device: how many frames the finished steps have appended, which is the index of the
-    frame now being made. Frame i < sink_frames lives in its pinned slot, every later frame in
-    ring slot (i - sink_frames) mod (window_frames + 1). text_lens (batch,) int64: how many of
-    the text slot's last rows are text. Nothing is ever shifted, and no step reads the counter on
-    the host.
+    capacity: `[text | sink | ring of window_frames + 1]`, in tokens. step: () int64 on the device,
+    number of frames that the finished steps have appended, so the index of the frame now being
+    made. text_lens: (batch,) int64, number of the text slot's last rows that are text.
+
+    Frame i < sink_frames is stored in its pinned slot, every later frame in ring slot
+    (i - sink_frames) mod (window_frames + 1). Nothing is ever shifted, and no step reads the
+    counter on the host.
+
+    A cache serves inside and outside of inference mode, wherever it was made. Sizes are integers
+    of any kind; TypeError or ValueError, by name, for another.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        sizes = {}
         for name, value, least in (
             ("batch", batch, 1),
             ("layers", layers, 1),
@@ -55,40 +61,46 @@ class KVCache:
             ("window_frames", window_frames, 0),
             ("sink_frames", sink_frames, 0),
         ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        self.text_tokens = text_tokens
-        self.tokens_per_frame = tokens_per_frame
-        self.window_frames = window_frames
-        self.sink_frames = sink_frames
-        # Head-major in memory: a head's keys lie in one piece, as every attention reads them.
+            sizes[name] = check_integer(name, value, least)
+        batch, layers, heads, head_dim = list(sizes.values())[:4]
+        self.text_tokens = sizes["text_tokens"]
+        self.tokens_per_frame = sizes["tokens_per_frame"]
+        self.window_frames = sizes["window_frames"]
+        self.sink_frames = sizes["sink_frames"]
+        # Head-major in memory, because every attention reads the keys of one head in one piece
         shape = (layers, batch, heads, self.capacity, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
-        self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.text_lens = torch.zeros(batch, dtype=torch.int64, device=device)
+        # A tensor of inference mode could not be written to outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+            self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+            self.step = torch.zeros((), dtype=torch.int64, device=device)
+            self.text_lens = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
     def ring_frames(self) -> int:
+        """Slots of the ring: the window and the frame being made."""
         return self.window_frames + 1
 
     @property
     def capacity(self) -> int:
-        """Tokens of one layer: text, sink and ring."""
+        """Tokens of one layer: those of text, sink and ring."""
         frames = self.sink_frames + self.ring_frames
         return self.text_tokens + frames * self.tokens_per_frame
 
     @property
     def integers(self) -> tuple[int, int, int, int]:
-        """text_tokens, tokens_per_frame, window_frames, sink_frames: as the ops take them."""
+        """text_tokens, tokens_per_frame, window_frames and sink_frames, as the ops take them."""
         return self.text_tokens, self.tokens_per_frame, self.window_frames, self.sink_frames
 
     def write_text(self, layer: int, k: Tensor, v: Tensor, text_lens: Tensor | None = None) -> None:
         """Replace one layer's text by k and v (batch, length <= text_tokens, heads, head_dim).
 
-        text_lens (batch,): how many of the first rows are text, all of them unless given; it is
-        one for all layers. They go to the end of the text slot, beside the frames, so that what a
-        frame sees is one piece of memory. The frames already in the cache stay as they were made.
+        text_lens (batch,): number of first rows that are text, all unless given; it is one for all
+        layers. Text is stored at the end of its slot, next to the frames, so that a frame sees one
+        piece of memory. The rest of the slot is zero: padding, NaN included, is forgotten. Frames
+        already in the cache stay as they were made.
+
+        Raises IndexError, ValueError or TypeError if an argument does not fit the cache.
         """
         self.check_layer(layer)
         _, batch, _, heads, head_dim = self.k.shape
@@ -105,31 +117,35 @@ class KVCache:
             check_shape("text_lens", text_lens, (batch,))
             check_dtype({"text_lens": text_lens}, (torch.int32, torch.int64))
         with torch.no_grad():
-            slot = slice(self.text_tokens - length, self.text_tokens)
             if text_lens is None:
                 self.text_lens.fill_(length)
             else:
                 self.text_lens.copy_(text_lens).clamp_(0, length)
-                shift = length - self.text_lens[:, None]
-                source = (torch.arange(length, device=k.device) - shift).clamp(min=0)
-                source = source[..., None, None].expand_as(k)
-                k, v = k.gather(1, source), v.gather(1, source)
-            self.k[layer, :, slot].copy_(k)
-            self.v[layer, :, slot].copy_(v)
+            shift = length - self.text_lens[:, None]  # rows of padding, moved to the front
+            row = torch.arange(length, device=k.device) - shift
+            source = row.clamp(min=0)[..., None, None].expand_as(k)
+            for cached, text in ((self.k, k), (self.v, v)):
+                cached[layer, :, : self.text_tokens - length].zero_()
+                text = text.gather(1, source).masked_fill_(row[..., None, None] < 0, 0)
+                cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(text)
 
     def advance(self) -> None:
         """Finish a step: the frame that every layer has appended is now part of the past."""
         self.step.add_(1)
 
     def reset(self) -> None:
-        """Forget every frame. The text stays."""
+        """Forget every frame, and NaN with it: their keys and values become zero. Text stays."""
         self.step.zero_()
+        with torch.no_grad():
+            self.k[:, :, self.text_tokens :].zero_()
+            self.v[:, :, self.text_tokens :].zero_()
 
     def clone(self) -> "KVCache":
-        """An independent copy, to branch a stream or to keep its state for training."""
+        """Return an independent copy, to branch a stream or to keep its state for training."""
         twin = copy.copy(self)
-        for name in ("k", "v", "step", "text_lens"):
-            setattr(twin, name, getattr(self, name).clone())
+        with torch.inference_mode(False), torch.no_grad():
+            for name in ("k", "v", "step", "text_lens"):
+                setattr(twin, name, getattr(self, name).clone())
         return twin
 
     def check_twin(self, other: "KVCache") -> None:
@@ -155,12 +171,12 @@ class KVCache:
 
     @property
     def past_frames(self) -> int:
-        """How many frames `prefix` gives besides the sink. Waits for the device."""
+        """Number of frames that `prefix` returns besides the sink. Waits for the device."""
         return min(self.window_frames, max(0, int(self.step) - self.sink_frames))
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Copies of one layer's `[sink | past]` keys and values, oldest first, as
-        FrameLayout(past_frames=cache.past_frames) wants them to continue the sequence in parallel:
+        """Return copies of one layer's `[sink | past]` keys and values, oldest first, with which
+        FrameLayout(past_frames=cache.past_frames) continues the sequence in parallel:
         (batch, (sink_frames + past_frames) * tokens_per_frame, heads, head_dim).
 
         Call it between steps; it waits for the device. RuntimeError before the sink is complete.
@@ -183,5 +199,19 @@ class KVCache:
         return take(self.k), take(self.v)
 
     def check_layer(self, layer: int) -> None:
+        """Raise IndexError, or TypeError for another type, unless the cache has this layer."""
+        if not isinstance(layer, (int, torch.SymInt)) and not hasattr(layer, "__index__"):
+            raise TypeError(f"layer: expected an integer, got {layer!r}")
         if not 0 <= layer < self.k.shape[0]:
             raise IndexError(f"layer: expected 0 ... {self.k.shape[0] - 1}, got {layer}")
+
+    def check_frame(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Raise IndexError, ValueError or TypeError unless each tensor is one frame of this cache,
+        (batch, tokens_per_frame, heads, head_dim)."""
+        self.check_layer(layer)
+        _, batch, _, heads, head_dim = self.k.shape
+        for name, tensor in tensors.items():
+            check_shape(name, tensor, (batch, self.tokens_per_frame, heads, head_dim), "this cache")
+        check_dense_rows(tensors)
+        check_dtype({"cache": self.k, **tensors})
+        check_device({"cache": self.k, **tensors})

@@ -1,4 +1,4 @@
-"""FrameLayout: the block-causal mask as a handful of integers (SPEC 3)."""
+"""FrameLayout: the block-causal mask as a handful of integers (docs/method.md#3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,23 +6,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_integer
+
 Interval = tuple[int, int]  # half-open
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class FrameLayout:
-    """Which tokens there are, and which of them see which.
+    """Tokens of a sequence of frames, and which token sees which.
 
     The query is `[text | frames]`. With `past_frames=None` the key is `[text | frames]` and the
-    sequence starts at frame 0; with an integer the frames continue an earlier segment and the key
-    is `[text | sink | past | frames]`, where `past` never holds a sink frame.
+    sequence starts at frame 0. With an integer the frames continue an earlier segment and the key
+    is `[text | sink | past | frames]`; `past` never holds a sink frame.
 
     A query in frame i sees all text, the sink frames (the first `sink_frames` of the sequence) up
-    to i, and frames i - window_frames ... i; `window_frames=None` is no limit. Text sees text only.
+    to i, and frames i - window_frames ... i. Text sees text only.
 
-    text_tokens: text rows, padding included; tokens_per_frame: tokens of one latent frame;
-    frames: new frames in the query; past_frames: earlier non-sink frames given as keys.
+    text_tokens: rows of text, padding included.
+    tokens_per_frame: tokens of one latent frame.
+    frames: new frames in the query.
+    window_frames: earlier frames that a frame sees besides the sink; None for all.
+    sink_frames: first frames of the sequence, which all frames see; 1 unless given.
+    past_frames: earlier non-sink frames in the key; None if the sequence starts here.
+
+    Raises TypeError for a field that is not an integer, ValueError for one out of range.
     """
 
     text_tokens: int
@@ -41,17 +49,13 @@ class FrameLayout:
             ("sink_frames", 0),
             ("past_frames", 0),
         ):
-            value = getattr(self, name)
             optional = name in ("window_frames", "past_frames")
-            if not (optional and value is None) and value < least:
-                raise ValueError(
-                    f"{name}: expected an integer >= {least}"
-                    f"{' or None' if optional else ''}, got {value}"
-                )
+            value = check_integer(name, getattr(self, name), least, optional)
+            object.__setattr__(self, name, value)  # the class is frozen
 
     @property
     def integers(self) -> tuple[int, int, int, int | None, int, int | None]:
-        """The fields in order, as the ops' schemas take them."""
+        """Fields in order, as the ops' schemas take them."""
         return (
             self.text_tokens,
             self.tokens_per_frame,
@@ -63,20 +67,22 @@ class FrameLayout:
 
     @property
     def query_length(self) -> int:
+        """Rows of the query: text and new frames."""
         return self.text_tokens + self.frames * self.tokens_per_frame
 
     @property
     def key_frames(self) -> int:
-        """Frames in the key: `[sink | past | frames]`, or `[frames]` from the start."""
+        """Frames in the key: of `[sink | past | frames]`, or of `[frames]` from the start."""
         before = 0 if self.past_frames is None else self.sink_frames + self.past_frames
         return before + self.frames
 
     @property
     def key_length(self) -> int:
+        """Rows of the key: text and all its frames."""
         return self.text_tokens + self.key_frames * self.tokens_per_frame
 
     def __str__(self) -> str:
-        """In words, for errors."""
+        """Describe the layout in words, for errors."""
         before = ""
         if self.past_frames is not None:
             before = f"{self.sink_frames} sink + {self.past_frames} past + "
@@ -87,20 +93,22 @@ class FrameLayout:
 
     @property
     def sink(self) -> Interval:
-        """The key tokens of the sink frames."""
+        """Interval of the sink frames in the key, in tokens."""
         given = self.past_frames is not None
         frames = self.sink_frames if given else min(self.sink_frames, self.frames)
         return self.text_tokens, self.text_tokens + frames * self.tokens_per_frame
 
     @property
     def prefix(self) -> Interval:
-        """The key tokens of `[sink | past]`; empty when the sequence starts here."""
+        """Interval of `[sink | past]` in the key, in tokens; empty if the sequence starts here."""
         given = self.key_frames - self.frames
         return self.text_tokens, self.text_tokens + given * self.tokens_per_frame
 
     def intervals(self, frame: int) -> tuple[Interval, Interval, Interval]:
-        """What a query in this frame (0 is the first of the query) sees: the key tokens of text,
-        sink and window. They do not overlap and may be empty."""
+        """Return the intervals of key tokens that a query in `frame` sees: text, sink and window.
+
+        Frame 0 is the first of the query. Intervals do not overlap and may be empty.
+        """
         first_frame, tokens = self.text_tokens, self.tokens_per_frame
         position = self.key_frames - self.frames + frame  # of its own frame among the key frames
         oldest = 0 if self.window_frames is None else position - self.window_frames
@@ -114,9 +122,11 @@ class FrameLayout:
 
     @property
     def mask_mod(self) -> MaskMod:
-        """The mask as a function of (batch, head, query, key) indices, for FlexAttention:
+        """Mask as a function of (batch, head, query, key) indices, for FlexAttention:
         `create_block_mask(layout.mask_mod, None, None, layout.query_length, layout.key_length)`.
-        A plain function, as it takes no methods."""
+
+        It is a plain function, because FlexAttention takes no methods.
+        """
         text, tokens = self.text_tokens, self.tokens_per_frame
         before = self.key_frames - self.frames
         window, sink = self.window_frames, self.sink_frames
@@ -132,7 +142,7 @@ class FrameLayout:
         return mask_mod
 
     def dense_mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """(query_length, key_length) bool, True where seen: for references and small problems."""
+        """Return the mask (query_length, key_length) bool, True if the query sees the key."""
         query = torch.arange(self.query_length, device=device)[:, None]
         key = torch.arange(self.key_length, device=device)
         return self.mask_mod(torch.zeros_like(key), torch.zeros_like(key), query, key)

@@ -1,5 +1,5 @@
-"""How tests compare, against a float64 oracle, by the error that plain PyTorch makes itself; and
-how benchmarks time."""
+"""Comparison of tests, against a float64 oracle, by the error of plain PyTorch itself; and timing
+of benchmarks."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +12,8 @@ from torch import Tensor
 def assert_error_ratio(
     actual: Tensor, oracle: Tensor, baseline: Tensor, name: str = "output", ratio: float = 2.0
 ) -> None:
-    """max|actual - oracle| <= ratio * max|baseline - oracle| + one rounding of the largest value.
+    """Assert max|actual - oracle| <= ratio * max|baseline - oracle| + one rounding of the largest
+    value.
 
     oracle: computed in float64; baseline: plain PyTorch in the precision of `actual`. Infinities
     must agree exactly, and NaN fails.
@@ -29,14 +30,14 @@ def assert_error_ratio(
     plain = (baseline.double() - oracle)[finite].abs().max()
     rounding = torch.finfo(actual.dtype).eps * oracle[finite].abs().max()
     bound = ratio * plain + rounding
-    # NOTE: written so that a NaN error fails.
+    # NOTE: written so that a NaN error fails
     assert error <= bound, (
         f"{name}: error {error:.3g} above {bound:.3g} (plain PyTorch {plain:.3g})"
     )
 
 
 class Times(NamedTuple):
-    """How long a call takes, in seconds: the median and the middle 60 %."""
+    """Time of a call in seconds: the median and the middle 60 %."""
 
     median: float
     p20: float
@@ -52,11 +53,11 @@ def time_by_turns(
     rounds: int = 30,
     warmup: int = 3,
 ) -> dict[str, Times]:
-    """Time calls on `device`, one of each by turns, so that all of them meet the same machine.
+    """Time calls on `device`, alternating between the functions, so that all meet one machine.
 
-    On a CUDA device: between two device events, with a cold L2. The cache is flushed by reading:
-    lines left dirty by a write would be written back inside the region that is timed. An event
-    costs a few microseconds itself; "nothing" among the functions shows how many.
+    A CUDA device is timed between two device events, with a cold L2. The cache is flushed by
+    reading, because lines left dirty by a write would be written back inside the timed region. An
+    event costs a few microseconds itself; "nothing" among the functions shows how many.
     """
     for function in functions.values():
         for _ in range(warmup):

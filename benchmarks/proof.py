@@ -74,7 +74,7 @@ def plain(**changes) -> AdversarialConfig:
 def drift() -> Experiment:
     """Extensions of one short training, equal in updates, different in the length of rollouts."""
     further = dict(steps=60, discriminator_warmup=20, overlap_frames=2)
-    longer = plain(start="short", judge="short", **further)
+    longer = plain(start="short", discriminator_start="short", **further)
     return Experiment(
         "Does training on longer rollouts stop the drift of a minute? (paper, Table 5)",
         {
@@ -120,7 +120,7 @@ def recycling(recycle: bool = True) -> Experiment:
         {
             "brief-diffusion": replace(stages["diffusion"], curriculum=brief),
             "brief-consistency": replace(stages["consistency"], start="brief-diffusion"),
-            "student": plain(start="brief-consistency", judge="brief-diffusion"),
+            "student": plain(start="brief-consistency", discriminator_start="brief-diffusion"),
         },
         replace(recipe, model=model, stages={}),
     )
@@ -139,7 +139,7 @@ def stage_three() -> Experiment:
             "paper-penalty": replace(base, penalty=1000.0),
             "logit-per-clip": replace(base, judgement="clip"),
             "average-of-tokens": replace(base, pooling="average"),
-            "judge-sees-no-past": replace(base, judge_recycled=False),
+            "judge-sees-no-past": replace(base, discriminator_recycled=False),
         },
         tiny_world(),
         beside=("regression",),

@@ -4,26 +4,28 @@
 #include <torch/csrc/stable/library.h>
 
 namespace {
-// The layout integers are FrameLayout's; q, k, v are (batch, length, heads, head_dim).
+// The layout integers are FrameLayout's, symbolic so that one compiled graph serves every length;
+// q, k, v are (batch, length, heads, head_dim).
 constexpr const char* BLOCK_CAUSAL_ATTENTION =
     "block_causal_attention(Tensor q, Tensor k, Tensor v, Tensor? text_lens, Tensor? q_sink, "
-    "int text_tokens, int tokens_per_frame, int frames, int? window_frames, int sink_frames, "
-    "int? past_frames, float scale, bool prefix_grad) -> (Tensor out, Tensor lse)";
+    "SymInt text_tokens, SymInt tokens_per_frame, SymInt frames, SymInt? window_frames, "
+    "SymInt sink_frames, SymInt? past_frames, float scale, bool prefix_grad) "
+    "-> (Tensor out, Tensor lse)";
 constexpr const char* BLOCK_CAUSAL_ATTENTION_BACKWARD =
     "block_causal_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
-    "Tensor out, Tensor lse, Tensor? text_lens, Tensor? q_sink, int text_tokens, "
-    "int tokens_per_frame, int frames, int? window_frames, int sink_frames, int? past_frames, "
-    "float scale, bool prefix_grad, bool deterministic) "
+    "Tensor out, Tensor lse, Tensor? text_lens, Tensor? q_sink, SymInt text_tokens, "
+    "SymInt tokens_per_frame, SymInt frames, SymInt? window_frames, SymInt sink_frames, "
+    "SymInt? past_frames, float scale, bool prefix_grad, bool deterministic) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_sink)";
 constexpr const char* KV_APPEND =
     "kv_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
-    "Tensor? cos_sink, Tensor? sin_sink, float eps, int text_tokens, int tokens_per_frame, "
-    "int window_frames, int sink_frames) -> (Tensor q, Tensor q_sink)";
+    "Tensor? cos_sink, Tensor? sin_sink, float eps, SymInt text_tokens, SymInt tokens_per_frame, "
+    "SymInt window_frames, SymInt sink_frames) -> (Tensor q, Tensor q_sink)";
 constexpr const char* CACHED_ATTENTION =
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
-    "Tensor? q_sink, int text_tokens, int tokens_per_frame, int window_frames, int sink_frames, "
-    "float scale) -> (Tensor out, Tensor lse)";
+    "Tensor? q_sink, SymInt text_tokens, SymInt tokens_per_frame, SymInt window_frames, "
+    "SymInt sink_frames, float scale) -> (Tensor out, Tensor lse)";
 [[maybe_unused]] constexpr const char* CAUSAL_CONV3D =
     "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
     "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, bool replicate, "

@@ -1,6 +1,9 @@
-"""The same random numbers in every test, and no more threads than there are cores."""
+"""The same random numbers in every test, and no more threads than cores."""
 
 import os
+
+# Read when PyTorch loads: threads that spin while they wait take the cores of other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`aapt bench`: speed on this machine."""
+"""`aapt bench`: measure speed on this machine."""
 
 import asyncio
 import json
@@ -15,6 +15,8 @@ from .shared import (
     InputError,
     Json,
     Model,
+    Threads,
+    bad_input,
     environment_rows,
     load,
     missing_extra,
@@ -29,14 +31,12 @@ bench = typer.Typer(help="Measure speed on this machine.")
 def bench_stream(
     model: Model = MODEL,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps.")] = 60,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="PyTorch's")
-    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ):
     """Time a stream of the model: first frames, steps, frames per second, memory.
 
-    Decoding to pixels is included, encoding to a file is not. 12 untimed steps come first.
+    Decoding to pixels is timed, encoding to a file is not. 12 untimed steps come first.
 
     \b
     Examples:
@@ -54,8 +54,9 @@ def bench_stream(
     started = time.perf_counter()
     generator = load(model)
     load_seconds = time.perf_counter() - started
-    picture = load_image(generator.sample_image())
-    first_frame, _ = fit_image(picture, generator.height, generator.width)
+    with bad_input():
+        image = load_image(generator.sample_image())
+    first_frame, _ = fit_image(image, generator.height, generator.width)
     result = speed.bench_stream(generator, first_frame, prompt_of(generator, None), steps)
     facts = {"model": model, "load_seconds": load_seconds, **result, **environment()}
     if as_json:

@@ -1,4 +1,4 @@
-"""`aapt encode`: shards of latents from videos."""
+"""`aapt encode`: make shards of latents from videos."""
 
 import json
 import math
@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from .shared import MODEL, Json, bad_input, ctrl_c, load, say, table
+from .shared import (
+    MAX_THREADS,
+    MODEL,
+    RESUMES,
+    Interrupted,
+    Json,
+    OutputError,
+    bad_input,
+    check_inputs,
+    check_out_folder,
+    check_seconds,
+    ctrl_c,
+    load,
+    say,
+    table,
+)
 
 
 def encode(
@@ -15,20 +30,21 @@ def encode(
         Path, typer.Argument(help="A folder of videos or tar shards, a .tar, or a video.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where shards of latents go.")
+        Path,
+        typer.Option("--out", "-o", metavar="FOLDER", help="The folder for shards of latents."),
     ],
     model: Annotated[
         str,
         typer.Option(
             metavar="NAME|FOLDER",
-            help="Whose VAE: a bundled model, a checkpoint, or a VAE alone such as Wan 2.1's.",
+            help="The VAE's model: bundled, a checkpoint, or a VAE alone such as Wan 2.1's.",
         ),
     ] = MODEL,
     bucket: Annotated[
         list[str] | None,
         typer.Option(
             metavar="WxH[+WxH...]",
-            help="A size of clips, or several that a video is encoded at; may be repeated.",
+            help="A size of clips, or several for each video; may be repeated.",
             show_default="the model's",
         ),
     ] = None,
@@ -36,39 +52,43 @@ def encode(
     stride: Annotated[
         float | None,
         typer.Option(
-            metavar="S", help="From one clip's start to the next.", show_default="a clip's length"
+            metavar="S",
+            help="Seconds from one clip's start to the next.",
+            show_default="a clip's length",
         ),
     ] = None,
     motion: Annotated[
-        str, typer.Option(metavar="KIND", help="What moves a clip: none, camera or pose.")
+        str, typer.Option(metavar="KIND", help="Motion read beside a video: none, camera or pose.")
     ] = "none",
     max_move: Annotated[
         float,
-        typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further a frame."),
+        typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further in a frame."),
     ] = 0.5,
     max_turn: Annotated[
         float,
         typer.Option(
-            metavar="DEGREES", min=0, help="Drop clips whose camera turns further a frame."
+            metavar="DEGREES", min=0, help="Drop clips whose camera turns further in a frame."
         ),
     ] = 15.0,
     min_score: Annotated[
         float, typer.Option(metavar="P", help="Keypoints below this score are not drawn.")
     ] = 0.3,
-    shard_clips: Annotated[int, typer.Option(metavar="N", min=1, help="Clips of a shard.")] = 256,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Threads that decode.")] = 2,
+    shard_clips: Annotated[int, typer.Option(metavar="N", min=1, help="Clips in a shard.")] = 256,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MAX_THREADS, help="Threads that decode videos.")
+    ] = 2,
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where the VAE runs: cpu, cuda, cuda:1, ...")
+        str, typer.Option(metavar="DEVICE", help="The VAE's device: cpu, cuda, cuda:1, ...")
     ] = "cpu",
     as_json: Json = False,
 ):
     """Encode videos into shards of latents to train on.
 
-    NAME.mp4 (or any container FFmpeg reads) goes with NAME.txt, its caption, or NAME.json with
-    "caption" or "captions"; with NAME.camera.txt (RealEstate10K) for camera motion and
-    NAME.keypoints.json (COCO-WholeBody) for pose motion. Clips of 1 + 4 * round(seconds * 24 / 4)
-    frames are cut at 24 fps. What cannot be used is skipped and counted; FOLDER/videos.jsonl names
-    it. The same command goes on after an interruption and makes the same bytes.
+    Beside NAME.mp4 (or any container that FFmpeg reads) stands its caption: NAME.txt, or NAME.json
+    with "caption" or "captions". Camera motion is read from NAME.camera.txt (RealEstate10K), pose
+    motion from NAME.keypoints.json (COCO-WholeBody). Clips have 1 + 4 * round(seconds * 24 / 4)
+    frames at 24 fps. A video that cannot be used is skipped and counted, and FOLDER/videos.jsonl
+    says why. After an interruption the same command resumes and makes the same bytes.
 
     \b
     Examples:
@@ -85,16 +105,16 @@ def encode(
     from ..device import move
 
     with bad_input():
+        check_inputs(videos=videos)
+        check_out_folder(out)
         vae, size, fps, patch = _autoencoder(model)
         if size is None and not bucket:
-            raise ValueError(f"bucket: expected one or more, as {model} is a VAE of no size")
+            raise ValueError(
+                f"bucket: expected one or more, got none; {model} is a VAE alone, pass --bucket WxH"
+            )
         granularity, per_latent = vae.config.space_factor * patch, vae.config.time_factor
-        for name, value in (
-            ("seconds", seconds),
-            ("stride", seconds if stride is None else stride),
-        ):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a finite number above 0, got {value:g}")
+        check_seconds("seconds", seconds)
+        check_seconds("stride", seconds if stride is None else stride)
         latent_frames = max(1, round(seconds * fps / per_latent))
         clip = 1 + per_latent * latent_frames
         config = CutConfig(
@@ -116,23 +136,26 @@ def encode(
                     videos, vae, out, config, stop=lambda: bool(interrupted), **options
                 )
         except job.EncodeError as error:
-            say(f"aapt: {error}; the same command goes on")
-            raise typer.Exit(1) from None
+            raise OutputError(f"{error}; {RESUMES}") from None
+        except KeyboardInterrupt:  # the second
+            raise Interrupted(RESUMES) from None
     if as_json:
         print(json.dumps(index, indent=2))
     else:
         table(job.summary(index))
     if not index["complete"]:
-        say("aapt: interrupted: the same command goes on")
-        raise typer.Exit(130)
+        raise Interrupted(RESUMES)
     if not index["buckets"]:
-        say(f"aapt: {videos}: no clip could be used; {out / JOURNAL} says why")
-        raise typer.Exit(1)
+        raise OutputError(f"{videos}: no clip could be used; {out / JOURNAL} says why")
 
 
 def _autoencoder(model: str):
-    """The VAE of a model with the model's size, frames per second and latent pixels along a token's
-    side; of one that stands alone the size is None, the others are the paper's."""
+    """Return a model's VAE, its size such as "128x80", frames per second, and patch: the latent
+    pixels along a token's side.
+
+    For a VAE that stands alone, the size is None, and the paper's numbers take the place of the
+    model's.
+    """
     from ..checkpoint import find_checkpoint, load_config
     from ..clock import FPS
     from ..model.config import ModelConfig

@@ -1,7 +1,6 @@
-"""The commands that measure a model and draw what training has measured."""
+"""`aapt eval` and `aapt eval-vae`: measure a model, or its decoders."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,17 +8,34 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .shared import Json, bad_input, say, table
+from .shared import (
+    MAX_SEED,
+    Json,
+    OutputError,
+    Threads,
+    bad_input,
+    check_inputs,
+    check_out_folder,
+    check_seconds,
+    printed_at_once,
+    reason,
+    say,
+    table,
+)
+
+MAX_CLIPS = 100_000
 
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a bundled model.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the report goes.")
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for the report.")
     ],
     baseline: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|FOLDER", help="Beside it; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="NAME|FOLDER", help="To compare with; may be repeated.", show_default=False
+        ),
     ] = None,
     latents: Annotated[
         Path | None,
@@ -31,9 +47,11 @@ def evaluate(
         int, typer.Option(metavar="N", help="Worlds or clips; six worlds show every theme.")
     ] = 16,
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of worlds, walks, clips, noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", max=MAX_SEED, help="Of worlds, walks, clips and noise.")
+    ] = 0,
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where models run: cpu, cuda, cuda:1, ...")
+        str, typer.Option(metavar="DEVICE", help="The models' device: cpu, cuda, cuda:1, ...")
     ] = "cpu",
     fid: Annotated[
         Path | None,
@@ -46,17 +64,18 @@ def evaluate(
 ):
     """Measure a model on long videos of worlds or clips that no training has seen.
 
-    In windows of time: sharpness, palette, distance in feature space, PSNR, and how far the camera
-    obeys, all against the rendered truth. Every second: drift. The folder gets report.json,
-    drift.png and sheet.png. A probe that reads camera motion is trained the first time, and kept
-    in the user's cache.
+    In windows of time it measures sharpness, palette, distance in feature space, PSNR, and how
+    closely the camera follows its controls, all against the rendered truth; at every second, drift.
+    The folder gets report.json, drift.png and sheet.png. A probe that reads camera motion is
+    trained the first time, and kept in the user's cache.
 
     A model that does not move as the bundled world does is measured on clips of `aapt encode`, of
-    its size and its autoencoder: pictures, captions and motion are theirs, and motion starts over
-    when a clip ends. The truth is what the autoencoder makes of them. Past its end its last frames
-    stand for it, but frame is not compared with frame; themes and obedience are left out.
+    its size and its autoencoder. Clips give the first frames, captions and motion, which is
+    repeated when a clip ends; the truth is the clip as the autoencoder decodes it. After a clip's
+    end, its last frames stand for the truth, and frames are not compared one by one. Themes and
+    controls are left out.
 
-    A diffusion checkpoint is rolled out in the steps and with the guidance of its config.json.
+    A diffusion checkpoint is rolled out with the steps and the guidance of its config.json.
 
     \b
     Examples:
@@ -73,14 +92,19 @@ def evaluate(
     settings = dict(latents=latents, starts=starts, seconds=seconds, seed=seed)
     settings |= dict(device=device, fid=fid, fvd=fvd)
     with bad_input():
+        check_seconds("seconds", seconds)
+        check_inputs(latents=latents, fid=fid, fvd=fvd)
+        check_out_folder(out)
         try:
             report = evaluate(checkpoints, out, **settings, log=say)
-        except (MissingLibrary, OSError) as error:
-            say(f"aapt: {error}")
-            raise typer.Exit(1) from None
+        except MissingLibrary as error:
+            raise OutputError(str(error)) from None
+        except OSError as error:
+            raise OutputError(reason(error)) from None
     if as_json:
         print(report.as_json())
-    else:
+        return
+    with printed_at_once():
         Console(width=None if sys.stdout.isatty() else 200).print(report.table())
 
 
@@ -91,23 +115,24 @@ def evaluate_vae(
     videos: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Where clips are cut from.", show_default="held-out worlds"
+            metavar="FOLDER", help="Videos to cut clips from.", show_default="held-out worlds"
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Of clips.", show_default="the model's")
+        str | None,
+        typer.Option(metavar="WxH", help="Size of clips.", show_default="the model's"),
     ] = None,
-    clips: Annotated[int, typer.Option(metavar="N", min=1, help="How many clips.")] = 24,
+    clips: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MAX_CLIPS, help="Number of clips.")
+    ] = 24,
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of a clip.")] = 2.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of held-out worlds.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="PyTorch's")
-    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", max=MAX_SEED, help="Of held-out worlds.")] = 0,
+    threads: Threads = None,
     as_json: Json = False,
 ):
     """Compare a light decoder with the original one: PSNR, SSIM, flicker, sharpness, time.
 
-    Both decode the same latents of clips that neither has seen, and are timed by turns on one
+    Both decode the same latents of clips that neither has seen. To be timed they alternate, one
     latent frame after the other.
 
     \b
@@ -127,14 +152,13 @@ def evaluate_vae(
         torch.set_num_threads(threads)
     with bad_input():
         bucket = Bucket.parse(size) if size else None
-        if not (math.isfinite(seconds) and seconds > 0):
-            raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
+        check_seconds("seconds", seconds)
+        check_inputs(videos=videos)
         given = dict(videos=videos, size=bucket, clips=clips, seconds=seconds, seed=seed)
         try:
             report = compare_decoders(checkpoint, **given, log=say)
-        except (MissingLibrary, OSError) as error:
-            say(f"aapt: {error}")
-            raise typer.Exit(1) from None
+        except MissingLibrary as error:
+            raise OutputError(str(error)) from None
     if as_json:
         print(json.dumps(report | environment(), indent=2))
         return

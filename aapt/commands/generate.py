@@ -1,12 +1,12 @@
-"""`aapt generate`: a video from an image, a prompt and a control script."""
+"""`aapt generate`: make a video from an image, a prompt and a control script."""
 
 import contextlib
 import dataclasses
 import itertools
-import math
 import signal
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +15,19 @@ import typer
 from rich import progress
 from rich.console import Console
 
-from .shared import MODEL, Model, bad_input, ctrl_c, load, prompt_of, say
-
-MAX_SEED = 2**63 - 1
+from .shared import (
+    MAX_SEED,
+    MODEL,
+    Interrupted,
+    Model,
+    OutputError,
+    bad_input,
+    check_seconds,
+    ctrl_c,
+    load,
+    prompt_of,
+    say,
+)
 
 
 def generate(
@@ -33,12 +43,14 @@ def generate(
     image: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="First frame: a PNG or JPEG of any size.", show_default="a sample"
+            metavar="FILE",
+            help="First frame: a PNG, JPEG, ..., cropped to fit.",
+            show_default="a sample",
         ),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What the world is.", show_default="the model's first"),
+        typer.Option(metavar="TEXT", help="The world in words.", show_default="the model's first"),
     ] = None,
     controls: Annotated[
         str | None,
@@ -47,7 +59,13 @@ def generate(
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of the video.")] = 10.0,
     model: Model = MODEL,
     seed: Annotated[
-        int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Same seed, same video.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=MAX_SEED,
+            help="Same seed, same video, on the same machine with the same number of threads.",
+        ),
     ] = 0,
     scale: Annotated[
         int | None,
@@ -70,10 +88,11 @@ def generate(
         bool, typer.Option("--original", help="With --replay: decode with the original decoder.")
     ] = False,
 ):
-    """Make a video from a picture, a prompt and a control script.
+    """Make a video from an image, a prompt and a control script.
 
     The frame count is 1 + 4 * round(seconds * 24 / 4): the first frame and whole steps. Frames are
-    written as they are made: Ctrl-C or a full disk leaves a file that plays as far as it got.
+    written as they are made: after Ctrl-C or on a full disk the file plays as far as it got. A
+    prompt that is longer than the model reads is cut, and the command says where.
 
     --replay takes first frame, prompts, controls and seed from an action log of aapt serve. On the
     same build and device the video is the one that was played, bit for bit; the command names the
@@ -83,7 +102,7 @@ def generate(
     Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
     there-and-back. A control script is a text file of '<seconds> <keys>' lines, keys from w a s d
     or - for none, or a JSON list of {"seconds": 1, "yaw": 0.5, "forward": 1}, where yaw > 0 turns
-    right. One shorter than the video starts over.
+    right. A script that is shorter than the video is repeated.
 
     \b
     Examples:
@@ -104,10 +123,9 @@ def generate(
         _replay(replay, branch, original, given, model, out, scale)
         return
     with bad_input():
-        if not (math.isfinite(seconds) and seconds > 0):
-            raise ValueError(f"seconds: expected a finite number above 0, got {seconds:g}")
+        check_seconds("seconds", seconds)
         script = load_controls(controls or "walk")
-        picture = load_image(image) if image else None
+        start = load_image(image) if image else None
         output_kind(out)
     generator = load(model)
     step_seconds = generator.frames_per_step / generator.fps
@@ -117,12 +135,12 @@ def generate(
     steps = max(1, round(seconds / step_seconds))
 
     with bad_input():
-        if picture is None:
-            picture = load_image(generator.sample_image())
-        first_frame, note = fit_image(picture, generator.height, generator.width)
+        if start is None:
+            start = load_image(generator.sample_image())
+        first_frame, note = fit_image(start, generator.height, generator.width)
         if note:
             say(f"{image or 'sample'}: {note}")
-        stream = generator.open(first_frame, prompt=prompt_of(generator, prompt), seed=seed)
+        stream = _open(generator, first_frame, prompt_of(generator, prompt), seed)
         try:
             writer = open_video(out, generator.height, generator.width, generator.fps, scale)
         except OSError as error:
@@ -184,22 +202,40 @@ def _compared(differing: list[int], steps: int) -> str:
     )
 
 
+def _open(generator, first_frame, prompt: str, seed: int):
+    """Open a stream, and say if only a part of the prompt is read."""
+    from ..model.text import prompt_cut
+
+    if cut := prompt_cut(prompt, generator.model.text_encoder.tokens):
+        say(f"aapt: {cut}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="prompt: ")  # already said
+        return generator.open(first_frame, prompt=prompt, seed=seed)
+
+
 def _undriven(generator, controls: str | None) -> Iterator:
-    """What plays a model without a camera: its prompt alone."""
+    """Return the controls of a model without a camera, which its prompt alone drives."""
     with bad_input():
         if generator.driven_by == "channels":
             raise ValueError(
                 "model: expected one that a camera or its prompt drives, got one driven by "
-                "condition channels, which StreamingGenerator's streams take"
+                "condition channels; use StreamingGenerator in Python"
             )
         if controls is not None:
-            raise ValueError(f"controls: expected none, the model has no camera, got {controls}")
+            raise ValueError(f"controls: expected none for a model without camera, got {controls}")
     return itertools.repeat(generator.still())
 
 
 @dataclasses.dataclass
 class Played:
-    """How writing a stream ended."""
+    """Says how writing a stream ended.
+
+    Attributes:
+        total_frames: Video frames that were asked for.
+        step_seconds: Latency of each step.
+        elapsed: Seconds from the first frame to the closed output.
+        error: The error of the output that stopped it, if any.
+    """
 
     writer: Any
     total_frames: int
@@ -210,7 +246,7 @@ class Played:
 
 
 def _play(stream, writer, controls, steps: int) -> Played:
-    """Write the stream's frames as they come, until the end, Ctrl-C or an output that is full."""
+    """Write frames as they are made, until the end, Ctrl-C or an output that is full."""
     total = len(stream.first_frame) + steps * stream.generator.frames_per_step
     latencies, error = [], None
     started = time.perf_counter()
@@ -239,7 +275,7 @@ def _play(stream, writer, controls, steps: int) -> Played:
 
 
 def _finish(played: Played) -> None:
-    """Say in one line what the output holds, and exit accordingly."""
+    """Say in one line what the output holds. OutputError or Interrupted if it was stopped."""
     writer, total = played.writer, played.total_frames
     if isinstance(played.error, BrokenPipeError):  # the reader has seen enough
         return
@@ -247,11 +283,9 @@ def _finish(played: Played) -> None:
     if not writer.frames:
         holds = f"nothing was kept of {writer.out}"
     if played.error:
-        say(f"aapt: {writer.out}: {played.error.strerror or played.error}: {holds}")
-        raise typer.Exit(1)
+        raise OutputError(f"{writer.out}: {played.error.strerror or played.error}: {holds}")
     if played.interrupted:
-        say(f"aapt: interrupted: {holds}")
-        raise typer.Exit(130)
+        raise Interrupted(holds)
     latency = 1e3 * statistics.median(played.step_seconds or [0.0])
     say(
         f"{writer.out}: {writer.frames} frames, {writer.frames / writer.fps:.1f} s at "
@@ -262,7 +296,10 @@ def _finish(played: Played) -> None:
 
 @contextlib.contextmanager
 def _progress(total: int):
-    """A bar on a terminal, nothing elsewhere. Yields show(frames, seconds of the last step)."""
+    """Show a bar if standard error is a terminal.
+
+    Yields show(frames, seconds of the last step).
+    """
     console = Console(stderr=True)
     columns = (
         progress.BarColumn(),

@@ -1,4 +1,4 @@
-"""`aapt info`: the model, the backend of each op, devices and versions."""
+"""`aapt info`: show the model, the backend of each op, devices and versions."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from .shared import MODEL, Json, Model, environment_rows, load, table
 
 
 def info(model: Model = MODEL, as_json: Json = False):
-    """Show the model, the backend each op runs on, devices and versions.
+    """Show the model, the backend that each op runs on, devices and versions.
 
     \b
     Examples:
@@ -47,7 +47,7 @@ def info(model: Model = MODEL, as_json: Json = False):
 
 
 def _model_facts(name: str, generator) -> dict[str, Any]:
-    """What `aapt info` tells about a generator."""
+    """Return what `aapt info` says about a generator."""
     config = generator.model.config
     rows, columns = config.token_grid(*generator.latent_size)
     parts = {"model": generator.model, "vae": generator.vae}

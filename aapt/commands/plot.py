@@ -1,11 +1,11 @@
-"""`aapt plot`: curves of what training has measured."""
+"""`aapt plot`: draw the metrics of training."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shared import bad_input, say
+from .shared import OutputError, bad_input, check_inputs, check_out_folder, reason
 
 
 def plot(
@@ -14,27 +14,35 @@ def plot(
         typer.Argument(metavar="RUN...", help="Folders of a stage or a recipe, or metrics.jsonl."),
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE.png", help="Where the picture goes.")
+        Path, typer.Option("--out", "-o", metavar="FILE.png", help="The image to write.")
     ],
 ):
-    """Draw what training has measured: losses, gradient norms and the rest, over updates.
+    """Draw the metrics of training over updates: losses, gradient norms and the rest.
 
-    Several runs lie over one another, named by their folders. The folder of a recipe stands for
-    all of its stages.
+    Curves of several runs share the panels and are named by their folders. For a recipe's folder,
+    each of its stages is a run.
 
     \b
     Examples:
       aapt plot runs/tiny-world/adversarial --out adversarial.png
       aapt plot runs/first/adversarial runs/second/adversarial --out both.png
     """
+    from ..checkpoint import replacing
     from ..media.figures import MissingLibrary, save_figure
     from ..runs.curves import plot_metrics, read_runs
 
     with bad_input():
         if out.suffix != ".png":
             raise ValueError(f"out: expected a .png file, got {out}")
+        check_out_folder(out.parent)
+        for path in runs:
+            check_inputs(runs=path)
         try:
-            save_figure(plot_metrics(read_runs(runs)), out)
-        except (MissingLibrary, OSError) as error:
-            say(f"aapt: {error}")
-            raise typer.Exit(1) from None
+            figure = plot_metrics(read_runs(runs))
+        except MissingLibrary as error:
+            raise OutputError(str(error)) from None
+    try:
+        with replacing(out) as partial:
+            save_figure(figure, partial)
+    except OSError as error:
+        raise OutputError(reason(error, str(out))) from None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import MODEL, InputError, Model, bad_input, load, missing_extra, say
+from .shared import MODEL, InputError, Model, Threads, bad_input, load, missing_extra, say
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SEND_BUFFER = 1 << 17  # bytes per connection: what the network has not taken grows stale
@@ -43,9 +43,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="URL", help="Another site whose page may connect."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="PyTorch's")
-    ] = None,
+    threads: Threads = None,
 ):
     """Serve a page to play in: keys in, video out, with rewind, branches and recordings.
 

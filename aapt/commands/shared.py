@@ -1,20 +1,42 @@
-"""What the commands share: options, and how they speak of what went wrong."""
+"""The part that commands share: options, the checks of paths, and how errors are said."""
 
 import contextlib
+import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 MODEL = "tiny-world"
+RESUMES = "the same command resumes"
+MAX_SEED = 2**63 - 1
+MAX_SECONDS = 10_000_000  # four months of video
+MAX_THREADS = 4096
+MAX_GPUS = 1_000_000
 Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, max=MAX_THREADS, help="CPU threads.", show_default="PyTorch's"
+    ),
+]
 
 
 class InputError(Exception):
-    """What a command found wrong with its input, beyond what typer checks."""
+    """Says what is wrong with the user's input, beyond the checks of typer: exit code 2."""
+
+
+class OutputError(Exception):
+    """Says why the output could not be finished: exit code 1."""
+
+
+class Interrupted(Exception):
+    """Says what Ctrl-C has left: exit code 130."""
 
 
 def missing_extra(error: ModuleNotFoundError) -> InputError:
@@ -26,21 +48,36 @@ def missing_extra(error: ModuleNotFoundError) -> InputError:
 
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
-    """Turn the ValueErrors of what reads the user's input into exit code 2."""
+    """Turn every error of reading the user's input into an InputError."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(str(error)) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(reason(error)) from None
+
+
+def reason(error: OSError, place: str = "") -> str:
+    """Return an error of the system as `path: reason`; `place` is named if it has no path."""
+    name = error.filename if error.filename is not None else place
+    said = error.strerror or str(error)
+    return f"{os.fsdecode(name)}: {said}" if name and error.strerror else said
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr)
+    """Write one line to standard error; if nobody can read it, the work continues."""
+    with contextlib.suppress(OSError):
+        print(" ".join(map(str.strip, line.splitlines())), file=sys.stderr)
 
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list instead of raising at some random place, such as the
-    middle of a write; the second raises."""
+    """Collect the first Ctrl-C in a list; the second raises KeyboardInterrupt.
+
+    The first cannot then stop a write in its middle.
+    """
     seen: list[int] = []
 
     def handle(number, _):
@@ -54,7 +91,71 @@ def ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def load(model: str, **options):
+@contextlib.contextmanager
+def printed_at_once() -> Iterator[None]:
+    """Collect what rich prints, and print it at the end.
+
+    If the reader of standard output has left, rich exits with code 1; print raises.
+    """
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    collected = io.StringIO()
+    collected.isatty = lambda: terminal  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(collected):
+        yield
+    print(collected.getvalue(), end="")
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """Raise ValueError unless a length of time is above 0 and at most MAX_SECONDS."""
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{name}: expected a finite number above 0, got {seconds:g}")
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"{name}: expected at most {MAX_SECONDS:g}, got {seconds:g}")
+
+
+def check_inputs(**paths: str | Path | None) -> None:
+    """Raise ValueError for a path that the system refuses, such as one in a locked folder.
+
+    A path that does not exist passes: the code that reads it says what it should be.
+    """
+    for name, path in paths.items():
+        if path is None:
+            continue
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{name}: cannot read {path}: Permission denied")
+
+
+def check_out_folder(folder: Path) -> None:
+    """Raise ValueError unless a folder can be made, or written in, at this path."""
+    problem = None
+    for place in (folder.absolute(), *folder.absolute().parents):
+        try:
+            os.stat(place)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            problem = error.strerror
+        else:
+            if not place.is_dir():
+                problem = f"{place} is a file"
+            elif not os.access(place, os.W_OK | os.X_OK):
+                problem = "Permission denied"
+        break
+    if problem:
+        raise ValueError(f"out: expected a folder that can be written, got {folder}: {problem}")
+
+
+def load(model: str, **options: Any):
+    """Load a StreamingGenerator; InputError if the checkpoint cannot be used.
+
+    options: of `StreamingGenerator.from_pretrained`.
+    """
     with bad_input():
         from ..streaming.generator import StreamingGenerator
 
@@ -62,18 +163,19 @@ def load(model: str, **options):
 
 
 def table(rows: list[tuple[str, str]]) -> None:
+    """Print rows of (name, value), the values in one column."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
 
 
 def prompt_of(generator, prompt: str | None) -> str:
-    """The prompt that the user gave, or the sample of the model."""
+    """Return the user's prompt, or the model's sample if there is none."""
     return generator.sample_prompt if prompt is None else prompt
 
 
 def environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of a table for the facts of `environment`."""
+    """Return rows of a table for the facts of `environment`."""
     cuda = facts["cuda"]
     devices = [f"{d['name']} (sm_{d['capability'].replace('.', '')})" for d in cuda["devices"]]
     versions = [f"{name} {version or '-'}" for name, version in facts["versions"].items()]

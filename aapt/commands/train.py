@@ -1,12 +1,26 @@
-"""The commands that encode clips and train on them."""
+"""`aapt train`: train a model by a recipe."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shared import InputError, bad_input, say
+from .shared import (
+    MAX_GPUS,
+    MAX_THREADS,
+    RESUMES,
+    InputError,
+    Interrupted,
+    OutputError,
+    bad_input,
+    check_inputs,
+    check_out_folder,
+    printed_at_once,
+    reason,
+    say,
+)
 
 
 def train(
@@ -17,30 +31,33 @@ def train(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where results go.", show_default="runs/RECIPE"),
+        typer.Option(metavar="FOLDER", help="The folder for results.", show_default="runs/RECIPE"),
     ] = None,
     workers: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Processes that render training clips.")
+        int,
+        typer.Option(
+            metavar="N", min=1, max=MAX_THREADS, help="Processes that render training clips."
+        ),
     ] = 2,
     latents: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[SET=]FOLDER",
-            help="Clips of `aapt encode`, for recipes of real data; repeated, several for a set.",
+            help="Clips of `aapt encode`, for recipes of real data; may be repeated.",
             show_default=False,
         ),
     ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="What the first stage starts from.", show_default="random weights"
+            metavar="FILE", help="Weights of the first stage.", show_default="random weights"
         ),
     ] = None,
     vae: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FOLDER",
-            help="What a light decoder is made for: a checkpoint, or diffusers' Wan.",
+            help="The autoencoder of a light decoder: a checkpoint, or diffusers' Wan.",
             show_default="tiny-world for vae-light; wan-light needs one",
         ),
     ] = None,
@@ -48,7 +65,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="What a light decoder learns from.",
+            help="Training videos of a light decoder.",
             show_default="procedural clips for vae-light; wan-light needs them",
         ),
     ] = None,
@@ -56,7 +73,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A TorchScript network by which a light decoder is compared, as for LPIPS.",
+            help="A TorchScript network for a perceptual loss of a light decoder, as for LPIPS.",
             show_default="none",
         ),
     ] = None,
@@ -72,20 +89,27 @@ def train(
     clips_at_once: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Clips of a rank that go together.", show_default="all"
+            metavar="N", min=1, help="Clips of a rank per forward pass.", show_default="all"
         ),
     ] = None,
     checkpoint_blocks: Annotated[
-        bool, typer.Option("--checkpoint-blocks", help="Compute activations twice, keep few.")
+        bool, typer.Option("--checkpoint-blocks", help="Save memory: compute activations twice.")
     ] = False,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Train nothing; print what it needs of H100 GPUs, and how."),
+        typer.Option(
+            "--plan",
+            help="Train nothing; print the H100 GPUs that training needs, and the commands.",
+        ),
     ] = False,
     gpus: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="N", min=1, help="For --plan; may be repeated.", show_default="8 and 256"
+            metavar="N",
+            min=1,
+            max=MAX_GPUS,
+            help="For --plan; may be repeated.",
+            show_default="8 and 256",
         ),
     ] = None,
     context: Annotated[
@@ -93,6 +117,7 @@ def train(
         typer.Option(
             metavar="N",
             min=1,
+            max=MAX_GPUS,
             help="GPUs that share a clip's tokens.",
             show_default="1; for --plan as few as fit",
         ),
@@ -100,14 +125,14 @@ def train(
 ):
     """Train a model by a recipe, stage after stage.
 
-    The same command goes on after an interruption: a stage whose result is in the folder is not run
-    again, and one that was stopped goes on from its last saved state, bit for bit. Each stage's
-    folder gets metrics.jsonl and sheets of samples. Under torchrun all ranks train together. The
-    last line printed is the checkpoint's folder, for --model. What --latents and --weights were is
-    kept in inputs.json; a run does not go on with others.
+    After an interruption the same command resumes: a finished stage is not run again, and a stage
+    that was stopped continues from its last saved state, bit for bit. Each stage's folder gets
+    metrics.jsonl and sheets of samples. Under torchrun all ranks train together. The last line
+    printed is the checkpoint's folder, for --model. inputs.json records --latents and --weights; a
+    run cannot be resumed with others.
 
-    The recipes vae-light and wan-light make a light decoder for an autoencoder that there is. The
-    checkpoint is then the one of --vae with that decoder.
+    The recipes vae-light and wan-light train a light decoder for an existing autoencoder. Their
+    checkpoint is that of --vae with the new decoder.
 
     \b
     Examples:
@@ -124,56 +149,77 @@ def train(
     from ..checkpoint import CheckpointError
     from ..runs import light_decoder, run
     from ..runs.inputs import Inputs
-    from ..runs.loop import Habits, TrainingError
+    from ..runs.loop import RunOptions, TrainingError
     from ..runs.parallel import Parallel
     from ..training.recipes import LIGHT_RECIPES, RECIPES
 
     for_light = {"vae": vae, "videos": videos, "perceptual": perceptual}
     for_worlds = {"stage": stage, "latents": latents, "weights": weights, "plan": plan}
+    folder = out or Path("runs") / recipe
     with bad_input():
         known = RECIPES | LIGHT_RECIPES
         if recipe not in known:
             raise ValueError(f"recipe: expected one of {', '.join(known)}, got {recipe!r}")
         for name, value in (for_worlds if recipe in LIGHT_RECIPES else for_light).items():
             if value:
-                raise ValueError(f"{name}: not for the recipe {recipe}")
+                raise ValueError(f"{name}: expected none for the recipe {recipe}, got {value}")
         names = run.stage_names(RECIPES[recipe]()) if recipe in RECIPES else []
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
         if gpus and not plan:
-            raise ValueError("gpus: expected --plan with it")
+            raise ValueError("gpus: expected with --plan only; add --plan")
         if plan:
             from ..runs.plan import print_plans
 
-            return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
-    folder = out or Path("runs") / recipe
-    habits = Habits(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
+            with printed_at_once():
+                return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
+        folders = folders_by_set(latents or (), recipe)
+        for path in (path for paths in folders.values() for path in paths):
+            check_inputs(latents=path)
+        check_inputs(weights=weights, vae=vae, videos=videos, perceptual=perceptual)
+        check_out_folder(folder)
+    options = RunOptions(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
     if recipe in LIGHT_RECIPES:
         make = partial(light_decoder.run, LIGHT_RECIPES[recipe](), folder, **for_light)
     else:
-        folders: dict[str, list[Path]] = {}
-        for given in latents or ():
-            name, _, path = given.rpartition("=")
-            folders.setdefault(name, []).append(Path(path))
-        inputs = Inputs(folders, weights)
-        make = partial(run.run, RECIPES[recipe](), folder, stage, inputs=inputs)
+        make = partial(run.run, RECIPES[recipe](), folder, stage, inputs=Inputs(folders, weights))
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)
         report = say if parallel.main else _quiet
-        done = make(report=report, parallel=parallel, workers=workers, habits=habits)
+        done = make(report=report, parallel=parallel, workers=workers, options=options)
         if parallel.main:
             print(done)
-    except (TrainingError, CheckpointError, OSError) as error:
-        say(f"aapt: {error}")
-        raise typer.Exit(1) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(reason(error)) from None
+    except (TrainingError, CheckpointError) as error:
+        raise OutputError(str(error)) from None
     except ValueError as error:  # the folder holds another recipe, clips are missing, ...
         raise InputError(str(error)) from None
+    except KeyboardInterrupt:
+        raise Interrupted(RESUMES) from None
     finally:
         if parallel:
             parallel.close()
 
 
+def folders_by_set(latents: Iterable[str], recipe: str) -> dict[str, list[Path]]:
+    """Sort what --latents was given by set; a path may hold "=" itself."""
+    from ..runs.inputs import ANY_SET
+    from ..training.recipes import RECIPES
+
+    stages = RECIPES[recipe]().stages.values() if recipe in RECIPES else ()
+    sets = {name for stage in stages for name in stage.needs}
+    folders: dict[str, list[Path]] = {}
+    for given in latents:
+        name, _, path = given.partition("=")
+        name, path = (name, path) if name in sets else (ANY_SET, given)
+        folders.setdefault(name, []).append(Path(path))
+    return folders
+
+
 def _quiet(line: str) -> None:
-    """What a rank says that is not the first."""
+    """Drop a line of a rank that is not the first."""

@@ -1,4 +1,7 @@
-"""Evaluation on held-out worlds: does a video stay sharp, keep its theme and obey the controls?"""
+"""Evaluation on worlds or clips that no training has seen.
+
+Does a video stay sharp, keep its theme and follow its controls?
+"""
 
 from .evaluation import evaluate
 from .measure import Measurement

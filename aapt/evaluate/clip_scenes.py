@@ -1,4 +1,4 @@
-"""Held-out clips of `aapt encode`: for checkpoints that no renderer tells the truth about."""
+"""Held-out clips of `aapt encode`, for checkpoints whose world no renderer knows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,23 +13,28 @@ from ..data.videos.buckets import Bucket
 from ..streaming.generator import StreamingGenerator
 from ..streaming.rollout import starting_over
 from ..vae.folder import ORIGINAL, load_vae, vae_digest
-from .footage import Footage, film, latent_statistics
 from .scenes import TRUTH, Timed
+from .video_frames import VideoFrames, decode_chosen, latent_statistics
 from .windows import WINDOWS, Window
 
 MOTIONS = {"camera": ("camera",), "channels": ("pose",), "prompt": ("none", "pose")}
 
 
-class EncodedClips:
-    """`Scenes` that begin as clips do, with their captions and their motion, which starts over when
-    a clip ends. The truth are their latents, decoded by the autoencoder that films them.
+class ClipScenes:
+    """`Scenes` that begin as clips do, with the clips' captions and motion.
 
-    folder: of clips that no training has seen. generators: by their checkpoints, all of one picture
-    size. count: of the clips, seed: chooses them; clip i is the same whatever the count.
+    The motion is repeated when a clip ends. The truth is the clip's latents, decoded by a
+    checkpoint's autoencoder.
 
-    ValueError for clips that are not latents of a checkpoint's autoencoder (light or original), are
-    not moved by what drives it, or have another size or rate; for fewer than `count` of them, and
-    for clips that end before the first window does.
+    Args:
+        folder: Encoded clips that no training has seen.
+        generators: By their checkpoints, all of one image size.
+        count: Number of clips; clip i is the same whatever the count.
+        seed: Chooses the clips.
+
+    ValueError if the clips are not latents of every checkpoint's autoencoder (light or original),
+    have another motion than the checkpoint's, another size or rate, are fewer than `count`, or end
+    before the first window does.
     """
 
     def __init__(
@@ -62,25 +67,25 @@ class EncodedClips:
         self.labels = [f"{i}" for i in range(count)]
 
     def _open(self, generator: StreamingGenerator) -> LatentShards:
-        """With motion as this generator's camera sees it."""
+        """Open the clips, with motion as this generator's camera sees it."""
         return LatentShards(self.folder, self.bucket, generator.model.camera)
 
-    def film(
+    def truth(
         self,
         generator: StreamingGenerator,
         frames: Sequence[int],
         windows: Sequence[Window],
         timed: Timed,
-    ) -> tuple[dict[str, Footage], list[Tensor]]:
+    ) -> tuple[dict[str, VideoFrames], list[Tensor]]:
         with timed(TRUTH):
             latents = self.latents.to(generator.device)
             known = [frame for frame in frames if frame <= FRAMES_PER_LATENT * self.steps]
-            truth = film(generator.vae, latents.split(1, dim=2), known)
+            truth = decode_chosen(generator.vae, latents.split(1, dim=2), known)
             statistics = latent_statistics(latents).cpu()
         covered = [window for window in windows if window.last <= self.steps]
         return {TRUTH: truth}, [statistics[:, w.first : w.last + 1] for w in covered]
 
-    def first(self, generator: StreamingGenerator) -> Tensor:
+    def first_latents(self, generator: StreamingGenerator) -> Tensor:
         return self.latents[:, :, :1].to(generator.device)
 
     def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor | None]:
@@ -89,10 +94,10 @@ class EncodedClips:
             motion = motion.to(generator.device)
         return starting_over(generator.model.channels(motion, generator.latent_size))
 
-    def obedience(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
+    def control_metrics(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
         return {}
 
-    def facts(self, truth: Footage, window: Window) -> Mapping[str, Any]:
+    def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         seconds = self.steps / STEPS_PER_SECOND
         return {
             "truth": f"{len(self.numbers)} clips of {self.folder}, {seconds:.2f} s each, as the "
@@ -107,6 +112,7 @@ def _bucket(generator: StreamingGenerator) -> str:
 def _check_fit(
     folder: Path, index: Mapping[str, Any], checkpoint: str | Path, generator: StreamingGenerator
 ) -> None:
+    """Raise ValueError unless clips with this index suit a checkpoint."""
     encoding, bucket = index["encoding"], _bucket(generator)
     if bucket not in index["buckets"]:
         raise ValueError(
@@ -123,7 +129,7 @@ def _check_fit(
     if generator.driven_by == "channels" and channels != generator.vae.config.latent_channels:
         raise ValueError(
             f"{checkpoint}: expected {generator.vae.config.latent_channels} condition channels, "
-            f"as latents of skeletons have, got {channels}"
+            f"the channels of a skeleton's latents, got {channels}"
         )
     for name, fps, frames in (
         (folder, encoding["fps"], encoding["frames_per_latent"]),

@@ -1,4 +1,4 @@
-"""A light decoder and the original one behind the same encoder, on videos neither has seen."""
+"""Compare a light decoder with the original one on videos that neither has seen."""
 
 import statistics
 import time
@@ -17,9 +17,9 @@ from ..vae import CausalVAE
 from ..vae.folder import LIGHT, ORIGINAL, load_vae
 from ..vae.pixels import to_pixels, to_video
 from . import metrics
-from .world_scenes import film_truth, held_out_starts
+from .world_scenes import held_out_starts, render_truth
 
-WARMUP = 6  # steps of each decoder before its time counts
+WARMUP = 6  # untimed steps of each decoder
 
 
 def compare_decoders(
@@ -33,25 +33,26 @@ def compare_decoders(
     steps: int = 60,
     log: Callable[[str], None] = print,
 ) -> dict:
-    """Both decoders of a checkpoint: how they reconstruct clips, and how fast they stream.
+    """Measure how both decoders of a checkpoint reconstruct clips, and how fast they stream.
 
-    `videos`: where clips are cut from, None for held-out walks of the procedural world; `size`: of
-    clips, None for the checkpoint's. For each decoder:
+    videos: videos to cut clips from; None for held-out walks through the rendered world. size: of
+    the clips; None for the checkpoint's. For each decoder the result holds:
 
         psnr: dB, over all pixels.
-        ssim: Structural similarity, mean over frames (torchmetrics).
-        flicker: Mean absolute difference, in shares of the full range, between how the decoded
-            pixel changes from a frame to the next and how the true one does.
-        sharpness: Mean absolute difference of horizontal neighbours, in the same shares.
+        ssim: Structural similarity, mean over video frames (torchmetrics).
+        flicker: Mean absolute difference between the change of a decoded pixel from one video frame
+            to the next and the change of the true pixel, as a share of the full range.
+        sharpness: Mean absolute difference of horizontal neighbours, as a share of the full range.
         step_ms: Median time of one latent frame in a stream, batch 1.
 
-    Of both, `agreement` is the PSNR of one with the other as truth, and `speedup` the median over
-    turns of the original's time over the light one's; `sharpness` is the truth's. ValueError for a
-    checkpoint with one decoder alone.
+    `agreement` is the PSNR between the two decoders, and `sharpness` the truth's. `speedup` is the
+    median over steps of the original's time divided by the light decoder's. ValueError if the
+    checkpoint has one decoder alone.
     """
     if ORIGINAL not in load_config(find_checkpoint(checkpoint)):
         raise ValueError(
-            f"{checkpoint}: expected a light decoder and the original one, got one alone"
+            f"{checkpoint}: expected a light decoder and the original one, got one alone; "
+            "`aapt train vae-light` makes a checkpoint with both"
         )
     vaes = {"original": load_vae(checkpoint, ORIGINAL), "light": load_vae(checkpoint, LIGHT)}
     for vae in vaes.values():
@@ -61,11 +62,11 @@ def compare_decoders(
     frames = 1 + vaes["light"].config.time_factor * latents
     if videos is None:
         starts = held_out_starts(clips, latents, seed)
-        truth = film_truth(starts, range(frames), size.height, size.width).pixels
+        truth = render_truth(starts, range(frames), size.height, size.width).pixels
     else:
         truth = torch.stack(list(video_clips(videos, size, frames, clips, fps=FPS, report=log)))
     decoded, latent = _decode(vaes, truth)
-    step_ms, speedup = time_by_turns(vaes, latent, steps)
+    step_ms, speedup = time_alternating(vaes, latent, steps)
     return {
         "checkpoint": str(checkpoint),
         "clips": len(truth),
@@ -87,7 +88,10 @@ def compare_decoders(
 
 
 def quality(video: Tensor, truth: Tensor) -> dict[str, float]:
-    """Of a decoded video, both uint8 (clips, F, H, W, 3), see `compare_decoders`."""
+    """Measure a decoded video against the truth, both uint8 (clips, F, H, W, 3).
+
+    The metrics are those of `compare_decoders`.
+    """
     return {
         "psnr": metrics.psnr(video, truth),
         "ssim": ssim(video, truth),
@@ -97,20 +101,24 @@ def quality(video: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def flicker(video: Tensor, truth: Tensor) -> float:
-    """Mean |(v[t+1] - v[t]) - (truth[t+1] - truth[t])| of uint8 (clips, F, H, W, 3), in shares of
-    the full range: nothing where the error stands still."""
+    """Compute the mean |(v[t+1] - v[t]) - (truth[t+1] - truth[t])| of uint8 (clips, F, H, W, 3).
+
+    It is a share of the full range, and 0 if the error does not change with time.
+    """
     total = sum((a.int() - b.int()).diff(dim=0).abs().sum().item() for a, b in zip(video, truth))
     return total / 255 / truth[:, 1:].numel()
 
 
 def ssim(video: Tensor, truth: Tensor) -> float:
-    """Mean structural similarity of frames (Wang et al., 2004); MissingLibrary without
-    torchmetrics."""
+    """Compute the mean structural similarity of video frames (Wang et al., 2004).
+
+    MissingLibrary without torchmetrics.
+    """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError:
         raise MissingLibrary(
-            "torchmetrics: expected to be installed, which SSIM needs: pip install 'aapt[train]'"
+            "torchmetrics: expected to be installed, for SSIM; pip install 'aapt[train]'"
         ) from None
     scores = [
         structural_similarity_index_measure(
@@ -123,7 +131,10 @@ def ssim(video: Tensor, truth: Tensor) -> float:
 
 @torch.inference_mode()
 def _decode(vaes: dict[str, CausalVAE], truth: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What each makes of the same latents, uint8 like the truth, and the last clip's latents."""
+    """Encode the truth and decode it with each decoder.
+
+    Returns videos by decoder, uint8 like the truth, and the last clip's latents.
+    """
     decoded = {name: [] for name in vaes}
     for clip in truth:
         latent = vaes["original"].encode(to_video(clip[None]))
@@ -133,11 +144,14 @@ def _decode(vaes: dict[str, CausalVAE], truth: Tensor) -> tuple[dict[str, Tensor
 
 
 @torch.inference_mode()
-def time_by_turns(
+def time_alternating(
     vaes: dict[str, CausalVAE], latent: Tensor, steps: int
 ) -> tuple[dict[str, float], float]:
-    """Median milliseconds of a streamed latent frame of each, and the original's over the light
-    one's. The two take turns, so that what else the machine does falls on both."""
+    """Time both decoders on a stream of latent frames.
+
+    They alternate, so that other work on the machine slows both. Returns the median milliseconds of
+    each, and the median of the original's time divided by the light decoder's.
+    """
     states = {name: vae.decode_frame(latent[:, :, :1])[1] for name, vae in vaes.items()}
     times = {name: [] for name in vaes}
     for step in range(WARMUP + steps):
@@ -155,5 +169,7 @@ def time_by_turns(
 def _own_size(checkpoint: str | Path) -> Bucket:
     config = load_config(find_checkpoint(checkpoint))
     if "width" not in config:
-        raise ValueError(f"size: expected WIDTHxHEIGHT, {checkpoint} has none of its own")
+        raise ValueError(
+            f"size: expected WIDTHxHEIGHT, got none, and {checkpoint} has no size; pass --size WxH"
+        )
     return Bucket(config["width"], config["height"])

@@ -1,4 +1,4 @@
-"""A figure of the drift: what an evaluation measured over time, a line per checkpoint."""
+"""A figure of the drift: an evaluation's metrics over time, one line per checkpoint."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ AXES = (("yaw", "yaw_correlation", "-", "o"), ("forward", "forward_correlation",
 
 
 def plot_drift(report: Report) -> Figure:
-    """Panels over the seconds of video. The truth is grey; dotted lines are what chance gives. That
-    of obedience is only there where a probe has read the motion."""
+    """Draw panels of metrics over the seconds of video.
+
+    The truth is grey; dotted lines show the values by chance. The panel of controls is drawn only
+    if a probe has read the motion.
+    """
     figure, axes = new_figure(len(PANELS) + (report.probe is not None), columns=3)
     colours = {TRUTH: MUTED, **dict(zip(report.checkpoints, cycle(COLOURS)))}
     for axis, (metric, title) in zip(axes, PANELS):
@@ -44,7 +47,7 @@ def plot_drift(report: Report) -> Figure:
             _chance(axis, report.other_theme, "another theme")
         axis.set_ylim(bottom=0)
     if report.probe is not None:
-        _obedience(axes[-1], report, colours)
+        _controls(axes[-1], report, colours)
     for axis in axes:
         axis.set_xlim(left=0)
         axis.set_xlabel("seconds of video", fontsize=8)
@@ -54,15 +57,16 @@ def plot_drift(report: Report) -> Figure:
 
 
 def _chance(axis: Axes, height: float | None, label: str) -> None:
+    """Draw a dotted line at the height that chance gives, if it is known."""
     if height is not None:
         axis.axhline(height, color=MUTED, linestyle=":", linewidth=1)
         place = axis.get_yaxis_transform()  # from edge to edge across, data units upwards
         axis.text(0.99, height, label, transform=place, ha="right", va="bottom", fontsize=7)
 
 
-def _obedience(axis: Axes, report: Report, colours: dict[str, str]) -> None:
-    """Correlations of commanded and realised motion in each window, at its middle."""
-    axis.set_title("control obedience (correlation)", fontsize=10)
+def _controls(axis: Axes, report: Report, colours: dict[str, str]) -> None:
+    """Draw the correlation of commanded and realised motion at the middle of each window."""
+    axis.set_title("controls followed (correlation)", fontsize=10)
     windows = [window for window in WINDOWS if window.name in report.windows]
     middles = [window.middle for window in windows]
     for name, field, line, marker in AXES:

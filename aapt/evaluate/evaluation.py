@@ -1,7 +1,8 @@
-"""Measures checkpoints on starts they have not seen, beside the truth."""
+"""Measure checkpoints on starts that no training has seen, beside the truth."""
 
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,22 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..clock import FPS, FRAMES_PER_LATENT, SHEET_SECONDS, STEPS_PER_SECOND
+from ..checkpoint import replacing
+from ..clock import FPS, FRAMES_PER_LATENT, STEPS_PER_SECOND
 from ..device import move
 from ..environment import environment
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..media.figures import new_figure, path_labels, save_figure
 from ..streaming.generator import StreamingGenerator
-from .clip_scenes import EncodedClips
+from .clip_scenes import ClipScenes
 from .drift_plot import plot_drift
-from .footage import Footage
-from .measure import Measurement, Stretch, measure, timeline
+from .measure import MeasuredFrames, Measurement, Timeline, measure, timeline
 from .motion_probe import ProbeConfig
 from .pretrained import PretrainedDistance
 from .report import Report
-from .scenes import AUTOENCODER, TRUTH, Scenes, film_rollout
-from .windows import WINDOWS, drift_frames, nearest
-from .world_scenes import Walks, held_out_starts
+from .scenes import AUTOENCODER, TRUTH, Scenes, roll_out_scenes
+from .video_frames import VideoFrames
+from .windows import WINDOWS, Schedule, Window, drift_frames, shifted_inside
+from .world_scenes import WorldScenes, held_out_starts
+
+Videos = dict[str, VideoFrames]  # by source
+Statistics = dict[str, list[Tensor]]  # `latent_statistics` of each window, by source
 
 
 def evaluate(
@@ -44,23 +49,27 @@ def evaluate(
     cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
-    """Roll out checkpoints from held-out starts and measure them; writes `report.json`,
-    `drift.png` and `sheet.png` into `out`.
+    """Roll out checkpoints from held-out starts and measure them.
+
+    Writes `report.json`, `drift.png` and `sheet.png` into `out`.
 
     Args:
-        checkpoints: Folders, or names of bundled models; all see the same starts and noise, and
-            are told apart by the ends of their paths.
-        latents: A folder of encoded clips to start from, which any checkpoint can be measured on
-            (see `EncodedClips`); None for worlds, which the bundled one moves in. Of clips there is
-            no truth past their end, and no theme and no commanded motion that could be checked.
-        starts: How many; six worlds show every theme.
-        seconds: Length of a rollout. Windows that it does not reach the end of are left out.
+        checkpoints: Folders, or names of bundled models. All get the same starts and noise; in the
+            report each is named by the end of its path.
+        latents: A folder of encoded clips to start from, which suit any checkpoint (see
+            `ClipScenes`); None for worlds, which suit those that move as the bundled one. After a
+            clip's end there is no truth; themes and controls are not checked on clips.
+        starts: Number of worlds or clips; six worlds show every theme.
+        seconds: Length of a rollout. A window that ends later is left out.
         seed: Chooses worlds and walks, or clips, and noise.
-        device: Where the checkpoints run; metrics are computed on the CPU.
+        device: The checkpoints' device; metrics are computed on the CPU.
         fid, fvd: TorchScript files, see `PretrainedDistance`.
-        probe: How the motion probe is trained, None for the usual way.
-        cache: Where the probe is kept from evaluation to evaluation, None for the user's cache.
-        log: Told what is done and how long it took.
+        probe: How the motion probe is trained; None for the defaults.
+        cache: Folder that keeps the probe for the next evaluation; None for the user's cache.
+        log: Called with one line per finished part.
+
+    Raises ValueError for settings or checkpoints that do not fit, OSError if `out` cannot be
+    written.
     """
     steps = _steps(seconds)
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
@@ -68,67 +77,26 @@ def evaluate(
     generators = dict(zip(names, loaded.values(), strict=True))
     sizes = {(g.height, g.width) for g in generators.values()}
     if len(sizes) > 1:
-        raise ValueError(f"checkpoints: expected one picture size, got {sizes}")
+        raise ValueError(f"checkpoints: expected one image size, got {sizes}")
     scenes: Scenes
     if latents is None:
         walks = held_out_starts(starts, steps, seed)
-        scenes = Walks(walks, loaded, probe or ProbeConfig(), cache or cache_folder())
+        scenes = WorldScenes(walks, loaded, probe or ProbeConfig(), cache or cache_folder())
     else:
-        scenes = EncodedClips(latents, loaded, starts, seed)
+        scenes = ClipScenes(latents, loaded, starts, seed)
     files = {"fid": fid, "fvd": fvd}
     networks = [PretrainedDistance(kind, path) for kind, path in files.items() if path]
     new_figure(1, 1)  # a missing library is said before the work, not after it
-    windows = [window for window in WINDOWS if window.last <= steps]
-    moments = [s for s in SHEET_SECONDS if s * FPS <= steps * FRAMES_PER_LATENT]
-    drift_seconds = range(1, steps // STEPS_PER_SECOND + 1)
-    true_seconds = range(1, min(steps, scenes.steps) // STEPS_PER_SECOND + 1)
-    stretches = [*(window.frames for window in windows), *map(drift_frames, drift_seconds)]
-    frames = sorted({s * FPS for s in moments}.union(*stretches))
-    true_frames = sorted(set(frames).union(*(nearest(s, scenes.steps) for s in stretches)))
-    seconds_taken: dict[str, float] = {}
-
-    def each_second(film: Footage, seconds: Sequence[int]) -> list[Stretch]:
-        return [Stretch.of(film[drift_frames(second)]) for second in seconds]
-
-    @contextmanager
-    def timed(part: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        seconds_taken[part] = round(time.perf_counter() - begun, 2)
-        log(f"{part}: {seconds_taken[part]:.1f} s")
+    schedule = Schedule(steps, scenes.steps)
 
     out.mkdir(parents=True, exist_ok=True)
-    films, real = scenes.film(next(iter(generators.values())), true_frames, windows, timed)
-    truth, statistics = films[TRUTH], {TRUTH: real}
-    steady = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(true_seconds), -1)
-    lasting = each_second(truth, true_seconds)
-    timelines = {TRUTH: timeline(lasting, lasting, true_seconds, steady)}
-    for name, generator in generators.items():
-        with timed(f"{name} rollout"):
-            films[name], made = film_rollout(generator, scenes, steps, frames, seed)
-        statistics[name] = [made[:, window.first : window.last + 1] for window in windows]
-        made = made[:, [STEPS_PER_SECOND * second for second in drift_seconds]]
-        each = each_second(films[name], drift_seconds)
-        timelines[name] = timeline(each, lasting, drift_seconds, made)
-
-    with timed("metrics"):
-        measured = {}
-        for place, window in enumerate(windows):
-            real = Stretch.of(truth[nearest(window.frames, scenes.steps)][:, 1:])
-            over = window.last > scenes.steps
-            measured[window.name] = {
-                name: Measurement()
-                if name == TRUTH and over
-                else measure(
-                    film[window.frames],
-                    real,
-                    statistics[name][place] if name in statistics else None,
-                    scenes,
-                    window,
-                    networks if name != TRUTH else (),
-                )
-                for name, film in films.items()
-            }
+    parts = PartTimes(log)
+    videos, statistics, timelines = _make_videos(generators, scenes, schedule, seed, parts)
+    with parts("metrics"):
+        measured = {
+            window.name: _measure_window(place, window, videos, statistics, scenes, networks)
+            for place, window in enumerate(schedule.windows)
+        }
     given = {"latents": latents, **files}
     report = Report(
         checkpoints={name: str(folder) for name, folder in zip(names, checkpoints)},
@@ -136,26 +104,53 @@ def evaluate(
         | {kind: str(path) for kind, path in given.items() if path},
         windows=measured,
         timelines=timelines,
-        seconds_taken=seconds_taken,
+        seconds_taken=parts.seconds,
         environment=environment(),
-        **scenes.facts(truth, windows[-1]),
+        **scenes.report_fields(videos[TRUTH], schedule.windows[-1]),
     )
-    (out / "report.json").write_text(report.as_json() + "\n")
-    save_figure(plot_drift(report), out / "drift.png")
-    shown = {name: films[name] for name in (*generators, TRUTH)}
-    _sheet(scenes, shown, moments).save(out / "sheet.png")
+    shown = {name: videos[name] for name in (*generators, TRUTH)}
+    _write(report, _sheet(scenes, shown, schedule.sheet_seconds), out)
     return report
 
 
 def cache_folder() -> Path:
-    """Where a user's programs keep what they can make again (XDG base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aapt"
+    """Return the user's folder for files that can be made again (XDG base directories).
+
+    A user without a home gets a folder among the temporary files.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given and os.path.isabs(given):
+        return Path(given) / "aapt"
+    try:
+        return Path.home() / ".cache" / "aapt"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"aapt-{os.getuid()}"
+
+
+class PartTimes:
+    """Measures the parts of an evaluation: `with parts("metrics"): ...`.
+
+    Attributes:
+        seconds: Wall time of each finished part, by its name.
+    """
+
+    def __init__(self, log: Callable[[str], None]):
+        self.log = log
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[part] = round(time.perf_counter() - begun, 2)
+        self.log(f"{part}: {self.seconds[part]:.1f} s")
 
 
 def _steps(seconds: float) -> int:
-    """Latent frames of a rollout; refuses one too short for the first window."""
+    """Return the latent frames of a rollout; ValueError if it is too short for the first window."""
     shortest = WINDOWS[0].last
-    steps = round(seconds * FPS / FRAMES_PER_LATENT) if math.isfinite(seconds) else 0
+    frames = seconds * FPS
+    steps = round(frames / FRAMES_PER_LATENT) if math.isfinite(frames) else 0
     if steps < shortest:
         needed = shortest * FRAMES_PER_LATENT / FPS
         raise ValueError(f"seconds: expected at least {needed:.2f}, got {seconds}")
@@ -169,20 +164,90 @@ def _load(folder: str | Path, device: str | torch.device) -> StreamingGenerator:
     return generator
 
 
-def _sheet(scenes: Scenes, films: Mapping[str, Footage], moments: Sequence[int]) -> Image.Image:
-    """Starts at the seconds of `moments`; black where there is no truth any more."""
+def _make_videos(
+    generators: Mapping[str, StreamingGenerator],
+    scenes: Scenes,
+    schedule: Schedule,
+    seed: int,
+    parts: PartTimes,
+) -> tuple[Videos, Statistics, dict[str, Timeline]]:
+    """Make the truth and every checkpoint's rollout.
 
-    def shown(film: Footage) -> Tensor:
-        pixels = film.pixels.new_zeros(len(film.pixels), len(moments), *film.pixels.shape[2:])
-        kept = [place for place, second in enumerate(moments) if FPS * second in film.frames]
-        pixels[:, kept] = film[[FPS * moments[place] for place in kept]]
+    Returns by source: the video frames that are measured, the statistics of latents in each window,
+    and the measurements of each second. The autoencoder has video frames alone.
+    """
+    first = next(iter(generators.values()))
+    videos, real = scenes.truth(first, schedule.true_frames, schedule.windows, parts)
+    true_seconds = schedule.true_seconds
+    # The truth has statistics of windows alone: their mean is taken for every second.
+    mean = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(true_seconds), -1)
+    truth = _each_second(videos[TRUTH], true_seconds)
+    statistics, timelines = {TRUTH: real}, {TRUTH: timeline(truth, truth, true_seconds, mean)}
+    seconds = schedule.drift_seconds
+    for name, generator in generators.items():
+        with parts(f"{name} rollout"):
+            videos[name], made = roll_out_scenes(
+                generator, scenes, schedule.steps, schedule.frames, seed
+            )
+        statistics[name] = [made[:, window.first : window.last + 1] for window in schedule.windows]
+        made = made[:, [STEPS_PER_SECOND * second for second in seconds]]
+        timelines[name] = timeline(_each_second(videos[name], seconds), truth, seconds, made)
+    return videos, statistics, timelines
+
+
+def _each_second(video: VideoFrames, seconds: Sequence[int]) -> list[MeasuredFrames]:
+    return [MeasuredFrames.of(video[drift_frames(second)]) for second in seconds]
+
+
+def _measure_window(
+    place: int,
+    window: Window,
+    videos: Videos,
+    statistics: Statistics,
+    scenes: Scenes,
+    networks: Sequence[PretrainedDistance],
+) -> dict[str, Measurement]:
+    """Measure every source in the window with the number `place`.
+
+    If the truth ends before the window does, nothing is measured of the truth.
+    """
+    truth = videos[TRUTH][shifted_inside(window.frames, scenes.steps)][:, 1:]
+    real = MeasuredFrames.of(truth)
+    found = {}
+    for name, video in videos.items():
+        if name == TRUTH and window.last > scenes.steps:
+            found[name] = Measurement()
+            continue
+        latents = statistics[name][place] if name in statistics else None
+        compared = () if name == TRUTH else networks
+        found[name] = measure(video[window.frames], real, latents, scenes, window, compared)
+    return found
+
+
+def _write(report: Report, sheet: Image.Image, out: Path) -> None:
+    """Write the files of an evaluation, each whole or not at all."""
+    with replacing(out / "report.json") as path:
+        path.write_text(report.as_json() + "\n")
+    with replacing(out / "drift.png") as path:
+        save_figure(plot_drift(report), path)
+    with replacing(out / "sheet.png") as path:
+        sheet.save(path, "png")
+
+
+def _sheet(scenes: Scenes, videos: Videos, seconds: Sequence[int]) -> Image.Image:
+    """Draw every start at some seconds; black after the end of the truth."""
+
+    def shown(video: VideoFrames) -> Tensor:
+        pixels = video.pixels.new_zeros(len(video.pixels), len(seconds), *video.pixels.shape[2:])
+        kept = [place for place, second in enumerate(seconds) if FPS * second in video.numbers]
+        pixels[:, kept] = video[[FPS * seconds[place] for place in kept]]
         return pixels
 
-    videos = {name: shown(film) for name, film in films.items()}
+    rows = {name: shown(video) for name, video in videos.items()}
     groups = [
-        [(f"{label}\n{name}", video[i]) for name, video in videos.items()]
+        [(f"{label}\n{name}", frames[i]) for name, frames in rows.items()]
         for i, label in enumerate(scenes.labels)
     ]
-    height = next(iter(videos.values())).shape[2]
-    columns = [f"{second} s" for second in moments]
+    height = next(iter(rows.values())).shape[2]
+    columns = [f"{second} s" for second in seconds]
     return contact_sheet(groups, columns, max(1, SHOWN_ROWS // height))

@@ -1,11 +1,12 @@
-"""How far generated pictures are from real ones, in a feature space that needs no weights.
+"""Distance between generated and real images, in a feature space that needs no weights.
 
-A feature is something one can name: how much luma changes from a pixel to its neighbour across,
-below, a moment later, or further away, how much colour changes, and the mean colours, each in the
-top, middle and bottom of the picture and at three scales. Blur and frozen pictures lower the
-changes, noise and seams raise them, repeated patches lower those between distant pixels, and a
-washed-out or foreign palette moves the colours. The space is the same for every checkpoint,
-autoencoder and picture size.
+Each feature has a name: how much luma changes from a pixel to its neighbour to the right, below, a
+frame later, or further away; how much colour changes; and the mean colours. All are taken in the
+top, middle and bottom of the image. Changes to neighbours are taken at three scales, the others at
+the coarsest.
+Blur and frozen images lower the changes; noise and seams raise them. Repeated patches lower changes
+between distant pixels, and a washed-out or foreign palette moves the colours. The space is the same
+for every checkpoint, autoencoder and image size.
 """
 
 import torch
@@ -16,16 +17,16 @@ from ..vae.pixels import to_video
 
 BANDS = 3
 SCALES = 3  # each half as fine as the one before
-LAGS = 8, 4, 2  # parts of the picture's width
-FAINT = 0.01  # of the range of luma: changes below it are equal to a logarithm
-LEAST_DEVIATION = 0.02  # of a real feature: one that never varies must not outweigh the others
+LAGS = 8, 4, 2  # distances between compared pixels: the image's width over these
+FAINT = 0.01  # of the range of luma: the logarithm hardly sees smaller changes
+LEAST_DEVIATION = 0.02  # of a real feature: one that never varies would outweigh the others
 
 
 @torch.no_grad()
 def describe(clips: Tensor) -> Tensor:
-    """Features (N, 54) of clips of two successive frames, uint8 (N, 2, H, W, 3)."""
+    """Compute features (N, 54) of pairs of successive video frames, uint8 (N, 2, H, W, 3)."""
     red, green, blue = to_video(clips).unbind(dim=1)
-    # Luma and two opponents, which colour alone moves.
+    # Luma and two opponent channels, which only colour moves.
     x = torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], dim=1) / 2
     changes, colours = [], []
     for scale in range(SCALES):
@@ -45,16 +46,16 @@ def describe(clips: Tensor) -> Tensor:
 
 
 def bands(x: Tensor) -> Tensor:
-    """Means (N, 3) over the top, middle and bottom of x (N, frames, H, W)."""
+    """Average x (N, frames, H, W) over its top, middle and bottom: (N, 3)."""
     return torch.stack([part.mean(dim=(1, 2, 3)) for part in x.tensor_split(BANDS, dim=2)], dim=1)
 
 
 def feature_distance(features: Tensor, real: Tensor) -> float:
-    """Frechet distance of two sets of features (N, D) and (M, D), in deviations of real ones.
+    """Compute the Frechet distance of features (N, D) from real ones (M, D), in real deviations.
 
-    The features count as independent Gaussians, the root mean square over them is returned:
-    sqrt(mean_d((m_d - m'_d)^2 + (s_d - s'_d)^2) / s'_d^2). Covariances, which the full distance
-    also compares, cannot be had from the few independent videos of one moment.
+    Features count as independent Gaussians; returned is the root mean square over features,
+    sqrt(mean_d(((m_d - m'_d)^2 + (s_d - s'_d)^2) / s'_d^2)). The full distance also compares
+    covariances, which the few independent videos of one moment cannot give.
     """
     if features.shape[1:] != real.shape[1:]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How a video changes with time: every second of it measured on its own."""
+"""Measure videos against the truth: in windows, and second by second."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from .windows import Window
 
 @dataclass(frozen=True)
 class Timeline:
-    """A source at each of `seconds`, over all starts: the last latent frame, or the last two video
-    frames, of each second.
+    """Measurements of one source of videos at each of `seconds`, over all starts.
+
+    At each second the last latent frame and the last two video frames are measured.
 
     Attributes:
         latent_offset, latent_deviation: See `latent_statistics`.
-        sharpness: Mean horizontal gradient over that of the truth at the same time.
-        palette_error: Of sky and ground against the truth at the same time, in 0 to 1; None when
-            that is over.
-        feature_distance: From the truth of all seconds together, see `feature_distance`. That of
-            the truth is how far the few videos of one second are from all by chance.
+        sharpness: Mean horizontal gradient, divided by the truth's at the same time.
+        palette_error: Error of the colours of sky and ground against the truth at the same time, 0
+            to 1; None after the end of the truth.
+        feature_distance: From the truth of all seconds together, see `feature_distance`. For the
+            truth itself it is the distance by chance of one second's few videos from all.
     """
 
     seconds: list[int]
@@ -40,76 +41,81 @@ class Timeline:
 
 
 def timeline(
-    film: Sequence[Stretch], truth: Sequence[Stretch], seconds: Sequence[int], latents: Tensor
+    video: Sequence[MeasuredFrames],
+    truth: Sequence[MeasuredFrames],
+    seconds: Sequence[int],
+    latents: Tensor,
 ) -> Timeline:
-    """Measures a source, a stretch for each second, whose `latent_statistics` at the seconds are
-    (starts, len(seconds), 2). truth: a stretch for each second that it lasts, one or more; the last
-    stands for those after it."""
-    real = torch.cat([clips.features for clips in truth])
+    """Measure a source of videos second by second.
+
+    video: one per second. truth: one per second of the truth, at least one; later seconds are
+    compared with the last. latents: `latent_statistics` (starts, len(seconds), 2) at the seconds.
+    """
+    real = torch.cat([frames.features for frames in truth])
     offset, deviation = latents.double().mean(dim=0).T.tolist()
-    after = len(film) - len(truth)
+    after = len(video) - len(truth)
     nearest = [*truth, *[truth[-1]] * after]
-    errors = [metrics.palette_error(a.palette, b.palette) for a, b in zip(film, truth)]
+    errors = [metrics.palette_error(a.palette, b.palette) for a, b in zip(video, truth)]
     return Timeline(
         seconds=list(seconds),
         latent_offset=offset,
         latent_deviation=deviation,
-        sharpness=[clips.sharpness_over(true) for clips, true in zip(film, nearest, strict=True)],
+        sharpness=[one.sharpness_over(true) for one, true in zip(video, nearest, strict=True)],
         palette_error=errors + [None] * after,
-        feature_distance=[feature_distance(clips.features, real) for clips in film],
+        feature_distance=[feature_distance(one.features, real) for one in video],
     )
 
 
 def measure(
     video: Tensor,
-    truth: Stretch,
+    truth: MeasuredFrames,
     latents: Tensor | None,
     scenes: Scenes,
     window: Window,
     networks: Sequence[PretrainedDistance] = (),
 ) -> Measurement:
-    """One window of a video source, uint8 (starts, 1 + 4 T, H, W, 3), against the truth without the
-    first frame, which is only there for the motion of the second.
+    """Measure one window of a source of videos, uint8 (starts, 1 + 4 T, H, W, 3).
 
-    latents: `latent_statistics` of its latent frames (starts, T, 2), None where it has none.
+    The first video frame only serves to read the motion of the second; the truth comes without it.
+    latents: `latent_statistics` (starts, T, 2) of the window; None if the source has no latents.
     """
-    clips = Stretch.of(video[:, 1:])
-    frames = clips.video.shape[1]
-    distances = {n.kind: n(clips.video, truth.video) for n in networks if frames >= n.frames}
+    found = MeasuredFrames.of(video[:, 1:])
+    count = found.video.shape[1]
+    distances = {n.kind: n(found.video, truth.video) for n in networks if count >= n.frames}
     paired = {}
     if window.last <= scenes.steps:
-        psnr = metrics.psnr(clips.video, truth.video)
+        psnr = metrics.psnr(found.video, truth.video)
         paired["psnr"] = psnr if math.isfinite(psnr) else None
-        paired["palette_error"] = metrics.palette_error(clips.palette, truth.palette)
+        paired["palette_error"] = metrics.palette_error(found.palette, truth.palette)
     return Measurement(
         latent_offset=None if latents is None else latents[..., 0].mean().item(),
         latent_deviation=None if latents is None else latents[..., 1].mean().item(),
-        sharpness=clips.sharpness_over(truth),
-        feature_distance=feature_distance(clips.features, truth.features),
+        sharpness=found.sharpness_over(truth),
+        feature_distance=feature_distance(found.features, truth.features),
         **paired,
         **distances,
-        **scenes.obedience(video, clips.palette, window),
+        **scenes.control_metrics(video, found.palette, window),
     )
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One video source in one time window, over all starts; None where it does not apply.
+    """Measurements of one source of videos in one window, over all starts.
 
-    Where the truth ends before the window does, its last frames stand for it, and what compares
-    frame with frame is left out.
+    A field that does not apply is None. If the truth ends before the window does, its last frames
+    are compared with, and the metrics of paired frames are None.
 
     Attributes:
         latent_offset, latent_deviation: Means of `latent_statistics`; the deviation of real latents
             is about 1.
-        sharpness: Mean horizontal gradient over that of the truth.
-        palette_error: Of sky and ground against the truth, over the window, in 0 to 1.
+        sharpness: Mean horizontal gradient, divided by the truth's.
+        palette_error: Error of the colours of sky and ground against the truth, 0 to 1.
         theme_kept: Share of starts whose palette is nearest to their own theme.
         feature_distance: From the truth of the same window, see `features.feature_distance`.
-        psnr: Against the truth, in dB. Past the first second only chance and theme are in it.
-        yaw_correlation, forward_correlation: Of commanded and realised motion.
-        yaw_gain, forward_gain: Realised over commanded motion.
-        fid, fvd: From the truth of the same window, where a network was given.
+        psnr: Against the truth, in dB. After the first second it shows chance and theme only.
+        yaw_correlation, forward_correlation: Between commanded and realised motion.
+        yaw_gain, forward_gain: Realised divided by commanded motion.
+        fid, fvd: From the truth of the same window, if a network was given.
     """
 
     latent_offset: float | None = None
@@ -128,12 +134,13 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The same frames of several videos, uint8 (starts, F, H, W, 3).
+class MeasuredFrames:
+    """A run of consecutive video frames of several videos, measured.
 
     Attributes:
+        video: uint8 (starts, F, H, W, 3).
         sharpness, palette: See `metrics`.
-        features: Of the last two frames of every latent frame, (starts latent frames, D).
+        features: (starts * latent frames, D), of the last two video frames of each latent frame.
     """
 
     video: Tensor
@@ -142,12 +149,12 @@ class Stretch:
     features: Tensor
 
     @classmethod
-    def of(cls, video: Tensor) -> Stretch:
-        """Of whole latent frames, or of the last two frames of one."""
+    def of(cls, video: Tensor) -> MeasuredFrames:
+        """Measure the video frames of whole latent frames, or the last two of one."""
         pairs = video.unflatten(1, (-1, min(FRAMES_PER_LATENT, video.shape[1])))[:, :, -2:]
         features = torch.cat([describe(clips) for clips in pairs])
         return cls(video, metrics.sharpness(video), metrics.palette(video), features)
 
-    def sharpness_over(self, truth: Stretch) -> float | None:
-        """Relative sharpness; None where the truth has none."""
+    def sharpness_over(self, truth: MeasuredFrames) -> float | None:
+        """Divide the sharpness by the truth's; None if the truth has none."""
         return self.sharpness / truth.sharpness if truth.sharpness else None

@@ -1,6 +1,6 @@
-"""What a video is measured by: pure functions of uint8 videos (starts, F, H, W, 3).
+"""Metrics of videos: pure functions of uint8 (starts, F, H, W, 3).
 
-All colours and errors are in units of the full range, 0 to 1.
+Colours and errors are shares of the full range, 0 to 1.
 """
 
 import math
@@ -8,18 +8,18 @@ import math
 import torch
 from torch import Tensor
 
-SKY_ROWS = 8  # the sky band is the top 1/8 of the picture
+SKY_ROWS = 8  # the sky band is the top 1/8 of the image
 GROUND_ROWS = 4  # the ground band is the bottom 1/4
 
 
 def sharpness(video: Tensor) -> float:
-    """Mean absolute difference of horizontal neighbours."""
+    """Compute the mean absolute difference of horizontal neighbours."""
     total = sum(clip.short().diff(dim=-2).abs().sum() for clip in video)
     return total.item() / 255 / video[..., 1:, :].numel()
 
 
 def psnr(video: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels; infinite for equal videos."""
+    """Compute the peak signal-to-noise ratio over all pixels, in dB; infinite for equal videos."""
     _same_shape(video, truth)
     error = sum(
         (a.int() - b.int()).square().sum().item() for a, b in zip(video, truth, strict=True)
@@ -28,21 +28,24 @@ def psnr(video: Tensor, truth: Tensor) -> float:
 
 
 def palette(video: Tensor) -> Tensor:
-    """Mean colours (starts, 6) of the sky band and of the ground band."""
+    """Compute the mean colours (starts, 6) of the sky band and of the ground band."""
     height = video.shape[2]
     bands = video[:, :, : max(1, height // SKY_ROWS)], video[:, :, -max(1, height // GROUND_ROWS) :]
     return torch.cat([band.double().mean(dim=(1, 2, 3)) / 255 for band in bands], dim=1).float()
 
 
 def palette_error(palettes: Tensor, truth: Tensor) -> float:
-    """Mean absolute difference of palettes (starts, 6)."""
+    """Compute the mean absolute difference of palettes (starts, 6)."""
     _same_shape(palettes, truth)
     return (palettes - truth).abs().mean().item()
 
 
 def palette_distance(palettes: Tensor, themes: Tensor, *, same_theme: bool) -> float | None:
-    """Mean `palette_error` between different starts of one theme, or of two: what to expect from
-    another place, or from another theme. `themes` (starts,); None where there is no such pair."""
+    """Compute the mean `palette_error` between different starts of one theme, or of two themes.
+
+    This is the error to expect of another place of the theme, or of another theme. palettes:
+    (starts, 6). themes: (starts,). None if there is no such pair.
+    """
     errors = (palettes[:, None] - palettes[None]).abs().mean(dim=-1)
     chosen = (themes[:, None] == themes[None]) == same_theme
     chosen.fill_diagonal_(False)
@@ -50,14 +53,16 @@ def palette_distance(palettes: Tensor, themes: Tensor, *, same_theme: bool) -> f
 
 
 def theme_kept(palettes: Tensor, references: Tensor, themes: Tensor) -> float:
-    """Share of palettes (starts, 6) that are nearest to their own theme's of references
-    (themes, 6)."""
+    """Compute the share of starts whose palette is nearest to their own theme's reference.
+
+    palettes: (starts, 6). references: (themes, 6). themes: (starts,).
+    """
     errors = (palettes[:, None] - references[None]).abs().mean(dim=-1)
     return (errors.argmin(dim=1) == themes).double().mean().item()
 
 
 def correlation(realised: Tensor, commanded: Tensor) -> float | None:
-    """Pearson's correlation over all elements; None where one of the two never varies."""
+    """Compute Pearson's correlation over all elements; None if one of the two never varies."""
     _same_shape(realised, commanded)
     a, b = (x.double().flatten() - x.double().mean() for x in (realised, commanded))
     scale = a.norm() * b.norm()
@@ -65,8 +70,10 @@ def correlation(realised: Tensor, commanded: Tensor) -> float | None:
 
 
 def gain(realised: Tensor, commanded: Tensor) -> float | None:
-    """Least-squares slope of realised over commanded motion: 1 is full obedience; None where
-    nothing was commanded."""
+    """Compute the least-squares slope of realised over commanded motion; 1 is exact.
+
+    None if the commanded motion never varies.
+    """
     _same_shape(realised, commanded)
     a, b = (x.double().flatten() - x.double().mean() for x in (realised, commanded))
     power = b.square().sum()

@@ -1,14 +1,16 @@
-"""Reads the motion of the camera off a video: block matching and a small regressor on top.
+"""Read the camera's motion from a video: block matching, and a small regressor on top.
 
-It sees pixels and never a generator's weights or latents, so what it says of a generated video is
-what the picture shows. It is trained on rendered clips; generated video is softer, so each training
-clip is blurred, dimmed and dusted differently.
+The probe sees pixels, never a generator's weights or latents, and so reads the motion that the
+video shows. It is trained on rendered clips. Generated video is softer, so each training clip is
+blurred, dimmed and made noisy by another amount.
 """
 
 import hashlib
 import itertools
 import json
 import os
+import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,31 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import read_tensors, save_tensors
+from ..checkpoint import CheckpointError, fill_module, read_tensors, save_tensors
 from ..clock import FRAMES_PER_LATENT
 from ..data.tiny_world.render import render
 from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, make_world, sample_trajectory
 from .metrics import correlation
 
-FIRST_SEED = 5_000_000  # of the worlds it learns from: no other part of the project uses them
-HELD_OUT_SEED = 5_500_000  # of the worlds it is validated on
+FIRST_SEED = 5_000_000  # of the probe's training worlds: no other part of the project uses them
+HELD_OUT_SEED = 5_500_000  # of the worlds that give its quality
 CLIP_STEPS = 24  # latent frames per clip
 CELL = 8  # side of a matched cell in shrunk pixels
-REACH = 2, 6  # furthest shift down and across: a full turn moves the edge of 64 columns by 5
-FLAT = 0.02  # differences below are noise: a cell without structure matches everywhere alike
+REACH = 2, 6  # largest shift down and across: a full turn moves the edge of 64 columns by 5
+FLAT = 0.02  # smaller differences are noise: a cell without structure matches everywhere
+QUALITY = "quality"  # the tensor of ProbeQuality in the cached file
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How the probe is trained. Clip i shows theme i modulo their number."""
+    """Settings of the probe's training. Clip i shows the theme i modulo the number of themes."""
 
     clips: int = 300
     held_out_clips: int = 24
     steps: int = 1500
     batch: int = 64
     learning_rate: float = 2e-3
-    shrink: int = 2  # pixels averaged along each side before it looks
+    shrink: int = 2  # pixels that are averaged along each side first
     seed: int = 0
 
 
@@ -55,9 +58,9 @@ class ProbeQuality:
 
 
 class MotionProbe(nn.Module):
-    """The control (yaw, forward) of a latent frame from three video frames around it.
+    """Reads the control (yaw, forward) of a latent frame from three video frames.
 
-    They are the last frame of the latent frame before, its own second, and its own last one:
+    These are the last of the latent frame before, and the second and the last of the latent frame:
     the start, the middle and the end of its motion.
     """
 
@@ -78,12 +81,12 @@ class MotionProbe(nn.Module):
         )
 
     def forward(self, costs: Tensor) -> Tensor:
-        """costs as `matching_costs` makes them; returns (B, 2)."""
+        """Map the result of `matching_costs` to controls (B, 2)."""
         return self.layers(costs)
 
     @torch.no_grad()
     def estimate(self, video: Tensor) -> Tensor:
-        """Controls (T, 2) that video uint8 (1 + 4 T, height, width, 3) seems to follow."""
+        """Read controls (T, 2) from a video, uint8 (1 + 4 T, height, width, 3)."""
         expected = (self.height, self.width, 3)
         if video.ndim != 4 or video.shape[1:] != expected or len(video) % FRAMES_PER_LATENT != 1:
             raise ValueError(
@@ -94,10 +97,10 @@ class MotionProbe(nn.Module):
 
 
 def matching_costs(triples: Tensor) -> Tensor:
-    """How badly each cell of the picture matches the next frame under each shift.
+    """Compute how badly each cell of an image matches the next one under each shift.
 
-    triples (B, 9, h, w). Returns (B, 2 shifts, h / CELL, w / CELL): mean absolute differences of
-    start and middle, then of middle and end, relative to their mean over the shifts, so that
+    triples: (B, 9, h, w). Returns (B, 2 shifts, h / CELL, w / CELL): mean absolute differences of
+    start and middle, then of middle and end. Each is divided by its mean over the shifts, so that
     brightness and contrast cancel.
     """
     start, middle, end = triples.chunk(3, dim=1)
@@ -118,13 +121,16 @@ def _costs(here: Tensor, there: Tensor) -> Tensor:
 
 
 def _shifts() -> list[tuple[int, int]]:
-    """Offsets (y, x) into a picture padded by REACH."""
+    """List offsets (y, x) into an image padded by REACH."""
     return list(itertools.product(*(range(2 * reach + 1) for reach in REACH)))
 
 
 def shrink_triples(frames: Tensor, shrink: int) -> Tensor:
-    """Every second frame of a clip, uint8 (1 + 2 T, H, W, 3), as (T, 9, H/shrink, W/shrink) in
-    [-1, 1]: start, middle and end of each latent frame's motion."""
+    """Take start, middle and end of each latent frame's motion as one image of 9 channels.
+
+    frames: every second video frame of a clip, uint8 (1 + 2 T, H, W, 3). Returns (T, 9, H / shrink,
+    W / shrink) in [-1, 1].
+    """
     small = F.avg_pool2d(frames.permute(0, 3, 1, 2).float() / 127.5 - 1, shrink)
     return torch.cat([small[:-2:2], small[1:-1:2], small[2::2]], dim=1)
 
@@ -136,8 +142,11 @@ def render_costs(
     shrink: int,
     random: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Matching costs (N, ...) of random walks through random worlds, and their controls (N, 2);
-    augmented where a generator is given."""
+    """Render random walks through random worlds.
+
+    Returns matching costs (N, ...) and controls (N, 2). The images are augmented if `random` is
+    given.
+    """
     costs, controls = [], []
     for seed in seeds:
         world = make_world(seed, seed % len(THEMES))
@@ -152,7 +161,10 @@ def render_costs(
 
 
 def augment(triples: Tensor, controls: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirrored (which turns the yaw round), blurred, dimmed and dusted, at random per triple."""
+    """Mirror (which negates the yaw), blur, dim and add noise, by another amount for each triple.
+
+    triples: (N, 9, h, w). controls: (N, 2). Returns both, changed.
+    """
 
     def draw(low: float, high: float) -> Tensor:
         shape = (len(triples), 1, 1, 1)
@@ -170,7 +182,7 @@ def augment(triples: Tensor, controls: Tensor, random: torch.Generator) -> tuple
 
 
 def train_probe(config: ProbeConfig, height: int, width: int) -> tuple[MotionProbe, ProbeQuality]:
-    """A probe for videos of `height` x `width`, the same for the same arguments."""
+    """Train a probe for videos of `height` x `width`; equal arguments give equal probes."""
     random = torch.Generator().manual_seed(config.seed)
     seeds = range(FIRST_SEED, FIRST_SEED + config.clips)
     costs, controls = render_costs(seeds, height, width, config.shrink, random)
@@ -198,28 +210,43 @@ def train_probe(config: ProbeConfig, height: int, width: int) -> tuple[MotionPro
 def load_probe(
     folder: Path, config: ProbeConfig, height: int, width: int
 ) -> tuple[MotionProbe, ProbeQuality]:
-    """The probe of `folder`, trained first unless it is there: `motion-probe-<hash>.safetensors`.
+    """Read the probe from the cache `folder`, or train it and keep it there.
 
-    The hash covers the configuration and a sample of the world, so that a probe is never used
-    for a world that looks or moves differently. Several processes may share the folder.
+    The file is `motion-probe-<hash>.safetensors`. The hash covers the configuration and a sample of
+    the world, so that a probe never meets a world that looks or moves differently. Several
+    processes may share the folder. If the probe cannot be read or kept, it is trained for this
+    evaluation alone, with a warning.
     """
     path = folder / f"motion-probe-{_fingerprint(config, height, width)}.safetensors"
-    if path.is_file():
-        tensors = read_tensors(path)
-        quality = ProbeQuality(*tensors.pop("quality").tolist())
-        probe = MotionProbe(height, width, config.shrink)
-        probe.load_state_dict(tensors)
-        return probe.eval().requires_grad_(False), quality
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.is_file():
+            return _read_probe(path, MotionProbe(height, width, config.shrink))
+    except (OSError, CheckpointError) as error:
+        warnings.warn(f"motion probe: expected one in the cache, got {error}", stacklevel=2)
     probe, quality = train_probe(config, height, width)
     measured = torch.tensor([quality.yaw, quality.forward], dtype=torch.float64)
-    own = path.with_suffix(f".{os.getpid()}")
-    save_tensors(own, {**probe.state_dict(), "quality": measured})
-    os.replace(own, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # no other process writes there
+            save_tensors(Path(own) / path.name, {**probe.state_dict(), QUALITY: measured})
+            os.replace(Path(own) / path.name, path)
+    except OSError as error:
+        said = error.strerror or error
+        warnings.warn(f"motion probe: cannot be kept in {folder}: {said}", stacklevel=2)
     return probe, quality
 
 
+def _read_probe(path: Path, probe: MotionProbe) -> tuple[MotionProbe, ProbeQuality]:
+    tensors = read_tensors(path)
+    quality = tensors.pop(QUALITY, torch.zeros(0))
+    if quality.shape != (2,):
+        raise CheckpointError(f"{path}: expected the probe's quality (2,), got {quality.shape}")
+    fill_module(path, tensors, probe)
+    return probe.eval().requires_grad_(False), ProbeQuality(*quality.tolist())
+
+
 def _fingerprint(config: ProbeConfig, height: int, width: int) -> str:
+    """Hash everything that the trained probe depends on."""
     settings = {**asdict(config), "height": height, "width": width}
     motion = {"yaw_step": YAW_STEP, "forward_step": FORWARD_STEP, "clip_steps": CLIP_STEPS}
     digest = hashlib.sha256(json.dumps({**settings, **motion}, sort_keys=True).encode())

@@ -1,8 +1,8 @@
 """FID and FVD: Frechet distances in the features of a network whose weights the user brings.
 
-FID (Heusel et al., 2017) judges frames, FVD (Unterthiner et al., 2018) clips of 16. The distance
-is torchmetrics'; nothing is ever downloaded. Files in use are `inception-2015-12-05.pt` and
-`i3d_torchscript.pt`, any other TorchScript file with the same inputs will do.
+FID (Heusel et al., 2017) compares video frames, FVD (Unterthiner et al., 2018) clips of 16. The
+distance is torchmetrics'; nothing is downloaded. Usual files are `inception-2015-12-05.pt` and
+`i3d_torchscript.pt`; any other TorchScript file with the same inputs serves.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..media.figures import MissingLibrary
 from ..torchscript import TorchScriptFeatures
 
 CLIP_FRAMES = 16
-BATCH = 32  # frames or clips that go through a network together
+BATCH = 32  # video frames or clips per forward pass
 Kind = Literal["fid", "fvd"]
 
 
@@ -25,10 +25,10 @@ class PretrainedDistance:
     Args:
         kind: "fid": the network takes frames, uint8 (N, 3, H, W); "fvd": clips of 16 frames, float
             (N, 3, 16, H, W) in 0 to 255. It returns features (N, D).
-        path: A TorchScript file. Of the usual arguments `return_features`, `rescale` and `resize`
-            those that its `forward` has are true.
+        path: A TorchScript file. If its `forward` has arguments `return_features`, `rescale` or
+            `resize`, they are set to true.
 
-    ValueError for a file that is none; MissingLibrary without torchmetrics.
+    ValueError if the file is not a TorchScript network; MissingLibrary without torchmetrics.
     """
 
     def __init__(self, kind: Kind, path: Path):
@@ -36,20 +36,22 @@ class PretrainedDistance:
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError:
             raise MissingLibrary(
-                f"torchmetrics: expected to be installed, which {kind} needs: "
-                "pip install 'aapt[train]'"
+                f"torchmetrics: expected to be installed, for {kind}; pip install 'aapt[train]'"
             ) from None
         self.kind, self.path, self._metric = kind, path, FrechetInceptionDistance
         self.network = TorchScriptFeatures(kind, path)
 
     @property
     def frames(self) -> int:
-        """The least that a video must have."""
+        """Least number of video frames of a sample."""
         return 1 if self.kind == "fid" else CLIP_FRAMES
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, truth: Tensor) -> float | None:
-        """Between uint8 (starts, F, H, W, 3) each; None where they hold less than two samples."""
+        """Compute the distance between two sets of videos, uint8 (starts, F, H, W, 3) each.
+
+        None if one of them holds fewer than two samples.
+        """
         made, real = (self._samples(x) for x in (videos, truth))
         if min(len(made), len(real)) < 2:
             return None
@@ -60,7 +62,7 @@ class PretrainedDistance:
         return metric.compute().item()
 
     def _samples(self, videos: Tensor) -> Tensor:
-        """Frames (N, 3, H, W), or clips (N, 3, 16, H, W) that do not overlap."""
+        """Cut videos into frames (N, 3, H, W), or into clips (N, 3, 16, H, W) without overlap."""
         if self.kind == "fid":
             return videos.flatten(0, 1).permute(0, 3, 1, 2)
         count = videos.shape[1] // CLIP_FRAMES

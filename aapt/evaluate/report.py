@@ -1,4 +1,4 @@
-"""What an evaluation found: as numbers for machines and as a table for people."""
+"""The results of an evaluation: as numbers for programs and as a table for people."""
 
 import json
 import math
@@ -29,21 +29,22 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Measurements of every source in every window, and what they must be read against.
+    """Measurements of every source of videos in every window, and what to compare them with.
 
     Attributes:
-        checkpoints: What was evaluated, by source name.
-        settings: Starts, seconds, seed, device, and files and folders that were given.
-        windows: Window name, then source name (truth, autoencoder of the first, checkpoints).
-        timelines: The truth, as long as it lasts, and every checkpoint by the second.
-        seconds_taken: Wall time of each part.
+        checkpoints: Path or name of each checkpoint, by source.
+        settings: Starts, seconds, seed, device, and the files and folders that were given.
+        windows: By window, then by source (truth, autoencoder of the first, checkpoints).
+        timelines: By source: the truth up to its end, and every checkpoint.
+        seconds_taken: Wall time of each part of the work.
         environment: Versions and hardware.
-        truth: What it is.
+        truth: The kind of truth, in words.
         same_theme, other_theme: Palette error between real videos of two places of one theme, and
-            of two themes: a perfect generator that forgot the place, and one that forgot the theme.
-        probe: How well the motion probe reads held-out real clips.
+            of two themes. A generator that forgot only the place has the first error, one that
+            forgot the theme has the second.
+        probe: Quality of the motion probe on held-out rendered clips.
 
-    The last three are of the procedural world alone.
+    The last three are None for clips.
     """
 
     checkpoints: dict[str, str]
@@ -58,12 +59,12 @@ class Report:
     probe: ProbeQuality | None = None
 
     def as_json(self) -> str:
-        """Everything; a number that is infinite or none at all is null."""
+        """Return everything as JSON; numbers that are infinite or not numbers become null."""
         return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
 
     def table(self) -> "Table":
-        """One line per source and window; columns that nothing was measured for are left out."""
-        from rich.table import Table  # the only need for it here, and not installed everywhere
+        """Return a table of one line per source and window, without columns that are empty."""
+        from rich.table import Table  # only needed here, and not installed everywhere
 
         caption = f"truth: {self.truth}"
         if self.probe is not None:

@@ -1,4 +1,4 @@
-"""Starts of an evaluation with their truth, and rollouts from them."""
+"""The starts of an evaluation with their truth, and rollouts from them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,61 +9,69 @@ from torch import Tensor
 
 from ..streaming.generator import StreamingGenerator
 from ..streaming.rollout import roll_out
-from .footage import Footage, film, latent_statistics
+from .video_frames import VideoFrames, decode_chosen, latent_statistics
 from .windows import Window
 
-Timed = Callable[[str], AbstractContextManager]  # a part of the work, by its name
-TRUTH, AUTOENCODER = "truth", "autoencoder"  # the sources that are no checkpoints
+Timed = Callable[[str], AbstractContextManager]  # times a part of the work, by its name
+TRUTH, AUTOENCODER = "truth", "autoencoder"  # the sources of video that are no checkpoints
 
 
 class Scenes(Protocol):
-    """Where the starts of an evaluation come from, and the truth about them.
+    """Starts of an evaluation, what drives the camera from there, and the truth.
 
     Attributes:
-        prompts, labels: Of each start; labels are what the sheet calls them.
-        steps: Latent frames after the first that the truth goes on for. Rollouts may be longer.
+        prompts: One per start.
+        labels: The starts' names on the contact sheet.
+        steps: Latent frames of the truth after the first. Rollouts may be longer.
     """
 
     prompts: Sequence[str]
     labels: Sequence[str]
     steps: int
 
-    def film(
+    def truth(
         self,
         generator: StreamingGenerator,
         frames: Sequence[int],
         windows: Sequence[Window],
         timed: Timed,
-    ) -> tuple[dict[str, Footage], list[Tensor]]:
-        """The truth, as far as there is one, and where that means something the truth through
-        `generator`'s autoencoder and back; and the `latent_statistics` (starts, T, 2) of the truth
-        in each of `windows`, which it covers."""
+    ) -> tuple[dict[str, VideoFrames], list[Tensor]]:
+        """Make the truth's video frames with these numbers, up to its end.
 
-    def first(self, generator: StreamingGenerator) -> Tensor:
-        """What rollouts begin with: latents (starts, C, 1, h, w) on the generator's device."""
+        Returns the video frames by source: TRUTH and, if the truth was not decoded itself,
+        AUTOENCODER, which is the truth encoded and decoded by the generator's autoencoder; and the
+        `latent_statistics` (starts, T, 2) of the truth in each window that it covers.
+        """
+
+    def first_latents(self, generator: StreamingGenerator) -> Tensor:
+        """Return the first frames of rollouts: latents (starts, C, 1, h, w), on the generator's
+        device."""
 
     def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor | None]:
-        """What drives them, see `roll_out`."""
+        """Return the function from a step to its condition channels, see `roll_out`."""
 
-    def obedience(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
-        """Fields of a `Measurement` that only these starts can tell, of one window of a video,
-        uint8 (starts, 1 + 4 T, H, W, 3), whose palettes are (starts, 6)."""
+    def control_metrics(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
+        """Measure how a video keeps to its theme and controls in one window.
 
-    def facts(self, truth: Footage, window: Window) -> Mapping[str, Any]:
-        """What these starts add to a `Report`; `window` is the last."""
+        video: uint8 (starts, 1 + 4 T, H, W, 3), with `palettes` (starts, 6). Returns fields of a
+        `Measurement`; none if these scenes know neither.
+        """
+
+    def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
+        """Return the fields of a `Report` about the truth; `window` is the last."""
 
 
 @torch.inference_mode()
-def film_rollout(
+def roll_out_scenes(
     generator: StreamingGenerator, scenes: Scenes, steps: int, frames: Iterable[int], seed: int
-) -> tuple[Footage, Tensor]:
-    """All starts generated side by side on the streaming path, `steps` latent frames.
+) -> tuple[VideoFrames, Tensor]:
+    """Generate `steps` latent frames from all starts together, on the streaming path.
 
-    Noise is drawn per start. Returns the footage and the `latent_statistics` (starts, 1 + steps, 2)
-    of all latent frames.
+    Noise is drawn per start. Returns the video frames with the numbers `frames`, and the
+    `latent_statistics` (starts, 1 + steps, 2) of all latent frames.
     """
     model, statistics = generator.model, []
-    first, condition = scenes.first(generator), scenes.condition(generator)
+    first, condition = scenes.first_latents(generator), scenes.condition(generator)
 
     def measured() -> Iterator[Tensor]:
         text = model.text_encoder(scenes.prompts)
@@ -71,5 +79,5 @@ def film_rollout(
             statistics.append(latent_statistics(latent))
             yield latent
 
-    footage = film(generator.vae, measured(), frames)
-    return footage, torch.cat(statistics, dim=1).cpu()
+    video = decode_chosen(generator.vae, measured(), frames)
+    return video, torch.cat(statistics, dim=1).cpu()

@@ -1,4 +1,4 @@
-"""How fast a stream runs: latency to the first frames, step latency, rate and memory."""
+"""Speed of a stream: latency of the first frames and of steps, rate, and memory."""
 
 import itertools
 import resource
@@ -18,10 +18,10 @@ WARMUP_STEPS = 12  # past the window of any bundled model, so that its ring has 
 def bench_stream(
     generator: StreamingGenerator, first_frame: np.ndarray, prompt: str, steps: int
 ) -> dict[str, Any]:
-    """Time one stream, decoding included, encoding to a file not.
+    """Time one stream with decoding to pixels and without encoding to a file.
 
-    First-frame latency is from `open` to four frames in the hands of the caller: once for the first
-    stream of the process and once for the next. `steps` steps follow WARMUP_STEPS untimed ones.
+    The latency of the first frames is from `open` to four frames in host memory, for the first
+    stream of the process and for the next. `steps` steps are timed after WARMUP_STEPS others.
     """
     controls = itertools.repeat(generator.still())
     if generator.driven_by == "camera":
@@ -43,7 +43,7 @@ def bench_stream(
     begun = time.perf_counter()
     for _ in range(steps):
         started = time.perf_counter()
-        stream.step(next(controls))  # frames come back in host memory: nothing is left in flight
+        stream.step(next(controls))  # frames come back in host memory: the step is complete
         latencies.append(time.perf_counter() - started)
     elapsed = time.perf_counter() - begun
 

@@ -1,6 +1,6 @@
-"""Held-out walks through the procedural world: rendered truth, known themes, commanded motion."""
+"""Held-out walks through the rendered world: a rendered truth, known themes, commanded motion."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,14 @@ from ..model.conditioning import control_rays
 from ..streaming.generator import StreamingGenerator
 from ..vae.pixels import to_pixels, to_video
 from . import metrics
-from .footage import Footage, latent_statistics, precision
 from .motion_probe import MotionProbe, ProbeConfig, ProbeQuality, load_probe
 from .scenes import AUTOENCODER, TRUTH, Timed
+from .video_frames import VideoFrames, latent_statistics, precision
 from .windows import Window
 
 FIRST_SEED = 10_000_000  # of held-out worlds: far beyond those of training and of the motion probe
 SEEDS_PER_EVALUATION = 1_000
-THEME_SEED = 6_000_000  # of the worlds that stand for a theme
+THEME_SEED = 6_000_000  # of the worlds that give a theme its palette
 THEME_WORLDS = 4
 
 
@@ -45,9 +45,9 @@ class Start:
 
 
 def held_out_starts(count: int, steps: int, seed: int) -> list[Start]:
-    """`count` walks of `steps` latent frames; they take turns in the themes and their phrasings.
+    """Make `count` walks of `steps` latent frames through the themes and their prompts, in turn.
 
-    Walk i is the same whatever the count, and its beginning whatever the number of steps.
+    Walk i is the same for every count, and begins the same for every number of steps.
     """
     if not 1 <= count <= SEEDS_PER_EVALUATION:
         raise ValueError(f"starts: expected 1 to {SEEDS_PER_EVALUATION}, got {count}")
@@ -64,8 +64,8 @@ def held_out_starts(count: int, steps: int, seed: int) -> list[Start]:
     return starts
 
 
-def theme_footage(height: int, width: int) -> Tensor:
-    """Frames from all over each theme: uint8 (themes, F, H, W, 3), what a theme looks like."""
+def theme_frames(height: int, width: int) -> Tensor:
+    """Render video frames from all over each theme: uint8 (themes, F, H, W, 3)."""
     themes = []
     for theme in range(len(THEMES)):
         frames = []
@@ -78,39 +78,41 @@ def theme_footage(height: int, width: int) -> Tensor:
     return torch.stack(themes)
 
 
-def film_truth(starts: Sequence[Start], frames: Sequence[int], height: int, width: int) -> Footage:
-    """What the renderer shows of the starts."""
+def render_truth(
+    starts: Sequence[Start], frames: Sequence[int], height: int, width: int
+) -> VideoFrames:
+    """Render the video frames with these numbers of each walk."""
     chosen = list(frames)
     videos = [render(start.world, start.poses[chosen], height, width) for start in starts]
-    return Footage(chosen, torch.stack(videos))
+    return VideoFrames(chosen, torch.stack(videos))
 
 
 @torch.inference_mode()
-def film_reconstruction(
-    generator: StreamingGenerator, truth: Footage, stretches: Iterable[Sequence[int]]
-) -> tuple[Footage, list[Tensor]]:
-    """The truth through the autoencoder and back, and `latent_statistics` of each stretch.
+def reconstruct(
+    generator: StreamingGenerator, truth: VideoFrames, windows: Sequence[Window]
+) -> tuple[VideoFrames, list[Tensor]]:
+    """Encode the truth and decode it again, each window as a clip of its own.
 
-    Each stretch of 1 + 4 T frames is a clip of its own. Of its latent frames the first, which
-    covers one video frame alone, is left out of the statistics (starts, T, 2).
+    Returns the decoded video frames, and the `latent_statistics` (starts, T, 2) of each window
+    without its first latent frame, which holds one video frame alone.
     """
-    kept, pixels, statistics = [], [], []
-    for stretch in stretches:
-        clips = [to_video(clip[None]) for clip in truth[stretch]]
+    numbers, pixels, statistics = [], [], []
+    for window in windows:
+        clips = [to_video(clip[None]) for clip in truth[window.frames]]
         encoded = [generator.vae.encode(clip.to(generator.device)) for clip in clips]
         with precision(generator.device):
             decoded = [to_pixels(generator.vae.decode(latent)) for latent in encoded]
-        kept.extend(stretch)
+        numbers.extend(window.frames)
         pixels.append(torch.cat(decoded))
         statistics.append(latent_statistics(torch.cat(encoded)[:, :, 1:]).cpu())
-    return Footage(kept, torch.cat(pixels, dim=1)), statistics
+    return VideoFrames(numbers, torch.cat(pixels, dim=1)), statistics
 
 
-class Walks:
-    """`Scenes` of the procedural world, for checkpoints that move as it does.
+class WorldScenes:
+    """`Scenes` of the rendered world, for checkpoints that move as it does.
 
-    generators: by their checkpoints, all of one picture size. probe, cache: see `load_probe`.
-    ValueError for a checkpoint whose controls mean something else.
+    generators: by their checkpoints, all of one image size. probe, cache: see `load_probe`.
+    ValueError for a checkpoint whose controls have another meaning.
     """
 
     def __init__(
@@ -132,31 +134,31 @@ class Walks:
 
     @cached_property
     def probe(self) -> tuple[MotionProbe, ProbeQuality]:
+        """The motion probe, read from the cache or trained, and its quality."""
         return load_probe(*self._probe, self.height, self.width)
 
     @cached_property
     def references(self) -> Tensor:
-        """Palettes (themes, 6)."""
-        return metrics.palette(theme_footage(self.height, self.width))
+        """Palettes (themes, 6) of the themes."""
+        return metrics.palette(theme_frames(self.height, self.width))
 
-    def film(
+    def truth(
         self,
         generator: StreamingGenerator,
         frames: Sequence[int],
         windows: Sequence[Window],
         timed: Timed,
-    ) -> tuple[dict[str, Footage], list[Tensor]]:
+    ) -> tuple[dict[str, VideoFrames], list[Tensor]]:
         with timed("motion probe"):
-            _ = self.probe  # trained now unless it is there
+            _ = self.probe  # trained now unless the cache holds it
         with timed(TRUTH):
-            truth = film_truth(self.starts, frames, self.height, self.width)
+            truth = render_truth(self.starts, frames, self.height, self.width)
         with timed(AUTOENCODER):
-            stretches = [window.frames for window in windows]
-            through, statistics = film_reconstruction(generator, truth, stretches)
+            through, statistics = reconstruct(generator, truth, windows)
         return {TRUTH: truth, AUTOENCODER: through}, statistics
 
-    def first(self, generator: StreamingGenerator) -> Tensor:
-        pixels = film_truth(self.starts, [0], self.height, self.width).pixels
+    def first_latents(self, generator: StreamingGenerator) -> Tensor:
+        pixels = render_truth(self.starts, [0], self.height, self.width).pixels
         return generator.vae.encode(to_video(pixels).to(generator.device))
 
     def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor]:
@@ -167,7 +169,7 @@ class Walks:
 
         return rays
 
-    def obedience(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
+    def control_metrics(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
         probe, _ = self.probe
         motion = torch.stack([probe.estimate(clip) for clip in video])
         controls = self.controls[:, window.first - 1 : window.last]
@@ -180,7 +182,7 @@ class Walks:
             "forward_gain": metrics.gain(*forward),
         }
 
-    def facts(self, truth: Footage, window: Window) -> Mapping[str, Any]:
+    def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         palettes = metrics.palette(truth[window.frames])
         return {
             "truth": "rendered",
@@ -191,16 +193,18 @@ class Walks:
 
 
 def _check_moves(checkpoint: str | Path, generator: StreamingGenerator) -> None:
+    """Raise ValueError unless a checkpoint's controls mean what the world's do."""
     camera = generator.model.camera
     if camera is None:
         raise ValueError(
-            f"{checkpoint}: expected a model with a camera, to walk as the world does; others are "
-            "measured on encoded clips, see latents"
+            f"{checkpoint}: expected a model with a camera, to walk as the world does, got one "
+            "without; other models are measured on encoded clips, pass --latents FOLDER"
         )
     expected = (YAW_STEP, FORWARD_STEP, FRAMES_PER_LATENT)
     got = (camera.yaw_step, camera.forward_step, generator.frames_per_step)
     if got != expected:
         raise ValueError(
             f"{checkpoint}: expected the world's yaw step, forward step and frames per step "
-            f"{expected}, got {got}; others are measured on encoded clips, see latents"
+            f"{expected}, got {got}; other models are measured on encoded clips, pass --latents "
+            "FOLDER"
         )

@@ -1,4 +1,4 @@
-"""A picture of many videos: one row each, one column per moment."""
+"""An image of many videos: one row per video, one column per moment."""
 
 import math
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ BACKGROUND, INK = (24, 24, 28), (232, 232, 232)
 def contact_sheet(
     groups: Sequence[Sequence[tuple[str, Tensor]]], columns: Sequence[str], scale: int = 2
 ) -> Image.Image:
-    """Rows of frames, `scale` times their size, under `columns` as headings.
+    """Draw rows of frames, enlarged `scale` times, under the headings `columns`.
 
-    groups: rows that belong together, each (label, uint8 (len(columns), H, W, 3)); lines of a
-    label are parted by newlines.
+    groups: rows that stand close together. A row is (label, uint8 (len(columns), H, W, 3)); a label
+    may have several lines. ValueError for a row with another number of frames.
     """
     rows = [row for group in groups for row in group]
     for label, frames in rows:
@@ -44,8 +44,8 @@ def contact_sheet(
             draw.multiline_text((2, top + 2), label, INK)
             for place, frame in enumerate(frames.numpy()):
                 large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
-                picture = Image.fromarray(np.ascontiguousarray(large))
-                sheet.paste(picture, (left + place * (width + 1), top))
+                image = Image.fromarray(np.ascontiguousarray(large))
+                sheet.paste(image, (left + place * (width + 1), top))
             top += height + 1
         top += GAP
     return sheet

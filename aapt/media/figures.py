@@ -1,4 +1,4 @@
-"""Figures of curves: the look that all of them share, and what their lines are called."""
+"""Figures of curves: the look that all share, and the names of their lines."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PANEL_INCHES = 4.6, 2.7
 
 
 class MissingLibrary(ImportError):
-    """A library that only some commands need is not installed."""
+    """Says which library, needed by some commands only, is not installed."""
 
 
 def new_figure(panels: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """An empty figure with a grid of panels. MissingLibrary without matplotlib."""
+    """Make an empty figure with a grid of panels. MissingLibrary without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingLibrary(
-            "matplotlib: expected to be installed, which figures need: pip install 'aapt[train]'"
+            "matplotlib: expected to be installed, for figures; pip install 'aapt[train]'"
         ) from None
     columns = min(panels, columns)
     rows = math.ceil(panels / columns)
@@ -47,17 +47,15 @@ def new_figure(panels: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, dpi=130, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a figure as PNG, whatever the suffix of the path."""
+    figure.savefig(path, dpi=130, format="png")
 
 
 def path_labels(paths: Sequence[str | Path], taken: Sequence[str] = ()) -> list[str]:
-    """The shortest ends of paths that tell them apart, from each other and from names `taken`."""
+    """Name each path by its end: the shortest that differs for all and is none of `taken`.
+
+    ValueError if two paths are the same, or if there is none.
+    """
     paths = [Path(os.path.normpath(path)) for path in paths]
     for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
         names = [Path(*path.parts[-length:]).as_posix() for path in paths]

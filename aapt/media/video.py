@@ -1,12 +1,15 @@
-"""Pictures in, video out: a first frame from any picture, and frames written as they are made.
+"""Video out: every frame is written as soon as it is made.
 
-Every writer takes uint8 (frames, height, width, 3) at any time and leaves only whole frames behind,
-whatever stops it: `frames` is how many a reader will find.
+A writer takes uint8 (frames, height, width, 3) at any time. Whatever stops it, the output holds
+whole frames only, and `frames` is their number.
 """
 
+import contextlib
 import io
 import os
+import shutil
 import sys
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -20,23 +23,37 @@ Kind = Literal["mp4", "gif", "png", "raw"]
 
 
 def output_kind(out: str) -> Kind:
-    """What to write for the path the user gave; ValueError where nothing could be written.
+    """Return what is written to the path the user gave.
 
-    `-` is raw rgb24 on standard output; a path that ends in a slash, is a folder or has no suffix
-    is a folder of PNG files; the rest goes by its suffix, .mp4 or .gif.
+    `-` is raw rgb24 on standard output. A path that ends in a slash, is a folder, or is new and has
+    no suffix, is a folder of PNG files. The suffixes .mp4 and .gif stand for themselves. ValueError
+    if nothing can be written there.
     """
+    if out == "-":
+        if sys.stdout is None:
+            raise ValueError("out: expected an open standard output for -, got a closed one")
+        if sys.stdout.isatty():
+            raise ValueError("out: expected a pipe or a file for -, got a terminal; add | or >")
+        return "raw"
+    try:
+        return _file_kind(out)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise ValueError(f"out: cannot write {out}: {error.strerror or error}") from None
+
+
+def _file_kind(out: str) -> Kind:
     path = Path(out)
     kind: Kind
-    if out == "-":
-        if sys.stdout.isatty():
-            raise ValueError("out: expected a pipe or a file behind -, got a terminal")
-        return "raw"
     if out.endswith("/") or path.is_dir() or (not path.suffix and not path.exists()):
         kind = "png"
         if path.is_dir() and next(path.glob("frame_*.png"), None):
             raise ValueError(f"out: expected a folder without frames, got {out}: has frame_*.png")
     elif path.suffix.lower() in (".mp4", ".gif"):
         kind = "mp4" if path.suffix.lower() == ".mp4" else "gif"
+        if path.exists() and not path.is_file():
+            raise ValueError(
+                f"out: expected a file, got {out}: a pipe or a device; - writes a pipe"
+            )
     else:
         raise ValueError(f"out: expected a .mp4 or .gif file, a folder ending in / or -, got {out}")
     if not path.absolute().parent.is_dir():
@@ -47,17 +64,20 @@ def output_kind(out: str) -> Kind:
 
 
 def default_scale(kind: Kind, height: int) -> int:
-    """Enlargement that makes small frames watchable: to 320 rows (mp4) or 160 (gif, far less
-    compressed); PNG and raw frames are for programs and stay as they are."""
+    """Return how many times small frames are enlarged to be watched.
+
+    The least number that gives 320 rows in an mp4, or 160 in a gif, whose files are far larger. PNG
+    and raw frames are for programs: 1.
+    """
     rows = {"mp4": 320, "gif": 160, "png": 1, "raw": 1}[kind]
     return max(1, -(-rows // height))
 
 
 class WholeFile(io.FileIO):
-    """An unbuffered file that writes all of what it is given or raises, and remembers that it did.
+    """An unbuffered file that writes all the bytes it is given, or raises and keeps the error.
 
-    After a failure it takes everything and keeps nothing: FFmpeg goes on writing while it closes,
-    and must not damage what is there.
+    After an error it accepts bytes and drops them: FFmpeg writes more while it closes, which must
+    not damage what is in the file.
     """
 
     error: OSError | None = None
@@ -77,9 +97,14 @@ class WholeFile(io.FileIO):
 
 
 class VideoWriter:
-    """Common to all: enlarging, counting, and closing on the way out of a `with`.
+    """The part that all writers share: enlarge, count, and close at the end of a `with`.
 
-    `write` and `close` raise OSError when the output cannot take more; what is there then is whole.
+    `write` and `close` raise OSError if the output is full; it then holds whole frames only.
+
+    Attributes:
+        out: The path, or "standard output".
+        height, width: Of the video, enlarged, in pixels.
+        frames: Video frames written so far.
     """
 
     def __init__(self, out: str, height: int, width: int, fps: int, scale: int):
@@ -112,8 +137,10 @@ class VideoWriter:
 
 
 class Mp4Writer(VideoWriter):
-    """H.264 in fragments of one second, so that what is on the disk plays at any moment; closing
-    turns it into a plain mp4 with an index (FFmpeg's hybrid_fragmented)."""
+    """H.264 in fragments of one second, so that the file on the disk plays at any moment.
+
+    `close` turns it into a plain mp4 (FFmpeg's hybrid_fragmented) with its index in front.
+    """
 
     def __init__(self, out: str, height: int, width: int, fps: int, scale: int):
         super().__init__(out, height, width, fps, scale)
@@ -135,15 +162,17 @@ class Mp4Writer(VideoWriter):
 
     def _write(self, frame: np.ndarray) -> None:
         context = self.stream.codec_context
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+        converted = av.VideoFrame.from_ndarray(
+            np.ascontiguousarray(frame), format="rgb24"
+        ).reformat(
             context.width,
             context.height,
             "yuv420p",
             dst_colorspace=Colorspace.ITU709,
             interpolation=Interpolation.LANCZOS,
         )
-        picture.pts, picture.time_base = self.frames, context.time_base
-        self.container.mux(self.stream.encode(picture))
+        converted.pts, converted.time_base = self.frames, context.time_base
+        self.container.mux(self.stream.encode(converted))
 
     def close(self) -> None:
         if self.file.closed:
@@ -166,10 +195,35 @@ class Mp4Writer(VideoWriter):
                 os.unlink(self.out)
             if not failed_before:
                 raise self.file.error
+        else:
+            _index_first(os.path.realpath(self.out))
+
+
+def _index_first(path: str) -> None:
+    """Move the index of a finished mp4 before its frames: a browser then plays while it loads.
+
+    FFmpeg writes the file once more, beside the first; if the disk has no room, the first stays.
+    """
+    with (
+        contextlib.suppress(OSError, av.FFmpegError),
+        tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".aapt-") as beside,
+    ):
+        copy = os.path.join(beside, "indexed.mp4")
+        with (
+            av.open(path) as source,
+            av.open(copy, "w", format="mp4", options={"movflags": "faststart"}) as target,
+        ):
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    target.mux(packet)
+        shutil.copymode(path, copy)
+        os.replace(copy, path)
 
 
 def _end_of_fragments(file: io.FileIO) -> int:
-    """Bytes up to the end of the last mp4 fragment (a moof and its mdat) that is all there."""
+    """Return the bytes up to the end of the last whole fragment of an mp4 (a moof and its mdat)."""
     size = file.seek(0, os.SEEK_END)
     position = end = 0
     while position + 8 <= size:
@@ -189,7 +243,7 @@ def _count_frames(path: str) -> int:
 
 
 class GifWriter(VideoWriter):
-    """A GIF of whole frames, each with its own 256 colours, that loops for ever."""
+    """A GIF that loops without end; each frame is whole and has its own 256 colours."""
 
     def __init__(self, out: str, height: int, width: int, fps: int, scale: int):
         super().__init__(out, height, width, fps, scale)
@@ -212,7 +266,7 @@ class GifWriter(VideoWriter):
     def close(self) -> None:
         if self.file.closed:
             return
-        self.file.truncate(self.end)  # drops half a frame
+        self.file.truncate(self.end)  # drop half a frame
         self.file.seek(self.end)
         error, self.file.error = self.file.error, None
         try:
@@ -227,7 +281,7 @@ class GifWriter(VideoWriter):
 
 
 class PngWriter(VideoWriter):
-    """frame_00000.png, frame_00001.png, ... in a folder, which is made if need be."""
+    """Files frame_00000.png, frame_00001.png, ... in a folder, which is made if it is missing."""
 
     def __init__(self, out: str, height: int, width: int, fps: int, scale: int):
         super().__init__(out, height, width, fps, scale)
@@ -244,7 +298,7 @@ class PngWriter(VideoWriter):
 
 
 class RawWriter(VideoWriter):
-    """rgb24 on standard output, frame after frame, nothing between."""
+    """Pixels as rgb24 on standard output: frame after frame, nothing between."""
 
     def __init__(self, out: str, height: int, width: int, fps: int, scale: int):
         super().__init__("standard output", height, width, fps, scale)
@@ -260,9 +314,10 @@ WRITERS = {"mp4": Mp4Writer, "gif": GifWriter, "png": PngWriter, "raw": RawWrite
 def open_video(
     out: str, height: int, width: int, fps: int, scale: int | None = None
 ) -> VideoWriter:
-    """A writer of what `output_kind` says for frames of `height` x `width`, enlarged `scale` times.
+    """Open the writer of `output_kind(out)` for frames of `height` x `width` pixels.
 
-    Raises ValueError for a path that cannot be, OSError for one that cannot be opened.
+    scale: times that frames are enlarged; None for `default_scale`. Raises ValueError for a path
+    that `output_kind` refuses, OSError for one that cannot be opened.
     """
     kind = output_kind(out)
     return WRITERS[kind](out, height, width, fps, scale or default_scale(kind, height))

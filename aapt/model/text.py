@@ -13,6 +13,15 @@ def prompt_bytes(prompt: str) -> bytes:
     return prompt.lower().encode(errors="replace")
 
 
+def prompt_cut(prompt: str, tokens: int) -> str | None:
+    """Say in one line what an encoder of `tokens` tokens reads of a prompt; None if all of it."""
+    encoded, limit = prompt_bytes(prompt), tokens - 1
+    if len(encoded) <= limit:
+        return None
+    read = encoded[:limit].decode(errors="ignore")
+    return f"prompt: expected at most {limit} bytes, got {len(encoded)}; only {read!r} is read"
+
+
 class ByteTextEncoder(nn.Module):
     """UTF-8 bytes to embeddings.
 

@@ -1,4 +1,4 @@
-"""The metrics of training runs as curves over updates."""
+"""Metrics of training runs as curves over updates."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 Runs = Mapping[str, Sequence[Mapping[str, float]]]
 
-SMOOTHING = 0.04, 11  # the mean over a curve: share of its points, and how many at least
+SMOOTHING = 0.04, 11  # width of the running mean: share of a curve's points, least points
 GRADIENTS = "gradient norms"
 LOGARITHMIC = (GRADIENTS, "penalties")
 TOGETHER = {"generator": "losses", "discriminator": "losses", "r1": "penalties", "r2": "penalties"}
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
-    """The metrics of several runs, named by the shortest ends of their paths that differ.
+    """Read the metrics of several runs, named by the shortest ends of their paths that differ.
 
-    A path is a file of metrics, a folder with one, or a folder of such folders. ValueError for any
-    other.
+    A path is a file of metrics, a folder with such a file, or a folder of such folders. ValueError
+    for any other path.
     """
     files = []
     for path in map(Path.absolute, paths):
         found = [path] if path.is_file() else sorted(path.glob(METRICS))
         found = found or sorted(path.glob(f"*/{METRICS}"))
         if not found:
-            raise ValueError(f"{path}: expected a folder or file of metrics, found none")
+            raise ValueError(f"{path}: expected a folder or file of metrics, got none")
         files += found
     names = path_labels([path.parent if path.name == METRICS else path for path in files])
     return {name: read_metrics(path) for name, path in zip(names, files)}
 
 
 def plot_metrics(runs: Runs) -> Figure:
-    """Metrics over updates, as `monitor.read_metrics` reads them, of one run or several by name.
+    """Draw metrics over updates, as `monitor.read_metrics` reads them, of runs by name.
 
-    Raw values are faint, a running mean lies over them. Of several runs each has its colour, and
-    the metrics that share a panel differ in line.
+    Raw values are faint, under their running mean. If there are several runs, each has its colour,
+    and the metrics of a panel differ by the style of their lines.
     """
     empty = [run for run, lines in runs.items() if not lines]
     if empty or not runs:
@@ -75,7 +75,7 @@ def plot_metrics(runs: Runs) -> Figure:
 
 
 def metric_panels(runs: Runs) -> dict[str, list[str]]:
-    """The metrics of each panel: losses together, then gradient norms, then the others."""
+    """Group metrics into panels: losses first, then gradient norms, then the others."""
     names = dict.fromkeys(name for lines in runs.values() for row in lines for name in row)
     panels: dict[str, list[str]] = {"losses": [], GRADIENTS: []}
     for name in names:
@@ -91,8 +91,7 @@ def metric_panels(runs: Runs) -> dict[str, list[str]]:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of the values around each, as `SMOOTHING` says; numbers that are not finite
-    do not count."""
+    """Mean of the finite values around each value; `SMOOTHING` sets its width."""
     share, least = SMOOTHING
     half = max(least, round(share * len(values))) // 2
     finite = np.isfinite(values)

@@ -1,4 +1,4 @@
-"""The inputs of an update that went wrong, kept so that it can be looked at and run again."""
+"""Inputs of an update that failed, kept so that it can be inspected and repeated."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from .monitor import plain_number
 
 
 class RecordedSets:
-    """Sets of clips that remember in `drawn` what is drawn from them: one for each update.
+    """Sets of clips that record in `drawn` every batch drawn from them. One serves one update.
 
     >>> recorded = RecordedSets(sets)
     >>> metrics = stage.accumulate(recorded, random, step)
@@ -28,7 +28,7 @@ class RecordedSets:
 
 
 class RecordedClips:
-    """One of the sets: its batches go into `drawn` too."""
+    """One set of `RecordedSets`."""
 
     def __init__(self, clips: Any, drawn: list[Any]):
         self.clips, self.drawn = clips, drawn
@@ -50,11 +50,14 @@ def save_inputs(
     step: int,
     metrics: Mapping[str, float],
 ) -> None:
-    """Write what an update was given as one safetensors file, whole or not at all.
+    """Write the inputs of an update as one safetensors file, whole or not at all.
 
-    batches: What it drew: dataclasses such as `ClipBatch`, or tensors. Tensor `n.latents` is field
-    `latents` of batch n, `n.batch` a batch that is a tensor. The metadata hold seed, step, metrics
-    and, as `n.prompts`, every field that is no tensor; each value is JSON.
+    The tensor `n.latents` is field `latents` of batch n, and `n.batch` is a batch that is a tensor.
+    The metadata hold `seed`, `step`, `metrics`, and each field that is not a tensor, such as
+    `n.prompts`. Their values are JSON.
+
+    Args:
+        batches: What the update drew: dataclasses such as `ClipBatch`, or tensors.
     """
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"seed": seed, "step": step}

@@ -1,5 +1,9 @@
-"""What a run is given: encoded clips, and weights to start from. `inputs.json` in its folder keeps
-what they were, beside the recipe, so that a result can be traced and a run never changes them."""
+"""Inputs of a run: encoded clips, and weights to start from.
+
+`inputs.json` in the run's folder records them, so that a result can be traced and a resumed run
+never continues with other inputs. They may move: contents are compared, by size and time of change
+first, and by SHA-256 if these differ.
+"""
 
 import copy
 import hashlib
@@ -9,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import file_digest, write_json
+from ..checkpoint import CheckpointError, file_digest, write_json
 from ..data.clips import Clips
 from ..data.latent_shards import LatentShards, Mixture, ray_deviation, read_index
 from ..model.config import CameraConfig
@@ -22,20 +26,25 @@ INPUTS = "inputs.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """latents: folders of `aapt encode` by set; under ANY_SET those that have the others' as
-    buckets. weights: what the first stage starts from, None for random ones."""
+    """Paths of the inputs of a run.
+
+    Attributes:
+        latents: Folders of `aapt encode` by the name of a set. Folders under ANY_SET serve every
+            other set that is the name of one of their buckets.
+        weights: A safetensors file for the first stage; None for random weights.
+    """
 
     latents: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     weights: Path | None = None
 
     def buckets(self, name: str) -> list[tuple[Path, str]]:
-        """Where the clips of a set are. ValueError if they are nowhere."""
+        """Find the clips of a set: folders, and a bucket in each. ValueError if there are none."""
         found = []
         for folder in self.latents.get(name, ()):
             known = list(read_index(folder)["buckets"])
             if name not in known and len(known) != 1:
                 raise ValueError(
-                    f"latents: expected a bucket {name}, or one for it, in {folder}, "
+                    f"latents: expected a bucket {name}, or a single bucket, in {folder}, "
                     f"got {', '.join(known) or 'none yet'}"
                 )
             found.append((folder, name if name in known else known[0]))
@@ -47,21 +56,25 @@ class Inputs:
             raise ValueError(
                 f"latents: expected the folder with clips of {name}, got none"
                 + (f" in {among}" if among else "")
+                + f"; pass --latents {name}=FOLDER of aapt encode"
             )
         return found
 
     def entries(self, name: str) -> list[dict[str, Any]]:
-        """What the index of each folder says of a set."""
+        """Read the entry of a set from the index of each of its folders."""
         return [read_index(folder)["buckets"][bucket] for folder, bucket in self.buckets(name)]
 
     def clips(self, name: str, camera: CameraConfig | None) -> Clips:
-        """A set; one that is in several folders is drawn from all of them."""
+        """Open a set. If several folders have it, clips are drawn from all of them."""
         parts = [LatentShards(*place, camera) for place in self.buckets(name)]
         return parts[0] if len(parts) == 1 else Mixture(parts)
 
     def check(self, name: str, condition_channels: int, camera: CameraConfig | None) -> str:
-        """ValueError unless clips of a set are moved by what a model is conditioned on. Returns the
-        digest of the autoencoder that made them."""
+        """Check that the clips of a set have the motion that the model is conditioned on.
+
+        Returns the digest of the autoencoder that encoded them. ValueError if their motion is of
+        another kind, or if several autoencoders encoded them.
+        """
         digests = set()
         for folder, _ in self.buckets(name):
             encoding = read_index(folder)["encoding"]
@@ -76,8 +89,11 @@ class Inputs:
         return digests.pop()
 
     def camera(self, camera: CameraConfig, sets: Sequence[str]) -> CameraConfig:
-        """`camera` with ray origins and directions of unit deviation over the clips of `sets`
-        (SPEC 10), which walks at twice their pace, whatever their unit of length."""
+        """Scale a camera to the clips of `sets`, whatever their unit of length.
+
+        Ray origins and directions then have unit deviation (docs/method.md#10). One step forward
+        is twice the deviation of the origins.
+        """
         entries = [entry for name in sets for entry in self.entries(name)]
         deviation = ray_deviation([shard for entry in entries for shard in entry["shards"]])
         if deviation is None:
@@ -95,68 +111,121 @@ class Inputs:
         )
 
     def long_captions(self, name: str, limit: int) -> tuple[int, int]:
-        """How many clips of a set have a caption of more than `limit` bytes, as far as its folders
-        know, and how many clips it has."""
+        """Count the clips of a set with a caption of more than `limit` bytes, and all its clips.
+
+        Folders of older versions do not record the length of captions; their clips count as short.
+        """
         parts = self.entries(name)
         lengths = [part.get("caption_bytes", {}).items() for part in parts]
         long = sum(clips for part in lengths for length, clips in part if int(length) > limit)
         return long, sum(part["clips"] for part in parts)
 
     def autoencoder(self, name: str) -> CausalVAE:
-        """What the latents of a set are decoded by."""
+        """Load the autoencoder that decodes the latents of a set."""
         return load_vae(self.buckets(name)[0][0])
 
-    def facts(self, sets: Sequence[str], starts: bool) -> dict[str, Any]:
-        """What stages that draw from `sets` depend on; the weights only if one of them `starts`."""
-        facts: dict[str, Any] = {
-            "latents": {
-                name: [
-                    {"folder": str(at), "bucket": bucket, "sha256": _bucket_digest(at, bucket)}
-                    for at, bucket in self.buckets(name)
-                ]
-                for name in sets
-            }
-        }
+    def claim(self, folder: Path, sets: Sequence[str], starts: bool) -> str | None:
+        """Record in a run's folder the inputs of stages that draw from `sets`.
+
+        The weights are recorded only if one of the stages starts from them (`starts`). Returns how
+        an input differs from the recorded one, None if none does.
+        """
+        record = read_record(folder)
+        before = copy.deepcopy(record)
+        for name in sets:
+            parts = [_bucket(*place) for place in self.buckets(name)]
+            recorded = record["latents"].get(name, parts)
+            if _contents(recorded) != _contents(parts):
+                return (
+                    f"{folder / INPUTS}: latents {name}: expected {_names(recorded)} as before, "
+                    f"got {_names(parts)}"
+                )
+            for part, old in zip(parts, recorded):
+                if part["stamp"] != old.get("stamp", part["stamp"]):
+                    if changed := _changed_shard(part):
+                        return changed
+                old["stamp"] = part["stamp"]
+            record["latents"][name] = recorded
         if starts:
-            facts["weights"] = None
-            if self.weights is not None:
-                facts["weights"] = {"file": str(self.weights), "sha256": file_digest(self.weights)}
-        return facts
+            recorded = record.get("weights")
+            weights = self.weights and _file(self.weights, recorded)
+            if "weights" in record and _contents([recorded]) != _contents([weights]):
+                return (
+                    f"{folder / INPUTS}: weights: expected {_names([recorded])} as before, "
+                    f"got {_names([weights])}"
+                )
+            record["weights"] = weights
+        if record != before:
+            write_json(folder / INPUTS, record)
+        return None
 
 
-def claim_inputs(folder: Path, facts: dict[str, Any]) -> str | None:
-    """Add facts to `inputs.json` of a run; else say which of them differs from what it says."""
-    path = folder / INPUTS
-    kept = json.loads(path.read_text()) if path.is_file() else {"latents": {}}
-    known = copy.deepcopy(kept)
-    for name, parts in facts["latents"].items():
-        before = known["latents"].setdefault(name, parts)
-        if _contents(before) != _contents(parts):
-            return (
-                f"{path}: latents {name}: expected {_names(before)} as before, got {_names(parts)}"
-            )
-    if "weights" in facts:
-        before = known.setdefault("weights", facts["weights"])
-        ours, theirs = ([part] if part else [] for part in (facts["weights"], before))
-        if _contents(ours) != _contents(theirs):
-            return f"{path}: weights: expected {_names(theirs)} as before, got {_names(ours)}"
-    if known != kept:
-        write_json(path, known)
+def claim_clips(folder: Path, sha256: str) -> str | None:
+    """Record the digest of the clips that a run has cut from videos, or say that it differs."""
+    record = read_record(folder)
+    if record.setdefault("clips", {"sha256": sha256})["sha256"] != sha256:
+        return f"{folder / INPUTS}: videos: expected the clips of before, got others"
+    write_json(folder / INPUTS, record)
     return None
 
 
-def _contents(parts: list[dict[str, str]]) -> list[tuple[str | None, str]]:
-    """Of inputs, wherever they lie."""
-    return [(part.get("bucket"), part["sha256"]) for part in parts]
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `inputs.json` of a run's folder, empty if there is none."""
+    path = folder / INPUTS
+    return json.loads(path.read_text()) if path.is_file() else {"latents": {}}
 
 
-def _names(parts: list[dict[str, str]]) -> str:
-    named = [f"{part.get('folder') or part['file']} ({part['sha256'][:8]})" for part in parts]
+def _bucket(folder: Path, bucket: str) -> dict[str, str]:
+    """The record of a bucket: the digest of its index entry, and a stamp of its files.
+
+    The stamp is a digest of the sizes and times of change of all shards.
+    """
+    index = read_index(folder)
+    shards = index["buckets"][bucket]["shards"]
+    files = [folder / shard["file"] for shard in shards]
+    status = [(file.name, file.stat()) for file in files if file.is_file()]
+    stamp = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+    return {
+        "folder": str(folder),
+        "bucket": bucket,
+        "sha256": _digest([index["encoding"], shards]),
+        "stamp": _digest(stamp),
+    }
+
+
+def _changed_shard(part: Mapping[str, str]) -> str | None:
+    """Compare the bytes of every shard of a bucket with the index; name the first that differs."""
+    folder = Path(part["folder"])
+    for shard in read_index(folder)["buckets"][part["bucket"]]["shards"]:
+        path = folder / shard["file"]
+        if file_digest(path) != shard["sha256"]:
+            return f"{path}: expected the bytes that were encoded, got others; encode again"
+    return None
+
+
+def _file(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The record of a file. Its bytes are read only if it is not the recorded file, unchanged."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    record = {"file": str(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    if recorded and record.items() <= recorded.items():
+        return dict(recorded)
+    return record | {"sha256": file_digest(path)}
+
+
+def _contents(parts: Sequence[Mapping[str, Any] | None]) -> list[tuple[str | None, str]]:
+    """Buckets and digests of inputs, without the places where they are stored."""
+    return [(part.get("bucket"), part["sha256"]) for part in parts if part]
+
+
+def _names(parts: Sequence[Mapping[str, Any] | None]) -> str:
+    named = [
+        f"{part.get('folder') or part['file']} ({part['sha256'][:8]})" for part in parts if part
+    ]
     return ", ".join(named) or "none"
 
 
-def _bucket_digest(folder: Path, bucket: str) -> str:
-    """Of how clips were encoded, and of their shards' own digests."""
-    index = read_index(folder)
-    said = json.dumps([index["encoding"], index["buckets"][bucket]["shards"]])
-    return hashlib.sha256(said.encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,9 +1,10 @@
-"""Makes a light decoder for an autoencoder that there is: the recipes `vae-light` and `wan-light`.
+"""Trains a light decoder for an existing autoencoder: the recipes `vae-light` and `wan-light`.
 
-run(vae_light(), Path("runs/vae-light"))                            # for the bundled world
-run(wan_light(), out, vae="Wan2.1/vae", videos=Path("videos/"))  # for one's own
+run(vae_light(), Path("runs/vae-light"))                         # for the bundled world
+run(wan_light(), out, vae="Wan2.1/vae", videos=Path("videos/"))  # for an autoencoder of your own
 """
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,16 +21,17 @@ from ..data.videos.pixel_clips import source_digest, video_clips
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..training.perceptual import PerceptualDistance
 from ..training.recipes import LightRecipe
-from ..training.stages.light_decoder import LightDecoderConfig, LightDecoderTraining, light_behind
+from ..training.stages.light_decoder import LightDecoderConfig, LightDecoderTraining, light_vae_for
 from ..vae import CausalVAE, lighter
 from ..vae.folder import ORIGINAL, load_vae, vae_digest, with_light_decoder
 from ..vae.pixels import to_pixels, to_video
-from .loop import Habits, claim, drop_states, train
+from .inputs import claim_clips
+from .loop import RunOptions, claim, drop_states, locked, train
 from .parallel import Parallel
 
 STAGE = "light-decoder"
 SAMPLES = 3  # clips of a sheet
-SHOWN_FRAMES = 6  # and frames of each
+SHOWN_FRAMES = 6  # video frames of each clip
 
 
 def run(
@@ -41,65 +43,73 @@ def run(
     perceptual: Path | None = None,
     workers: int = 2,
     parallel: Parallel | None = None,
-    habits: Habits | None = None,
+    options: RunOptions | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Train a light decoder for an autoencoder and export what that belongs to, with it.
+    """Train a light decoder for an autoencoder, and export the autoencoder's checkpoint with it.
+
+    The same call resumes after an interruption. `recipe.json` and `inputs.json` hold digests of the
+    inputs, which may move in the meantime and must not change.
 
     Args:
-        vae: Where the autoencoder is: a bundled model, a checkpoint folder, or one of diffusers'
-            Wan; None for the recipe's.
-        videos: What the decoder learns from; None for clips of the procedural world, where the
-            recipe is for that.
-        perceptual: The file of a `PerceptualDistance`.
+        vae: The autoencoder: a bundled model, a checkpoint folder, or a folder of diffusers' Wan;
+            None for the recipe's.
+        videos: Videos that the decoder learns from; None for clips of the procedural world, if the
+            recipe has any.
+        perceptual: The file of a `PerceptualDistance`; None for a loss without it.
         workers: Processes that render clips.
+        report: Called with one line per finished part.
 
-    Returns the new checkpoint's folder. The same call goes on after an interruption, wherever the
-    same inputs lie by then: `recipe.json` keeps digests of them. Raises
-    CheckpointError for an autoencoder that cannot be used, ValueError for other bad input and for a
-    folder that holds other results, TrainingError where a metric or a gradient is not finite.
+    Returns the new checkpoint's folder. Raises CheckpointError for an autoencoder that cannot be
+    used, FolderInUse for a folder in which another run trains, ValueError for other bad input and
+    for a folder that holds other results, TrainingError for an update that fails.
     """
-    parallel, habits = parallel or Parallel.single(), habits or Habits()
+    parallel, options = parallel or Parallel.single(), options or RunOptions()
     if parallel.world > 1:
         raise ValueError(f"{recipe.name}: expected one rank, got {parallel.world}")
     source = vae or recipe.vae
     if source is None:
-        raise ValueError("vae: expected the original autoencoder's folder, got none")
+        raise ValueError("vae: expected the original autoencoder's folder, got none; pass --vae")
     if recipe.vae is None and videos is None:
-        raise ValueError("videos: expected a folder of videos, got none")
+        raise ValueError("videos: expected a folder of videos, got none; pass --videos FOLDER")
     torch.manual_seed(recipe.seed)
     original = load_vae(source, ORIGINAL)
     light = new_light(recipe.decoder, original)
     distance = PerceptualDistance(perceptual) if perceptual else None
-    of = {
+    digests = {
         "original": vae_digest(original),
         "videos": videos and source_digest(videos),
         "perceptual": perceptual and file_digest(perceptual),
     }
-    if said := claim(out, asdict(recipe) | of):
-        raise ValueError(f"{said}; train another recipe in another folder")
-
-    result = out / STAGE / "weights.safetensors"
-    if result.is_file():
-        load_module(result, light)
-        drop_states(result.parent)
-        report(f"{STAGE}: already done")
-    else:
-        start = time.perf_counter()
-        data = _clips(recipe, videos, workers, report)
-        stage = LightDecoderTraining(
-            recipe.decoder,
-            original.to(parallel.device),
-            light.to(parallel.device),
-            distance and distance.to(parallel.device),
-        )
-        light = train_light(stage, data, out / STAGE, recipe.seed, parallel, habits)
-        report(f"{STAGE}: {(time.perf_counter() - start) / 60:.1f} min")
-    return with_light_decoder(source, light, original, out / recipe.name)
+    with locked(out, parallel):
+        if difference := claim(out, asdict(recipe) | digests):
+            raise ValueError(f"{difference}; train another recipe in another folder")
+        result = out / STAGE / "weights.safetensors"
+        if result.is_file():
+            load_module(result, light)
+            drop_states(result.parent)
+            report(f"{STAGE}: already done")
+        else:
+            start = time.perf_counter()
+            data = _clips(recipe, videos, workers, report)
+            # Names and sizes of videos are in recipe.json; a video may change and keep both.
+            pixels = hashlib.sha256(data.videos.numpy()).hexdigest()
+            if videos and (difference := claim_clips(out, pixels)):
+                raise ValueError(f"{difference}; train with changed videos in another folder")
+            stage = LightDecoderTraining(
+                recipe.decoder,
+                original.to(parallel.device),
+                light.to(parallel.device),
+                distance and distance.to(parallel.device),
+            )
+            light = train_light(stage, data, out / STAGE, recipe.seed, parallel, options)
+            report(f"{STAGE}: {(time.perf_counter() - start) / 60:.1f} min")
+        return with_light_decoder(source, light, original, out / recipe.name)
 
 
 def new_light(config: LightDecoderConfig, original: CausalVAE) -> CausalVAE:
-    return light_behind(original, config.shape or lighter(original.config))
+    """Make an untrained autoencoder with a light decoder, of the configured shape."""
+    return light_vae_for(original, config.shape or lighter(original.config))
 
 
 def train_light(
@@ -108,11 +118,11 @@ def train_light(
     folder: Path,
     seed: int,
     parallel: Parallel,
-    habits: Habits,
+    options: RunOptions,
 ) -> CausalVAE:
-    """All updates of the stage, and its result in `folder`."""
+    """Make all updates of the stage and save its result in `folder`."""
     sets = {stage.config.clips: data}
-    given = {"seed": seed, "parallel": parallel, "habits": habits}
+    given = {"seed": seed, "parallel": parallel, "options": options}
     made = train(stage, sets, folder, **given, sample=_sampler(stage, data, folder))
     save_module(folder / "weights.safetensors", made)
     drop_states(folder)
@@ -120,7 +130,10 @@ def train_light(
 
 
 def _sampler(stage: LightDecoderTraining, data: VideoClips, folder: Path) -> Callable[[int], None]:
-    """Draws `samples-<updates>.png`: the truth, the original decoder and the light one."""
+    """A function that draws `samples-<updates>.png`.
+
+    The sheet shows clips, and their latents decoded by the original decoder and the light one.
+    """
     pixels = data.videos[:SAMPLES, : stage.config.video_frames]
     step = max(1, pixels.shape[1] // SHOWN_FRAMES)
     columns = [f"frame {frame}" for frame in range(0, pixels.shape[1], step)]
@@ -144,6 +157,7 @@ def _sampler(stage: LightDecoderTraining, data: VideoClips, folder: Path) -> Cal
 def _clips(
     recipe: LightRecipe, videos: Path | None, workers: int, report: Callable[[str], None]
 ) -> VideoClips:
+    """Render the recipe's clips, or cut clips of the same size and number from videos."""
     data = recipe.data
     if videos is None:
         rendered = render_clips(data, workers, data.video_clips)

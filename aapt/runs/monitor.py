@@ -1,7 +1,8 @@
-"""What a training run shows and writes while it runs: progress and metrics.
+"""Progress of a training run on the screen, and its metrics in a file.
 
 `metrics.jsonl` holds one JSON object per update: `step`, `seconds` of training so far, then the
-stage's metrics. A number that is not finite is a string, "nan" or "inf", which `float` reads.
+stage's metrics. A number that is not finite is written as a string, "nan" or "inf", which `float`
+reads.
 """
 
 import json
@@ -16,25 +17,25 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 METRICS = "metrics.jsonl"
-SECONDS_BETWEEN_LINES = 30.0  # of a log file; a terminal is refreshed all the time
-RATE_UPDATES = 50  # the rate is a mean over so many updates
+SECONDS_BETWEEN_LINES = 30.0  # in a log file; a terminal shows every update
+RATE_UPDATES = 50  # updates in the mean that is shown as the rate
 
 
 class Monitor:
-    """Shows the progress of one stage, and appends the metrics of each update to its folder.
+    """Shows the progress of a stage, and appends the metrics of each update to a file.
 
     >>> with Monitor(folder, "adversarial", steps=1000, start_step=200) as monitor:
     ...     for step in range(200, 1000):
     ...         monitor.update(step, stage.step(clips, random, step))
 
     Args:
-        folder: Where `metrics.jsonl` is. Lines of `start_step` and after are cut off: the updates
-            that a resumed run makes again. Its seconds count on.
-        name: Of the stage.
-        steps: Updates of the whole run.
+        folder: Folder of `metrics.jsonl`. Lines of update `start_step` and later are cut off,
+            because a resumed run makes these updates again. Seconds continue from the last line.
+        name: Name of the stage.
+        steps: Updates of the whole stage.
         start_step: The first update of this run.
-        console: Where progress goes, None for standard error: live lines on a terminal, elsewhere
-            one line every `seconds_between_lines`.
+        console: Receives progress; None for standard error. A terminal gets live lines, any other
+            file one line every `seconds_between_lines`.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Monitor:
             print(line, file=self.console.file, flush=True)
 
     def _rate(self, step: int) -> str:
-        """Updates a second, and the time that the rest will take."""
+        """Updates per second, and the time that the remaining updates take."""
         seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         rest = round((self.steps - step - 1) * seconds)
         clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
@@ -106,7 +107,7 @@ class Monitor:
 
 
 class LiveLines(progress.Progress):
-    """A progress bar with the metrics under it, which may need more than a line."""
+    """A progress bar with the metrics under it, on as many lines as they need."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -114,15 +115,15 @@ class LiveLines(progress.Progress):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`. A last line that was cut off is left out.
+    """Read the lines of a `metrics.jsonl`, without a last line that was cut off.
 
-    ValueError naming the file and the line where anything else is wrong.
+    ValueError naming the file and the line if a line is not an object of numbers.
     """
     return [metrics for metrics, _ in _lines(path)]
 
 
 def truncate_metrics(path: Path, step: int) -> float:
-    """Cut off the lines of `step` and after; returns the seconds of the last line that is left."""
+    """Cut off the lines of update `step` and later. Returns the seconds of the last line left."""
     kept = []
     if step > 0 and path.is_file():
         kept = [(line, end) for line, end in _lines(path) if line["step"] < step]
@@ -132,13 +133,13 @@ def truncate_metrics(path: Path, step: int) -> float:
 
 
 def _lines(path: Path) -> list[tuple[dict[str, float], int]]:
-    """What each line holds, and the byte after it."""
+    """The metrics of each line, and the position after the line."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a file of metrics, which is missing")
     lines, end = [], 0
     for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         end += len(raw)
-        if not raw.endswith(b"\n"):  # a run that was killed while it wrote
+        if not raw.endswith(b"\n"):  # from a run that was killed while it wrote
             break
         try:
             metrics = {key: float(value) for key, value in json.loads(raw).items()}
@@ -154,5 +155,5 @@ def _lines(path: Path) -> list[tuple[dict[str, float], int]]:
 
 
 def plain_number(value: float) -> float | str:
-    """A number as strict JSON can hold it."""
+    """A number as strict JSON holds it: a string if it is not finite."""
     return value if math.isfinite(value) else str(float(value))

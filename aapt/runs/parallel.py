@@ -1,5 +1,7 @@
-"""Many ranks as one: clips on the data axis, a clip's tokens on the context axis, parameters over
-all ranks (FSDP2). SPEC 11.
+"""Training on several ranks, with the result of one rank (docs/method.md#11).
+
+Clips are split over groups of ranks, the tokens of a clip over the ranks of its group (Ulysses),
+and parameters over all ranks (FSDP2).
 
     torchrun --nproc-per-node 8 ...          one process per GPU
 
@@ -10,9 +12,9 @@ all ranks (FSDP2). SPEC 11.
     ... forward, backward, update as on one rank ...
     metrics = parallel.mean(metrics)
 
-A loss is the mean over its rank's clips; gradients are averaged over all ranks (`ulysses.py` says
-why that is right for ranks that share clips). So everything equals what one rank computes from all
-clips, up to the order of sums.
+A loss is the mean over its rank's clips, and gradients are averaged over all ranks.
+`model/ulysses.py` says why this is right for ranks that share clips. All results therefore equal
+the results of one rank on all clips, up to the order of sums.
 """
 
 import os
@@ -37,7 +39,7 @@ from ..model.layers import Block
 from ..model.transformer import VideoTransformer
 from ..model.ulysses import Ulysses
 
-# What is called besides `forward`; parameters must be gathered for these too.
+# Methods called besides `forward`, for which parameters must be gathered too.
 CALLED = {
     VideoTransformer: ("features", "encode_text", "step"),
     Block: ("encode_text", "step"),
@@ -46,11 +48,14 @@ CALLED = {
 
 @dataclass(frozen=True)
 class Parallel:
-    """The ranks of a run: `world` of them, every `context.size` consecutive ones share clips.
+    """The ranks of a run.
 
-    gather_dtype: what blocks compute in; bfloat16 halves the traffic and memory of gathered
-    parameters, None keeps their own type, in which many ranks equal one. Gradients are reduced in
-    float32 or better and parameters stay what they are.
+    Attributes:
+        rank: Number of this rank.
+        world: Number of ranks. Every `context.size` consecutive ranks share clips.
+        gather_dtype: Type of gathered parameters, in which blocks compute. bfloat16 halves their
+            traffic and memory; with None, their own type, many ranks equal one. Gradients are
+            reduced in float32 or better, and stored parameters keep their type.
     """
 
     rank: int = 0
@@ -62,13 +67,15 @@ class Parallel:
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Parallel":
+        """Make a run of a single rank."""
         return cls(device=torch.device(device))
 
     @classmethod
     def from_environment(cls, context: int = 1) -> "Parallel":
-        """What torchrun says, else a single rank; NCCL where there is CUDA, gloo elsewhere.
+        """Read the ranks from torchrun's environment; without it, make a single rank.
 
-        ValueError unless `context` divides the number of ranks.
+        Ranks communicate over NCCL if CUDA is available, over gloo otherwise. ValueError unless
+        `context`, the ranks per clip, divides the number of ranks.
         """
         cuda = torch.cuda.is_available()
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -94,11 +101,13 @@ class Parallel:
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that writes files and speaks."""
+        """True on the rank that writes files and reports progress."""
         return self.rank == 0
 
     def clips(self, batch: int) -> range:
-        """This rank's share of an update's clips; ranks of one context group have the same.
+        """Numbers of this rank's clips among the `batch` clips of an update.
+
+        Ranks of one context group have the same clips.
 
         ValueError unless the groups can share `batch` clips evenly.
         """
@@ -113,9 +122,9 @@ class Parallel:
         return range(start, start + share)
 
     def share_tokens(self, model: nn.Module) -> None:
-        """Split every transformer in `model` over the context group, for training or streaming.
+        """Split the tokens of every transformer in `model` over the context group.
 
-        ValueError unless its heads can be shared evenly.
+        It serves training and streaming. ValueError unless the size of the group divides the heads.
         """
         for module in model.modules():
             if isinstance(module, VideoTransformer) and module.config.heads % self.context.size:
@@ -130,10 +139,10 @@ class Parallel:
     def shard(self, model: nn.Module, keep_gathered: bool = False) -> None:
         """Shard a model's parameters over all ranks, and its tokens over the context group.
 
-        Blocks, and what is around them, are gathered when they run and given up after (ZeRO-3), or
-        with `keep_gathered` kept until the backward pass has used them (ZeRO-2): a rollout runs
-        every block at every frame. Parameters become DTensors: load weights and copy models
-        before, make optimizers and averages after.
+        Parameters are gathered block by block when they are used, and released afterwards (ZeRO-3).
+        With `keep_gathered` they are kept until the backward pass has used them (ZeRO-2), because a
+        rollout runs every block at every frame. Parameters become DTensors: load weights and copy
+        models before, make optimizers and averages after.
         """
         self.share_tokens(model)
         if self.mesh is None:
@@ -141,12 +150,12 @@ class Parallel:
         for network in networks(model):
             for block in [module for module in network.modules() if isinstance(module, Block)]:
                 self._shard(block, keep_gathered, self.gather_dtype)
-            # What is around the blocks is small, and the logits among it need precision (SPEC 8).
+            # Layers around the blocks are small, and logits need precision (docs/method.md#8).
             self._shard(network, keep_gathered, None)
 
     def _shard(self, module: nn.Module, keep_gathered: bool, dtype: torch.dtype | None) -> None:
         methods = CALLED.get(type(module), ())
-        # It warns of outputs that are views, which must not be changed in place; none is.
+        # FSDP warns that outputs are views, which must not be changed in place; none is changed.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
@@ -161,19 +170,21 @@ class Parallel:
             register_fsdp_forward_method(module, method)
 
     def reshard(self, model: nn.Module) -> None:
-        """Give up parameters that a rollout has left gathered."""
+        """Release parameters that a rollout has left gathered."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def gather(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole state of a model on the main rank's CPU, to export it; nothing elsewhere. Every
-        rank must call it."""
+        """Gather the whole state of a model on the main rank's CPU, for export.
+
+        Every rank calls it; on other ranks the result is empty.
+        """
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(model, options=whole)
 
     def mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The mean over all ranks; every rank has the same names in the same order."""
+        """Average metrics over all ranks, which have the same names in the same order."""
         if self.mesh is None:
             return metrics
         values = torch.tensor(list(metrics.values()), dtype=torch.float64)
@@ -181,7 +192,7 @@ class Parallel:
         return dict(zip(metrics, (values / self.world).tolist(), strict=True))
 
     def agree(self, value):
-        """The main rank's `value` on every rank: anything that pickles."""
+        """Return the main rank's `value`, anything that pickles, on every rank."""
         if self.mesh is None:
             return value
         box = [value]
@@ -189,7 +200,7 @@ class Parallel:
         return box[0]
 
     def collect(self, value) -> list:
-        """Every rank's `value` on every rank, in order: anything that pickles."""
+        """Return every rank's `value`, anything that pickles, in order of ranks."""
         if self.mesh is None:
             return [value]
         values = [None] * self.world
@@ -197,23 +208,26 @@ class Parallel:
         return values
 
     def wait(self) -> None:
-        """Until every rank is here.
+        """Wait until every rank is here.
 
-        The last thing a process does together with others: gloo's threads may still hold tensors
-        of what came before, and let go of them only while there is an interpreter to ask. One that
-        ends at once after another collective sometimes aborts.
+        This must be the last collective of a process. Threads of gloo may still hold tensors of
+        the collective before, and need a running interpreter to release them. A process that ends
+        right after another collective sometimes aborts.
         """
         if self.mesh is not None:
             dist.barrier()
 
     def close(self) -> None:
+        """Leave the group of ranks."""
         if self.mesh is not None:
             dist.destroy_process_group()
 
 
 def networks(model: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a model that are called on their own: transformers, and otherwise the outermost
-    modules that hold parameters themselves."""
+    """The parts of a model that are called separately.
+
+    They are its transformers, and the outermost other modules that hold parameters themselves.
+    """
     if isinstance(model, VideoTransformer) or list(model.parameters(recurse=False)):
         yield model
     else:

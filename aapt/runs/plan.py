@@ -1,8 +1,8 @@
-"""What a recipe needs on a number of GPUs: memory, tokens, arithmetic; before any is rented.
+"""Memory, tokens and arithmetic that a recipe needs on a number of GPUs, before any is rented.
 
 Parameters, gradients, optimizer states, averages, caches and tokens are counted. Gathered
-parameters, activations and seconds are estimates: what a block saves is counted from its
-operations, what lives only while one runs is taken as half of that.
+parameters, activations and seconds are estimates. The tensors that a block saves are counted from
+its operations; tensors that exist only while it runs are taken as half of them.
 """
 
 import itertools
@@ -29,20 +29,26 @@ from ..training.stages.rollout_regression import RolloutRegression, RolloutRegre
 
 GIB = 2**30
 NODE = 8  # GPUs of a machine
-SPACE_FACTOR = 8  # pixels to a latent pixel, in a recipe whose latents come encoded (SPEC 1)
-FLOAT, HALF = 4, 2  # bytes: parameters and what belongs to them; gathered blocks, activations
+SPACE_FACTOR = 8  # pixels per latent pixel of encoded clips (docs/method.md#1)
+FLOAT, HALF = 4, 2  # bytes: parameters, gradients and states; gathered blocks, activations
 STATES = {torch.optim.AdamW: 2, torch.optim.RMSprop: 1, torch.optim.Muon: 1}  # per parameter
-TRANSIENT = 1.5  # a running block with its gradients, relative to what it saves
+TRANSIENT = 1.5  # memory of a running block with its gradients, relative to its saved tensors
 
 
 @dataclass(frozen=True)
 class GPU:
-    """`usable`: of its memory, what the allocator, NCCL and CUDA leave; `sustained`: of its rate,
-    what training reaches. Both are guesses."""
+    """A kind of GPU.
+
+    Attributes:
+        memory: In bytes.
+        flops: Dense bfloat16 operations per second.
+        usable: Fraction of the memory that the allocator, NCCL and CUDA leave; a guess.
+        sustained: Fraction of `flops` that training reaches; a guess.
+    """
 
     name: str
-    memory: float  # bytes
-    flops: float  # dense bfloat16, per second
+    memory: float
+    flops: float
     usable: float = 0.9
     sustained: float = 0.4
 
@@ -52,18 +58,27 @@ H100 = GPU("H100", memory=80 * GIB, flops=989e12)
 
 @dataclass(frozen=True)
 class Workload:
-    """One phase of a stage, at its longest: `batch` clips an update, each of `segments` of `frames`
-    latent frames of `size` = (height, width), the first `overlap` of a later one known already.
-    `rolled`: the generator makes them before it learns."""
+    """The longest update of one phase of a stage.
+
+    Attributes:
+        phase: Such as "1/3"; empty if the stage has one phase.
+        size: Latent height and width.
+        frames: Frames per segment.
+        batch: Clips per update.
+        segments: Segments per clip that the networks learn from.
+        overlap: Frames at the start of a later segment that are known from the segment before.
+        lead: Segments that are only rolled out, before the others.
+        rolled: True if the generator rolls the frames out before it learns from them.
+    """
 
     stage: str
-    phase: str  # as "1/3" where the stage has several
+    phase: str
     size: tuple[int, int]
     frames: int
     batch: int
     segments: int = 1
     overlap: int = 0
-    lead: int = 0  # segments that are only rolled out, before the others
+    lead: int = 0
     rolled: bool = False
 
     @property
@@ -72,11 +87,11 @@ class Workload:
 
     @property
     def total_frames(self) -> int:
-        """New latent frames of a clip."""
+        """New frames per clip."""
         return sum(new for _, new in self.places())
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """Where the new frames of each segment start, and how many there are."""
+        """The place of the first new frame of each segment, and the number of new frames."""
         later = self.frames - self.overlap
         yield 0, self.frames
         for index in range(1, self.lead + self.segments):
@@ -85,12 +100,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """A workload on GPUs, `context` of them to a clip.
+    """A workload on GPUs.
 
-    clips: of each update, those of one context group; at_once: how many of them fit together, 0
-    where not even one does. memory: bytes on a GPU, by purpose, with so many (or one). saved:
-    what activations would be without checkpointing. tokens: video tokens of an update, on all GPUs
-    together; flops: likewise.
+    Attributes:
+        gpus: Number of GPUs.
+        context: GPUs per clip, which form a context group.
+        clips: Clips of a context group per update.
+        at_once: Clips of a context group per forward pass; 0 if not even one fits.
+        memory: Bytes per GPU, by purpose, with `at_once` clips, or with one if none fits.
+        saved: Bytes of activations per GPU without checkpointing.
+        tokens: Video tokens per update, on all GPUs.
+        flops: Operations per update, on all GPUs.
     """
 
     workload: Workload
@@ -105,18 +125,20 @@ class Plan:
 
     @property
     def total(self) -> float:
+        """Bytes per GPU."""
         return sum(self.memory.values())
 
     def seconds(self, gpu: GPU = H100) -> float:
-        """One update, estimated."""
+        """Estimated seconds per update."""
         return self.flops / (self.gpus * gpu.flops * gpu.sustained)
 
 
 def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100) -> list[Plan]:
-    """Every phase of every stage. The phases of one share a command, and so a context group: the
-    smallest in which all of them fit, unless one is given.
+    """Plan every phase of every stage.
 
-    ValueError unless `context` divides the GPUs and the model's heads.
+    The phases of a stage share a command, and therefore the size of their context groups. It is the
+    smallest in which all of them fit, unless `context` is given. ValueError unless `context`
+    divides the GPUs and the model's heads, and the groups share every batch evenly.
     """
     if gpus < 1:
         raise ValueError(f"gpus: expected at least 1, got {gpus}")
@@ -130,7 +152,7 @@ def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100)
     contexts = contexts if context is None else [context]
     plans = []
     for name, config in recipe.stages.items():
-        stage, loads = without_memory(recipe, config), list(workloads(recipe, name, config))
+        stage, loads = meta_stage(recipe, config), list(workloads(recipe, name, config))
         attempts = [
             [_plan(recipe.model, stage, load, gpus, size, gpu) for load in loads]
             for size in contexts
@@ -147,7 +169,10 @@ def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100)
 
 
 def commands(recipe: Recipe, plans: Sequence[Plan]) -> Iterator[str]:
-    """What trains as planned, less the clips: consecutive stages with the same options in one."""
+    """Command lines that train as planned, without the options for inputs.
+
+    Consecutive stages with the same options share a command.
+    """
     gpus = plans[0].gpus
     each = max(size for size in range(1, NODE + 1) if gpus % size == 0)
     machines = f"--nnodes {gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST "
@@ -162,7 +187,7 @@ def commands(recipe: Recipe, plans: Sequence[Plan]) -> Iterator[str]:
 
 
 def options(stage: str, plans: Iterable[Plan]) -> str | None:
-    """How the command line says what the plan of a stage takes for granted; None if it fits not."""
+    """Options of the command line that the plan of a stage assumes; None if it cannot fit."""
     phases = [plan for plan in plans if plan.workload.stage == stage]
     at_once, context = min(plan.at_once for plan in phases), phases[0].context
     given = "--checkpoint-blocks"
@@ -173,8 +198,8 @@ def options(stage: str, plans: Iterable[Plan]) -> str | None:
     return given if at_once else None
 
 
-def without_memory(recipe: Recipe, config: StageConfig):
-    """The stage itself, on the meta device."""
+def meta_stage(recipe: Recipe, config: StageConfig):
+    """Build a stage on the meta device, where tensors take no memory."""
     with torch.device("meta"):
         model, other = (WorldModel(recipe.model, recipe.camera) for _ in range(2))
         deviation = torch.ones(recipe.model.latent_channels)
@@ -186,12 +211,12 @@ def without_memory(recipe: Recipe, config: StageConfig):
             case RolloutRegressionConfig():
                 return RolloutRegression(config, model, deviation)
             case AdversarialConfig():
-                judge = Discriminator(other, config.judgement, config.pooling)
-                return Adversarial(config, model, judge, deviation)
+                discriminator = Discriminator(other, config.judgement, config.pooling)
+                return Adversarial(config, model, discriminator, deviation)
 
 
 def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Workload]:
-    """The phases of a stage; of a phase's sources, the one with the most tokens."""
+    """The phases of a stage, each with the source that has the most tokens."""
     if isinstance(config, (DiffusionConfig, ConsistencyConfig)):
         phases = config.curriculum.phases
         for index, phase in enumerate(phases, 1):
@@ -214,7 +239,7 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
 
 
 def latent_size(recipe: Recipe, clips: str) -> tuple[int, int]:
-    """Height and width of a set's latents; a set that comes encoded is named WIDTHxHEIGHT."""
+    """Height and width of a set's latents. A set of encoded clips is named WIDTHxHEIGHT."""
     if clips in recipe.data:
         data, factor = recipe.data[clips], recipe.vae.space_factor
         return data.height // factor, data.width // factor
@@ -225,26 +250,26 @@ def latent_size(recipe: Recipe, clips: str) -> tuple[int, int]:
 def _plan(
     config: ModelConfig, stage, load: Workload, gpus: int, context: int, gpu: GPU
 ) -> Plan | None:
-    """None if the groups cannot share the batch evenly."""
+    """Plan one workload; None if the groups cannot share its batch evenly."""
     groups = gpus // context
     if load.batch % groups:
         return None
     networks = [part.module for part in stage.trained.values()]
     frozen = [stage.teacher] if hasattr(stage, "teacher") else []
-    judged = any(isinstance(network, Discriminator) for network in networks)
+    adversarial = any(isinstance(network, Discriminator) for network in networks)
     fixed = {
         "parameters": FLOAT * sum(sharded(p, gpus) for n in networks + frozen for p in shapes(n)),
         **trained_bytes(stage.trained.values(), gpus),
-        "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled or judged),
+        "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled or adversarial),
     }
     rows, columns = config.token_grid(*load.size)
     local = math.ceil(load.frames * rows * columns / context)
 
     def activations(checkpointed: bool) -> float:
-        """Of one clip: the generator's stay while its frames are judged."""
+        """Bytes per clip. The generator's activations stay while the discriminator runs."""
         bytes_ = activation_bytes(config, local, checkpointed)
         running = TRANSIENT * block_bytes(config, local) * checkpointed
-        if judged:
+        if adversarial:
             copies = stage.config.copies
             bytes_ += copies * activation_bytes(config, local, checkpointed)
             bytes_ += copies * tapped_bytes(config, local)
@@ -272,12 +297,12 @@ def _plan(
 
 
 def shapes(module: nn.Module, trained: bool = False) -> list[torch.Size]:
-    """Of the parameters, or of those that learn."""
+    """Shapes of all parameters, or of the trained ones."""
     return [p.shape for p in module.parameters() if p.requires_grad or not trained]
 
 
 def sharded(shape: torch.Size, gpus: int) -> int:
-    """Numbers of a parameter on the GPU that has most: its rows are dealt out."""
+    """Numbers of a parameter on the GPU with the largest shard. Its rows are split over GPUs."""
     return math.ceil(shape[0] / gpus) * math.prod(shape[1:])
 
 
@@ -298,8 +323,11 @@ def trained_bytes(trained: Iterable[Trained], gpus: int) -> dict[str, int]:
 
 
 def gathered_bytes(networks: list[nn.Module], gpus: int, kept: bool) -> float:
-    """Whole parameters while they are used: two blocks of each network (one runs, one comes) and
-    the gradients of one before they are reduced; all blocks of the generator if they are kept."""
+    """Bytes of whole parameters while they are used, and of gradients before they are reduced.
+
+    Two blocks of each network are gathered, the running one and the next, or all blocks of the
+    generator if they are `kept`. Gradients are whole for one block at a time.
+    """
     if gpus == 1:
         return HALF * max(sum(math.prod(s) for s in shapes(network)) for network in networks)
     total = 0.0
@@ -312,31 +340,36 @@ def gathered_bytes(networks: list[nn.Module], gpus: int, kept: bool) -> float:
 
 
 def block_bytes(config: ModelConfig, tokens: int, norm: int = FLOAT) -> float:
-    """What a block saves for its backward pass, of `tokens` video tokens and the text.
+    """Bytes that a block saves for its backward pass, for `tokens` video tokens and the text.
 
-    In bfloat16 numbers per token and unit of width: both norms' results (2), q k v before rotation
-    (3) and after, and what attention returns (4), that once more in rows (1), what both residual
-    branches add (2), the MLP before and after its activation (2 mlp_ratio). `norm`: bytes of what
-    a norm takes and makes, float32 under CUDA's autocast.
+    Per token and unit of width, in bfloat16: results of both norms (2), q, k, v before rotation (3)
+    and after it, with the result of attention (4), the result of attention in rows (1), additions
+    of both residual branches (2), the MLP before and after its activation (2 mlp_ratio).
+
+    Args:
+        norm: Bytes per number in the input and the output of a norm: float32 under CUDA's autocast.
     """
     numbers = 2 + 3 + 4 + 1 + 2 + 2 * config.mlp_ratio
     return (HALF * numbers + norm * 4) * config.width * (tokens + config.text_tokens)
 
 
 def activation_bytes(config: ModelConfig, tokens: int, checkpointed: bool) -> float:
-    """What a clip's forward pass leaves: the input of every block, or all that its blocks save."""
+    """Bytes that a clip's forward pass saves: all that blocks save, or their inputs alone."""
     if checkpointed:
         return HALF * config.depth * config.width * (tokens + config.text_tokens)
     return config.depth * block_bytes(config, tokens)
 
 
 def tapped_bytes(config: ModelConfig, tokens: int) -> float:
-    """What the logit heads save: a norm's input in float32, its result, keys and values."""
+    """Bytes that logit heads save: the input of a norm in float32, its result, keys and values."""
     return len(TAP_FRACTIONS) * (FLOAT + HALF + 2 * HALF) * config.width * tokens
 
 
 def cache_bytes(config: ModelConfig, grid: tuple[int, int], context: int, continued: bool) -> float:
-    """A clip's KV cache (SPEC 5); a segment that continues another has a copy of its frames."""
+    """Bytes of a clip's KV cache (docs/method.md#5).
+
+    A segment that continues another one also holds a copy of the cached frames.
+    """
     window = config.window(grid)
     frames = window + 2 + (window + 1 if continued else 0)
     tokens = config.text_tokens + frames * math.prod(grid)
@@ -344,8 +377,11 @@ def cache_bytes(config: ModelConfig, grid: tuple[int, int], context: int, contin
 
 
 def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
-    """An update's arithmetic per clip: backward is twice forward, and a checkpointed block runs
-    once more; a discriminator that does not learn passes gradients on at half the backward cost."""
+    """Operations of an update per clip.
+
+    A backward pass costs twice the forward pass, and checkpointed blocks run forward once more. A
+    discriminator that only passes gradients on costs half of a backward pass.
+    """
     generator, *others = (part.module for part in stage.trained.values())
     total = 0.0
     for index, (start, new) in enumerate(load.places()):
@@ -357,23 +393,23 @@ def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
         if hasattr(stage, "teacher"):
             passes += 2  # the teacher, and the student without gradient
         total += passes * forward
-        for judge in others:
+        for discriminator in others:
             passes = 4 * stage.config.copies + 3
-            total += passes * forward_flops(judge, config, load.size, load.frames, 0)
+            total += passes * forward_flops(discriminator, config, load.size, load.frames, 0)
     return total
 
 
 def forward_flops(
     network: nn.Module, config: ModelConfig, size: tuple[int, int], frames: int, start: int
 ) -> float:
-    """One clip's forward pass of frames `start` ... `start + frames`."""
+    """Operations of a clip's forward pass of the frames from `start` to `start + frames` - 1."""
     rows, columns = config.token_grid(*size)
     attention = attention_flops(config, (rows, columns), frames, start)
     return product_flops(network, frames * rows * columns, config.text_tokens) + attention
 
 
 def product_flops(network: nn.Module, tokens: int, text: int) -> float:
-    """Products with weights, for so many video and text tokens."""
+    """Operations of products with weights, for `tokens` video tokens and `text` text tokens."""
     total = 0
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear):
@@ -388,7 +424,7 @@ def product_flops(network: nn.Module, tokens: int, text: int) -> float:
 
 
 def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, start: int) -> float:
-    """Attention of frames of `grid` tokens over exactly what the mask shows (SPEC 3)."""
+    """Operations of attention over exactly the tokens that the mask shows (docs/method.md#3)."""
     text, tokens, window = config.text_tokens, math.prod(grid), config.window(grid)
     shown = sum(1 + min(i, window + 1) for i in range(start, start + frames))
     pairs = text * text + tokens * (frames * text + tokens * shown)
@@ -396,8 +432,7 @@ def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, sta
 
 
 def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None) -> None:
-    """For each number of GPUs a table on standard output, a column for each phase of a stage, and
-    the commands that train so."""
+    """Print a table for each number of GPUs, with a column per phase, and the commands to train."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     for count in gpus:
         plans = plan(recipe, count, context)
@@ -407,12 +442,12 @@ def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None)
         for name, tell in (
             ("latent rows x columns", lambda p: "{} x {}".format(*p.workload.size)),
             ("latent frames", lambda p: f"{p.workload.total_frames}"),
-            ("clips per step", lambda p: f"{p.workload.batch}"),
-            ("GPUs to a clip", lambda p: f"{p.context}"),
+            ("clips per update", lambda p: f"{p.workload.batch}"),
+            ("GPUs per clip", lambda p: f"{p.context}"),
             ("clips at once, per group", lambda p: f"{p.at_once or 'none'} of {p.clips}"),
-            ("tokens per step", lambda p: f"{p.tokens / 1e6:.2f} M"),
-            ("EFLOP per step *", lambda p: f"{p.flops / 1e18:.2f}"),
-            ("seconds per step *", lambda p: f"{p.seconds():.1f}"),
+            ("tokens per update", lambda p: f"{p.tokens / 1e6:.2f} M"),
+            ("EFLOP per update *", lambda p: f"{p.flops / 1e18:.2f}"),
+            ("seconds per update *", lambda p: f"{p.seconds():.1f}"),
         ):
             table.add_row(name, *map(tell, plans))
         table.add_row()
@@ -426,7 +461,8 @@ def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None)
         console.print()
     console.print(
         f"* estimates: with checkpointed blocks; seconds at {H100.sustained:.0%} of "
-        f"{H100.flops / 1e12:.0f} TFLOP/s. What of a group's clips does not fit "
-        f"{H100.usable:.0%} of {H100.memory / GIB:.0f} GiB at once accumulates.",
+        f"{H100.flops / 1e12:.0f} TFLOP/s. Clips of a group that do not fit at once into "
+        f"{H100.usable:.0%} of {H100.memory / GIB:.0f} GiB follow in further passes, whose "
+        "gradients accumulate.",
         soft_wrap=True,
     )

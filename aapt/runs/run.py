@@ -1,4 +1,4 @@
-"""Runs a recipe: one folder per stage, one loop for all of them."""
+"""Runs a recipe in a folder: one folder per stage, and one loop for all stages."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -40,28 +40,28 @@ from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from ..vae.pixels import to_pixels, to_video
 from . import light_decoder
-from .inputs import ANY_SET, Inputs, claim_inputs
-from .loop import Habits, claim, drop_states, stored_recipe, train
+from .inputs import ANY_SET, Inputs
+from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
 from .samples import sample_sheet
 
 SAMPLE_IMAGE = BUNDLED / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
-FIT_CLIPS = 60  # a linear map needs no more
+FIT_CLIPS = 60  # enough for a linear map
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 SAMPLES = 3  # clips of a sheet
 DIFFUSION_SAMPLES = (0, 1, 2, 4, 6)  # latent frames
 
 
 def stage_names(recipe: Recipe) -> list[str]:
-    """All stages of a recipe in order: the autoencoder's and the data's first."""
+    """All stages of a recipe in order; those of the autoencoder and the data come first."""
     made = ["encoder", *recipe.data, "decoder"] if recipe.vae else []
     light = [light_decoder.STAGE] if recipe.light_decoder else []
     return [*made, *light, *recipe.stages]
 
 
 class EncodedSets(dict):
-    """The clips that stages draw from by name, opened when they are first asked for."""
+    """Sets of clips by name, each opened at its first use."""
 
     def __init__(self, run: "Run"):
         super().__init__()
@@ -79,10 +79,14 @@ class EncodedSets(dict):
 class Run:
     """One recipe in one folder. A stage whose result is in the folder is not run again.
 
+    The methods follow the order of a run: check, networks, stages, samples, export.
+
     Args:
         workers: Processes that render clips.
-        inputs: Clips for sets that the recipe does not make itself, weights to start from.
+        inputs: Clips of sets that the recipe does not make itself, and weights to start from.
     """
+
+    # Check: everything that would stop a later stage, before the first one runs.
 
     def __init__(
         self,
@@ -91,50 +95,50 @@ class Run:
         workers: int = 2,
         *,
         parallel: Parallel | None = None,
-        habits: Habits | None = None,
+        options: RunOptions | None = None,
         inputs: Inputs | None = None,
     ):
         self.recipe, self.out, self.workers = recipe, out, workers
-        self.parallel, self.habits = parallel or Parallel.single(), habits or Habits()
+        self.parallel, self.options = parallel or Parallel.single(), options or RunOptions()
         self.inputs = inputs or Inputs()
         self.sets = EncodedSets(self)
         if recipe.scaled_camera:
             self.recipe = replace(recipe, camera=self.scaled_camera())
 
     def encoded_sets(self, stages: Iterable[str]) -> list[str]:
-        """What stages draw from, and the recipe does not make."""
+        """Names of the sets that stages draw from and that the recipe does not make itself."""
         needed = {clips for name in stages for clips in self.recipe.stages[name].needs}
         return sorted(needed - set(self.recipe.data))
 
     def scaled_camera(self) -> CameraConfig:
-        """By the clips; in a folder that is claimed already, as it was."""
+        """The camera, scaled to the clips, or as an earlier run in the folder scaled it."""
         claimed = stored_recipe(self.out)
         if claimed and claimed["camera"]:
             return CameraConfig(**claimed["camera"])
         return self.inputs.camera(self.recipe.camera, self.encoded_sets(self.recipe.stages))
 
     def claim(self, stages: Sequence[str] = ()) -> None:
-        """Write the recipe, and what `stages` are given, into the folder, or check that they are
-        those already there. Every rank calls it.
+        """Record the recipe and the inputs of `stages` in the folder. Every rank calls it.
 
-        ValueError naming the first part that differs: results of two recipes, or of other inputs,
-        never mix. What the recipe of an older version does not say may be anything.
+        If the folder has a record, it is compared: results of two recipes, or of other inputs,
+        never mix. ValueError naming the first part that differs. A field that an older version did
+        not record may be anything.
         """
-        said = self.parallel.agree(self._claim(stages) if self.parallel.main else None)
-        if said:
-            raise ValueError(f"{said}; train in another folder")
+        difference = self.parallel.agree(self._claim(stages) if self.parallel.main else None)
+        if difference:
+            raise ValueError(f"{difference}; train in another folder")
 
     def _claim(self, stages: Sequence[str]) -> str | None:
-        if said := claim(self.out, asdict(self.recipe)):
-            return said
-        waiting = self.waiting(stages)
-        starts = any(self.recipe.stages[name].start is None for name in waiting)
-        return claim_inputs(self.out, self.inputs.facts(self.encoded_sets(waiting), starts))
+        if difference := claim(self.out, asdict(self.recipe)):
+            return difference
+        unfinished = self.unfinished(stages)
+        starts = any(self.recipe.stages[name].start is None for name in unfinished)
+        return self.inputs.claim(self.out, self.encoded_sets(unfinished), starts)
 
     def cut_captions(self, stages: Sequence[str]) -> list[str]:
-        """A line for each set with captions that the model reads only the start of."""
-        limit = self.recipe.model.text_tokens - 1  # of bytes: one token begins every prompt
-        sets = self.encoded_sets(self.waiting(stages))
+        """Lines for the user, one per set with captions that are longer than the model reads."""
+        limit = self.recipe.model.text_tokens - 1  # bytes: one token begins every prompt
+        sets = self.encoded_sets(self.unfinished(stages))
         counts = [(name, *self.inputs.long_captions(name, limit)) for name in sets]
         return [
             f"{name}: {cut} of {clips} clips have captions cut at {limit} bytes"
@@ -142,15 +146,17 @@ class Run:
             if cut
         ]
 
-    def waiting(self, stages: Sequence[str]) -> list[str]:
-        """Those of `stages` that train a generator and are still to come."""
+    def unfinished(self, stages: Sequence[str]) -> list[str]:
+        """The stages among `stages` that train a generator and have no result yet."""
         return [n for n in stages if n in self.recipe.stages and not self.result(n).is_file()]
 
     def check(self, stages: Sequence[str]) -> None:
-        """What would stop stages that are still to come, said before the first of them runs:
-        ValueError for clips that are missing or too short, that are not moved by what the model is
-        conditioned on or are latents of several autoencoders, and for batches that ranks cannot
-        share."""
+        """Check, before the first stage runs, everything that would stop a later one.
+
+        ValueError for a missing result of an earlier stage, for clips that are missing or too
+        short, for clips with another kind of motion than the model is conditioned on, for latents
+        of several autoencoders, and for batches that the ranks cannot share.
+        """
         encoded = self.encoded_sets(self.recipe.stages)
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
@@ -159,12 +165,14 @@ class Run:
                     f"{self.recipe.name} does not make itself, got {name or 'a folder'}"
                 )
         digests = {}
-        for name in self.waiting(stages):
+        for name in self.unfinished(stages):
             config = self.recipe.stages[name]
-            for before in {config.start, getattr(config, "judge", None)} - {None, *stages}:
+            starts = {config.start, getattr(config, "discriminator_start", None)}
+            for before in starts - {None, *stages}:
                 if not self.result(before).is_file():
                     raise ValueError(
-                        f"stage {name}: expected the result of {before} in {self.out}, got none"
+                        f"stage {name}: expected the result of {before} in {self.out}, got none; "
+                        f"train {before} first"
                     )
             for batch in config.batches:
                 self.parallel.clips(batch)
@@ -186,10 +194,14 @@ class Run:
                 f"got {len(set(digests.values()))}"
             )
 
+    # Networks: new ones, with the weights that stages made.
+
     def result(self, stage: str) -> Path:
+        """The file that a finished stage leaves."""
         return self.out / stage / "weights.safetensors"
 
     def vae(self, stage: str) -> CausalVAE:
+        """Load the autoencoder that `stage` made."""
         if stage == light_decoder.STAGE:
             vae = light_decoder.new_light(self.recipe.light_decoder, CausalVAE(self.recipe.vae))
         else:
@@ -198,20 +210,22 @@ class Run:
         return vae
 
     def autoencoder(self, clips: str) -> CausalVAE:
-        """The best there is by now for the latents of a set."""
+        """Load the best autoencoder made so far for the latents of a set."""
         if self.recipe.vae is None:
             return self.inputs.autoencoder(clips)
         decoders = [s for s in (light_decoder.STAGE, "decoder") if self.result(s).is_file()]
         return self.vae([*decoders, "encoder"][0])
 
     def model(self, stage: str | None) -> WorldModel:
-        """A new model with the weights that `stage` has made."""
+        """Make a model with the weights of `stage`; for None, with those of the run's start."""
         model = WorldModel(self.recipe.model, self.recipe.camera)
         if stage is not None:
             load_module(self.result(stage), model)
         elif self.inputs.weights is not None:
             model.load_start(self.inputs.weights)
         return model
+
+    # Stages: the work that makes each result.
 
     def run(self, stage: str) -> None:
         """Make the result of one stage. Every rank calls it."""
@@ -223,7 +237,7 @@ class Run:
         self.parallel.agree(None)  # the others wait for the file
 
     def prepare(self, stage: str) -> None:
-        """The autoencoder, or a set of clips: what one rank makes alone."""
+        """Make the result of a stage that needs one rank only: an autoencoder or a set of clips."""
         if stage == "encoder":
             save_module(self.result(stage), self.fit_encoder())
         elif stage == "decoder":
@@ -232,26 +246,26 @@ class Run:
             alone = Parallel.single(self.parallel.device)
             decoder = DecoderTraining(config, self.vae("encoder").to(alone.device))
             given = {"seed": self.recipe.seed, "parallel": alone}
-            made = train(decoder, {config.clips: data}, folder, **given, habits=self.habits)
+            made = train(decoder, {config.clips: data}, folder, **given, options=self.options)
             save_module(self.result(stage), made)
             drop_states(folder)
         elif stage == light_decoder.STAGE:
-            self.lighten()
+            self.train_light_decoder()
         else:
             clips = render_clips(self.recipe.data[stage], self.workers)
             save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
 
-    def lighten(self) -> None:
-        """A light decoder for the autoencoder."""
+    def train_light_decoder(self) -> None:
+        """Train a light decoder for the autoencoder."""
         config, alone = self.recipe.light_decoder, Parallel.single(self.parallel.device)
         original = self.vae("decoder").to(alone.device)
         stage = LightDecoderTraining(config, original, light_decoder.new_light(config, original))
         data = self.videos(self.recipe.data[config.clips].video_clips)
         folder = self.out / light_decoder.STAGE
-        light_decoder.train_light(stage, data, folder, self.recipe.seed, alone, self.habits)
+        light_decoder.train_light(stage, data, folder, self.recipe.seed, alone, self.options)
 
     def fit_encoder(self) -> CausalVAE:
-        """A linear encoder in closed form, and the scale of its latents."""
+        """Fit a linear encoder in closed form, and measure the scale of its latents."""
         data = self.videos(FIT_CLIPS)
         vae = CausalVAE(self.recipe.vae)
         vae.linear.fit(to_video(data.videos))
@@ -259,14 +273,15 @@ class Run:
         return vae
 
     def videos(self, count: int) -> VideoClips:
+        """Render the first `count` clips that the autoencoder learns from."""
         clips = render_clips(self.recipe.data[self.recipe.decoder.clips], self.workers, count)
         return VideoClips((clip.video for clip in clips), count)
 
     def train(self, name: str) -> None:
-        """Train one generator, on all ranks together."""
+        """Train a generator on all ranks together."""
         parallel, folder = self.parallel, self.out / name
         stage = self.stage(self.recipe.stages[name])
-        given = {"seed": self.recipe.seed, "parallel": parallel, "habits": self.habits}
+        given = {"seed": self.recipe.seed, "parallel": parallel, "options": self.options}
         made = train(stage, self.sets, folder, **given, sample=self.sampler(name, stage))
         if isinstance(stage, Adversarial):
             self.save(folder / DISCRIMINATOR, stage.discriminator)
@@ -274,13 +289,16 @@ class Run:
         drop_states(folder)
 
     def save(self, path: Path, network: nn.Module) -> None:
+        """Write a network that may be sharded over the ranks. Every rank calls it."""
         tensors = self.parallel.gather(network)
         if self.parallel.main:
             save_tensors(path, {name: x.contiguous() for name, x in tensors.items()})
 
     def stage(self, config: StageConfig) -> Stage:
-        """A stage with its networks, sharded over the ranks. A generator that rolls out keeps its
-        parameters gathered (SPEC 11)."""
+        """Build a stage with its networks, sharded over the ranks.
+
+        A generator that rolls out keeps its parameters gathered (docs/method.md#11).
+        """
         match config:
             case DiffusionConfig():
                 return DiffusionAdaptation(config, self.network(config.start))
@@ -292,50 +310,56 @@ class Run:
                 return RolloutRegression(config, model, self.pixel_deviation())
             case AdversarialConfig():
                 model = self.network(config.start, rolls_out=config.forcing == "student")
-                judge = self.discriminator(config)
-                self.place(judge, judge.world)
-                return Adversarial(config, model, judge, self.pixel_deviation())
+                discriminator = self.discriminator(config)
+                self.place(discriminator, discriminator.world)
+                return Adversarial(config, model, discriminator, self.pixel_deviation())
 
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
-        """From stage 1 with new logit heads, or the one that an adversarial stage has trained."""
-        model = self.recipe.model
-        if not config.judge_recycled:
+        """Make the discriminator with the weights that an adversarial stage starts from.
+
+        They are an adversarial stage's discriminator, or a diffusion model under new logit heads.
+        """
+        model, start = self.recipe.model, config.discriminator_start
+        if not config.discriminator_recycled:
             model = replace(model, recycle=False, residual_head=False)
         world = WorldModel(model, self.recipe.camera)
-        judge = Discriminator(world, config.judgement, config.pooling)
-        if isinstance(self.recipe.stages[config.judge], AdversarialConfig):
-            load_module(self.out / config.judge / DISCRIMINATOR, judge)
+        discriminator = Discriminator(world, config.judgement, config.pooling)
+        if isinstance(self.recipe.stages[start], AdversarialConfig):
+            load_module(self.out / start / DISCRIMINATOR, discriminator)
         else:
-            load_module(self.result(config.judge), judge.world)
-        return judge
+            load_module(self.result(start), discriminator.world)
+        return discriminator
 
     def network(self, start: str | None, rolls_out: bool = False) -> WorldModel:
+        """Make a generator with the weights of `start` and place it on the device."""
         model = self.model(start)
         self.place(model, model, rolls_out)
         return model
 
     def place(self, network: nn.Module, world: WorldModel, keep_gathered: bool = False) -> None:
-        """On the device, and shared out over the ranks."""
-        world.transformer.checkpoint_blocks = self.habits.checkpoint_blocks
+        """Move a network to the device and shard it over the ranks."""
+        world.transformer.checkpoint_blocks = self.options.checkpoint_blocks
         network.to(self.parallel.device)
         self.parallel.shard(network, keep_gathered)
 
     def pixel_deviation(self) -> Tensor:
-        """How far a unit of each latent channel moves pixels; all alike without an autoencoder."""
+        """Deviation of pixels per unit of a latent channel, (C,); ones for a given autoencoder."""
         if self.recipe.vae is None:
             return torch.ones(self.recipe.model.latent_channels, device=self.parallel.device)
         return self.vae("encoder").pixel_deviation().to(self.parallel.device)
 
-    def sampler(self, name: str, stage: Stage) -> Callable[[int], None]:
-        """Draws `samples-<updates>.png` into a stage's folder: always the same clips and noise,
-        from what the weights are at the time, as long as a stream of a minute.
+    # Samples: sheets that show the weights of the moment.
 
-        A diffusion stage shows what its checkpoint would: frames of many passes each. They are
-        those of the first second, whose passes cost less than the minute of the others in a small
-        model and a few times as much under the paper's 32 steps with guidance.
+    def sampler(self, name: str, stage: Stage) -> Callable[[int], None]:
+        """A function that draws `samples-<updates>.png` into a stage's folder.
+
+        The sheet shows a minute of rollout from the weights of the moment, always of the same clips
+        and noise. A diffusion stage is sampled as its checkpoint is, with many passes per frame,
+        for one second. In a small model these passes cost less than the minute of other stages;
+        under the paper's 32 steps with guidance they cost a few times as much.
         """
         parallel, config = self.parallel, self.recipe.stages[name]
-        batch, vae = self.shown(name)
+        batch, vae = self.sample_clips(name)
         sampling, frames = None, [STEPS_PER_SECOND * second for second in SHEET_SECONDS]
         if isinstance(config, DiffusionConfig):
             sampling, frames = config.sampling, DIFFUSION_SAMPLES
@@ -349,23 +373,28 @@ class Run:
 
         return sample
 
-    def shown(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
-        """A few whole clips that a stage learns from, always the same and no more than go through
-        its networks at once, and their autoencoder."""
+    def sample_clips(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
+        """A few whole clips that a stage learns from, always the same, and their autoencoder.
+
+        There are at most as many clips as the stage passes through its networks at once.
+        """
         name = next(iter(self.recipe.stages[stage].needs))
         if self.recipe.decoder:
             name = self.recipe.decoder.clips
-        count = min(SAMPLES, self.habits.clips_at_once or SAMPLES)
+        count = min(SAMPLES, self.options.clips_at_once or SAMPLES)
         random = ClipRandom(self.recipe.seed, 0, range(count), self.parallel.device)
         clips = self.sets[name]
         vae = self.autoencoder(name).to(self.parallel.device)
         return clips.sample(random, clips.latent_frames), vae
 
-    def export(self, stage: str, folder: Path | None = None) -> Path:
-        """A checkpoint folder that StreamingGenerator loads, in bfloat16; returns `folder`, which
-        is named after the recipe unless given. That of a diffusion stage says how it is sampled.
+    # Export: the checkpoint that streams.
 
-        Its pictures have the size that positions are counted on (SPEC 4).
+    def export(self, stage: str, folder: Path | None = None) -> Path:
+        """Write the checkpoint of a stage, in bfloat16, for StreamingGenerator to load.
+
+        Its images have the size on which positions are counted (docs/method.md#4). The checkpoint
+        of a diffusion stage says how it is sampled. Returns `folder`, which has the recipe's name
+        unless it is given.
         """
         recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
         sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
@@ -394,8 +423,10 @@ class Run:
         return folder
 
     def exported(self, stage: str) -> bool:
-        """Whether the checkpoint is that of `stage` and newer than every result: its configuration
-        is written last."""
+        """True if the checkpoint is of `stage` and newer than every result.
+
+        The time of its configuration counts, because that is written last.
+        """
         folder = self.out / self.recipe.name
         config = folder / "config.json"
         if not config.is_file() or load_config(folder).get("stage") != stage:
@@ -404,22 +435,26 @@ class Run:
         return config.stat().st_mtime >= max(result.stat().st_mtime for result in results)
 
     def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
-        """A picture to start from, of the checkpoint's size; returns its prompt. Of the user's
-        videos, a clip's first."""
+        """Write an image to start from, of the checkpoint's size, and return its prompt.
+
+        For a model of the user's videos, it is the first frame of a clip.
+        """
         if self.recipe.data:
-            picture, prompt = load_image(SAMPLE_IMAGE), SAMPLE_PROMPT
+            image, prompt = load_image(SAMPLE_IMAGE), SAMPLE_PROMPT
         else:
-            batch, vae = self.shown(stage)
+            batch, vae = self.sample_clips(stage)
             with torch.no_grad():
                 video = vae.decode(batch.latents[:1, :, :1])
-            picture, prompt = Image.fromarray(to_pixels(video)[0, 0].numpy()), batch.prompts[0]
-        pixels, _ = fit_image(picture, height, width)
+            image, prompt = Image.fromarray(to_pixels(video)[0, 0].numpy()), batch.prompts[0]
+        pixels, _ = fit_image(image, height, width)
         Image.fromarray(pixels).save(folder / SAMPLE_IMAGE.name)
         return prompt
 
     def export_vae(self, stage: str, folder: Path) -> dict[str, dict]:
-        """The autoencoder, and the original one beside it if its decoder is a light one; returns
-        what `config.json` says of them. One that was given stays bit for bit."""
+        """Write the autoencoder, and beside a light decoder's also the original one.
+
+        An autoencoder that was given is kept bit for bit. Returns the entries of `config.json`.
+        """
         vaes = {LIGHT: self.autoencoder(next(iter(self.recipe.stages[stage].needs)))}
         if self.result(light_decoder.STAGE).is_file():
             vaes[ORIGINAL] = self.vae("decoder")
@@ -433,34 +468,42 @@ def run(
     stages: Sequence[str] | None = None,
     *,
     report: Callable[[str], None] = print,
-    **options,
+    **arguments,
 ) -> Path:
-    """Run `stages` of a recipe in `out`, all unless given, skipping those already done, and export
-    a checkpoint of the last generator there is, unless that is done too. `options`: of `Run`. Every
-    rank calls it.
+    """Run stages of a recipe in the folder `out`, and export the last generator.
 
-    Returns the checkpoint's folder. Raises TrainingError when a metric or a gradient is not
-    finite, ValueError for an unknown stage or a folder that holds another recipe.
+    Every rank calls it. Stages with a result are skipped, and so is an export that is newer than
+    all results. The same call resumes after an interruption.
+
+    Args:
+        stages: Names of stages; None for all of the recipe.
+        report: Called with one line per finished stage.
+        arguments: Further arguments of `Run`.
+
+    Returns the checkpoint's folder. Raises TrainingError for an update that fails, FolderInUse for
+    a folder in which another run trains, ValueError for an unknown stage and for a folder that
+    holds another recipe.
     """
     names = stage_names(recipe)
     for stage in stages or ():
         if stage not in names:
             raise ValueError(f"stages: expected some of {', '.join(names)}, got {stage}")
-    run_ = Run(recipe, out, **options)
+    run_ = Run(recipe, out, **arguments)
     run_.check(stages or names)
-    run_.claim(stages or names)
-    for line in run_.cut_captions(stages or names):
-        report(line)
-    for stage in stages or names:
-        if run_.parallel.agree(run_.result(stage).is_file()):
-            report(f"{stage}: already done")
-            drop_states(run_.out / stage)  # of a run that was stopped right after its result
-            continue
-        start = time.perf_counter()
-        run_.run(stage)
-        report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
-    done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
-    if done and run_.parallel.main and not run_.exported(done[-1]):
-        run_.export(done[-1])
-    run_.parallel.wait()
+    with locked(out, run_.parallel):
+        run_.claim(stages or names)
+        for line in run_.cut_captions(stages or names):
+            report(line)
+        for stage in stages or names:
+            if run_.parallel.agree(run_.result(stage).is_file()):
+                report(f"{stage}: already done")
+                drop_states(run_.out / stage)  # left by a run that ended right after its result
+                continue
+            start = time.perf_counter()
+            run_.run(stage)
+            report(f"{stage}: {(time.perf_counter() - start) / 60:.1f} min")
+        done = [stage for stage in recipe.stages if run_.result(stage).is_file()]
+        if done and run_.parallel.main and not run_.exported(done[-1]):
+            run_.export(done[-1])
+        run_.parallel.wait()
     return out / recipe.name if done else out

@@ -1,4 +1,4 @@
-"""Videos from a generator while it is trained: batched rollouts, and a sheet of them."""
+"""Sheets of frames from a generator in training."""
 
 from collections.abc import Iterable, Sequence
 
@@ -25,13 +25,16 @@ def sample_sheet(
     seed: int = 0,
     sampling: SamplingConfig | None = None,
 ) -> Image.Image:
-    """What the generator makes of the starts of a batch, under the truth: two rows per clip, one
-    column for each of the latent `frames`, counted from the start.
+    """Roll the generator out from the first frames of a batch and draw it under the real clips.
 
-    A rollout may be longer than its clip: its motion then starts over, and the truth is blank.
-    The same batch and seed give the same noise, so that sheets of a training can be compared.
-    `sampling`: of a diffusion model; without caches, which a training has no memory for, so that
-    the work grows with the square of the last frame.
+    The sheet has two rows per clip, and one column for each of the latent `frames`, counted from
+    the first. If a rollout is longer than its clip, the clip's motion starts over and the real row
+    is blank. The same batch and seed give the same noise, so that sheets can be compared.
+
+    Args:
+        sampling: How a diffusion model makes a frame; None for a generator of one pass. A diffusion
+            model is sampled without caches, because training leaves no memory for them: the work
+            grows with the square of the last frame.
     """
     wanted = sorted(set(frames))
     if not wanted or wanted[0] < 0:
@@ -55,6 +58,6 @@ def sample_sheet(
 
 
 def _last_frames(vae: CausalVAE, latents: Iterable[Tensor], wanted: Sequence[int]) -> Tensor:
-    """The last video frame of each wanted latent frame: uint8 (B, len(wanted), H, W, 3)."""
+    """The last video frame of each wanted frame: uint8 (B, len(wanted), H, W, 3)."""
     stream = (latent for _, latent in zip(range(wanted[-1] + 1), latents))
     return torch.stack([video[:, -1] for _, video in decode_frames(vae, stream, wanted)], dim=1)

@@ -1,13 +1,13 @@
-"""The state of training on disk: what a run needs to go on, bit for bit, where it was stopped.
+"""The state of training on disk: all that a run needs to resume bit for bit where it ended.
 
     done = load_training_state(folder, stage.trained, parallel)
     for step in range(done, stage.steps):
         ...
         save_training_state(folder, step + 1, stage.trained, parallel)
 
-Every rank writes its shards (torch.distributed.checkpoint) to a folder that all ranks see, and any
-number of ranks can read them.
-There is no random state (`randomness.py`), and no hyperparameter is read: the recipe has them.
+Every rank writes its shards (torch.distributed.checkpoint) to a folder that all ranks see. Any
+number of ranks can read them. A state holds no random numbers, because they depend on the clip and
+the update alone (`data/randomness.py`), and no hyperparameters, because the recipe has them.
 """
 
 import json
@@ -29,18 +29,18 @@ from ..checkpoint import CheckpointError
 from ..training.optimization import MuonAdamW, Trained
 from .parallel import Parallel
 
-KEPT = 2  # states; the newest may turn out to be damaged
+KEPT = 2  # states, in case the newest is damaged
 MANIFEST = "manifest.json"
 
 
 def save_training_state(
     folder: Path, step: int, trained: Mapping[str, Trained], parallel: Parallel
 ) -> Path:
-    """Write the state after `step` updates to a folder of its own in `folder`, whole or not at all;
-    drop all but the last two. Every rank calls it.
+    """Write the state after `step` updates, and drop all states but the last two.
 
-    A kill at any moment leaves the states before it loadable. OSError or CheckpointError, on every
-    rank, where something cannot be written.
+    Every rank calls it. The state is a folder of its own in `folder`, written whole or not at all:
+    after a kill at any moment the states before it can be loaded. Raises OSError or CheckpointError
+    on every rank if one rank cannot write.
     """
     state = folder / f"step-{step:08d}"
     partial = state.with_name(state.name + ".partial")
@@ -53,17 +53,17 @@ def save_training_state(
 
 
 def load_training_state(folder: Path, trained: Mapping[str, Trained], parallel: Parallel) -> int:
-    """Fill `trained` with the newest state in `folder` that is whole. Every rank calls it.
+    """Fill `trained` with the newest undamaged state in `folder`. Every rank calls it.
 
-    Returns how many updates it has seen, 0 if there is no state. One that is damaged is skipped
-    with a warning. CheckpointError if all are, or if the state is not of these networks and
-    optimizers, which then are unchanged.
+    A damaged state is skipped with a warning. Returns the number of updates of the state, 0 if
+    there is no state. Raises CheckpointError if all states are damaged, or if the state is not of
+    these networks and optimizers. Networks and optimizers are then unchanged.
     """
     names = [state.name for state in _states(folder)] if parallel.main else None
     names = parallel.agree(names)
     for name in reversed(names):
         state = folder / name
-        damage = [said for said in parallel.collect(_damage(state, parallel)) if said]
+        damage = [found for found in parallel.collect(_damage(state, parallel)) if found]
         if not damage:
             _read(state, trained)
             return int(name.removeprefix("step-"))
@@ -75,7 +75,7 @@ def load_training_state(folder: Path, trained: Mapping[str, Trained], parallel: 
 
 
 def _tensors(trained: Mapping[str, Trained]) -> dict[str, Tensor]:
-    """The state of all that is trained, flat."""
+    """The tensors of all networks, optimizers and averages, by flat names."""
     tensors = {}
     for name, part in trained.items():
         tensors |= {f"{name}.module.{key}": x for key, x in part.module.state_dict().items()}
@@ -89,7 +89,7 @@ def _tensors(trained: Mapping[str, Trained]) -> dict[str, Tensor]:
 
 
 def _slots(part: Trained) -> Iterator[tuple[Tensor, dict]]:
-    """Every parameter with the state it is a key of, in an order that only the model decides."""
+    """Every parameter with the optimizer state that it is a key of, in the model's order."""
     muon = isinstance(part.optimizer, MuonAdamW)
     for optimizer in part.optimizer.optimizers if muon else [part.optimizer]:
         for group in optimizer.param_groups:
@@ -99,7 +99,7 @@ def _slots(part: Trained) -> Iterator[tuple[Tensor, dict]]:
 
 def _read(state: Path, trained: Mapping[str, Trained]) -> None:
     saved = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
-    # An optimizer has no state before its first step: the file says which parameters have one.
+    # Before its first step an optimizer has no state, so the file says which parameters have one.
     optimizers: list[tuple[dict, Tensor, dict[str, Tensor]]] = []
     wanted = {key: x for key, x in _tensors(trained).items() if ".optimizer." not in key}
     for name, part in trained.items():
@@ -134,7 +134,7 @@ def _read(state: Path, trained: Mapping[str, Trained]) -> None:
 
 
 def _blank(saved: Any, parameter: Tensor) -> Tensor:
-    """Room for a tensor of the file: sharded as its parameter is, if it has its shape."""
+    """An empty tensor to read into, sharded as the parameter is if it has the same shape."""
     if saved.size == parameter.shape:
         return torch.empty_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
     return torch.empty(saved.size, dtype=saved.properties.dtype)
@@ -152,7 +152,7 @@ def _prepare(partial: Path) -> None:
 
 
 def _publish(partial: Path, state: Path, written: list[dict[str, list[int]]]) -> None:
-    """Make what all ranks have written a state: everything is on disk before it has its name."""
+    """Give the files that all ranks have written the name of a state, once all are on the disk."""
     files = _checksums(partial, ".metadata")
     for part in written:
         files |= part
@@ -171,7 +171,7 @@ def _publish(partial: Path, state: Path, written: list[dict[str, list[int]]]) ->
 
 
 def _checksums(folder: Path, pattern: str) -> dict[str, list[int]]:
-    """Size and CRC-32 of the files that match."""
+    """Size and CRC-32 of the files that match a pattern."""
     return {path.name: _checksum(path) for path in folder.glob(pattern)}
 
 
@@ -184,7 +184,7 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _damage(state: Path, parallel: Parallel) -> str | None:
-    """What is wrong with this rank's share of the files of a state."""
+    """The first damage in this rank's share of the files of a state; None if there is none."""
     try:
         files = json.loads((state / MANIFEST).read_text())
         for name in sorted(files)[parallel.rank :: parallel.world]:
@@ -202,7 +202,7 @@ def _damage(state: Path, parallel: Parallel) -> str | None:
 
 
 def _together(parallel: Parallel, work: Callable[[], Any]) -> list:
-    """Every rank's result, once all have one; an OSError of one of them is raised by all."""
+    """Run `work` on every rank and return all results. An OSError of one rank is raised by all."""
     try:
         result = work()
     except OSError as error:
@@ -216,7 +216,7 @@ def _together(parallel: Parallel, work: Callable[[], Any]) -> list:
 
 @contextmanager
 def _transfer(path: Path) -> Iterator[None]:
-    """One process is no reason for a warning; what fails on a rank is an Exception on all."""
+    """Silence the warning about a single process, and turn a rank's failure into an Exception."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -116,7 +116,7 @@ def load_controls(name_or_path: str | Path, step_seconds: float = STEP_SECONDS) 
     name = str(name_or_path)
     if name in PRESETS:
         pieces = tuple(Piece(*piece) for piece in PRESETS[name])
-    elif Path(name).exists():
+    elif _exists(Path(name)):
         pieces = _read(Path(name))
     else:
         close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -127,7 +127,18 @@ def load_controls(name_or_path: str | Path, step_seconds: float = STEP_SECONDS) 
     return ControlScript(name, pieces, step_seconds)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise ValueError(f"controls: cannot read {path}: {error.strerror}") from None
+
+
 def _read(path: Path) -> tuple[Piece, ...]:
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited for without end
+        raise ValueError(
+            f"controls: expected a text file, got {path}: a pipe or a device; save it first"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A curriculum as data: which clips, how long, how many, for how many updates (SPEC 6)."""
+"""A curriculum as data: sets of clips, lengths, batches and updates (docs/method.md#6)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,15 @@ from ..data.randomness import ClipRandom
 
 @dataclass(frozen=True)
 class Source:
-    """Windows of one set of clips: `frames` latent frames after the first, or any number from
-    `shortest` up to that. `weight`: how often it is drawn, relative to the phase's others."""
+    """Windows of one set of clips.
+
+    Attributes:
+        clips: Name of the set.
+        frames: Frames of a window after its first.
+        shortest: Least number of these frames, drawn for each update from this to `frames`; None
+            for always `frames`.
+        weight: Relative frequency among the sources of a phase.
+    """
 
     clips: str
     frames: int
@@ -20,14 +27,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` updates of `batch` clips. The clips of one update come from one source and are
-    equally long, so that they make one tensor."""
+    """Updates on the same sources.
+
+    Attributes:
+        steps: Number of updates.
+        batch: Clips per update.
+        sources: Windows to draw from. The clips of one update come from one source and have the
+            same length, so that they form one tensor.
+    """
 
     steps: int
     batch: int
     sources: tuple[Source, ...]
 
     def sample(self, sets: Mapping[str, Clips], random: ClipRandom) -> ClipBatch:
+        """Draw the clips of an update."""
         weights = [source.weight for source in self.sources]
         total = sum(weights)
         chosen = random.shared.choice(len(weights), p=[weight / total for weight in weights])
@@ -40,7 +54,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Phases, one after the other."""
+    """A sequence of phases."""
 
     phases: tuple[Phase, ...]
 
@@ -50,7 +64,7 @@ class Curriculum:
 
     @property
     def needs(self) -> dict[str, int]:
-        """Latent frames after the first that the longest clips of each set must have."""
+        """Frames after the first that the longest clips of each set must have at least."""
         needs: dict[str, int] = {}
         for phase in self.phases:
             for source in phase.sources:
@@ -62,7 +76,7 @@ class Curriculum:
         return {phase.batch for phase in self.phases}
 
     def phase(self, step: int) -> Phase:
-        """The phase of update `step`; past the end, the last."""
+        """The phase of update `step`; after the end, the last phase."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase
@@ -71,5 +85,5 @@ class Curriculum:
 
 
 def constant(clips: str, frames: int, batch: int, steps: int) -> Curriculum:
-    """A curriculum that never changes."""
+    """Make a curriculum of a single phase with a single source."""
     return Curriculum((Phase(steps, batch, (Source(clips, frames),)),))

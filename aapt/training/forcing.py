@@ -1,4 +1,4 @@
-"""Judging teacher-forced frames: each on its own, after the real frames before it (SPEC 8)."""
+"""The passes of both ways of forcing: student forcing and teacher forcing (docs/method.md#8)."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,18 @@ from ..streaming.student import Segment, frames_of
 def teacher_forced_logits(
     discriminator: Discriminator, x: Tensor, real: Tensor, conditions: Conditions, t: Tensor
 ) -> Tensor:
-    """Logits (copies B, T) of frames x (copies B, C, T, H, W), made from the frames before them in
-    the real clips `real` (B, C, 1 + T, H, W), so that none follows another.
+    """Compute the logits of teacher-forced frames, each as a continuation of real frames.
 
-    Frame by frame, the discriminator meets one of x and then the real one in its place, which
-    alone stays in its cache. conditions, t: of the B real clips. No gradient into the cache.
+    For each frame of `x` the discriminator's cache holds the real frames before it, and never
+    another frame of `x`. No gradient flows into the cache.
+
+    Args:
+        x: Frames (copies * B, C, T, H, W). A teacher-forced generator made each from the real
+            frames before it.
+        real: Real clips (B, C, 1 + T, H, W).
+        conditions, t: Conditions and times of the B real clips.
+
+    Returns (copies * B, T).
     """
     backbone, (condition, text, text_lens) = discriminator.backbone, conditions
     copies = len(x) // len(real)
@@ -53,9 +60,13 @@ def teacher_forced_logits(
 def parallel_pass(
     model: VideoTransformer, segment: Segment, text: Tensor, text_lens: Tensor
 ) -> Tensor:
-    """The segment's frames once more, in parallel and with gradient: (B, C, T, H, W).
+    """Compute the frames of a rolled-out segment again, in parallel and with gradient.
 
-    text (B, text_tokens, text_width) is embedded anew, with gradient, in every segment (SPEC 8).
+    Args:
+        text: (B, text_tokens, text_width), embedded anew for every segment, with gradient
+            (docs/method.md#8).
+
+    Returns (B, C, T, H, W).
     """
     time = segment.noise.new_ones(len(segment.noise))
     output = model(

@@ -1,4 +1,4 @@
-"""What the stages share about taking a step: schedules, moving averages, mixed precision."""
+"""Optimization that stages share: schedules, optimizers, updates and moving averages."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -14,8 +14,10 @@ from ..model.world_model import WorldModel
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate: linear warm-up over `warmup` updates, times constant or cosine decay to a
-    hundredth."""
+    """A learning rate: a linear warm-up of `warmup` updates, times constant or cosine decay.
+
+    Cosine decay ends at a hundredth of `learning_rate`.
+    """
 
     learning_rate: float
     warmup: int = 0
@@ -37,12 +39,12 @@ class Schedule:
 
 
 class MuonAdamW:
-    """Muon for the matrices inside the transformer's blocks, AdamW for everything else, at one
-    learning rate (Muon's steps are scaled to AdamW's).
+    """Muon for the matrices inside the transformer's blocks, AdamW for all other parameters.
 
-    A small model learns as much in two updates as under AdamW in three (`benchmarks/LOG.md`). Of
-    sharded parameters Muon orthogonalises the whole matrices too; it does so in bfloat16, so that
-    updates on several ranks differ from one rank's by a few percent.
+    Both have one learning rate, because Muon's steps are scaled to AdamW's. In our runs a small
+    model learnt as much in two updates as under AdamW in three (`benchmarks/LOG.md`). Muon
+    orthogonalises whole matrices, also if they are sharded. It does so in bfloat16, so updates on
+    several ranks differ from those on one rank by a few percent.
     """
 
     def __init__(self, model: WorldModel, betas: tuple[float, float], weight_decay: float):
@@ -77,10 +79,10 @@ def update(
     parameters: Iterable[Tensor],
     max_norm: float | None,
 ) -> float:
-    """Clip, step, clear. Returns the gradient norm before clipping.
+    """Clip the gradients, take a step and clear the gradients. Returns the norm before clipping.
 
-    The norm is that of the whole gradients, also where they are sharded. RuntimeError, before
-    anything has moved and on every rank, if it is not finite.
+    The norm is of the whole gradients, also if they are sharded. RuntimeError on every rank, before
+    a parameter has moved, if the norm is not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -94,7 +96,7 @@ def update(
 def make_optimizer(
     model: WorldModel, betas: tuple[float, float], weight_decay: float, muon: bool
 ) -> torch.optim.Optimizer | MuonAdamW:
-    """AdamW as in the paper, or Muon for the matrices (ours, for small models)."""
+    """Make AdamW as in the paper, or `MuonAdamW` (ours, for small models)."""
     if muon:
         return MuonAdamW(model, betas, weight_decay)
     return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay)
@@ -102,7 +104,7 @@ def make_optimizer(
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Gradients flow through these modules but not into their parameters."""
+    """Let gradients flow through modules, but not into their parameters."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -114,9 +116,9 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 class MovingAverage:
-    """An exponential moving average of a module's parameters, kept for export.
+    """An exponential moving average of a module's parameters, for export.
 
-    With `from_scratch` its first steps average faster, so that random weights do not linger.
+    With `from_scratch` the first updates count more, so that random first weights fade sooner.
     """
 
     def __init__(self, module: nn.Module, decay: float, from_scratch: bool = False):
@@ -126,6 +128,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """Add the parameters of the moment to the average."""
         self.updates += 1
         ramp = self.updates / (self.updates + 10) if self.from_scratch else 1.0
         names, parameters = zip(*module.named_parameters(), strict=True)
@@ -134,12 +137,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
+        """Replace the parameters of a module by their averages."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.shadow[name])
 
 
 class Trained:
-    """A network that learns: with its optimizer and, where one is kept, its average."""
+    """A network that learns, with its optimizer and, if it has one, its average."""
 
     def __init__(
         self,
@@ -151,14 +155,14 @@ class Trained:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
     def update(self, learning_rate: float, max_norm: float | None) -> float:
-        """One step from the gradients that have gathered; returns their norm, see `update`."""
+        """Take a step along the accumulated gradients. Returns their norm, see `update`."""
         norm = update(self.optimizer, learning_rate, self.parameters, max_norm)
         if self.average:
             self.average.update(self.module)
         return norm
 
     def export(self) -> nn.Module:
-        """The module, with averaged weights where an average is kept."""
+        """The module, with averaged weights if it has an average."""
         if self.average:
             self.average.copy_to(self.module)
         return self.module

@@ -1,4 +1,4 @@
-"""How different two videos look to a network whose weights the user brings."""
+"""Perceptual distance of videos, by a network whose weights the user brings."""
 
 from pathlib import Path
 
@@ -8,13 +8,15 @@ from ..torchscript import TorchScriptFeatures
 
 
 class PerceptualDistance(nn.Module):
-    """Squared distance in the features of a network (LPIPS: Zhang et al., 2018), mean over frames.
+    """Squared distance in the features of a network, mean over video frames.
 
-    path: a TorchScript file that makes frames, float (N, 3, H, W) in 0 to 255, into features
-    (N, D), such as the `vgg16.pt` that came with StyleGAN2-ADA. Of the arguments `return_lpips` and
-    `resize_images` those that its `forward` has are true and false.
+    This is LPIPS (Zhang et al., 2018) for a network such as the `vgg16.pt` of StyleGAN2-ADA.
+    Nothing is downloaded.
 
-    ValueError for a file that is none. Nothing is ever downloaded.
+    Args:
+        path: A TorchScript file that maps images, float (N, 3, H, W) from 0 to 255, to features
+            (N, D). If its `forward` has an argument `return_lpips`, it is passed as true, and
+            `resize_images` as false. ValueError if the file is not a TorchScript network.
     """
 
     def __init__(self, path: Path):
@@ -25,7 +27,7 @@ class PerceptualDistance(nn.Module):
         self.features.arguments = {name: known[name] for name in known if name in names}
 
     def forward(self, video: Tensor, target: Tensor) -> Tensor:
-        """Both (B, 3, F, H, W) in [-1, 1]."""
+        """Distance of two videos (B, 3, F, H, W) in [-1, 1]."""
         ours, theirs = (
             self.features((x.transpose(1, 2).flatten(0, 1).float() + 1) * 127.5)
             for x in (video, target)

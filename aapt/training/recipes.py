@@ -1,4 +1,4 @@
-"""Complete named configurations, as functions."""
+"""Complete configurations of training, as functions by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,15 +23,17 @@ StageConfig = DiffusionConfig | ConsistencyConfig | RolloutRegressionConfig | Ad
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything `aapt train` needs to make a model.
+    """All numbers of a training run that makes a model.
 
     Attributes:
-        camera: None for a model that is not moved by one.
-        scaled_camera: Its rays and pace are scaled by the encoded clips that a run is given.
-        data: Sets of clips by name; stages name the ones they learn from.
-        stages: In order; each names the stage whose weights it starts from.
-        vae, decoder: How the autoencoder is made, None where latents come encoded.
-        light_decoder: How a cheaper decoder is made for it, which the checkpoint then streams with.
+        camera: The camera that drives the model; None for a model without one.
+        data: Sets of clips that the run renders, by name. Stages name the sets they learn from.
+        stages: Stages by name, in order. Each names the stage whose weights it starts from.
+        vae: Shape of the autoencoder that the run makes; None if clips come encoded.
+        decoder: Training of its decoder; None if clips come encoded.
+        light_decoder: Training of a cheaper decoder for it, with which the checkpoint streams; None
+            for none.
+        scaled_camera: Scale the camera's rays and pace to the encoded clips of the run.
     """
 
     name: str
@@ -48,11 +50,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LightRecipe:
-    """Everything `aapt train` needs to make a light decoder for an autoencoder that there is.
+    """All numbers of a training run that makes a light decoder for an existing autoencoder.
 
     Attributes:
-        vae: The bundled model it is for; None where autoencoder and videos are to be given.
-        data: Clips of the procedural world, or as many and as large ones of videos.
+        vae: Name of a bundled model with the autoencoder; None if the user gives an autoencoder and
+            videos.
+        data: Clips of the procedural world. Clips of videos have the same number and size.
     """
 
     name: str
@@ -63,7 +66,10 @@ class LightRecipe:
 
 
 def aapt_8b() -> ModelConfig:
-    """The paper's generator (SPEC 1, 2): N = 30 at 736x416, N = 15 at 1280x720."""
+    """The paper's generator (docs/method.md#1 and #2).
+
+    It sees N = 30 past frames at 736x416, N = 15 at 1280x720.
+    """
     return ModelConfig(
         width=3072,
         heads=24,
@@ -79,7 +85,10 @@ def aapt_8b() -> ModelConfig:
 
 
 def paper_8b() -> Recipe:
-    """The paper's training, number by number (SPEC 6-8). A second is six latent frames."""
+    """The paper's training (docs/method.md#6, #7 and #8). A second has six frames.
+
+    Numbers that the paper does not give are ours (docs/method.md#12).
+    """
     adam = {"schedule": Schedule(1e-5), "weight_decay": 0.01, "shift": 24.0}
     longest = Source("736x416", frames=15 * 6, shortest=5 * 6)
     adaptation = Curriculum(
@@ -103,7 +112,7 @@ def paper_8b() -> Recipe:
     extension = replace(
         adversarial,
         start="adversarial",
-        judge="adversarial",
+        discriminator_start="adversarial",
         segments=2,  # up to 10 + 9 = 19 s
         overlap_frames=6,
         batch=64,
@@ -122,14 +131,18 @@ def paper_8b() -> Recipe:
             "adversarial": adversarial,
             "extension": extension,
             # up to 10 + 5 x 9 = 55 s
-            "extension-5": replace(extension, start="extension", judge="extension", segments=6),
+            "extension-5": replace(
+                extension, start="extension", discriminator_start="extension", segments=6
+            ),
         },
     )
 
 
 def paper_8b_camera() -> Recipe:
-    """The paper's model for exploring worlds (supplement G): the same training on clips with camera
-    motion, from the image-to-video model's weights."""
+    """The paper's model for exploring worlds (supplement G), on clips with camera motion.
+
+    Its training is that of `paper_8b` and starts from the weights of the image-to-video model.
+    """
     camera = CameraConfig(
         field_of_view=MEASURED_FIELD_OF_VIEW,
         yaw_step=0.02,
@@ -143,7 +156,7 @@ def paper_8b_camera() -> Recipe:
 
 
 def paper_8b_pose() -> Recipe:
-    """The paper's model of people, on clips with pose motion: the latents of a drawn skeleton."""
+    """The paper's model of people, on clips with pose motion: latents of a drawn skeleton."""
     base = paper_8b()
     model = replace(base.model, condition_channels=base.model.latent_channels)
     return replace(base, name="paper-8b-pose", model=model)
@@ -239,7 +252,7 @@ def tiny_world() -> Recipe:
                 average=0.999,
                 max_norm=1.0,
                 sampling_steps=8,
-                guidance=3.0,  # with 10 the picture is lost within seconds
+                guidance=3.0,  # with 10 the image is lost within seconds
             ),
             "consistency": ConsistencyConfig(
                 constant("clips", frames=10, batch=8, steps=60),
@@ -249,8 +262,8 @@ def tiny_world() -> Recipe:
                 max_norm=1.0,
             ),
             "regression": regression,
-            # Rollouts of five seconds, and offsets that turn one theme into another: what is
-            # left of the theme has to come from the prompt and the first frame.
+            # Rollouts of five seconds, and offsets that turn one theme into another: the theme then
+            # has to come from the prompt and the first frame.
             "long-regression": replace(
                 regression,
                 clips="long-clips",
@@ -268,10 +281,10 @@ def tiny_world() -> Recipe:
                 steps=160,
                 discriminator_warmup=40,
                 start="adversarial",
-                judge="adversarial",
+                discriminator_start="adversarial",
             ),
-            # Offsets cost motion: more regression on short rollouts, where the clip still says what
-            # is right, and with fewer offsets, brings it back.
+            # Offsets cost motion. More regression with fewer offsets brings it back, on short
+            # rollouts, which still have to follow their clips.
             "further-regression": replace(
                 regression,
                 clips="long-clips",
@@ -279,16 +292,16 @@ def tiny_world() -> Recipe:
                 corruption=Corruption(offset=1.2, clip_chance=0.4),
                 start="long-regression",
             ),
-            # From there once more, before the discriminator that has learnt the most.
+            # The adversarial stage again, with the discriminator that has learnt the most.
             "further-adversarial": replace(
                 extension,
                 steps=180,
                 discriminator_warmup=20,
                 palette=10.0,
                 start="further-regression",
-                judge="extension",
+                discriminator_start="extension",
             ),
-            # Keeps the colours of a minute: rows tell the sky's from the ground's, and the rollouts
+            # Keeps the colours for a minute: rows tell the sky from the ground, and the segments
             # are any eight seconds of the first 48.
             "final": replace(
                 extension,
@@ -299,7 +312,7 @@ def tiny_world() -> Recipe:
                 palette=0.0,
                 rows=40.0,
                 start="further-adversarial",
-                judge="further-adversarial",
+                discriminator_start="further-adversarial",
             ),
         },
     )
@@ -324,7 +337,7 @@ def vae_light() -> LightRecipe:
 
 
 def wan_light() -> LightRecipe:
-    """A light decoder for Wan 2.1's autoencoder, from the user's own videos. Untried at size."""
+    """A light decoder for Wan 2.1's autoencoder, from the user's videos. Untried at full size."""
     return LightRecipe(
         name="wan-light",
         seed=0,

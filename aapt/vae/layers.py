@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_kernels import causal_conv3d
-from aapt_kernels.causal_conv3d import fuses_next_norm, layout
+from aapt_kernels.causal_conv3d import fuses_next_norm
+from aapt_kernels.causal_conv3d.frames import memory_format_of
 
 from .config import VAEConfig
 
@@ -302,7 +303,7 @@ class SeparateUpsample(nn.Module):
         time = self.stride[0]
         if not stream.starts:
             return unfold_channels(self.time_conv(x, stream), time, 1)
-        memory = layout(x)
+        memory = memory_format_of(x)
         first, later = (y.contiguous(memory_format=memory) for y in (x[:, :, :1], x[:, :, 1:]))
         if later.shape[2] == 0:
             past = self.time_conv.weight.shape[2] - 1
@@ -330,7 +331,7 @@ def last_frames(x: Tensor, count: int | None) -> Tensor:
     format."""
     if count is None or count >= x.shape[2]:
         return x
-    return x[:, :, -count:].contiguous(memory_format=layout(x))
+    return x[:, :, -count:].contiguous(memory_format=memory_format_of(x))
 
 
 def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:
@@ -339,7 +340,7 @@ def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:
     batch, channels, frames, height, width = x.shape
     shape = (batch, channels // (time * space**2), frames * time, height * space, width * space)
     folded = x.unflatten(1, (time, space, space, shape[1]))
-    if layout(x) == torch.channels_last_3d:
+    if memory_format_of(x) == torch.channels_last_3d:
         # (B, T, time, H, space, W, space, C)
         last = folded.permute(0, 5, 1, 6, 2, 7, 3, 4).reshape(batch, *shape[2:], shape[1])
         return last.contiguous().permute(0, 4, 1, 2, 3)

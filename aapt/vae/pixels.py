@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from aapt_kernels.causal_conv3d import ref
+from aapt_kernels.causal_conv3d.frames import to_bytes
 
 
 def to_video(pixels: Tensor) -> Tensor:
@@ -19,9 +19,3 @@ def to_array(pixels: Tensor) -> np.ndarray:
 def to_pixels(video: Tensor) -> Tensor:
     """Turns video (B, 3, F, H, W) in [-1, 1] into uint8 (B, F, H, W, 3); NaN becomes black."""
     return to_bytes(video).permute(0, 2, 3, 4, 1).cpu()
-
-
-def to_bytes(video: Tensor) -> Tensor:
-    """Turns video in [-1, 1] into uint8 of its shape, as `causal_conv3d(pixels=True)` does; NaN
-    becomes black."""
-    return ref.to_pixels(video)

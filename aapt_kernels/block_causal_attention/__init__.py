@@ -1,4 +1,4 @@
-"""Block-causal sliding-window attention over `[text | frames]` (SPEC 3), for training.
+"""Block-causal sliding-window attention over `[text | frames]` (docs/method.md#3), for training.
 
 layout = FrameLayout(text_tokens=24, tokens_per_frame=40, frames=8, window_frames=6)
 out = block_causal_attention(q, k, v, layout, text_lens=text_lens)
@@ -7,12 +7,18 @@ out = block_causal_attention(q, k, v, layout, text_lens=text_lens)
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_autograd, register_fake
-from ..checks import check_dense_rows, check_device, check_dtype, check_shape
-from ..deferred import deferred
-from ..kv_append import sm90_limit
+from ..backend import deferred, for_simulator, implement, register_autograd, register_fake
+from ..checks import (
+    check_dense_rows,
+    check_device,
+    check_dtype,
+    check_no_tangent,
+    check_shape,
+    scale_limit,
+    sm90_limit,
+)
 from ..layout import FrameLayout
-from ..precision import wide
+from ..precision import follow_autocast, wide
 from . import cpu, ref
 
 
@@ -28,41 +34,49 @@ def block_causal_attention(
     prefix_grad: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention under the mask of `layout`, which is never materialised.
+    """Attend under the mask of `layout`, which is never materialised.
 
     q (B, layout.query_length, H, D), k and v (B, layout.key_length, H, D) -> out like q. Any
-    strides with a contiguous last dimension.
+    strides with a contiguous last dimension. Under autocast q, k, v and q_sink are cast to its
+    dtype; otherwise they share one.
 
-    text_lens (B,) int32 or int64: text keys from there on are padding that nobody sees; a row that
-    sees nothing gives out 0. q_sink (B, frames x tokens_per_frame, H, D): the frame queries as the
-    sink keys shall see them, rotated for a clamped distance (SPEC 12). scale: 1 / sqrt(D) unless
-    given. prefix_grad=False leaves the gradient rows of `[sink | past]` in k and v zero and saves
-    their cost. return_lse also returns the log-sum-exp of the scores, (B, H, query_length) float32
-    (float64 for float64 inputs), -inf in a row that sees nothing; it has a gradient as well.
+    text_lens (B,) int32 or int64: number of text tokens per sample; text keys from there on are
+    padding that nobody sees, and a row that sees nothing gives out 0. q_sink
+    (B, frames x tokens_per_frame, H, D): the frame queries that meet the sink keys, rotated for a
+    clamped distance (docs/method.md#12); q unless given. scale: factor of the scores, 1 / sqrt(D)
+    unless given. prefix_grad=False leaves the gradient rows of `[sink | past]` in k and v zero and
+    saves their cost. return_lse also returns the log-sum-exp of the scores, (B, H, query_length)
+    float32 (float64 for float64 inputs), -inf in a row that sees nothing; it has a gradient too.
 
-    The sm_90a backward adds to dq in an order that varies from run to run; under
-    torch.use_deterministic_algorithms(True) it computes dq apart, which takes about 40 % more
-    arithmetic. All other backends are deterministic anyway.
+    A key that a row does not see reaches neither its output nor a gradient, not even as NaN.
 
-    Raises ValueError or TypeError where an argument does not fit the layout or q.
+    Differentiable once in q, k, v and q_sink; on the reference again. The sm_90a backward adds to
+    dq in an order that varies from run to run; under torch.use_deterministic_algorithms(True) it
+    computes dq in a pass of its own, which takes about 40 % more arithmetic. All other backends are
+    deterministic anyway.
+
+    Raises ValueError or TypeError if an argument does not fit the layout or q, and
+    NotImplementedError in forward-mode differentiation.
     """
+    q, k, v, q_sink = follow_autocast(q, k, v, q_sink)
     batch, _, heads, head_dim = check_shape(
-        "q", q, ("batch", layout.query_length, "heads", "head_dim"), str(layout)
+        "q", q, ("batch", layout.query_length, "heads", "head_dim"), layout
     )
     key_shape = (batch, layout.key_length, heads, head_dim)
     frame_shape = (batch, layout.query_length - layout.text_tokens, heads, head_dim)
-    check_shape("k", k, key_shape, str(layout))
-    check_shape("v", v, key_shape, str(layout))
+    check_shape("k", k, key_shape, layout)
+    check_shape("v", v, key_shape, layout)
     tensors = {"q": q, "k": k, "v": v}
     if q_sink is not None:
-        check_shape("q_sink", q_sink, frame_shape, str(layout))
+        check_shape("q_sink", q_sink, frame_shape, layout)
         tensors["q_sink"] = q_sink
     check_dense_rows(tensors)
     check_dtype(tensors)
+    check_no_tangent("block_causal_attention", tensors)
     if text_lens is not None:
         check_shape("text_lens", text_lens, (batch,))
         check_dtype({"text_lens": text_lens}, (torch.int32, torch.int64))
-        tensors["text_lens"] = text_lens
+        tensors["text_lens"] = text_lens = text_lens.contiguous()
     check_device(tensors)
     if not prefix_grad and layout.past_frames is None:
         raise ValueError(
@@ -70,7 +84,8 @@ def block_causal_attention(
             "(past_frames=None), got False"
         )
     if scale is None:
-        scale = head_dim**-0.5
+        scale = max(head_dim, 1) ** -0.5
+    q, k, v, q_sink = for_simulator(q, k, v, q_sink)
     out, lse = torch.ops.aapt.block_causal_attention(
         q, k, v, text_lens, q_sink, *layout.integers, scale, prefix_grad
     )
@@ -98,6 +113,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout, dlse):
     q, k, v, out, lse, text_lens, q_sink = ctx.saved_tensors
+    check_no_tangent("block_causal_attention_backward", {"dout": dout, "dlse": dlse})
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dq_sink = torch.ops.aapt.block_causal_attention_backward(
@@ -116,19 +132,30 @@ def _backward(ctx, dout, dlse):
     return dq, dk, dv, None, None if q_sink is None else dq_sink, *[None] * len(ctx.arguments)
 
 
-register_autograd("block_causal_attention", _backward, _save)
-LIMITS = {"cuda": sm90_limit, "triton": deferred(__name__, "limit")}
+def _sm90_limit(q, k=None, v=None, text_lens=None, q_sink=None, *options):
+    scale = options[-2] if options else None
+    return sm90_limit(q, k=k, v=v, text_lens=text_lens, q_sink=q_sink) or scale_limit(scale)
+
+
+def _sm90_backward_limit(dout, dlse=None, q=None, k=None, v=None, out=None, lse=None, *rest):
+    gradients = {"dout": dout, "dlse": dlse}  # others than contiguous ones are copied
+    given = {name: x for name, x in gradients.items() if x is not None and x.is_contiguous()}
+    reason = sm90_limit(dout if q is None else q, out=out, lse=lse, **given)
+    return reason or (_sm90_limit(q, k, v, *rest[:-1]) if rest else None)
+
+
 implement(
     "block_causal_attention",
-    limits=LIMITS,
+    limits={"cuda": _sm90_limit, "triton": deferred(__name__, "limit")},
     reference=ref.reference_forward,
     cpu=cpu.forward,
     triton=deferred(__name__),
 )
 implement(
     "block_causal_attention_backward",
-    limits=LIMITS,
+    limits={"cuda": _sm90_backward_limit, "triton": deferred(__name__, "limit")},
     reference=ref.reference_backward,
     cpu=cpu.backward,
     triton=deferred(__name__, "backward"),
 )
+register_autograd("block_causal_attention", _backward, _save)

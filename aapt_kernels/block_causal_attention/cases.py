@@ -33,8 +33,8 @@ def make_inputs(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """q, k, v, q_sink, and the gradients dout, dlse that come back; normal. q and k are strided,
-    as slices of one projection are."""
+    """Return normal q, k, v, q_sink and outgoing gradients dout, dlse, by name. q and k are
+    strided, as slices of one projection are."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(length: int) -> Tensor:

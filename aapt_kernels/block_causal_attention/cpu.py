@@ -1,10 +1,13 @@
-"""Fast on a CPU: tiles of query rows against the keys they see, gathered by interval.
+"""Fast CPU implementation: tiles of query rows attend to the keys they see, gathered by interval.
 
-A tile is a chunk of (batch, head) pairs times the rows of one frame, or of several where a frame
-is small. All its keys fit one softmax, so nothing is merged; the backward recomputes the
+A tile is a chunk of (batch, head) pairs times the rows of one frame, or of several if a frame is
+small. All its keys fit one softmax, so nothing is merged; the backward recomputes the
 probabilities. Half precision is computed in float32: the products are bound by memory at these
 sizes, and the scores keep their accuracy. Every large temporary is scratch that all tiles share,
 because fresh pages cost more than the arithmetic.
+
+Rows of several frames share keys that only some of them see. A weight of zero hides the others, but
+not NaN and infinity: if the inputs hold any, every frame gets a tile of its own.
 """
 
 from collections.abc import Iterator
@@ -16,18 +19,20 @@ from torch import Tensor
 from ..layout import FrameLayout, Interval
 from ..precision import wide
 
-TILE_ROWS = 64  # group small frames up to about this many rows,
-MAX_TILE_ROWS = 512  # and split large ones
+TILE_ROWS = 64  # rows up to which small frames are grouped
+MAX_TILE_ROWS = 512  # rows beyond which a frame is split
 TILE_SCORES = 1 << 19  # scores per tile: 2 MB in float32, so a tile stays in the cache
 
 
 class Tile(NamedTuple):
+    """Query rows, and the keys that any of them sees."""
+
     rows: Interval
     keys: tuple[Interval, Interval, Interval]  # text, sink, window
-    hidden: Tensor | None  # (rows, keys) bool; None where every row sees every key
+    hidden: Tensor | None  # (rows, keys) bool; None if every row sees every key
 
     def pieces(self, unwanted: Interval = (0, 0)) -> list[tuple[int, int, int]]:
-        """(column, start, end) of the keys but the unwanted ones, neighbours joined."""
+        """Return (column, start, end) of all keys but the unwanted ones, neighbours joined."""
         pieces, column = [], 0
         for start, end in self.keys:
             for a, b in ((start, min(end, unwanted[0])), (max(start, unwanted[1]), end)):
@@ -42,15 +47,16 @@ class Tile(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
+        """Keys of text, sink and window."""
         return [end - start for start, end in self.keys]
 
 
-def tiles(layout: FrameLayout) -> Iterator[Tile]:
-    """Cover the query: text, then frames."""
+def tiles(layout: FrameLayout, grouped: bool) -> Iterator[Tile]:
+    """Cover the query: text, then frames, small ones `grouped` or each in a tile of its own."""
     text, tokens = layout.text_tokens, layout.tokens_per_frame
     if text:
         yield Tile((0, text), ((0, text), (0, 0), (0, 0)), None)
-    group = max(1, TILE_ROWS // tokens)
+    group = max(1, TILE_ROWS // tokens) if grouped else 1
     for first in range(0, layout.frames, group):
         last = min(first + group, layout.frames) - 1
         _, sink, window = layout.intervals(last)
@@ -70,13 +76,14 @@ def tiles(layout: FrameLayout) -> Iterator[Tile]:
 
 
 class Scratch:
-    """Buffers that grow to the largest tile and are handed out as contiguous views."""
+    """Buffers that grow to the largest tile; callers get contiguous views."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
+        """Return the start of buffer `name` in this shape, of three dimensions."""
         size = shape[0] * shape[1] * shape[2]
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size:
@@ -85,9 +92,9 @@ class Scratch:
 
 
 class Problem:
-    """The inputs head-major, (batch x heads, length, head_dim), and the steps both passes share."""
+    """Inputs in head-major order, (batch x heads, length, head_dim), and the steps they share."""
 
-    def __init__(self, q, k, v, text_lens, q_sink, arguments):
+    def __init__(self, q, k, v, text_lens, q_sink, arguments, dout=None):
         *integers, scale, prefix_grad = arguments
         self.layout = FrameLayout(*integers)
         self.no_gradient = (0, 0) if prefix_grad else self.layout.prefix
@@ -97,33 +104,49 @@ class Problem:
         self.q = self.head_major(q).mul_(scale)
         self.k, self.v = self.head_major(k), self.head_major(v)
         self.q_sink = None if q_sink is None else self.head_major(q_sink).mul_(scale)
+        self.dout = None if dout is None else self.head_major(dout)
         self.scratch = Scratch(self.dtype)
         self.hidden_text = self.no_text = None
         if text_lens is not None:
             lens = text_lens.repeat_interleave(self.heads)[:, None, None]
             self.hidden_text = torch.arange(self.layout.text_tokens) >= lens
-            self.no_text = lens == 0
+            self.no_text = lens <= 0
+            self.clear_padding(self.k, self.v)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Cover the query."""
+        tensors = (self.q, self.k, self.v, self.q_sink, self.dout)
+        small = 2 * self.layout.tokens_per_frame <= TILE_ROWS
+        # A sum is finite if no element is NaN or infinite; one that overflows costs only time
+        grouped = small and all(x.sum().isfinite() for x in tensors if x is not None)
+        return tiles(self.layout, grouped)
+
+    def clear_padding(self, *tensors: Tensor) -> None:
+        """Set the rows of padded text to zero, in place."""
+        if self.hidden_text is not None:
+            for x in tensors:
+                x[:, : self.layout.text_tokens].masked_fill_(self.hidden_text.transpose(1, 2), 0)
 
     def head_major(self, x: Tensor) -> Tensor:
-        """A copy (B x H, L, D) in the dtype of the computation."""
+        """Return a copy (B x H, L, D) in the dtype of the computation."""
         x = x.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return x.flatten(0, 1)
 
     def token_major(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B x H, L, D) back to a contiguous (B, L, H, D) of the given dtype."""
+        """Return (B x H, L, D) as a contiguous (B, L, H, D) of the given dtype."""
         x = x.unflatten(0, (self.batch, self.heads)).transpose(1, 2)
         return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
     def chunks(self, tile: Tile) -> Iterator[slice]:
-        """Slices of the (batch, head) pairs that keep the scores of a tile in the cache."""
+        """Slice the (batch, head) pairs so that the scores of a tile stay in the cache."""
         pairs = self.batch * self.heads
         scores = (tile.rows[1] - tile.rows[0]) * sum(tile.sizes)
-        step = min(pairs, max(1, TILE_SCORES // max(1, scores)))
+        step = max(1, min(pairs, TILE_SCORES // max(1, scores)))
         for start in range(0, pairs, step):
             yield slice(start, min(start + step, pairs))
 
     def gather(self, name: str, x: Tensor, pairs: slice, tile: Tile) -> Tensor:
-        """The tile's keys (or values) side by side; a view where they are one interval."""
+        """Return the tile's keys (or values) side by side: a view if they are one interval."""
         keys = [x[pairs, start:end] for _, start, end in tile.pieces()]
         if len(keys) == 1:
             return keys[0]
@@ -131,25 +154,27 @@ class Problem:
         return torch.cat(keys, dim=1, out=out)
 
     def scatter_add(self, total: Tensor, weights: Tensor, x: Tensor, pairs: slice, tile: Tile):
-        """total[keys of the tile] += weights^T x; nothing for keys that take no gradient."""
+        """Add weights^T x to `total` at the tile's keys, except keys that take no gradient."""
         for column, start, end in tile.pieces(unwanted=self.no_gradient):
             columns = weights[:, :, column : column + end - start].transpose(1, 2)
             part = self.scratch.take("part", x.shape[0], end - start, self.head_dim)
             total[pairs, start:end] += torch.bmm(columns, x, out=part)
 
     def uses_q_sink(self, tile: Tile) -> bool:
+        """Return whether the tile meets the sink with queries of its own."""
         return self.q_sink is not None and tile.sizes[1] > 0
 
     def sink_rows(self, tile: Tile) -> slice:
-        """The tile's rows in q_sink, which has none for text."""
+        """Return the tile's rows in q_sink, which has none for text."""
         return slice(*(row - self.layout.text_tokens for row in tile.rows))
 
     def sink_columns(self, tile: Tile) -> slice:
+        """Return the columns of the sink among the tile's keys."""
         text, sink, _ = tile.sizes
         return slice(text, text + sink)
 
     def scores(self, pairs: slice, tile: Tile, k: Tensor) -> Tensor:
-        """Masked scores of the tile, in scratch."""
+        """Return the masked scores of the tile, in scratch."""
         q = self.q[pairs, slice(*tile.rows)]
         s = self.scratch.take("scores", q.shape[0], q.shape[1], k.shape[1])
         torch.bmm(q, k.transpose(1, 2), out=s)
@@ -164,7 +189,7 @@ class Problem:
         return s
 
     def softmax_(self, s: Tensor, pairs: slice, tile: Tile) -> Tensor:
-        """In place; zero in rows that see nothing, which only text queries can."""
+        """Turn scores into probabilities in place: zero in a row of text that sees nothing."""
         torch.softmax(s, dim=-1, out=s)
         if self.no_text is not None and sum(tile.sizes[1:]) == 0:
             s.masked_fill_(self.no_text[pairs], 0)
@@ -174,13 +199,13 @@ class Problem:
 def forward(q, k, v, text_lens, q_sink, *arguments):
     problem = Problem(q, k, v, text_lens, q_sink, arguments)
     out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[:2])
-    for tile in tiles(problem.layout):
+    for tile in problem.tiles():
         rows = slice(*tile.rows)
         for pairs in problem.chunks(tile):
             s = problem.scores(pairs, tile, problem.gather("k", problem.k, pairs, tile))
             largest = s.amax(-1)
             p = problem.softmax_(s, pairs, tile)
-            # The largest probability is exp(largest - lse).
+            # The largest probability is exp(largest - lse)
             lse[pairs, rows] = torch.sub(largest, p.amax(-1).log_())
             part = problem.scratch.take("out", p.shape[0], p.shape[1], problem.head_dim)
             values = problem.gather("v", problem.v, pairs, tile)
@@ -192,19 +217,18 @@ def forward(q, k, v, text_lens, q_sink, *arguments):
 
 
 def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
-    problem = Problem(q, k, v, text_lens, q_sink, arguments[:-1])
-    douts = problem.head_major(dout)
+    problem = Problem(q, k, v, text_lens, q_sink, arguments[:-1], dout)
     dlse = None if dlse is None else dlse.to(problem.dtype).flatten(0, 1)[..., None]
     dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
     dq_sink = None if q_sink is None else torch.zeros_like(problem.q_sink)
     take = problem.scratch.take
-    for tile in tiles(problem.layout):
+    for tile in problem.tiles():
         rows = slice(*tile.rows)
         for pairs in problem.chunks(tile):
             keys = problem.gather("k", problem.k, pairs, tile)
             values = problem.gather("v", problem.v, pairs, tile)
             p = problem.softmax_(problem.scores(pairs, tile, keys), pairs, tile)
-            tile_dout = douts[pairs, rows]
+            tile_dout = problem.dout[pairs, rows]
             problem.scatter_add(dv, p, tile_dout, pairs, tile)
 
             ds = torch.bmm(tile_dout, values.transpose(1, 2), out=take("ds", *p.shape))
@@ -221,6 +245,7 @@ def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
                 sink_ds.zero_()
             problem.scatter_add(dk, ds, problem.q[pairs, rows], pairs, tile)
             dq[pairs, rows] = torch.bmm(ds, keys, out=take("out", *tile_dout.shape))
+    problem.clear_padding(dk, dv)
     dq = problem.token_major(dq.mul_(problem.scale), q.dtype)
     if q_sink is None:
         dq_sink = q.new_empty(0)

@@ -1,10 +1,10 @@
 """Block-causal attention backward in Triton. Queries and keys have a kernel each, which computes
-the scores again: nothing is added in memory, and results do not depend on timing."""
+the scores again: nothing is added up in memory, and results do not depend on timing."""
 
 import triton
 import triton.language as tl
 
-from ..cached_attention.triton_kernels import dot, load_rows
+from ..triton_tiles import dot, load_rows, zero_or_nan
 from .triton_mask import (
     INTEGERS,
     clean_place,
@@ -15,7 +15,7 @@ from .triton_mask import (
     text_length,
     visible_tiles,
 )
-from .triton_tiles import store_rows, sweep
+from .triton_sweep import store_rows, sweep
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -31,7 +31,7 @@ def stats_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """stats (2, B, H, rows): lse in units of log2, +inf where a row sees nothing; and
+    """Write stats (2, B, H, rows): lse in units of log2, +inf if a row sees nothing; and
     rowsum(dout out) - dlse. All tensors are dense."""
     pair = tl.program_id(1)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -54,18 +54,23 @@ def stats_kernel(
 def differentiate(
     state, queries, k, v, key, end, shown, layout, k_stride, v_stride, scale, HEAD_DIM, WIDTH
 ):
-    """As `attend`, for dq: state is (sums,), queries (q, dout, lse, delta)."""
+    """Add one tile of keys to dq, as `attend` adds it to out: state is (sums,), queries
+    (q, dout, lse, delta)."""
     q, dout, lse, delta = queries
-    active = None
+    active, sound, broken = None, None, None
     if end is not None:
         active = key < end
-    k_tile = load_rows(k, key, k_stride, active, HEAD_DIM, WIDTH)
+        broken = zero_or_nan(k, key, k_stride, active, HEAD_DIM, WIDTH)
+        sound = active & (broken == 0)
+    k_tile = load_rows(k, key, k_stride, sound, HEAD_DIM, WIDTH)
     v_tile = load_rows(v, key, v_stride, active, HEAD_DIM, WIDTH)
     s = dot(q, tl.trans(k_tile)) * scale
     if end is not None:
-        s = hide(s, key, end, shown, layout)
+        s = hide(s + broken[None, :], key, end, shown, layout)
     p = tl.exp2(s - lse[:, None])
     ds = p * (dot(dout, tl.trans(v_tile)) - delta[:, None])
+    if end is not None:  # a value that is hidden may be NaN
+        ds = tl.where(p == 0, 0, ds)
     return (dot(ds.to(k_tile.dtype), k_tile, state[0]),)
 
 
@@ -106,7 +111,7 @@ def queries_backward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """dq and dq_sink of a tile of query rows; scale is that of the softmax."""
+    """Write dq and dq_sink of a tile of query rows; scale is the softmax's."""
     layout = (text, tokens, frames, before, window, sinks)
     pair = tl.program_id(1)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -203,25 +208,32 @@ def gather_keys(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """dk / softmax scale and dv of a tile of keys, from one tile of query rows; at an edge `stop`
-    is where those end, else None. `first`: the query row that is the first of q."""
+    """Add to dk / softmax scale and dv of a tile of keys what one tile of query rows gives.
+
+    At an edge `stop` is where the query rows end, elsewhere None. `first`: the row of the query
+    that is the first of q. A row whose softmax or gradient is broken counts as zero, so that it
+    does not reach a key that it does not see, and makes each key that it sees NaN.
+    """
     dk, dv = state
     active = None
-    if stop is not None:
-        active = (row >= first) & (row < rows)
+    if stop is None:
+        lse_row, delta_row = tl.load(lse + row), tl.load(delta + row)
+    else:
+        lse_row = tl.load(lse + row, mask=row < rows, other=float("inf"))
+        delta_row = tl.load(delta + row, mask=row < rows, other=0)
+        sound = (tl.abs(lse_row) < float("inf")) & (tl.abs(delta_row) < float("inf"))
+        active = (row >= first) & (row < rows) & sound
     q_tile = load_rows(q, row - first, q_stride, active, HEAD_DIM, WIDTH)
     s = dot(k_tile, tl.trans(q_tile)) * scale
-    if stop is not None:
-        lse_row = tl.load(lse + row, mask=row < rows, other=float("inf"))
-        seen = (row[None, :] >= seen_by[0][:, None]) & (row[None, :] < seen_by[1][:, None])
-        s = tl.where(seen, s, float("-inf"))
-    else:
-        lse_row = tl.load(lse + row)
     p = tl.exp2(s - lse_row[None, :])
+    if stop is not None:
+        seen = (row[None, :] >= seen_by[0][:, None]) & (row[None, :] < seen_by[1][:, None])
+        p = tl.where(seen, p + tl.where(sound, 0, float("nan"))[None, :], 0)
     dout_tile = load_rows(dout, row, dout_stride, active, HEAD_DIM, WIDTH)
     dv = dot(p.to(dout_tile.dtype), dout_tile, dv)
-    delta_row = tl.load(delta + row, mask=row < rows, other=0)
     ds = p * (dot(v_tile, tl.trans(dout_tile)) - delta_row[None, :])
+    if stop is not None:
+        ds = tl.where(p == 0, 0, ds)
     return dot(ds.to(q_tile.dtype), q_tile, dk), dv
 
 
@@ -266,8 +278,11 @@ def keys_backward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """dk and dv of a tile of keys. Tiles do not cross `sink_end`, nor `head_end`: the end of the
-    text where the sink has a query of its own, else that of the sink."""
+    """Write dk and dv of a tile of keys.
+
+    Tiles do not cross `sink_end` nor `head_end`. `head_end` is the end of the text if the sink has
+    a query of its own, otherwise the end of the sink.
+    """
     layout = (text, tokens, frames, before, window, sinks)
     pair = tl.program_id(1)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)

@@ -8,31 +8,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cached_attention.triton_kernels import LOG2_E, dot, load_rows
 from ..layout import FrameLayout
+from ..triton_tiles import LOG2_E, dot, load_rows, zero_or_nan
 from .triton_backward import keys_backward_kernel, queries_backward_kernel, stats_kernel
 from .triton_mask import INTEGERS, hide, text_length, visible_tiles
-from .triton_tiles import store_rows, sweep
+from .triton_sweep import store_rows, sweep
 
 STATS_ROWS = 16
 
 
 class Config(NamedTuple):
+    """Tile of a kernel (query rows x keys), warps and stages."""
+
     rows: int
     keys: int
     warps: int
     stages: int
 
 
-# By bytes per element and padded head_dim: the forward, the gradient of queries, those of keys.
+# By bytes per element and padded head_dim: forward, gradient of queries, gradients of keys
 CONFIGS = {
     (2, 32): (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    (2, 64): (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(32, 64, 4, 2)),
+    (2, 64): (Config(64, 64, 4, 3), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
     (2, 128): (Config(64, 32, 4, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2)),
     (4, 32): (Config(64, 32, 4, 2), Config(64, 16, 8, 1), Config(16, 32, 4, 1)),
     (4, 64): (Config(32, 16, 4, 2), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
-# Where a warpgroup multiplies at once, and shared memory is large: compute capability 9 and 10.
+# For compute capability 9 and 10: a warpgroup multiplies at once, and shared memory is large
 WIDE_CONFIGS = CONFIGS | {
     (2, 32): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
     (2, 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
@@ -41,8 +43,10 @@ WIDE_CONFIGS = CONFIGS | {
 
 
 def limit(q: Tensor, *_) -> str | None:
-    """What the kernels do not take. They pad a head_dim to the next of 32, 64 and 128; float32 with
-    128 would not fit the registers."""
+    """Return why the kernels do not take q, None if they do.
+
+    They pad a head_dim to the next of 32, 64 and 128; float32 with 128 would not fit the registers.
+    """
     most = 64 if q.dtype == torch.float32 else 128
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= most:
         return None
@@ -53,6 +57,7 @@ def limit(q: Tensor, *_) -> str | None:
 
 
 def is_wide(q: Tensor) -> bool:
+    """Return whether q is on a device of `WIDE_CONFIGS`."""
     return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
 
 
@@ -60,12 +65,16 @@ def is_wide(q: Tensor) -> bool:
 def attend(
     state, queries, k, v, key, end, shown, layout, k_stride, v_stride, scale, HEAD_DIM, WIDTH
 ):
-    """One tile of keys: state is (sums, maximum, total) of the softmax, queries (q,). At an edge
-    `end` is where the keys end, else None. The maximum is in units of log2, and so is `scale`."""
+    """Add one tile of keys to the softmax: state is (sums, maximum, total), queries (q,).
+
+    At an edge `end` is where the keys end, elsewhere None. The maximum and `scale` are in units of
+    log2. A value that holds NaN or infinity makes NaN of the rows that see it, and of no other.
+    """
     sums, before, total = state
-    active = None
+    active, broken = None, None
     if end is not None:
         active = key < end
+        broken = zero_or_nan(v, key, v_stride, active, HEAD_DIM, WIDTH)
     k_tile = load_rows(k, key, k_stride, active, HEAD_DIM, WIDTH)
     s = dot(queries[0], tl.trans(k_tile))
     if end is not None:
@@ -76,9 +85,13 @@ def attend(
         offset = tl.where(highest == float("-inf"), 0, highest)
     p = tl.exp2(s * scale - offset[:, None])
     decay = tl.exp2(before - offset)
+    total = total * decay + tl.sum(p, 1)
+    if end is not None:
+        p = tl.where(p == 0, 0, p + broken[None, :])
+        active = active & (broken == 0)
     v_tile = load_rows(v, key, v_stride, active, HEAD_DIM, WIDTH)
     sums = dot(p.to(v_tile.dtype), v_tile, sums * decay[:, None])
-    return sums, highest, total * decay + tl.sum(p, 1)
+    return sums, highest, total
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -116,7 +129,10 @@ def block_causal_attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """scale is positive and in units of log2; out and lse are dense. The longest tile is first."""
+    """Write out and lse of a tile of query rows; the longest tile comes first.
+
+    scale is positive and in units of log2; out and lse are dense.
+    """
     layout = (text, tokens, frames, before, window, sinks)
     pair = tl.program_id(1)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -184,7 +200,7 @@ def block_causal_attention_kernel(
 
 
 class Launch:
-    """What the launches of one call share."""
+    """Arguments that the launches of one call share."""
 
     def __init__(self, q, k, v, text_lens, q_sink, arguments):
         *integers, self.scale, self.prefix_grad = arguments
@@ -214,14 +230,17 @@ class Launch:
 
     @property
     def strides(self) -> tuple[int, ...]:
+        """Strides of q, q_sink, k and v, without their last dimension."""
         sink = self.q if self.q_sink is None else self.q_sink
         tensors = (self.q, sink, self.k, self.v)
         return tuple(stride for x in tensors for stride in x.stride()[:3])
 
     def grid(self, tiles: int) -> tuple[int, int]:
+        """Return the grid of `tiles` for every (batch, head) pair."""
         return tiles, self.batch * self.heads
 
     def options(self, config: Config) -> dict[str, int]:
+        """Return the compile-time arguments of a launch."""
         return {
             "ROWS": config.rows,
             "KEYS": config.keys,

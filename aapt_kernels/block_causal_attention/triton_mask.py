@@ -1,9 +1,9 @@
 """The mask of `FrameLayout` inside Triton kernels (csrc/block_causal_attention/mask.h has it in
-words): what a tile of query rows sees, what a tile of keys is seen by, and how either is cut into
-tiles, so that those without an edge of the mask can come first, in a loop of their own.
+words): the keys that a tile of query rows sees, and the rows that see a tile of keys. Both are cut
+into tiles. Tiles without an edge of the mask come first, in a loop of their own.
 
-`layout` is (text, tokens, frames, before, window, sinks): text tokens, tokens of a frame, frames of
-the query, frames of the key before those, and window and sink in frames.
+`layout` is (text, tokens, frames, before, window, sinks): text tokens, tokens per frame, frames of
+the query, earlier frames of the key, and window and sink in frames.
 """
 
 import triton
@@ -14,7 +14,7 @@ INTEGERS = ["rows", "text", "tokens", "frames", "before", "window", "sinks", "ke
 
 @triton.jit
 def views(row, layout):
-    """sink_end, window_begin, window_end of query rows, as key rows; nothing for text."""
+    """Return sink_end, window_begin and window_end of query rows, as key rows; nothing for text."""
     text, tokens, _, before, window, sinks = layout
     in_frame = row >= text
     position = before + tl.maximum(row - text, 0) // tokens
@@ -28,6 +28,7 @@ def views(row, layout):
 
 @triton.jit
 def text_length(text_lens, batch, text):
+    """Return the number of text tokens of a sample, 0 ... text."""
     if text_lens is None:
         return text
     else:
@@ -36,8 +37,9 @@ def text_length(text_lens, batch, text):
 
 @triton.jit
 def visible_keys(row, length, layout, SPLIT: tl.constexpr):
-    """The intervals of text, sink and window that query rows see, as (begin, clean_begin,
-    clean_end, end): all rows see the clean part. Joined where they touch, unless SPLIT."""
+    """Return the intervals of text, sink and window that query rows see, each as (begin,
+    clean_begin, clean_end, end): all rows see the clean part. Unless SPLIT, intervals that touch
+    are joined."""
     text = layout[0]
     sink_end, window_begin, window_end = views(row, layout)
     last_sink, last = tl.max(sink_end, 0), tl.max(window_end, 0)
@@ -62,7 +64,8 @@ def visible_keys(row, length, layout, SPLIT: tl.constexpr):
 
 @triton.jit
 def rows_that_see(key, end, length, rows, layout):
-    """begin and end of the query rows that see each key; nothing sees padding or `end` and on."""
+    """Return begin and end of the query rows that see each key; none sees padding, nor keys from
+    `end` on."""
     text, tokens, frames, before, window, sinks = layout
     frame = tl.maximum(key - text, 0) // tokens
     first = tl.maximum(frame - before, 0)
@@ -76,7 +79,8 @@ def rows_that_see(key, end, length, rows, layout):
 
 @triton.jit
 def hide(s, key, end, row, layout):
-    """Scores (rows, keys) at an edge: what a row does not see, or lies beyond `end`, is -inf."""
+    """Return scores (rows, keys) at an edge, -inf for a key that its row does not see and from
+    `end` on."""
     sink_end, window_begin, window_end = views(row, layout)
     head_end = tl.where(window_begin == sink_end, window_end, sink_end)[:, None]
     key = key[None, :]
@@ -86,8 +90,9 @@ def hide(s, key, end, row, layout):
 
 @triton.jit
 def cut(begin, clean_begin, clean_end, end, TILE: tl.constexpr):
-    """An interval in tiles from `begin` on: its begin and end, how many tiles come before the clean
-    ones, how many those are, and how many all are. Clean is a tile within the clean interval."""
+    """Cut an interval into tiles from `begin` on; return begin, end, and the numbers of tiles
+    before the clean tiles, of clean tiles, and of all. A clean tile is within the clean
+    interval."""
     count = tl.maximum(tl.cdiv(end - begin, TILE), 0)
     ahead = tl.minimum(tl.maximum(tl.cdiv(clean_begin - begin, TILE), 0), count)
     clean = tl.maximum((tl.minimum(clean_end, end) - begin) // TILE - ahead, 0)
@@ -96,7 +101,7 @@ def cut(begin, clean_begin, clean_end, end, TILE: tl.constexpr):
 
 @triton.jit
 def visible_tiles(row, length, layout, SPLIT: tl.constexpr, TILE: tl.constexpr):
-    """The intervals of `visible_keys`, each `cut`, and one of nothing."""
+    """Return the intervals of `visible_keys`, each `cut`, and an empty one."""
     text, sink, recent = visible_keys(row, length, layout, SPLIT)
     return (
         cut(text[0], text[1], text[2], text[3], TILE),
@@ -108,7 +113,7 @@ def visible_tiles(row, length, layout, SPLIT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def clean_place(index, a, b, c, TILE: tl.constexpr):
-    """Where the clean tile of this index begins, those of three intervals counted."""
+    """Return the begin of a clean tile, by its index among the clean tiles of three intervals."""
     after_a = index - a[3]
     after_b = after_a - b[3]
     at_c = c[0] + (c[2] + after_b) * TILE
@@ -118,7 +123,8 @@ def clean_place(index, a, b, c, TILE: tl.constexpr):
 
 @triton.jit
 def edge_place(index, a, b, c, TILE: tl.constexpr):
-    """Where the edge tile of this index begins, and where its interval ends."""
+    """Return the begin of an edge tile, by its index among those of three intervals, and the end of
+    its interval."""
     after_a = index - (a[4] - a[3])
     after_b = after_a - (b[4] - b[3])
     in_a, in_c = after_a < 0, after_b >= 0

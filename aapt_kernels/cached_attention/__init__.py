@@ -1,14 +1,12 @@
-"""One new frame's queries against the KV cache, in place (SPEC 3, 5)."""
+"""Attention of one new frame to the KV cache, which is read in place (docs/method.md#3, #5)."""
 
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_fake
-from ..checks import check_no_grad
-from ..deferred import deferred
-from ..kv_append import check_frame, sm90_limit
+from ..backend import deferred, for_simulator, implement, register_fake
+from ..checks import check_no_grad, check_no_tangent, scale_limit, sm90_limit
 from ..kv_cache import KVCache
-from ..precision import wide
+from ..precision import follow_autocast, wide
 from . import cpu, ref
 
 
@@ -21,22 +19,29 @@ def cached_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What `block_causal_attention` gives for the frame `cache.step`: it sees its text, the sink
-    frames, the window and itself. Call it after `kv_append` of the same step and layer, before
+    """Return what `block_causal_attention` gives for frame `cache.step`, which sees its text, the
+    sink frames, the window and itself. Call it after `kv_append` of the same step and layer, before
     `cache.advance()`.
 
-    q and q_sink (B, tokens_per_frame, H, D), as `kv_append` returns them -> out like q; scale:
-    1 / sqrt(D) unless given; return_lse adds (B, H, tokens_per_frame) float32 (float64 for
-    float64).
+    q and q_sink (B, tokens_per_frame, H, D), as `kv_append` returns them -> out like q; autocast
+    casts both to the cache's dtype. scale: factor of the scores, 1 / sqrt(D) unless given.
+    return_lse also returns the log-sum-exp of the scores, (B, H, tokens_per_frame) float32 (float64
+    for float64).
 
-    Raises ValueError or TypeError where the arguments do not fit the cache, and RuntimeError if
-    one requires grad.
+    A slot that the frame does not see, such as one before `cache.reset()`, never reaches the
+    output, not even as NaN.
+
+    Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
+    requires grad, and NotImplementedError in forward-mode differentiation.
     """
+    q, q_sink = follow_autocast(q, q_sink, dtype=cache.k.dtype)
     tensors = {"q": q} if q_sink is None else {"q": q, "q_sink": q_sink}
-    check_frame(tensors, cache, layer)
+    cache.check_frame(layer, tensors)
+    check_no_tangent("cached_attention", tensors)
     check_no_grad("cached_attention", tensors)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    q, q_sink = for_simulator(q, q_sink)
     out, lse = torch.ops.aapt.cached_attention.default(
         q,
         cache.k[layer],
@@ -57,9 +62,14 @@ def _(q, *_):
     return out, q.new_empty((batch, heads, length), dtype=wide(q.dtype))
 
 
+def _sm90_limit(q, k_cache=None, v_cache=None, step=None, text_lens=None, q_sink=None, *options):
+    tensors = dict(k_cache=k_cache, v_cache=v_cache, text_lens=text_lens, q_sink=q_sink)
+    return sm90_limit(q, **tensors) or scale_limit(options[-1] if options else None)
+
+
 implement(
     "cached_attention",
-    limits={"cuda": sm90_limit, "sim": sm90_limit, "triton": deferred(__name__, "limit")},
+    limits={"cuda": _sm90_limit, "triton": deferred(__name__, "limit")},
     reference=ref.reference_forward,
     cpu=cpu.forward,
     triton=deferred(__name__),

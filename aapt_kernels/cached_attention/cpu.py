@@ -1,7 +1,7 @@
-"""Fast on a CPU: flash attention on views of the cache, which is never copied.
+"""Fast CPU implementation: flash attention on views of the cache, which is never copied.
 
-Text, sink and ring lie side by side, so one call sees exactly what the frame sees. With q_sink it
-takes three, whose results are merged by their log-sum-exp.
+Text, sink and ring are stored side by side, so one call sees exactly what the frame sees. q_sink
+takes three calls, whose results are merged by their log-sum-exp.
 """
 
 import torch
@@ -14,12 +14,12 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
-    """All of them (B, L, H, D)."""
+    """Attend with q, k and v (B, L, H, D)."""
     return FLASH(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
 
 
 def merge(parts: list[Part]) -> Part:
-    """One attention from parts that saw disjoint keys."""
+    """Merge parts that saw disjoint keys into one attention."""
     if len(parts) == 1:
         return parts[0]
     lses = torch.stack([lse for _, lse in parts])
@@ -29,7 +29,7 @@ def merge(parts: list[Part]) -> Part:
 
 
 def attend(q, k, v, intervals, q_sink, sink, scale) -> Part:
-    """q against key intervals, and q_sink against the interval `sink`."""
+    """Attend with q to key intervals, and with q_sink to the interval `sink`."""
     if intervals == [(0, k.shape[1])]:  # the steady state: not even a slice
         return flash(q, k, v, scale)
     parts = [flash(q, k[:, a:b], v[:, a:b], scale) for a, b in intervals if b > a]
@@ -46,7 +46,7 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
     end = text_tokens + frames * tokens_per_frame
     if sink_end == text_tokens:
         q_sink = None
-    lens = [min(length, text_tokens) for length in text_lens.tolist()]
+    lens = [max(0, min(length, text_tokens)) for length in text_lens.tolist()]
 
     def part(length: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> Part:
         begin = text_tokens - length

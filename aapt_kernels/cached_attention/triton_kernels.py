@@ -1,9 +1,9 @@
 """Flash attention on the cache in place, for any GPU that Triton serves.
 
-A program takes a tile of queries of one head and a share of the key tiles; which keys there are it
-computes itself, from the counter and the text lengths on the device. Whole tiles of all intervals
-come first, in a loop without a mask, then the ragged ends. Where one pass over the queries would
-leave multiprocessors idle the keys are shared out, and a second kernel merges the parts in order.
+A program takes a tile of queries of one head and a share of the key tiles. It computes the keys
+itself, from the counter and the text lengths on the device. Whole tiles of all intervals come
+first, in a loop without a mask, then the ragged ends. If one pass over the queries would leave
+multiprocessors idle, the keys are shared out, and a second kernel merges the parts in order.
 """
 
 from functools import cache
@@ -14,18 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
-from ..qk_norm_rope.triton_kernels import multiprocessors
+from ..triton_rows import multiprocessors
+from ..triton_tiles import LOG2_E, dot, load_rows
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
 MERGE_ROWS = 16
-LOG2_E = 1.4426950408889634
-INTERPRETED = tl.constexpr(interpreted())
 
 
 class Config(NamedTuple):
-    """rows x keys: the tile; programs: how many of them one multiprocessor holds."""
+    """Tile of the kernel (query rows x keys), warps, stages; programs: per multiprocessor."""
 
     rows: int
     keys: int
@@ -34,7 +32,7 @@ class Config(NamedTuple):
     programs: int
 
 
-# By bytes per element and padded head_dim: for any number of queries, for up to 64, for up to 16.
+# By bytes per element and padded head_dim: for any number of queries, for at most 64, at most 16
 CONFIGS = {
     (2, 32): (Config(128, 64, 4, 3, 2), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
     (2, 64): (Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
@@ -46,33 +44,7 @@ CONFIGS = {
 
 
 @triton.jit
-def load_rows(x, row, stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, WIDTH) of one head: zero beyond head_dim, and where not active (None: all are)."""
-    column = tl.arange(0, WIDTH)[None, :]
-    at = x + row.to(tl.int64)[:, None] * stride + column
-    if HEAD_DIM < WIDTH:
-        mask = column < HEAD_DIM
-        if active is not None:
-            mask = mask & active[:, None]
-        tile = tl.load(at, mask=mask, other=0)
-    elif active is not None:
-        tile = tl.load(at, mask=active[:, None], other=0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
-def dot(a, b, start=None):
-    """start + a b, float32 inputs as three TF32 products. The interpreter takes the bits of BF16
-    for integers, so there it gets the same values in float32."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, start, input_precision="tf32x3")
-
-
-@triton.jit
-def attend(
+def attend_tile(
     result,
     highest,
     total,
@@ -87,7 +59,7 @@ def attend(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One tile of keys, those below `end` (None: all). `highest` is in units of log2."""
+    """Add one tile of keys, those below `end` (None: all). `highest` is in units of log2."""
     seen = None
     if end is not None:
         seen = key < end
@@ -106,7 +78,7 @@ def attend(
 
 
 @triton.jit
-def sweep(
+def attend_tiles(
     result,
     highest,
     total,
@@ -126,15 +98,15 @@ def sweep(
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Tiles first ... last of the keys [text, text_end) and [start, end): the whole ones of both,
-    then the ragged ends."""
+    """Add tiles first ... last of the keys [text, text_end) and [start, end): the whole tiles of
+    both intervals, then the ragged ends."""
     lane = tl.arange(0, KEYS)
     whole_here = (text_end - text) // KEYS
     whole_there = (end - start) // KEYS
     whole = whole_here + whole_there
     for tile in range(tl.minimum(first, whole), tl.minimum(last, whole)):
         at = tl.where(tile < whole_here, text + tile * KEYS, start + (tile - whole_here) * KEYS)
-        result, highest, total = attend(
+        result, highest, total = attend_tile(
             result,
             highest,
             total,
@@ -152,7 +124,7 @@ def sweep(
     for tile in tl.range(tl.maximum(first, whole), tl.maximum(last, whole), num_stages=1):
         here = (tile == whole) & (text_end > text + whole_here * KEYS)
         at = tl.where(here, text + whole_here * KEYS, start + whole_there * KEYS)
-        result, highest, total = attend(
+        result, highest, total = attend_tile(
             result,
             highest,
             total,
@@ -208,7 +180,10 @@ def cached_attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """scale is positive and in units of log2; lse (splits, B, H, L) is dense."""
+    """Write out and lse of a tile of queries and a share of the keys.
+
+    scale is positive and in units of log2; lse (splits, B, H, L) is dense.
+    """
     split, splits = tl.program_id(1), tl.num_programs(1)
     pair = tl.program_id(2)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -240,7 +215,7 @@ def cached_attention_kernel(
     if q_sink is not None:
         q_sink += batch * q_sink_batch_stride + head * q_sink_head_stride
         q_tile = load_rows(q_sink, row, q_sink_token_stride, active, HEAD_DIM, WIDTH)
-        result, highest, total = sweep(
+        result, highest, total = attend_tiles(
             result,
             highest,
             total,
@@ -262,7 +237,7 @@ def cached_attention_kernel(
         )
     q += batch * q_batch_stride + head * q_head_stride
     q_tile = load_rows(q, row, q_token_stride, active, HEAD_DIM, WIDTH)
-    result, highest, total = sweep(
+    result, highest, total = attend_tiles(
         result,
         highest,
         total,
@@ -308,8 +283,10 @@ def merge_kernel(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One attention from parts that saw disjoint keys: (splits, B, H, L, D) -> (B, L, H, D); rows
-    is B H L, SPLITS a power of two."""
+    """Merge parts that saw disjoint keys into one attention: (splits, B, H, L, D) -> (B, L, H, D).
+
+    rows is B H L, SPLITS a power of two.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     active = row < rows
     split = tl.arange(0, SPLITS)[None, :]
@@ -334,7 +311,8 @@ def merge_kernel(
 
 
 def limit(q: Tensor, *_) -> str | None:
-    """What the kernel does not take. It pads a head_dim to the next of 32, 64 and 128."""
+    """Return why the kernel does not take q, None if it does. It pads a head_dim to the next of 32,
+    64 and 128."""
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM:
         return None
     return (
@@ -344,6 +322,7 @@ def limit(q: Tensor, *_) -> str | None:
 
 
 def choose_config(q: Tensor) -> Config:
+    """Return the tile for this number of queries, with stages that fit the device."""
     width = max(32, triton.next_power_of_2(q.shape[-1]))
     several, few, handful = CONFIGS[q.element_size(), width]
     config = handful if q.shape[1] <= 16 else few if q.shape[1] <= 64 else several
@@ -357,8 +336,9 @@ def choose_config(q: Tensor) -> Config:
 
 @cache
 def choose_splits(tiles: int, key_tiles: int, programs: int) -> int:
-    """Shares of the keys that finish first where `programs` of them run at once, by the key tiles
-    of the longest chain; a share costs about one more to start, three if it must be merged."""
+    """Return the number of shares of the keys that finishes first if `programs` run at once,
+    counted in key tiles of the longest chain. A share costs about one more to start, three if it
+    must be merged."""
 
     def cost(splits: int) -> int:
         waves = -(tiles * splits // -programs)
@@ -368,7 +348,7 @@ def choose_splits(tiles: int, key_tiles: int, programs: int) -> int:
 
 
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: int | None = None):
-    """splits: chosen unless given, from shapes alone."""
+    """Launch the kernel; splits: chosen from shapes alone, unless given."""
     text_tokens, tokens_per_frame, window_frames, sink_frames, scale = arguments
     batch, length, heads, head_dim = q.shape
     if scale < 0:  # the running maximum is that of the scaled scores only for a scale > 0

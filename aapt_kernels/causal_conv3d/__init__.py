@@ -1,13 +1,13 @@
-"""Causal 3D convolution with a fused prologue and a streaming state (SPEC 9)."""
+"""Causal 3D convolution with a fused prologue and a streaming state (docs/method.md#9)."""
 
 import torch
 from torch import Tensor
 
-from ..backend import choose, implement
-from ..checks import check_device, check_dtype, check_shape
-from ..deferred import deferred
+from ..backend import choose, deferred, implement, register_autograd, register_fake
+from ..checks import check_device, check_dtype, check_no_tangent, check_shape
+from ..precision import autocasts, follow_autocast
 from . import cpu, ref, sm90
-from .ref import layout, past_frames
+from .frames import memory_format_of, past_frames
 
 PADDINGS = ("zeros", "replicate")
 MAX_NORMED_CHANNELS = 128  # that a tile of a kernel holds, and so can norm in its epilogue
@@ -31,50 +31,51 @@ def causal_conv3d(
     keep_out: bool = True,
     share_state: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """conv3d(silu(rms_norm(x) * norm_weight)) + bias + residual, and the state for the next chunk.
+    """Return conv3d(silu(rms_norm(x) * norm_weight)) + bias + residual, and the state for the next
+    chunk.
 
     Output frame t reads input frames up to t * stride[0] only. The norm takes the root mean square
-    over the channels of each pixel; without `norm_weight` there is none. In space the output has
+    over the channels of each pixel; without `norm_weight` there is no norm. In space the output has
     ceil(size / stride) pixels.
 
     `upsample` (time, space) repeats every activated frame and pixel, nearest neighbours, before
     the convolution; kernels fold that into the weights. A stream's first frame yields one frame,
     that of its last copy.
 
-    `state` holds the last normed and activated input frames of the chunk before, as many as kt - 1
-    frames at the output's rate lie in. None starts the stream: then, and beyond the edges of a
-    frame, `padding` decides between zeros and replicating the first frame or the edge. Chunks of
-    any length add up to the whole clip; a stream with a stride in time would not, so that takes no
-    state.
+    `state` holds the last normed and activated input frames of the chunk before: as many as kt - 1
+    frames span at the output's rate. None starts the stream; `padding` then chooses between zeros
+    and copies of the first frame, and beyond the edges of a frame between zeros and copies of the
+    edge. Chunks of any length add up to the whole clip. A stride in time takes no state, because
+    its chunks would not.
 
-    `next_norm_weight` asks for a third result, silu(rms_norm(out) * next_norm_weight): what the
-    next convolution would make of `out`, for it to take as its x. `keep_out=False` gives None for
-    an `out` that nothing else reads. `fuses_next_norm` says where this saves a pass.
+    `next_norm_weight` asks for a third result, silu(rms_norm(out) * next_norm_weight): the x of the
+    next convolution, normed and activated. `keep_out=False` returns None for an `out` that nothing
+    else reads. `fuses_next_norm` says if this saves a pass.
 
-    `share_state` lets the returned state be a view of x, where x needs neither norm nor SiLU and is
+    `share_state` lets the returned state be a view of x, if x needs neither norm nor SiLU and is
     at most twice as long: x must then stay as it is.
 
-    `pixels` gives uint8, round(127.5 out + 127.5), without a gradient. Output and state have their
-    channels last in memory if x has, else they are contiguous.
+    `pixels` returns uint8, round(127.5 out + 127.5), without a gradient. Output and state have
+    their channels last in memory if x has, otherwise they are contiguous.
 
-    Kernels fold and pack a weight that requires no gradient once, and again when it has changed in
+    Kernels fold and pack a weight that requires no gradient once, and again after a change in
     place; changes through `.data` they do not see. Warm up before capturing a CUDA graph.
 
-    Differentiable in x, weight, bias, norm_weight and residual, once, without `next_norm_weight`;
-    neither the given nor the returned state carries a gradient. Under autocast all tensors are cast
-    to its dtype; otherwise they share one. Raises ValueError, or TypeError for a dtype, naming the
-    input that breaks this contract.
+    Differentiable once in x, weight, bias, norm_weight and residual, without `next_norm_weight`; on
+    the reference again. Neither the given nor the returned state carries a gradient. Under autocast
+    all tensors are cast to its dtype; otherwise they share one. Raises ValueError, or TypeError for
+    a dtype, naming the argument that does not fit, and NotImplementedError in forward-mode
+    differentiation.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias, state, norm_weight, residual, next_norm_weight = (
-            None if t is None else t.to(dtype)
-            for t in (bias, state, norm_weight, residual, next_norm_weight)
-        )
+    x, weight, bias, state, norm_weight, residual, next_norm_weight = follow_autocast(
+        x, weight, bias, state, norm_weight, residual, next_norm_weight
+    )
     optional = bias, state, norm_weight, residual, next_norm_weight
     _check(x, weight, *optional, stride, upsample, padding)
     _check_next(x, weight, *optional, pixels, keep_out)
+    given = dict(x=x, weight=weight, bias=bias, state=state, norm_weight=norm_weight)
+    given |= dict(residual=residual, next_norm_weight=next_norm_weight)
+    check_no_tangent("causal_conv3d", given)
     frames, past = x.shape[2], past_frames(weight.shape[2], upsample[0])
     shared = share_state and norm_weight is None and not silu and past <= frames <= 2 * past
     out, new_state, active = torch.ops.aapt.causal_conv3d(
@@ -102,11 +103,13 @@ def causal_conv3d(
 
 
 def fuses_next_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether `next_norm_weight` is cheaper than a norm in front of the next convolution: the
-    kernel that takes x norms in its epilogue, and there is no gradient to compute. Never under
-    autocast, where the kernel is chosen by another dtype than that of x."""
+    """Return whether `next_norm_weight` is cheaper than a norm before the next convolution: the
+    kernel that takes x norms in its epilogue, and there is no gradient to compute.
+
+    Never under autocast, because another dtype than that of x then chooses the kernel.
+    """
     out_channels = weight.shape[0]
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
@@ -139,9 +142,9 @@ def _check(
 ) -> None:
     if padding not in PADDINGS:
         raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
-    if len(stride) != 3 or min(stride) < 1:
+    if len(stride) != 3 or not all(map(_counts, stride)):
         raise ValueError(f"stride: expected three integers >= 1, got {tuple(stride)}")
-    if len(upsample) != 2 or min(upsample) < 1:
+    if len(upsample) != 2 or not all(map(_counts, upsample)):
         raise ValueError(f"upsample: expected two integers >= 1, got {tuple(upsample)}")
     if max(upsample) > 1 and max(stride) > 1:
         raise ValueError(
@@ -151,8 +154,12 @@ def _check(
     batch, channels, frames, height, width = x.shape
     if frames < 1:
         raise ValueError(f"x: expected at least one frame, got {tuple(x.shape)}")
+    if min(channels, height, width) < 1:
+        raise ValueError(f"x: expected at least one channel and pixel, got {tuple(x.shape)}")
     check_shape("weight", weight, ("out_channels", channels, "kt", "kh", "kw"), "the channels of x")
     out_channels, _, kt, kh, kw = weight.shape
+    if min(out_channels, kt) < 1:
+        raise ValueError(f"weight: expected out_channels and kt >= 1, got {tuple(weight.shape)}")
     if kh % 2 == 0 or kw % 2 == 0:
         raise ValueError(f"weight: expected odd kh and kw, got {tuple(weight.shape)}")
 
@@ -180,15 +187,20 @@ def _check(
         raise ValueError("state: expected a tensor without gradient, got requires_grad=True")
 
 
+def _counts(number) -> bool:
+    return hasattr(number, "__index__") and number >= 1
+
+
 def _out_size(x, stride, upsample, starts: bool) -> tuple[int, ...]:
-    """Time, height and width of the output."""
+    """Return time, height and width of the output."""
     time, space = upsample
     frames, height, width = x.shape[2:]
     repeated = (frames * time - (time - 1 if starts else 0), height * space, width * space)
     return tuple((size - 1) // step + 1 for size, step in zip(repeated, stride, strict=True))
 
 
-def _fake(
+@register_fake("causal_conv3d")
+def _(
     x,
     weight,
     bias,
@@ -208,7 +220,7 @@ def _fake(
     def empty(wanted, size, dtype=x.dtype):
         if not wanted:
             return x.new_empty(0)
-        return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout(x))
+        return torch.empty(size, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
 
     size = (*x.shape[:1], *weight.shape[:1], *_out_size(x, stride, upsample, state is None))
     past = past_frames(weight.shape[2], upsample[0])
@@ -219,7 +231,8 @@ def _fake(
     )
 
 
-def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, replicate):
+@register_fake("causal_conv3d_backward")
+def _(dout, x, weight, state, norm_weight, eps, silu, stride, upsample, replicate):
     dnorm_weight = x.new_empty(0 if norm_weight is None else x.shape[1])
     return (
         torch.empty_like(x),
@@ -229,7 +242,7 @@ def _fake_backward(dout, x, weight, state, norm_weight, eps, silu, stride, upsam
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, weight, bias, state, norm_weight, eps, silu, residual, *options, pixels, _, _, _ = inputs
     ctx.save_for_backward(x, weight, state, norm_weight)
     ctx.options = eps, silu, *options
@@ -239,6 +252,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, *_):
     saved = ctx.saved_tensors  # read once: checkpointing hands it out no second time
+    check_no_tangent("causal_conv3d_backward", {"dout": dout})
     dx, dweight, dbias, dnorm_weight = torch.ops.aapt.causal_conv3d_backward(
         dout, *saved, *ctx.options
     )
@@ -268,6 +282,4 @@ implement(
     cpu=cpu.causal_conv3d_backward,
     reference=ref.causal_conv3d_backward,
 )
-torch.library.register_fake("aapt::causal_conv3d", _fake)
-torch.library.register_fake("aapt::causal_conv3d_backward", _fake_backward)
-torch.library.register_autograd("aapt::causal_conv3d", _backward, setup_context=_setup_context)
+register_autograd("causal_conv3d", _backward, _save)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `causal_conv3d`: input size, kernel and options."""
+    """Call of `causal_conv3d`: input size, kernel and options."""
 
     size: tuple[int, int, int]  # time, height, width
     channels: tuple[int, int]  # in, out
@@ -27,7 +27,7 @@ class Case:
 
 ACTIVE = dict(norm=True, silu=True)
 
-# What the specification takes and `make_inputs` leaves out.
+# Arguments of the specification that `make_inputs` leaves out
 ABSENT = dict(state=None, norm_weight=None, eps=1e-6, residual=None, pixels=False)
 ABSENT |= dict(next_norm_weight=None, keep_out=True, keep_state=True)
 

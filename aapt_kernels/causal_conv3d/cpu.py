@@ -1,4 +1,4 @@
-"""CPU implementation: the prologue writes straight behind the past frames, then oneDNN convolves.
+"""CPU implementation: the prologue writes right after the past frames, then oneDNN convolves.
 
 Frames have their channels last in memory, as oneDNN reads them, with the past in front: nothing is
 concatenated. The backward pass recomputes the prologue instead of keeping it.
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
+from .frames import frames_to_skip, memory_format_of, past_frames, to_bytes
 from .packed import PackedWeights
-from .ref import frames_to_skip, layout, past_frames, to_pixels
 
 LAST = torch.channels_last_3d
 DILATION = [1, 1, 1]
-MAX_PACKED_PIXELS = 4096  # beyond, packing is less than 2 % of a convolution, and memory for long
+MAX_PACKED_PIXELS = 4096  # per convolution; packing for more saves less than 2 % and holds memory
 
 
 def causal_conv3d(
@@ -39,7 +39,7 @@ def causal_conv3d(
     new_state = x.new_empty(0)
     if keep_state:
         last = frames[:, :, frames.shape[2] - past :]
-        new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=layout(x))
+        new_state = torch.empty(last.shape, dtype=x.dtype, memory_format=memory_format_of(x))
         if past:
             new_state.copy_(last)
     if max(upsample) > 1:
@@ -53,12 +53,12 @@ def causal_conv3d(
         out += residual
     active = x.new_empty(0)
     if next_norm_weight is not None:
-        active = torch.empty(out.shape, dtype=out.dtype, memory_format=layout(x))
+        active = torch.empty(out.shape, dtype=out.dtype, memory_format=memory_format_of(x))
         _write_active(active, out, next_norm_weight, eps, True)
     if not keep_out:
         return x.new_empty(0), new_state, active
-    out = to_pixels(out) if pixels else out
-    return out.contiguous(memory_format=layout(x)), new_state, active
+    out = to_bytes(out) if pixels else out
+    return out.contiguous(memory_format=memory_format_of(x)), new_state, active
 
 
 def _convolve(
@@ -121,6 +121,7 @@ def _conv3d(
     slow path for small float32 inputs. On small pictures packing the weights takes a share of the
     time; those of frozen weights are kept."""
     frames, padding, groups = frames.contiguous(memory_format=LAST), [0, *margins], 1 + 3 * pairs
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads past the strides of a view
     onednn = frames.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     pixels = frames.numel() // max(frames.shape[1], 1)
     if onednn and not weight.requires_grad and pixels <= MAX_PACKED_PIXELS:
@@ -135,7 +136,7 @@ def _conv3d(
 
 
 def _pair_weights(weight: Tensor) -> Tensor:
-    """Weights of m0 to m3, (4 * out_channels, in_channels, 1, kh, kw)."""
+    """Return the weights of m0 to m3, (4 * out_channels, in_channels, 1, kh, kw)."""
     w0, w1, w2 = weight.split(1, dim=2)
     middle, half = (w0 + w2) / 2, w1 / 2
     return torch.cat([w0, middle + half, middle - half, w2])
@@ -148,7 +149,7 @@ def _pack(
     padding: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """In the blocks that oneDNN multiplies for frames of this shape."""
+    """Return the weight in the blocks that oneDNN multiplies for frames of this shape."""
     weight = _pair_weights(weight) if groups == 4 else weight
     return torch._C._nn.mkldnn_reorder_conv3d_weight(
         weight.to_mkldnn(), padding, stride, DILATION, groups, shape
@@ -170,7 +171,7 @@ def causal_conv3d_backward(
     upsample: list[int],
     replicate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and norm_weight (empty without one)."""
+    """Return the gradients of x, weight, bias and norm_weight, the last empty without a norm."""
     frames, past = _frames(x, weight, state, norm_weight, eps, silu, upsample, replicate)
     kt, kh, kw = weight.shape[2:]
     frames = _repeat(frames, kt, upsample, state is None)
@@ -236,7 +237,7 @@ def _frames(
 
 
 def _repeat(frames: Tensor, kt: int, upsample: list[int], starts: bool) -> Tensor:
-    """`ref.repeat` in one copy, channels last."""
+    """Do `ref.repeat` in one copy, channels last."""
     time, space = upsample
     batch, channels, count, height, width = frames.shape
     copies = frames.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
@@ -247,7 +248,7 @@ def _repeat(frames: Tensor, kt: int, upsample: list[int], starts: bool) -> Tenso
 
 
 def _sum_copies(grad: Tensor, skipped: int, upsample: list[int]) -> Tensor:
-    """Gradient of what `_repeat` copies."""
+    """Return the gradient of the frames that `_repeat` copies."""
     time, space = upsample
     if space > 1:
         grad = grad.unflatten(4, (-1, space)).sum(5).unflatten(3, (-1, space)).sum(4)
@@ -257,18 +258,18 @@ def _sum_copies(grad: Tensor, skipped: int, upsample: list[int]) -> Tensor:
 
 
 def _margins(weight: Tensor) -> list[int]:
-    """Spatial padding in the order of `F.pad`, none in time."""
+    """Return spatial padding in the order of `F.pad`, none in time."""
     kh, kw = weight.shape[3:]
     return [kw // 2, kw // 2, kh // 2, kh // 2, 0, 0]
 
 
 def _widened(x: Tensor) -> Tensor:
-    """A copy of x to compute in."""
+    """Return a copy of x to compute in."""
     return x.to(wide(x.dtype), copy=True)
 
 
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x over its root mean square across channels, and the inverse of that root."""
+    """Return x over its root mean square across channels, and the inverse of this root."""
     normed = _widened(x)
     inverse = normed.square().mean(1, keepdim=True).add_(eps).rsqrt_()
     return normed.mul_(inverse), inverse
@@ -281,7 +282,7 @@ def _per_channel(weight: Tensor, like: Tensor) -> Tensor:
 def _write_active(
     active: Tensor, x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool
 ) -> None:
-    """Norm and SiLU of x into `active`, in place where that is wide enough to compute in."""
+    """Write norm and SiLU of x into `active`, in place if its dtype is wide enough."""
     y = active if active.dtype == wide(x.dtype) else torch.empty_like(x, dtype=wide(x.dtype))
     if norm_weight is None:
         y.copy_(x)
@@ -298,7 +299,9 @@ def _write_active(
 def _prologue_backward(
     grad: Tensor, x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and norm_weight. With n = x * r, r = rsqrt(mean(x^2) + eps), y = n * w:
+    """Return the gradients of x and norm_weight.
+
+    With n = x * r, r = rsqrt(mean(x^2) + eps) and y = n * w:
     dx = r * (dy * w - n * mean(dy * w * n)) and dw = sum(dy * n).
     """
     grad = grad.to(wide(x.dtype))

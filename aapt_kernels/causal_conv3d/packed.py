@@ -2,29 +2,55 @@
 
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-MAX_KEPT = 16  # of one weight: a CPU packs for every size of picture
+MAX_KEPT = 16  # layouts of one weight: a CPU packs for every size of image
 
 
 class Packed(NamedTuple):
+    """Packed weight, and what it was made from."""
+
     tensor: Tensor
-    version: tuple  # of the weight that it was made from
+    version: tuple[int, int]  # of the weight: changes in place, address
     ready: torch.cuda.Event | None
     stream: torch.cuda.Stream | None
 
 
+class ByMemory:
+    """Dictionary for each weight, as long as the weight's memory lives.
+
+    A weak reference to the parameter itself would forbid `torch.utils.swap_tensors`, by which
+    PyTorch converts, loads and offloads weights.
+    """
+
+    def __init__(self):
+        self._places: WeakKeyDictionary[torch.UntypedStorage, dict] = WeakKeyDictionary()
+
+    def __getitem__(self, weight: Tensor) -> dict:
+        """Return the dictionary of this weight, a new one at first."""
+        place = (weight.storage_offset(), weight.dtype, weight.shape, weight.stride())
+        return self._places.setdefault(weight.untyped_storage(), {}).setdefault(place, {})
+
+    def __contains__(self, weight: Tensor) -> bool:
+        return weight.untyped_storage() in self._places
+
+    def __len__(self) -> int:
+        """Number of memories."""
+        return len(self._places)
+
+
 class PackedWeights:
-    """`pack(weight, *options)`, remembered for frozen weights as long as they live.
+    """`pack(weight, *options)`, remembered for frozen weights as long as their memory lives.
 
     A weight that changes in place (load_state_dict, an optimiser) is packed again in the next call
-    outside of CUDA graphs, to the same address: graphs that hold it replay with the old weights
-    until then, and with the new ones after. Changes that autograd does not count, through `.data`,
-    are not seen. A weight that requires a gradient is packed in every call: it is about to change,
-    and sharding does that uncounted. Of one weight the `MAX_KEPT` newest are kept.
+    outside of CUDA graphs, to the same address: graphs that hold this address replay with the old
+    weights until then, and with the new weights after. Changes through `.data`, which autograd does
+    not count, are not seen. A weight that requires a gradient is packed in every call, because it
+    is about to change and sharding changes it uncounted. The `MAX_KEPT` newest layouts of a weight
+    are kept.
 
     Capture a CUDA graph after a call outside of it: what a capture has to pack itself belongs to
     the graph and is packed in every replay.
@@ -32,13 +58,13 @@ class PackedWeights:
 
     def __init__(self, pack: Callable[..., Tensor]):
         self._pack = pack
-        self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._packed = ByMemory()
 
     def __call__(self, weight: Tensor, *options) -> Tensor:
-        if weight.requires_grad or weight.is_inference():  # those have no versions
+        if weight.requires_grad or weight.is_inference():  # neither has a version to go by
             return self._pack(weight, *options)
-        of_weight = self._packed.get(weight, {})
-        version = (weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+        of_weight = self._packed[weight]
+        version = (weight._version, weight.data_ptr())
         before = of_weight.get(options)
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         if before is None or before.version != version:
@@ -50,9 +76,10 @@ class PackedWeights:
             if before is not None and like(tensor, before.tensor):
                 tensor = before.tensor.copy_(tensor)
             before = Packed(tensor, version, *mark(tensor))
-            of_weight = {key: kept for key, kept in of_weight.items() if key != options}
-            newest = list(of_weight.items())[1 - MAX_KEPT :]
-            self._packed[weight] = dict([*newest, (options, before)])
+            of_weight.pop(options, None)
+            of_weight[options] = before
+            if len(of_weight) > MAX_KEPT:
+                of_weight.pop(next(iter(of_weight)))
         elif before.ready is not None and not capturing:  # a capture begins with all work done
             stream = torch.cuda.current_stream(weight.device)
             if stream != before.stream:
@@ -61,11 +88,13 @@ class PackedWeights:
 
 
 def like(a: Tensor, b: Tensor) -> bool:
+    """Return whether a can be copied into the memory of b."""
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def mark(tensor: Tensor) -> tuple:
-    """The work on `tensor` so far, for other streams to wait for."""
+    """Return an event after the work on `tensor` so far, for other streams to wait for, and its
+    stream; None on a CPU."""
     if not tensor.is_cuda:
         return None, None
     stream = torch.cuda.current_stream(tensor.device)

@@ -5,29 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import wide
-
-
-def past_frames(kt: int, repeats: int) -> int:
-    """Frames that a state holds: with `repeats` copies of each, kt - 1 frames lie in so many."""
-    return -(-(kt - 1) // repeats)
-
-
-def frames_to_skip(kt: int, repeats: int, starts: bool) -> int:
-    """Copies at the front of [state | x], repeated, that no output frame reads. At a stream's
-    start the output frames of all but the last copy of frame 0 are skipped as well."""
-    return past_frames(kt, repeats) * repeats - (kt - 1) + (repeats - 1 if starts else 0)
-
-
-def layout(x: Tensor) -> torch.memory_format:
-    """Of what the op returns: channels last in memory if x has them there, else contiguous."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
-    if channels_last and not x.is_contiguous():
-        return torch.channels_last_3d
-    return torch.contiguous_format
+from .frames import frames_to_skip, memory_format_of, past_frames, to_bytes
 
 
 def prologue(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
-    """RMS norm over the channels of every pixel, then SiLU; computed in at least float32."""
+    """Apply RMS norm over the channels of every pixel, then SiLU; computed in at least float32."""
     y = x.to(wide(x.dtype))
     if norm_weight is not None:
         y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + eps)
@@ -38,19 +20,13 @@ def prologue(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> T
 
 
 def repeat(x: Tensor, kt: int, upsample: list[int], starts: bool) -> Tensor:
-    """[state | x] at the rate of the output: nearest neighbours, in time and in space."""
+    """Return [state | x] at the rate of the output: nearest neighbours, in time and in space."""
     time, space = upsample
     if time > 1:
         x = x.repeat_interleave(time, dim=2)
     if space > 1:
         x = x.repeat_interleave(space, dim=3).repeat_interleave(space, dim=4)
     return x[:, :, frames_to_skip(kt, time, starts) :]
-
-
-def to_pixels(video: Tensor) -> Tensor:
-    """[-1, 1] -> uint8; not-a-number becomes 0."""
-    levels = (video.to(wide(video.dtype)) * 127.5 + 127.5).round().clamp(0, 255)
-    return levels.nan_to_num(0).to(torch.uint8)
 
 
 def causal_conv3d(
@@ -78,7 +54,7 @@ def causal_conv3d(
         past = first if replicate else torch.zeros_like(first)
         past = past.expand(-1, -1, past_frames(kt, upsample[0]), -1, -1)
     a = torch.cat([past, a], dim=2)
-    new_state = a[:, :, a.shape[2] - past.shape[2] :].clone(memory_format=layout(x))
+    new_state = a[:, :, a.shape[2] - past.shape[2] :].clone(memory_format=memory_format_of(x))
 
     a = repeat(a, kt, upsample, starts)
     mode = "replicate" if replicate else "constant"
@@ -87,10 +63,11 @@ def causal_conv3d(
     if residual is not None:
         out = out + residual
     active = None if next_norm_weight is None else prologue(out, next_norm_weight, eps, True)
-    out = to_pixels(out) if pixels else out
+    out = to_bytes(out) if pixels else out
     returned = out if keep_out else None, new_state if keep_state else None, active
     return tuple(
-        x.new_empty(0) if t is None else t.contiguous(memory_format=layout(x)) for t in returned
+        x.new_empty(0) if t is None else t.contiguous(memory_format=memory_format_of(x))
+        for t in returned
     )
 
 
@@ -106,7 +83,8 @@ def causal_conv3d_backward(
     upsample: list[int],
     replicate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and norm_weight (empty without one), by differentiation."""
+    """Return the gradients of x, weight, bias and norm_weight, the last empty without a norm, by
+    differentiation."""
 
     def forward(x, weight, bias, norm_weight):
         options = eps, silu, None, stride, upsample, replicate, False, None, True, True

@@ -1,19 +1,20 @@
-"""The sm_90a kernel: what it takes, and its weights, folded and rounded once for every version."""
+"""Limits of the sm_90a kernel, and its weights, folded and rounded once for every version."""
 
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..checks import ALIGNMENT, aligned
+from .frames import memory_format_of
 from .packed import PackedWeights
-from .ref import layout
 
 
 def limit(x, weight=None, bias=None, state=None, norm_weight=None, *options) -> str | None:
-    """Why the kernel does not take these arguments; None if it does."""
+    """Return why the kernel does not take these arguments, None if it does."""
     if x.dtype != torch.bfloat16:
         return f"it takes bfloat16, got {x.dtype}"
-    if layout(x) != torch.channels_last_3d:
+    if memory_format_of(x) != torch.channels_last_3d:
         return "it takes channels last in memory (torch.channels_last_3d)"
     if x.shape[1] % 8 or x.shape[1] > 1024:
         return f"it takes a multiple of 8 input channels, at most 1024, got {x.shape[1]}"
@@ -36,8 +37,26 @@ packed_weights = PackedWeights(
 )
 
 
+def aligned_frames(x: Tensor | None, apart: bool = False) -> Tensor | None:
+    """Return frames with channels last in memory, on a boundary of vector loads: a copy if they are
+    not stored so. `apart`: batch entries may be any number of whole frames apart."""
+    if x is None:
+        return None
+    entries = x[:1] if apart else x
+    whole = not apart or x.stride(0) % max(x[:1, :, :1].numel(), 1) == 0
+    fits = whole and entries.is_contiguous(memory_format=torch.channels_last_3d)
+    if fits and x.data_ptr() % ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.channels_last_3d)
+
+
+def aligned_vector(x: Tensor | None) -> Tensor | None:
+    """Return x contiguous on a boundary of vector loads, None for None."""
+    return None if x is None else aligned(x)
+
+
 def forward(
-    kernels: ModuleType,  # torch.ops.aapt_sm90, or the simulated ones
+    kernels: ModuleType,  # torch.ops.aapt_sm90 or aapt_sim
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -48,8 +67,24 @@ def forward(
     residual: Tensor | None,
     stride: list[int],
     upsample: list[int],
+    replicate: bool,
+    pixels: bool,
+    next_norm_weight: Tensor | None,
     *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packed = packed_weights(weight, kernels, tuple(upsample))
-    arguments = packed, bias, state, norm_weight, eps, silu, residual
-    return kernels.causal_conv3d(x, *arguments, weight.shape[2:], upsample, *options)
+    return kernels.causal_conv3d(
+        aligned_frames(x),
+        packed_weights(weight, kernels, tuple(upsample)),
+        aligned_vector(bias),
+        aligned_frames(state, apart=True),
+        aligned_vector(norm_weight),
+        eps,
+        silu,
+        aligned_frames(residual),
+        weight.shape[2:],
+        upsample,
+        replicate,
+        pixels,
+        aligned_vector(next_norm_weight),
+        *options,
+    )

@@ -1,10 +1,10 @@
 """Implicit matrix product for any GPU that Triton serves.
 
 One kernel norms and activates, one convolves: a program takes a run of pixels of one output frame
-and a block of output channels, and walks the taps and blocks of input channels. Where the block has
-all output channels it can norm and activate them for the next convolution too. Past frames are
-read from the state, where they lie. Sums run in the same order whatever the chunk. Upsampling is
-not folded into the weights.
+and a block of output channels, and walks the taps and blocks of input channels. If the block has
+all output channels, it can norm and activate them for the next convolution too. Past frames are
+read from the state in place. Sums run in one order, whatever the chunk. Upsampling is not folded
+into the weights.
 """
 
 import torch
@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
+from ..triton_rows import dense_or_none
+from ..triton_tiles import INTERPRETED
+from .frames import frames_to_skip, memory_format_of, past_frames
 from .packed import PackedWeights
-from .ref import frames_to_skip, layout, past_frames
-
-INTERPRETED = tl.constexpr(interpreted())
 
 ROWS = 32  # pixels that a program activates
 MAX_CHANNELS = 2048
@@ -24,7 +23,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def limit(x, weight=None, *_) -> str | None:
-    """What the kernels do not take."""
+    """Return why the kernels do not take x, None if they do."""
     if x.dtype not in FLOATS or x.shape[1] > MAX_CHANNELS:
         return (
             f"it takes float16, bfloat16 or float32 with at most {MAX_CHANNELS} input channels, "
@@ -53,7 +52,7 @@ def activate_kernel(
     EPS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """x and out share their strides."""
+    """Norm and activate a run of pixels; x and out share their strides."""
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)[None, :]
     mask = (pixel < pixels)[:, None] & (channel < CHANNELS)
@@ -122,10 +121,13 @@ def causal_conv3d_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """weight (KT, KH, KW, in_channels, out_channels), dense; past has the layout of x; residual,
-    out and active share theirs. One of the two may be None; `active`, which is out normed and
-    activated, needs all output channels in one block.
-    `skipped`: of the frames of [past | x], repeated, those in front of output frame 0's first."""
+    """Convolve a run of pixels of one output frame.
+
+    weight (KT, KH, KW, in_channels, out_channels) is dense; past has the strides of x but for the
+    first three; residual, out and active share strides. `active` is out normed and activated, and
+    needs all output channels in one block. One of out and active may be None. `skipped`: frames of
+    [past | x], repeated, before the first that output frame 0 reads.
+    """
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     channel = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     batch, frame = tl.program_id(2) // out_frames, tl.program_id(2) % out_frames
@@ -137,7 +139,7 @@ def causal_conv3d_kernel(
     for step in range(KT * KH * KW * blocks):
         tap, block = step // blocks, step % blocks
         kx, ky, kt = tap % KW, tap // KW % KH, tap // (KW * KH)
-        # Of [past | x]; past is None where zeros come first
+        # Frame of [past | x]; past is None if zeros come first
         t = (skipped + frame * TIME_STRIDE + kt) // REPEATS - past_length
         y = row * ROW_STRIDE + ky - KH // 2
         z = column * COLUMN_STRIDE + kx - KW // 2
@@ -196,7 +198,7 @@ def causal_conv3d_kernel(
 
 
 def blocks_of(out_channels: int, in_channels: int) -> dict:
-    """Compile-time sizes of a launch: reasoned, not tuned."""
+    """Return the compile-time sizes of a launch: reasoned, not tuned."""
     block_out = min(128, max(16, triton.next_power_of_2(out_channels)))
     return {
         "BLOCK_PIXELS": 128,
@@ -211,10 +213,11 @@ packed_weights = PackedWeights(lambda weight: weight.permute(2, 3, 4, 1, 0).cont
 
 
 def activate(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
-    """Norm and SiLU of x, in its own layout."""
+    """Return norm and SiLU of x, in the memory format of x."""
     batch, channels, frames, height, width = x.shape
-    out = torch.empty_like(x, memory_format=layout(x))
-    x = x.contiguous(memory_format=layout(x))
+    out = torch.empty_like(x, memory_format=memory_format_of(x))
+    x = x.contiguous(memory_format=memory_format_of(x))
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     pixels = batch * frames * height * width
     activate_kernel[(triton.cdiv(pixels, ROWS),)](
         x,
@@ -235,16 +238,16 @@ def activate(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> T
 
 
 def next_state(x: Tensor, state: Tensor | None, past: int, replicate: bool) -> Tensor:
-    """The last `past` frames of [state | x]."""
+    """Return the last `past` frames of [state | x]."""
     missing = past - x.shape[2]
     if missing <= 0:
-        return x[:, :, -missing:].clone(memory_format=layout(x))
+        return x[:, :, -missing:].clone(memory_format=memory_format_of(x))
     if state is not None:
         before = state[:, :, past - missing :]
     else:
         before = x[:, :, :1] if replicate else torch.zeros_like(x[:, :, :1])
         before = before.expand(-1, -1, missing, -1, -1)
-    return torch.cat([before, x], dim=2).contiguous(memory_format=layout(x))
+    return torch.cat([before, x], dim=2).contiguous(memory_format=memory_format_of(x))
 
 
 def forward(
@@ -271,7 +274,7 @@ def forward(
     skipped = frames_to_skip(kt, repeats, starts)
     out_frames = ((past + frames) * repeats - skipped - kt) // stride[0] + 1
     size = [(n * copies - 1) // step + 1 for n, step in zip(x.shape[3:], stride[1:], strict=True)]
-    memory = layout(x)
+    memory = memory_format_of(x)
     shape = (batch, out_channels, out_frames, *size)
     constants = blocks_of(out_channels, channels)
     norms = next_norm_weight is not None
@@ -295,6 +298,7 @@ def forward(
             past_layout = state.stride()[:3]
         if residual is not None:
             residual = residual.contiguous(memory_format=memory)
+        bias, next_norm_weight = dense_or_none((bias, next_norm_weight))
         grid = (
             triton.cdiv(size[0] * size[1], constants["BLOCK_PIXELS"]),
             triton.cdiv(out_channels, constants["BLOCK_OUT"]),

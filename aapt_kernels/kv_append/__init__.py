@@ -1,12 +1,12 @@
-"""Norm, rotate and append one frame to the KV cache, in place (SPEC 5)."""
+"""Norm, rotate and append one frame to the KV cache, in place (docs/method.md#5)."""
 
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_fake
-from ..checks import check_dense_rows, check_device, check_dtype, check_no_grad, check_shape
-from ..deferred import deferred
+from ..backend import deferred, for_simulator, implement, register_fake
+from ..checks import check_no_grad, check_no_tangent, sm90_limit
 from ..kv_cache import KVCache
+from ..precision import follow_autocast
 from ..qk_norm_rope import check_arguments
 from . import cpu, ref
 
@@ -26,20 +26,28 @@ def kv_append(
     cos_sink: Tensor | None = None,
     sin_sink: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`qk_norm_rope` of one new frame; its k and v go to the cache slot that `cache.step` names,
-    over the oldest frame of the ring.
+    """Apply `qk_norm_rope` to one new frame and write its k and v to the cache slot that
+    `cache.step` names, over the oldest frame of the ring.
 
-    q, k, v (B, tokens_per_frame, H, D) in the cache's dtype; cos and sin (tokens_per_frame, D / 2).
-    Returns the rotated q, or (q, q_sink) with cos_sink and sin_sink. Call it once per layer and
-    step, before `cached_attention`.
+    q, k, v (B, tokens_per_frame, H, D) in the cache's dtype, to which autocast casts them; cos and
+    sin (tokens_per_frame, D / 2). Returns the rotated q, or (q, q_sink) if cos_sink and sin_sink
+    are given. Call it once per layer and step, before `cached_attention`.
 
-    Raises ValueError or TypeError where the arguments do not fit the cache, and RuntimeError if
-    one requires grad: what is written in place has no gradient.
+    Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
+    requires grad, because writing in place has no gradient, and NotImplementedError in forward-mode
+    differentiation.
     """
+    q, k, v = follow_autocast(q, k, v, dtype=cache.k.dtype)
     tensors = {"q": q, "k": k, "v": v}
-    check_frame(tensors, cache, layer)
+    cache.check_frame(layer, tensors)
     check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink)
-    check_no_grad("kv_append", {**tensors, "q_weight": q_weight, "k_weight": k_weight})
+    tensors |= {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
+    tensors |= {"cos_sink": cos_sink, "sin_sink": sin_sink}
+    check_no_tangent("kv_append", tensors)
+    check_no_grad("kv_append", tensors)
+    q, k, v, q_weight, k_weight, cos, sin, cos_sink, sin_sink = for_simulator(
+        q, k, v, q_weight, k_weight, cos, sin, cos_sink, sin_sink
+    )
     q, q_sink = torch.ops.aapt.kv_append.default(
         q,
         k,
@@ -59,32 +67,30 @@ def kv_append(
     return q if cos_sink is None else (q, q_sink)
 
 
-def check_frame(tensors: dict[str, Tensor], cache: KVCache, layer: int) -> None:
-    """Each tensor is one frame of this cache, (batch, tokens_per_frame, heads, head_dim)."""
-    cache.check_layer(layer)
-    _, batch, _, heads, head_dim = cache.k.shape
-    for name, tensor in tensors.items():
-        check_shape(name, tensor, (batch, cache.tokens_per_frame, heads, head_dim), "this cache")
-    check_dense_rows(tensors)
-    check_dtype({"cache": cache.k, **tensors})
-    check_device({"cache": cache.k, **tensors})
-
-
 @register_fake("kv_append")
 def _(q, k, v, k_cache, v_cache, step, q_weight, k_weight, cos, sin, cos_sink, *_):
     q_sink = q.new_empty(0 if cos_sink is None else q.shape)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q_sink
 
 
-def sm90_limit(q: Tensor, *_) -> str | None:
-    if q.dtype == torch.bfloat16 and q.shape[-1] in (64, 128):
-        return None
-    return f"it takes bfloat16 with head_dim 64 or 128, got {q.dtype} with {q.shape[-1]}"
+def _sm90_limit(q, k=None, v=None, k_cache=None, v_cache=None, step=None, *rest):
+    """`sm90_limit`; weights of one dtype, bfloat16 or float32, and tables of float32."""
+    names = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink")
+    rest = {name: x for name, x in zip(names, rest, strict=False) if x is not None}
+    reason = sm90_limit(q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, **rest)
+    first = next(iter(rest.values()), None)
+    for name, tensor in {} if reason else rest.items():
+        dtype = torch.float32
+        if name in names[:2] and first.dtype == torch.bfloat16:
+            dtype = first.dtype
+        if tensor.dtype != dtype:
+            return f"{name}: expected a contiguous tensor of {dtype}, got {tensor.dtype}"
+    return reason
 
 
 implement(
     "kv_append",
-    limits={"cuda": sm90_limit},
+    limits={"cuda": _sm90_limit},
     reference=ref.forward,
     cpu=cpu.forward,
     triton=deferred(__name__),

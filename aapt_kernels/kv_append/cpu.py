@@ -1,4 +1,4 @@
-"""On a CPU: the counter is in reach, so the frame is copied to a slice."""
+"""CPU implementation: the counter is in reach, so the frame is copied to a slice."""
 
 from ..qk_norm_rope import cpu as norm_rope
 

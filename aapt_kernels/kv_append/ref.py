@@ -1,6 +1,6 @@
-"""The specification: norm and rotate one frame, write it to the slot that the counter names.
+"""Specification: norm and rotate one frame, write it to the slot that the counter names.
 
-The slot is found on the device, so this runs wherever PyTorch does without waiting for it.
+The slot is found on the device, so this runs wherever PyTorch does, without waiting for the device.
 """
 
 import torch

@@ -1,11 +1,11 @@
-"""One launch per layer and step, for any GPU that Triton serves: norm, rotation and the write into
-the cache slot that the device-side counter names (SPEC 4, 5)."""
+"""Norm, rotation and the write into the cache slot that the counter on the device names: one launch
+per layer and step, for any GPU that Triton serves (docs/method.md#4, #5)."""
 
 import torch
 import triton
 import triton.language as tl
 
-from ..qk_norm_rope.triton_kernels import (
+from ..triton_rows import (
     dense_or_none,
     load_angles,
     load_halves,

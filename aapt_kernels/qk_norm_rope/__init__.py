@@ -1,4 +1,4 @@
-"""QK-RMSNorm and rotary position in one op: the functional form of what `kv_append` fuses.
+"""QK-RMSNorm and rotary position in one op, as `kv_append` fuses them too.
 
 q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
 """
@@ -6,9 +6,16 @@ q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
 import torch
 from torch import Tensor
 
-from ..backend import implement, register_autograd, register_fake
-from ..checks import check_dense_rows, check_device, check_dtype, check_shape
-from ..deferred import deferred
+from ..backend import deferred, implement, register_autograd, register_fake
+from ..checks import (
+    check_dense_rows,
+    check_device,
+    check_dtype,
+    check_no_grad,
+    check_no_tangent,
+    check_shape,
+)
+from ..precision import follow_autocast
 from . import cpu, ref
 
 
@@ -24,18 +31,27 @@ def qk_norm_rope(
     cos_sink: Tensor | None = None,
     sin_sink: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """RMSNorm q and k, then rotate them by their positions (SPEC 2, 4).
+    """RMSNorm q and k, then rotate them by their positions (docs/method.md#2, #4).
 
-    q and k (B, L, H, D). The shape of the weights says what one norm runs over: (D,) a head, as
-    SPEC 2 has it, (H, D) all heads of a token, as Wan has it, None no norm. cos and sin (L, D / 2)
-    float32 (or float64), or None for no rotation, as text wants it. A row x = [x1 | x2], split in
-    halves, turns into [x1 cos - x2 sin | x1 sin + x2 cos]. Computed in float32 (float64 for
-    float64), cast back at the end. Returns (q, k); with cos_sink and sin_sink, (L, D / 2), also
-    q_sink: the normed q rotated by those (SPEC 12). Differentiable in q, k and the weights.
+    q and k (B, L, H, D). The shape of the weights is that of one norm: (D,) for each head
+    (docs/method.md#2), (H, D) for all heads of a token (Wan), None for no norm. cos and sin
+    (L, D / 2) float32 or float64, None for no rotation (text). A row x = [x1 | x2], split in
+    halves, becomes [x1 cos - x2 sin | x1 sin + x2 cos]. Computed in float32 (float64 for float64)
+    and cast back at the end. Under autocast q and k are cast to its dtype.
 
-    Raises ValueError or TypeError where the arguments do not fit each other.
+    Returns (q, k); with cos_sink and sin_sink, (L, D / 2), also q_sink: the normed q rotated by
+    those tables (docs/method.md#12). Differentiable once in q, k and the weights; on the reference
+    again.
+
+    Raises ValueError or TypeError if the arguments do not fit each other, RuntimeError if a table
+    requires grad, and NotImplementedError in forward-mode differentiation.
     """
+    q, k = follow_autocast(q, k)
     check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink)
+    tables = {"cos": cos, "sin": sin, "cos_sink": cos_sink, "sin_sink": sin_sink}
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    check_no_tangent("qk_norm_rope", {"q": q, "k": k, **weights, **tables})
+    check_no_grad("the rotation of qk_norm_rope", tables)
     q, k, q_sink = torch.ops.aapt.qk_norm_rope(
         q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps
     )
@@ -43,7 +59,7 @@ def qk_norm_rope(
 
 
 def check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink) -> None:
-    """What `qk_norm_rope` and `kv_append` ask of the arguments they share."""
+    """Check the arguments that `qk_norm_rope` and `kv_append` share: ValueError or TypeError."""
     batch, length, heads, head_dim = check_shape("q", q, ("batch", "length", "heads", "head_dim"))
     check_shape("k", k, (batch, length, heads, head_dim))
     check_dense_rows({"q": q, "k": k})
@@ -82,6 +98,7 @@ def check_arguments(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink) -> N
 
 
 def dense_like(x: Tensor) -> Tensor:
+    """Return an empty contiguous tensor of the shape, dtype and device of x."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -106,6 +123,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dq, dk, dq_sink):
     saved = ctx.saved_tensors  # read once: checkpointing hands it out no second time
     q, k, q_weight, k_weight, *tables = saved
+    check_no_tangent("qk_norm_rope_backward", {"dq": dq, "dk": dk, "dq_sink": dq_sink})
     dq = torch.zeros_like(q) if dq is None else dq
     dk = torch.zeros_like(k) if dk is None else dk
     has_sink = tables[2] is not None
@@ -117,7 +135,6 @@ def _backward(ctx, dq, dk, dq_sink):
     return dq, dk, dq_weight, dk_weight, *[None] * (len(tables) + 1)
 
 
-register_autograd("qk_norm_rope", _backward, _save)
 implement(
     "qk_norm_rope", reference=ref.reference_forward, cpu=cpu.forward, triton=deferred(__name__)
 )
@@ -127,3 +144,4 @@ implement(
     cpu=cpu.backward,
     triton=deferred(__name__, "backward"),
 )
+register_autograd("qk_norm_rope", _backward, _save)

@@ -1,7 +1,7 @@
-"""Fast on a CPU: few passes over memory.
+"""Fast CPU implementation: few passes over memory.
 
 The weight is folded into the rotation, which becomes a x + b roll(x, D / 2) with two small tables
-a and b; the norm is one factor per head (or per token, where it runs across heads), applied last.
+a and b; the norm is one factor per head (or per token, if it runs across heads), applied last.
 """
 
 import torch
@@ -11,7 +11,7 @@ from ..precision import dense, wide
 
 
 def tables(weight, cos, sin, like: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor | None]:
-    """a (L, 1 or H, D) and b such that rotate(weight x) = a x + b roll(x); b is None without
+    """Return a (L, 1 or H, D) and b such that rotate(weight x) = a x + b roll(x); b is None without
     angles. `inverse`: rotate by the negative angle."""
     weight = like.new_ones(like.shape[-1]) if weight is None else weight.to(like.dtype)
     if cos is None:
@@ -37,7 +37,7 @@ def inverse_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm_rope(x, weight, rotations, eps, dtype) -> list[Tensor]:
-    """x normed once and rotated by each (cos, sin) of `rotations`, contiguous."""
+    """Return x normed once and rotated by each (cos, sin) of `rotations`, contiguous."""
     factor = None if weight is None else inverse_rms(x, weight, eps)
     turned = []
     for cos, sin in rotations:
@@ -48,7 +48,7 @@ def norm_rope(x, weight, rotations, eps, dtype) -> list[Tensor]:
 
 
 def norm_rope_backward(gradients, x, weight, rotations, eps) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight; one incoming gradient per rotation."""
+    """Return the gradients of x and of the weight, from one incoming gradient per rotation."""
     dn = None
     for dy, (cos, sin) in zip(gradients, rotations, strict=True):
         turned = rotate(dy, *tables(None, cos, sin, dy, inverse=True))

@@ -1,4 +1,4 @@
-"""The specification: RMSNorm, then rotary position, forward and backward.
+"""Specification: RMSNorm, then rotary position, forward and backward.
 
     x^ = x / sqrt(mean(x^2) + eps)      n = weight x^
     y1 = n1 cos - n2 sin                y2 = n1 sin + n2 cos        with n = [n1 | n2], halves of D
@@ -32,7 +32,7 @@ def mean(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """x (B, L, H, D) by the angles of cos, sin (L, D / 2)."""
+    """Rotate x (B, L, H, D) by the angles of cos and sin (L, D / 2)."""
     if cos is None:
         return x
     cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
@@ -86,5 +86,6 @@ def reference_backward(dq, *arguments):
 
 
 def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy: an op never returns its input, which x is without norm and rotation."""
+    """Return a contiguous copy, because an op never returns its input: x without norm and
+    rotation."""
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True)

@@ -1,155 +1,27 @@
-"""Norm and rotation for any GPU that Triton serves: one launch forward, one backward.
-
-A program takes ROWS rows of head_dim in the order (batch, token, head): any ROWS of them where each
-head has its norm, the heads of one token where the norm runs ACROSS them. A row is held as its two
-halves, so that rotation exchanges nothing, and every access is contiguous.
-"""
+"""Norm and rotation for any GPU that Triton serves: one launch forward, one backward."""
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..precision import wide
-
-TILE = 1024  # elements of one half that a program of four warps holds: 16 bytes of BF16 per thread
-COUNTS = ["rows", "length"]  # that differ between calls: no kernel of their own for some values
-
-
-@triton.jit
-def locate(
-    program,
-    rows,
-    length,
-    heads,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    ACROSS: tl.constexpr,
-):
-    """The rows of a program: batch, token, head, whether there is such a row, and where it is in a
-    dense tensor."""
-    row = program * ROWS + tl.arange(0, ROWS)
-    span = heads
-    if ACROSS:
-        span = ROWS
-    token = row // span
-    head = row % span
-    active = ((row < rows) & (head < heads))[:, None]
-    dense = ((token.to(tl.int64) * heads + head) * HEAD_DIM)[:, None]
-    return token // length, token % length, head, active, dense
-
-
-@triton.jit
-def offsets(batch, token, head, batch_stride, token_stride, head_stride):
-    """64-bit, because a cache or a long clip may hold more than 2^31 elements."""
-    return (
-        batch.to(tl.int64) * batch_stride
-        + token.to(tl.int64) * token_stride
-        + head.to(tl.int64) * head_stride
-    )[:, None]
-
-
-@triton.jit
-def half_masks(active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns of a half, and which elements of the first and the second half there are; an odd
-    head_dim, which nobody rotates, has a shorter second half."""
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    column = tl.arange(0, WIDTH)[None, :]
-    return column, active & (column < HALF), active & (column < HEAD_DIM - HALF)
-
-
-@triton.jit
-def load_halves(x, at, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    column, first, second = half_masks(active, HEAD_DIM, WIDTH)
-    low = tl.load(x + at + column, mask=first, other=0)
-    return low, tl.load(x + at + HALF + column, mask=second, other=0)
-
-
-@triton.jit
-def store_halves(x, at, low, high, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    column, first, second = half_masks(active, HEAD_DIM, WIDTH)
-    tl.store(x + at + column, low, mask=first)
-    tl.store(x + at + HALF + column, high, mask=second)
-
-
-@triton.jit
-def load_weight(
-    weight, head, heads, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr
-):
-    """(ROWS, WIDTH) halves of a weight of all heads, (1, WIDTH) of the one that they share."""
-    if ACROSS:
-        halves = load_halves(
-            weight, (head * HEAD_DIM)[:, None], (head < heads)[:, None], HEAD_DIM, WIDTH
-        )
-    else:
-        halves = load_halves(weight, 0, True, HEAD_DIM, WIDTH)
-    return halves
-
-
-@triton.jit
-def mean(low, high, heads, HEAD_DIM: tl.constexpr, ACROSS: tl.constexpr):
-    """Over the elements that one norm runs over: (ROWS, 1), or a scalar across heads."""
-    sums = tl.sum(low + high, axis=1, keep_dims=True)
-    if ACROSS:
-        result = tl.sum(tl.sum(sums, axis=1), axis=0) / (HEAD_DIM * heads)
-    else:
-        result = sums / HEAD_DIM
-    return result
-
-
-@triton.jit
-def inverse_rms(low, high, heads, EPS: tl.constexpr, HEAD_DIM: tl.constexpr, ACROSS: tl.constexpr):
-    return 1 / tl.sqrt(mean(low * low, high * high, heads, HEAD_DIM, ACROSS) + EPS)
-
-
-@triton.jit
-def normalise(
-    low,
-    high,
-    weight,
-    head,
-    heads,
-    EPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACROSS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    low, high = low.to(WIDE), high.to(WIDE)
-    if weight is not None:
-        inverse = inverse_rms(low, high, heads, EPS, HEAD_DIM, ACROSS)
-        weight_low, weight_high = load_weight(weight, head, heads, HEAD_DIM, WIDTH, ACROSS)
-        low = low * inverse * weight_low.to(WIDE)
-        high = high * inverse * weight_high.to(WIDE)
-    return low, high
-
-
-@triton.jit
-def load_angles(
-    cos,
-    sin,
-    token,
-    active,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Of each row's token; None without tables."""
-    if cos is not None:
-        column, mask, _ = half_masks(active, HEAD_DIM, WIDTH)
-        at = token[:, None] * (HEAD_DIM // 2) + column
-        cos = tl.load(cos + at, mask=mask, other=0).to(WIDE)
-        sin = tl.load(sin + at, mask=mask, other=0).to(WIDE)
-    return cos, sin
-
-
-@triton.jit
-def rotate(low, high, cos, sin):
-    if cos is not None:
-        low, high = low * cos - high * sin, low * sin + high * cos
-    return low, high
+from ..triton_rows import (
+    COUNTS,
+    dense_or_none,
+    inverse_rms,
+    load_angles,
+    load_halves,
+    load_weight,
+    locate,
+    mean,
+    multiprocessors,
+    normalise,
+    offsets,
+    rotate,
+    store_halves,
+    store_queries,
+    tiling,
+)
 
 
 @triton.jit
@@ -157,38 +29,6 @@ def rotate_back(low, high, cos, sin):
     if cos is not None:
         low, high = low * cos + high * sin, high * cos - low * sin
     return low, high
-
-
-@triton.jit
-def store_queries(
-    low,
-    high,
-    weight,
-    cos,
-    sin,
-    cos_sink,
-    sin_sink,
-    q_out,
-    q_sink_out,
-    out,
-    token,
-    head,
-    active,
-    heads,
-    EPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACROSS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Queries, normalised and rotated, and the same ones as the pinned frame sees them."""
-    low, high = normalise(low, high, weight, head, heads, EPS, HEAD_DIM, WIDTH, ACROSS, WIDE)
-    rotated_low, rotated_high = rotate(low, high, cos, sin)
-    store_halves(q_out, out, rotated_low, rotated_high, active, HEAD_DIM, WIDTH)
-    if cos_sink is not None:
-        cos, sin = load_angles(cos_sink, sin_sink, token, active, HEAD_DIM, WIDTH, WIDE)
-        low, high = rotate(low, high, cos, sin)
-        store_halves(q_sink_out, out, low, high, active, HEAD_DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -280,12 +120,12 @@ def normalise_backward(
     ACROSS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Stores dx and returns the sums of dweight with these rows added, one per row and column."""
+    """Store dx and return the sums of dweight, one per row and column, with these rows added."""
     if weight is not None:
         low, high = load_halves(x, at, active, HEAD_DIM, WIDTH)
         low, high = low.to(WIDE), high.to(WIDE)
         inverse = inverse_rms(low, high, heads, EPS, HEAD_DIM, ACROSS)
-        # NOTE: a row that is not there has an infinite inverse where eps is 0.
+        # NOTE: an inactive row has an infinite inverse if eps is 0
         low, high = tl.where(active, low * inverse, 0), tl.where(active, high * inverse, 0)
         sum_low += dn_low * low
         sum_high += dn_high * high
@@ -354,8 +194,11 @@ def qk_norm_rope_backward_kernel(
     ACROSS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Incoming gradients are dense. A program sums its share of dweight in a fixed order and stores
-    it to its own row: (programs, *weight.shape)."""
+    """Write the gradients of q, k and both weights; incoming gradients are dense.
+
+    A program sums its share of dweight in a fixed order and stores it to its own row:
+    (programs, *weight.shape).
+    """
     program = tl.program_id(0)
     q_sum_low = tl.zeros((ROWS, WIDTH), WIDE)
     q_sum_high = tl.zeros((ROWS, WIDTH), WIDE)
@@ -420,28 +263,6 @@ def qk_norm_rope_backward_kernel(
     store_sums(dk_weight, program, k_sum_low, k_sum_high, head, heads, HEAD_DIM, WIDTH, ACROSS)
 
 
-def tiling(q: Tensor, weight: Tensor | None, eps: float) -> tuple[int, dict]:
-    """Rows, padded heads included, and the compile-time arguments of a launch over them."""
-    batch, length, heads, head_dim = q.shape
-    width = triton.next_power_of_2((head_dim + 1) // 2)
-    across = weight is not None and weight.dim() == 2
-    rows = triton.next_power_of_2(heads) if across else max(1, TILE // width)
-    constants = {
-        "EPS": eps,
-        "HEAD_DIM": head_dim,
-        "WIDTH": width,
-        "ROWS": rows,
-        "ACROSS": across,
-        "WIDE": tl.float64 if q.dtype == torch.float64 else tl.float32,
-        "num_warps": min(16, max(1, rows * width // 256)),
-    }
-    return batch * length * (rows if across else heads), constants
-
-
-def dense_or_none(tensors) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 def forward(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps):
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     q_sink = q.new_empty(0 if cos_sink is None else q.shape)
@@ -495,9 +316,3 @@ def backward(dq, dk, dq_sink, q, k, q_weight, k_weight, *tables_and_eps):
         for w, p in zip(weights, partial, strict=True)
     ]
     return dq_out, dk_out, *dweights
-
-
-def multiprocessors(x: Tensor) -> int:
-    if not x.is_cuda:
-        return 2  # the interpreter has no device; enough for more than one program
-    return torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -1,4 +1,4 @@
-"""What several tests of the stages watch."""
+"""Records that several tests of the stages need."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from aapt.training.stages import adversarial, rollout_regression
 
 @pytest.fixture
 def made_segments(monkeypatch):
-    """The segments that a student-forced stage runs in parallel, as it makes them."""
+    """The segments that a student-forced stage passes through its model in parallel, in order."""
     segments, pass_again = [], adversarial.parallel_pass
 
     def record(net, segment, *text):

@@ -29,7 +29,7 @@ PROMPTS = ["ab", "abcdefgh"]
 
 
 def tiny_model(**changes) -> WorldModel:
-    """A random model whose modulation is not zero, so that every path matters."""
+    """A random model with modulation other than zero, so that every path matters."""
     torch.manual_seed(0)
     model = WorldModel(dataclasses.replace(CONFIG, **changes), CAMERA)
     for name, parameter in model.named_parameters():

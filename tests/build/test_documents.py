@@ -11,6 +11,7 @@ FOLDERS = ("aapt", "aapt_kernels", "csrc", "tests", "benchmarks", "tools", "docs
 WRITTEN = {".py", ".md", ".cpp", ".h", ".cu", ".cuh", ".txt", ".toml"}
 # A citation, with the further sections that may follow it: "docs/method.md#6, #7 and #8"
 CITATION = re.compile(r"method\.md((?:(?:,| and|, and| or| to)?\s*#[\w-]+)+)")
+FOREIGN = re.compile(r"\bSPE[C]\b")  # the name of a reference outside the repository
 
 
 def written_files() -> list[Path]:
@@ -25,6 +26,16 @@ def cited_sections(text: str) -> list[str]:
         section
         for sections in CITATION.findall(text)
         for section in re.findall(r"#([\w-]+)", sections)
+    ]
+
+
+def places(pattern: re.Pattern) -> list[str]:
+    """Lines of the repository that a pattern is found in, as `file:line`."""
+    return [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in written_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line)
     ]
 
 
@@ -67,6 +78,10 @@ def test_every_cited_section_exists():
         if section not in sections
     }
     assert missing == set()
+
+
+def test_nothing_cites_a_reference_outside_the_repository():
+    assert places(FOREIGN) == []
 
 
 def test_files_named_in_the_method_exist():

@@ -24,7 +24,7 @@ MAY_IMPORT = {
         *("data", "media", "model", "streaming", "vae"),
     },
     "runs": {
-        *("checkpoint", "clock", "device"),
+        *("checkpoint", "clock", "device", "lock"),
         *("data", "media", "model", "streaming", "training", "vae"),
     },
     "serve": {"checkpoint", "media", "model", "streaming"},
@@ -41,6 +41,7 @@ IMPORT_KERNELS = {
     "aapt/vae/pixels.py",
 }
 IMPORT_FSDP = {"aapt/runs/parallel.py"}
+FUSES = {("kv_append", "qk_norm_rope")}  # op folders that import another one
 
 
 def python_files(folder: str) -> list[Path]:
@@ -113,8 +114,34 @@ def test_kernels_are_imported_in_few_places():
     assert importers("aapt", "aapt_kernels") == IMPORT_KERNELS
 
 
+def test_operators_import_no_other_operator():
+    folder = ROOT / "aapt_kernels"
+    operators = {path.parent.name for path in folder.glob("*/ref.py")}
+    found = set()
+    for path in python_files("aapt_kernels"):
+        owner = path.parent.name if path.parent != folder else path.name
+        for name in imported_modules(path, module_name(path)):
+            used = set(name.split(".")[1:2]) & operators - {owner}
+            found |= {(owner, other) for other in used}
+    across = {("kv_append", "qk_norm_rope")}  # which it fuses
+    assert len(operators) == 5
+    assert found == across | {("__init__.py", operator) for operator in operators}
+
+
 def test_kernels_do_not_know_the_model():
     assert importers("aapt_kernels", "aapt") == set()
+
+
+def test_ops_stand_beside_each_other():
+    folders = {path.parent.name for path in (ROOT / "aapt_kernels").glob("*/__init__.py")}
+    found = set()
+    for op in folders:
+        for path in python_files(f"aapt_kernels/{op}"):
+            for name in imported_modules(path, module_name(path)):
+                parts = name.split(".")
+                if parts[0] == "aapt_kernels" and parts[1] in folders - {op}:
+                    found.add((op, parts[1]))
+    assert found == FUSES
 
 
 @pytest.mark.parametrize("module", ["torch.distributed.fsdp", "torch.distributed._composable"])

@@ -4,7 +4,7 @@ import torch
 
 
 def spec_mask(layout, text_lens=None):
-    """(batch or 1, query, key) bool, one pair at a time from the words of SPEC 3.
+    """Return (batch or 1, query, key) bool, one pair at a time from the words of docs/method.md#3.
 
     The whole sequence of an integer `past_frames` is sink frames 0 ... S-1, some frames that fell
     out of the window, the past, and the new frames; indices are counted so that the first past

@@ -34,6 +34,28 @@ def test_a_plain_call_holds_until_the_next():
     assert resolve("qk_norm_rope", X) is cpu.forward
 
 
+def test_one_object_holds_in_every_context():
+    chosen = use_backend("reference")
+    for _ in range(2):
+        with chosen:
+            assert resolve("qk_norm_rope", X) is ref.reference_forward
+            with use_backend("cpu"), chosen, chosen:
+                assert resolve("qk_norm_rope", X) is ref.reference_forward
+            assert resolve("qk_norm_rope", X) is ref.reference_forward
+        assert resolve("qk_norm_rope", X) is cpu.forward
+
+
+def test_the_context_that_is_entered_holds_and_not_the_object_made_last():
+    first, second = use_backend("cpu"), use_backend("reference")
+    with first:
+        assert resolve("qk_norm_rope", X) is cpu.forward
+        with second:
+            assert resolve("qk_norm_rope", X) is ref.reference_forward
+        assert resolve("qk_norm_rope", X) is cpu.forward
+    assert resolve("qk_norm_rope", X) is ref.reference_forward
+    use_backend("auto")
+
+
 def test_an_unknown_name_is_refused():
     words = "backend: expected one of auto, cuda, triton, cpu, reference, sim, got 'fast'"
     with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):

@@ -217,7 +217,7 @@ def test_the_mode_follows_pytorch(kernel, schedule, monkeypatch):
 
 
 def test_gradients_arrive_in_any_layout(kernel, schedule):
-    """Those of a sum are expanded; a transposed projection gives them head-major."""
+    """The gradient of a sum is expanded; a transposed projection gives it head-major."""
     schedule(multiprocessors=2, seed=0)
     case = Case(kernel, FrameLayout(3, 40, 2, 1))
     head_major = case.dout.transpose(1, 2).contiguous().transpose(1, 2)

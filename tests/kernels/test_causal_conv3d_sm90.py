@@ -201,7 +201,7 @@ def test_pixels(kernel, channels):
 
 @pytest.mark.parametrize("frames", [2, 4])
 def test_a_view_serves_as_state(kernel, frames):
-    """Of the chunk before, whose other frames lie between those of the batch entries."""
+    """A view of the chunk before serves, with other frames between those of the batch entries."""
     case = Case((2 * frames, 2, 3), (16, 8), batch=2, kernel=(3, 1, 1))
     (x, weight, bias), options = make(case, kernel)
     whole, last = causal_conv3d(x, weight, bias, **options)
@@ -215,7 +215,8 @@ def test_a_view_serves_as_state(kernel, frames):
 
 
 def test_frozen_weights_are_packed_once(kernel):
-    """And again for every change in place, to the same address; a trained weight in every call."""
+    """A change in place packs again, to the same address; a trained weight is packed in every
+    call."""
     (x, weight, bias), options = make(Case((1, 2, 3), (8, 8), kernel=(1, 3, 3)), kernel)
     (_, other, _), _ = make(Case((1, 2, 3), (8, 8), kernel=(1, 3, 3)), kernel, seed=1)
 

@@ -1,5 +1,5 @@
-"""The recipes of docs/drop-in.md: the blocks that are printed there run here, and give what the
-code gives that they replace."""
+"""Recipes of docs/drop-in.md: the blocks printed there run here, and give the results of the code
+that they replace."""
 
 import re
 from pathlib import Path
@@ -23,13 +23,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
 
 
 def recipe(title: str) -> list[str]:
-    """The code blocks under a heading."""
+    """Return the code blocks under a heading."""
     section = PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
     return re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
 
 
 def run(block: str, **names) -> dict:
-    """What a block has defined, given these names."""
+    """Run a block with these names and return all names it defines."""
     exec(compile(block, str(PAGE), "exec"), names)
     return names
 
@@ -228,7 +228,7 @@ STEPS = 20
 
 
 class SelfAttention(nn.Module):
-    """What a causal Wan's layer holds: projections, and norms across heads."""
+    """Layer of a causal Wan: projections, and norms across heads."""
 
     def __init__(self):
         super().__init__()

@@ -74,7 +74,7 @@ class Stream:
         return qkv.bfloat16().to(self.device).unbind(2)
 
     def append_and_check(self, slot):
-        """One step: the outputs, the slot, and every other bit of the cache."""
+        """Check one step: the outputs, the slot, and every other bit of the cache."""
         cache, tokens = self.cache, self.shape[1]
         q, k, v = self.make_frame()
         before = cache.k.clone(), cache.v.clone()
@@ -133,7 +133,7 @@ def test_every_slot_of_the_cache(kernel, window_frames, sink_frames, across_head
 @pytest.mark.parametrize("multiprocessors", [1, 2, 132])
 @pytest.mark.parametrize("across_heads", [False, True])
 def test_blocks_loop_over_what_is_left(kernel, schedule, across_heads, multiprocessors):
-    """On a small device each block takes several rounds, the last one only in part."""
+    """Each block of a small device takes several rounds, the last one only in part."""
     schedule(seed=3, multiprocessors=multiprocessors)
     stream = Stream(kernel, tokens=41, heads=12, head_dim=128, across_heads=across_heads)
     stream.append_and_check(0)

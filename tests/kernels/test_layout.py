@@ -1,4 +1,4 @@
-"""FrameLayout: its two forms, intervals and mask, against the words of SPEC 3."""
+"""FrameLayout: its two forms, intervals and mask, against the words of docs/method.md#3."""
 
 import pytest
 import torch

@@ -35,3 +35,31 @@ def test_the_newest_are_kept(packed):
     made = [packed(weight, factor) for factor in range(MAX_KEPT + 1)]
     assert all(packed(weight, factor) is made[factor] for factor in range(1, MAX_KEPT + 1))
     assert packed(weight, 0) is not made[0]
+
+
+def test_a_packed_weight_may_be_swapped(packed):
+    """`Module.to` and `load_state_dict` swap weights of subclasses and offloaded weights."""
+    weight = torch.nn.Parameter(torch.arange(3.0), requires_grad=False)
+    other = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    first = packed(weight, 2)
+    torch.utils.swap_tensors(weight, other)
+    assert torch.equal(packed(weight, 2), torch.full((3,), 2.0))
+    assert packed(other, 2) is first
+
+
+def test_views_of_one_memory_are_weights_of_their_own(packed):
+    whole = torch.arange(6.0)
+    views = [*whole.split(2), whole.view(2, 3), whole.view(2, 3).t()]
+    made = [packed(view, 2) for view in views]
+    for view, tensor in zip(views, made, strict=True):
+        assert torch.equal(tensor, 2 * view) and packed(view, 2) is tensor
+
+
+def test_a_weight_is_forgotten_with_its_memory(packed):
+    weight = torch.arange(3.0)
+    packed(weight, 2)
+    view = weight[1:]
+    del weight
+    assert len(packed._packed) == 1
+    del view
+    assert len(packed._packed) == 0

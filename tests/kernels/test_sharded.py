@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 def gradients(checkpointed: bool, compiled: bool) -> dict[str, Tensor]:
-    """Of the mean over all clips, whole, with the output of this rank's clips."""
+    """Return whole gradients of the mean over all clips, and the output of this rank's clips."""
     torch.manual_seed(0)
     blocks = nn.Sequential(*(Block(checkpointed) for _ in range(2))).double()
     x = torch.randn(BATCH, LAYOUT.query_length, WIDTH, dtype=torch.float64)

@@ -20,7 +20,7 @@ SINK_TABLES = ("cos_sink", "sin_sink")
 
 
 class Stream:
-    """One random sequence, rotated in parallel and frame by frame."""
+    """Random sequence, rotated in parallel and frame by frame."""
 
     def __init__(self, frames, clamped, dtype=torch.float64):
         def normal(*shape):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -169,3 +170,82 @@ def test_mutation_survives_functionalisation():
 
     torch.testing.assert_close(compiled(step)(frame, cache), step(frame, twin))
     assert torch.equal(cache.k, twin.k) and int(cache.step) == 1
+
+
+LAYOUTS = {
+    "frames": [FrameLayout(5, 3, n, 2) for n in range(4, 16)],
+    "text": [FrameLayout(n, 3, 4, 2) for n in range(4, 16)],
+    "past": [FrameLayout(5, 3, 4, 2, past_frames=n) for n in range(2, 14)],
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_graphs_serve_every_length(name, dynamic):
+    """The first length has a graph of its own, all others share one; gradients included."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(block_causal_attention, fullgraph=True, backend=graphs, dynamic=dynamic)
+    for layout in LAYOUTS[name]:
+        q = torch.randn(1, layout.query_length, 2, 8, requires_grad=True)
+        k = torch.randn(1, layout.key_length, 2, 8, requires_grad=True)
+        results = []
+        for function in (attend, block_causal_attention):
+            out = function(q, k, k, layout)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (q, k))))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert graphs.frame_count <= 2
+
+
+class FromShapes(torch.nn.Module):
+    """Attention whose layout is computed from the shape of its input."""
+
+    def forward(self, x):  # (B, frames, tokens, 3 x 2 x 8)
+        q, k, v = x.flatten(1, 2).unflatten(-1, (3, 2, 8)).unbind(2)
+        layout = FrameLayout(0, x.shape[2], x.shape[1], 2)
+        return block_causal_attention(q, k, v, layout).flatten(2)
+
+
+def test_two_graphs_serve_a_layout_from_shapes():
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    model = FromShapes()
+    attend = torch.compile(model, fullgraph=True, backend=graphs)
+    for frames in range(2, 12):
+        x = torch.randn(1, frames, 3, 48)
+        assert torch.equal(attend(x), model(x))
+    assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_any_number_of_frames(strict):
+    model, frames = FromShapes(), torch.export.Dim("frames", min=2, max=64)
+    example = torch.randn(1, 4, 3, 48)
+    program = torch.export.export(
+        model, (example,), dynamic_shapes=({1: frames},), strict=strict
+    ).module()
+    for count in (2, 9, 33):
+        x = torch.randn(1, count, 3, 48)
+        assert torch.equal(program(x), model(x))
+
+
+def test_two_graphs_serve_every_layer_given_as_an_argument():
+    """Blocks compiled one by one: an integer attribute of a module would be a constant."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    cache = KVCache(1, 12, 2, 8, text_tokens=0, tokens_per_frame=3, window_frames=2)
+
+    class Block(torch.nn.Module):
+        def forward(self, x, cache, layer):
+            q, k, v = x.unflatten(-1, (3, 2, 8)).unbind(2)
+            q = kv_append(q, k, v, cache, layer, None, None, None, None)
+            return cached_attention(q, cache, layer).flatten(2)
+
+    with torch.no_grad():
+        for layer in range(12):
+            block = Block()
+            block.compile(backend=graphs, fullgraph=True)
+            block(torch.randn(1, 3, 48), cache, layer)
+    assert graphs.frame_count <= 2
+    assert cache.k.flatten(1).any(1).all()

@@ -1,5 +1,5 @@
-"""Runs the tests of the Triton kernels under Triton's interpreter where there is no CUDA device:
-Triton asks for it when it is imported, so that takes a process of its own."""
+"""The tests of the Triton kernels run under Triton's interpreter if there is no CUDA device. Triton
+asks for the interpreter when it is imported, so each file runs in a process of its own."""
 
 import os
 import subprocess
@@ -13,7 +13,15 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the device")
-@pytest.mark.parametrize("name", ["test_triton_kernels.py", "test_causal_conv3d_triton.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_triton_kernels.py",
+        "test_causal_conv3d_triton.py",
+        "test_derivatives.py",
+        "test_hidden.py",
+    ],
+)
 def test_kernels_agree_with_float64(request, name):
     tests = Path(__file__).with_name(name)
     chosen = ["-m", request.config.getoption("-m")]

@@ -352,7 +352,7 @@ def test_a_limit_names_itself():
 @pytest.mark.parametrize("heads", [1, 3, 24])
 @pytest.mark.parametrize(("tokens", "frames"), [(1196, 32), (3600, 17)])
 def test_splits_fill_the_device(tokens, frames, heads):
-    """Of the time of 132 multiprocessors that work all the time, whole key tiles counted."""
+    """Efficiency is counted in whole key tiles, against 132 multiprocessors that never wait."""
     config = attention_kernels.CONFIGS[2, 128][0]
     tiles = -(-tokens // config.rows) * heads
     key_tiles = -(-tokens * frames // config.keys)

@@ -4,9 +4,13 @@ Run `python -m aapt.data.tiny_world.rendered_clips --out sheet.png` to draw ever
 """
 
 import multiprocessing
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +106,33 @@ def render_clips(data: ProceduralData, workers: int, count: int | None = None) -
         width=data.width,
     )
     # Fork would copy the locks of torch's threads in an unknown state.
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_single_thread) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as ended:
+        with _interrupts_delayed():
+            pool = ended.enter_context(spawn.Pool(workers, initializer=_single_thread))
         yield from pool.imap(render_clip, seeds, chunksize=4)
+
+
+@contextmanager
+def _interrupts_delayed() -> Iterator[None]:
+    """Delay Ctrl-C until the end. Processes that start in the meantime never receive it.
+
+    A worker whose start is interrupted, here or in itself, would print a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python interrupts the main thread alone
+        return
+    seen: list[int] = []
+    resource_tracker.ensure_running()  # its start would lift the block
+    handler = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if seen:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _single_thread() -> None:

@@ -1,11 +1,11 @@
-// What goes to the server and comes from it outside the stream: pictures, walks, recordings.
+// Files sent to the server or fetched from it: images, walks, recordings.
 
 /** Sends a file to the server; resolves to "upload:ID". Rejects with the server's words. */
 export async function upload(file) {
   const answer = await fetch("upload", { method: "POST", body: file });
   const body = await answer.json().catch(() => ({}));
   if (!answer.ok) {
-    throw new Error(body.error ?? `upload: expected a picture, got an error ${answer.status}`);
+    throw new Error(body.error ?? `upload: expected an image, got an error ${answer.status}`);
   }
   return `upload:${body.id}`;
 }

@@ -1,4 +1,4 @@
-// The figures over the picture, and the keys that light up when a frame obeys them.
+// The figures over the image, and the keys that light up when a frame obeys them.
 
 import { percentile } from "./receipts.js";
 
@@ -23,6 +23,7 @@ export class Hud {
       queue: row(hud, "buffered"),
     };
     this.chart = hud.appendChild(document.createElement("canvas"));
+    this.chart.setAttribute("role", "img");
     this.chart.setAttribute("aria-label", "Key to pixel of the latest presses");
     Object.assign(this.chart, { width: 4 * BARS, height: 36 });
     this.period = 1000 / 6;
@@ -41,12 +42,12 @@ export class Hud {
     const [step50, step99] = pair(steps);
     const [key50, key99] = pair(keys);
     this.rows.fps.textContent = fps === null ? "–" : fps.toFixed(1);
-    this.rows.step.textContent = step50 === null ? "–" : `${round(step50)} / ${round(step99)} ms`;
+    this.rows.step.textContent = step50 === null ? "–" : `${Math.round(step50)} / ${Math.round(step99)} ms`;
     this.rows.share.textContent = step50 === null
-      ? "–" : `${round((100 * step50) / this.period)} % of ${round(this.period)} ms`;
+      ? "–" : `${Math.round((100 * step50) / this.period)} % of ${Math.round(this.period)} ms`;
     this.rows.key.textContent = key50 === null
-      ? "press a key" : `${round(key50)} / ${round(key99)} ms`;
-    this.rows.queue.textContent = `${round(queued)} ms${redone ? `, ${redone} redone` : ""}`;
+      ? "press a key" : `${Math.round(key50)} / ${Math.round(key99)} ms`;
+    this.rows.queue.textContent = `${Math.round(queued)} ms${redone ? `, ${redone} redone` : ""}`;
     Object.assign(this.hud.dataset, { fps, step50, step99, key50, key99, presses: keys.length });
     this.#bars(keys.slice(-BARS));
   }
@@ -64,10 +65,9 @@ export class Hud {
     for (const { key } of presses) this.caps.get(key)?.classList.add("obeyed");
     const { key, ms } = presses.at(-1);
     const name = this.caps.has(key) ? key.toUpperCase() : "Stick";
-    this.line.innerHTML = "";
     const strong = document.createElement("b");
-    strong.textContent = `${name} in ${round(ms)} ms`;
-    this.line.append(strong, ` frame ${frame.index + 1} of step ${frame.step}`);
+    strong.textContent = `${name} in ${Math.round(ms)} ms`;
+    this.line.replaceChildren(strong, ` frame ${frame.index + 1} of step ${frame.step}`);
     this.line.hidden = false;
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => { this.line.hidden = true; }, RECEIPT_MS);
@@ -95,8 +95,4 @@ function row(list, name) {
   group.append(term, value);
   list.append(group);
   return value;
-}
-
-function round(value) {
-  return Math.round(value);
 }

@@ -100,7 +100,7 @@ addEventListener("keydown", (event) => {
   actions[name](event);
 });
 
-// A page that nobody sees does not play.
+// A hidden page pauses.
 let hiddenWhilePlaying = false;
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) {
@@ -205,7 +205,7 @@ function showFigures(on) {
   $("figures").setAttribute("aria-pressed", on);
 }
 
-/** Shows the first picture behind what is said while a world opens. */
+/** Shows the first image under the card while a world opens. */
 async function showPoster(address) {
   const answer = await fetch(address);
   const bitmap = await createImageBitmap(await answer.blob());
@@ -213,7 +213,7 @@ async function showPoster(address) {
   bitmap.close();
 }
 
-// What the player tells.
+// Events of the player.
 
 player.addEventListener("welcome", ({ detail }) => {
   const { width, height } = detail;

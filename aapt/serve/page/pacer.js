@@ -22,7 +22,7 @@ export class Pacer {
     this.count = count;
   }
 
-  /** How long the frames in the queue will last. */
+  /** Milliseconds that the queued frames will last. */
   backlog(now) {
     return Math.max(0, this.#free - now);
   }

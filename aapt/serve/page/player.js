@@ -44,7 +44,7 @@ export class Player extends EventTarget {
   redo = false;
   following = false; // recorded controls are played, not the player's
   recording = null; // {branch, from}
-  future = 0; // the branch whose steps after the playhead are the ones left behind
+  future = 0; // the branch whose steps after the playhead are the ones left
   marks = [];
   branches = new Branches();
   memory = new FrameMemory();
@@ -61,7 +61,7 @@ export class Player extends EventTarget {
   #resumePlaying = false;
   #opening = true; // messages are of the world before
   #sample = false; // the world asked for is the sample's
-  #walk = null; // an action log to open in place of a picture
+  #walk = null; // an action log to open in place of an image
   #log = null; // lines of the last fetched log
   #logWaiters = [];
 
@@ -82,13 +82,13 @@ export class Player extends EventTarget {
     return this.phase === "playing";
   }
 
-  /** Whether there is a world to act on. */
+  /** True if there is a world to act on. */
   get live() {
     return ["ready", "playing", "paused"].includes(this.phase);
   }
 
   /** Steps between the playhead and the end of the branch it was scrubbed on. */
-  get behind() {
+  get stepsLeft() {
     return (this.branches.get(this.future)?.to_step ?? this.head.step) - this.head.step;
   }
 
@@ -192,13 +192,13 @@ export class Player extends EventTarget {
   /** Goes back from the playhead, as from where the last jump would end. */
   rewind(steps) {
     if (!this.live || this.head.step === 0) return;
-    const branch = this.behind > 0 ? this.future : this.head.branch;
+    const branch = this.stepsLeft > 0 ? this.future : this.head.branch;
     this.scrub(branch, Math.max(0, this.head.step - steps), true);
   }
 
-  /** Plays the controls left behind again from here, under the prompt in force. */
+  /** Plays the controls left again from here, under the prompt in force. */
   follow() {
-    if (!this.live || this.behind <= 0) return;
+    if (!this.live || this.stepsLeft <= 0) return;
     const branch = this.future;
     this.#whenSought(() => {
       this.connection.send({ type: "follow", branch });
@@ -369,8 +369,8 @@ export class Player extends EventTarget {
     this.#emit("prompt", prompt);
     this.connection.send({ type: "log" });
     if (this.redo) this.connection.send({ type: "redo", on: true });
-    const goOn = this.phase === "playing"; // a reset goes on as it was
-    this.phase = goOn ? "playing" : step ? "paused" : "ready";
+    const keepsPlaying = this.phase === "playing"; // a reset keeps playing what played
+    this.phase = keepsPlaying ? "playing" : step ? "paused" : "ready";
     if (this.#resumePlaying) {
       this.#resumePlaying = false;
       this.play();

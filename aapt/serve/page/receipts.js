@@ -27,7 +27,7 @@ export class Receipts {
     if (redo) this.redone += 1;
   }
 
-  /** Whether frames of a lane that honour the input of this sequence are the first to do so. */
+  /** True if frames with this lane and input are the first to honour a press. */
   awaits({ lane, input }) {
     return this.#pending.some((press) => press.lane === lane && press.sequence <= input);
   }

@@ -1,4 +1,4 @@
-// The picture: decodes what arrives, paces it, paints it, in one lane or two.
+// Decodes the frames that arrive, paces them and paints them, in one lane or two.
 
 import { Pacer } from "./pacer.js";
 
@@ -42,7 +42,7 @@ export class Stage {
     return this.lanes[0].pacer.backlog(performance.now());
   }
 
-  /** How far a player has seen the stream: a step, and how many of its frames. */
+  /** The step painted last, and the number of its frames painted; null before the first. */
   get shown() {
     const frame = this.lanes[0].shown;
     return frame && { step: frame.step, frames: frame.index + 1 };
@@ -73,7 +73,7 @@ export class Stage {
     }).catch(() => { /* an image that does not decode is a frame not shown */ });
   }
 
-  /** Shows a picture that is not of the stream as it plays: a remembered frame. */
+  /** Shows an image that is not of the stream as it plays: a remembered frame. */
   preview(lane, bitmap) {
     const { canvas, context } = this.lanes[lane];
     context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);

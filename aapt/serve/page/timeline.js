@@ -8,7 +8,7 @@ export const COLOURS = 6; // of branches, in the style sheet
 
 /**
  * Draws `branches` and reports `onScrub(branch, step, done)`: while a pointer drags, and at its
- * end with `done`. `preview(branch, step)` resolves to a bitmap for the picture under the pointer.
+ * end with `done`. `preview(branch, step)` resolves to a bitmap for the image under the pointer.
  */
 export class Timeline {
   #drag = null;
@@ -30,7 +30,10 @@ export class Timeline {
     this.branches = branches;
     this.onScrub = onScrub;
     this.preview = preview;
-    new ResizeObserver(() => this.draw()).observe(element);
+    new ResizeObserver(() => {
+      this.#unpeek();
+      this.draw();
+    }).observe(element);
     this.#followPointer();
     element.addEventListener("keydown", (event) => this.#key(event));
   }
@@ -172,7 +175,7 @@ export class Timeline {
     element.addEventListener("pointerdown", (event) => {
       if (event.button || !(this.#drag = this.#at(event))) return;
       element.setPointerCapture(event.pointerId);
-      this.thumb.hidden = true;
+      this.#unpeek();
       this.onScrub(this.#drag.branch, this.#drag.step, false);
     });
     element.addEventListener("pointermove", (event) => {
@@ -195,10 +198,7 @@ export class Timeline {
     };
     element.addEventListener("pointerup", end);
     element.addEventListener("pointercancel", end);
-    element.addEventListener("pointerleave", () => {
-      this.#hover += 1;
-      this.thumb.hidden = true;
-    });
+    element.addEventListener("pointerleave", () => this.#unpeek());
   }
 
   async #peek(event, at) {
@@ -216,6 +216,11 @@ export class Timeline {
     bitmap.close();
     const half = this.thumb.offsetWidth / 2, x = this.#x(at.step) * this.#unit;
     this.thumb.style.left = `${Math.max(half, clamp(x, this.element.clientWidth - half))}px`;
+  }
+
+  #unpeek() {
+    this.#hover += 1;
+    this.thumb.hidden = true;
   }
 
   #key(event) {

@@ -1,4 +1,4 @@
-// Shows the player's state: the status, the card over the picture, buttons, the past.
+// Shows the player's state: the status, the card over the image, buttons, the past.
 
 import { LANE_CONTROLS } from "./player.js";
 import { clock, COLOURS } from "./timeline.js";
@@ -21,7 +21,7 @@ const STATUS = {
 
 const ENDED = {
   idle: ["The world went to sleep", "Nobody played for a while, so its place was given away. It can be rebuilt from your keys."],
-  moved: ["Played elsewhere", "This world goes on in another tab or on another device."],
+  moved: ["Played elsewhere", "This world continues in another tab or on another device."],
   shutdown: ["The server is closing", "It may be back in a moment."],
   limit: ["The end of the world", "A world has a last step, and this one has reached it."],
   failed: ["The world broke", "A step failed, and the server has closed the world."],
@@ -56,7 +56,7 @@ export class View {
     document.body.dataset.state = phase;
     const status = phase === "playing" && player.following ? "Replaying your keys" : STATUS[phase];
     setText($("status"), status);
-    const end = player.head.step + Math.max(0, player.behind);
+    const end = player.head.step + Math.max(0, player.stepsLeft);
     setText($("clock").firstElementChild, clock(player.head.step * player.stepSeconds));
     setText($("clock").lastElementChild, clock(end * player.stepSeconds));
     Object.assign($("stage").dataset, player.head);
@@ -83,7 +83,7 @@ export class View {
     setTimeout(() => toast.remove(), TOAST_MS + 30 * text.length);
   }
 
-  /** Marks the frame that first obeyed a key, on the picture itself. */
+  /** Marks the frame that first obeyed a key, on the image itself. */
   flash(lane) {
     const frame = $(`lane${lane}`).parentElement;
     frame.classList.remove("obeyed");
@@ -134,10 +134,10 @@ export class View {
 
   #showPast() {
     const { player } = this;
-    const past = player.phase === "paused" && player.behind > 0 && !player.split;
+    const past = player.phase === "paused" && player.stepsLeft > 0 && !player.split;
     $("past").hidden = !past;
     if (!past) return;
-    const seconds = (player.behind * player.stepSeconds).toFixed(1);
+    const seconds = (player.stepsLeft * player.stepSeconds).toFixed(1);
     setText($("past-by"), `${seconds} s in the past.`);
     setText($("past-cost"), jumpCost(player));
   }
@@ -186,7 +186,7 @@ export class View {
   }
 }
 
-/** What the jump to the playhead cost, or is expected to cost. */
+/** Says what the jump to the playhead cost, or is expected to cost. */
 function jumpCost({ jump, head, branches }) {
   const replayed = jump?.replayed ?? branches.replayed(head.branch, head.step);
   const ms = Math.round(jump?.ms ?? replayed * branches.replayMs);

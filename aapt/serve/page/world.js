@@ -1,4 +1,4 @@
-// The dialog that starts a world: a first picture from the gallery, a file, the clipboard or a drop.
+// The dialog that starts a world: a first image from the gallery, a file, the clipboard or a drop.
 
 import { upload } from "./files.js";
 
@@ -16,7 +16,7 @@ export class WorldDialog {
     this.dialog = dialog;
     this.onStart = onStart;
     this.onWalk = onWalk;
-    this.pictures = dialog.querySelector("#pictures");
+    this.images = dialog.querySelector("#images");
     this.prompt = dialog.querySelector("#world-prompt");
     this.seed = dialog.querySelector("#seed");
     this.problem = dialog.querySelector("#upload-error");
@@ -36,14 +36,14 @@ export class WorldDialog {
     this.#takeDrops();
   }
 
-  /** Shows the server's pictures, the first one chosen, and a tile for a file of one's own. */
+  /** Shows the server's images, the first one chosen, and a tile for a file of one's own. */
   fill(gallery) {
     this.gallery = gallery;
     this.#choice = gallery[0]?.name ?? "sample";
     const tiles = gallery.map(({ name, url, prompt }, index) => {
       const tile = document.createElement("label");
       const radio = Object.assign(document.createElement("input"), {
-        type: "radio", name: "picture", value: name, checked: index === 0,
+        type: "radio", name: "image", value: name, checked: index === 0,
       });
       const image = Object.assign(document.createElement("img"), { src: url, alt: prompt || name });
       radio.addEventListener("change", () => this.#choose(name, prompt));
@@ -59,8 +59,8 @@ export class WorldDialog {
       if (file.files.length) this.#take(file.files[0], own);
       file.value = "";
     });
-    own.append(file, "Your picture");
-    this.pictures.replaceChildren(...tiles, own);
+    own.append(file, "Your image");
+    this.images.replaceChildren(...tiles, own);
   }
 
   /** Opens the dialog with the values in force. */
@@ -80,21 +80,21 @@ export class WorldDialog {
     if (prompt) this.prompt.value = prompt;
   }
 
-  /** Uploads a picture and shows it as the chosen tile. */
+  /** Uploads an image and shows it as the chosen tile. */
   async #take(file, tile) {
     this.problem.hidden = true;
     tile.classList.add("busy");
     try {
       this.#choice = await upload(file);
-      const picture = document.createElement("canvas");
+      const image = document.createElement("canvas");
       const bitmap = await createImageBitmap(file);
       const width = 160, height = Math.round((width * bitmap.height) / bitmap.width);
-      Object.assign(picture, { width, height });
-      picture.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+      Object.assign(image, { width, height });
+      image.getContext("2d").drawImage(bitmap, 0, 0, width, height);
       tile.querySelector("canvas")?.remove();
-      tile.append(picture);
+      tile.append(image);
       tile.classList.add("chosen");
-      for (const radio of this.pictures.querySelectorAll("[type=radio]")) radio.checked = false;
+      for (const radio of this.images.querySelectorAll("[type=radio]")) radio.checked = false;
     } catch (error) {
       this.problem.textContent = error.message;
       this.problem.hidden = false;
@@ -103,12 +103,12 @@ export class WorldDialog {
     }
   }
 
-  /** Takes a picture or a shared walk from anywhere on the page. */
+  /** Takes an image or a shared walk from anywhere on the page. */
   async takeFile(file) {
     if (!file.type.startsWith("image/")) {
       this.onWalk(file);
     } else if (this.dialog.open) {
-      await this.#take(file, this.pictures.querySelector(".own"));
+      await this.#take(file, this.images.querySelector(".own"));
     } else {
       this.onStart({ image: await upload(file), prompt: null, seed: 0 });
     }

@@ -1,7 +1,7 @@
 """The training stages, one file each.
 
-A stage holds networks that learn. An update is one `accumulate` for each part of its clips, which
-adds to the gradients, and one `update`, which takes the step.
+A stage holds networks that learn. For an update, `accumulate` is called for each part of the clips
+and adds to the gradients, then `update` is called once and takes a step along them.
 """
 
 from collections.abc import Mapping
@@ -17,22 +17,29 @@ Metrics = dict[str, float]
 
 
 class Stage(Protocol):
-    """What the training loop asks of a stage."""
+    """The methods that the training loop calls.
+
+    Attributes:
+        steps: Number of updates.
+        trained: Networks, optimizers and averages by name: all that a resumed run needs.
+    """
 
     steps: int
-    trained: dict[str, Trained]  # all that has to outlive an interruption
+    trained: dict[str, Trained]
 
     def batch(self, step: int) -> int:
-        """How many clips update `step` takes, on all ranks together."""
+        """Number of clips of update `step`, on all ranks."""
 
     def accumulate(
         self, sets: Mapping[str, Clips], random: ClipRandom, step: int, share: float = 1.0
     ) -> Metrics:
-        """Adds `share` of the gradients of a mean over the clips of `random`; returns that mean's
-        metrics."""
+        """Add `share` of the gradients of a loss, averaged over the clips of `random`.
+
+        Returns the metrics of these clips, as means.
+        """
 
     def update(self, step: int) -> Metrics:
-        """Steps the optimizers and clears the gradients; returns their norms."""
+        """Step the optimizers and clear the gradients. Returns the norms of the gradients."""
 
     def export(self) -> nn.Module:
-        """The network to keep."""
+        """The network that is the stage's result."""

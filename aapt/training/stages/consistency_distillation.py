@@ -1,4 +1,5 @@
-"""Stage 2: consistency distillation on fixed times, teacher-forced, no CFG (SPEC 7)."""
+"""Stage 2: consistency distillation on fixed times, teacher-forced, without classifier-free
+guidance (docs/method.md#7)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,14 @@ from ..optimization import Schedule, Trained, make_optimizer
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """`distance` and `step_weight` (1 / (t_k - t_{k-1}) on each clip's loss) are the switches of
-    SPEC 12."""
+    """Numbers of stage 2; the defaults are the paper's, or ours where docs/method.md#12 says so.
+
+    Attributes:
+        start: The stage whose weights student and teacher start from.
+        times: Number of times k above 0 between which the student is compared.
+        distance: Distance between frames, squared or pseudo-Huber.
+        step_weight: Weight each clip's loss by 1 / (t_k - t_{k-1}).
+    """
 
     curriculum: Curriculum
     schedule: Schedule
@@ -50,8 +57,11 @@ class ConsistencyConfig:
 
 
 class ConsistencyDistillation:
-    """The student at t_k must agree with its own stopped gradient at t_{k-1}, one step of the
-    teacher, the diffusion model that it starts from, nearer to the data."""
+    """Trains a student to predict the same clean frames at neighbouring times.
+
+    Its prediction at t_k must equal its prediction at t_{k-1}, which gets no gradient. The teacher,
+    the diffusion model that the student starts from, makes the step from t_k to t_{k-1}.
+    """
 
     def __init__(self, config: ConsistencyConfig, model: WorldModel, teacher: WorldModel):
         self.config = config
@@ -66,6 +76,7 @@ class ConsistencyDistillation:
         return self.config.curriculum.phase(step).batch
 
     def predict(self, x_t: Tensor, batch: ClipBatch, conditions: Conditions, t: Tensor) -> Tensor:
+        """The student's clean frames (B, C, T, H, W) for noisy frames x_t at times t (B,)."""
         output = self.model.transformer(x_t, batch.recycled, *conditions, t).float()
         return clean(self.model.config, output, x_t, batch.recycled, t)
 

@@ -1,7 +1,7 @@
-"""The decoder stage: a causal video VAE's decoder by reconstruction (SPEC 9).
+"""The decoder stage: trains the decoder of a causal video VAE by reconstruction (docs/method.md#9).
 
-The encoder is fitted in closed form or given, and stays: latents are then final, and a generator
-can be trained on them while the decoder learns.
+The encoder, fitted in closed form or given, does not change. Latents are therefore final before the
+stage begins.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,24 @@ from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.flow import per_clip
 from ...vae import CausalVAE
-from ..losses import psnr, reconstruction_loss
+from ..losses import reconstruction_loss, reconstruction_psnr
 from ..optimization import MovingAverage, Schedule, Trained
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """`latent_noise`: white noise on the latents, of a strength (in deviations) drawn for each
-    clip from 0 up to this, so that the decoder also cleans what a generator gets wrong."""
+    """Numbers of the decoder stage.
+
+    Attributes:
+        steps: Number of updates.
+        batch: Clips per update.
+        video_frames: Video frames per clip.
+        edges, squares: Weights of the edge error and the squared error, beside the absolute error.
+        latent_noise: Greatest strength of white noise on the latents, in deviations, drawn for each
+            clip from 0 to this. The decoder so learns to clean a generator's errors.
+        average: Decay of the moving average that is exported.
+        max_norm: Norm to which gradients are clipped.
+    """
 
     schedule: Schedule
     steps: int
@@ -37,7 +47,7 @@ class DecoderConfig:
 
 
 class DecoderTraining:
-    """Absolute error, squared error and edges between a clip and its reconstruction."""
+    """Trains a decoder on absolute, squared and edge errors of its reconstructions."""
 
     def __init__(self, config: DecoderConfig, vae: CausalVAE):
         self.config = config
@@ -65,7 +75,7 @@ class DecoderTraining:
         decoded = decoded.float()
         loss = reconstruction_loss(decoded - video, config.squares, config.edges)
         (share * loss).backward()
-        return {"loss": loss.item(), "psnr": psnr(decoded.detach(), video)}
+        return {"loss": loss.item(), "psnr": reconstruction_psnr(decoded.detach(), video)}
 
     def update(self, step: int) -> dict[str, float]:
         config = self.config
@@ -79,7 +89,7 @@ class DecoderTraining:
 
 @torch.no_grad()
 def measure_latents(vae: CausalVAE, videos: Iterable[Tensor]) -> None:
-    """Set the VAE's latent mean and deviation from `videos`, each (B, 3, F, H, W)."""
+    """Set a VAE's latent mean and deviation to those of `videos`, each (B, 3, F, H, W)."""
     vae.latent_mean.zero_()
     vae.latent_std.fill_(1)
     latents = torch.cat([vae.encode(video).transpose(0, 1).flatten(1) for video in videos], dim=1)

@@ -1,4 +1,4 @@
-"""Stage 1: a causal diffusion model by teacher forcing (SPEC 6)."""
+"""Stage 1: adapts a diffusion model to causal attention, by teacher forcing (docs/method.md#6)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,22 +16,35 @@ from ..optimization import MovingAverage, Schedule, Trained, make_optimizer
 
 @dataclass(frozen=True)
 class DiffusionConfig:
+    """Numbers of stage 1; the defaults are the paper's, or ours where docs/method.md#12 says so.
+
+    Attributes:
+        start: The stage whose weights the model starts from; None for the run's start.
+        shift: Shift of the times towards noise.
+        caption_dropout: Probability that a clip's prompt is empty, for guidance.
+        muon: Train with `MuonAdamW` instead of AdamW (ours, for small models).
+        average: Decay of the moving average that is exported; None for none.
+        max_norm: Norm to which gradients are clipped; None for no clipping.
+        sampling_steps: Passes per frame when the trained model is sampled, as a baseline.
+        guidance: Its guidance.
+    """
+
     curriculum: Curriculum
     schedule: Schedule
-    start: str | None = None  # the stage whose weights it begins with
+    start: str | None = None
     shift: float = 24.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     caption_dropout: float = 0.1
-    muon: bool = False  # in place of AdamW (ours, for small models)
+    muon: bool = False
     average: float | None = None
     max_norm: float | None = None
-    sampling_steps: int = 32  # of the baseline that the trained model is, with its guidance
+    sampling_steps: int = 32
     guidance: float = 10.0
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How the trained model makes a frame."""
+        """The sampling of a frame by the trained model."""
         return SamplingConfig(self.sampling_steps, self.shift, self.guidance)
 
     @property
@@ -44,7 +57,10 @@ class DiffusionConfig:
 
 
 class DiffusionAdaptation:
-    """All frames in parallel, one t per clip, the clean previous frame recycled, MSE on v."""
+    """Trains on all frames of a clip in parallel, with one time t per clip.
+
+    Each frame is conditioned on the clean frame before it. The loss is the squared error of v.
+    """
 
     def __init__(self, config: DiffusionConfig, model: WorldModel):
         self.config = config
@@ -83,5 +99,5 @@ class DiffusionAdaptation:
         return {"gradient": self.trained["model"].update(rate, config.max_norm)}
 
     def export(self) -> WorldModel:
-        """The trained model, with averaged weights where an average is kept."""
+        """The trained model, with averaged weights if it has an average."""
         return self.trained["model"].export()

@@ -1,7 +1,8 @@
-"""The light decoder stage: a cheaper decoder for the latents that there are (SPEC 9).
+"""The light decoder stage: trains a cheaper decoder for existing latents (docs/method.md#9).
 
-Encoder and latents stay, so a generator made for the original decoder is one for the light decoder
-too, which learns to give back the clip, and what the original makes of the same latents.
+Encoder and latents do not change, so a generator that was trained with the original decoder also
+works with the light one. The light decoder learns to reconstruct the clip, and to imitate the
+original decoder on the same latents.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,22 +22,23 @@ from ..losses import (
     discriminator_loss,
     flicker_loss,
     generator_loss,
-    psnr,
     reconstruction_loss,
+    reconstruction_psnr,
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen
 
-LIGHTER = {"decoder_channels", "decoder_blocks", "latent_projection"}  # what may differ
+LIGHTER = {"decoder_channels", "decoder_blocks", "latent_projection"}  # fields that may differ
 
 
 @dataclass(frozen=True)
 class PatchAdversary:
-    """A discriminator of patches beside the other losses.
+    """Numbers of an adversarial loss by a discriminator of patches.
 
     Attributes:
-        weight: Of its loss for the decoder, which it begins to count for after `warmup` updates.
-        width, depth: Of `PatchDiscriminator`.
-        penalty, perturbation: lambda and sigma of aR1 and aR2, as in stage 3 (SPEC 8).
+        weight: Weight of the adversarial loss in the decoder's loss.
+        warmup: Updates of the discriminator alone, before the decoder gets the adversarial loss.
+        width, depth: Shape of the `PatchDiscriminator`.
+        penalty, perturbation: lambda and sigma of aR1 and aR2, as in stage 3 (docs/method.md#8).
     """
 
     schedule: Schedule
@@ -50,14 +52,20 @@ class PatchAdversary:
 
 @dataclass(frozen=True)
 class LightDecoderConfig:
-    """Attributes:
-    shape: Of the light autoencoder; None for `lighter` of the original's.
-    squares, edges: Weights in the error, beside its absolute value.
-    imitation: Weight of the error against the original decoder, beside that against the clip.
-    flicker: Weight of how the error against the clip changes from frame to frame.
-    perceptual: Weight of a `PerceptualDistance` to the clip, where a network is given.
-    latent_noise: White noise on the latents, of a strength (in deviations) drawn for each clip
-        from 0 up to this, so that the decoder also cleans what a generator gets wrong.
+    """Numbers of the light decoder stage.
+
+    Attributes:
+        shape: Shape of the light autoencoder; None for `lighter` of the original's shape.
+        squares, edges: Weights of the squared error and the edge error, beside the absolute error.
+        imitation: Weight of the error against the original decoder, beside the error against the
+            clip.
+        flicker: Weight of the change of the error from each video frame to the next.
+        perceptual: Weight of a `PerceptualDistance` to the clip, if a network is given.
+        adversary: An adversarial loss; None for none.
+        latent_noise: Greatest strength of white noise on the latents, in deviations, drawn for each
+            clip from 0 to this. The decoder so learns to clean a generator's errors.
+        average: Decay of the moving average that is exported.
+        max_norm: Norm to which gradients are clipped.
     """
 
     schedule: Schedule
@@ -77,11 +85,11 @@ class LightDecoderConfig:
     max_norm: float = 1.0
 
 
-def light_behind(original: CausalVAE, shape: VAEConfig) -> CausalVAE:
-    """An autoencoder of `shape` with the encoder, the linear map and the latents of `original`.
+def light_vae_for(original: CausalVAE, shape: VAEConfig) -> CausalVAE:
+    """Make an autoencoder of `shape` with the encoder, linear map and latents of `original`.
 
-    What fits of its decoder, by name and shape, is where the light one starts. ValueError for a
-    shape that is not of this encoder.
+    Its decoder starts from those weights of the original decoder that fit by name and shape.
+    ValueError if `shape` has another encoder.
     """
     given, expected = asdict(shape), asdict(original.config)
     for name, value in expected.items():
@@ -95,7 +103,7 @@ def light_behind(original: CausalVAE, shape: VAEConfig) -> CausalVAE:
 
 
 class LightDecoderTraining:
-    """Reconstruction, imitation, flicker; on request a perceptual distance and a discriminator."""
+    """Trains a light decoder on errors against the clip and against the original decoder."""
 
     def __init__(
         self,
@@ -112,12 +120,12 @@ class LightDecoderTraining:
         optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
         average = MovingAverage(decoder, config.average, from_scratch=True)
         self.trained = {"decoder": Trained(decoder, optimizer, average)}
-        self.judge = None
+        self.discriminator = None
         if adversary := config.adversary:
-            self.judge = PatchDiscriminator(adversary.width, adversary.depth)
-            self.judge.to(light.latent_mean.device)
-            optimizer = torch.optim.Adam(self.judge.parameters(), betas=(0.0, 0.99))
-            self.trained["discriminator"] = Trained(self.judge, optimizer)
+            self.discriminator = PatchDiscriminator(adversary.width, adversary.depth)
+            self.discriminator.to(light.latent_mean.device)
+            optimizer = torch.optim.Adam(self.discriminator.parameters(), betas=(0.0, 0.99))
+            self.trained["discriminator"] = Trained(self.discriminator, optimizer)
 
     def batch(self, step: int) -> int:
         return self.config.batch
@@ -136,8 +144,11 @@ class LightDecoderTraining:
             decoded = self.light.decode(latent).float()
 
         losses = self.losses(decoded, video, target)
-        metrics = {"psnr": psnr(decoded.detach(), video), "original_psnr": psnr(target, video)}
-        if self.judge:
+        metrics = {
+            "psnr": reconstruction_psnr(decoded.detach(), video),
+            "original_psnr": reconstruction_psnr(target, video),
+        }
+        if self.discriminator:
             metrics |= self.train_discriminator(video, decoded.detach(), random, share)
             if step >= config.adversary.warmup:
                 losses["adversarial"] = config.adversary.weight * self.realism(video, decoded)
@@ -146,7 +157,7 @@ class LightDecoderTraining:
         return {"loss": loss.item(), **{n: x.item() for n, x in losses.items()}, **metrics}
 
     def losses(self, decoded: Tensor, video: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """All weighted; `target` is what the original decoder makes of the same latents."""
+        """The weighted losses. `target` is the original decoder's video of the same latents."""
         config, error = self.config, decoded - video
         weights = config.squares, config.edges
         losses = {"reconstruction": reconstruction_loss(error, *weights)}
@@ -162,7 +173,7 @@ class LightDecoderTraining:
     def train_discriminator(
         self, video: Tensor, decoded: Tensor, random: ClipRandom, share: float
     ) -> dict[str, float]:
-        """Accumulates the discriminator's gradients."""
+        """Accumulate the discriminator's gradients."""
         adversary = self.config.adversary
         shown = [video, decoded]
         shown += [x + adversary.perturbation * random.normal(*x.shape[1:]) for x in shown]
@@ -178,24 +189,25 @@ class LightDecoderTraining:
         }
 
     def realism(self, video: Tensor, decoded: Tensor) -> Tensor:
-        """The adversarial loss of the decoder. The discriminator has not moved in between."""
-        with frozen(self.judge):
+        """The adversarial loss of the decoder. The discriminator has not moved since its turn."""
+        with frozen(self.discriminator):
             with torch.no_grad():
                 on_real = self.logits(video)
             return generator_loss(on_real, self.logits(decoded))
 
     def logits(self, video: Tensor) -> Tensor:
+        """The discriminator's logits (B, F, H', W') of a video (B, 3, F, H, W), in float32."""
         with mixed_precision(video.device):
-            return self.judge(video).float()
+            return self.discriminator(video).float()
 
     def update(self, step: int) -> dict[str, float]:
         config = self.config
         rate = config.schedule(step, self.steps)
         norms = {"gradient": self.trained["decoder"].update(rate, config.max_norm)}
-        if self.judge:
+        if self.discriminator:
             rate = config.adversary.schedule(step, self.steps)
-            judge = self.trained["discriminator"]
-            norms["discriminator_gradient"] = judge.update(rate, config.max_norm)
+            discriminator = self.trained["discriminator"]
+            norms["discriminator_gradient"] = discriminator.update(rate, config.max_norm)
         return norms
 
     def export(self) -> CausalVAE:
@@ -204,10 +216,11 @@ class LightDecoderTraining:
 
 
 class PatchDiscriminator(nn.Module):
-    """One logit for each patch of a video (Isola et al., 2017): strided convolutions that read
-    three frames each, so that flicker shows.
+    """A discriminator with one logit per patch of a video (Isola et al., 2017).
 
-    Patches are 2^depth pixels apart; width doubles with every halving.
+    Its strided convolutions read three video frames each, so that they see flicker. Patches are
+    2^depth pixels apart. The first layer has `width` channels; each further layer has twice the
+    channels of the one before.
     """
 
     def __init__(self, width: int, depth: int):
@@ -220,7 +233,7 @@ class PatchDiscriminator(nn.Module):
         self.logit = nn.Conv3d(widths[-1], 1, 3, padding=1)
 
     def forward(self, video: Tensor) -> Tensor:
-        """(B, 3, F, H, W) in [-1, 1] -> (B, F, H / 2^depth, W / 2^depth)."""
+        """Logits (B, F, H / 2^depth, W / 2^depth) of a video (B, 3, F, H, W) in [-1, 1]."""
         x = video
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)

@@ -1,8 +1,8 @@
 """Student-forced regression: a warm-up between stages 2 and 3 for small models (ours).
 
-Not part of AAPT. A tiny generator drifts before a discriminator can teach it not to; a few
-hundred updates of plain regression on its own rollouts, with the first recycled frame corrupted,
-bring it to a start from which the adversarial stage is stable (SPEC 12, stabilisers).
+It is not part of AAPT. A tiny generator drifts before a discriminator can teach it not to. After a
+few hundred updates of regression on its own rollouts, with corrupted first recycled frames, the
+adversarial stage is stable (stabilisers, docs/method.md#12).
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,21 @@ from ..optimization import MovingAverage, Schedule, Trained, make_optimizer
 
 @dataclass(frozen=True)
 class RolloutRegressionConfig:
+    """Numbers of the regression stage.
+
+    Attributes:
+        clips: Name of the set that clips come from.
+        steps: Number of updates.
+        batch: Clips per update.
+        segment_frames: Frames per segment.
+        segments: Segments per rollout.
+        start: The stage whose weights the generator starts from.
+        corruption: Corruption of the first recycled frame of each segment.
+        muon: Train with `MuonAdamW` instead of AdamW.
+        average: Decay of the moving average that is exported.
+        max_norm: Norm to which gradients are clipped; None for no clipping.
+    """
+
     clips: str
     steps: int
     batch: int
@@ -34,12 +49,13 @@ class RolloutRegressionConfig:
     corruption: Corruption = Corruption()
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
-    muon: bool = False  # in place of AdamW
+    muon: bool = False
     average: float = 0.98
     max_norm: float | None = 1.0
 
     @property
     def frames(self) -> int:
+        """Frames per rollout."""
         return self.segments * self.segment_frames
 
     @property
@@ -52,11 +68,11 @@ class RolloutRegressionConfig:
 
 
 class RolloutRegression:
-    """Squared error between the generator's own rollout and the real clip, same controls.
+    """Trains on the squared error between the generator's rollout and the real clip.
 
-    Latents are whitened, but a unit of one channel moves the picture twenty times as far as a unit
-    of another: errors are weighted by `pixel_deviation` (C,), between what whitened latents and
-    what pixels would ask for.
+    Both follow the same controls. Latents are whitened, but a unit of one channel may move pixels
+    twenty times as far as a unit of another. Errors are weighted by `pixel_deviation` (C,), a
+    compromise between equal weights of latents and equal weights of pixels.
     """
 
     def __init__(self, config: RolloutRegressionConfig, model: WorldModel, pixel_deviation: Tensor):

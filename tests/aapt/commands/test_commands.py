@@ -1,7 +1,6 @@
 """The command `aapt`, as its user meets it.
 
-Most tests put a generator of moving blocks in the model's place; run as a script, this file is the
-command with that generator. The last tests use the bundled model.
+Most tests put a generator of moving blocks in the model's place; the last use the bundled model.
 """
 
 import errno
@@ -11,8 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import av
@@ -22,50 +19,13 @@ from PIL import Image
 
 from aapt.checkpoint import BUNDLED
 from aapt.commands.app import main
+from aapt.commands.train import folders_by_set
 from aapt.media.video import WholeFile
 from aapt.runs.inputs import Inputs
 from aapt.streaming.generator import StreamingGenerator
 
-HEIGHT, WIDTH = 80, 128
-
-
-class FakeStream:
-    """Frame n is a fixed noise texture moved by n pixels, brighter where the camera walks."""
-
-    def __init__(self, generator, first_frame, prompt, seed):
-        self.generator, self.prompt, self.seed = generator, prompt, seed
-        self.first_frame = first_frame[None]
-        self.controls = []
-        self._texture = np.random.default_rng(seed).integers(0, 128, (HEIGHT, WIDTH, 3))
-
-    def step(self, control):
-        time.sleep(self.generator.step_seconds)
-        start = 1 + 4 * len(self.controls)
-        self.controls.append((control.yaw, control.forward))
-        light = 60 if control.forward > 0 else 0
-        frames = [np.roll(self._texture, start + n, axis=1) + light for n in range(4)]
-        return np.stack(frames).astype(np.uint8)
-
-
-class FakeGenerator:
-    height, width, fps, frames_per_step = HEIGHT, WIDTH, 24, 4
-    themes = ("a meadow of blocks", "a desert of blocks")
-    sample_prompt = themes[0]
-    step_seconds = 0.0
-    driven_by = "camera"
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.streams = []
-
-    def sample_image(self):
-        path = self.folder / "sample.png"
-        Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 30)).save(path)
-        return path
-
-    def open(self, first_frame, prompt, seed=0):
-        self.streams.append(FakeStream(self, first_frame, prompt, seed))
-        return self.streams[-1]
+from ...progress import finish, wait_until
+from .fake_generator import HEIGHT, WIDTH, FakeGenerator, script
 
 
 @pytest.fixture
@@ -84,16 +44,6 @@ def decode(path):
 
 def run(*arguments):
     return main([str(argument) for argument in arguments])
-
-
-def script(*arguments, step_seconds=0.0, **options):
-    """The command with the fake generator in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, __file__, *map(str, arguments)],
-        env={**os.environ, "STEP_SECONDS": str(step_seconds)},
-        stderr=subprocess.PIPE,
-        **options,
-    )
 
 
 def test_out_is_enough(generator, capsys):
@@ -122,7 +72,7 @@ def test_all_options_reach_the_stream(generator, capsys):
     assert np.abs(stream.first_frame.astype(int) - (1, 2, 3)).max() <= 2
     assert decode("a.mp4")[0].shape == (80, 128, 3)
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == ("photo.jpg: 400 x 160 picture cropped to 256 x 160 and resized to 128 x 80")
+    assert said[0] == ("photo.jpg: 400 x 160 image cropped to 256 x 160 and resized to 128 x 80")
 
 
 @pytest.mark.parametrize("seconds, frames", [(0.01, 5), (0.5, 13), (1, 25), (1.24, 29), (2, 49)])
@@ -140,7 +90,7 @@ def test_png_folder(generator):
 
 def test_raw_frames_go_to_a_pipe(tmp_path):
     process = script("generate", "--seconds", 0.5, "--out", "-", stdout=subprocess.PIPE)
-    raw, said = process.communicate(timeout=60)
+    raw, said = finish(process)
     assert process.returncode == 0
     frames = np.frombuffer(raw, np.uint8).reshape(13, HEIGHT, WIDTH, 3)
     assert (frames[0] == (90, 120, 30)).all()
@@ -155,18 +105,16 @@ def test_a_reader_that_leaves_is_no_error():
     assert len(process.stdout.read(1000)) == 1000
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 0
+    finish(process)
+    assert process.returncode == 0
 
 
 def test_ctrl_c_leaves_a_video_that_plays(tmp_path):
     out = tmp_path / "a.mp4"
     process = script("generate", "--seconds", 600, "--out", out, step_seconds=0.01)
-    deadline = time.monotonic() + 60
-    while not out.exists() or out.stat().st_size < 100_000:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: out.exists() and out.stat().st_size >= 100_000, process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1].decode()
+    said = finish(process)[1].decode()
     assert process.returncode == 130
     frames = len(decode(out))
     assert frames % 4 == 1 and frames > 4
@@ -179,7 +127,7 @@ def test_full_disk_leaves_a_video_that_plays(tmp_path):
 
     out = tmp_path / "a.mp4"
     process = script("generate", "--seconds", 60, "--out", out, preexec_fn=small_disk)
-    said = process.communicate(timeout=60)[1].decode()
+    said = finish(process)[1].decode()
     assert process.returncode == 1
     frames = len(decode(out))
     assert frames > 0
@@ -189,7 +137,7 @@ def test_full_disk_leaves_a_video_that_plays(tmp_path):
 def test_full_pipe_is_said_in_one_line():
     with open("/dev/full", "wb") as full:
         process = script("generate", "--out", "-", stdout=full)
-        said = process.communicate(timeout=60)[1].decode()
+        said = finish(process)[1].decode()
     assert process.returncode == 1
     assert said == (
         "aapt: standard output: No space left on device: nothing was kept of standard output\n"
@@ -209,13 +157,19 @@ def test_full_disk_while_closing(generator, monkeypatch, capsys):
 
 BAD = [
     (["--image", "none.png"], "image: expected a PNG or JPEG file, got none.png: no such file"),
-    (["--image", "text.png"], "image: expected a PNG or JPEG file, got text.png: not a picture"),
+    (["--image", "text.png"], "image: expected a PNG or JPEG file, got text.png: not an image"),
     (["--image", "."], "image: cannot read .: Is a directory"),
     (["--seconds", "0"], "seconds: expected a finite number above 0, got 0"),
     (["--seconds", "-1"], "seconds: expected a finite number above 0, got -1"),
     (["--seconds", "nan"], "seconds: expected a finite number above 0, got nan"),
     (["--seconds", "inf"], "seconds: expected a finite number above 0, got inf"),
+    (["--seconds", "1e308"], "seconds: expected at most 1e+07, got 1e+308"),
     (["--seconds", "ten"], "Invalid value for '--seconds'"),
+    (["--image", 300 * "a"], "aaa: File name too long"),
+    (["--image", "pipe"], "image: expected a PNG or JPEG file, got pipe: a pipe or a device"),
+    (["--controls", "pipe"], "controls: expected a text file, got pipe: a pipe or a device"),
+    (["--controls", 300 * "a"], "aaa: File name too long"),
+    (["--out", 300 * "a" + ".mp4"], "aaa.mp4: File name too long"),
     (["--controls", "wlak"], "got 'wlak'; did you mean walk?"),
     (["--controls", "text.png"], "text.png: line 1: expected '<seconds> <keys>'"),
     (["--controls", "."], "controls: cannot read .: Is a directory"),
@@ -232,6 +186,7 @@ BAD = [
 @pytest.mark.parametrize("options, message", BAD)
 def test_bad_input_ends_in_one_line_and_2(generator, capsys, options, message):
     Path("text.png").write_text("hello\n")
+    os.mkfifo("pipe")
     out = [] if "--out" in options else ["--out", "a.mp4"]
     assert run("generate", *out, *options) == 2
     output = capsys.readouterr()
@@ -244,6 +199,91 @@ def test_unknown_model_names_the_known_ones(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("aapt: huge-world: expected a checkpoint folder or one of ")
     assert said.count("\n") == 1
+
+
+def test_paths_that_the_system_refuses_end_in_one_line_and_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    long = 300 * "a"
+    for arguments in [
+        ["generate", "--out", "a.mp4", "--model", long],
+        ["info", "--model", long],
+        ["bench", "stream", "--model", long],
+        ["encode", long, "--out", "o"],
+        ["encode", ".", "--out", long],
+        ["encode", ".", "--out", "o", "--model", long],
+        ["train", "paper-8b", "--latents", long],
+        ["train", "paper-8b", "--weights", long],
+        ["train", "tiny-world", "--out", long],
+        ["train", "vae-light", "--vae", long],
+        ["train", "wan-light", "--videos", long],
+        ["train", "vae-light", "--perceptual", long],
+        ["eval-vae", long],
+        ["eval-vae", "tiny-world", "--videos", long],
+        ["plot", long, "--out", "a.png"],
+        ["plot", ".", "--out", f"{long}/a.png"],
+    ]:
+        assert run(*arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert said.startswith("aapt: ") and said.count("\n") == 1, arguments
+        assert "File name too long" in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_locked_folder_is_named(tmp_path, monkeypatch, capsys):
+    """The system's answer is put in its place, because root may enter every folder."""
+    real = os.stat
+
+    def stat(path, *rest, **options):
+        if "locked" in os.fspath(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    for arguments in [
+        ["info", "--model", tmp_path / "locked" / "m"],
+        ["encode", tmp_path / "locked" / "v", "--out", tmp_path / "o"],
+        ["encode", tmp_path, "--out", tmp_path / "locked" / "o"],
+        ["generate", "--controls", tmp_path / "locked" / "c.txt", "--out", tmp_path / "a.mp4"],
+        ["generate", "--out", tmp_path / "locked" / "a.mp4"],
+    ]:
+        assert run(*arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert "locked" in said and "Permission denied" in said and said.count("\n") == 1
+
+
+def test_numbers_too_large_end_in_one_line_and_2(tmp_path, capsys):
+    for arguments, message in [
+        (["encode", tmp_path, "--out", "o", "--seconds", "1e308"], "seconds: expected at most"),
+        (["encode", tmp_path, "--out", "o", "--stride", "1e308"], "stride: expected at most"),
+        (["encode", tmp_path, "--out", "o", "--workers", 10**30], "Invalid value for '--workers'"),
+        (["eval-vae", "tiny-world", "--seconds", "1e308"], "seconds: expected at most"),
+        (["eval-vae", "tiny-world", "--threads", 10**30], "Invalid value for '--threads'"),
+        (["eval-vae", "tiny-world", "--clips", 10**30], "Invalid value for '--clips'"),
+        (["bench", "stream", "--threads", 10**30], "Invalid value for '--threads'"),
+        (["train", "paper-8b", "--plan", "--gpus", 10**30], "Invalid value for '--gpus'"),
+        (["train", "paper-8b", "--plan", "--context", 10**30], "Invalid value for '--context'"),
+    ]:
+        assert run(*arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+
+
+def test_a_prompt_that_is_cut_is_said(generator, capsys):
+    prompt = "a calm cinematic wide shot of snowy peaks"
+    assert run("generate", "--seconds", 0.2, "--prompt", prompt, "--out", "a.mp4") == 0
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "aapt: prompt: expected at most 24 bytes, got 41; only 'a calm cinematic wide sh' is read"
+    )
+    assert generator.streams[0].prompt == prompt
+
+
+def test_latents_are_sorted_by_the_names_of_sets():
+    """A name ends at the first "=", if it is a set's; all else is a path."""
+    given = ["736x416=/lr=1e-4/a", "736x416=b", "/lr=1e-4/c", "x=y", "plain"]
+    found = {
+        name: list(map(str, paths)) for name, paths in folders_by_set(given, "paper-8b").items()
+    }
+    assert found == {"736x416": ["/lr=1e-4/a", "b"], "": ["/lr=1e-4/c", "x=y", "plain"]}
 
 
 def test_missing_option_points_to_help(capsys):
@@ -269,12 +309,11 @@ def test_help_is_quick_and_has_examples(capsys):
 
 
 def test_train_runs_the_recipe(tmp_path, monkeypatch, capsys):
-
     calls = []
 
-    def record(recipe, out, stages, *, workers, report, habits, **options):
-        calls.append((recipe.name, out, stages, workers, habits.save_every))
-        assert options["parallel"].main and options["inputs"] == Inputs({}, None)
+    def record(recipe, out, stages, *, workers, report, options, **others):
+        calls.append((recipe.name, out, stages, workers, options.save_every))
+        assert others["parallel"].main and others["inputs"] == Inputs({}, None)
         report("diffusion: 1.0 min")
         return out / recipe.name
 
@@ -360,11 +399,3 @@ def test_bench_stream(tiny_world, capsys):
 def test_bench_stream_refuses_no_steps(capsys):
     assert run("bench", "stream", "--steps", 0) == 2
     assert "Invalid value for '--steps'" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    FakeGenerator.step_seconds = float(os.environ["STEP_SECONDS"])
-    with tempfile.TemporaryDirectory() as folder:
-        fake_generator = FakeGenerator(folder)
-        StreamingGenerator.from_pretrained = lambda name: fake_generator
-        sys.exit(main())

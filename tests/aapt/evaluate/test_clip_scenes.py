@@ -1,4 +1,4 @@
-"""Evaluation on encoded clips: any checkpoint, as long as the clips fit it."""
+"""Evaluation on encoded clips, for every kind of checkpoint that the clips fit."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.clip_reader import CutConfig
 from aapt.data.videos.encode import encode
 from aapt.evaluate import Measurement, evaluate
-from aapt.evaluate.clip_scenes import EncodedClips
+from aapt.evaluate.clip_scenes import ClipScenes
 from aapt.evaluate.drift_plot import plot_drift
-from aapt.evaluate.measure import Stretch, measure
+from aapt.evaluate.measure import MeasuredFrames, measure
 from aapt.evaluate.metrics import sharpness
-from aapt.evaluate.scenes import film_rollout
+from aapt.evaluate.scenes import roll_out_scenes
 from aapt.evaluate.windows import WINDOWS
 from aapt.model.conditioning import camera_rays
 from aapt.model.config import CameraConfig
@@ -49,7 +49,7 @@ def autoencoder(seed=0):
 
 
 def save_checkpoint(folder, motion, height=HEIGHT, fps=24, channels=None, seed=0):
-    """A random generator that is driven by one kind of motion, and what it is driven by matters."""
+    """Save a random generator whose output depends on one kind of motion."""
     camera = CAMERA if motion == "camera" else None
     config = replace(MODEL, condition_channels=CHANNELS[motion] if channels is None else channels)
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def save_checkpoint(folder, motion, height=HEIGHT, fps=24, channels=None, seed=0
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Three of them, each one clip, with everything that may move it."""
+    """Make three videos of one clip each, with a caption, camera motion and keypoints."""
     folder = tmp_path_factory.mktemp("videos")
     frames = 1 + 4 * LENGTH
     noise = np.random.default_rng(0).integers(0, 255, (3, frames, 8, 16, 3), dtype=np.uint8)
@@ -82,7 +82,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoded(videos, tmp_path_factory):
-    """A folder of clips for each kind of motion."""
+    """Encode the videos once for each kind of motion."""
     folders = {}
     for motion in CHANNELS:
         folders[motion] = tmp_path_factory.mktemp("latents") / motion
@@ -99,7 +99,7 @@ def checkpoints(tmp_path_factory):
 
 def scenes_of(folder, checkpoint, count=2, seed=0):
     generator = StreamingGenerator.from_pretrained(checkpoint)
-    return generator, EncodedClips(folder, {checkpoint: generator}, count, seed)
+    return generator, ClipScenes(folder, {checkpoint: generator}, count, seed)
 
 
 def quiet(checkpoint, out, latents, **settings):
@@ -127,20 +127,20 @@ def test_the_truth_is_what_the_autoencoder_makes_of_the_clips(encoded, checkpoin
     frames = [0, 3, 4, 31, 36, 47]  # the last is past the end
     with torch.no_grad():
         expected = to_pixels(generator.vae.decode(scenes.latents))[:, frames[:-1]]
-    films, statistics = scenes.film(generator, frames, WINDOWS, nullcontext)
-    assert list(films) == ["truth"] and films["truth"].frames == frames[:-1]
-    assert (films["truth"].pixels.int() - expected.int()).abs().max() <= 1
+    made, statistics = scenes.truth(generator, frames, WINDOWS, nullcontext)
+    assert list(made) == ["truth"] and made["truth"].numbers == frames[:-1]
+    assert (made["truth"].pixels.int() - expected.int()).abs().max() <= 1
     (first,) = statistics  # no other window is covered
     deviation = scenes.latents[:, :, 1:9].transpose(1, 2).flatten(2).double().std(dim=-1)
     torch.testing.assert_close(first[..., 1].double(), deviation, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("motion", CHANNELS)
-def test_a_rollout_has_the_motion_of_its_clip_over_and_over(encoded, checkpoints, motion):
-    """Against the training rollout on the clip's channels, put one after the other."""
+def test_a_rollout_repeats_the_motion_of_its_clip(encoded, checkpoints, motion):
+    """Compare with the training rollout on the clip's channels, repeated."""
     generator, scenes = scenes_of(encoded[motion], checkpoints[motion])
     steps = LENGTH + 3
-    film, statistics = film_rollout(generator, scenes, steps, range(1 + 4 * steps), seed=0)
+    found, statistics = roll_out_scenes(generator, scenes, steps, range(1 + 4 * steps), seed=0)
 
     model, clips = generator.model, LatentShards(encoded[motion], camera=generator.model.camera)
     motions = clips.whole(scenes.numbers).motion
@@ -160,18 +160,18 @@ def test_a_rollout_has_the_motion_of_its_clip_over_and_over(encoded, checkpoints
     made = torch.cat([first, rollout.roll(torch.cat(noise, dim=2), condition).output], dim=2)
     with torch.no_grad():
         expected = to_pixels(generator.vae.decode(made))
-    assert (film.pixels.int() - expected.int()).abs().max() <= 1
+    assert (found.pixels.int() - expected.int()).abs().max() <= 1
     deviation = made.transpose(1, 2).flatten(2).std(dim=-1)
     torch.testing.assert_close(statistics[..., 1], deviation, atol=1e-4, rtol=1e-4)
 
 
-def test_past_the_clip_its_last_frames_stand_for_the_truth(encoded, checkpoints):
-    """What compares frame with frame is only there within the clip."""
+def test_after_the_clip_its_last_frames_are_the_truth(encoded, checkpoints):
+    """Metrics of paired frames exist only within the clip."""
     _, scenes = scenes_of(encoded["none"], checkpoints["none"])
     random = torch.Generator().manual_seed(0)
     real = torch.randint(0, 256, (2, 32, HEIGHT, WIDTH, 3), generator=random, dtype=torch.uint8)
     dim = torch.cat([real[:, :1], real], dim=1) // 2
-    truth, (within, beyond, *_) = Stretch.of(real), WINDOWS
+    truth, (within, beyond, *_) = MeasuredFrames.of(real), WINDOWS
     found = measure(dim, truth, None, scenes, within)
     error = ((real - dim[:, 1:]).double() ** 2).mean().item()
     assert found.psnr == pytest.approx(10 * math.log10(255**2 / error))

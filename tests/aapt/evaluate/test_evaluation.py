@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import pwd
+import tempfile
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -18,8 +21,7 @@ from aapt.data.tiny_world.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
 from aapt.evaluate import evaluate
 from aapt.evaluate.drift_plot import plot_drift
 from aapt.evaluate.evaluation import cache_folder
-from aapt.evaluate.footage import Footage, latent_statistics
-from aapt.evaluate.measure import Stretch, measure, timeline
+from aapt.evaluate.measure import MeasuredFrames, measure, timeline
 from aapt.evaluate.metrics import (
     correlation,
     gain,
@@ -39,9 +41,10 @@ from aapt.evaluate.motion_probe import (
     shrink_triples,
     train_probe,
 )
-from aapt.evaluate.scenes import film_rollout
-from aapt.evaluate.windows import WINDOWS, drift_frames, nearest
-from aapt.evaluate.world_scenes import Walks, film_truth, held_out_starts, theme_footage
+from aapt.evaluate.scenes import roll_out_scenes
+from aapt.evaluate.video_frames import VideoFrames, latent_statistics
+from aapt.evaluate.windows import WINDOWS, drift_frames, shifted_inside
+from aapt.evaluate.world_scenes import WorldScenes, held_out_starts, render_truth, theme_frames
 from aapt.media.contact_sheet import contact_sheet
 from aapt.model.config import CameraConfig, ModelConfig, SamplingConfig
 from aapt.model.world_model import WorldModel
@@ -67,7 +70,7 @@ MODEL = ModelConfig(
 
 
 def plain(sky, ground, starts=1, frames=2):
-    """Videos of two colours, the sky above the middle."""
+    """Make videos of two colours, the sky above the middle."""
     video = torch.empty(starts, frames, HEIGHT, WIDTH, 3, dtype=torch.uint8)
     video[:, :, : HEIGHT // 2] = torch.tensor(sky, dtype=torch.uint8)
     video[:, :, HEIGHT // 2 :] = torch.tensor(ground, dtype=torch.uint8)
@@ -82,7 +85,7 @@ def noise(starts=2, frames=3):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random generator of 64x32, saved as a checkpoint folder."""
+    """Save a random generator of 64x32 as a checkpoint folder."""
     return save_checkpoint(tmp_path_factory.mktemp("random"))
 
 
@@ -149,7 +152,7 @@ def test_theme_kept_counts_the_nearest_references():
 def test_real_clips_keep_their_theme():
     themes = torch.arange(len(THEMES))
     clips = [sample_clip(40 + t, 3, theme=t, height=HEIGHT, width=WIDTH).video for t in range(6)]
-    references = palette(theme_footage(HEIGHT, WIDTH))
+    references = palette(theme_frames(HEIGHT, WIDTH))
     assert theme_kept(palette(torch.stack(clips)), references, themes) == 1.0
 
 
@@ -188,7 +191,7 @@ def test_a_mirrored_triple_turns_the_other_way():
 
 
 def test_matching_costs_by_hand():
-    """Of a cell that moves by (1, -3): every shift and every pixel in turn, in float64."""
+    """Try every shift and pixel of a cell that moves by (1, -3), in float64."""
     random = torch.Generator().manual_seed(0)
     start = torch.rand(1, 3, 16, 24, generator=random)
     triple = torch.cat([start, start.roll((1, -3), dims=(2, 3)), start], dim=1)
@@ -214,6 +217,30 @@ def test_a_short_training_already_reads_which_way_the_camera_turns():
     assert quality.yaw > 0.8
 
 
+def test_a_cache_that_fails_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(
+        UserWarning, match="motion probe: cannot be kept in .*cache: Not a directory"
+    ):
+        probe, quality = load_probe(tmp_path / "file" / "cache", SMALL_PROBE, HEIGHT, WIDTH)
+    kept, _ = load_probe(tmp_path, SMALL_PROBE, HEIGHT, WIDTH)
+    (path,) = tmp_path.glob("motion-probe-*.safetensors")
+    whole = path.read_bytes()
+    for broken, message in [
+        (whole[:-8], "expected .* bytes up to its end"),
+        (b"", "expected a safetensors header"),
+        (whole.replace(b'"quality"', b'"qualitx"'), r"expected the probe's quality \(2,\)"),
+    ]:
+        path.write_bytes(broken)
+        with pytest.warns(
+            UserWarning, match=f"motion probe: expected one in the cache, .*{message}"
+        ):
+            again, same = load_probe(tmp_path, SMALL_PROBE, HEIGHT, WIDTH)
+        assert same == quality and path.read_bytes() == whole
+    video = noise(1, 9)[0]
+    assert torch.equal(again.estimate(video), probe.estimate(video))
+
+
 def test_a_probe_is_trained_once_per_configuration(tmp_path, monkeypatch):
     probe, quality = load_probe(tmp_path, SMALL_PROBE, HEIGHT, WIDTH)
     monkeypatch.setattr("aapt.evaluate.motion_probe.train_probe", lambda *_: pytest.fail("again"))
@@ -232,10 +259,10 @@ def test_the_probe_refuses_other_videos():
             probe.estimate(torch.zeros(shape, dtype=torch.uint8))
 
 
-# Starts and footage.
+# Starts and video frames.
 
 
-def test_starts_take_turns_in_the_themes_and_do_not_depend_on_their_number():
+def test_starts_go_through_the_themes_and_do_not_depend_on_their_number():
     starts = held_out_starts(8, 5, seed=0)
     assert [start.world.theme for start in starts] == [0, 1, 2, 3, 4, 5, 0, 1]
     assert starts[0].prompt in THEMES[0].prompts and starts[0].prompt != starts[6].prompt
@@ -244,23 +271,23 @@ def test_starts_take_turns_in_the_themes_and_do_not_depend_on_their_number():
     assert not torch.equal(held_out_starts(1, 5, seed=1)[0].poses, starts[0].poses)
 
 
-def test_footage_gives_frames_by_their_number():
+def test_video_frames_are_found_by_their_number():
     starts = held_out_starts(2, 3, seed=0)
-    film = film_truth(starts, [0, 4, 9], HEIGHT, WIDTH)
-    whole = film_truth(starts, range(13), HEIGHT, WIDTH)
-    assert torch.equal(film[[9, 0]], whole.pixels[:, [9, 0]])
+    some = render_truth(starts, [0, 4, 9], HEIGHT, WIDTH)
+    whole = render_truth(starts, range(13), HEIGHT, WIDTH)
+    assert torch.equal(some[[9, 0]], whole.pixels[:, [9, 0]])
     with pytest.raises(ValueError, match=r"kept, got \[5\]"):
-        film[[4, 5]]
+        some[[4, 5]]
 
 
 def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
-    """The batched rollout of a start against `StreamingGenerator` on the same noise."""
+    """Compare the batched rollout with `StreamingGenerator` on the same noise."""
     generator = StreamingGenerator.from_pretrained(checkpoint)
     starts = held_out_starts(2, 6, seed=0)
-    first = film_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
-    scenes = Walks(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
-    film, statistics = film_rollout(generator, scenes, 6, range(25), seed=0)
-    assert film.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and statistics.shape == (2, 7, 2)
+    first = render_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
+    scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
+    found, statistics = roll_out_scenes(generator, scenes, 6, range(25), seed=0)
+    assert found.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and statistics.shape == (2, 7, 2)
 
     from aapt.model.conditioning import Control
 
@@ -269,23 +296,23 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
     for yaw, forward in starts[1].controls.tolist():
         frames.append(stream.step(Control(yaw, forward)))
     expected = torch.from_numpy(np.concatenate(frames))
-    assert (film.pixels[1].int() - expected.int()).abs().max() <= 1
+    assert (found.pixels[1].int() - expected.int()).abs().max() <= 1
 
 
 def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint, tmp_path):
-    """One step from noise without guidance is the one pass of a generator without clamp."""
+    """One step from noise without guidance is the single pass of a generator without clamp."""
     generator = StreamingGenerator.from_pretrained(checkpoint)
-    scenes = Walks(held_out_starts(2, 3, seed=0), {"": generator}, SMALL_PROBE, tmp_path)
+    scenes = WorldScenes(held_out_starts(2, 3, seed=0), {"": generator}, SMALL_PROBE, tmp_path)
     model = generator.model.transformer
     model.config = replace(model.config, output_clamp=None)
     for name, parameter in model.named_parameters():
         if "modulation" in name or "video_out" in name:  # so that time and prompt matter
             torch.nn.init.normal_(parameter, std=0.2)
-    films = []
+    videos = []
     for sampling in (None, (1, 6.0, 1.0), (2, 6.0, 1.0), (2, 6.0, 4.0)):
         generator.sampling = SamplingConfig(*sampling) if sampling else None
-        films.append(film_rollout(generator, scenes, 3, range(13), seed=0)[0].pixels.int())
-    one_pass, one_step, two_steps, guided = films
+        videos.append(roll_out_scenes(generator, scenes, 3, range(13), seed=0)[0].pixels.int())
+    one_pass, one_step, two_steps, guided = videos
     assert (one_pass - one_step).abs().max() <= 1
     assert (two_steps - one_step).abs().max() > 10 and (guided - two_steps).abs().max() > 10
 
@@ -312,10 +339,10 @@ def test_the_sheet_shows_enlarged_frames_in_their_places():
 def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     starts = held_out_starts(2, 8, seed=0)
     window = WINDOWS[0]
-    truth = film_truth(starts, window.frames, HEIGHT, WIDTH).pixels
+    truth = render_truth(starts, window.frames, HEIGHT, WIDTH).pixels
     generators = {checkpoint: StreamingGenerator.from_pretrained(checkpoint)}
-    scenes = Walks(starts, generators, SMALL_PROBE, tmp_path)
-    real = Stretch.of(truth[:, 1:])
+    scenes = WorldScenes(starts, generators, SMALL_PROBE, tmp_path)
+    real = MeasuredFrames.of(truth[:, 1:])
     found = measure(truth, real, None, scenes, window)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
     assert found.psnr is None and found.latent_deviation is None
@@ -335,11 +362,11 @@ def test_latent_statistics_by_hand():
     assert deviation.tolist() == pytest.approx([0, *expected])
 
 
-def test_frames_past_the_end_are_stood_for_by_the_last_ones():
-    assert nearest(range(0, 5), steps=2) == [0, 1, 2, 3, 4]
-    assert nearest((47, 48), steps=2) == [7, 8]
-    assert nearest(range(4, 13), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    assert nearest(range(40, 61), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+def test_frames_after_the_end_are_replaced_by_the_last_ones():
+    assert shifted_inside(range(0, 5), steps=2) == [0, 1, 2, 3, 4]
+    assert shifted_inside((47, 48), steps=2) == [7, 8]
+    assert shifted_inside(range(4, 13), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert shifted_inside(range(40, 61), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_timeline_finds_the_second_that_is_wrong():
@@ -347,15 +374,15 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     seconds = [1, 2, 3]
     frames = [frame for second in seconds for frame in drift_frames(second)]
     assert frames == [23, 24, 47, 48, 71, 72]
-    truth = film_truth(starts, frames, HEIGHT, WIDTH)
+    truth = render_truth(starts, frames, HEIGHT, WIDTH)
     pixels = truth.pixels.clone()
     pixels[:, 2:4] = pixels[:, 2:4].flip(0) // 2  # other themes, and darker
     latents = torch.tensor([[[0.1, 1.0], [0.2, 0.5], [0.3, 2.0]]]).expand(6, 3, 2)
-    film, true = (
-        [Stretch.of(footage[drift_frames(second)]) for second in seconds]
-        for footage in (Footage(frames, pixels), truth)
+    made, true = (
+        [MeasuredFrames.of(source[drift_frames(second)]) for second in seconds]
+        for source in (VideoFrames(frames, pixels), truth)
     )
-    found, real = (timeline(source, true, seconds, latents) for source in (film, true))
+    found, real = (timeline(source, true, seconds, latents) for source in (made, true))
     assert found.seconds == seconds and found.latent_deviation == [1.0, 0.5, 2.0]
     assert found.latent_offset == pytest.approx([0.1, 0.2, 0.3])
     assert found.sharpness[::2] == [1.0, 1.0] and found.sharpness[1] == pytest.approx(0.5, abs=0.05)
@@ -363,14 +390,14 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     assert found.feature_distance[::2] == real.feature_distance[::2]
     assert found.feature_distance[1] > real.feature_distance[1] + 0.2
 
-    longer = timeline(film, true[:1], seconds, latents)
+    longer = timeline(made, true[:1], seconds, latents)
     assert longer.palette_error == [0.0, None, None] and longer.feature_distance[0] == 0
-    assert longer.sharpness == [clips.sharpness / true[0].sharpness for clips in film]
+    assert longer.sharpness == [frames.sharpness / true[0].sharpness for frames in made]
 
 
 @pytest.fixture(scope="module")
 def evaluation(checkpoint, tmp_path_factory):
-    """Three checkpoints for two seconds: the report, its folder and what was logged."""
+    """Evaluate three checkpoints for two seconds: the report, its folder and the log."""
     folder, lines = tmp_path_factory.mktemp("evaluation"), []
     checkpoints = [checkpoint]
     checkpoints += [save_checkpoint(folder / n, seed=1) for n in ("baseline", "other/baseline")]
@@ -453,7 +480,7 @@ def test_bad_checkpoints_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"quick: expected the world's yaw step.*got \(0\.052"):
         evaluate([quick], tmp_path, **short)
     tall = save_checkpoint(tmp_path / "tall", height=2 * HEIGHT)
-    with pytest.raises(ValueError, match="checkpoints: expected one picture size, got .*32, 64"):
+    with pytest.raises(ValueError, match="checkpoints: expected one image size, got .*32, 64"):
         evaluate([checkpoint, tall], tmp_path, **short)
     with pytest.raises(ValueError, match="expected different paths, got"):
         evaluate([checkpoint, checkpoint], tmp_path, **short)
@@ -468,13 +495,26 @@ def test_the_probe_is_kept_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "aapt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard says to ignore
+    assert cache_folder() == tmp_path / ".cache" / "aapt"
+
+
+def test_a_user_without_a_home_has_a_cache_among_temporary_files(tmp_path, monkeypatch):
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_folder() == tmp_path / f"aapt-{os.getuid()}"
 
 
 # The command.
 
 
 def test_the_command_prints_a_table(checkpoint, evaluation, tmp_path, capsys, monkeypatch):
-    """Of the same numbers as before, since nothing but seeds decides them."""
+    """The numbers are those of `evaluation`, because only seeds decide them."""
     before, folder, _ = evaluation
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
@@ -515,22 +555,38 @@ def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monke
 
 
 class MeanColour(torch.nn.Module):
-    def forward(self, pictures: torch.Tensor):
-        return pictures.float().mean(dim=(2, 3))
+    def forward(self, images: torch.Tensor):
+        return images.float().mean(dim=(2, 3))
 
 
-def test_the_command_says_what_is_wrong_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+def test_the_command_says_what_is_wrong_in_one_line(checkpoint, tmp_path, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for arguments, code, message in [
         (["nowhere", "--out", "a"], 2, "nowhere: expected a checkpoint folder"),
         ([checkpoint, "--starts", "0", "--out", "a"], 2, "starts: expected 1 to 1000, got 0"),
         ([checkpoint, "--seconds", "nan", "--out", "a"], 2, "seconds: expected at least 1.33"),
         ([checkpoint, "--fvd", "no.pt", "--out", "a"], 2, "fvd: expected a TorchScript file"),
         ([checkpoint, "--device", "disk", "--out", "a"], 2, "device: cannot use disk: "),
-        ([checkpoint, "--out", tmp_path / "file"], 1, "File exists"),
-        ([checkpoint, "--out", tmp_path / "a"], 1, "Not a directory"),  # the cache
+        ([checkpoint, "--seconds", "1e308", "--out", "a"], 2, "seconds: expected at most 1e+07"),
+        ([checkpoint, "--seed", 2**64, "--out", "a"], 2, "Invalid value for '--seed'"),
+        ([checkpoint, "--fid", 300 * "a", "--out", "a"], 2, "fid: cannot read aaa"),
+        ([300 * "a", "--out", "a"], 2, "aaa: cannot be read: File name too long"),
+        ([checkpoint, "--out", tmp_path / "file"], 2, "out: expected a folder that can be written"),
+        ([checkpoint, "--out", tmp_path / "file/a"], 2, "out: expected a folder that can be writ"),
+        ([checkpoint, "--out", 300 * "a"], 2, "aaa: File name too long"),
     ]:
         assert main(["eval", *map(str, arguments)]) == code
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
+
+
+def test_the_command_needs_no_cache(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    options = ["--starts", "1", "--seconds", "1.4", "--out", str(tmp_path / "out")]
+    assert main(["eval", str(checkpoint), *options]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("aapt: motion probe: cannot be kept in ")
+    assert said[1].startswith("motion probe: ")
+    assert (tmp_path / "out" / "report.json").is_file()

@@ -1,4 +1,4 @@
-"""Distances in feature space: named features, and networks that the user brings."""
+"""Distances in feature space: named features, and the user's networks."""
 
 import builtins
 import math
@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 40, 64
 
 @pytest.fixture(scope="module")
 def real():
-    """Clips of two frames from all themes: (72, 2, H, W, 3)."""
+    """Render clips of two frames from all themes: (72, 2, H, W, 3)."""
     videos = [
         sample_clip(70 + i, 10, theme=i % len(THEMES), height=HEIGHT, width=WIDTH).video
         for i in range(12)
@@ -29,7 +29,7 @@ def real():
 
 
 def each_frame(clips, change):
-    """A change of pictures (N, 3, H, W) in 0 to 255 on every frame."""
+    """Change every frame as an image (N, 3, H, W) in 0 to 255."""
     frames = clips.flatten(0, 1).permute(0, 3, 1, 2).float()
     changed = change(frames).round().clamp(0, 255).to(torch.uint8)
     return changed.permute(0, 2, 3, 1).unflatten(0, clips.shape[:2])
@@ -59,7 +59,7 @@ def tiled(clips, width):
 
 
 def frozen(clips, share):
-    """Some of the clips stand still."""
+    """Let a share of the clips stand still."""
     clips = clips.clone()
     still = round(share * len(clips))
     clips[:still, 1] = clips[:still, 0]
@@ -78,7 +78,7 @@ def frozen(clips, share):
     ],
 )
 def test_the_distance_grows_with_every_degradation(real, degrade, levels):
-    """Beside what chance gives: half of the clips from all of them, and the whole from itself."""
+    """Compare with the distance by chance: half of the clips from all of them."""
     features = describe(real)
     chance = feature_distance(features[::2], features)
     found = [feature_distance(describe(degrade(real, level)), features) for level in levels]
@@ -87,7 +87,7 @@ def test_the_distance_grows_with_every_degradation(real, degrade, levels):
 
 
 def test_features_have_names():
-    """Two colours over one another: all is still but the edge between them."""
+    """Check two colours, one above the other: only the edge between them changes."""
     clip = torch.zeros(1, 2, 48, 64, 3, dtype=torch.uint8)
     clip[:, :, 24:] = torch.tensor([255, 102, 0], dtype=torch.uint8)
     (features,) = describe(clip)
@@ -131,9 +131,9 @@ def test_feature_distance_against_numpy():
 
 
 class OfFrames(nn.Module):
-    def forward(self, pictures: torch.Tensor, return_features: bool = False):
+    def forward(self, images: torch.Tensor, return_features: bool = False):
         assert return_features
-        return pictures.float().mean(dim=(2, 3)) / 255
+        return images.float().mean(dim=(2, 3)) / 255
 
 
 class OfClips(nn.Module):
@@ -150,8 +150,8 @@ class OfClips(nn.Module):
 
 
 class OfNothing(nn.Module):
-    def forward(self, pictures: torch.Tensor):
-        return pictures.float()
+    def forward(self, images: torch.Tensor):
+        return images.float()
 
 
 def save(folder, network):
@@ -162,7 +162,7 @@ def save(folder, network):
 
 
 def frechet(a, b):
-    """The distance of two Gaussians through the eigenvalues of the product of covariances."""
+    """Compute the distance of two Gaussians by eigenvalues of the product of covariances."""
     a, b = a.double().numpy(), b.double().numpy()
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     roots = np.sqrt(np.linalg.eigvals(first @ second).astype(complex)).real.sum()
@@ -197,9 +197,11 @@ def test_fvd_of_clips_of_sixteen_frames(tmp_path):
     assert fvd.frames == 16 and fvd(made[:, :15], true[:, :15]) is None
 
 
-def test_files_that_are_no_network_are_refused(tmp_path):
+def test_files_without_a_network_are_refused(tmp_path):
     with pytest.raises(ValueError, match="fid: expected a TorchScript file, got .*no such file"):
         PretrainedDistance("fid", tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="fid: expected a TorchScript file, got .*: File name too"):
+        PretrainedDistance("fid", tmp_path / (300 * "a"))
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match=r"fvd: expected a TorchScript file, got .*text\.pt"):
         PretrainedDistance("fvd", tmp_path / "text.pt")
@@ -223,5 +225,5 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
         return real_import(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without_torchmetrics)
-    with pytest.raises(MissingLibrary, match=r"which fid needs: pip install 'aapt\[train\]'"):
+    with pytest.raises(MissingLibrary, match=r"installed, for fid; pip install 'aapt\[train\]'"):
         PretrainedDistance("fid", tmp_path)

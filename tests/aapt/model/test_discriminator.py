@@ -55,7 +55,7 @@ def test_tokens_can_count_alike():
 
 
 def test_taps_sit_at_the_papers_depths():
-    """16, 26 and 36 of 36 blocks (SPEC 12)."""
+    """16, 26 and 36 of 36 blocks (docs/method.md#12)."""
     with torch.device("meta"):
         world = WorldModel(dataclasses.replace(aapt_8b(), width=128, heads=1), camera=None)
         assert Discriminator(world).taps == [15, 25, 35]

@@ -124,7 +124,8 @@ def test_no_recycling_uses_the_user_frame_alone():
 
 
 def test_outputs_become_velocities_and_clean_frames():
-    """v = net, or x_t - x_prev - net; x_0 = x_t - t v, softly clamped (SPEC 2, 7, 12)."""
+    """v = net, or x_t - x_prev - net; x_0 = x_t - t v, softly clamped (docs/method.md#2, #7 and
+    #12)."""
     output, x_t, recycled = latents(3), latents(3), latents(3)
     t = torch.tensor([0.25, 1.0]).double()
     plain, residual = CONFIG, dataclasses.replace(CONFIG, residual_head=True)
@@ -184,8 +185,8 @@ def gradients(model) -> dict[str, Tensor]:
     [((6,), "clamped"), ((4, 3), "clamped"), ((4, 1, 3), "absolute")],
 )
 def test_student_forcing_gradient_equals_the_recurrent_one(segments, sink_distance):
-    """SPEC 8: two passes give the value and the gradient of back-propagating through the cached
-    rollout, in one segment and over several with the visual past detached in between.
+    """docs/method.md#8: two passes give the value and the gradient of back-propagating through the
+    cached rollout, in one segment and over several with the visual past detached in between.
 
     The recurrent reference is written out here, frame by frame with plain softmax. Text is
     embedded anew with gradient in every segment, and every recycled frame is detached.
@@ -243,7 +244,7 @@ def test_checkpointing_changes_nothing():
 
 
 def test_aapt_8b_has_the_papers_size():
-    """SPEC 2: 8.15 B in the block matrices of both streams, 8.2-8.35 B in all."""
+    """docs/method.md#2: 8.15 B in the block matrices of both streams, 8.2-8.35 B in all."""
     with torch.device("meta"):
         model = VideoTransformer(aapt_8b())
     matrices = sum(

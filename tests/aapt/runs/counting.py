@@ -1,6 +1,4 @@
-"""Clips and models that count: latent i of clip c is 100 c + i, so that every value says where it
-comes from.
-"""
+"""Clips and models that count: frame i of clip c is 100 c + i, so that a value names its source."""
 
 from collections.abc import Callable
 
@@ -22,7 +20,7 @@ def model() -> WorldModel:
 
 
 def counting_clips(length: int = 12) -> LatentClips:
-    """Clip c of four has latents 100 c + i, controls (n + 1) / 100 and a prompt of c bytes."""
+    """Clip c of four has frames 100 c + i, controls (n + 1) / 100 and a prompt of c bytes."""
     frame = 100.0 * torch.arange(4)[:, None] + torch.arange(length)
     motion = torch.arange(1, length) / 100
     return LatentClips(
@@ -33,14 +31,16 @@ def counting_clips(length: int = 12) -> LatentClips:
 
 
 def value(x: Tensor) -> Tensor:
-    """The numbers that frames (B, C, T, H, W) are filled with, (B, T)."""
+    """The numbers (B, T) with which frames (B, C, T, H, W) are filled."""
     torch.testing.assert_close(x, x[:, :1, :, :1, :1].expand_as(x), rtol=0, atol=1e-4)
     return x[:, 0, :, 0, 0].detach()
 
 
 def assert_drives(condition: Tensor, rows: Tensor) -> None:
-    """`condition` is made of the controls that drive latents `rows` (B, T) of counted clips. One
-    row more or less moves it by 0.014; stages make it in half precision."""
+    """Check that `condition` is made of the controls of frames `rows` (B, T) of counted clips.
+
+    A wrong row moves it by 0.014. Stages compute it in half precision.
+    """
     motion = (rows % 100 / 100)[..., None].expand(-1, -1, 2)
     expected = control_rays(motion, CAMERA, *SIZE)
     torch.testing.assert_close(condition, expected, rtol=0, atol=2e-3)
@@ -52,7 +52,7 @@ def prompted(frames: Tensor) -> list[str]:
 
 
 def counting_model(*increments: float) -> WorldModel:
-    """One step adds `increments` to the recycled frame, by channel, whatever else it is given."""
+    """A model that adds `increments`, by channel, to the recycled frame, whatever else it gets."""
     net = tiny_model(depth=1, residual_head=True).float()
     out = net.transformer.video_out
     nn.init.zeros_(out.weight)
@@ -62,7 +62,7 @@ def counting_model(*increments: float) -> WorldModel:
 
 
 class Recorder(nn.Module):
-    """A transformer that remembers what it was given and answers gain x_t."""
+    """A transformer that records its arguments and returns gain * x_t."""
 
     def __init__(self, gain: float):
         super().__init__()
@@ -81,8 +81,10 @@ def recorded(gain: float, **changes) -> WorldModel:
 
 
 def recovered_noise(x_t: Tensor, recycled: Tensor, t: Tensor) -> Tensor:
-    """The noise in x_t = (1 - t) x_0 + t e, where x_0 of counted clips is recycled + 1. Any other
-    x_0 or t would leave a multiple of x_0, which is in the hundreds, in it."""
+    """The noise e in x_t = (1 - t) x_0 + t e, where x_0 of counted clips is recycled + 1.
+
+    Another x_0 or t would leave a multiple of x_0, which is in the hundreds.
+    """
     t = t[:, None, None, None, None]
     noise = (x_t - (1 - t) * (recycled + 1)) / t
     assert noise.mean(dim=(1, 2, 3, 4)).abs().max() < 0.4
@@ -100,8 +102,8 @@ def train(stage, steps, data=None, seed=0):
     return metrics
 
 
-def judged_model() -> WorldModel:
-    """Stage-1 weights that nothing can take for the generator's."""
+def diffusion_weights() -> WorldModel:
+    """Weights of stage 1 that differ from the generator's everywhere."""
     diffusion = model()
     with torch.no_grad():
         diffusion.text_encoder.embedding.weight.add_(1)
@@ -111,7 +113,7 @@ def judged_model() -> WorldModel:
 def adversarial_stage(
     generator: WorldModel | None = None, place: Callable | None = None, **changes
 ) -> Adversarial:
-    """A small stage; `place` is done to both networks first."""
+    """A small stage; `place` is called with each of its networks first."""
     options = {
         "clips": "clips",
         "steps": 4,
@@ -123,8 +125,8 @@ def adversarial_stage(
         **changes,
     }
     config = AdversarialConfig(**options)
-    judge = Discriminator(judged_model(), config.judgement, config.pooling)
-    networks = generator or model(), judge
+    discriminator = Discriminator(diffusion_weights(), config.judgement, config.pooling)
+    networks = generator or model(), discriminator
     if place:
         for network in networks:
             place(network)

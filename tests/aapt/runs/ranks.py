@@ -1,5 +1,8 @@
-"""Runs a function on several ranks of a gloo group, as torchrun would, but forked from one process
-that has imported everything: a rank starts in a tenth of a second instead of five."""
+"""Runs a function on several ranks of a gloo group, as torchrun would.
+
+Ranks are forked from one process that has imported everything, so that a rank starts in a tenth of
+a second instead of five.
+"""
 
 import multiprocessing
 import os
@@ -12,14 +15,17 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch.distributed as dist
 
-PATIENCE = 180  # seconds without a word from any rank
+from ...progress import Progress
+
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["torch._dynamo", "aapt.runs.state", "tests.aapt.helpers"])
 
 
 def run(world: int, function: Callable, *arguments) -> list:
-    """What `function(*arguments)` returns on every rank, or the signal that ended it. A rank that
-    raises fails the test, unless another one was killed, which breaks the connection between them.
+    """Return the result of `function(*arguments)` of every rank, or the signal that ended the rank.
+
+    A rank that raises fails the test, unless another rank was killed, which breaks the connection
+    between them. Ranks may take any time, as long as one of them works.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,10 +46,11 @@ def run(world: int, function: Callable, *arguments) -> list:
         processes.append(process)
         readers.append(reader)
     results: dict[int, object] = {}
+    progress = Progress(*(process.pid for process in processes))
     try:
         while len(results) < world:
-            ready = wait([r for i, r in enumerate(readers) if i not in results], PATIENCE)
-            assert ready, f"ranks: nothing from {set(range(world)) - set(results)}"
+            ready = wait([r for i, r in enumerate(readers) if i not in results], timeout=1)
+            progress.check()
             for reader in ready:
                 results[readers.index(reader)] = _result(reader, processes[readers.index(reader)])
     finally:

@@ -83,7 +83,7 @@ def test_runs_differ_in_colour_and_their_metrics_in_line():
     assert losses[0].get_linestyle() == losses[2].get_linestyle() != losses[1].get_linestyle()
 
 
-def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+def test_runs_are_named_by_the_ends_of_their_paths(tmp_path):
     for name in ("first/diffusion", "second/diffusion", "second/adversarial"):
         write(tmp_path / name, lines(3, loss=float))
     one = read_runs([tmp_path / "first" / "diffusion"])

@@ -1,4 +1,4 @@
-"""The inputs of a bad update, written and read again."""
+"""Inputs of a failed update are written and read again."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def test_all_that_an_update_drew_is_kept(tmp_path):
     assert facts["metrics"] == {"loss": "nan", "gradient": 2.0}
 
 
-def test_the_recorded_sets_give_what_the_sets_give():
+def test_recorded_sets_draw_the_same_batches():
     plain, recorded = clips(), RecordedSets({"a": clips()})
     plain.latents.copy_(recorded.sets["a"].latents)
     seen = recorded["a"].sample(draws(2), 3)

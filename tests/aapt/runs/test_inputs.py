@@ -1,4 +1,4 @@
-"""From a folder of videos to a checkpoint that streams, and runs that are given something else."""
+"""Runs on encoded clips: from videos to a checkpoint that streams, and inputs that changed."""
 
 import dataclasses
 import json
@@ -11,17 +11,24 @@ import torch
 from PIL import Image
 
 from aapt import StreamingGenerator
-from aapt.checkpoint import CheckpointError, read_tensors, save_module, write_json
+from aapt.checkpoint import (
+    CheckpointError,
+    file_digest,
+    read_tensors,
+    save_module,
+    write_json,
+)
 from aapt.commands.app import main
 from aapt.data.latent_shards import LatentShards, Mixture
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.clip_reader import CutConfig
 from aapt.data.videos.encode import encode
+from aapt.lock import folder_lock
 from aapt.model.conditioning import camera_rays
 from aapt.model.config import CameraConfig, ModelConfig
 from aapt.model.world_model import WorldModel
 from aapt.runs.inputs import ANY_SET, Inputs
-from aapt.runs.loop import Habits
+from aapt.runs.loop import RunOptions
 from aapt.runs.run import Run, run
 from aapt.training.curriculum import Curriculum, Phase, Source
 from aapt.training.optimization import Schedule
@@ -49,8 +56,10 @@ SIZES = (Bucket(48, 32), Bucket(96, 64), Bucket(32, 16))
 
 
 def recipe(**changes) -> Recipe:
-    """As `paper-8b`: latents come encoded, no camera, sets named by their size, one of them only
-    for the last stage."""
+    """A recipe like `paper-8b`: encoded latents, no camera, sets named by their size.
+
+    One set serves the last stage only.
+    """
     both = (Source("48x32", frames=2), Source("96x64", frames=1))
     curriculum = Curriculum((Phase(1, 2, both[:1]), Phase(1, 2, both)))
     stages = {
@@ -75,7 +84,7 @@ def vae(seed: int = 0) -> CausalVAE:
 
 
 def encoded(folder, seed: int = 0, weights: int = 0, latent_frames: int = 2):
-    """At every size three clips, or one of 4 latent frames after the first."""
+    """Encode three clips of every size, or one clip of 4 frames after the first."""
     noise = np.random.default_rng(seed).integers(0, 255, (27, 64, 96, 3), dtype=np.uint8)
     videos = folder / "videos"
     videos.mkdir(parents=True)
@@ -91,10 +100,10 @@ def latents(tmp_path_factory):
     return encoded(tmp_path_factory.mktemp("data"))
 
 
-def train(out, latents, weights=None, habits=None, stages=None, made=None):
+def train(out, latents, weights=None, options=None, stages=None, made=None):
     folders = latents if isinstance(latents, dict) else {ANY_SET: [latents]}
     inputs = Inputs(folders, weights)
-    quiet = {"report": lambda line: None, "habits": habits}
+    quiet = {"report": lambda line: None, "options": options}
     return run(made or recipe(), out, stages, inputs=inputs, **quiet)
 
 
@@ -103,7 +112,7 @@ def trained(latents, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("aapt.runs.run.SHEET_SECONDS", (0, 1))
-        return train(out, latents, habits=Habits(sample_every=1))
+        return train(out, latents, options=RunOptions(sample_every=1))
 
 
 def test_one_call_makes_every_set(latents):
@@ -118,7 +127,7 @@ def test_one_call_makes_every_set(latents):
 
 
 def test_captions_that_are_cut_are_counted_once(tmp_path):
-    """MODEL reads 11 bytes: "this is a" has 9, of 2 clips; that of b, of 1, gets more."""
+    """MODEL reads 11 bytes. The caption of two clips has 9; that of the third gets more."""
     latents = encoded(tmp_path)
     (tmp_path / "videos" / "b.txt").write_text("this is B, é")
     encode(tmp_path / "videos", vae(), tmp_path / "again", CutConfig((SIZES,), 2, stride=9))
@@ -134,7 +143,7 @@ def test_captions_that_are_cut_are_counted_once(tmp_path):
     both = Inputs({"48x32": [latents, tmp_path / "again"]})
     assert [both.long_captions("48x32", limit) for limit in (8, 9, 13)] == [(6, 6), (1, 6), (0, 6)]
     index = json.loads((latents / "index.json").read_text())
-    for bucket in index["buckets"].values():  # as older folders are
+    for bucket in index["buckets"].values():  # as in older folders
         del bucket["caption_bytes"]
     write_json(latents / "index.json", index)
     assert both.long_captions("48x32", 8) == (1 + 2, 6)
@@ -192,7 +201,7 @@ def test_a_model_that_skeletons_drive(latents, tmp_path):
         stream.step()
 
 
-def test_what_was_given_is_kept(trained, latents):
+def test_inputs_are_recorded(trained, latents):
     kept = json.loads((trained.parent / "inputs.json").read_text())
     assert kept["weights"] is None
     assert set(kept["latents"]) == {"48x32", "96x64", "32x16"}
@@ -201,7 +210,7 @@ def test_what_was_given_is_kept(trained, latents):
 
 
 def test_a_run_keeps_its_inputs(latents, tmp_path):
-    """Refused while a stage is to come, wherever the same inputs lie now."""
+    """Other inputs are refused while a stage needs them; unchanged inputs may move."""
     out, weights = tmp_path / "run", tmp_path / "start.safetensors"
     torch.manual_seed(0)
     save_module(weights, WorldModel(MODEL, None))
@@ -214,13 +223,13 @@ def test_a_run_keeps_its_inputs(latents, tmp_path):
         train(out, other, weights)
     (tmp_path / "made").rename(out / "diffusion" / "weights.safetensors")
     moved = shutil.copytree(latents, tmp_path / "moved")
-    train(out, {"32x16": [moved]}, stages=["adversarial"])  # no stage needs the others any more
+    train(out, {"32x16": [moved]}, stages=["adversarial"])  # no stage needs the other sets now
     kept = json.loads((out / "inputs.json").read_text())
     assert kept["weights"]["file"] == str(weights) and len(kept["latents"]) == 3
 
 
 def test_a_finished_run_needs_no_inputs(trained, latents):
-    """Unless its checkpoint is older than a result, or not whole."""
+    """It needs them if its checkpoint is older than a result, or not whole."""
     out, config = trained.parent, trained / "config.json"
     assert train(out, {}) == trained
     os.utime(config, (0, 0))
@@ -241,13 +250,13 @@ def test_sets_in_several_folders(latents, tmp_path):
     with pytest.raises(ValueError, match="latents: expected the folder with clips of 64x64, got "):
         inputs.clips("64x64", None)
     with pytest.raises(
-        ValueError, match="latents: expected a bucket 64x64, or one for it, in .*, "
+        ValueError, match="latents: expected a bucket 64x64, or a single bucket, in .*, "
     ):
         Inputs({"64x64": [latents]}).clips("64x64", None)
 
 
 def test_a_set_of_short_clips_and_long_ones(latents, tmp_path):
-    """The long ones suffice for the windows that only they have; without them the set is named."""
+    """Long clips suffice for the longest windows; without long clips an error names the set."""
     curriculum = Curriculum((Phase(4, 2, (Source("48x32", frames=4, shortest=2),)),))
     made = recipe(stages={"diffusion": DiffusionConfig(curriculum, RATE)})
     with pytest.raises(
@@ -287,7 +296,7 @@ def test_a_stage_without_the_one_before(latents, tmp_path):
 
 
 def test_a_model_with_conditions_starts_from_one_without(tmp_path):
-    """What it makes of a condition that is zero is what the other made (SPEC 10)."""
+    """Under conditions of zero it computes what the other model computes (docs/method.md#10)."""
     torch.manual_seed(0)
     before = WorldModel(MODEL, None)
     for parameter in before.parameters():
@@ -329,7 +338,7 @@ def test_the_command_from_videos_to_a_checkpoint(latents, tmp_path, monkeypatch,
 
 
 def exploring(**changes) -> Recipe:
-    """As `paper-8b-camera`, stage 1 alone."""
+    """A recipe like stage 1 of `paper-8b-camera`."""
     camera = CameraConfig(1.0, 0.02, 1.0, 1.0, 1.0)
     model = dataclasses.replace(MODEL, condition_channels=camera.channels)
     stages = {"diffusion": recipe().stages["diffusion"]}
@@ -353,9 +362,9 @@ def travels(tmp_path_factory):
 
 
 def test_rays_are_scaled_to_the_clips(travels, tmp_path):
-    """To unit deviation over all of them, seen through the checkpoint's camera."""
-    habits = Habits(sample_every=None)
-    folder = train(tmp_path / "run", travels, made=exploring(), habits=habits)
+    """Through the checkpoint's camera, rays of all clips have unit deviation."""
+    options = RunOptions(sample_every=None)
+    folder = train(tmp_path / "run", travels, made=exploring(), options=options)
     camera = StreamingGenerator.from_pretrained(folder).model.camera
     assert camera.forward_step == 2 * camera.origin_deviation != 0
     rays = []
@@ -367,8 +376,8 @@ def test_rays_are_scaled_to_the_clips(travels, tmp_path):
             channels = camera_rays(motion[None], camera, height, width)[0]
             rays.append(channels.unflatten(0, (4, 2, 3)).square().mean(dim=(0, 2, 3, 4, 5)))
     torch.testing.assert_close(torch.stack(rays).mean(dim=0), torch.ones(2), atol=0.01, rtol=0)
-    # what the folder says holds, with the clips or without
-    assert train(tmp_path / "run", {}, made=exploring(), habits=habits) == folder
+    # A recorded camera holds, with the clips or without them.
+    assert train(tmp_path / "run", {}, made=exploring(), options=options) == folder
 
 
 def test_rays_of_clips_that_cannot_scale_them(latents, travels, tmp_path):
@@ -383,3 +392,86 @@ def test_rays_of_clips_that_cannot_scale_them(latents, travels, tmp_path):
     with pytest.raises(ValueError, match="expected a camera that moves and turns"):
         train(tmp_path / "run", tmp_path / "still", made=exploring())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def begun(latents, tmp_path):
+    """A run whose first stage has no result yet: its folder, latents and weights."""
+    weights, moved = tmp_path / "start.safetensors", tmp_path / "latents"
+    save_module(weights, WorldModel(MODEL, None))
+    shutil.copytree(latents, moved)
+    train(tmp_path / "run", moved, weights, stages=["diffusion"])
+    (tmp_path / "run" / "diffusion" / "weights.safetensors").unlink()
+    return tmp_path / "run", moved, weights
+
+
+def change(path) -> None:
+    """Change a byte of a file and, on file systems with coarse times as well, its time."""
+    data, time = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    data[-5] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(time + 1, time + 1))
+
+
+def test_a_shard_that_changed_is_noticed(begun):
+    """Its size did not change, and neither did the index."""
+    out, latents, weights = begun
+    shard = latents / "48x32" / "00000.safetensors"
+    change(shard)
+    with pytest.raises(
+        ValueError, match="48x32/00000.safetensors: expected the bytes .* got others; encode again"
+    ):
+        train(out, latents, weights)
+    assert not (out / "diffusion" / "weights.safetensors").exists()
+
+
+def test_a_shard_with_another_time_is_the_same_shard(begun, monkeypatch):
+    """Its bytes are compared once, and not again in the next run."""
+    out, latents, weights = begun
+    os.utime(latents / "48x32" / "00000.safetensors", (0, 0))
+    compared = []
+
+    def record(path):
+        compared.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr("aapt.runs.inputs.file_digest", record)
+    for _ in range(2):
+        train(out, latents, weights, stages=["diffusion"])
+        (out / "diffusion" / "weights.safetensors").unlink()
+    assert compared == ["00000.safetensors"]
+
+
+def test_weights_that_changed_are_noticed(begun):
+    out, latents, weights = begun
+    change(weights)
+    with pytest.raises(ValueError, match=r"weights: expected .* as before, got .*; train in ano"):
+        train(out, latents, weights)
+
+
+def test_a_record_of_an_older_version_is_completed(begun):
+    """An older record holds digests only."""
+    out, latents, weights = begun
+    record = json.loads((out / "inputs.json").read_text())
+    for parts in record["latents"].values():
+        for part in parts:
+            del part["stamp"]
+    whole = dict(record["weights"])
+    del record["weights"]["bytes"], record["weights"]["modified_ns"]
+    write_json(out / "inputs.json", record)
+    train(out, latents, weights, stages=["diffusion"])
+    record = json.loads((out / "inputs.json").read_text())
+    assert record["weights"] == whole and all("stamp" in p[0] for p in record["latents"].values())
+
+
+def test_a_second_run_in_the_folder_is_refused_at_once(trained, latents, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "small", recipe)
+    out = trained.parent
+    before = sorted(out.rglob("*"))
+    with folder_lock(out):
+        given = ["train", "small", "--latents", str(latents), "--out", str(out)]
+        assert main(given) == 2
+    said = capsys.readouterr()
+    expected = f"aapt: {out}: expected a folder in use by no other run, got one in use by process"
+    assert said.out == "" and said.err.startswith(expected) and said.err.count("\n") == 1
+    assert sorted(out.rglob("*")) == before

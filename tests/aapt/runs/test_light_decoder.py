@@ -1,4 +1,4 @@
-"""Making a light decoder for an autoencoder on disk, and comparing it with the original one."""
+"""Runs that train a light decoder for an existing autoencoder, and the comparison of both."""
 
 import json
 import math
@@ -17,8 +17,9 @@ from aapt.commands.app import main
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.pixel_clips import video_clips
 from aapt.evaluate.decoders import compare_decoders, flicker, ssim
+from aapt.lock import FolderInUse, folder_lock
 from aapt.runs.light_decoder import STAGE, run
-from aapt.runs.loop import Habits, TrainingError
+from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.training.optimization import Schedule
 from aapt.training.perceptual import PerceptualDistance
@@ -60,7 +61,7 @@ def movies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """Features (N, 2): means of the picture's halves, wrong unless asked as LPIPS is."""
+    """Features (N, 2): means of an image's halves, zero unless called with LPIPS's arguments."""
 
     class Halves(nn.Module):
         def forward(self, x, resize_images: bool = True, return_lpips: bool = False):
@@ -85,11 +86,11 @@ def weights(path, part=LIGHT):
 @pytest.fixture(scope="module")
 def made(folder, movies, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "light"
-    return make(folder, movies, out, habits=Habits(save_every=1, sample_every=1))
+    return make(folder, movies, out, options=RunOptions(save_every=1, sample_every=1))
 
 
 def test_both_decoders_are_exported(made, folder):
-    """The original as it was, the light one with the same encoder, bit for bit."""
+    """The original does not change, and the light decoder has its encoder, bit for bit."""
     config = load_config(made)
     assert config["name"] == "mine"
     assert config["vae"] == json.loads(json.dumps(asdict(lighter(SHAPE))))
@@ -116,8 +117,8 @@ def test_a_finished_run_is_only_exported(made, folder, movies):
     assert lines == [f"{STAGE}: already done"]
 
 
-def test_a_checkpoint_with_a_light_decoder_stands_for_its_original(made, movies):
-    """Even where the new one goes: the run is still of the same autoencoder."""
+def test_a_checkpoint_with_a_light_decoder_also_has_its_original(made, movies):
+    """A run accepts it instead of the original's folder, even as its own export."""
     before = weights(made)
     assert make(made, movies, made.parent) == made
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(made).items())
@@ -126,8 +127,8 @@ def test_a_checkpoint_with_a_light_decoder_stands_for_its_original(made, movies)
 
 def test_an_interrupted_run_ends_bit_for_bit_where_a_whole_one_does(folder, movies, tmp_path):
     recipe = small_recipe(steps=3)
-    habits = Habits(save_every=1, sample_every=None)
-    whole = make(folder, movies, tmp_path / "whole", recipe, habits=habits)
+    options = RunOptions(save_every=1, sample_every=None)
+    whole = make(folder, movies, tmp_path / "whole", recipe, options=options)
 
     def stop(done):
         raise KeyboardInterrupt
@@ -135,14 +136,32 @@ def test_an_interrupted_run_ends_bit_for_bit_where_a_whole_one_does(folder, movi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("aapt.runs.light_decoder._sampler", lambda *_: stop)
         with pytest.raises(KeyboardInterrupt):
-            make(folder, movies, tmp_path / "parts", recipe, habits=Habits(1, 2))
+            make(folder, movies, tmp_path / "parts", recipe, options=RunOptions(1, 2))
     assert (tmp_path / "parts" / STAGE / "states").is_dir()
     assert not (tmp_path / "parts" / STAGE / "weights.safetensors").exists()
-    parts = make(folder, movies, tmp_path / "parts", recipe, habits=habits)
+    parts = make(folder, movies, tmp_path / "parts", recipe, options=options)
     lines = (tmp_path / "parts" / STAGE / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     ours, theirs = weights(parts), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_video_that_changed_is_noticed(folder, movies, tmp_path, monkeypatch):
+    """Name and size may be equal. A run with a result does not compare its videos."""
+    videos, out = shutil.copytree(movies, tmp_path / "videos"), tmp_path / "run"
+    monkeypatch.setattr("aapt.runs.light_decoder.source_digest", lambda path: "names and sizes")
+    make(folder, videos, out)
+    (videos / "a.mkv").write_bytes(video(255 - grey(30, 16, 16)))
+    make(folder, videos, out)
+    (out / STAGE / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match="inputs.json: videos: .* got others; train with changed"):
+        make(folder, videos, out)
+
+
+def test_two_runs_never_share_a_folder(folder, movies, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(FolderInUse, match="in use by process"):
+        make(folder, movies, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_bundled_world_keeps_its_model_and_its_latents(tmp_path):
@@ -165,7 +184,7 @@ def test_the_bundled_world_keeps_its_model_and_its_latents(tmp_path):
 
 
 def test_wan(movies, tmp_path):
-    """Its folder has the autoencoder alone, and so has the light one's."""
+    """A folder with an autoencoder only gives a folder with an autoencoder only."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKLWan(base_dim=8).save_pretrained(tmp_path / "wan")
@@ -252,7 +271,7 @@ def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
 
 
 def test_a_mistyped_path_claims_no_folder(folder, movies, network, tmp_path):
-    """And the same inputs are the same elsewhere, others of the same name are not."""
+    """Inputs may move to other paths; other inputs of the same name are refused."""
     out, recipe = tmp_path / "run", small_recipe(steps=1)
     for given in ({"movies": tmp_path / "none"}, {"perceptual": tmp_path / "none"}):
         with pytest.raises(ValueError, match="got .*none"):
@@ -275,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops(folder, movies, tmp_path):
 
 
 def test_clips_of_videos(movies):
-    """As few of each as can be; c is too short and d no video."""
+    """Each video gives as few clips as possible; c is too short and d is not a video."""
     lines = []
     clips = list(video_clips(movies, Bucket(16, 16), 5, 8, report=lines.append))
     assert [numbers(clip) for clip in clips] == [
@@ -292,8 +311,8 @@ def test_clips_of_videos(movies):
         list(video_clips(movies, Bucket(16, 16), 31, 8, report=lines.append))
 
 
-def test_no_clip_of_a_video_goes_across_a_gap(tmp_path):
-    """Pictures 0 to 6 and 7 to 19, a minute apart; clips of five."""
+def test_no_clip_of_a_video_spans_a_gap(tmp_path):
+    """Video frames 0 to 6 and 7 to 19, a minute apart; clips of five."""
     times = [1000 * n // 24 + (60_000 if n > 6 else 0) for n in range(20)]
     (tmp_path / "a.mkv").write_bytes(video(grey(20), times=times))
     clips = list(video_clips(tmp_path, Bucket(16, 16), 5, 9))
@@ -305,7 +324,7 @@ def test_no_clip_of_a_video_goes_across_a_gap(tmp_path):
 
 
 def test_perceptual_distance(network):
-    """In the range and by the arguments that LPIPS files expect, mean over frames."""
+    """Networks get the range and the arguments of LPIPS files; the mean is over frames."""
     distance = PerceptualDistance(network)
     a, b = torch.full((2, 3, 4, 8, 8), -1.0), torch.full((2, 3, 4, 8, 8), -1.0)
     b[:, :, 0, :4] = 1.0  # one half of one frame of four, by the full range
@@ -331,7 +350,7 @@ def test_flicker_and_ssim_by_hand():
     assert flicker(video, truth) == 0
     video[0, 1] = 101  # 49 down and up again, in one clip of two
     assert flicker(video, truth) == pytest.approx(49 / 255 / 2)
-    # Of constant pictures SSIM is its luminance term.
+    # SSIM of constant images is its luminance term.
     c1 = (0.01 * 255) ** 2
     equal = (2 * 150 * 100 + c1) / (150**2 + 100**2 + c1)
     dark = (2 * 101 * 100 + c1) / (101**2 + 100**2 + c1)

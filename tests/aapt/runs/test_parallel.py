@@ -1,4 +1,4 @@
-"""Many ranks equal one: losses, gradients, streams, updates, under FSDP2 and Ulysses."""
+"""Many ranks equal one in losses, gradients, streams and updates, under FSDP2 and Ulysses."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ def model(**changes) -> WorldModel:
 
 
 class Clips:
-    """A rank's share of an update's clips: the tensors one rank alone would draw, sliced."""
+    """A rank's clips of an update, sliced from the tensors that a single rank would draw."""
 
     def __init__(self, parallel: Parallel):
         share = parallel.clips(BATCH)
@@ -54,12 +54,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def together(parallel: Parallel, mine: Tensor) -> Tensor:
-    """What all ranks have of their clips."""
+    """Join the results that all ranks have for their clips."""
     return torch.cat(parallel.collect(mine)[:: parallel.context.size])
 
 
 def gradients(*modules: nn.Module) -> dict[str, Tensor]:
-    """The whole gradients; a parameter that has none counts as zero."""
+    """The whole gradients, with zeros for a parameter without a gradient."""
     return {
         f"{index}.{name}": torch.zeros(p.shape) if p.grad is None else whole(p.grad).clone()
         for index, module in enumerate(modules)
@@ -82,8 +82,10 @@ def diffusion(parallel: Parallel, checkpointing: bool) -> dict[str, Tensor]:
 
 
 def half_precision(parallel: Parallel) -> dict[str, Tensor]:
-    """Blocks gathered in bfloat16, as on GPUs: near what autocast makes of whole parameters, and
-    gradients and parameters stay float32."""
+    """Blocks gathered in bfloat16, as on GPUs, compute nearly what autocast of float32 does.
+
+    Gradients and parameters stay float32.
+    """
     losses = []
     for dtype in (None, torch.bfloat16):
         net, clips = model().float(), Clips(parallel)
@@ -102,16 +104,15 @@ def half_precision(parallel: Parallel) -> dict[str, Tensor]:
 
 
 def adversarial(parallel: Parallel, checkpointing: bool) -> dict[str, Tensor]:
-    """Two segments of rollout and parallel pass, judged; then a step of both networks, and another
-    rollout with the new weights."""
+    """Two segments with gradients of both networks, an update, and a rollout with new weights."""
     net, clips = model(), Clips(parallel)
-    judge = Discriminator(model()).double()
+    discriminator = Discriminator(model()).double()
     parallel.shard(net, keep_gathered=True)
-    parallel.shard(judge)
-    for transformer in (net.transformer, judge.backbone):
+    parallel.shard(discriminator)
+    for transformer in (net.transformer, discriminator.backbone):
         transformer.checkpoint_blocks = checkpointing
-    judging = [p for p in judge.parameters() if p.requires_grad]
-    optimizers = [torch.optim.RMSprop(p, alpha=0.9) for p in (list(net.parameters()), judging)]
+    learning = [p for p in discriminator.parameters() if p.requires_grad]
+    optimizers = [torch.optim.RMSprop(p, alpha=0.9) for p in (list(net.parameters()), learning)]
     average = MovingAverage(net, 0.5)
     result, first = {}, clips.latents(1)
     with torch.no_grad():
@@ -126,18 +127,20 @@ def adversarial(parallel: Parallel, checkpointing: bool) -> dict[str, Tensor]:
 
         def logits(x: Tensor, condition=condition, previous=previous, t=t) -> Tensor:
             before = torch.cat([previous, x[:, :, :-1]], dim=2)
-            return judge(x, before, condition, *judge.world.text_encoder(clips.prompts), t)
+            return discriminator(
+                x, before, condition, *discriminator.world.text_encoder(clips.prompts), t
+            )
 
         shaken = real + 0.1 * clips.latents()
         on_real, on_fake = logits(real), logits(fake.detach())
         penalty = (on_real - logits(shaken)).square().mean()
         (nn.functional.softplus(on_fake - on_real).mean() + 10 * penalty).backward()
-        with frozen(judge):
+        with frozen(discriminator):
             nn.functional.softplus(on_real.detach() - logits(fake)).mean().backward()
-    result |= gradients(net, judge)
+    result |= gradients(net, discriminator)
     norms = [
         update(optimizer, 1e-3, parameters, max_norm=0.1)
-        for optimizer, parameters in zip(optimizers, (net.parameters(), judging), strict=True)
+        for optimizer, parameters in zip(optimizers, (net.parameters(), learning), strict=True)
     ]
     average.update(net)
     average.copy_to(net)
@@ -171,7 +174,7 @@ def updates(parallel: Parallel) -> dict[str, Tensor]:
 
 
 def muon_sees_whole_matrices(parallel: Parallel) -> dict[str, Tensor]:
-    """Half precision inside leaves a few percent; orthogonalised shards would be far off."""
+    """Its half precision allows a few percent; orthogonalised shards would differ far more."""
     net, alone = model(), model()
     parallel.shard(net)
     for p, q in zip(net.parameters(), alone.parameters(), strict=True):
@@ -188,7 +191,7 @@ def muon_sees_whole_matrices(parallel: Parallel) -> dict[str, Tensor]:
 
 
 def refuses_what_is_not_finite(parallel: Parallel) -> dict[str, Tensor]:
-    """One rank's shard holds a NaN: every rank says so, and nothing has moved."""
+    """If one rank's shard holds a NaN, every rank raises and no parameter has moved."""
     layer = nn.Linear(8, 8)
     parallel.shard(layer)
     optimizer = torch.optim.AdamW(layer.parameters())
@@ -203,7 +206,7 @@ def refuses_what_is_not_finite(parallel: Parallel) -> dict[str, Tensor]:
 
 
 def stream(parallel: Parallel) -> dict[str, Tensor]:
-    """Whole parameters on every rank, a frame's tokens shared; past the window."""
+    """Every rank has all parameters and a part of a frame's tokens, beyond the window."""
     net, clips = model(), Clips(parallel)
     parallel.share_tokens(net)
     with torch.inference_mode():
@@ -215,7 +218,7 @@ def stream(parallel: Parallel) -> dict[str, Tensor]:
 
 
 def exchanges(parallel: Parallel) -> dict[str, Tensor]:
-    """Every movement and back, in the types that training uses."""
+    """Every exchange of tokens and heads, and its inverse, in the types that training uses."""
     context, heads = parallel.context, 2 * parallel.context.size
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.arange(2 * 7 * 3 * heads * 2).view(2, 7, 3, heads, 2).to(dtype)
@@ -251,7 +254,7 @@ GROUPS = {
 
 
 def on_a_rank(contexts: dict[int, list[str]]) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """Runs scenarios one after another in one process group; the main rank tells."""
+    """Run scenarios one after another in one process group. The main rank returns results."""
     results = {}
     for context, names in contexts.items():
         parallel = Parallel.from_environment(context)
@@ -267,7 +270,7 @@ def on_a_rank(contexts: dict[int, list[str]]) -> dict[tuple[int, str], dict[str,
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one rank computes."""
+    """The results of one rank."""
     torch.manual_seed(0)
     return {
         name: scenario(Parallel.single(), *arguments)
@@ -291,7 +294,7 @@ def test_many_ranks_equal_one(world, alone):
             )
 
 
-def test_shards_are_as_even_as_can_be():
+def test_shares_of_tokens_differ_by_at_most_one():
     eight = Ulysses()
     eight.size = 8
     assert eight.lengths(1196) == [150] * 4 + [149] * 4

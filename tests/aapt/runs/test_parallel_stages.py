@@ -1,4 +1,4 @@
-"""The stages on several ranks: metrics, gradients and their norms are one rank's."""
+"""Stages on several ranks have the metrics, gradients and norms of one rank."""
 
 from contextlib import nullcontext
 
@@ -38,7 +38,7 @@ def model(seed: int):
 
 
 def generator(parallel: Parallel):
-    """A network that rolls out, sharded before the stage that it is for is made."""
+    """A generator that rolls out, sharded before its stage is built."""
     net = model(0)
     parallel.shard(net, keep_gathered=True)
     return net
@@ -52,9 +52,9 @@ def plain(parallel: Parallel):
 
 def adversary(config: dict, parallel: Parallel) -> adversarial.Adversarial:
     config = adversarial.AdversarialConfig(**{**STUDENT, **RIVALS, **config})
-    judge = Discriminator(model(1), config.judgement)
-    parallel.shard(judge)
-    return adversarial.Adversarial(config, generator(parallel), judge, torch.ones(4))
+    discriminator = Discriminator(model(1), config.judgement)
+    parallel.shard(discriminator)
+    return adversarial.Adversarial(config, generator(parallel), discriminator, torch.ones(4))
 
 
 STAGES = {
@@ -86,8 +86,7 @@ def clips() -> LatentClips:
 
 
 def updates(contexts: list[int], half: bool = False) -> dict[str, dict[str, Tensor]]:
-    """The second update of every stage; half precision, whose rounding hides errors, is off unless
-    it is asked for."""
+    """Make the second update of every stage, in half precision only if `half`: it hides errors."""
     for module in (
         ()
         if half
@@ -144,7 +143,7 @@ def test_stages_on_many_ranks_equal_one(world, alone):
 
 
 def test_half_precision_loses_no_gradient():
-    """Weights cast without gradient first must not keep theirs from being reduced in time."""
+    """Weights that are cast without gradient first must still have gradients reduced later."""
     (expected,) = ranks.run(1, updates, [1], True)
     results, _ = ranks.run(2, updates, [1], True)
     for name, result in results.items():

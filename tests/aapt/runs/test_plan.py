@@ -1,4 +1,4 @@
-"""The plan's counts against counted bytes, measured activations and the published arithmetic."""
+"""Counts of the plan against counted bytes, measured activations and published arithmetic."""
 
 import dataclasses
 import math
@@ -33,8 +33,8 @@ def stages():
 
 
 @pytest.mark.parametrize("stage", list(stages()), ids=lambda stage: type(stage).__name__)
-def test_states_are_what_a_step_leaves(stage):
-    """Gradients, optimizer states and averages, byte by byte; but for the counters of steps."""
+def test_bytes_of_states_are_counted(stage):
+    """Gradients, optimizer states and averages, without the counters of steps."""
     stage.accumulate({"clips": clips()}, draws(2), 0)
     parts = list(stage.trained.values())
     gradients = sum(p.grad.nbytes for part in parts for p in part.parameters if p.grad is not None)
@@ -79,9 +79,11 @@ def saved_bytes(depth: int, checkpointed: bool) -> int:
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_activations_are_what_is_saved(checkpointed):
-    """Of four blocks, within 3 %: modulations and log-sum-exps are left out. Norms run in bfloat16
-    here, in float32 under CUDA's autocast."""
+def test_bytes_of_activations_are_counted(checkpointed):
+    """Four blocks, within 3 %, because modulations and log-sum-exps are left out.
+
+    Norms run in bfloat16 here, in float32 under CUDA's autocast.
+    """
     config = dataclasses.replace(CONFIG, width=128, head_dim=64, rope_axes=(24, 20, 20), depth=4)
     tokens = 6 * 4 * 6
     expected = 4 * plan.block_bytes(config, tokens, norm=plan.HALF)
@@ -91,7 +93,7 @@ def test_activations_are_what_is_saved(checkpointed):
     assert measured == pytest.approx(2 * expected, rel=0.03)
 
 
-def test_products_are_what_is_multiplied():
+def test_operations_of_products_are_counted():
     model = tiny_model().float()
     x, text = torch.randn(1, 4, 3, *SIZE), torch.randn(1, CONFIG.text_tokens, CONFIG.text_width)
     condition = torch.randn(1, CONFIG.condition_channels, 3, *SIZE)
@@ -101,7 +103,7 @@ def test_products_are_what_is_multiplied():
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 7])
-def test_attention_is_what_the_mask_shows(start):
+def test_operations_of_attention_follow_the_mask(start):
     frames = 5
     config = dataclasses.replace(CONFIG, grid_windows=((2, 1, 3),))
     for grid, tokens, window in (((1, 3), 3, CONFIG.window_frames), ((2, 1), 2, 3)):
@@ -113,7 +115,7 @@ def test_attention_is_what_the_mask_shows(start):
 
 
 def test_published_arithmetic():
-    """SPEC 14: one latent frame far into a stream, and the cache at 736x416."""
+    """One frame far into a stream, and the cache at 736x416, as in docs/method.md#14."""
     config, wide, large = aapt_8b(), (26, 46), (45, 80)
     with torch.device("meta"):
         blocks = VideoTransformer(config).blocks
@@ -125,7 +127,7 @@ def test_published_arithmetic():
 
 
 @pytest.mark.parametrize("size", [SIZE, (4, 4)])
-def test_caches_are_what_a_model_keeps(size):
+def test_bytes_of_caches_are_counted(size):
     config = dataclasses.replace(CONFIG, grid_windows=((2, 2, 5),))
     cache = VideoTransformer(config).new_cache(1, size, dtype=torch.bfloat16)
     expected = cache.k.nbytes + cache.v.nbytes
@@ -152,7 +154,7 @@ def test_plan_of_the_paper():
 
 
 def test_phases_of_a_stage_share_a_command():
-    """Its groups are as large as its largest phase needs."""
+    """Groups of a stage have the size that its largest phase needs."""
     for gpus in (8, 256):
         contexts = {}
         for each in plan.plan(paper_8b(), gpus):
@@ -162,7 +164,7 @@ def test_phases_of_a_stage_share_a_command():
 
 @pytest.mark.parametrize("gpus, launched", [(8, "--nproc-per-node 8"), (12, "--nproc-per-node 6")])
 def test_commands_are_the_plan(gpus, launched):
-    """Every stage once, with what its plan takes for granted."""
+    """Every stage occurs once, with the options that its plan assumes."""
     recipe = paper_8b()
     batches = {
         name: dataclasses.replace(stage, batch=96)
@@ -186,12 +188,12 @@ def test_commands_are_the_plan(gpus, launched):
     assert said in ([], list(recipe.stages))
 
 
-def test_what_fits_nowhere_has_no_command():
+def test_a_stage_that_cannot_fit_has_no_command():
     (line,) = plan.commands(paper_8b(), plan.plan(paper_8b(), 1))
     assert line.endswith("extension-5: not even one clip fits")
 
 
-def test_more_gpus_to_a_clip_hold_less_of_it():
+def test_more_gpus_per_clip_hold_less_of_it():
     one, four = (plan.plan(paper_8b(), 8, context)[0] for context in (1, 4))
     assert four.memory["activations"] / four.at_once == pytest.approx(
         one.memory["activations"] / one.at_once / 4, rel=0.05
@@ -199,12 +201,14 @@ def test_more_gpus_to_a_clip_hold_less_of_it():
     assert four.clips == 4 * one.clips
 
 
-def test_a_fifth_clip_is_judged_where_motion_does_not_fit():
-    """Arithmetic of the discriminator: it learns from five clips in place of four, in 4 passes
-    each, and judges one for the generator in 3."""
+def test_mismatched_motion_is_a_fifth_copy_of_clips():
+    """The discriminator learns from five copies instead of four, in 4 passes each.
+
+    For the generator it processes one copy in 3 passes.
+    """
     recipe = tiny_world()
     extension = recipe.stages["extension"]
-    judge = Discriminator(WorldModel(recipe.model, recipe.camera))
+    discriminator = Discriminator(WorldModel(recipe.model, recipe.camera))
     plans = []
     for mismatch in (0.0, 1.0):
         changed = dataclasses.replace(extension, mismatch=mismatch)
@@ -212,14 +216,14 @@ def test_a_fifth_clip_is_judged_where_motion_does_not_fit():
         made = plan.plan(dataclasses.replace(recipe, stages=stages), 1)
         plans.append(next(each for each in made if each.workload.name == "extension"))
     four, five = plans
-    forward = plan.forward_flops(judge, recipe.model, four.workload.size, 8, 0)
+    forward = plan.forward_flops(discriminator, recipe.model, four.workload.size, 8, 0)
     more = extension.batch * extension.segments * 4 * forward
     assert five.flops - four.flops == pytest.approx(more)
     assert five.memory["activations"] > four.memory["activations"]
 
 
 def test_a_lead_costs_one_pass_per_segment():
-    """Planned at its longest; nothing of it is judged."""
+    """A lead is planned at its longest. The discriminator sees nothing of it."""
     recipe = tiny_world()
     plans = []
     for lead in (0, 3):
@@ -234,14 +238,14 @@ def test_a_lead_costs_one_pass_per_segment():
     def forward(start: int) -> float:
         return plan.forward_flops(model, recipe.model, size, 8, start)
 
-    # The judged segment has a longer past, in five passes.
+    # The last segment has a longer past, in five passes.
     more = sum(map(forward, (0, 8, 16))) + 5 * (forward(24) - forward(0))
     assert led.flops - alone.flops == pytest.approx(batch * more)
     assert led.workload.total_frames == 4 * 8
     assert led.memory["cache"] > alone.memory["cache"]
 
 
-def test_what_cannot_be_planned():
+def test_numbers_that_cannot_be_planned_are_refused():
     with pytest.raises(ValueError, match="context: expected one of 1, 2, 4, 8, which divide the 8"):
         plan.plan(paper_8b(), 8, context=3)
     with pytest.raises(ValueError, match="gpus: expected a number whose groups of 1 share the 256"):
@@ -256,7 +260,7 @@ def test_command_prints_a_table(capsys):
     assert "tiny-world on 2 H100" in out and "tiny-world on 1 H100" in out
     rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
     batch = math.prod((8, 10, 40))
-    assert rows["tokens per step"][:2] == [f"{batch / 1e6:.2f}", "M"]
+    assert rows["tokens per update"][:2] == [f"{batch / 1e6:.2f}", "M"]
     assert "torchrun --nproc-per-node 2 -m aapt train tiny-world --checkpoint-blocks\n" in out
     assert float(rows["GiB per GPU: total *"][0]) > 0
     assert main(["train", "--plan", "tiny-world", "--gpus", "16"]) == 2

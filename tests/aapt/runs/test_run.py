@@ -1,4 +1,4 @@
-"""A whole recipe, small: from rendered clips to a checkpoint that streams."""
+"""A small recipe as a whole, from rendered clips to a checkpoint that streams."""
 
 import dataclasses
 import importlib
@@ -20,7 +20,7 @@ from aapt.device import mixed_precision
 from aapt.model.config import SamplingConfig
 from aapt.runs import run as run_module
 from aapt.runs.inputs import Inputs
-from aapt.runs.loop import Habits, TrainingError
+from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.runs.run import DIFFUSION_SAMPLES, Run, run, stage_names
 from aapt.runs.samples import sample_sheet
@@ -46,15 +46,15 @@ def small_recipe():
         reference_grid=(3, 4),
     )
     curriculum = constant("clips", frames=4, batch=2, steps=2)
-    judged = {"steps": 1, "batch": 2, "segment_frames": 2, "discriminator_warmup": 1}
+    brief = {"steps": 1, "batch": 2, "segment_frames": 2, "discriminator_warmup": 1}
     small = {
         "diffusion": {"curriculum": curriculum},
         "consistency": {"curriculum": curriculum},
         "regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "long-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
         "further-regression": {"steps": 2, "batch": 2, "segment_frames": 2},
-        **dict.fromkeys(("adversarial", "extension", "further-adversarial"), judged),
-        "final": judged | {"lead_segments": 2},
+        **dict.fromkeys(("adversarial", "extension", "further-adversarial"), brief),
+        "final": brief | {"lead_segments": 2},
     }
     picture = {"height": 48, "width": 64, "clips": 3}
     lengths = {
@@ -79,22 +79,13 @@ def small_recipe():
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As ranks have it: results of several processes are compared byte for byte."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out, lines = tmp_path_factory.mktemp("run"), []
-    habits = Habits(save_every=1, sample_every=2)
+    options = RunOptions(save_every=1, sample_every=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("aapt.runs.run.SHEET_SECONDS", BRIEF)
-        folder = run(small_recipe(), out, workers=1, habits=habits, report=lines.append)
+        folder = run(small_recipe(), out, workers=1, options=options, report=lines.append)
     return out, folder, lines
 
 
@@ -128,13 +119,13 @@ def test_an_exported_stage_says_how_it_is_sampled(trained, tmp_path):
     assert StreamingGenerator.from_pretrained(folder).sampling is None
 
 
-def test_the_sheet_of_a_diffusion_stage_is_sampled_as_its_checkpoint(trained):
+def test_the_sheet_of_a_diffusion_stage_is_sampled_like_its_checkpoint(trained):
     made = Run(small_recipe(), trained[0])
     config = made.recipe.stages["diffusion"]
     stage = made.stage(dataclasses.replace(config, start="diffusion"))
     made.sampler("diffusion", stage)(0)
     shown = np.asarray(Image.open(trained[0] / "diffusion" / "samples-0.png"))
-    batch, vae = made.shown("diffusion")
+    batch, vae = made.sample_clips("diffusion")
     with mixed_precision(made.parallel.device):
         sampled, one_pass = (
             np.asarray(sample_sheet(stage.model, vae, batch, DIFFUSION_SAMPLES, sampling=sampling))
@@ -151,15 +142,14 @@ def test_finished_stages_are_not_run_again(trained):
 
 
 def on_ranks(out: Path) -> None:
-    habits = Habits(save_every=1, sample_every=1)
-    given = {"workers": 1, "habits": habits, "parallel": Parallel.from_environment()}
+    options = RunOptions(save_every=1, sample_every=1)
+    given = {"workers": 1, "options": options, "parallel": Parallel.from_environment()}
     run_module.SHEET_SECONDS = BRIEF  # in a process of its own
     run(small_recipe(), out, report=lambda line: None, **given)
 
 
 def test_ranks_train_together(trained, tmp_path):
-    """With a sheet of samples after every update, the last one too, which leaves parameters
-    gathered."""
+    """Also with a sheet of samples after every update, which leaves parameters gathered."""
     for name in (
         "encoder",
         "clips",
@@ -179,7 +169,7 @@ def test_ranks_train_together(trained, tmp_path):
 
 
 def killed(out: Path, stage: str, at: str, count: int) -> None:
-    """Runs a stage and dies when it calls a function of `os` or of the loop, the n-th time."""
+    """Run a stage and die when it calls a function of `os` or of the loop for the n-th time."""
     module, _, name = at.rpartition(".")
     module, calls = importlib.import_module(module), itertools.count(1)
     real = getattr(module, name)
@@ -190,8 +180,8 @@ def killed(out: Path, stage: str, at: str, count: int) -> None:
         return real(*arguments, **options)
 
     setattr(module, name, deadly)
-    habits = Habits(save_every=1, sample_every=None)
-    run(small_recipe(), out, [stage], workers=1, habits=habits, report=lambda line: None)
+    options = RunOptions(save_every=1, sample_every=None)
+    run(small_recipe(), out, [stage], workers=1, options=options, report=lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +192,8 @@ def killed(out: Path, stage: str, at: str, count: int) -> None:
         ("decoder", "os.replace", 1, 1),
     ],
 )
-def test_a_preparation_that_was_killed_goes_on(trained, tmp_path, stage, at, count, states):
-    """To the very same bytes, with nothing half written under a result's name."""
+def test_a_preparation_that_was_killed_resumes(trained, tmp_path, stage, at, count, states):
+    """It ends with equal bytes, and no result is ever half written."""
     for name in ("recipe.json", "encoder/weights.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(trained[0] / name, tmp_path / name)
@@ -226,29 +216,31 @@ def test_a_recipe_of_before_a_new_field_still_fits(trained):
     path.write_text(whole)
 
 
-def test_an_extension_goes_on_with_its_discriminator(trained, tmp_path):
+def test_an_extension_continues_with_its_discriminator(trained, tmp_path):
     recipe = small_recipe()
     first = recipe.stages["adversarial"]
-    again = dataclasses.replace(first, start="adversarial", judge="adversarial")
+    again = dataclasses.replace(first, start="adversarial", discriminator_start="adversarial")
     recipe = dataclasses.replace(recipe, stages={**recipe.stages, "extension": again})
-    start = Inputs(weights=tmp_path / "none.safetensors")  # not for a discriminator that there is
+    start = Inputs(weights=tmp_path / "none.safetensors")  # not read for a stage's networks
     made = Run(recipe, trained[0], inputs=start)
     kept = read_tensors(trained[0] / "adversarial" / "discriminator.safetensors")
-    judge = made.stage(again).discriminator.state_dict()
-    assert all(torch.equal(judge[name], tensor) for name, tensor in kept.items())
+    discriminator = made.stage(again).discriminator.state_dict()
+    assert all(torch.equal(discriminator[name], tensor) for name, tensor in kept.items())
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_a_discriminator_that_sees_no_past(trained, sees):
-    """But for the first frame, which is the user's."""
-    config = dataclasses.replace(small_recipe().stages["adversarial"], judge_recycled=sees)
-    judge = Run(small_recipe(), trained[0]).discriminator(config)
+def test_a_discriminator_without_the_frame_before(trained, sees):
+    """The first frame, which is the user's, is always seen."""
+    config = dataclasses.replace(small_recipe().stages["adversarial"], discriminator_recycled=sees)
+    discriminator = Run(small_recipe(), trained[0]).discriminator(config)
     torch.manual_seed(0)
     x, previous, other = torch.randn(3, 1, 16, 3, 6, 8)
     other[:, :, 0] = previous[:, :, 0]
-    channels, *text = judge.world.conditions(torch.zeros(1, 3, 2), ["a"], (6, 8))
+    channels, *text = discriminator.world.conditions(torch.zeros(1, 3, 2), ["a"], (6, 8))
     with torch.no_grad():
-        logits, others = (judge(x, p, channels, *text, torch.ones(1)) for p in (previous, other))
+        logits, others = (
+            discriminator(x, p, channels, *text, torch.ones(1)) for p in (previous, other)
+        )
     assert torch.equal(logits[:, :1], others[:, :1])
     assert torch.equal(logits, others) != sees
 
@@ -296,7 +288,7 @@ def test_a_stage_that_is_not_finite_stops(trained, tmp_path):
         ("final", {"lead_segments": 3}, "minute-clips: expected clips of 18 latent frames"),
     ],
 )
-def test_clips_that_are_too_short_are_said_first(tmp_path, stage, change, message):
+def test_clips_that_are_too_short_are_refused_first(tmp_path, stage, change, message):
     recipe = small_recipe()
     longer = dataclasses.replace(recipe.stages[stage], **change)
     recipe = dataclasses.replace(recipe, stages={**recipe.stages, stage: longer})

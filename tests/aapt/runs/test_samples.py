@@ -40,7 +40,7 @@ def model(**changes):
 
 
 def frames_of(sheet, columns, rows):
-    """The pictures of a sheet: (rows, columns, H, W, 3) at their own size."""
+    """The frames of a sheet, (rows, columns, H, W, 3), at their own size."""
     pixels, scale = np.asarray(sheet), 160 // HEIGHT
     height, width = scale * HEIGHT, scale * WIDTH
     left = pixels.shape[1] - columns * (width + 1)
@@ -75,7 +75,7 @@ def test_a_rollout_is_the_streaming_path_with_noise_per_stream():
 
 
 def test_a_diffusion_model_is_rolled_out_with_the_same_noise():
-    """Against its sampler, step by step; one pass per frame gives another video."""
+    """The reference is its sampler, step by step. One pass per frame gives another video."""
     net, given, sampling = model(), batch(), SamplingConfig(steps=2, shift=6.0, guidance=3.0)
     condition, *text = net.conditions(given.motion, given.prompts, SIZE)
     first, rays = given.latents[:, :, :1], condition.split(1, dim=2)
@@ -141,7 +141,7 @@ def test_past_the_clip_the_motion_starts_over_and_the_truth_is_blank(vae):
 
 
 def test_the_sheet_of_a_diffusion_model_is_sampled(vae):
-    """The frames are those of its rollout, not of one pass."""
+    """Its frames come from a rollout of many passes per frame."""
     net, given, sampling = model(), batch(), SamplingConfig(steps=3, shift=6.0, guidance=3.0)
     shown = frames_of(sample_sheet(net, vae, given, (0, 1, 3), seed=5, sampling=sampling), 3, 4)
     condition, *text = net.conditions(given.motion, given.prompts, SIZE)
@@ -161,7 +161,7 @@ def test_a_model_without_motion_is_shown_too(vae):
     assert frames_of(sheet, 2, 4).std() > 1
 
 
-def test_training_goes_on_after_a_sheet(vae):
+def test_training_continues_after_a_sheet(vae):
     net = tiny_model().float()
     sample_sheet(net, vae, batch(), (0, 2))
     given = batch()
@@ -172,7 +172,7 @@ def test_training_goes_on_after_a_sheet(vae):
 
 
 @pytest.mark.parametrize("columns", [(), (-1, 3)])
-def test_frames_that_are_none_are_refused(vae, columns):
+def test_wrong_frames_are_refused(vae, columns):
     with pytest.raises(ValueError, match=r"frames: expected latent frames from 0 on, got \["):
         sample_sheet(model(), vae, batch(), columns)
 

@@ -1,4 +1,4 @@
-"""Training states: what is read is what was written, whatever happened in between."""
+"""Training states are read as they were written, whatever happened in between."""
 
 import errno
 import os
@@ -25,41 +25,45 @@ STEPS, STOP = 4, 2  # updates of a run, and after how many it is interrupted
 
 
 class Pair:
-    """Two networks that learn from each other, with every kind of state there is: Muon, AdamW and
-    RMSProp, averages, parameters that are frozen or get no gradient."""
+    """Two networks that learn from each other, with every kind of state.
+
+    There are Muon, AdamW and RMSProp, averages, and parameters that are frozen or get no gradient.
+    """
 
     def __init__(self, parallel: Parallel = ALONE):
         self.parallel = parallel
         model = tiny_model(depth=1, width=16, heads=1).float()
-        judge = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 1), nn.Linear(2, 2))
-        for index, parameter in enumerate(judge.parameters()):
+        discriminator = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 1), nn.Linear(2, 2))
+        for index, parameter in enumerate(discriminator.parameters()):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
-        judge[0].bias.requires_grad_(False)
+        discriminator[0].bias.requires_grad_(False)
         parallel.shard(model)
-        parallel.shard(judge)
-        judging = [p for p in judge.parameters() if p.requires_grad]
+        parallel.shard(discriminator)
+        learning = [p for p in discriminator.parameters() if p.requires_grad]
         self.trained = {
             "generator": Trained(
                 model, MuonAdamW(model, (0.9, 0.95), 0.01), MovingAverage(model, 0.5, True)
             ),
-            "discriminator": Trained(judge, torch.optim.RMSprop(judging, alpha=0.9)),
+            "discriminator": Trained(discriminator, torch.optim.RMSprop(learning, alpha=0.9)),
         }
 
     def update(self, step: int) -> None:
-        generator, judge = (part.module for part in self.trained.values())
+        generator, discriminator = (part.module for part in self.trained.values())
         share = self.parallel.clips(4)
         random = ClipRandom(3, step, share)
         x, text = random.normal(4, 2, 4, 6), generator.text_encoder(["ab"] * len(share))
         condition = random.normal(generator.config.condition_channels, 2, 4, 6)
         fake = generator.transformer(x, x, condition, *text, random.uniform())
-        (judge[:3](fake.detach().movedim(1, -1)) - judge[:3](x.movedim(1, -1))).mean().backward()
-        with frozen(judge):
-            (judge[:3](fake.movedim(1, -1)).mean() + fake.square().mean()).backward()
+        (
+            discriminator[:3](fake.detach().movedim(1, -1)) - discriminator[:3](x.movedim(1, -1))
+        ).mean().backward()
+        with frozen(discriminator):
+            (discriminator[:3](fake.movedim(1, -1)).mean() + fake.square().mean()).backward()
         for part in self.trained.values():
             part.update(1e-2, max_norm=1.0)
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """Everything that training has made, whole."""
+        """All tensors of the state of training, whole."""
         found = {}
         for name, part in self.trained.items():
             found |= {f"{name} {key}": p for key, p in part.module.named_parameters()}
@@ -77,12 +81,12 @@ class Pair:
 
 
 def same(ours: dict, theirs: dict) -> bool:
-    """Bit for bit."""
+    """True if two states are equal bit for bit."""
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 def train(folder: Path, parallel: Parallel, steps: int, kill: int | None = None) -> dict:
-    """Goes on to `steps` updates, saving each. `kill`: before so many file operations of a save."""
+    """Resume up to `steps` updates, saving each. Die before file operation `kill` of a save."""
     pair = Pair(parallel)
     done = load_training_state(folder, pair.trained, parallel)
     if kill is not None:
@@ -94,7 +98,7 @@ def train(folder: Path, parallel: Parallel, steps: int, kill: int | None = None)
 
 
 def kill_before(count: int) -> None:
-    """Ends this process as kill -9 does, before its file operation number `count`."""
+    """End this process like kill -9, before its file operation number `count`."""
     left = [count]
 
     def counted(operation):
@@ -122,7 +126,7 @@ def kill_before(count: int) -> None:
 
 @pytest.fixture(scope="module")
 def history():
-    """What a run that nothing interrupts has made after every update."""
+    """The state after every update of a run without interruption."""
     pair, numbers = Pair(), []
     for step in range(STEPS):
         numbers.append(pair.numbers())
@@ -151,7 +155,7 @@ def test_a_resumed_run_is_the_same_run(saved, history):
 
 
 def test_a_state_replaces_what_a_network_has_become(saved, history):
-    """Also the state of an optimizer that has made steps."""
+    """The state of an optimizer that has made steps is replaced too."""
     pair = Pair()
     for step in range(STEPS):
         pair.update(step)
@@ -225,9 +229,11 @@ def test_a_state_of_other_networks_is_refused(saved):
     generator = pair.trained["generator"]
     with pytest.raises(CheckpointError, match="generator.* belongs to none of discriminator"):
         load_training_state(saved, {"discriminator": pair.trained["discriminator"]}, ALONE)
-    with pytest.raises(CheckpointError, match="expected tensor judge.module.0.weight, which is mi"):
+    with pytest.raises(
+        CheckpointError, match="expected tensor other.module.0.weight, which is missing"
+    ):
         load_training_state(
-            saved, {"generator": generator, "judge": pair.trained["discriminator"]}, ALONE
+            saved, {"generator": generator, "other": pair.trained["discriminator"]}, ALONE
         )
     other = nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 1), nn.Linear(2, 2))
     wider = Trained(other, torch.optim.RMSprop(other.parameters()))
@@ -254,8 +260,10 @@ def test_a_full_disk_keeps_what_there_is(saved, history, monkeypatch):
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_of_a_save(saved, history, tmp_path_factory, stride):
-    """Between any two operations on files, and wherever it is, what is there can be read and is
-    the state of its update; the run then ends as if nothing had happened."""
+    """Between any two file operations, the newest state can be read and is that of its update.
+
+    The resumed run ends as if nothing had happened.
+    """
     for count in range(0, 100, stride):
         folder = tmp_path_factory.mktemp("killed") / "states"
         shutil.copytree(saved, folder)
@@ -284,8 +292,8 @@ def train_together(folder: Path, steps: int, kill: int | None = None, victim: in
     return train(folder, parallel, steps, kill if parallel.rank == victim else None)
 
 
-def test_killed_ranks_go_on_as_if_they_had_not_been(tmp_path):
-    """Two ranks, one killed in the middle of a save; then another number of ranks reads it."""
+def test_killed_ranks_resume_bit_for_bit(tmp_path):
+    """One of two ranks is killed in the middle of a save; then other numbers of ranks resume."""
     whole, _ = ranks.run(2, train_together, tmp_path / "whole", STEPS)
     folder = tmp_path / "killed"
     assert signal.SIGKILL in ranks.run(2, train_together, folder, STEPS, 6, 1)

@@ -1,4 +1,5 @@
-"""A new prompt that also rewrites the past (SPEC 2): the parallel pass over what is left of it."""
+"""A new prompt that also rewrites the past (docs/method.md#2): the parallel pass over what is left
+of it."""
 
 import numpy as np
 import pytest

@@ -10,6 +10,7 @@ import pytest
 
 from aapt import Control, StreamingGenerator
 
+from ...progress import wait_for
 from .test_generator import HEIGHT, WALK, WIDTH, build, play
 
 WINDOW = 2
@@ -153,12 +154,12 @@ def test_a_second_thread_is_refused(generator, picture):
 
     def hold(*_):
         inside.set()
-        assert go_on.wait(60)
+        wait_for(go_on)
 
     hook = generator.vae.decoder.conv_out.register_forward_pre_hook(hold)
     thread = threading.Thread(target=stream.step, args=(Control(),))
     thread.start()
-    assert inside.wait(60)
+    wait_for(inside)
     try:
         stream.step(Control())
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Stage 3: what the discriminator is shown, what each loss moves, and what must not leak."""
+"""Stage 3: the frames that the discriminator is shown, the effect of each loss, and no leaks."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from aapt.model.discriminator import Discriminator
 from aapt.model.world_model import WorldModel
 from aapt.training.corruption import Corruption
 from aapt.training.optimization import Schedule
-from aapt.training.stages.adversarial import Adversarial, AdversarialConfig, Judged
+from aapt.training.stages.adversarial import Adversarial, AdversarialConfig, Shown
 
 from ..helpers import CONFIG, PROMPTS, SIZE, clips, controls, draws, latents
 from ..runs.counting import (
@@ -32,7 +32,7 @@ from ..runs.counting import (
 
 
 @dataclasses.dataclass
-class Judgement:
+class Call:
     """One call of the discriminator: its arguments, its logits (B, T) and their gradient."""
 
     arguments: tuple[Tensor, ...]
@@ -41,26 +41,28 @@ class Judgement:
 
 
 @contextmanager
-def recording(stage: Adversarial) -> Iterator[list[Judgement]]:
-    judgements, judge = [], stage.discriminator.forward
+def recording(stage: Adversarial) -> Iterator[list[Call]]:
+    """Record the calls of the discriminator."""
+    calls, forward = [], stage.discriminator.forward
 
     def record(*arguments):
-        logits = judge(*arguments)
-        judgement = Judgement(arguments, logits.detach())
+        logits = forward(*arguments)
+        call = Call(arguments, logits.detach())
         if logits.requires_grad:
-            logits.register_hook(lambda gradient: setattr(judgement, "gradient", gradient))
-        judgements.append(judgement)
+            logits.register_hook(lambda gradient: setattr(call, "gradient", gradient))
+        calls.append(call)
         return logits
 
     stage.discriminator.forward = record
-    yield judgements
-    stage.discriminator.forward = judge
+    yield calls
+    stage.discriminator.forward = forward
 
 
 def test_adversarial_wiring(made_segments):
-    """What is judged, under which conditions, and the gradient every logit gets (SPEC 8).
+    """Frames and conditions of the discriminator, and the gradient of every logit.
 
-    The generator adds 1.25 per step, so its frame n after latent s of a clip is s + 1.25 n.
+    The reference is docs/method.md#8. The generator adds 1.25 per step, so its frame n after frame
+    s of a clip is s + 1.25 n.
     """
     batch, sigma, penalty = 8, 0.1, 50.0
     stage = adversarial_stage(
@@ -72,24 +74,24 @@ def test_adversarial_wiring(made_segments):
         perturbation=sigma,
     )
     embed = copy.deepcopy(stage.discriminator.world.text_encoder)
-    with recording(stage) as judgements:
+    with recording(stage) as calls:
         (metrics,) = train(stage, 1, counting_clips())
 
-    assert len(judgements) == 4  # discriminator, generator, twice
+    assert len(calls) == 4  # discriminator, generator, twice
     names = ("discriminator", "r1", "r2", "generator", "accuracy", "error", "palette", "rows")
     expected = dict.fromkeys(names, 0.0)
     starts, times = None, []
     for index in range(2):
         known, new, frames = index, 3 - index, 3
-        for_d, for_g = judgements[2 * index : 2 * index + 2]
+        for_d, for_g = calls[2 * index : 2 * index + 2]
         x, previous, condition, text, text_lens, t = (a.chunk(4) for a in for_d.arguments)
         real, fake, real_shaken, fake_shaken = range(4)
         steps = torch.arange(frames)
 
-        # Fake: the overlap and the segment, each after the frame before it.
+        # Fake: overlap and segment, each frame with the frame before it.
         if index == 0:
             starts = value(previous[fake])[:, :1]
-        first = 0 if index == 0 else 2  # steps behind the first judged frame
+        first = 0 if index == 0 else 2  # steps of the generator before the first shown frame
         torch.testing.assert_close(value(x[fake]), starts + 1.25 * (first + 1 + steps))
         torch.testing.assert_close(value(previous[fake]), starts + 1.25 * (first + steps))
         fake_rows = starts + first + 1 + steps
@@ -98,7 +100,7 @@ def test_adversarial_wiring(made_segments):
         assert_drives(made.condition, starts + 3 * index + 1 + torch.arange(new))
         assert made.start_frame == 3 * index
 
-        # Real: the same clip at first, then windows of their own that leave out latent 0.
+        # Real: first the clip that the fake starts from, then other windows without frame 0.
         real_rows = value(x[real])
         torch.testing.assert_close(value(previous[real]), real_rows - 1)
         torch.testing.assert_close(real_rows, real_rows[:, :1] + steps)
@@ -116,7 +118,7 @@ def test_adversarial_wiring(made_segments):
                 assert torch.equal(text_lens[i], expected_lens)
                 assert_drives(condition[i], rows)
 
-        # The perturbed copies: sigma on what carries a loss, also where it comes before the next.
+        # Perturbed copies: sigma on frames with a loss, also where they precede a frame.
         shaken = []
         for plain, perturbed in ((real, real_shaken), (fake, fake_shaken)):
             noise = x[perturbed] - x[plain]
@@ -128,7 +130,7 @@ def test_adversarial_wiring(made_segments):
             shaken.append(noise)
         assert not torch.equal(*shaken)
 
-        # One t per pair, shared with the copies and with the generator's turn.
+        # One t per pair of real and fake, also for the copies and in the generator's turn.
         assert t[0].shape == (batch,) and all(torch.equal(t[0], other) for other in t)
         times.append(t[0])
         fakes = (a[fake] for a in (x, previous, condition, text, text_lens, t))
@@ -137,7 +139,7 @@ def test_adversarial_wiring(made_segments):
         assert not for_d.arguments[0].requires_grad and not for_d.arguments[1].requires_grad
         assert for_g.arguments[0].requires_grad and for_g.arguments[1].requires_grad
 
-        # SPEC 8's losses on these logits, means over clips, judged frames and segments.
+        # The losses of docs/method.md#8, means over clips, frames with a loss, and segments.
         logits = for_d.logits.clone().requires_grad_()
         on_real, on_fake, on_real_shaken, on_fake_shaken = logits[:, known:].chunk(4)
         relative = F.softplus(on_fake - on_real).mean()
@@ -150,7 +152,7 @@ def test_adversarial_wiring(made_segments):
         generated = F.softplus(on_real.detach() - logits[:, known:]).mean()
         (generated / 2).backward()
         torch.testing.assert_close(for_g.gradient, logits.grad)
-        # The clip goes on from s in steps of 1: 0.25 n off at frame n, on all channels alike.
+        # The clip continues from s in steps of 1: an error of 0.25 n at frame n, on all channels.
         error = (0.25 * (3 * index + 1 + torch.arange(new))).square().mean()
         accuracy = (on_real > on_fake).float().mean()
         seen = (relative, r1, r2, generated, accuracy, error, error, error)
@@ -163,21 +165,21 @@ def test_adversarial_wiring(made_segments):
 
 
 def test_the_discriminator_knows_the_frame_that_was_corrupted(made_segments):
-    """Corruption is for the generator alone: what it continues from is judged as it was."""
+    """Only the generator sees corruption; the discriminator is shown the frame as it was."""
     stage = adversarial_stage(
         counting_model(*[1.25] * 4),
         segments=2,
         overlap_frames=1,
         corruption=Corruption(clip_chance=1.0, first_chance=0.0),
     )
-    with recording(stage) as judgements:
+    with recording(stage) as calls:
         train(stage, 1, counting_clips())
     first, later = made_segments
     starts = value(first.recycled)[:, :1]
     assert torch.equal(starts, starts.round())
     assert (later.recycled[:, :, 0] - (starts + 3.75)[..., None, None]).std() > 0.01
-    _, fake, _, _ = judgements[2].arguments[0].chunk(4)
-    _, previous, _, _ = judgements[2].arguments[1].chunk(4)
+    _, fake, _, _ = calls[2].arguments[0].chunk(4)
+    _, previous, _, _ = calls[2].arguments[1].chunk(4)
     torch.testing.assert_close(value(previous[:, :, :2]), starts + torch.tensor([2.5, 3.75]))
     torch.testing.assert_close(fake[:, :, 1], later.recycled[:, :, 0] + 1.25)
 
@@ -186,17 +188,20 @@ def test_the_discriminator_knows_the_frame_that_was_corrupted(made_segments):
     ("moving", "penalty"), [("generator", 0.0), ("discriminator", 0.0), ("discriminator", 1e4)]
 )
 def test_one_adversarial_update_goes_the_right_way(moving, penalty):
-    """With the other network held, one update of the generator raises D(fake) - D(real), one of
-    the discriminator lowers it, or what perturbation does to the logits under a heavy penalty."""
+    """One update moves D(fake) - D(real), while the other network does not change.
+
+    The generator raises it and the discriminator lowers it. Under a heavy penalty the discriminator
+    lowers the effect of perturbation on its logits instead.
+    """
     still = "generator" if moving == "discriminator" else "discriminator"
     stage = adversarial_stage(batch=4, penalty=penalty, **{f"{still}_schedule": Schedule(0.0)})
     before = copy.deepcopy((stage.model, stage.discriminator))
     gaps, shaken = [], []
-    for _ in range(2):  # the same clips, noise, t and perturbation again
-        with recording(stage) as judgements:
+    for _ in range(2):  # with equal clips, noise, t and perturbation
+        with recording(stage) as calls:
             train(stage, 1)
-        on_real, on_fake, *copies = judgements[0].logits.chunk(4)
-        gaps.append((judgements[1].logits - on_real).mean().item())
+        on_real, on_fake, *copies = calls[0].logits.chunk(4)
+        gaps.append((calls[1].logits - on_real).mean().item())
         shaken.append(
             sum((a - b).square().mean() for a, b in zip((on_real, on_fake), copies, strict=True))
         )
@@ -214,8 +219,10 @@ def test_one_adversarial_update_goes_the_right_way(moving, penalty):
 
 
 def test_regression_pulls_the_generator_to_the_clip():
-    """Beside the adversarial loss, and by as much as the configuration says: on a generator that
-    overshoots in channel 0 alone, which counts 1.5 fold, it pushes that channel back."""
+    """Regression adds its weighted gradient to that of the adversarial loss.
+
+    The generator overshoots in channel 0 alone, whose weight is 1.5, and is pushed back there.
+    """
     gradients = []
     for weight in (0.0, 2.0):
         stage = adversarial_stage(
@@ -226,15 +233,17 @@ def test_regression_pulls_the_generator_to_the_clip():
             lambda *_, bias=bias: gradients.append(bias.grad.view(4, 4).sum(0))
         )
         train(stage, 1, counting_clips())
-    # Steps are independent: recycled frames are detached. d/d increment of 1.5 (0.25 n)^2 / 4.
+    # Recycled frames are detached, so steps are independent: the derivative of 1.5 (0.25 n)^2 / 4.
     expected = 2.0 * 1.5 / 4 * 2 * sum(0.25 * n for n in range(1, 7)) / 6
     difference = gradients[1] - gradients[0]
     torch.testing.assert_close(difference, torch.tensor([expected, 0, 0, 0]), rtol=0.02, atol=0.02)
 
 
 def test_mean_colours_alone_pull_too():
-    """A generator that gains too much on channel 0 is pushed back on that channel by the mean of
-    its frames or rows, as much as by every pixel, for all its pixels are wrong alike."""
+    """Errors of frame means and of row means push as much as the error of every pixel.
+
+    This holds because the generator gains too much on channel 0 at all pixels alike.
+    """
     gradients = []
     for weights in ({"regression": 2.0}, {"palette": 2.0}, {"rows": 2.0}):
         stage = adversarial_stage(counting_model(1.25, 1.0, 1.0, 1.0), penalty=0.0, **weights)
@@ -248,23 +257,23 @@ def test_mean_colours_alone_pull_too():
 
 
 def test_later_segments_borrow_the_motion_of_other_clips(made_segments):
-    """Where clips end with the first segment, the rest of the walk is newly drawn (SPEC 10)."""
+    """If clips end with the first segment, later motion is newly drawn (docs/method.md#10)."""
     stage = adversarial_stage(
         counting_model(*[1.0] * 4), batch=8, segments=2, overlap_frames=1, whole_clips=False
     )
-    with recording(stage) as judgements:
+    with recording(stage) as calls:
         (metrics,) = train(stage, 1, counting_clips(length=6))
     assert not {"error", "palette", "rows"} & set(metrics)  # nothing to compare the rest with
     first, later = made_segments
     borrowed = later.condition
     assert borrowed.shape[2] == 2 and not torch.equal(borrowed[:, :, 0], first.condition[:, :, 0])
-    _, fake, _, _ = judgements[2].arguments[2].chunk(4)  # what drives the second segment
+    _, fake, _, _ = calls[2].arguments[2].chunk(4)  # what drives the second segment
     torch.testing.assert_close(fake[:, :, 1:], borrowed, rtol=0, atol=2e-3)
     torch.testing.assert_close(fake[:, :, 0], first.condition[:, :, 2], rtol=0, atol=2e-3)
 
 
 def test_the_discriminator_is_shown_motion_that_does_not_fit():
-    """The real frames once more under the motion of other clips, told apart as fakes are."""
+    """Real frames are shown again under the motion of other clips, and told apart like fakes."""
     weight, batch = 0.5, 8
     stage = adversarial_stage(
         counting_model(*[1.0] * 4),
@@ -274,27 +283,27 @@ def test_the_discriminator_is_shown_motion_that_does_not_fit():
         penalty=0.0,
         mismatch=weight,
     )
-    with recording(stage) as judgements:
+    with recording(stage) as calls:
         (metrics,) = train(stage, 1, counting_clips())
     expected = 0.0
-    for known, judgement in enumerate(judgements[::2]):
-        x, previous, condition, text, text_lens, t = (a.chunk(5) for a in judgement.arguments)
+    for known, call in enumerate(calls[::2]):
+        x, previous, condition, text, text_lens, t = (a.chunk(5) for a in call.arguments)
         for same in (x, previous, text, text_lens, t):
             assert torch.equal(same[0], same[4])
         assert_drives(condition[0], value(x[0]))
         moved = (condition[4] - condition[0]).abs().amax(dim=(1, 2, 3, 4)) > 0.005
-        assert moved.float().mean() >= 0.5  # windows of so short clips may fall together
-        logits = judgement.logits.clone().requires_grad_()
+        assert moved.float().mean() >= 0.5  # windows of short clips may coincide
+        logits = call.logits.clone().requires_grad_()
         on_real, on_fake, _, _, on_misled = logits[:, known:].chunk(5)
         mismatch = weight * F.softplus(on_misled - on_real).mean()
         ((F.softplus(on_fake - on_real).mean() + mismatch) / 2).backward()
-        torch.testing.assert_close(judgement.gradient, logits.grad)
+        torch.testing.assert_close(call.gradient, logits.grad)
         expected += mismatch.item() / 2
     assert metrics["mismatch"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_motion_that_does_not_fit_needs_a_frame_more():
-    """It never comes from before latent 1; clips that are said to be long enough are."""
+    """Mismatched motion starts at frame 1 or later, so `needs` counts one more frame."""
     stage = adversarial_stage(counting_model(*[1.0] * 4), mismatch=1.0)
     assert stage.config.needs == {"clips": 4}
     train(stage, 1, counting_clips(length=5))
@@ -302,7 +311,7 @@ def test_motion_that_does_not_fit_needs_a_frame_more():
 
 
 def test_a_model_without_conditions(made_segments):
-    """Nothing but a picture and a prompt, as in the paper's first model."""
+    """The paper's first model has an image and a prompt, and no other condition."""
     worlds = [WorldModel(dataclasses.replace(CONFIG, condition_channels=0), None) for _ in "gd"]
     given = {"generator_schedule": Schedule(1e-3), "discriminator_schedule": Schedule(1e-3)}
     config = AdversarialConfig("clips", 1, 2, segment_frames=3, segments=2, **given)
@@ -324,11 +333,11 @@ def test_segments_of_drawn_lengths(made_segments):
     assert lengths[1::2] == [length - 1 for length in lengths[::2]]
 
 
-def test_a_lead_is_rolled_out_and_not_judged(made_segments):
-    """As many segments as are drawn come before those that are judged. These go on from them, in
-    the model's past and in the clip's motion, and are compared with the clip at their own place.
+def test_lead_segments_are_rolled_out_without_a_loss(made_segments):
+    """Segments with a loss continue the lead, in the model's past and in the clip's motion.
 
-    The generator adds 1.25 per step, so its frame n behind latent s of a clip is s + 1.25 n.
+    They are compared with the clip at their own place. The generator adds 1.25 per step, so its
+    frame n after frame s of a clip is s + 1.25 n.
     """
     leads = set()
     for seed in range(8):
@@ -337,13 +346,13 @@ def test_a_lead_is_rolled_out_and_not_judged(made_segments):
             counting_model(*[1.25] * 4), segments=2, overlap_frames=1, lead_segments=2
         )
         assert stage.config.needs == {"clips": 3 + 3 * 2}
-        with recording(stage) as judgements:
+        with recording(stage) as calls:
             (metrics,) = train(stage, 1, counting_clips(), seed=seed)
         lead = (0, 3, 5).index(made_segments[0].start_frame)
         leads.add(lead)
         frames, errors = [3, 2, 2, 2][lead : lead + 2], []
         assert [segment.noise.shape[2] for segment in made_segments] == frames
-        assert len(judgements) == 4
+        assert len(calls) == 4
         place = made_segments[0].start_frame
         start = made_segments[0].recycled[:, 0, 0, 0, 0] - 1.25 * place
         for index, segment in enumerate(made_segments):
@@ -351,7 +360,7 @@ def test_a_lead_is_rolled_out_and_not_judged(made_segments):
             assert segment.start_frame == place
             torch.testing.assert_close(value(segment.recycled), start[:, None] + 1.25 * steps)
             assert_drives(segment.condition, start[:, None] + 1 + steps)
-            x, _, condition, *_ = judgements[2 * index + 1].arguments
+            x, _, condition, *_ = calls[2 * index + 1].arguments
             new = frames[index]
             torch.testing.assert_close(value(x)[:, -new:], start[:, None] + 1.25 * (1 + steps))
             assert_drives(condition[:, :, -new:], start[:, None] + 1 + steps)
@@ -362,7 +371,7 @@ def test_a_lead_is_rolled_out_and_not_judged(made_segments):
 
 
 def test_a_lead_is_not_corrupted(monkeypatch):
-    """What goes wrong by itself is what there is to learn from."""
+    """Only segments with a loss are: the lead shows the generator's own errors."""
     calls, corrupt = [], Corruption.__call__
 
     def record(corruption, frames, first, random):
@@ -375,23 +384,25 @@ def test_a_lead_is_not_corrupted(monkeypatch):
     assert len(calls) == 8 and set(calls) == {True, False}
 
 
-def test_teacher_forced_frames_are_judged_one_by_one():
-    """Frame n of the generator comes from the real frame before it, and its logit is that of the
-    clip of real frames with it alone in place of the real one (SPEC 8)."""
+def test_teacher_forced_frames_get_their_logits_one_by_one():
+    """A logit is that of the real clip with a single frame replaced (docs/method.md#8).
+
+    Frame n of the generator comes from the real frame before it.
+    """
     stage = adversarial_stage(
         counting_model(*[1.25] * 4), batch=2, segment_frames=4, forcing="teacher", penalty=0.0
     )
-    judged, judge = [], stage.logits
+    turns, compute = [], stage.logits
 
     def record(frames, t):
-        logits = judge(frames, t)
-        judged.append((frames, t, logits.detach()))
+        logits = compute(frames, t)
+        turns.append((frames, t, logits.detach()))
         return logits
 
     stage.logits = record
     discriminator = copy.deepcopy(stage.discriminator)  # as it was before its update
     train(stage, 1, counting_clips())
-    (joined, t, logits), (for_g, _, on_fake) = judged
+    (joined, t, logits), (for_g, _, on_fake) = turns
     real, fake = joined.latents.chunk(4)[:2]
     torch.testing.assert_close(real, joined.real)
     torch.testing.assert_close(fake[:, :, 1:], real[:, :, :-1] + 1.25)
@@ -430,7 +441,7 @@ def test_a_logit_per_clip_sees_everything():
 
 
 def test_halves_of_a_batch_add_up():
-    """Accumulated in parts, an update is that of the whole batch."""
+    """Accumulated in parts, the gradients of an update equal those of the whole batch."""
     gradients, sets = [], {"clips": clips()}
     for parts in ([range(4)], [range(2), range(2, 4)]):
         stage = adversarial_stage(batch=4, segments=2, overlap_frames=1, corruption=Corruption())
@@ -471,7 +482,7 @@ def test_bad_configurations_are_named(changes, message):
 
 
 def test_adversarial_gradients_do_not_leak():
-    """The discriminator's turn leaves nothing on the generator, and the other way round."""
+    """Each network's turn leaves no gradient on the other network."""
     stage = adversarial_stage(segments=2, overlap_frames=1)
     own = {"train_generator": stage.trained["generator"].parameters}
     own["train_discriminator"] = stage.trained["discriminator"].parameters
@@ -501,10 +512,10 @@ def test_adversarial_gradients_do_not_leak():
     frozen = [p for p in stage.discriminator.parameters() if not p.requires_grad]
     train(stage, 1)
     assert turns == ["train_discriminator", "train_generator"] * 2
-    judging = own["train_discriminator"]
-    everything = [*stage.model.parameters(), *judging, *frozen]
+    learning = own["train_discriminator"]
+    everything = [*stage.model.parameters(), *learning, *frozen]
     assert all(p.grad is None for p in everything)
-    assert not {id(p) for p in stage.model.parameters()} & {id(p) for p in judging}
+    assert not {id(p) for p in stage.model.parameters()} & {id(p) for p in learning}
     assert {id(p) for p in frozen} == {
         id(p)
         for layer in (
@@ -521,9 +532,9 @@ def gradients_of(parameters: list[Tensor]) -> dict[int, Tensor]:
 
 def test_perturbation_spares_what_is_known():
     latent = torch.arange(6.0)[:, None, None].expand(8, 4, 6, 5, 5)
-    judged = Judged(latent, None, known=2)
-    shaken = judged.perturbed(0.3, draws(8))
-    assert torch.equal(judged.latents, latent) and shaken.known == 2
+    shown = Shown(latent, None, known=2)
+    shaken = shown.perturbed(0.3, draws(8))
+    assert torch.equal(shown.latents, latent) and shaken.known == 2
     noise = shaken.latents - latent
     assert not noise[:, :, :3].any()  # the frame before, and the two known ones
     assert noise[:, :, 3:].std().item() == pytest.approx(0.3, rel=0.05)

@@ -1,4 +1,4 @@
-"""Curricula: which update learns from which clips."""
+"""Curricula: the clips of every update."""
 
 import pytest
 import torch
@@ -18,8 +18,10 @@ def test_phases_follow_each_other():
 
 
 def test_one_update_draws_from_one_source():
-    """Clips of one update are of one size and length, the same on every rank; over many updates
-    sources come in proportion to their weights, and all lengths come up."""
+    """The clips of an update have one size and length, on all ranks alike.
+
+    Over many updates, sources come in proportion to their weights, and all lengths occur.
+    """
     large = LatentClips(torch.zeros(2, 4, 9, 8, 8), torch.zeros(2, 8, 2), [("a",)] * 2)
     phase = Phase(1, 2, (Source("small", 5, shortest=3, weight=3.0), Source("large", 2)))
     sets, seen = {"small": clips(), "large": large}, []

@@ -11,11 +11,11 @@ from aapt.training.losses import (
     channel_weighted_error,
     discriminator_loss,
     frame_error,
+    frame_mean_error,
     generator_loss,
-    palette_error,
     pseudo_huber,
-    psnr,
-    row_error,
+    reconstruction_psnr,
+    row_mean_error,
     sharpness_loss,
 )
 
@@ -78,13 +78,13 @@ def test_errors_of_frames_and_of_mean_colours():
     a[0, 0, 1] = torch.tensor([[3.0, 1.0], [-1.0, 1.0]])  # mean 1, of rows 2 and 0, of squares 3
     torch.testing.assert_close(frame_error(a, b), torch.tensor([[0.0, 1.5, 0.0]]))
     weights = torch.tensor([3.0, 1.0])  # 1.5 and 0.5 of the mean
-    assert palette_error(a, b, weights).item() == pytest.approx(1.5 * 1 / 6)
-    assert row_error(a, b, weights).item() == pytest.approx(1.5 * (2**2 / 2) / 6)
+    assert frame_mean_error(a, b, weights).item() == pytest.approx(1.5 * 1 / 6)
+    assert row_mean_error(a, b, weights).item() == pytest.approx(1.5 * (2**2 / 2) / 6)
     assert channel_weighted_error(a, b, weights).item() == pytest.approx(1.5 * 3 / 6)
 
 
 def test_psnr():
-    """Of the full range, which is 2 here: an error of a tenth of it is 20 dB."""
+    """The full range is 2: an error of a tenth of it is 20 dB."""
     truth = torch.zeros(1, 3, 2, 4, 4)
-    assert psnr(truth + 0.2, truth) == pytest.approx(20, abs=1e-5)
-    assert psnr(truth, truth) == math.inf
+    assert reconstruction_psnr(truth + 0.2, truth) == pytest.approx(20, abs=1e-5)
+    assert reconstruction_psnr(truth, truth) == math.inf

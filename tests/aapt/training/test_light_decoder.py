@@ -1,4 +1,4 @@
-"""The stage that makes a light decoder: its losses, what moves and what must not."""
+"""The light decoder stage: its losses, and the weights that move and do not move."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from aapt.training.stages.light_decoder import (
     LightDecoderTraining,
     PatchAdversary,
     PatchDiscriminator,
-    light_behind,
+    light_vae_for,
 )
 from aapt.vae import CausalVAE, VAEConfig, light, lighter, original, wan
 
@@ -52,7 +52,7 @@ def original_vae(shape: VAEConfig = SHAPE) -> CausalVAE:
 def stage(perceptual=None, **changes) -> LightDecoderTraining:
     vae = original_vae()
     torch.manual_seed(1)
-    light_vae = light_behind(vae, lighter(SHAPE))
+    light_vae = light_vae_for(vae, lighter(SHAPE))
     return LightDecoderTraining(replace(CONFIG, **changes), vae, light_vae, perceptual)
 
 
@@ -62,7 +62,7 @@ def videos() -> VideoClips:
 
 
 def test_fewer_clips_than_there_could_be():
-    """A source may end early; what is kept is in the order of the source, and not a list of it."""
+    """A source may end early; its clips are kept in order, as one tensor."""
     clips = torch.randint(256, (3, 5, 2, 2, 3), dtype=torch.uint8)
     made = VideoClips(iter(clips), 7).videos
     assert made.dtype == torch.uint8 and torch.equal(made, clips)
@@ -84,7 +84,7 @@ def test_flicker_is_how_the_error_changes():
 
 
 def test_equal_motion_does_not_flicker():
-    """Whatever the picture looks like."""
+    """Whatever the images look like."""
     video = torch.randn(2, 3, 5, 4, 4)
     other = video + torch.randn(2, 3, 1, 4, 4)
     assert flicker_loss(other - video).item() == pytest.approx(0, abs=1e-6)
@@ -102,7 +102,7 @@ def test_the_paper_s_light_decoder():
 
 def test_light_has_the_original_s_encoder_and_what_fits_of_its_decoder():
     vae = original_vae()
-    made = light_behind(vae, lighter(SHAPE)).state_dict()
+    made = light_vae_for(vae, lighter(SHAPE)).state_dict()
     theirs = vae.state_dict()
     kept = {name for name in made if name.startswith(("encoder", "latent_"))}
     for name in kept | {"decoder.conv_in.weight"}:
@@ -122,11 +122,11 @@ def test_light_has_the_original_s_encoder_and_what_fits_of_its_decoder():
 )
 def test_a_shape_of_another_encoder(change, message):
     with pytest.raises(ValueError, match=message):
-        light_behind(original_vae(), replace(SHAPE, **change))
+        light_vae_for(original_vae(), replace(SHAPE, **change))
 
 
-def test_losses_are_what_the_recipe_weighs():
-    """Against float64 sums of the definitions, from videos whose errors are known."""
+def test_losses_have_the_weights_of_the_recipe():
+    """The reference sums the definitions in float64, for videos with known errors."""
     made = stage(lambda video, target: (video - target).square().sum(), imitation=3.0, flicker=5.0)
     made.config = replace(made.config, perceptual=7.0, squares=0.5, edges=0.25)
     torch.manual_seed(3)
@@ -179,7 +179,7 @@ def test_it_learns_one_clip():
 def test_a_light_decoder_equal_to_the_original_imitates_it():
     """Both decode the same noisy latents."""
     vae = original_vae()
-    same = light_behind(vae, SHAPE)
+    same = light_vae_for(vae, SHAPE)
     made = LightDecoderTraining(replace(CONFIG, latent_noise=2.0), vae, same)
     seen = made.accumulate({"clips": videos()}, draws(2), 0)
     assert seen["imitation"] == 0
@@ -194,7 +194,7 @@ def test_latents_are_as_noisy_as_asked(monkeypatch):
     with torch.no_grad():
         clean = made.original.encode(data.sample(draws(2), CONFIG.video_frames))
     strengths = (shown[0].float() - clean).std(dim=(1, 2, 3, 4))
-    # bfloat16 networks round, but by less than the least noise drawn here.
+    # Rounding of bfloat16 networks is below the least noise that is drawn here.
     assert (strengths < 0.55).all() and strengths.max() > 0.05
 
 
@@ -226,29 +226,31 @@ def test_the_adversarial_loss_is_relativistic_and_reaches_the_decoder_alone():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.backward()
     assert decoded.grad.any()
-    assert all(parameter.grad is None for parameter in made.judge.parameters())
-    assert all(parameter.requires_grad for parameter in made.judge.parameters())
+    assert all(parameter.grad is None for parameter in made.discriminator.parameters())
+    assert all(parameter.requires_grad for parameter in made.discriminator.parameters())
 
 
 def test_the_penalty_is_on_the_discriminator_s_slope():
-    """Of a discriminator that sums its input, sigma^2 times the number of summands."""
+    """For a discriminator that sums its input, it is sigma^2 times the number of summands."""
     made = stage(adversary=replace(ADVERSARY, penalty=3.0, perturbation=0.1))
-    made.judge = nn.Module()
-    made.judge.scale = nn.Parameter(torch.ones(()))
-    made.judge.forward = lambda video: made.judge.scale * video.sum(dim=(1, 2, 3, 4))
+    made.discriminator = nn.Module()
+    made.discriminator.scale = nn.Parameter(torch.ones(()))
+    made.discriminator.forward = lambda video: (
+        made.discriminator.scale * video.sum(dim=(1, 2, 3, 4))
+    )
     video = torch.zeros(64, 3, 5, 8, 8)
     metrics = made.train_discriminator(video, video, draws(64), 1.0)
     count = 3 * 5 * 8 * 8
     assert metrics["penalty"] == pytest.approx(2 * 3.0 * 0.1**2 * count, rel=0.25)
-    assert made.judge.scale.grad.item() == pytest.approx(2 * metrics["penalty"], rel=0.05)
+    assert made.discriminator.scale.grad.item() == pytest.approx(2 * metrics["penalty"], rel=0.05)
 
 
 def test_patches():
-    judge = PatchDiscriminator(width=4, depth=2)
+    discriminator = PatchDiscriminator(width=4, depth=2)
     video = torch.randn(2, 3, 5, 16, 24)
-    logits = judge(video)
+    logits = discriminator(video)
     assert logits.shape == (2, 5, 4, 6)
     other = video.clone()
     other[..., :8, :8] += 1
-    assert torch.equal(judge(other)[..., 3:, 4:], logits[..., 3:, 4:])
-    assert not torch.allclose(judge(other)[..., :1, :1], logits[..., :1, :1])
+    assert torch.equal(discriminator(other)[..., 3:, 4:], logits[..., 3:, 4:])
+    assert not torch.allclose(discriminator(other)[..., :1, :1], logits[..., :1, :1])

@@ -73,7 +73,7 @@ def test_update_refuses_gradients_that_are_not_finite(bad, max_norm):
 
 
 def averaged(values: list[float], decay: float, **options) -> float:
-    """What MovingAverage makes of a parameter that takes these values, the first at the start."""
+    """The average of a parameter that takes these values, the first of them at the start."""
     net = nn.Linear(1, 1, bias=False)
     nn.init.constant_(net.weight, values[0])
     average = MovingAverage(net, decay, **options)

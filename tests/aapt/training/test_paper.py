@@ -1,4 +1,4 @@
-"""`paper_8b` against every number that the paper gives, written out (SPEC 1, 2, 6-8, 12)."""
+"""`paper_8b` against every number of the paper (docs/method.md#1, #2, #6, #7, #8 and #12)."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from aapt.training.recipes import aapt_8b, paper_8b
 from ..helpers import CONFIG
 
 WIDE, LARGE, SMALL = "736x416", "1280x720", "640x352"
-OFF = {  # our switches for small models (SPEC 12)
+OFF = {  # our switches for small models (docs/method.md#12)
     "whole_clips": False,
     "lead_segments": 0,
     "discriminator_warmup": 0,  # one update of the discriminator to one of the generator
@@ -76,7 +76,7 @@ ADVERSARIAL = {
     "generator_schedule": constant(3e-6),
     "discriminator_schedule": constant(3e-6),
     "start": "consistency",
-    "judge": "diffusion",
+    "discriminator_start": "diffusion",
     "penalty": 1000,
     "perturbation": 0.1,
     "alpha": 0.9,
@@ -84,7 +84,7 @@ ADVERSARIAL = {
     "forcing": "student",
     "judgement": "frame",
     "pooling": "query",
-    "judge_recycled": True,
+    "discriminator_recycled": True,
 }
 EXTENSION = {
     **ADVERSARIAL,
@@ -94,14 +94,19 @@ EXTENSION = {
     "generator_schedule": constant(1e-5),
     "discriminator_schedule": constant(1e-5),
     "start": "adversarial",
-    "judge": "adversarial",
+    "discriminator_start": "adversarial",
 }
 STAGES = {
     "diffusion": DIFFUSION,
     "consistency": CONSISTENCY,
     "adversarial": ADVERSARIAL,
     "extension": EXTENSION,
-    "extension-5": {**EXTENSION, "segments": 6, "start": "extension", "judge": "extension"},
+    "extension-5": {
+        **EXTENSION,
+        "segments": 6,
+        "start": "extension",
+        "discriminator_start": "extension",
+    },
 }
 
 
@@ -159,11 +164,11 @@ def test_seconds_of_a_rollout():
 
 
 def test_the_optimizers_have_these_numbers():
-    """As the stages build them, around a smaller model."""
+    """The stages build them around a smaller model."""
     small = dataclasses.replace(CONFIG, condition_channels=0)
     recipe = dataclasses.replace(paper_8b(), model=small)
     for name, config in recipe.stages.items():
-        for network, part in plan.without_memory(recipe, config).trained.items():
+        for network, part in plan.meta_stage(recipe, config).trained.items():
             (group,) = part.optimizer.param_groups
             if name in ("diffusion", "consistency"):
                 assert type(part.optimizer) is torch.optim.AdamW and part.average is None
@@ -176,8 +181,8 @@ def test_the_optimizers_have_these_numbers():
 
 
 def test_heads_of_the_discriminator():
-    """After blocks 16, 26 and 36 of 36 (SPEC 12)."""
+    """They follow blocks 16, 26 and 36 of 36 (docs/method.md#12)."""
     model = dataclasses.replace(CONFIG, condition_channels=0, depth=aapt_8b().depth)
     recipe = dataclasses.replace(paper_8b(), model=model)
-    stage = plan.without_memory(recipe, recipe.stages["adversarial"])
+    stage = plan.meta_stage(recipe, recipe.stages["adversarial"])
     assert [tap + 1 for tap in stage.discriminator.taps] == [16, 26, 36]

@@ -1,4 +1,4 @@
-"""Every stage takes real steps on small clips: what each network is shown, and what moves."""
+"""Every stage on small clips: the inputs of each network, and the weights that move."""
 
 import copy
 
@@ -58,8 +58,10 @@ def averaging_regression() -> RolloutRegression:
     ids=["adversarial", "regression"],
 )
 def test_the_moving_average_is_exported(build, learner):
-    """a_n = d a_{n-1} + (1 - d) w_n over the generator's own updates, from where it started, and
-    not the last weights w_n. The discriminator's warm-up does not count."""
+    """The export is a_n = d a_{n-1} + (1 - d) w_n, from the start, and not the last weights w_n.
+
+    Only updates of the generator count, without the discriminator's warm-up.
+    """
     stage = build()
     average = {name: p.detach().clone() for name, p in stage.model.named_parameters()}
 
@@ -79,7 +81,7 @@ def test_the_moving_average_is_exported(build, learner):
 
 
 def test_diffusion_shows_clean_pasts_and_noisy_targets():
-    """Teacher forcing with one shifted t per clip, conditions in place, and MSE on v (SPEC 6)."""
+    """Teacher forcing: one shifted t per clip, aligned conditions, MSE on v (docs/method.md#6)."""
     curriculum = constant("clips", frames=3, batch=256, steps=1)
     config = DiffusionConfig(curriculum, Schedule(0.0), shift=6.0, caption_dropout=0.5)
     stage = DiffusionAdaptation(config, recorded(0.5))
@@ -135,8 +137,10 @@ def test_consistency_leaves_the_teacher_alone():
 
 @pytest.mark.parametrize("times", [1, 4])
 def test_consistency_target_is_the_student_one_teacher_step_on(monkeypatch, times):
-    """f(x', t_{k-1}) with x' = x_k - (t_k - t_{k-1}) v_teacher; at k = 1 x' itself, without the
-    student's clamp: f(x, 0) = x (SPEC 7)."""
+    """The target is f(x', t_{k-1}) with x' = x_k - (t_k - t_{k-1}) v_teacher.
+
+    At k = 1 it is x', without the student's clamp, because f(x, 0) = x (docs/method.md#7).
+    """
     compared, compare = [], consistency_distillation.pseudo_huber
 
     def record(prediction, target):
@@ -177,7 +181,7 @@ def test_consistency_target_is_the_student_one_teacher_step_on(monkeypatch, time
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_squared_consistency(weighted):
-    """The switches of SPEC 12: MSE, and each clip weighted by 1 / (t_k - t_{k-1})."""
+    """Switches of docs/method.md#12: MSE, and clips weighted by 1 / (t_k - t_{k-1})."""
     curriculum = constant("clips", frames=3, batch=16, steps=1)
     config = ConsistencyConfig(
         curriculum, Schedule(0.0), times=4, distance="squared", step_weight=weighted
@@ -212,8 +216,10 @@ def test_rollout_regression_runs_segments():
 
 
 def test_rollout_regression_compares_every_segment_with_its_own_frames(made_segments):
-    """A generator that gains 0.25 too much on channel 0 in every step is 0.25 n off at frame n;
-    channels count by their deviation in pixels."""
+    """A generator that gains 0.25 too much on channel 0 per step has an error of 0.25 n at frame n.
+
+    Channels are weighted by their deviation in pixels.
+    """
     config = regression(Schedule(0.0), batch=4, corruption=Corruption(0.0, 0.0))
     deviation = torch.tensor([3.0, 1.0, 2.0, 2.0])
     stage = RolloutRegression(config, counting_model(1.25, 1.0, 1.0, 1.0), deviation)
@@ -251,7 +257,7 @@ def decoder_of(stage: DecoderTraining) -> nn.Module:
     return stage.vae.decoder
 
 
-def judging(stage: Adversarial) -> nn.Module:
+def discriminator_of(stage: Adversarial) -> nn.Module:
     return stage.discriminator
 
 
@@ -322,17 +328,19 @@ LAST_TEXT_QUERY = "transformer.blocks.2.text.q_norm"
         ),
         pytest.param(
             lambda: adversarial_stage(segments=2, overlap_frames=1),
-            judging,
+            discriminator_of,
             "discriminator",
-            # What all logits share: only their differences are trained.
+            # Parameters that shift all logits alike: only differences of logits are trained.
             {"world.transformer.blocks.2.text.q_norm", "norm.bias", "logit.bias"},
             id="discriminator",
         ),
     ],
 )
 def test_every_parameter_gets_a_gradient(build, trained, name, silent):
-    """Networks run without gradient first and with it afterwards, under one autocast: a weight cast
-    in the first run must not lose its gradient in the second."""
+    """A weight that autocast casts without gradient first must not lose its gradient later.
+
+    Networks run under one autocast, first without gradient and then with it.
+    """
     stage = build()
     learning, found = [], {}
     for label, parameter in trained(stage).named_parameters():
@@ -347,6 +355,6 @@ def test_every_parameter_gets_a_gradient(build, trained, name, silent):
     train(stage, 1, noise_videos() if isinstance(stage, DecoderTraining) else clips())
     assert silent < set(found)
     assert {label for label, norm in found.items() if norm == 0} <= silent
-    # Those that have a reason have nothing but rounding, or the reason is wrong.
+    # Parameters that get no gradient for a reason have only rounding, or the reason is wrong.
     whole = sum(norm**2 for norm in found.values()) ** 0.5
     assert {label: found[label] for label in silent if found[label] > 1e-5 * whole} == {}

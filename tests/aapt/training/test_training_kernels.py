@@ -1,4 +1,4 @@
-"""An update's forward and backward through the simulated sm_90a attention, against the CPU's."""
+"""Forward and backward of an update through the simulated sm_90a attention, against the CPU."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def test_training_reaches_the_kernels(monkeypatch, checkpointed):
     config = replace(tiny_world().model, depth=2)
     model = VideoTransformer(config).bfloat16()
     model.checkpoint_blocks = checkpointed
-    for weight in model.parameters():  # nothing is zero from the start
+    for weight in model.parameters():  # no weight starts at zero
         torch.nn.init.normal_(weight, std=0.05)
 
     def normal(channels):

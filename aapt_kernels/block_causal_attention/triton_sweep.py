@@ -1,5 +1,5 @@
-"""What the Triton kernels of both directions do with tiles: the loop over visible keys, and rows
-back to memory."""
+"""Steps that the Triton kernels of both directions share: the loop over visible keys, and the way
+of rows back to memory."""
 
 import triton
 import triton.language as tl
@@ -26,7 +26,7 @@ def sweep(
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """All keys of three intervals, each `cut`: `attend` or `differentiate`."""
+    """Run STEP, `attend` or `differentiate`, on all keys of three intervals, each `cut`."""
     lane = tl.arange(0, KEYS)
     for i in range(a[3] + b[3] + c[3]):
         key = clean_place(i, a, b, c, KEYS) + lane
@@ -68,7 +68,7 @@ def sweep(
 
 @triton.jit
 def store_rows(x, tile, batch, head, row, first, length, heads, HEAD_DIM, WIDTH):
-    """Rows first ... length - 1 of a tile to a dense (B, length, heads, HEAD_DIM)."""
+    """Store rows first ... length - 1 of a tile to a dense (B, length, heads, HEAD_DIM)."""
     column = tl.arange(0, WIDTH)[None, :]
     active = (row >= first) & (row < length)
     at = ((batch * length + row) * heads + head)[:, None] * HEAD_DIM + column

@@ -1,0 +1,55 @@
+"""Tiles of rows in Triton kernels: loads and products, for both attentions and the convolution."""
+
+import triton
+import triton.language as tl
+
+from .backend import interpreted
+
+LOG2_E = 1.4426950408889634
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def load_rows(x, row, stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Load (rows, WIDTH) of one head: zero beyond head_dim, and in rows that are not active (None:
+    all are)."""
+    column = tl.arange(0, WIDTH)[None, :]
+    at = x + row.to(tl.int64)[:, None] * stride + column
+    if HEAD_DIM < WIDTH:
+        mask = column < HEAD_DIM
+        if active is not None:
+            mask = mask & active[:, None]
+        tile = tl.load(at, mask=mask, other=0)
+    elif active is not None:
+        tile = tl.load(at, mask=active[:, None], other=0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def dot(a, b, start=None):
+    """Return start + a b, float32 inputs as three TF32 products.
+
+    The interpreter takes the bits of BF16 for integers, so there it gets the values in float32.
+    """
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, start, input_precision="tf32x3")
+
+
+@triton.jit
+def zero_or_nan(x, row, stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Return (rows,) 0, or NaN for a row of one head that holds NaN or infinity.
+
+    A tile is loaded without such rows, because a weight of zero does not hide them. Columns come in
+    parts, which take few registers.
+    """
+    PART: tl.constexpr = 16
+    at = x + row.to(tl.int64)[:, None] * stride
+    result = tl.zeros(row.shape, tl.float32)
+    for part in range(WIDTH // PART):
+        column = part * PART + tl.arange(0, PART)[None, :]
+        tile = tl.load(at + column, mask=active[:, None] & (column < HEAD_DIM), other=0)
+        result += tl.sum(tile.to(tl.float32) * 0, 1)
+    return result
