@@ -94,9 +94,9 @@ def generate(
     written as they are made: after Ctrl-C or on a full disk the file plays as far as it got. A
     prompt that is longer than the model reads is cut, and the command says where.
 
-    --replay takes first frame, prompts, controls and seed from an action log of aapt serve. On the
-    same build and device the video is the one that was played, bit for bit; the command names the
-    first step that differs.
+    --replay takes first frame, prompts, controls and seed from an action log of aapt serve. With
+    the same build, device and number of threads the video is the one that was played, bit for bit;
+    the command names the first step that differs.
 
     \b
     Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
@@ -198,7 +198,7 @@ def _compared(differing: list[int], steps: int) -> str:
         return f"{steps} steps, each bit for bit as it was played"
     return (
         f"step {differing[0]} differs from what was played, the first of {len(differing)}: "
-        "another build or device made it"
+        "it was made with another build, device or number of threads"
     )
 
 

@@ -1,8 +1,10 @@
 """`aapt serve`: a page to play in."""
 
 import asyncio
+import contextlib
 import secrets
 import socket
+import ssl
 from pathlib import Path
 from typing import Annotated
 
@@ -72,9 +74,9 @@ def serve(
     local = host in LOOPBACK
     if not local and token is None:
         token = secrets.token_urlsafe(16)
-    for file in tls or ():
-        if not file.is_file():
-            raise InputError(f"tls: expected a PEM file, got {file}: no such file")
+    with bad_input():
+        if tls:
+            _check_tls(*tls)
     generator = load(model, device=device)
     with bad_input():
         if gallery and not gallery.is_dir():
@@ -101,7 +103,7 @@ def serve(
     name = f"[{host}]" if ":" in host else host
     query = f"?token={token}" if token else ""
     say(f"Play at {scheme}://{name}:{bound}/{query} (Ctrl-C ends the server)")
-    with bad_input():
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         asyncio.run(uvicorn.Server(config).serve([listener]))
 
 
@@ -117,3 +119,14 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise InputError(f"port: cannot listen on {host}:{port}: {error.strerror}") from None
     return listener
+
+
+def _check_tls(certificate: Path, key: Path) -> None:
+    """Raise ValueError unless the files are a certificate and its key."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error.reason
+        raise ValueError(
+            f"tls: expected PEM files of a certificate and its key: {reason}"
+        ) from None

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray itself
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -32,6 +33,8 @@ def address(checkpoint, monkeypatch):
     from aapt.serve.ray import build
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as Ray does in a replica of one CPU: other threads, other bits
     port = free_port()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
@@ -41,6 +44,7 @@ def address(checkpoint, monkeypatch):
     finally:
         serve.shutdown()
         ray.shutdown()
+        torch.set_num_threads(threads)
 
 
 def replicas():
