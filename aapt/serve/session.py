@@ -92,7 +92,7 @@ class Session:
         self._wants_again = False
         self._jobs: deque[tuple[Job, bool]] = deque()  # with True for a seek
         self._closing = False
-        # Written by the generator thread alone:
+        # Used by the generator thread alone, but for `end`:
         self._playing = False
         self._prompt_sequence = 0
         self._samples = [Sample(), Sample()]  # used by the last step of each lane
@@ -297,7 +297,8 @@ class Session:
         self.end("failed")
 
     def end(self, reason: str) -> None:
-        """Pauses for good and tells the visitor why; the connection then closes the session."""
+        """Pauses for good and tells the visitor why; the connection then closes the session. Called
+        from any thread."""
         self.ended = reason
         self._playing, self._wants_again = False, False
         with self._lock:
