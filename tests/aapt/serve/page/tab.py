@@ -96,7 +96,7 @@ class Tab:
             self.tab.wait_for_timeout(400)
 
     def picture(self, lane=0):
-        """What a canvas shows: uint8 (80, 128, 3)."""
+        """The image on a canvas: uint8 (80, 128, 3)."""
         url = self.tab.evaluate(f"document.getElementById('lane{lane}').toDataURL()")
         with urllib.request.urlopen(url) as data:
             image = Image.open(io.BytesIO(data.read())).convert("RGB")

@@ -106,7 +106,7 @@ def test_a_world_begins_from_an_uploaded_picture(page):
     page.tab.set_input_files(
         "#upload", {"name": "halves.png", "mimeType": "image/png", "buffer": halves()}
     )
-    page.tab.wait_for_selector("#pictures .chosen")
+    page.tab.wait_for_selector("#images .chosen")
     page.tab.fill("#world-prompt", "pink candy land")
     page.tab.fill("#seed", "7")
     page.tab.click("#start")
