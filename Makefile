@@ -7,22 +7,29 @@ SOURCES := aapt aapt_kernels tests benchmarks docs examples tools setup.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo build test test-all lint docs bench gpu wheel clean
+.PHONY: demo build test test-all test-serve lint docs bench gpu wheel clean
 
 demo: $(VENV)/.installed
 	@echo "== demo: a ten-second walk through the bundled world"
 	$(VENV)/bin/aapt generate --seconds 10 --out demo.mp4
 	@echo "The video: $(CURDIR)/demo.mp4"
+	@echo 'Play in it: $(VENV)/bin/pip install "aapt[serve]" && $(VENV)/bin/aapt serve'
 
 build: $(VENV)/.installed
 
 test: lint
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow" $(NO_SERVER)
 
 test-all: lint
 	@echo "== tests, full sweeps included"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(NO_SERVER)
+
+# In a browser without a window; without chromium these tests are skipped.
+NO_SERVER := --ignore=tests/aapt/serve
+test-serve: $(VENV)/.serve
+	@echo "== tests of the page and its server"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/aapt/serve
 
 lint: $(VENV)/.installed
 	@echo "== lint: ruff and clang-format"
@@ -53,7 +60,7 @@ wheel: $(VENV)/.installed
 	@ls dist
 
 clean:
-	rm -rf build dist *.egg-info aapt_kernels/lib $(VENV)/.installed $(VENV)/.docs
+	rm -rf build dist *.egg-info aapt_kernels/lib $(VENV)/.installed $(VENV)/.docs $(VENV)/.serve
 
 # PyTorch first and by itself: the build below compiles against it.
 $(VENV)/.torch:
@@ -71,4 +78,11 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATI
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "== installing what the documents need"
 	$(PYTHON) -m pip install --quiet --no-compile "aapt[docs]"
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.installed
+	@echo "== installing what the page and its tests need"
+	$(PYTHON) -m pip install --quiet --no-compile "aapt[serve,ray,browser]"
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+		then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; fi
 	@touch $@

@@ -18,6 +18,7 @@ from .evaluate import evaluate, evaluate_vae
 from .generate import generate
 from .info import info
 from .plot import plot
+from .serve import serve
 from .shared import InputError, Interrupted, OutputError, reason, say
 from .streams import discard_unwritten, open_closed_streams
 from .train import train
@@ -105,7 +106,7 @@ def options(
     """Hold the options of `aapt` itself."""
 
 
-for command in (generate, info, train, encode, plot):
+for command in (generate, serve, info, train, encode, plot):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-vae")(evaluate_vae)

@@ -1,6 +1,10 @@
 """`aapt bench`: measure speed on this machine."""
 
+import asyncio
 import json
+import re
+import subprocess
+import sys
 import time
 from typing import Annotated
 
@@ -8,12 +12,14 @@ import typer
 
 from .shared import (
     MODEL,
+    InputError,
     Json,
     Model,
     Threads,
     bad_input,
     environment_rows,
     load,
+    missing_extra,
     prompt_of,
     table,
 )
@@ -69,3 +75,77 @@ def bench_stream(
     if memory["cuda"] is not None:
         rows.append(("peak CUDA memory", f"{memory['cuda'] / 2**20:.0f} MiB allocated"))
     table(rows + environment_rows(facts))
+
+
+@bench.command("play")
+def bench_play(
+    model: Model = MODEL,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=1, help="Video played without and with redo, each.")
+    ] = 60.0,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="WS-URL", help="A running server.", show_default="one is started"),
+    ] = None,
+    as_json: Json = False,
+):
+    """Time from a key to the first shown frame that honours it, as a client of aapt serve sees it.
+
+    A client without a page presses keys at random times, decodes each frame and shows the four
+    frames of a step evenly. A control is sampled once per step, unless redo makes a step again.
+    Three seconds of video are not timed.
+
+    \b
+    Examples:
+      aapt bench play
+      aapt bench play --seconds 20 --url ws://127.0.0.1:8000/ws --json > result.json
+    """
+    from ..environment import environment
+
+    try:
+        from ..serve.latency import measure
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from None
+    server = None if url else _start_server(model)
+    try:
+        url = url or _address(server)
+        results = asyncio.run(measure(url, seconds))
+    except OSError as error:
+        raise InputError(f"url: cannot connect to {url}: {error}") from None
+    finally:
+        if server:
+            server.terminate()
+            server.wait()
+    facts = {"model": model, "seconds": seconds, "play": results, **environment()}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    rows = [("model", model)]
+    for result in results:
+        key, step, period = result["key_to_pixel_ms"], result["step_ms"], result["period_ms"]
+        name = "with redo" if result["redo"] else "without redo"
+        rows += [
+            (name, f"{result['fps']:.1f} fps, {result['keys']} keys, {result['redone']} redone"),
+            ("  key to pixel", f"p50 {key['p50']:.0f} ms, p99 {key['p99']:.0f} ms"),
+            (
+                "  step",
+                f"p50 {step['p50']:.0f} ms, p99 {step['p99']:.0f} ms, "
+                f"{step['p50'] / period:.0%} of the period of {period:.0f} ms",
+            ),
+        ]
+    table(rows + environment_rows(facts))
+
+
+def _start_server(model: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "aapt", "serve", "--port", "0", "--model", model]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def _address(server: subprocess.Popen) -> str:
+    """Wait for a server's address; InputError with its last words if it ends."""
+    said = ""
+    for line in server.stderr:
+        if found := re.search(r"Play at http://(\S+?)/", line):
+            return f"ws://{found[1]}/ws"
+        said = line.strip() or said
+    raise InputError(said.removeprefix("aapt: ") or "serve: expected an address, got none")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import signal
+import statistics
 import time
 import warnings
 from collections.abc import Iterator
@@ -76,12 +77,26 @@ def generate(
             show_default="to at least 320 rows for mp4 and 160 for gif, else 1",
         ),
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Make the video of an action log of aapt serve."),
+    ] = None,
+    branch: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Of the log.", show_default="the last")
+    ] = None,
+    original: Annotated[
+        bool, typer.Option("--original", help="With --replay: decode with the original decoder.")
+    ] = False,
 ):
     """Make a video from an image, a prompt and a control script.
 
     The frame count is 1 + 4 * round(seconds * 24 / 4): the first frame and whole steps. Frames are
     written as they are made: after Ctrl-C or on a full disk the file plays as far as it got. A
     prompt that is longer than the model reads is cut, and the command says where.
+
+    --replay takes first frame, prompts, controls and seed from an action log of aapt serve. With
+    the same build, device and number of threads the video is the one that was played, bit for bit;
+    the command names the first step that differs.
 
     \b
     Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
@@ -95,6 +110,7 @@ def generate(
       aapt generate --image photo.jpg --controls circle --seconds 30 --out circle.mp4
       printf '2 w\\n1 wd\\n2 w\\n' > path.txt && aapt generate --controls path.txt --out path.gif
       aapt generate --seconds 5 --out frames/
+      aapt generate --replay walk.jsonl --original --out walk.mp4
       aapt generate --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 128x80 \\
         -framerate 24 -
     """
@@ -102,6 +118,10 @@ def generate(
     from ..media.video import open_video, output_kind
     from ..streaming.controls import load_controls
 
+    if replay or original or branch is not None:
+        given = {"image": image, "prompt": prompt, "controls": controls}
+        _replay(replay, branch, original, given, model, out, scale)
+        return
     with bad_input():
         check_seconds("seconds", seconds)
         script = load_controls(controls or "walk")
@@ -126,6 +146,60 @@ def generate(
         except OSError as error:
             raise ValueError(f"out: cannot open {out}: {error.strerror}") from None
     _finish(_play(stream, writer, itertools.islice(script, steps), steps))
+
+
+def _replay(
+    log: Path | None,
+    branch: int | None,
+    original: bool,
+    given: dict[str, Any],
+    model: str,
+    out: str,
+    scale: int | None,
+) -> None:
+    """Write the video of an action log, and say where it differs from what was played."""
+    from ..checkpoint import find_checkpoint
+    from ..media.video import open_video, output_kind
+    from ..streaming.actions import Replay, model_digest, read_walk
+    from ..vae.folder import LIGHT, ORIGINAL
+
+    with bad_input():
+        if log is None:
+            raise ValueError("replay: expected an action log, got none; pass --replay FILE")
+        for name in (name for name, value in given.items() if value is not None):
+            raise ValueError(f"{name}: expected none with --replay, the action log has its own")
+        output_kind(out)
+        walk = read_walk(log)
+        digest = model_digest(find_checkpoint(model))
+        if walk.digest != digest:
+            raise ValueError(
+                f"replay: expected a walk of {model} {digest[:12]}, got one of {walk.model} "
+                f"{walk.digest[:12]}; pass --model FOLDER"
+            )
+        branch = len(walk.branches) - 1 if branch is None else branch
+        walk.check(branch, 0)
+    generator = load(model, decoder=ORIGINAL if original else LIGHT)
+    path = walk.path(branch, walk.branches[branch].end)
+    with bad_input():
+        stream = Replay(generator, walk)
+        try:
+            writer = open_video(out, generator.height, generator.width, generator.fps, scale)
+        except OSError as error:
+            raise ValueError(f"out: cannot open {out}: {error.strerror}") from None
+    played = _play(stream, writer, path, len(path))
+    stream.close()
+    if not original:
+        say(f"{log}: {_compared(stream.differing, len(played.step_seconds))}")
+    _finish(played)
+
+
+def _compared(differing: list[int], steps: int) -> str:
+    if not differing:
+        return f"{steps} steps, each bit for bit as it was played"
+    return (
+        f"step {differing[0]} differs from what was played, the first of {len(differing)}: "
+        "it was made with another build, device or number of threads"
+    )
 
 
 def _open(generator, first_frame, prompt: str, seed: int):
@@ -212,7 +286,7 @@ def _finish(played: Played) -> None:
         raise OutputError(f"{writer.out}: {played.error.strerror or played.error}: {holds}")
     if played.interrupted:
         raise Interrupted(holds)
-    latency = 1e3 * sorted(played.step_seconds)[len(played.step_seconds) // 2]
+    latency = 1e3 * statistics.median(played.step_seconds or [0.0])
     say(
         f"{writer.out}: {writer.frames} frames, {writer.frames / writer.fps:.1f} s at "
         f"{writer.fps} fps, {writer.width} x {writer.height}; made at "

@@ -39,6 +39,13 @@ class Interrupted(Exception):
     """Says what Ctrl-C has left: exit code 130."""
 
 
+def missing_extra(error: ModuleNotFoundError) -> InputError:
+    """What to say when a package of the extra `serve` is missing."""
+    return InputError(
+        f"serve: expected FastAPI and uvicorn, {error.name} is missing; pip install 'aapt[serve]'"
+    )
+
+
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
     """Turn every error of reading the user's input into an InputError."""
@@ -144,12 +151,15 @@ def check_out_folder(folder: Path) -> None:
         raise ValueError(f"out: expected a folder that can be written, got {folder}: {problem}")
 
 
-def load(model: str):
-    """Load a StreamingGenerator; InputError if the checkpoint cannot be used."""
+def load(model: str, **options: Any):
+    """Load a StreamingGenerator; InputError if the checkpoint cannot be used.
+
+    options: of `StreamingGenerator.from_pretrained`.
+    """
     with bad_input():
         from ..streaming.generator import StreamingGenerator
 
-        return StreamingGenerator.from_pretrained(model)
+        return StreamingGenerator.from_pretrained(model, **options)
 
 
 def table(rows: list[tuple[str, str]]) -> None:

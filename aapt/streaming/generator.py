@@ -20,7 +20,7 @@ from ..model.config import CameraConfig, ModelConfig, SamplingConfig
 from ..model.text import prompt_cut
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
-from ..vae.folder import load_vae
+from ..vae.folder import LIGHT, load_vae
 from .memory import StreamMemory
 from .snapshot import Snapshot
 
@@ -86,6 +86,7 @@ class StreamingGenerator:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
+        decoder: str = LIGHT,
     ) -> "StreamingGenerator":
         """Loads a bundled model by name, or a checkpoint folder.
 
@@ -96,6 +97,7 @@ class StreamingGenerator:
             dtype: Their precision; None for bfloat16 on a CUDA device and float32 elsewhere.
             size: (height, width) in pixels; None for the checkpoint's own. Positions stretch to
                 another size (docs/method.md#4).
+            decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`.
 
         CheckpointError says what was expected and what was found, ValueError why the device or the
         size cannot be used.
@@ -117,7 +119,7 @@ class StreamingGenerator:
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
                 picture["sampling"] = SamplingConfig(**sampling)
-            generator = cls(model, load_vae(folder, device=device, dtype=dtype), **picture)
+            generator = cls(model, load_vae(folder, decoder, device, dtype), **picture)
         if size is not None:
             generator._resize(*size)
         return generator

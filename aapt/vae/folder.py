@@ -88,8 +88,8 @@ def with_light_decoder(
     if not (folder / WEIGHTS).is_file():
         config = load_config(folder)
         others = ["model.safetensors"] if "model" in config else []
-        if sample := config.get("sample"):
-            others.append(Path(sample["image"]).name)
+        images = [*filter(None, [config.get("sample")]), *config.get("gallery", [])]
+        others += [Path(entry["image"]).name for entry in images]
         out.mkdir(parents=True, exist_ok=True)
         for file in others:
             if not (out / file).exists() or not (out / file).samefile(folder / file):

@@ -27,9 +27,10 @@ MAY_IMPORT = {
         *("checkpoint", "clock", "device", "lock"),
         *("data", "media", "model", "streaming", "training", "vae"),
     },
+    "serve": {"checkpoint", "media", "model", "streaming"},
     "commands": {
         *("checkpoint", "clock", "device", "environment"),
-        *("data", "evaluate", "media", "model", "runs", "streaming", "training", "vae"),
+        *("data", "evaluate", "media", "model", "runs", "serve", "streaming", "training", "vae"),
     },
 }
 IMPORT_KERNELS = {

@@ -1,0 +1,108 @@
+"""A client without a page: for programs, the benchmark and tests."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import websockets
+
+from .images import decode_image
+from .protocol import PROTOCOL, FrameHeader, read_frames
+
+
+class Refused(RuntimeError):
+    """A fatal error that the server has sent."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A message of video frames: its header, the encoded images, and when it came, in seconds of
+    `time.perf_counter`."""
+
+    header: FrameHeader
+    images: list[bytes]
+    arrived: float
+
+    def pixels(self) -> np.ndarray:
+        """Decodes the images, uint8 (count, H, W, 3)."""
+        return np.stack([decode_image(image) for image in self.images])
+
+
+class Client:
+    """A connection to `aapt serve`.
+
+    >>> async with await Client.connect("ws://127.0.0.1:8000/ws") as client:
+    ...     await client.send("open", image="sample", seed=0)
+    ...     await client.text("opened")
+    ...     await client.send("play")
+    ...     await client.input(forward=1.0)
+    ...     frames = await client.frames()
+
+    Attributes:
+        welcome: The server's answer to hello.
+        texts: All text messages so far, oldest first.
+    """
+
+    def __init__(self, socket: websockets.ClientConnection):
+        self.socket = socket
+        self.welcome: dict[str, Any] = {}
+        self.texts: list[dict[str, Any]] = []
+        self.sequence = 0
+
+    @classmethod
+    async def connect(cls, url: str, resume: str | None = None, **options: Any) -> "Client":
+        """Connects and says hello. Refused if the server does not serve it.
+
+        options: of `websockets.connect`.
+        """
+        client = cls(await websockets.connect(url, max_size=None, **options))
+        with contextlib.suppress(websockets.ConnectionClosed):  # the reason is received below
+            await client.send("hello", protocol=PROTOCOL, resume=resume, formats=["jpeg"])
+        client.welcome = await client.text("welcome")
+        return client
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.socket.close()
+
+    async def send(self, type: str, **fields: Any) -> None:
+        """Sends a message."""
+        await self.socket.send(json.dumps({"type": type, **fields}))
+
+    async def input(self, yaw: float = 0.0, forward: float = 0.0, **fields: Any) -> int:
+        """Sends the state of the controls; returns its sequence."""
+        self.sequence += 1
+        fields |= {"yaw": yaw, "forward": forward, "time": 1e3 * time.perf_counter()}
+        await self.send("input", sequence=self.sequence, **fields)
+        return self.sequence
+
+    async def receive(self) -> dict[str, Any] | Frames:
+        """Waits for the next message. Refused for a fatal error."""
+        message = await self.socket.recv()
+        if isinstance(message, bytes):
+            return Frames(*read_frames(message), time.perf_counter())
+        text = json.loads(message)
+        self.texts.append(text)
+        if text["type"] == "error" and text["fatal"]:
+            raise Refused(text["message"])
+        return text
+
+    async def text(self, *types: str) -> dict[str, Any]:
+        """Waits for the next text message of one of these types."""
+        while True:
+            message = await self.receive()
+            if isinstance(message, dict) and message["type"] in types:
+                return message
+
+    async def frames(self, wanted: Callable[[FrameHeader], bool] = lambda header: True) -> Frames:
+        """Waits for the next message of video frames whose header is wanted."""
+        while True:
+            message = await self.receive()
+            if isinstance(message, Frames) and wanted(message.header):
+                return message

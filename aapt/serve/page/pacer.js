@@ -1,0 +1,69 @@
+// Shows the frames of a pass evenly: they arrive together, once per step.
+
+const SMOOTHING = 0.1; // weight of the newest gap between passes in the running mean
+const CATCH_UP = 0.25; // largest share by which frames shorten while a backlog drains
+const STALL_PERIODS = 2; // a backlog beyond this many periods is dropped
+
+/**
+ * Spaces frames by an exponential moving average of the gaps between passes.
+ *
+ * A late pass delays what follows; the delay then absorbs the next late pass, and drains while
+ * none comes. All times are milliseconds of `performance.now()`.
+ */
+export class Pacer {
+  #queue = []; // {frame, due}
+  #free = 0; // when the last queued frame has had its time
+  #arrived = null;
+
+  /** period: expected milliseconds between passes of `count` frames. */
+  constructor(period, count) {
+    this.nominal = period;
+    this.period = period;
+    this.count = count;
+  }
+
+  /** Milliseconds that the queued frames will last. */
+  backlog(now) {
+    return Math.max(0, this.#free - now);
+  }
+
+  /** Queues the frames of a pass; with `urgent`, in place of all that is queued. */
+  push(frames, now, urgent = false) {
+    if (this.#arrived !== null && now - this.#arrived < 3 * this.nominal) {
+      this.period += SMOOTHING * (now - this.#arrived - this.period);
+    }
+    this.#arrived = now;
+    if (urgent || this.backlog(now) > STALL_PERIODS * this.period) {
+      this.#queue.length = 0;
+      this.#free = now;
+    }
+    const start = Math.max(now, this.#free);
+    const hurry = 1 - Math.min(CATCH_UP, (0.5 * (start - now)) / this.period);
+    const spacing = (this.period / this.count) * hurry;
+    frames.forEach((frame, index) => this.#queue.push({ frame, due: start + index * spacing }));
+    this.#free = start + frames.length * spacing;
+  }
+
+  /** Puts remade frames in the places of those of their step that are still queued. */
+  replace(frames) {
+    const remade = new Map(frames.map((frame) => [`${frame.step}:${frame.index}`, frame]));
+    for (const slot of this.#queue) {
+      const frame = remade.get(`${slot.frame.step}:${slot.frame.index}`);
+      if (frame) slot.frame = frame;
+    }
+  }
+
+  /** The newest frame that is due, null if none is. Frames it overtakes are never shown. */
+  take(now) {
+    let frame = null;
+    while (this.#queue.length && this.#queue[0].due <= now) frame = this.#queue.shift().frame;
+    return frame;
+  }
+
+  clear() {
+    this.#queue.length = 0;
+    this.#free = 0;
+    this.#arrived = null;
+    this.period = this.nominal;
+  }
+}

@@ -1,0 +1,492 @@
+// The state of a played world: what the server has said, what is asked of it, what is shown.
+
+import { Branches } from "./branches.js";
+import { upload } from "./files.js";
+import { FrameMemory } from "./frame_memory.js";
+import { Receipts } from "./receipts.js";
+
+const SEEK_QUIET_MS = 180; // a jump is asked for once the scrubbing rests
+const LOG_MS = 10_000; // how often a log is fetched, to rebuild the world on another server
+const LOG_LINE_MS = 20; // added for each of its lines
+const TURN = 0.6, AHEAD = 0.7;
+
+/** Controls that a half of a split screen can hold until a key of its own is pressed. */
+export const LANE_CONTROLS = [
+  ["keys", null],
+  ["ahead", { yaw: 0, forward: 1 }],
+  ["ahead and left", { yaw: -TURN, forward: AHEAD }],
+  ["ahead and right", { yaw: TURN, forward: AHEAD }],
+  ["turn left", { yaw: -TURN, forward: 0 }],
+  ["turn right", { yaw: TURN, forward: 0 }],
+  ["stand still", { yaw: 0, forward: 0 }],
+];
+
+/**
+ * Plays one world over a connection.
+ *
+ * phase: connecting, opening, waiting (in line), ready (never played), playing, paused, lost, ended
+ * or failed. Dispatches "change" after any change of state, "welcome" (detail: the message),
+ * "obeyed" (detail: {presses, frame}), "said" (detail: a line to show) and "prompt" (detail: the
+ * prompt in force, when it was not the player who changed it).
+ */
+export class Player extends EventTarget {
+  phase = "connecting";
+  head = { branch: 0, step: 0 };
+  prompt = "";
+  seed = 0;
+  stepSeconds = 1 / 6;
+  place = 0; // in line
+  progress = null; // {done, total} of a replay
+  retryAt = 0;
+  problem = "";
+  jump = null; // what the last jump cost: {replayed, ms}
+  split = null; // {branches, controls}
+  redo = false;
+  following = false; // recorded controls are played, not the player's
+  recording = null; // {branch, from}
+  future = 0; // the branch whose steps after the playhead are the ones left
+  marks = [];
+  branches = new Branches();
+  memory = new FrameMemory();
+  receipts = new Receipts();
+  #sequence = 0;
+  #promptSequence = 0;
+  #waitingPrompt = null; // its sequence, until a frame honours it
+  #controls = [{ yaw: 0, forward: 0 }, { yaw: 0, forward: 0 }]; // of the lanes
+  #followHeard = false;
+  #scrubbing = false; // from the first move until the server has sought
+  #seekTimer = 0;
+  #seekTo = null;
+  #afterSeek = [];
+  #resumePlaying = false;
+  #opening = true; // messages are of the world before
+  #sample = false; // the world asked for is the sample's
+  #walk = null; // an action log to open in place of an image
+  #log = null; // lines of the last fetched log
+  #logWaiters = [];
+
+  constructor(connection, stage, { walk }) {
+    super();
+    this.connection = connection;
+    this.stage = stage;
+    this.#walk = walk;
+    stage.onPaint = (frame, now) => this.#painted(frame, now);
+    connection.addEventListener("message", ({ detail }) => this.#heard(detail));
+    connection.addEventListener("frames", ({ detail }) => this.#received(detail));
+    connection.addEventListener("lost", ({ detail }) => this.#lost(detail));
+    if (walk) connection.token = null;
+    this.#keepLog();
+  }
+
+  get playing() {
+    return this.phase === "playing";
+  }
+
+  /** True if there is a world to act on. */
+  get live() {
+    return ["ready", "playing", "paused"].includes(this.phase);
+  }
+
+  /** Steps between the playhead and the end of the branch it was scrubbed on. */
+  get stepsLeft() {
+    return (this.branches.get(this.future)?.to_step ?? this.head.step) - this.head.step;
+  }
+
+  open({ image = "sample", prompt = null, seed = 0, log = null }) {
+    this.#leaveWorld();
+    this.phase = "opening";
+    this.#sample = image === "sample" && !log;
+    this.connection.send(log ? { type: "open", log } : { type: "open", image, prompt, seed });
+    this.#changed();
+  }
+
+  /** Uploads an action log and opens its world; says so if the server refuses it. */
+  async openWalk(walk) {
+    try {
+      this.open({ log: await upload(walk) });
+    } catch (error) {
+      this.#refused(error.message);
+    }
+  }
+
+  /** Starts again after the end: a world that slept is rebuilt from its log, others are new. */
+  again() {
+    if (this.phase === "ended") {
+      this.connection.token = null;
+      if (this.problem !== "idle" && this.problem !== "shutdown") this.#log = null;
+    }
+    this.phase = "connecting";
+    this.connection.connect();
+    this.#changed();
+  }
+
+  play() {
+    if (!this.live || this.playing) return;
+    this.#whenSought(() => {
+      this.phase = "playing";
+      this.connection.send({ type: "play" });
+    });
+  }
+
+  pause() {
+    if (!this.playing) return;
+    this.phase = "paused";
+    this.following = false;
+    this.connection.send({ type: "pause" });
+    this.connection.send({ type: "log" });
+    this.receipts.forgetPending();
+    this.#changed();
+  }
+
+  reset(seed = this.seed) {
+    if (!this.live) return;
+    const playing = this.playing;
+    this.#leaveWorld();
+    this.connection.send({ type: "reset", seed });
+    if (playing) this.phase = "playing";
+    this.#changed();
+  }
+
+  /** Takes a change of a lane's control; `key` names a press, whose receipt is then waited for. */
+  steer({ lane, yaw, forward, taps, time, key }) {
+    if (!this.live) return;
+    this.#controls[lane] = { yaw, forward };
+    if (this.split) this.split.controls[lane] = 0; // keys take over
+    const moves = Boolean(yaw || forward || taps);
+    if (this.following && moves) this.pause(); // the player takes over
+    // The input goes out first, so that the first step already has it.
+    const sequence = this.#sendInput(lane, taps, time);
+    if (moves) this.play();
+    if (key && this.playing) this.receipts.pressed(sequence, time, key, lane);
+  }
+
+  changePrompt(text) {
+    if (!this.live || text === this.prompt) return;
+    this.prompt = text;
+    this.#promptSequence += 1;
+    this.#waitingPrompt = this.#promptSequence;
+    const sequence = this.#promptSequence;
+    this.#whenSought(() => this.connection.send({ type: "prompt", sequence, text }));
+  }
+
+  /** Moves the playhead; the server follows once it rests (`done`). */
+  async scrub(branch, step, done) {
+    if (!this.live) return;
+    if (this.split) this.endSplit(0);
+    this.pause();
+    this.#scrubbing = true;
+    this.stage.cut();
+    this.phase = "paused";
+    this.head = { branch: this.branches.owner(branch, step), step };
+    this.future = branch;
+    this.jump = null;
+    this.#seekTo = { branch: this.head.branch, step };
+    clearTimeout(this.#seekTimer);
+    if (done) this.#seekTimer = setTimeout(() => this.#flushSeek(), SEEK_QUIET_MS);
+    this.#changed();
+    const bitmap = await this.memory.last(this.head.branch, step);
+    if (bitmap && this.#scrubbing && this.head.step === step) this.stage.preview(0, bitmap);
+    bitmap?.close();
+  }
+
+  /** Goes back from the playhead, as from where the last jump would end. */
+  rewind(steps) {
+    if (!this.live || this.head.step === 0) return;
+    const branch = this.stepsLeft > 0 ? this.future : this.head.branch;
+    this.scrub(branch, Math.max(0, this.head.step - steps), true);
+  }
+
+  /** Plays the controls left again from here, under the prompt in force. */
+  follow() {
+    if (!this.live || this.stepsLeft <= 0) return;
+    const branch = this.future;
+    this.#whenSought(() => {
+      this.connection.send({ type: "follow", branch });
+      this.following = true;
+      this.#followHeard = false;
+      this.phase = "playing";
+    });
+  }
+
+  /** Forks the world in two; `controls` are indices into LANE_CONTROLS. */
+  startSplit(controls) {
+    if (!this.live) return;
+    this.#whenSought(() => {
+      const { branch, step } = this.head;
+      this.split = { branches: null, controls };
+      this.stage.copy();
+      this.connection.send({
+        type: "split", branch, step, controls: controls.map((index) => LANE_CONTROLS[index][1]),
+      });
+    });
+  }
+
+  /** Gives a half of the screen another control to hold. */
+  changeLane(lane, index) {
+    this.split.controls[lane] = index;
+    this.#controls[lane] = LANE_CONTROLS[index][1] ?? { yaw: 0, forward: 0 };
+    this.#sendInput(lane, null, performance.now());
+    this.#changed();
+  }
+
+  /** Ends a split; the half `keep`, 0 or 1, plays on if it played. */
+  endSplit(keep) {
+    if (!this.split) return;
+    const playing = this.playing;
+    const kept = this.split.branches?.[keep];
+    this.split = null;
+    this.stage.cut();
+    this.connection.send({ type: "split", controls: null });
+    if (kept !== undefined) {
+      const step = this.branches.get(kept)?.to_step ?? this.head.step;
+      this.head = { branch: kept, step };
+      if (keep === 1) {
+        this.scrub(kept, step, true);
+        if (playing) this.play();
+      }
+    }
+    this.#changed();
+  }
+
+  setRedo(on) {
+    this.redo = on;
+    this.connection.send({ type: "redo", on });
+    this.#changed();
+  }
+
+  /** Fetches the action log; resolves to its lines. */
+  fetchLog() {
+    this.connection.send({ type: "log" });
+    return new Promise((resolve) => this.#logWaiters.push(resolve));
+  }
+
+  startRecording() {
+    this.recording = { branch: this.head.branch, from: this.head.step };
+    this.#changed();
+  }
+
+  /** Ends a recording; returns its branch and steps, null if nothing was played. */
+  stopRecording() {
+    const { from } = this.recording;
+    const { branch, step: to } = this.head;
+    this.recording = null;
+    this.#changed();
+    return to > from ? { branch, from, to } : null;
+  }
+
+  /** Fetches the log now and then while the world is played. */
+  #keepLog() {
+    if (this.playing) this.connection.send({ type: "log" });
+    setTimeout(() => this.#keepLog(), LOG_MS + LOG_LINE_MS * (this.#log?.length ?? 0));
+  }
+
+  #leaveWorld() {
+    this.#opening = true;
+    this.stage.cut();
+    this.branches.clear();
+    this.memory.clear();
+    this.receipts.forgetPending();
+    this.marks = [];
+    this.split = null;
+    this.recording = null;
+    this.progress = null;
+    this.following = false;
+    this.future = 0;
+    this.#scrubbing = false;
+    this.#afterSeek = [];
+    this.#waitingPrompt = null;
+    clearTimeout(this.#seekTimer);
+    this.#seekTo = null;
+    this.head = { branch: 0, step: 0 };
+  }
+
+  #sendInput(lane, taps, time) {
+    this.#sequence += 1;
+    const sequence = this.#sequence;
+    const message = { type: "input", lane, sequence, time, ...this.#controls[lane], taps };
+    const shown = this.redo && this.stage.shown;
+    this.connection.send(shown ? { ...message, shown } : message);
+    return sequence;
+  }
+
+  /** Acts now, or once the jump under way has ended. */
+  #whenSought(action) {
+    this.#flushSeek();
+    if (this.#scrubbing) this.#afterSeek.push(action);
+    else action();
+    this.#changed();
+  }
+
+  #flushSeek() {
+    clearTimeout(this.#seekTimer);
+    if (!this.#seekTo) return;
+    this.stage.cut();
+    this.connection.send({ type: "seek", ...this.#seekTo });
+    this.#seekTo = null;
+  }
+
+  #heard(message) {
+    const hear = {
+      welcome: () => this.#welcomed(message),
+      queued: () => { this.phase = "waiting"; this.place = message.place; },
+      replaying: () => { this.progress = message; },
+      opened: () => this.#opened(message),
+      state: () => this.#stated(message),
+      tree: () => { if (!this.#opening) this.branches.update(message); },
+      sought: () => this.#sought(message),
+      split: () => this.#splitAnswered(message),
+      log: () => this.#logged(message.lines),
+      error: () => this.#failed(message),
+      ended: () => this.#ended(message.reason),
+    }[message.type];
+    hear?.();
+    this.#changed();
+  }
+
+  #welcomed(message) {
+    this.stepSeconds = message.frames_per_step / message.fps;
+    this.stage.configure(message);
+    this.#emit("welcome", message);
+    this.#opening = true;
+    this.phase = "opening";
+    if (message.resumed) return;
+    // Another server does not know the token: it gets the world's log.
+    const walk = this.#walk ?? (this.#log && new Blob([`${this.#log.join("\n")}\n`]));
+    this.#walk = null;
+    if (walk) this.openWalk(walk);
+    else this.open({});
+  }
+
+  #opened({ branch, step, seed, prompt }) {
+    this.stage.cut();
+    this.#opening = false;
+    this.#scrubbing = false;
+    this.progress = null;
+    this.head = { branch, step };
+    this.future = branch;
+    this.seed = seed;
+    this.prompt = prompt;
+    this.#emit("prompt", prompt);
+    this.connection.send({ type: "log" });
+    if (this.redo) this.connection.send({ type: "redo", on: true });
+    const keepsPlaying = this.phase === "playing"; // a reset keeps playing what played
+    this.phase = keepsPlaying ? "playing" : step ? "paused" : "ready";
+    if (this.#resumePlaying) {
+      this.#resumePlaying = false;
+      this.play();
+    }
+  }
+
+  #sought({ branch, step, prompt, replayed, ms }) {
+    if (this.#seekTo) return; // the playhead has moved on since
+    this.#scrubbing = false;
+    this.progress = null;
+    this.phase = "paused";
+    this.head = { branch, step };
+    if (prompt !== this.prompt && this.#waitingPrompt === null) {
+      this.prompt = prompt;
+      this.#emit("prompt", prompt);
+    }
+    this.jump = { replayed, ms };
+    for (const action of this.#afterSeek.splice(0)) action();
+  }
+
+  #splitAnswered({ branches, branch }) {
+    this.progress = null;
+    if (branches && this.split) this.split.branches = branches;
+    else this.split = null;
+    this.stage.cut();
+    if (!branches) this.head.branch = branch;
+  }
+
+  #stated({ playing, following }) {
+    this.#followHeard ||= following; // a state from before the request says nothing of it
+    if (!this.following || !this.#followHeard) return;
+    if (!playing) this.phase = "paused"; // the recorded controls have ended
+    this.following = following;
+  }
+
+  #ended(reason) {
+    this.phase = "ended";
+    this.problem = reason;
+    this.stage.cut();
+    if (reason !== "shutdown") this.connection.refuse();
+  }
+
+  #logged(lines) {
+    this.#log = lines;
+    for (const resolve of this.#logWaiters.splice(0)) resolve(lines);
+  }
+
+  #failed({ message, fatal }) {
+    if (!fatal) {
+      this.#scrubbing = false;
+      this.progress = null;
+      this.#refused(message);
+      return;
+    }
+    this.connection.refuse();
+    this.phase = "failed";
+    this.problem = message;
+  }
+
+  /** Says why something was refused; if it was a world, opens the sample's in its place. */
+  #refused(message) {
+    this.#emit("said", message);
+    if (this.live) return;
+    if (this.#sample) {
+      this.phase = "failed";
+      this.problem = message;
+      return;
+    }
+    this.#log = null;
+    this.open({});
+  }
+
+  #lost({ retryAt }) {
+    this.#resumePlaying ||= this.playing;
+    this.phase = "lost";
+    this.retryAt = retryAt;
+    this.stage.cut();
+    this.receipts.forgetPending();
+    this.#changed();
+  }
+
+  #received(frames) {
+    if (this.#opening) return;
+    const { branch, step, type, images } = frames;
+    this.memory.put(branch, step, type, images);
+    this.branches.advance(branch, step);
+    if (!frames.seek && !frames.first) this.receipts.stepped(frames);
+    if (this.#scrubbing && (this.#seekTo || !frames.seek)) return; // made before this jump
+    this.stage.receive(frames, this.receipts.awaits(frames));
+  }
+
+  #painted(frame, now) {
+    const { branch, step } = frame;
+    const moved = frame.lane === 0 && (branch !== this.head.branch || step !== this.head.step);
+    if (moved) {
+      this.head = { branch, step };
+      if (this.playing) this.future = branch;
+    }
+    const presses = this.receipts.painted(frame, now);
+    if (presses.length) {
+      this.marks.push({ branch, step, kind: "key" });
+      this.#emit("obeyed", { presses, frame });
+    }
+    const waiting = this.#waitingPrompt;
+    if (waiting !== null && frame.prompt >= waiting) {
+      this.marks.push({ branch, step, kind: "prompt" });
+      this.#waitingPrompt = null;
+    }
+    if (moved || presses.length) this.#changed();
+  }
+
+  #changed() {
+    this.#emit("change");
+  }
+
+  #emit(name, detail) {
+    this.dispatchEvent(new CustomEvent(name, { detail }));
+  }
+}

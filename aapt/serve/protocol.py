@@ -1,0 +1,456 @@
+"""Protocol 1 between the server and a page or program that plays: messages, and the frame header.
+
+Text messages are JSON objects with a `type`. Binary messages go from the server to the client: a
+header of 64 bytes, `count` lengths (u32), then the encoded video frames. All numbers are little
+endian. `GET /schema` returns `schema()`; docs/play.md explains the protocol with a client.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+PROTOCOL = 1
+FORMATS = ("jpeg", "webp")  # the index of a format is its number in the header
+FIRST, REDO, SEEK = 1, 2, 4  # flags of the header
+
+Deflection = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+Sequence = Annotated[int, Field(ge=0, lt=2**32)]
+Milliseconds = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**53, description="exact as a number of JavaScript")]
+Prompt = Annotated[str, Field(max_length=1000)]
+
+
+class Message(BaseModel):
+    """A JSON object with the fields named here and no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Deflections(Message):
+    """The camera's controls: yaw > 0 turns right, forward > 0 walks ahead."""
+
+    yaw: Deflection = 0.0
+    forward: Deflection = 0.0
+
+
+class Shown(Message):
+    """How far the client has shown the stream: `frames` of the frames of `step`."""
+
+    step: Sequence
+    frames: Annotated[int, Field(ge=0, le=64)]
+
+
+class Hello(Message):
+    """The first message. `resume` is the token of an earlier connection."""
+
+    type: Literal["hello"]
+    protocol: int
+    resume: Annotated[str, Field(max_length=100)] | None = None
+    formats: Annotated[list[Literal["jpeg", "webp"]], Field(max_length=8)] = ["jpeg"]
+
+
+class Open(Message):
+    """Opens a world. `image` is "sample", a gallery name or "upload:ID"; with `log`, an
+    "upload:ID" of an action log, the other fields are ignored and the log is replayed."""
+
+    type: Literal["open"]
+    image: Annotated[str, Field(max_length=100)] = "sample"
+    prompt: Prompt | None = None
+    seed: Seed = 0
+    log: Annotated[str, Field(max_length=100)] | None = None
+
+
+class Input(Deflections):
+    """The state of the controls of a lane; a later message replaces it. `taps` hold for exactly one
+    step: the deflection of keys that were pressed and released since the message before."""
+
+    type: Literal["input"]
+    lane: Annotated[int, Field(ge=0, le=1)] = 0
+    sequence: Sequence
+    time: Annotated[Milliseconds, Field(description="of the client's clock; sent back")]
+    taps: Deflections | None = None
+    shown: Shown | None = None
+
+
+class ChangePrompt(Message):
+    """Changes the prompt from the next step on."""
+
+    type: Literal["prompt"]
+    sequence: Sequence
+    text: Prompt
+
+
+class Play(Message):
+    type: Literal["play"]
+
+
+class Pause(Message):
+    type: Literal["pause"]
+
+
+class Reset(Message):
+    """Starts the world again, with another seed if one is given. Branches and log start anew."""
+
+    type: Literal["reset"]
+    seed: Seed | None = None
+
+
+class Redo(Message):
+    """With `on`, a pass whose frames are not all shown is made again when the control changes."""
+
+    type: Literal["redo"]
+    on: bool
+
+
+class Seek(Message):
+    """Pauses at a step of a branch. Playing on from a past step makes a new branch."""
+
+    type: Literal["seek"]
+    branch: Sequence
+    step: Sequence
+
+
+class Follow(Message):
+    """Plays the recorded controls of a branch from this step on, under the prompt in force: "change
+    the prompt in the past and replay forward". Input is ignored meanwhile; pause ends it."""
+
+    type: Literal["follow"]
+    branch: Sequence
+
+
+class Split(Message):
+    """Two forks of one step, played in turn as lanes 0 and 1. A lane starts with its control, null
+    for the present one, and then follows the input of its lane. With `controls` null the split
+    ends, and lane 0 stays."""
+
+    type: Literal["split"]
+    branch: Sequence = 0
+    step: Sequence = 0
+    controls: Annotated[list[Deflections | None], Field(min_length=2, max_length=2)] | None = None
+
+
+class GetLog(Message):
+    type: Literal["log"]
+
+
+class Ping(Message):
+    type: Literal["ping"]
+    time: Milliseconds
+
+
+ClientMessage = Annotated[
+    Hello
+    | Open
+    | Input
+    | ChangePrompt
+    | Play
+    | Pause
+    | Reset
+    | Redo
+    | Seek
+    | Follow
+    | Split
+    | GetLog
+    | Ping,
+    Field(discriminator="type"),
+]
+
+
+class Picture(Message):
+    name: str
+    url: str
+    prompt: str
+
+
+class Limits(Message):
+    """What the server takes: bytes and pixels of an upload, bytes and messages per second of a
+    connection, steps of a world and of a recording, seconds until an idle world ends and for which
+    a lost one is kept."""
+
+    upload_bytes: int
+    upload_pixels: int
+    message_bytes: int
+    messages_per_second: float
+    steps: int
+    record_steps: int
+    idle_seconds: float
+    keep_seconds: float
+
+
+class Welcome(Message):
+    """The answer to hello. With `resumed` an "opened" follows without an open."""
+
+    type: Literal["welcome"] = "welcome"
+    protocol: int = PROTOCOL
+    version: str
+    model: str
+    digest: str
+    driven_by: Literal["camera", "prompt"]
+    width: int
+    height: int
+    fps: int
+    frames_per_step: int
+    format: Literal["jpeg", "webp"]
+    prompts: list[str]
+    gallery: list[Picture]
+    ranges: Annotated[
+        dict[str, tuple[float, float]], Field(description="deflections are clamped to them")
+    ]
+    token: str
+    resumed: bool
+    capacity: int
+    limits: Limits
+
+
+class Queued(Message):
+    """All places are taken; `place` 1 is the next to be let in."""
+
+    type: Literal["queued"] = "queued"
+    place: int
+
+
+class Replaying(Message):
+    """Sent between the steps of a long seek or an opened log."""
+
+    type: Literal["replaying"] = "replaying"
+    done: int
+    total: int
+
+
+class Opened(Message):
+    """The world stands paused at this step; its frames follow in a binary message."""
+
+    type: Literal["opened"] = "opened"
+    branch: int
+    step: int
+    seed: int
+    prompt: str
+
+
+class BranchFacts(Message):
+    """Steps from_step + 1 to to_step of a branch; the earlier steps are those of its parent."""
+
+    id: int
+    parent: int | None
+    from_step: int
+    to_step: int
+    prompt: Annotated[str, Field(description="of the branch's last step")]
+
+
+class SnapshotFacts(Message):
+    branch: int
+    step: int
+
+
+class Tree(Message):
+    """All branches, and the steps to which a jump is at once. Bytes of their snapshots."""
+
+    type: Literal["tree"] = "tree"
+    branches: list[BranchFacts]
+    snapshots: list[SnapshotFacts]
+    bytes: int
+    budget: int
+    replay_ms: Annotated[float, Field(description="expected, for each replayed step of a jump")]
+
+
+class Sought(Message):
+    type: Literal["sought"] = "sought"
+    branch: int
+    step: int
+    prompt: str
+    replayed: int
+    ms: float
+
+
+class State(Message):
+    """Sent after play, pause, seek and follow, and when followed controls have ended."""
+
+    type: Literal["state"] = "state"
+    playing: bool
+    following: bool
+    branch: int
+    step: int
+
+
+class SplitAnswer(Message):
+    """The branches of lanes 0 and 1; null when a split has ended, with the branch that stays."""
+
+    type: Literal["split"] = "split"
+    branches: list[int] | None
+    branch: int
+
+
+class LogAnswer(Message):
+    type: Literal["log"] = "log"
+    lines: list[str]
+
+
+class Pong(Message):
+    type: Literal["pong"] = "pong"
+    time: float
+
+
+ErrorCode = Literal[
+    "protocol",
+    "malformed",
+    "flood",
+    "token",
+    "unknown",
+    "not_open",
+    "limit",
+    "upload",
+    "log",
+    "failed",
+]
+
+
+class Error(Message):
+    """After a fatal error the server closes the connection."""
+
+    type: Literal["error"] = "error"
+    code: ErrorCode
+    message: str
+    fatal: bool
+
+
+class Ended(Message):
+    """The world has ended. idle: nobody played; moved: another connection has resumed it."""
+
+    type: Literal["ended"] = "ended"
+    reason: Literal["idle", "moved", "limit", "failed"]
+
+
+ServerMessage = Annotated[
+    Welcome
+    | Queued
+    | Replaying
+    | Opened
+    | Tree
+    | Sought
+    | State
+    | SplitAnswer
+    | LogAnswer
+    | Pong
+    | Error
+    | Ended,
+    Field(discriminator="type"),
+]
+
+_client = TypeAdapter(ClientMessage)
+
+
+class ProtocolError(ValueError):
+    """A message that ends its connection, in one line; `code` is that of `Error`."""
+
+    def __init__(self, message: str, code: ErrorCode = "malformed"):
+        super().__init__(message)
+        self.code = code
+
+
+def parse(text: str) -> ClientMessage:
+    """Reads a client's message. ProtocolError names the field, what was expected and was given."""
+    try:
+        return _client.validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "message"
+        given = str(first["input"])[:40]
+        raise ProtocolError(f"{place}: {first['msg']}, got {given!r}") from None
+
+
+LAYOUT = (  # of the header: field of `FrameHeader` and its code in `struct`
+    *(("magic", "4s"), ("protocol", "B"), ("kind", "B"), ("lane", "B"), ("flags", "B")),
+    *(("branch", "I"), ("step", "I"), ("input", "I"), ("prompt", "I"), ("time", "d")),
+    *(("wait_ms", "f"), ("model_ms", "f"), ("pixels_ms", "f"), ("encode_ms", "f")),
+    *(("first_shown", "B"), ("count", "B"), ("format", "H"), ("reserved", "12s")),
+)
+HEADER = struct.Struct("<" + "".join(code for _, code in LAYOUT))
+MAGIC = b"AAPT"
+
+
+@dataclass(frozen=True)
+class FrameHeader:
+    """The header of a binary message.
+
+    Attributes:
+        kind: 0, video frames.
+        lane: 0; in a split also 1.
+        flags: FIRST, the frame that opens a world; REDO, the pass was made again; SEEK, the answer
+            to a seek.
+        branch, step: The place in the tree.
+        input, prompt: Sequences of the latest input and prompt that this pass honoured.
+        time: `time` of that input, in milliseconds of the client's clock.
+        wait_ms: By how much the pass began late.
+        model_ms, pixels_ms: Making the frames, decoder included, and waiting for their pixels. On a
+            CUDA device the former is the launch of a graph and the latter its time.
+        encode_ms: Encoding the images.
+        first_shown: After a redo, the index of the first frame that replaces an earlier one.
+        count, format: Number of images, and the index of their format in FORMATS.
+    """
+
+    branch: int
+    step: int
+    count: int
+    kind: int = 0
+    lane: int = 0
+    flags: int = 0
+    input: int = 0
+    prompt: int = 0
+    time: float = 0.0
+    wait_ms: float = 0.0
+    model_ms: float = 0.0
+    pixels_ms: float = 0.0
+    encode_ms: float = 0.0
+    first_shown: int = 0
+    format: int = 0
+
+    def message(self, images: list[bytes]) -> bytes:
+        """The binary message of these images."""
+        known = {"magic": MAGIC, "protocol": PROTOCOL, "reserved": b""}
+        fields = (known.get(name, getattr(self, name, None)) for name, _ in LAYOUT)
+        lengths = struct.pack(f"<{len(images)}I", *map(len, images))
+        return b"".join([HEADER.pack(*fields), lengths, *images])
+
+
+def read_frames(message: bytes) -> tuple[FrameHeader, list[bytes]]:
+    """Reads a binary message: its header, and the encoded images. ValueError for another one."""
+    if len(message) < HEADER.size or message[:4] != MAGIC or message[4] != PROTOCOL:
+        raise ValueError(f"message: expected frames of protocol {PROTOCOL}, got {message[:5]!r}")
+    values = dict(zip((name for name, _ in LAYOUT), HEADER.unpack_from(message)))
+    for name in ("magic", "protocol", "reserved"):
+        del values[name]
+    header = FrameHeader(**values)
+    lengths = struct.unpack_from(f"<{header.count}I", message, HEADER.size)
+    images, start = [], HEADER.size + 4 * header.count
+    for length in lengths:
+        images.append(message[start : start + length])
+        start += length
+    if start != len(message):
+        raise ValueError(f"message: expected {start} bytes, as its lengths say, got {len(message)}")
+    return header, images
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of all text messages, and the layout of the header of binary ones."""
+    types = {"4s": "bytes", "12s": "bytes", "B": "u8", "H": "u16", "I": "u32"}
+    types |= {"d": "f64", "f": "f32"}
+    offset, header = 0, []
+    for name, code in LAYOUT:
+        size = struct.calcsize(code)
+        header.append({"name": name, "type": types[code], "offset": offset, "bytes": size})
+        offset += size
+    return {
+        "protocol": PROTOCOL,
+        "client": _client.json_schema(),
+        "server": TypeAdapter(ServerMessage).json_schema(mode="serialization"),
+        "binary": {
+            "byte_order": "little",
+            "header": header,
+            "header_bytes": HEADER.size,
+            "after_header": "count lengths (u32), then the images",
+            "flags": {"first": FIRST, "redo": REDO, "seek": SEEK},
+            "formats": list(FORMATS),
+        },
+    }

@@ -1,0 +1,211 @@
+"""What all connections of one server share: model, generator thread, places, lost worlds."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint import find_checkpoint, load_config
+from ..media.image import fit_image, load_image
+from ..streaming.actions import Walk, load_walk, model_digest
+from ..streaming.controls import FORWARD_RANGE, YAW_RANGE
+from ..streaming.generator import StreamingGenerator
+from . import protocol
+from .images import encode_png, read_upload
+from .line import Line
+from .metrics import Metrics
+from .scheduler import Scheduler
+from .session import Place, Session
+from .settings import Settings
+
+TIDY_SECONDS = 0.5
+
+
+def package_version() -> str:
+    """Returns the version of the installed package, "0" of one that is not installed."""
+    try:
+        return version("aapt")
+    except PackageNotFoundError:
+        return "0"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A first frame that the server offers: its pixels (H, W, 3), also as PNG, and its prompt."""
+
+    pixels: np.ndarray
+    png: bytes
+    prompt: str
+
+
+class PlayServer:
+    """The sessions of one generator on one device. Used on the event loop alone.
+
+    Args:
+        name: The bundled model or checkpoint folder that the generator is of.
+
+    Attributes:
+        sessions: Sessions by token.
+        kept: Worlds whose connection is lost, by token, and when they are forgotten.
+        uploads: First frames and walks by number, oldest first.
+    """
+
+    def __init__(self, generator: StreamingGenerator, name: str, settings: Settings):
+        if generator.driven_by == "channels":
+            raise ValueError(
+                "model: expected one that a camera or its prompt drives, got one driven by "
+                "condition channels, which StreamingGenerator's streams take"
+            )
+        folder = find_checkpoint(name)
+        self.generator, self.settings = generator, settings
+        self.name, self.version, self.digest = folder.name, package_version(), model_digest(folder)
+        self.gallery = read_gallery(folder, generator, settings.gallery)
+        self.scheduler, self.metrics = Scheduler(), Metrics()
+        self.line = Line(settings.sessions, self._count)
+        self.sessions: dict[str, Session] = {}
+        self.kept: OrderedDict[str, tuple[float, Place]] = OrderedDict()
+        self.uploads: OrderedDict[str, np.ndarray | Walk] = OrderedDict()
+        self.recording: set[str] = set()  # tokens
+        self._decoding = ThreadPoolExecutor(1, "aapt-upload")  # one at a time
+
+    def start(self) -> None:
+        """Starts the generator thread; called on the event loop."""
+        self.scheduler.start()
+        self._tidying = asyncio.create_task(self._tidy())
+
+    async def stop(self) -> None:
+        """Ends the generator thread; called after the last connection."""
+        self._tidying.cancel()
+        await asyncio.to_thread(self.scheduler.stop)
+        self._decoding.shutdown(cancel_futures=True)
+
+    async def _tidy(self) -> None:
+        """Ends idle worlds and forgets lost ones, for ever."""
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            now = time.monotonic()
+            for session in list(self.sessions.values()):
+                if session.ended is None and now - session.touched > self.settings.idle_seconds:
+                    session.end("idle")
+            for token in [token for token, (until, _) in self.kept.items() if now > until]:
+                del self.kept[token]
+            self.metrics.bytes.set(sum(session.bytes for session in self.sessions.values()))
+
+    def _count(self, line: Line) -> None:
+        self.metrics.worlds.set(line.taken)
+        self.metrics.waiting.set(line.waiting)
+
+    def keep(self, token: str, place: Place) -> None:
+        """Keeps a lost world for `keep_seconds`."""
+        self.kept[token] = time.monotonic() + self.settings.keep_seconds, place
+
+    def place(self, token: str) -> Place | None:
+        """Returns where the world of a token stands, if it is open or kept."""
+        if session := self.sessions.get(token):
+            return session.place
+        return self.kept.get(token, (0.0, None))[1]
+
+    def walk(self, image: str, prompt: str | None, seed: int) -> Walk:
+        """Returns a walk without steps from the image of an `Open` message. ValueError for an image
+        that is not there."""
+        pixels = self.uploads.get(image.removeprefix("upload:"))
+        if image.startswith("upload:") and isinstance(pixels, np.ndarray):
+            given = prompt if prompt is not None else self.generator.sample_prompt
+        elif image in self.gallery:
+            pixels, default = self.gallery[image].pixels, self.gallery[image].prompt
+            given = prompt if prompt is not None else default
+        else:
+            raise ValueError("image: expected sample, a name of the gallery or upload:ID")
+        return Walk(self.name, self.digest, pixels, given, seed)
+
+    def uploaded_walk(self, upload: str) -> Walk:
+        """Returns a walk that was uploaded. ValueError if it is not there or of another model."""
+        walk = self.uploads.get(upload.removeprefix("upload:"))
+        if not isinstance(walk, Walk):
+            raise ValueError("log: expected upload:ID of an action log")
+        if walk.digest != self.digest:
+            raise ValueError(
+                f"log: expected a walk of {self.name} {self.digest[:12]}, "
+                f"got one of {walk.model[:40]} {walk.digest[:12]}"
+            )
+        return walk
+
+    async def upload(self, data: bytes) -> str:
+        """Reads an image or an action log; returns its number. ValueError, in one line."""
+        loop = asyncio.get_running_loop()
+        read = self._read_walk if data.lstrip()[:1] == b"{" else self._read_image
+        upload = await loop.run_in_executor(self._decoding, read, data)
+        number = secrets.token_urlsafe(9)
+        self.uploads[number] = upload
+        if len(self.uploads) > self.settings.uploads:
+            self.uploads.popitem(last=False)
+        return number
+
+    def _read_image(self, data: bytes) -> np.ndarray:
+        generator = self.generator
+        return read_upload(data, self.settings.upload_pixels, generator.height, generator.width)
+
+    def _read_walk(self, data: bytes) -> Walk:
+        walk = load_walk(data.decode(errors="replace").splitlines())
+        if walk.first_frame.shape[:2] != (self.generator.height, self.generator.width):
+            raise ValueError(
+                f"first_frame: expected {self.generator.width} x {self.generator.height}, "
+                f"got {walk.first_frame.shape[1]} x {walk.first_frame.shape[0]}"
+            )
+        if walk.steps > self.settings.steps:
+            raise ValueError(
+                f"walk: expected at most {self.settings.steps} steps, got {walk.steps}"
+            )
+        return walk
+
+    def welcome(self, token: str, resumed: bool, image_format: str) -> protocol.Welcome:
+        """Returns the answer to a hello."""
+        generator, settings = self.generator, self.settings
+        names = protocol.Limits.model_fields
+        return protocol.Welcome(
+            version=self.version,
+            model=self.name,
+            digest=self.digest,
+            driven_by=generator.driven_by,
+            width=generator.width,
+            height=generator.height,
+            fps=generator.fps,
+            frames_per_step=generator.frames_per_step,
+            format=image_format,
+            prompts=list(generator.themes),
+            gallery=[
+                protocol.Picture(name=name, url=f"gallery/{name}", prompt=start.prompt)
+                for name, start in self.gallery.items()
+            ],
+            ranges={"yaw": YAW_RANGE, "forward": FORWARD_RANGE},
+            token=token,
+            resumed=resumed,
+            capacity=settings.sessions,
+            limits=protocol.Limits(**{name: getattr(settings, name) for name in names}),
+        )
+
+
+def read_gallery(
+    folder: Path, generator: StreamingGenerator, more: Path | None
+) -> dict[str, Start]:
+    """Returns the first frames on offer: the model's sample, its gallery, and the images of a
+    folder; the name of a file is its prompt there."""
+    files = [(p.stem, p, p.stem.replace("-", " ")) for p in sorted(more.iterdir())] if more else []
+    entries = load_config(folder).get("gallery", [])
+    files = [
+        (Path(e["image"]).stem, folder / Path(e["image"]).name, e["prompt"]) for e in entries
+    ] + files
+    with contextlib.suppress(ValueError):  # a model without a sample
+        files.insert(0, ("sample", generator.sample_image(), generator.sample_prompt))
+    gallery = {}
+    for name, file, prompt in files:
+        pixels, _ = fit_image(load_image(file), generator.height, generator.width)
+        gallery[name] = Start(pixels, encode_png(pixels), prompt)
+    return gallery

@@ -1,0 +1,453 @@
+"""A visitor's session: input and commands in, messages with video frames out.
+
+The connection's thread leaves input and jobs; the generator thread takes them slice by slice, as a
+flow of the scheduler.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..model.conditioning import Control
+from ..streaming.actions import Branch, Walk
+from ..streaming.history import History
+from ..streaming.snapshot import Snapshot
+from . import protocol
+from .images import encode_frames
+from .metrics import Metrics
+from .protocol import FrameHeader, Message
+from .scheduler import Scheduler
+from .world import Lane, Made, World, clamped
+
+EARLY = 0.75  # shortest time between two steps of a stream, in periods
+SMOOTHING = 0.2  # weight of the newest step in the mean time of a step
+LINES_PER_SLICE = 500
+LONG_REPLAY = 6  # steps from which on progress is told
+Job = Generator[None, None, None]
+Send = Callable[[Message | bytes, int], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a world stands. An open one has its history. A closed one may have the snapshot and the
+    video frames of its last step, else it is replayed up to there."""
+
+    walk: Walk
+    branch: int
+    step: int
+    prompt: str
+    snapshot: Snapshot | None = None
+    frames: np.ndarray | None = None
+    history: History | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The visitor's input as a step uses it: keys held, keys tapped since the step before, and the
+    sequence and client's time of the message that they came with."""
+
+    held: Control = Control()
+    taps: Control = Control()
+    sequence: int = 0
+    time: float = 0.0
+
+    @property
+    def control(self) -> Control:
+        return Control(self.taps.yaw or self.held.yaw, self.taps.forward or self.held.forward)
+
+
+class Session:
+    """One world being played.
+
+    Args:
+        world: The world, not yet open.
+        send: Takes a message and its lane, on the generator thread.
+        image_format: "jpeg" or "webp".
+    """
+
+    def __init__(
+        self,
+        world: World,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        send: Send,
+        image_format: str,
+    ):
+        self.world, self.scheduler, self.metrics, self.send = world, scheduler, metrics, send
+        self.image_format = image_format
+        generator = world.generator
+        self.period = generator.frames_per_step / generator.fps  # seconds per step
+        self.touched = time.monotonic()  # when the visitor last did something
+        self.ended: str | None = None  # why the server ended it
+        self.bytes = 0  # of streams and snapshots
+        self.place = Place(world.walk, 0, 0, world.prompt)
+        self._lock = threading.Lock()
+        self._inputs = [Sample(), Sample()]  # by lane
+        self._shown: protocol.Shown | None = None
+        self._wants_again = False
+        self._jobs: deque[tuple[Job, bool]] = deque()  # with True for a seek
+        self._closing = False
+        # Used by the generator thread alone, but for `end`:
+        self._playing = False
+        self._prompt_sequence = 0
+        self._samples = [Sample(), Sample()]  # used by the last step of each lane
+        self._turn = 0  # the lane of the next step
+        self._due = 0.0
+        self._step_seconds = 0.0
+        scheduler.add(self)
+
+    # What a connection calls.
+
+    def put_input(self, message: protocol.Input) -> None:
+        """Replaces the state of the controls; taps are kept until a step takes them."""
+        held = clamped(message.yaw, message.forward)
+        with self._lock:
+            before = self._inputs[message.lane]
+            taps = before.taps
+            if message.taps:
+                new = clamped(message.taps.yaw, message.taps.forward)
+                taps = Control(new.yaw or taps.yaw, new.forward or taps.forward)
+            self._inputs[message.lane] = Sample(held, taps, message.sequence, message.time)
+            self._shown = message.shown
+            changed = held != before.held or taps != before.taps
+            self._wants_again |= changed and self.world.redo and self._playing
+        if changed:
+            self.touched = time.monotonic()
+            self.scheduler.wake()
+
+    def post(self, job: Job, seek: bool = False) -> None:
+        """Adds a job. A seek replaces earlier seeks that are not finished."""
+        self.touched = time.monotonic()
+        with self._lock:
+            if self._closing:
+                return
+            if seek:
+                self._jobs = deque(entry for entry in self._jobs if not entry[1])
+            self._jobs.append((job, seek))
+        self.scheduler.wake()
+
+    def close(self, closed: Callable[[Place], None]) -> None:
+        """Frees the world's memory after the slice under way; `closed` then gets the place where
+        the world stood, on the generator thread."""
+        with self._lock:
+            self._closing = True
+            self._jobs = deque([(self._close(closed), False)])
+        self.scheduler.wake()
+
+    # Jobs of the generator thread.
+
+    def resume(self, place: Place) -> Job:
+        """Opens a world where it stood."""
+        world, at = self.world, (place.branch, place.step)
+        if place.snapshot:
+            made = world.resume(*at, place.prompt, place.snapshot, place.frames)
+        else:
+            made, _ = yield from self._telling(world.seek(*at))
+            world.prompt = place.prompt
+        self._opened(made, protocol.SEEK if place.step else protocol.FIRST)
+
+    def reset(self, seed: int | None) -> Job:
+        """Starts the walk again, with another seed if one is given."""
+        playing, old = self._playing, self.world
+        self._playing = False
+        walk = replace(old.walk, branches=[Branch(None, 0)], prompt=old.prompt)
+        walk.seed = walk.seed if seed is None else seed
+        self.world = World(old.generator, walk, old.settings)
+        self.world.redo = old.redo
+        old.close()
+        self._opened(self.world.open(), protocol.FIRST)
+        self._play(playing)
+        return
+        yield
+
+    def play(self, on: bool) -> Job:
+        self._play(on)
+        self._tell_state()
+        return
+        yield
+
+    def redo(self, on: bool) -> Job:
+        self.world.redo = on
+        return
+        yield
+
+    def prompt(self, sequence: int, text: str) -> Job:
+        """Changes the prompt of the next steps."""
+        self.world.prompt, self._prompt_sequence = text, sequence
+        return
+        yield
+
+    def seek(self, branch: int, step: int) -> Job:
+        """Pauses at a step."""
+        started = time.perf_counter()
+        self._play(False)
+        made, replayed = yield from self._telling(self.world.seek(branch, step))
+        self.send(
+            protocol.Sought(
+                branch=branch,
+                step=step,
+                prompt=self.world.prompt,
+                replayed=replayed,
+                ms=1e3 * (time.perf_counter() - started),
+            ),
+            0,
+        )
+        self._send_frames(self.world.lanes[0], made, protocol.SEEK)
+        self._tell_tree()
+        self._tell_state()
+
+    def split(self, branch: int, step: int, controls: list[Control | None]) -> Job:
+        """Plays two lanes from a step."""
+        playing = self._playing
+        self._play(False)
+        made, _ = yield from self._telling(self.world.split(branch, step))
+        with self._lock:
+            given = self._inputs[0]
+            self._inputs = [replace(given, held=control or given.held) for control in controls]
+        branches = [lane.branch for lane in self.world.lanes]
+        self.send(protocol.SplitAnswer(branches=branches, branch=branches[0]), 0)
+        for lane in self.world.lanes:
+            self._send_frames(lane, made, protocol.SEEK)
+        self._tell_tree()
+        self._play(playing)
+
+    def join(self) -> Job:
+        """Ends a split."""
+        self.world.join()
+        self._turn = 0
+        self.send(protocol.SplitAnswer(branches=None, branch=self.world.lanes[0].branch), 0)
+        return
+        yield
+
+    def follow(self, branch: int) -> Job:
+        """Plays the recorded controls of a branch from here on."""
+        self.world.follow(branch)
+        self._play(True)
+        self._tell_state()
+        return
+        yield
+
+    def log(self, version: str) -> Job:
+        """Sends the action log."""
+        lines = []
+        for line in self.world.walk.copy().lines(version):
+            lines.append(line)
+            if len(lines) % LINES_PER_SLICE == 0:
+                yield
+        self.send(protocol.LogAnswer(lines=lines), 0)
+
+    def _close(self, closed: Callable[[Place], None]) -> Job:
+        world, place = self.world, replace(self.place, history=None)
+        self._playing = False
+        lane = world.lanes[0] if world.lanes else None
+        if lane and lane.stream.steps == place.step and self.ended != "failed":
+            # No seek was under way: the stream is where the world stands.
+            place = replace(place, snapshot=lane.stream.snapshot(), frames=lane.frames)
+        world.close()
+        self.scheduler.remove(self)
+        closed(place)
+        return
+        yield
+
+    # The flow.
+
+    def due(self) -> float | None:
+        if self._jobs or self._wants_again:
+            return 0.0
+        return self._due if self._playing else None
+
+    def run(self) -> None:
+        """Does one slice: a part of a job, a step made again, or a step."""
+        with self._lock:
+            entry = self._jobs[0] if self._jobs else None
+            again, self._wants_again = self._wants_again, False
+        if entry:
+            self._run_job(entry)
+        elif again:
+            self._step_again()
+        elif self._playing:
+            self._step()
+        world = self.world
+        if world.lanes:
+            self.place = Place(world.walk, *world.place(), world.prompt, history=world.history)
+        self.bytes = world.bytes()
+
+    def _run_job(self, entry: tuple[Job, bool]) -> None:
+        over = True
+        try:
+            next(entry[0])
+            over = False
+        except StopIteration:
+            pass
+        except ValueError as error:
+            self._refuse("unknown", str(error))
+        finally:
+            with self._lock:
+                if over and self._jobs and self._jobs[0] is entry:
+                    self._jobs.popleft()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the session, because a step has failed; other sessions are as they were."""
+        self._refuse("failed", "the world has failed and is closed; open a new one")
+        self.end("failed")
+
+    def end(self, reason: str) -> None:
+        """Pauses for good and tells the visitor why; the connection then closes the session. Called
+        from any thread."""
+        self.ended = reason
+        self._playing, self._wants_again = False, False
+        with self._lock:
+            if not self._closing:
+                self._jobs.clear()
+        self.send(protocol.Ended(reason=reason), 0)
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        world, lane = self.world, self.world.lanes[self._turn]
+        if world.walk.steps >= world.settings.steps:
+            self.end("limit")
+            return
+        with self._lock:
+            sample = self._samples[self._turn] = self._inputs[self._turn]
+            self._inputs[self._turn] = replace(sample, taps=Control())
+        followed = bool(lane.script)
+        branches = len(world.walk.branches)
+        made = world.step(lane, world.control(lane, sample.control))
+        took = time.perf_counter() - started
+        self._step_seconds += (SMOOTHING if self._step_seconds else 1.0) * (
+            took - self._step_seconds
+        )
+        wait = max(0.0, started - self._due)
+        self.metrics.step(took, wait)
+        self._send_frames(lane, made, 0, wait)
+        self._turn = (self._turn + 1) % len(world.lanes)
+        if self._turn == 0:
+            self._due = max(self._due + self.period, started + EARLY * self.period)
+        if len(world.walk.branches) > branches or made.step % world.history.every == 0:
+            self._tell_tree()
+        if followed and not lane.script:
+            self._play(False)
+            self._tell_state()
+
+    def _step_again(self) -> None:
+        """Makes the last step again under the control that has changed, if frames of it are still
+        to be shown when the new ones arrive."""
+        world, lane = self.world, self.world.lanes[0]
+        with self._lock:
+            now, last, shown = self._inputs[0], self._samples[0], self._shown
+        if len(world.lanes) > 1 or lane.before is None or lane.script or shown is None:
+            return
+        if now.held == last.held and now.taps == Control():  # only a tap has ended
+            return
+        seen = shown.frames if shown.step == lane.step else 0 if shown.step < lane.step else None
+        frame_seconds = 1 / world.generator.fps
+        count = world.generator.frames_per_step
+        first = count if seen is None else seen + math.ceil(self._step_seconds / frame_seconds)
+        if first >= count:
+            return
+        taps = Control(now.taps.yaw or last.taps.yaw, now.taps.forward or last.taps.forward)
+        sample = self._samples[0] = replace(now, taps=taps)
+        with self._lock:
+            if self._inputs[0] is now:
+                self._inputs[0] = replace(now, taps=Control())
+        started = time.perf_counter()
+        made = world.again(lane, sample.control, first)
+        self.metrics.redo(time.perf_counter() - started)
+        self._send_frames(lane, made, protocol.REDO, first_shown=first)
+
+    def _play(self, on: bool) -> None:
+        if on and not self._playing:
+            self._due, self._turn = time.perf_counter(), 0
+        if not on:
+            for lane in self.world.lanes:
+                lane.script = []
+        self._playing = on and bool(self.world.lanes) and self.ended is None
+
+    def _telling(self, work: Generator[tuple[int, int], None, Made]) -> Generator:
+        """Runs a seek step by step and tells how far it is. The value is what the seek returns,
+        and the number of steps replayed."""
+        total = 0
+        while True:
+            try:
+                done, total = next(work)
+            except StopIteration as stop:
+                return stop.value, total
+            if total > LONG_REPLAY and done % LONG_REPLAY == 0:
+                self.send(protocol.Replaying(done=done, total=total), 0)
+            yield
+
+    # Messages.
+
+    def _opened(self, made: Made, flags: int) -> None:
+        world = self.world
+        seed, prompt = world.walk.seed, world.prompt
+        opened = protocol.Opened(branch=made.branch, step=made.step, seed=seed, prompt=prompt)
+        self.send(opened, 0)
+        self._send_frames(world.lanes[0], made, flags)
+        self._tell_tree()
+
+    def _send_frames(
+        self, lane: Lane, made: Made, flags: int, wait: float = 0.0, first_shown: int = 0
+    ) -> None:
+        started = time.perf_counter()
+        images = encode_frames(made.frames, self.image_format, self.world.settings.quality)
+        number = self.world.lanes.index(lane)
+        sample = self._samples[number]
+        header = FrameHeader(
+            branch=lane.branch,
+            step=made.step,
+            count=len(images),
+            lane=number,
+            flags=flags,
+            input=sample.sequence,
+            prompt=self._prompt_sequence,
+            time=sample.time,
+            wait_ms=1e3 * wait,
+            model_ms=1e3 * made.model_seconds,
+            pixels_ms=1e3 * made.pixel_seconds,
+            encode_ms=1e3 * (time.perf_counter() - started),
+            first_shown=first_shown,
+            format=protocol.FORMATS.index(self.image_format),
+        )
+        self.send(header.message(images), header.lane)
+
+    def _tell_tree(self) -> None:
+        walk, history = self.world.walk, self.world.history
+        branches = [
+            protocol.BranchFacts(
+                id=number,
+                parent=branch.parent,
+                from_step=branch.start,
+                to_step=branch.end,
+                prompt=walk.prompt_at(number, branch.end),
+            )
+            for number, branch in enumerate(walk.branches)
+        ]
+        snapshots = [
+            protocol.SnapshotFacts(branch=branch, step=step) for branch, step in history.places()
+        ]
+        self.send(
+            protocol.Tree(
+                branches=branches,
+                snapshots=snapshots,
+                bytes=history.bytes,
+                budget=history.budget,
+                replay_ms=1e3 * self._step_seconds,
+            ),
+            0,
+        )
+
+    def _tell_state(self) -> None:
+        following = any(lane.script for lane in self.world.lanes)
+        branch, step = self.world.place()
+        state = protocol.State(playing=self._playing, following=following, branch=branch, step=step)
+        self.send(state, 0)
+
+    def _refuse(self, code: protocol.ErrorCode, message: str) -> None:
+        line = " ".join(message.split())
+        self.send(protocol.Error(code=code, message=line, fatal=False), 0)

@@ -1,0 +1,52 @@
+"""What a server allows its visitors, and where it listens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and places of one server.
+
+    Attributes:
+        sessions: Worlds played at once; later visitors wait in line.
+        history_mib: Budget of each world's snapshots, in MiB.
+        snapshot_seconds: Video time between two snapshots.
+        idle_seconds: A world without input ends after these.
+        keep_seconds: A world whose connection is lost can be resumed within these.
+        upload_bytes, upload_pixels: Largest upload, and the largest image in it.
+        uploads: Uploads kept; the oldest goes first.
+        message_bytes, messages_per_second: Largest message of a client, and its steady rate; bursts
+            may have twice the messages of a second.
+        steps: Most steps of a world.
+        record_steps: Most steps of one recording.
+        quality: Of JPEG and WebP, 1 to 100.
+        token: Visitors must give it, if there is one.
+        hosts: Names by which the server may be called; empty for any.
+        origins: Origins of other sites whose pages may connect.
+        gallery: Folder of more first frames, if any.
+    """
+
+    sessions: int = 4
+    history_mib: int = 256
+    snapshot_seconds: float = 2.0
+    idle_seconds: float = 600.0
+    keep_seconds: float = 60.0
+    upload_bytes: int = 16 << 20
+    upload_pixels: int = 50_000_000
+    uploads: int = 32
+    message_bytes: int = 1 << 16
+    messages_per_second: float = 240.0
+    steps: int = 50_000
+    record_steps: int = 3_600
+    quality: int = 88
+    token: str | None = None
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    gallery: Path | None = None
+
+    def __post_init__(self):
+        for name in ("sessions", "history_mib", "uploads", "steps", "record_steps"):
+            least = 0 if name == "history_mib" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")

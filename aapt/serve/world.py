@@ -1,0 +1,216 @@
+"""One visitor's world: a tree of steps, its snapshots, and one or two streams being played.
+
+A world is used by the generator thread alone. What takes many steps is an iterator that pauses
+after each of them, so that other worlds have their turn.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..model.conditioning import Control
+from ..streaming.actions import Redone, Step, Walk, frames_crc, make, submit
+from ..streaming.controls import FORWARD_RANGE, YAW_RANGE
+from ..streaming.generator import Stream, StreamingGenerator
+from ..streaming.history import History
+from ..streaming.snapshot import Snapshot
+from .settings import Settings
+
+
+@dataclass
+class Lane:
+    """A stream being played, and its place in the tree.
+
+    Attributes:
+        script: Recorded controls still to be played, next one last.
+        frames: The video frames of the last step.
+        before: The state before the last step, while a redo may ask for it.
+    """
+
+    stream: Stream
+    branch: int
+    step: int
+    frames: np.ndarray
+    script: list[Control] = field(default_factory=list)
+    before: Snapshot | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """One step: its video frames, uint8 (F, H, W, 3), its place, and seconds of its phases."""
+
+    frames: np.ndarray
+    branch: int
+    step: int
+    model_seconds: float = 0.0
+    pixel_seconds: float = 0.0
+
+
+class World:
+    """A walk that is being made.
+
+    Attributes:
+        walk: All steps so far.
+        lanes: One stream, in a split two.
+        prompt: The prompt of the next step.
+        redo: Keep what a redo needs.
+    """
+
+    def __init__(self, generator: StreamingGenerator, walk: Walk, settings: Settings):
+        self.generator, self.walk, self.settings = generator, walk, settings
+        self.redo = False
+        self.prompt = walk.prompt
+        self.lanes: list[Lane] = []
+        per_second = generator.fps / generator.frames_per_step
+        every = max(1, round(settings.snapshot_seconds * per_second))
+        budget = settings.history_mib << 20
+        self.history = History(walk, budget, every, recent=math.ceil(60 * per_second))
+
+    def open(self) -> Made:
+        """Opens the first frame."""
+        stream = self.generator.open(self.walk.first_frame, self.walk.prompt, self.walk.seed)
+        self._replace([Lane(stream, 0, 0, stream.first_frame)])
+        if (0, 0) not in self.history:
+            self._remember(self.lanes[0])
+        return Made(stream.first_frame, 0, 0)
+
+    def resume(
+        self, branch: int, step: int, prompt: str, snapshot: Snapshot, frames: np.ndarray
+    ) -> Made:
+        """Opens a step whose snapshot and video frames were kept."""
+        self.open()
+        lane = self.lanes[0]
+        lane.stream.restore(snapshot)
+        lane.branch, lane.step, lane.frames, self.prompt = branch, step, frames, prompt
+        self._remember(lane)
+        return Made(frames, branch, step)
+
+    def _remember(self, lane: Lane) -> None:
+        self.history.add(lane.branch, lane.step, lane.stream.snapshot(), lane.frames)
+
+    def place(self) -> tuple[int, int]:
+        """Returns branch and step of the first lane."""
+        return self.lanes[0].branch, self.lanes[0].step
+
+    def control(self, lane: Lane, given: Control) -> Control | None:
+        """Returns the control of a lane's next step, when the visitor's is `given`."""
+        if self.generator.driven_by != "camera":
+            return None
+        return lane.script[-1] if lane.script else given
+
+    def step(self, lane: Lane, control: Control | None) -> Made:
+        """Makes a lane's next step."""
+        yaw, forward = (control.yaw, control.forward) if control else (None, None)
+        lane.before = lane.stream.snapshot() if self.redo else None
+        step = Step(yaw, forward, self.prompt)
+        seconds = self._make(lane, step)
+        lane.branch = self.walk.append(
+            lane.branch, lane.step, step._replace(crc=frames_crc(lane.frames))
+        )
+        lane.step += 1
+        if lane.script:
+            lane.script.pop()
+        if self.history.wants(lane.branch, lane.step):
+            self._remember(lane)
+        return Made(lane.frames, lane.branch, lane.step, *seconds)
+
+    @staticmethod
+    def _make(lane: Lane, step: Step) -> tuple[float, float]:
+        """Makes a step; returns the seconds until it was submitted, and then for its pixels."""
+        started = time.perf_counter()
+        pixels = submit(lane.stream, step)
+        submitted = time.perf_counter()
+        lane.frames = pixels()
+        return submitted - started, time.perf_counter() - submitted
+
+    def again(self, lane: Lane, control: Control, shown: int) -> Made:
+        """Makes a lane's last step again under another control; `shown` of its frames were
+        shown."""
+        steps = self.walk.branches[lane.branch].steps
+        earlier = steps[-1]
+        lane.stream.restore(lane.before)
+        redone = (*earlier.redone, Redone(earlier.yaw, earlier.forward, shown))
+        step = Step(control.yaw, control.forward, self.prompt, redone=redone)
+        seconds = self._make(lane, step)
+        steps[-1] = step._replace(crc=frames_crc(lane.frames))
+        if (lane.branch, lane.step) in self.history:
+            self._remember(lane)
+        return Made(lane.frames, lane.branch, lane.step, *seconds)
+
+    def seek(self, branch: int, step: int) -> Iterator[tuple[int, int]]:
+        """Plays a stream up to a step from the nearest snapshot. Yields (steps replayed, steps to
+        replay) before each step; the iterator's value is a `Made`. A split ends."""
+        self.walk.check(branch, step)
+        nearest = self.history.nearest(branch, step)
+        if nearest is None or not self.lanes:
+            self.open()
+        else:
+            self._replace(self.lanes[:1])
+        lane, start = self.lanes[0], 0
+        if nearest:
+            lane.stream.restore(nearest.snapshot)
+            lane.frames, start = nearest.frames, nearest.step
+        path = self.walk.path(branch, step)
+        lane.before, lane.script = None, []
+        for number in range(start, step):
+            yield number - start, step - start
+            lane.frames = make(lane.stream, path[number])
+        lane.branch, lane.step = branch, step
+        self.prompt = self.walk.prompt_at(branch, step)
+        if start < step:
+            self._remember(lane)
+        return Made(lane.frames, branch, step)
+
+    def split(self, branch: int, step: int) -> Iterator[tuple[int, int]]:
+        """Opens two lanes at a step, each with a branch of its own; yields as `seek` does."""
+        made = yield from self.seek(branch, step)
+        first = self.lanes[0]
+        second = Lane(first.stream.fork(), branch, step, first.frames)
+        self.lanes = [first, second]
+        for lane in self.lanes:
+            lane.branch = self.walk.split(branch, step)
+        return made
+
+    def join(self) -> None:
+        """Ends a split; the first lane stays."""
+        self._replace(self.lanes[:1])
+
+    def follow(self, branch: int) -> None:
+        """Plays the recorded controls of a branch from here on, under the prompt in force.
+
+        ValueError if the branch does not pass through this step.
+        """
+        lane = self.lanes[0]
+        self.walk.check(branch, lane.step)
+        path = self.walk.path(branch, self.walk.branches[branch].end)
+        if path[: lane.step] != self.walk.path(lane.branch, lane.step):
+            raise ValueError(f"branch: expected one through this step, got {branch}; seek to it")
+        lane.script = [step.control for step in reversed(path[lane.step :])]
+
+    def bytes(self) -> int:
+        """Memory of streams and snapshots."""
+        befores = (lane.before.bytes for lane in self.lanes if lane.before)
+        return self.history.bytes + sum(lane.stream.bytes for lane in self.lanes) + sum(befores)
+
+    def close(self) -> None:
+        """Frees the memory of streams and snapshots; the walk stays."""
+        self._replace([])
+        self.history.clear()
+
+    def _replace(self, lanes: list[Lane]) -> None:
+        kept = {id(lane) for lane in lanes}
+        for lane in self.lanes:
+            if id(lane) not in kept:
+                lane.stream.close()
+        self.lanes = lanes
+
+
+def clamped(yaw: float, forward: float) -> Control:
+    """Returns the control of deflections, within the ranges that models were trained with."""
+    return Control(
+        min(max(yaw, YAW_RANGE[0]), YAW_RANGE[1]),
+        min(max(forward, FORWARD_RANGE[0]), FORWARD_RANGE[1]),
+    )

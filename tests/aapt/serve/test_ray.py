@@ -1,0 +1,100 @@
+"""Two replicas on CPUs: load spreads, and a replica that dies takes its own worlds alone."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray itself
+pytest.importorskip("fastapi", reason="needs the extra serve")
+ray = pytest.importorskip("ray", reason="needs the extra ray")
+
+import websockets  # noqa: E402
+
+from aapt.serve.client import Client  # noqa: E402
+
+from .test_play import encoded, get_log, opened, video  # noqa: E402
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def address(checkpoint, monkeypatch):
+    from ray import serve
+
+    from aapt.serve.ray import build
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as Ray does in a replica of one CPU: other threads, other bits
+    port = free_port()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build({"AAPT_MODEL": str(checkpoint), "AAPT_SESSIONS": "1"}), name="play")
+        yield f"ws://127.0.0.1:{port}/ws"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        torch.set_num_threads(threads)
+
+
+def replicas():
+    """Process numbers of the replicas: grandchildren of this process, under its raylet."""
+
+    def parent(process):
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            title = (process / "cmdline").read_bytes()
+            raylet = process.parent / str(parent(process))
+            if title.startswith(b"ray::ServeReplica:play") and parent(raylet) == os.getpid():
+                found.append(int(process.name))
+    return found
+
+
+def test_a_replica_that_dies_leaves_the_others_as_they_are(address, talk, generator):
+    async def to(client, step):
+        made = {}
+        while max(made, default=0) < step:
+            frames = await client.frames()
+            made[frames.header.step] = frames
+        return made
+
+    async def conversation():
+        # One place per replica: two worlds are open at once only on two replicas
+        clients = [await Client.connect(address) for _ in range(2)]
+        for seed, client in enumerate(clients):
+            await opened(client, seed=seed)
+            await client.send("play")
+            await to(client, 5)
+        running = replicas()
+        assert len(running) == 2
+        os.kill(running[0], signal.SIGKILL)
+        tasks = [asyncio.create_task(to(client, 200)) for client in clients]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        lost = [isinstance(result, websockets.ConnectionClosed) for result in results]
+        assert sorted(lost) == [False, True], results
+        survivor = lost.index(False)
+        await clients[survivor].send("pause")
+        walk = await get_log(clients[survivor])
+        await clients[survivor].socket.close()
+        async with await Client.connect(address) as client:
+            await opened(client)  # there is a place again
+        return survivor, results[survivor], walk
+
+    survivor, made, walk = talk(conversation())
+    assert walk.seed == survivor
+    alone = video(generator, walk)
+    for step, frames in made.items():
+        assert frames.images == encoded(alone[step])
