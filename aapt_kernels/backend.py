@@ -187,7 +187,8 @@ def kernels_of(device: torch.device):
 def obstacle(op: str, name: str, device: torch.device | str) -> str | None:
     """Return why this backend cannot run this op on this device, None if it can."""
     device = torch.device(device)
-    if reason := unavailable(name, device):
+    own = name == "cuda" and device.index is not None  # of the tensor, not the current device
+    if reason := no_sm90(device) if own else unavailable(name):
         return reason
     if device.type != takes(name, device.type):
         return f"it takes {takes(name, device.type).upper()} tensors"
@@ -203,11 +204,10 @@ def takes(name: str, device: str) -> str:
     return {"cuda": "cuda", "cpu": "cpu", "sim": "cpu"}.get(name, device)
 
 
-def unavailable(name: str, device: torch.device | None = None) -> str | None:
-    """Return why this backend can run nothing on this device, None if it can; the current device
-    unless given."""
+def unavailable(name: str) -> str | None:
+    """Return why this backend can run nothing on the current device, None if it can."""
     if name == "cuda":
-        return no_sm90(device)
+        return no_sm90()
     if name == "triton" and find_spec("triton") is None:
         return "Triton is not installed"
     if name == "triton" and not interpreted() and not torch.cuda.is_available():
