@@ -159,7 +159,7 @@ def test_passes_over_a_step_write_its_frames_anew(backend, clamped):
 
 
 def test_nan_is_gone_with_its_frame(backend):
-    """The last of three frames is NaN: its whole step sees NaN, later steps until it is forgotten."""
+    """The last of three frames is NaN: its step sees it, later steps until it is forgotten."""
     stream = Stream(4, 1)
 
     def spoil(x):

@@ -73,9 +73,9 @@ def test_memory_stays_where_it_is(replays):
     vae = make_vae(CONFIGS["light"])
     latents = torch.randn(5, 1, 16, 1, 2, 3)
     decoder = DecoderStream(vae, latents[0].shape)
-    addresses = [part.data_ptr() for part in decoder._state]
+    addresses = [part.data_ptr() for part in decoder._states.tensors]
     frames = [decoder.decode(latent) for latent in latents]
-    assert [part.data_ptr() for part in decoder._state] == addresses
+    assert [part.data_ptr() for part in decoder._states.tensors] == addresses
     if replays:  # one output tensor for the first step, one for the others
         assert len({pixels.data_ptr() for pixels in frames}) == 2
 
