@@ -1,6 +1,5 @@
 """A client without a page: for programs, the benchmark and tests."""
 
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -60,8 +59,7 @@ class Client:
         options: of `websockets.connect`.
         """
         client = cls(await websockets.connect(url, max_size=None, **options))
-        with contextlib.suppress(websockets.ConnectionClosed):  # the reason is received below
-            await client.send("hello", protocol=PROTOCOL, resume=resume, formats=["jpeg"])
+        await client.send("hello", protocol=PROTOCOL, resume=resume, formats=["jpeg"])
         client.welcome = await client.text("welcome")
         return client
 
@@ -72,8 +70,12 @@ class Client:
         await self.socket.close()
 
     async def send(self, type: str, **fields: Any) -> None:
-        """Sends a message."""
-        await self.socket.send(json.dumps({"type": type, **fields}))
+        """Sends a message. Refused if the server has ended the connection and said why."""
+        try:
+            await self.socket.send(json.dumps({"type": type, **fields}))
+        except websockets.ConnectionClosed:
+            while True:  # up to the reason, or the end
+                await self.receive()
 
     async def input(self, yaw: float = 0.0, forward: float = 0.0, **fields: Any) -> int:
         """Sends the state of the controls; returns its sequence."""

@@ -1,6 +1,7 @@
 """Images between visitors and worlds: uploads in, encoded video frames out."""
 
 import io
+import tempfile
 
 import numpy as np
 from PIL import Image
@@ -45,6 +46,9 @@ def read_upload(data: bytes, pixels: int, height: int, width: int) -> np.ndarray
     if columns * rows > pixels:
         raise ValueError(f"image: expected at most {pixels} pixels, got {columns} x {rows}")
     try:
-        return fit_image(load_image(io.BytesIO(data)), height, width)[0]
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            return fit_image(load_image(file.name), height, width)[0]
     except ValueError:
         raise ValueError("image: expected a whole image, got one that cannot be decoded") from None

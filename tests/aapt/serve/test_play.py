@@ -294,6 +294,7 @@ def test_a_lost_connection_is_resumed_by_its_token(serve, talk, generator):
             await client.input(forward=1.0)
             made = await step_to(client, 6)
             await client.send("prompt", sequence=1, text="cd")
+            made = await step_to(client, max(made) + 2)
             client.socket.transport.abort()
             token = client.welcome["token"]
         async with await Client.connect(running.url, resume=token) as client:
