@@ -240,8 +240,8 @@ def test_hidden_rows_may_be_nan(kernel, schedule, step, pinned, head_dim):
     hidden = ~seen[None, :, :, None, None]
     assert hidden.any()
     results = []
-    for value in (0.0, math.nan, math.inf):
-        case.cache.k.masked_fill_(hidden, value)
+    for key_value, value in ((0.0, 0.0), (math.nan, math.inf), (math.inf, math.nan)):
+        case.cache.k.masked_fill_(hidden, key_value)
         case.cache.v.masked_fill_(hidden, value)
         results.append(case.run())
     assert results[0][0].isfinite().all() and results[0][1].isfinite().all()
