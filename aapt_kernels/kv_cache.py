@@ -297,7 +297,7 @@ class KVCache:
         length = None
         for name, tensor in tensors.items():
             if length is None:  # the first one gives the number of frames
-                expected = (batch, f"n * {self.tokens_per_frame}", heads, head_dim)
+                expected = (batch, "n * tokens_per_frame", heads, head_dim)
                 length = check_shape(name, tensor, expected, "this cache")[1]
                 frames, rest = length // self.tokens_per_frame, length % self.tokens_per_frame
                 if rest != 0 or not 1 <= frames <= self.ring_frames:

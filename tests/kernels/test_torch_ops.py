@@ -92,12 +92,16 @@ def test_cached_attention(optional):
 
 
 def test_a_cache_of_float8():
+    """Without the check of what a call mutates, which PyTorch cannot make on float8."""
     cache = make_cache(dtype=torch.float8_e4m3fn)
+    checks = ("test_autograd_registration", "test_faketensor")
     q, k, v = torch.randn(3, 1, 6, 2, 4)
-    tensors = (q, k, v, cache.k[1], cache.v[1], cache.step)
-    opcheck(OPS.kv_append.default, (*tensors, *[None] * 6, 1e-6, *cache.integers, *cache.scales(1)))
+    tensors = (q, k, v, cache.k[1], cache.v[1], cache.step, *[None] * 6)
+    arguments = (*tensors, 1e-6, *cache.integers, *cache.scales(1))
+    opcheck(OPS.kv_append.default, arguments, test_utils=checks)
     tensors = (q, cache.k[1], cache.v[1], cache.step, cache.text_lens, None)
-    opcheck(OPS.cached_attention.default, (*tensors, *cache.integers, 0.5, *cache.scales(1), None))
+    arguments = (*tensors, *cache.integers, 0.5, *cache.scales(1), None)
+    opcheck(OPS.cached_attention.default, arguments, test_utils=checks)
 
 
 def compiled(function):
@@ -244,8 +248,9 @@ def test_export_with_any_number_of_frames(strict):
         assert torch.equal(program(x), model(x))
 
 
-@pytest.mark.parametrize("clamped", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("dtype", "clamped"), [(torch.float32, True), (torch.float8_e4m3fn, False)]
+)
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", ["frames", "text"])
 def test_two_graphs_serve_every_step_of_a_stream(name, dynamic, dtype, clamped):
@@ -263,7 +268,7 @@ def test_two_graphs_serve_every_step_of_a_stream(name, dynamic, dtype, clamped):
 
     def make(text):
         options = dict(dtype=dtype, compute_dtype=torch.float32)
-        cache = make_cache(text_tokens=text, window_frames=7, **options)
+        cache = make_cache(text_tokens=text, window_frames=5, **options)
         words = torch.randn(1, text, 2, 4)
         for layer in range(2):
             cache.write_text(layer, words, words)
@@ -271,7 +276,7 @@ def test_two_graphs_serve_every_step_of_a_stream(name, dynamic, dtype, clamped):
 
     compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=dynamic)
     cache = make(2)
-    for i in range(1, 9):
+    for i in range(1, 7):
         frames = i if name == "frames" else 1
         cache = cache if name == "frames" else make(i + 1)
         twin = cache.clone()
