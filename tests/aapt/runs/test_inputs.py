@@ -175,7 +175,7 @@ def test_the_checkpoint_is_played_by_the_command(trained, tmp_path, capsys):
     assert len(list((tmp_path / "f").glob("*.png"))) == 9
     capsys.readouterr()
     assert main([*given, str(tmp_path / "g"), "--controls", "walk"]) == 2
-    assert "controls: expected none, the model has no camera" in capsys.readouterr().err
+    assert "controls: expected none for a model without camera" in capsys.readouterr().err
     assert main(["eval", str(trained), "--out", str(tmp_path / "e")]) == 2
     assert "expected a model with a camera" in capsys.readouterr().err
     assert main(["bench", "stream", "--model", str(trained), "--steps", "1"]) == 0
@@ -326,7 +326,7 @@ def test_the_command_from_videos_to_a_checkpoint(latents, tmp_path, monkeypatch,
     out = tmp_path / "latents"
     given = ["encode", str(latents.parent / "videos"), "--model", str(latents), "--out", str(out)]
     assert main(given) == 2
-    assert "bucket: expected one or more, as " in capsys.readouterr().err
+    assert "bucket: expected one or more, got none; " in capsys.readouterr().err
     given += ["--seconds", str(8 / 24), "--bucket", "+".join(map(str, SIZES))]
     assert main(given) == 0
     assert (out / "index.json").read_bytes() != b"" and (out / "vae.safetensors").is_file()

@@ -529,7 +529,7 @@ def test_the_command_says_what_is_wrong(command, videos, whole, tmp_path, capsys
     monkeypatch.setattr(checkpoint, "save_file", full)
     assert command(videos, "--out", tmp_path / "full", "--seconds", 0.3) == 1
     said = capsys.readouterr().err
-    assert "No space left" in said and said.endswith("; the same command goes on\n")
+    assert "No space left" in said and said.endswith("; the same command resumes\n")
 
 
 def test_ctrl_c_ends_the_command_between_clips(command, videos, whole, tmp_path, capsys):
@@ -545,6 +545,6 @@ def test_ctrl_c_ends_the_command_between_clips(command, videos, whole, tmp_path,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode.Shard, "add", interrupt)
         assert command(videos, *options) == 130
-    assert capsys.readouterr().err.endswith("aapt: interrupted: the same command goes on\n")
+    assert capsys.readouterr().err.endswith("aapt: interrupted: the same command resumes\n")
     assert command(videos, *options) == 0
     assert content(tmp_path / "out") == content(whole)
