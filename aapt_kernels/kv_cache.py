@@ -45,7 +45,8 @@ class KVCache:
     others into them, before the first key; a cache stores k / k_scale and v / v_scale. None for any
     other dtype.
 
-    workspace: memory that the sm_90a kernels reuse in every call, None where they do not run.
+    workspace: memory that the sm_90a kernels reuse in every call, None where they do not run. So
+    all calls on one cache belong on one stream of the device.
 
     A cache serves inside and outside of inference mode, wherever it was made. Sizes are integers
     of any kind; TypeError or ValueError, by name, for another.

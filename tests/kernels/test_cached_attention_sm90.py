@@ -180,10 +180,11 @@ def test_any_order_of_completion(kernel, schedule, seed, tma, wgmma):
 
 
 def test_the_order_of_ctas_does_not_change_a_bit(kernel, schedule):
+    schedule(multiprocessors=6)  # the cache has memory for as many
     case = Case(kernel, tokens=150, heads=3, step=5, text_tokens=20)
     results = []
     for seed in (1, 2, 3):
-        schedule(multiprocessors=6, seed=seed, shuffle_blocks=True)
+        schedule(seed=seed, shuffle_blocks=True)
         results.append(case.run())
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
