@@ -33,8 +33,8 @@ def test_decode_frame(benchmark, dtype, backend):
 
 
 def test_decode_frame_against_concatenation(monkeypatch, record_property):
-    """The same network, float32, in one process and by turns, over `concatenating_conv3d`, in both
-    layouts of memory. Ratios of medians."""
+    """Compares the network with itself over `concatenating_conv3d`: float32, alternately in one
+    process, in both memory formats. Ratios of medians."""
     torch.manual_seed(0)
     vae = CausalVAE(tiny()).requires_grad_(False)
     for parameter in vae.parameters():

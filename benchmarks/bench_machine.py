@@ -56,8 +56,8 @@ def test_launches_of_a_graph(against, mode, device):
 
 @pytest.mark.parametrize("times", [1, 50])
 def test_bf16_product(against, mode, device, times):
-    """On random numbers: zeros take less power and run faster. The long one meets the power limit,
-    as a stream does."""
+    """Multiplies random numbers, because zeros take less power and run faster. The long case meets
+    the power limit, as a stream does."""
     size = 8192 if mode == "cuda" else 64
     a, b = torch.randn(2, size, size, device=device).bfloat16()
     out = torch.empty_like(a)

@@ -1,4 +1,4 @@
-"""`against` times a function and its rivals by turns, in one process, and prints the ratios.
+"""`against` times a function and its rivals alternately in one process, and prints the ratios.
 
     pytest benchmarks                                        # the CPU backends
     pytest benchmarks/bench_cached_attention.py --device cuda

@@ -1,4 +1,4 @@
-"""What the decoder's kernels should take on a GPU: a prediction, not a figure.
+"""Predicts the time of the decoder's kernels on a GPU; nothing is measured.
 
     python benchmarks/decoder_model.py
 
@@ -111,7 +111,7 @@ def predict(
 
 
 def followers(decoder: nn.Module) -> dict[CausalConv3d, CausalConv3d]:
-    """For a convolution, the one whose norm and SiLU run behind it."""
+    """Maps each convolution to the next one, whose norm and SiLU run in its epilogue."""
     pairs = {}
     for layer, follower in zip(decoder.layers, [*decoder.layers[1:], decoder.conv_out]):
         last = None

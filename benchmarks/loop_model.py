@@ -1,4 +1,4 @@
-"""What a main loop of the Hopper attention kernels reaches: a prediction from its machine code.
+"""Predicts the rate of the main loops of the Hopper attention kernels from their machine code.
 
     python -m benchmarks.loop_model
 
@@ -130,7 +130,7 @@ TAIL_OF_DQ, BOUNDS, LATE_WEIGHTS = 350, 60, 32 * EXPONENTIAL
 
 
 def backward_rates(exposed: float = 0.0) -> tuple[float, float]:
-    """FLOP/s with 64 query rows per tile, with so many exposed cycles in every tile."""
+    """FLOP/s with 64 query rows per tile and `exposed` cycles in every tile that nothing hides."""
     cycles = BackwardTile(64).cycles
     low, high = FA3_BACKWARD
     return low * cycles / (cycles + exposed), high * cycles / (cycles + exposed)

@@ -1,4 +1,4 @@
-"""What the stream-K schedule of cached_attention should give on a GPU: a prediction, not a figure.
+"""Predicts the stream-K schedule of cached_attention on a GPU; nothing is measured.
 
     python -m benchmarks.schedule_model
 
@@ -67,7 +67,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one CTA does of one query tile."""
+    """The share of one query tile that one CTA computes."""
 
     tile: int
     first: int  # step of the tile
@@ -155,7 +155,7 @@ class Prediction:
 
     @property
     def main_loop_flops(self) -> float:
-        """What the inner loop has to reach for the whole to reach TARGET_FLOPS; infinite where the
+        """The rate at which the inner loop makes the whole reach TARGET_FLOPS; infinite if the
         overheads alone take longer."""
         left = self.at_target - self.overhead
         if left <= 0:

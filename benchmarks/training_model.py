@@ -1,4 +1,4 @@
-"""What the sm_90a kernels of block_causal_attention should give on a GPU: a prediction, no figure.
+"""Predicts the sm_90a kernels of block_causal_attention on a GPU; nothing is measured.
 
     python -m benchmarks.training_model
 
@@ -41,7 +41,7 @@ class Tile:
 
 
 def rows_of_backward(shape: TrainingShape) -> int:
-    """Of a query tile there."""
+    """Rows of a query tile in the backward kernel of keys."""
     return 8192 // shape.head_dim
 
 
@@ -147,7 +147,8 @@ def deal(
 def device_bytes(
     shape: TrainingShape, tiles: list[Tile], rows: int, together: int = PAIRS_TOGETHER
 ) -> int:
-    """What a kernel reads of its second operand, in tiles of `rows` rows, from device memory."""
+    """Bytes that a kernel reads of its second operand from device memory, in tiles of `rows`
+    rows."""
     reads: list[list[tuple[int, int]]] = [[] for _ in range(MULTIPROCESSORS)]
     for cta, pair, tile in deal(tiles, shape.batch * shape.heads, together=together):
         reads[cta] += [(pair, row) for row in tile.reads]
@@ -172,7 +173,8 @@ class Direction:
 def schedule(
     shape: TrainingShape, tiles: list[Tile], rows: int, products: int, rate: float
 ) -> Direction:
-    """A kernel of so many products per tile of rows x TILE, whose inner loop runs at `rate`."""
+    """Predicts a kernel of `products` products per tile of rows x TILE, whose inner loop runs at
+    `rate`."""
     step = 2 * products * rows * TILE * shape.head_dim / (rate / MULTIPROCESSORS)
     shares = [[0, 0] for _ in range(MULTIPROCESSORS)]
     for cta, _, tile in deal(tiles, shape.batch * shape.heads):

@@ -1,4 +1,4 @@
-"""The same random numbers in every test, and no more threads than cores."""
+"""Equal random numbers in every test, and no more threads than cores."""
 
 import os
 

@@ -21,7 +21,7 @@ class Instruction:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether the uniform datapath executes it, one instruction for the whole warp."""
+        """True if the uniform datapath executes it, one instruction for the whole warp."""
         return re.match(r"U(?!TMA|BLK|SETMAXREG)", self.opcode) is not None
 
 
@@ -38,7 +38,7 @@ class Kernel:
     sass: list[Instruction] | None = None  # None without cuobjdump
 
     def count(self, opcode: str) -> int:
-        """How often an opcode occurs, as written (`LDG.E.128`) or without modifiers (`LDG`)."""
+        """Counts an opcode, as written (`LDG.E.128`) or without modifiers (`LDG`)."""
         return sum(opcode in (x.opcode, x.opcode.split(".")[0]) for x in self.sass or ())
 
 

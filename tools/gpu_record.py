@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     parser.addoption("--record", required=True, help="the results file, which exists")
     parser.addoption("--group", default="", help="the name of these cases in the results")
     parser.addoption("--case", action="append", default=[], help="the beginning of a case's id")
-    parser.addoption("--turns", action="store_true", help="a case of every function by turns")
+    parser.addoption("--turns", action="store_true", help="one case of every function in turn")
 
 
 def pytest_configure(config):

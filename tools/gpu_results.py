@@ -206,7 +206,7 @@ def format_figures(rows: list[dict[str, Any]]) -> str:
 
 
 def format_summary(results: Results) -> str:
-    """How the cases of every group ended, then what went wrong, by test function."""
+    """Formats how the cases of every group ended, then what went wrong, by test function."""
     lines = ["What ran"]
     for group in dict.fromkeys(row.get("group", "") for row in results.rows):
         outcomes = Counter(row["outcome"] for row in results.rows if row.get("group", "") == group)

@@ -25,7 +25,7 @@ WARPGROUP = 128  # threads
 
 @dataclass(frozen=True)
 class Tensor:
-    """What the machine code of one kernel says; all counts are static."""
+    """Facts of one kernel from its machine code; all counts are static."""
 
     products: int  # HGMMA
     before: int  # exponentials between the first and the second wait of a loop

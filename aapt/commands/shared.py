@@ -40,7 +40,7 @@ class Interrupted(Exception):
 
 
 def missing_extra(error: ModuleNotFoundError) -> InputError:
-    """What to say when a package of the extra `serve` is missing."""
+    """Return the error for a missing package of the extra `serve`."""
     return InputError(
         f"serve: expected FastAPI and uvicorn, {error.name} is missing; pip install 'aapt[serve]'"
     )

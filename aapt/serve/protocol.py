@@ -36,7 +36,7 @@ class Deflections(Message):
 
 
 class Shown(Message):
-    """How far the client has shown the stream: `frames` of the frames of `step`."""
+    """The frames that the client has shown last: `frames` of the frames of `step`."""
 
     step: Sequence
     frames: Annotated[int, Field(ge=0, le=64)]
@@ -98,7 +98,8 @@ class Reset(Message):
 
 
 class Redo(Message):
-    """With `on`, a pass whose frames are not all shown is made again when the control changes."""
+    """Switches redo: a pass whose frames are not all shown is made again when the control
+    changes."""
 
     type: Literal["redo"]
     on: bool
@@ -165,7 +166,7 @@ class Picture(Message):
 
 
 class Limits(Message):
-    """What the server takes: bytes and pixels of an upload, bytes and messages per second of a
+    """Limits of the server: bytes and pixels of an upload, bytes and messages per second of a
     connection, steps of a world and of a recording, seconds until an idle world ends and for which
     a lost one is kept."""
 

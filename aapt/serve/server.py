@@ -1,4 +1,4 @@
-"""What all connections of one server share: model, generator thread, places, lost worlds."""
+"""Shared by all connections of one server: model, generator thread, places, lost worlds."""
 
 import asyncio
 import contextlib

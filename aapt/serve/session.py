@@ -34,8 +34,8 @@ Send = Callable[[Message | bytes, int], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a world stands. An open one has its history. A closed one may have the snapshot and the
-    video frames of its last step, else it is replayed up to there."""
+    """The state of a visitor's world. An open one has its history. A closed one may have the
+    snapshot and the video frames of its last step, else it is replayed up to there."""
 
     walk: Walk
     branch: int

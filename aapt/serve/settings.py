@@ -1,4 +1,4 @@
-"""What a server allows its visitors, and where it listens."""
+"""Settings of a server: limits of its visitors, and the address at which it listens."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -138,7 +138,7 @@ def _fill(
 def read_ahead(
     samples: Iterable[Sample], config: CutConfig, workers: int
 ) -> Iterator[tuple[dict[str, Stamp], Iterator[RawClip | Skipped]]]:
-    """For each sample in order the stamps of its files, and its clips in order.
+    """Yield for each sample, in order, the stamps of its files and its clips.
 
     Meanwhile `workers` threads decode: the next clip of this sample and the first clips of the
     samples after it.

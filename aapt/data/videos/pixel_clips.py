@@ -26,7 +26,8 @@ def video_clips(
     fps: int = 24,
     report: Callable[[str], None] = print,
 ) -> Iterator[Tensor]:
-    """At most `count` clips of `frames` video frames, uint8 (frames, H, W, 3), cropped to `size`.
+    """Yield at most `count` clips of `frames` video frames, uint8 (frames, H, W, 3), cropped to
+    `size`.
 
     The clips are spread over the videos in the order of the names, as few per video as suffice. No
     clip crosses a gap. A video that cannot be read is reported and left out. ValueError if no video

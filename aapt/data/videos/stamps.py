@@ -16,8 +16,8 @@ def sample_stamps(sample: Sample, motion: str) -> dict[str, Stamp]:
 
 
 def changed_file(sample: Sample, motion: str, known: Mapping[str, Stamp]) -> str | None:
-    """What differs first from the stamps of an earlier run, such as 'a.txt, which is new'; None if
-    nothing does. Digests are compared for files of one size and other times."""
+    """Return the first difference from the stamps of an earlier run, such as 'a.txt, which is new';
+    None if there is none. Digests are compared for files of one size and other times."""
     used = sample.used(motion)
     for name in sorted({*used, *known}):
         if name not in known:

@@ -67,7 +67,8 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _after_zeros(file: BinaryIO, start: int) -> int:
-    """Where the first block from `start` on begins that is not zero; the file's size if none."""
+    """Return the start of the first block from `start` on that is not zero, else the file's
+    size."""
     file.seek(start)
     while chunk := file.read(2048 * BLOCK):
         if rest := chunk.lstrip(b"\0"):
@@ -108,7 +109,8 @@ def _samples(contents: Contents, tar_name: str, tar: Blob) -> list[Sample]:
 
 
 def _followed(content: Blob | str | None, paths: Contents, tar: Blob) -> Blob | None:
-    """What a link leads to at last, a faulty file if nothing; other contents as they are."""
+    """Follow a link to its last target, or to a faulty file if there is none; return other
+    contents."""
     for _ in range(MAX_LINKS):
         if not isinstance(content, str):
             return content

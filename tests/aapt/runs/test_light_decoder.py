@@ -386,9 +386,15 @@ def test_commands(folder, movies, tmp_path, capsys, monkeypatch):
     assert main(report) == 0
     assert "SSIM" in capsys.readouterr().out
     for bad, message in (
-        (["train", "tiny-world", "--videos", str(movies)], "videos: expected none for the recipe tiny-world"),
+        (
+            ["train", "tiny-world", "--videos", str(movies)],
+            "videos: expected none for the recipe tiny-world",
+        ),
         (["train", "vae-light", "--plan"], "plan: expected none for the recipe vae-light"),
-        (["train", "vae-light", "--stage", "decoder"], "stage: expected none for the recipe vae-light"),
+        (
+            ["train", "vae-light", "--stage", "decoder"],
+            "stage: expected none for the recipe vae-light",
+        ),
         (["train", "wan-light", "--out", str(tmp_path / "wan")], "vae: expected the original"),
         (["eval-vae", str(folder)], "expected a light decoder and the original one"),
         ([*report[:-1], "nan"], "seconds: expected a finite number above 0, got nan"),

@@ -19,7 +19,7 @@ INSIDE = []  # graphs that are being replayed
 
 
 def stand_in(function, device, pool=None):
-    """As a graph does it: warm-up calls first, then one output tensor at one address."""
+    """Replays as a graph does: warm-up calls first, then one output tensor at one address."""
     for _ in range(3):
         function()
     out = function()

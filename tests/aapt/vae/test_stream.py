@@ -12,7 +12,8 @@ from .test_autoencoder import CONFIGS, make_vae
 
 
 def stand_in(function, device, pool=None):
-    """As a graph does it: one output tensor, inputs and states where they were at the capture."""
+    """Replays as a graph does: one output tensor, inputs and states at the addresses of the
+    capture."""
     out = function()
     return lambda: out.copy_(function())
 
@@ -151,7 +152,8 @@ def test_nothing_has_a_gradient_where_graphs_are_captured(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["light", "wan", "tiny"])
 def test_graphs_on_a_device(name, dtype):
-    """Replays equal eager steps bit for bit, by turns with another stream, and allocate nothing."""
+    """Replays equal eager steps bit for bit, alternate with another stream, and allocate
+    nothing."""
     vae = make_vae(CONFIGS[name]).to("cuda", dtype)
     latents = torch.randn(2, 4, 1, 16, 1, 3, 5, dtype=dtype, device="cuda")
     wanted = [expected(vae, stream_latents) for stream_latents in latents]
