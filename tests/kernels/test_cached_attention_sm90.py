@@ -235,9 +235,8 @@ def test_hidden_rows_may_be_nan(kernel, schedule, step, pinned, head_dim):
         window_frames=3,
         pinned=pinned,
     )
-    integers = case.cache.integers
-    capacity = case.cache.k.shape[2]
-    seen = ref.visible(case.cache.step, case.cache.text_lens, capacity, *integers)
+    cache = case.cache
+    seen = ref.visible(cache.step, 1, cache.text_lens, cache.k.shape[2], cache.integers)
     hidden = ~seen[None, :, :, None, None]
     assert hidden.any()
     results = []
