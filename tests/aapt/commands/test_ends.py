@@ -88,12 +88,13 @@ def test_the_shell_completes_commands(tmp_path):
 
 
 def test_threads_wait_without_spinning_unless_the_user_says_so(monkeypatch):
-    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+    for given, expected in ((None, ("PASSIVE", "1000")), ("ACTIVE", ("ACTIVE", None))):
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         if given:
             monkeypatch.setenv("OMP_WAIT_POLICY", given)
         assert main(["--version"]) == 0
-        assert os.environ["OMP_WAIT_POLICY"] == expected
+        assert tuple(map(os.environ.get, ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))) == expected
 
 
 def test_warnings_are_one_line(monkeypatch, capsys):
