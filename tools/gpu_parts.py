@@ -14,6 +14,7 @@ APPEND = "tests/kernels/test_kv_append_sm90.py"
 TRITON = "tests/kernels/test_triton_kernels.py"
 TRITON_CONV = "tests/kernels/test_causal_conv3d_triton.py"
 GRAPHS = "tests/aapt/vae/test_stream.py::test_graphs_on_a_device"
+STEP_GRAPH = "tests/aapt/streaming/test_memory.py::test_a_step_on_a_device_is_one_graph"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ FIRST = (
         f"{TRITON_CONV}::test_error_is_at_most_twice_plain_pytorch[chunk-channels last-dtype0]",
         seconds=60,
     ),
-    quick("graphs of the decoder", f"{GRAPHS}[light-dtype0]", GRAPHS, seconds=45),
+    quick("graphs of a stream", f"{GRAPHS}[light-dtype0]", STEP_GRAPH, GRAPHS, seconds=45),
     quick("ceilings", "benchmarks/bench_machine.py", seconds=45, options=("--quick",)),
     quick(
         "attention against peers",
@@ -145,7 +146,7 @@ PARTS = {
         "the tests that need the GPU, full sweeps included",
         (
             Group("kernels", (CACHED, CONV, APPEND, TRAINING, TRITON, TRITON_CONV), turns=True),
-            Group("graphs of the decoder", (GRAPHS,)),
+            Group("graphs of a stream", (GRAPHS, STEP_GRAPH)),
         ),
         modules=("einops", "safetensors"),
     ),

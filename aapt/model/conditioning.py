@@ -102,7 +102,7 @@ def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) ->
     ).to(poses)  # (3, H, W)
     rotation, origin = poses[..., :3, :3], poses[..., :3, 3]
     # A sum, not a matrix product: mixed precision would round it to the width of a pixel
-    turn = rotation - torch.eye(3).to(rotation)
+    turn = rotation - torch.eye(3, dtype=rotation.dtype, device=rotation.device)
     turned = (turn[..., None, None] * rest).sum(dim=4)  # (B, T, frames, 3, H, W)
     rays = torch.cat(
         [

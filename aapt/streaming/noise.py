@@ -17,9 +17,11 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # added to the two words of the key after each round
 
 
-def philox(counters: Tensor, keys: Tensor) -> Tensor:
-    """Random words of counters: (4, n) int64 each. keys: (ROUNDS, 2, 1), see `round_keys`."""
-    multipliers = torch.tensor(MULTIPLIERS, device=counters.device)[:, None]
+def philox(counters: Tensor, keys: Tensor, multipliers: Tensor) -> Tensor:
+    """Random words of counters: (4, n) int64 each.
+
+    keys: (ROUNDS, 2, 1), see `round_keys`; multipliers: MULTIPLIERS as (2, 1), on the same device.
+    """
     even, odd = counters[0::2], counters[1::2]  # (2, n)
     for key in keys:
         product = even * multipliers  # wraps, which leaves all 64 bits right
@@ -44,6 +46,7 @@ class Noise:
     def __init__(self, seed: int, shape: Sequence[int], device: torch.device | str = "cpu"):
         self.shape = tuple(shape)
         self.keys = round_keys(seed, device)
+        self.multipliers = torch.tensor(MULTIPLIERS, device=device)[:, None]
         self.counters = torch.zeros(4, -(-math.prod(shape) // 4), dtype=torch.int64, device=device)
         self.counters[0] = torch.arange(self.counters.shape[1])
 
@@ -56,7 +59,7 @@ class Noise:
         counters = self.counters.clone()
         counters[2:3] = step & WORD
         counters[3:4] = step >> 32
-        words = philox(counters, self.keys)
+        words = philox(counters, self.keys, self.multipliers)
         uniform = (words.double() + 0.5) * 2.0**-32  # in (0, 1), never 0
         radius = (-2 * uniform[0::2].log()).sqrt()
         angle = 2 * math.pi * uniform[1::2]

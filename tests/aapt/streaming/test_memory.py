@@ -118,6 +118,32 @@ def test_nothing_is_launched_outside_of_the_graph(monkeypatch, picture):
     assert launches == ["aten.copy_.default"] * 3
 
 
+class OnTheHost(TorchDispatchMode):
+    """Counts the tensors that operations leave on the host: a graph on a device can hold none."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.seen.append(str(function))
+        return out
+
+
+def test_a_step_takes_nothing_from_the_host():
+    """The meta device stands for a GPU: what is not on it comes from the host, and no graph of a
+    GPU can hold it."""
+    model, vae = build()
+    held = memory.StreamMemory(model.to("meta"), vae.to("meta"), (4, 6))
+    with torch.inference_mode(), OnTheHost() as host:
+        pixels = held._run()
+    assert pixels.shape == (1, 3, 4, 32, 48) and pixels.device.type == "meta"
+    assert host.seen == []
+
+
 def test_memory_is_counted_and_stays_where_it_is(monkeypatch, picture):
     _, generator = generators(monkeypatch)
     stream = generator.open(picture, "ab")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aapt.streaming.noise import ROUNDS, WORD, Noise, philox, round_keys
+from aapt.streaming.noise import MULTIPLIERS, ROUNDS, WORD, Noise, philox, round_keys
 
 # Known answers of philox4x32-10 from Random123: counter, key, words.
 KNOWN = [
@@ -21,7 +21,9 @@ KNOWN = [
 def test_published_vectors(counter, key, words):
     keys = round_keys(key[0] | key[1] << 32)
     assert keys.shape == (ROUNDS, 2, 1)
-    assert philox(torch.tensor(counter)[:, None], keys).flatten().tolist() == list(words)
+    multipliers = torch.tensor(MULTIPLIERS)[:, None]
+    made = philox(torch.tensor(counter)[:, None], keys, multipliers)
+    assert made.flatten().tolist() == list(words)
 
 
 def test_noise_is_a_function_of_seed_and_step():
