@@ -88,7 +88,7 @@ def test_the_shell_completes_commands(tmp_path):
 
 
 def test_threads_wait_without_spinning_unless_the_user_says_so(monkeypatch):
-    for given, expected in ((None, ("PASSIVE", "1000")), ("ACTIVE", ("ACTIVE", None))):
+    for given, expected in ((None, ("PASSIVE", "3000")), ("ACTIVE", ("ACTIVE", None))):
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         if given:
