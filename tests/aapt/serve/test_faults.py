@@ -187,9 +187,11 @@ def test_two_hundred_opens_and_closes_leave_nothing(serve, talk):
     assert not running.play.scheduler._order and not running.play.scheduler._credit
 
 
-def test_a_long_walk_neither_grows_nor_slows(serve, talk):
+@pytest.mark.parametrize("name", ["small-world", "tiny-world"])
+def test_a_long_walk_neither_grows_nor_slows(serve, talk, name):
     """Memory and time of a step have no slope over five minutes' worth of steps."""
-    running = serve(history_mib=1)
+    bundled = name == "tiny-world"
+    running = serve(model=name if bundled else None, history_mib=16 if bundled else 1)
     count, part = 1800, 300  # five minutes at 24 fps, and the length of a sample
 
     async def conversation():
