@@ -273,6 +273,13 @@ def test_another_protocol_is_refused(serve, talk):
     assert error["message"] == "protocol: expected 1, got 2; reload the page"
     assert talk(hello(type="ping", time=0))["message"] == "hello: expected it as the first message"
 
+    async def upload_first():
+        async with websockets.connect(running.url) as socket:
+            await socket.send(b"GIF89a")
+            return json.loads(await socket.recv())
+
+    assert talk(upload_first())["message"] == "hello: expected it as the first message"
+
 
 def test_the_page_is_served_with_a_strict_policy(serve):
     with web(serve()) as client:

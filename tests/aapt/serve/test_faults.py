@@ -53,7 +53,13 @@ async def killed(running, seed):
 
 async def garbage(running):
     """Sends what is not of the protocol; each time one line comes back and the connection ends."""
-    for data in ("{", "[]", b"\x00\xff", '{"type":"input"}', json.dumps({"type": "x" * 1000})):
+    for data in (
+        "{",
+        "[]",
+        '{"type":"hello","protocol":1}',
+        '{"type":"input"}',
+        json.dumps({"type": "x" * 1000}),
+    ):
         client = await Client.connect(running.url)
         await opened(client)
         await client.send("play")
@@ -117,7 +123,7 @@ def test_eight_visitors_and_their_faults(serve, talk, generator):
             assert number not in made or made[number].images == encoded(frames)
         assert stream.differing == []
     play = running.play
-    assert play.line.taken == 0 and not play.scheduler._order and not play.recording
+    assert play.line.taken == 0 and not play.scheduler._order
     assert all(place.history is None for _, place in play.kept.values())
 
 
