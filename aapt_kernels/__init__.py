@@ -25,17 +25,16 @@ lists the choice.
 """
 
 from . import _library
+from .backend import backends, use_backend
+from .block_causal_attention import block_causal_attention
+from .cached_attention import cached_attention
+from .causal_conv3d import causal_conv3d
+from .kv_append import kv_append
+from .kv_cache import KVCache
+from .layout import FrameLayout
+from .qk_norm_rope import qk_norm_rope
 
 _library.load()
-
-from .backend import backends, use_backend  # noqa: E402  the schemas come first
-from .block_causal_attention import block_causal_attention  # noqa: E402
-from .cached_attention import cached_attention  # noqa: E402
-from .causal_conv3d import causal_conv3d  # noqa: E402
-from .kv_append import kv_append  # noqa: E402
-from .kv_cache import KVCache  # noqa: E402
-from .layout import FrameLayout  # noqa: E402
-from .qk_norm_rope import qk_norm_rope  # noqa: E402
 
 __all__ = [
     "FrameLayout",

@@ -21,12 +21,13 @@ from torch import Tensor
 from . import _library as native
 from .checks import aligned
 from .precision import autocasts
+from .schemas import NAMESPACE, library
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference", "sim")
-SM90 = {"cuda": "aapt_sm90", "sim": "aapt_sim"}  # namespaces of the hand-written kernels
+# Namespaces of the hand-written kernels
+SM90 = {"cuda": f"{NAMESPACE}_sm90", "sim": f"{NAMESPACE}_sim"}
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-_library = torch.library.Library("aapt", "FRAGMENT")
 _implementations: dict[str, dict[str, Callable]] = {}
 _limits: dict[str, dict[str, Callable[..., str | None]]] = {}
 _forced = "auto"
@@ -51,10 +52,10 @@ def implement(
     limits: dict[str, Callable[..., str | None]] | None = None,
     **implementations: Callable,
 ) -> None:
-    """Give the schema `aapt::<op>` its implementations, by backend name.
+    """Give the schema of `op` its implementations, by backend name.
 
     Each implementation takes the schema's arguments. The sm_90a kernels are not named here: they
-    are `torch.ops.aapt_sm90.<op>`. A kernel with other arguments is called by `sm90`, which gets
+    are those of the compiled library. A kernel with other arguments is called by `sm90`, which gets
     the kernels' namespace before the schema's arguments.
 
     limits: by backend, a function of the arguments that returns why it does not take them, or None.
@@ -71,7 +72,7 @@ def implement(
             return run(*args)
 
     for key in ("CPU", "CUDA"):
-        _library.impl(op, dispatch, key)
+        library.impl(op, dispatch, key)
 
 
 def deferred(package: str, function: str = "forward") -> Callable | None:
@@ -91,7 +92,7 @@ def deferred(package: str, function: str = "forward") -> Callable | None:
 
 def register_fake(op: str) -> Callable:
     """Decorate a function of the arguments of `aapt::<op>` that returns empty results."""
-    return torch.library.register_fake(f"aapt::{op}", lib=_library)
+    return torch.library.register_fake(f"{NAMESPACE}::{op}", lib=library)
 
 
 def register_autograd(op: str, backward: Callable, setup_context: Callable) -> None:
@@ -101,7 +102,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable) -> N
     differentiates it. Any other backend raises NotImplementedError by name.
     """
     torch.library.register_autograd(
-        f"aapt::{op}", backward, setup_context=setup_context, lib=_library
+        f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=library
     )
     first = f"{op}_backward"
 
@@ -130,7 +131,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable) -> N
         return tuple(found.get(place) for place in range(len(inputs)))
 
     torch.library.register_autograd(
-        f"aapt::{first}", differentiate_again, setup_context=save, lib=_library
+        f"{NAMESPACE}::{first}", differentiate_again, setup_context=save, lib=library
     )
 
 
@@ -180,8 +181,8 @@ def kernels_of(device: torch.device):
     """Return the namespace of the hand-written kernels that may run on tensors of this device, None
     if there are none."""
     if device.type == "cuda" and not no_sm90(device):
-        return torch.ops.aapt_sm90
-    return torch.ops.aapt_sim if device.type == "cpu" and _forced == "sim" else None
+        return getattr(torch.ops, SM90["cuda"])
+    return getattr(torch.ops, SM90["sim"]) if device.type == "cpu" and _forced == "sim" else None
 
 
 def obstacle(op: str, name: str, device: torch.device | str) -> str | None:
@@ -232,7 +233,7 @@ def no_sm90(device: torch.device | None = None) -> str | None:
     if capability != (9, 0):
         return f"the device is not sm_90 but {capability}"
     if not any(implementation(op, "cuda") for op in _implementations):
-        return "the library was built without sm_90a kernels"
+        return native.load() or "the library has no kernels"
     return None
 
 

@@ -1,7 +1,9 @@
-// Every operator schema and nothing else: the table of contents of the library. Implementations are
-// in the folder of their op: CUDA in csrc/<op>/, all others in aapt_kernels/<op>/. The simulator's
-// library (AAPT_SIM) has only the CUDA kernels, for CPU tensors.
+// The schemas of all compiled kernels and nothing else: the table of contents of the library.
+// Kernels are in the folder of their op, csrc/<op>/. The schemas of the public operators are in
+// aapt_kernels/schemas.py. The simulator's library (AAPT_SIM) takes CPU tensors.
 #include <torch/csrc/stable/library.h>
+
+#include "namespaces.h"
 
 namespace {
 // The layout integers are FrameLayout's, symbolic so that one compiled graph serves every length;
@@ -29,65 +31,26 @@ constexpr const char* CACHED_ATTENTION =
     "SymInt sink_frames, float scale, Tensor? k_scale, Tensor? v_scale, Tensor(a!)? workspace) "
     "-> (Tensor out, Tensor lse)";
 // Memory for cached_attention on one layer's cache, which calls may reuse: zeros.
-[[maybe_unused]] constexpr const char* CACHED_ATTENTION_WORKSPACE =
+constexpr const char* CACHED_ATTENTION_WORKSPACE =
     "cached_attention_workspace(Tensor k_cache, SymInt tokens_per_frame, SymInt window_frames) "
     "-> Tensor";
-[[maybe_unused]] constexpr const char* CAUSAL_CONV3D =
-    "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
-    "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, bool replicate, "
-    "bool pixels, Tensor? next_norm_weight, bool keep_out, bool keep_state) "
-    "-> (Tensor out, Tensor state, Tensor active)";
 // The kernel takes weights that causal_conv3d_pack has folded and laid out for it.
-[[maybe_unused]] constexpr const char* CAUSAL_CONV3D_KERNEL =
+constexpr const char* CAUSAL_CONV3D =
     "causal_conv3d(Tensor x, Tensor packed, Tensor? bias, Tensor? state, Tensor? norm_weight, "
     "float eps, bool silu, Tensor? residual, int[3] kernel, int[2] upsample, bool replicate, "
     "bool pixels, Tensor? next_norm_weight, bool keep_out, bool keep_state) "
     "-> (Tensor out, Tensor state, Tensor active)";
-[[maybe_unused]] constexpr const char* CAUSAL_CONV3D_PACK =
+constexpr const char* CAUSAL_CONV3D_PACK =
     "causal_conv3d_pack(Tensor weight, int[2] upsample) -> Tensor packed";
 
-// The ops with a kernel written for sm_90a.
-[[maybe_unused]] void define_kernels(torch::stable::detail::StableLibrary& m) {
+}  // namespace
+
+AAPT_LIBRARY(m) {
   m.def(BLOCK_CAUSAL_ATTENTION);
   m.def(BLOCK_CAUSAL_ATTENTION_BACKWARD);
   m.def(KV_APPEND);
   m.def(CACHED_ATTENTION);
   m.def(CACHED_ATTENTION_WORKSPACE);
-  m.def(CAUSAL_CONV3D_KERNEL);
+  m.def(CAUSAL_CONV3D);
   m.def(CAUSAL_CONV3D_PACK);
 }
-}  // namespace
-
-#ifndef AAPT_SIM
-STABLE_TORCH_LIBRARY(aapt, m) {
-  m.def(BLOCK_CAUSAL_ATTENTION);
-  m.def(BLOCK_CAUSAL_ATTENTION_BACKWARD);
-
-  m.def(
-      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
-      "Tensor? sin, Tensor? cos_sink, Tensor? sin_sink, float eps) "
-      "-> (Tensor q, Tensor k, Tensor q_sink)");
-  m.def(
-      "qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor? dq_sink, Tensor q, Tensor k, "
-      "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? cos_sink, "
-      "Tensor? sin_sink, float eps) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)");
-
-  // One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter. The scales,
-  // (heads,) float32, are those of a cache of another dtype than q.
-  m.def(KV_APPEND);
-  m.def(CACHED_ATTENTION);
-
-  m.def(CAUSAL_CONV3D);
-  m.def(
-      "causal_conv3d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? state, "
-      "Tensor? norm_weight, float eps, bool silu, int[3] stride, int[2] upsample, bool replicate) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)");
-}
-#endif
-
-// The hand-written kernels of this build.
-#if defined(AAPT_SIM)
-STABLE_TORCH_LIBRARY(aapt_sim, m) { define_kernels(m); }
-#elif defined(AAPT_SM90)
-STABLE_TORCH_LIBRARY(aapt_sm90, m) { define_kernels(m); }
-#endif

@@ -15,15 +15,13 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "namespaces.h"
 #include "strides.h"
 
 #ifdef AAPT_SIM
 #include "sim/control.h"
-// Registers the functions of this file: AAPT_KERNELS(m) { m.impl("op", TORCH_BOX(&op)); }
-#define AAPT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(aapt_sim, CPU, m)
 #else
 #include <cuda_runtime_api.h>
-#define AAPT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(aapt_sm90, CUDA, m)
 // NOTE: weak, because only PyTorch builds with CUDA have it; the library must load without CUDA
 // too.
 extern "C" __attribute__((weak)) AOTITorchError

@@ -19,6 +19,7 @@ from ..checks import (
 )
 from ..layout import FrameLayout
 from ..precision import follow_autocast, wide
+from ..schemas import ops
 from . import cpu, ref
 
 
@@ -88,7 +89,7 @@ def block_causal_attention(
     if scale is None:
         scale = max(head_dim, 1) ** -0.5
     q, k, v, q_sink = for_simulator(q, k, v, q_sink)
-    out, lse = torch.ops.aapt.block_causal_attention(
+    out, lse = ops.block_causal_attention(
         q, k, v, text_lens, q_sink, *layout.integers, scale, prefix_grad
     )
     return (out, lse) if return_lse else out
@@ -118,7 +119,7 @@ def _backward(ctx, dout, dlse):
     check_no_tangent("block_causal_attention_backward", {"dout": dout, "dlse": dlse})
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dq_sink = torch.ops.aapt.block_causal_attention_backward(
+    dq, dk, dv, dq_sink = ops.block_causal_attention_backward(
         dout,
         dlse,
         q,

@@ -7,6 +7,7 @@ from ..backend import deferred, for_simulator, implement, register_fake
 from ..checks import cache_limit, check_no_grad, check_no_tangent, scale_limit, sm90_limit
 from ..kv_cache import KVCache
 from ..precision import follow_autocast, wide
+from ..schemas import ops
 from . import cpu, ref
 
 
@@ -45,7 +46,7 @@ def cached_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     q, q_sink = for_simulator(q, q_sink)
-    out, lse = torch.ops.aapt.cached_attention.default(
+    out, lse = ops.cached_attention.default(
         q,
         cache.k[layer],
         cache.v[layer],

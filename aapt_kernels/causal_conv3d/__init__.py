@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backend import choose, deferred, implement, register_autograd, register_fake
 from ..checks import check_device, check_dtype, check_no_tangent, check_shape
 from ..precision import autocasts, follow_autocast
+from ..schemas import ops
 from . import cpu, ref, sm90
 from .frames import memory_format_of, past_frames
 
@@ -78,7 +79,7 @@ def causal_conv3d(
     check_no_tangent("causal_conv3d", given)
     frames, past = x.shape[2], past_frames(weight.shape[2], upsample[0])
     shared = share_state and norm_weight is None and not silu and past <= frames <= 2 * past
-    out, new_state, active = torch.ops.aapt.causal_conv3d(
+    out, new_state, active = ops.causal_conv3d(
         x,
         weight,
         bias,
@@ -255,9 +256,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, *_):
     saved = ctx.saved_tensors  # read once: checkpointing hands it out no second time
     check_no_tangent("causal_conv3d_backward", {"dout": dout})
-    dx, dweight, dbias, dnorm_weight = torch.ops.aapt.causal_conv3d_backward(
-        dout, *saved, *ctx.options
-    )
+    dx, dweight, dbias, dnorm_weight = ops.causal_conv3d_backward(dout, *saved, *ctx.options)
     return (
         dx,
         dweight,

@@ -8,6 +8,7 @@ from ..checks import cache_limit, check_no_grad, check_no_tangent, sm90_limit
 from ..kv_cache import KVCache
 from ..precision import follow_autocast
 from ..qk_norm_rope import check_arguments
+from ..schemas import ops
 from . import cpu, ref
 
 
@@ -50,7 +51,7 @@ def kv_append(
     q, k, v, q_weight, k_weight, cos, sin, cos_sink, sin_sink = for_simulator(
         q, k, v, q_weight, k_weight, cos, sin, cos_sink, sin_sink
     )
-    q, q_sink = torch.ops.aapt.kv_append.default(
+    q, q_sink = ops.kv_append.default(
         q,
         k,
         v,

@@ -16,6 +16,7 @@ from ..checks import (
     check_shape,
 )
 from ..precision import follow_autocast
+from ..schemas import ops
 from . import cpu, ref
 
 
@@ -52,9 +53,7 @@ def qk_norm_rope(
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     check_no_tangent("qk_norm_rope", {"q": q, "k": k, **weights, **tables})
     check_no_grad("the rotation of qk_norm_rope", tables)
-    q, k, q_sink = torch.ops.aapt.qk_norm_rope(
-        q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps
-    )
+    q, k, q_sink = ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, cos_sink, sin_sink, eps)
     return (q, k) if cos_sink is None else (q, k, q_sink)
 
 
@@ -127,7 +126,7 @@ def _backward(ctx, dq, dk, dq_sink):
     dq = torch.zeros_like(q) if dq is None else dq
     dk = torch.zeros_like(k) if dk is None else dk
     has_sink = tables[2] is not None
-    dq, dk, dq_weight, dk_weight = torch.ops.aapt.qk_norm_rope_backward(
+    dq, dk, dq_weight, dk_weight = ops.qk_norm_rope_backward(
         dq, dk, dq_sink if has_sink else None, *saved, ctx.eps
     )
     dq_weight = None if q_weight is None else dq_weight

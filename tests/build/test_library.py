@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = ROOT / "aapt_kernels" / "lib" / "libaapt_ops.so"
+LIBRARY = ROOT / "aapt_kernels" / "lib" / "libaapt_sm90.so"
 SIMULATOR = LIBRARY.with_name("libaapt_sim.so")
 LIBRARIES = [pytest.param(LIBRARY, id="ops")]
 if SIMULATOR.exists():

@@ -12,7 +12,7 @@ from wgmma import OVERLAPPED, find_tensor_failures, format_tensor_table, read_te
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GATE = Path(sm90_gate.__file__)
-LIBRARY = Path(__file__).parents[2] / "aapt_kernels" / "lib" / "libaapt_ops.so"
+LIBRARY = Path(__file__).parents[2] / "aapt_kernels" / "lib" / "libaapt_sm90.so"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
 needs_cuobjdump = pytest.mark.skipif(find_cuobjdump() is None, reason="cuobjdump not found")

@@ -1,0 +1,63 @@
+"""Every operator schema and nothing else: the table of contents of the package.
+
+Implementations are in the folder of their op; the compiled library has the schemas of its own
+kernels (csrc/bindings.cpp), so that this package works without it.
+"""
+
+import torch
+
+# Of `torch.ops`. A second copy of this package in one process needs a name of its own.
+NAMESPACE = "aapt"
+
+# The layout integers are FrameLayout's, symbolic so that one compiled graph serves every length;
+# q, k, v are (batch, length, heads, head_dim).
+BLOCK_CAUSAL_ATTENTION = (
+    "block_causal_attention(Tensor q, Tensor k, Tensor v, Tensor? text_lens, Tensor? q_sink, "
+    "SymInt text_tokens, SymInt tokens_per_frame, SymInt frames, SymInt? window_frames, "
+    "SymInt sink_frames, SymInt? past_frames, float scale, bool prefix_grad) "
+    "-> (Tensor out, Tensor lse)",
+    "block_causal_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+    "Tensor out, Tensor lse, Tensor? text_lens, Tensor? q_sink, SymInt text_tokens, "
+    "SymInt tokens_per_frame, SymInt frames, SymInt? window_frames, SymInt sink_frames, "
+    "SymInt? past_frames, float scale, bool prefix_grad, bool deterministic) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_sink)",
+)
+
+QK_NORM_ROPE = (
+    "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+    "Tensor? sin, Tensor? cos_sink, Tensor? sin_sink, float eps) "
+    "-> (Tensor q, Tensor k, Tensor q_sink)",
+    "qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor? dq_sink, Tensor q, Tensor k, "
+    "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? cos_sink, "
+    "Tensor? sin_sink, float eps) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
+)
+
+# One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter. The scales,
+# (heads,) float32, are those of a cache of another dtype than q.
+CACHE = (
+    "kv_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
+    "Tensor? cos_sink, Tensor? sin_sink, float eps, SymInt text_tokens, SymInt tokens_per_frame, "
+    "SymInt window_frames, SymInt sink_frames, Tensor? k_scale, Tensor? v_scale) "
+    "-> (Tensor q, Tensor q_sink)",
+    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
+    "Tensor? q_sink, SymInt text_tokens, SymInt tokens_per_frame, SymInt window_frames, "
+    "SymInt sink_frames, float scale, Tensor? k_scale, Tensor? v_scale, Tensor(a!)? workspace) "
+    "-> (Tensor out, Tensor lse)",
+)
+
+CAUSAL_CONV3D = (
+    "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? norm_weight, "
+    "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, bool replicate, "
+    "bool pixels, Tensor? next_norm_weight, bool keep_out, bool keep_state) "
+    "-> (Tensor out, Tensor state, Tensor active)",
+    "causal_conv3d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? state, "
+    "Tensor? norm_weight, float eps, bool silu, int[3] stride, int[2] upsample, bool replicate) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)",
+)
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for schema in (*BLOCK_CAUSAL_ATTENTION, *QK_NORM_ROPE, *CACHE, *CAUSAL_CONV3D):
+    library.define(schema)
+
+ops = getattr(torch.ops, NAMESPACE)

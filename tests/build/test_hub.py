@@ -1,0 +1,53 @@
+"""The package in the layout of the `kernels` library: loaded beside the installed one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hub
+import pytest
+
+LOAD = """
+import sys
+from pathlib import Path
+import kernels, torch, aapt_kernels
+
+hub = kernels.get_local_kernel(Path(sys.argv[1]), backend="cpu")
+assert hub is not aapt_kernels and hub.FrameLayout is not aapt_kernels.FrameLayout
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 1, 3 + 5 * 4, 2, 16).unbind()
+layout = dict(text_tokens=3, tokens_per_frame=4, frames=5, window_frames=2)
+outs = [
+    package.block_causal_attention(q, k, v, package.FrameLayout(**layout))
+    for package in (hub, aapt_kernels)
+]
+assert torch.equal(*outs)
+with hub.use_backend("reference"):
+    assert (hub.block_causal_attention(q, k, v, hub.FrameLayout(**layout)) - outs[0]).abs().max() < 1e-5
+print(torch.ops.aapt_hub_0_1_0.block_causal_attention)
+"""
+
+
+def test_the_variant_for_cpus_is_loaded_by_kernels_and_runs(tmp_path):
+    pytest.importorskip("kernels", reason="needs the package kernels")
+    hub.write_hub(tmp_path / "hub", [])
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "hub"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "aapt_hub_0_1_0.block_causal_attention" in done.stdout
+
+
+def test_variants_have_their_own_namespace_and_nothing_of_a_checkout(tmp_path):
+    folders = hub.write_hub(tmp_path / "hub", [])
+    assert [folder.name for folder in folders] == ["torch-cpu", "torch-cuda"]
+    facts = [json.loads((folder / "metadata.json").read_text()) for folder in folders]
+    assert len({fact["id"] for fact in facts}) == 2
+    assert [fact["backend"]["type"] for fact in facts] == ["cpu", "cuda"]
+    files = [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".so", ".pyc")]
+    text = (folders[0] / "schemas.py").read_text()
+    assert f'NAMESPACE = "{hub.NAMESPACE}"' in text and 'NAMESPACE = "aapt"' not in text
+    for path in Path(folders[0]).rglob("*.py"):
+        assert "from aapt_kernels" not in path.read_text().split('"""', 2)[-1], path
