@@ -17,6 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import cubin
+
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 GLIBC = (2, 34)
@@ -138,7 +140,7 @@ def check_library(library: Path, machine: str) -> None:
     newest = max((int(major), int(minor)) for major, minor in versions)
     if newest > GLIBC:
         raise WheelError(f"{library.name}: expected glibc {GLIBC} at most, needs {newest}")
-    if "sm_90a" not in run("cuobjdump", "--list-elf", library):
+    if "sm_90a" not in cubin.run_cuobjdump("--list-elf", library):
         raise WheelError(f"{library.name}: expected code for sm_90a, got none")
 
 

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import cubin
 import pytest
 import wheels
 
@@ -14,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "aapt_kernels" / "lib" / "libaapt_sm90.so"
 
 STREAM = """
-import aapt_kernels, torch
+import aapt_kernels, numpy, torch
 from aapt import Control, StreamingGenerator
 assert aapt_kernels.__file__.startswith({folder!r}), aapt_kernels.__file__
 generator = StreamingGenerator.from_pretrained("tiny-world")
-stream = generator.open(generator.sample_image(), generator.sample_prompt)
+stream = generator.open(numpy.zeros((80, 128, 3), numpy.uint8), generator.sample_prompt)
 print(stream.step(Control(forward=1.0)).shape)
 from aapt_kernels.backend import no_sm90
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *_: (9, 0)
@@ -26,9 +27,9 @@ print(no_sm90())
 """
 
 
-def run(*command, **environment):
-    environment = {**os.environ, **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def run(*command, folder):
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -56,7 +57,7 @@ def test_the_pure_wheel_streams_without_compiled_kernels(pure, tmp_path):
     with zipfile.ZipFile(pure) as archive:
         archive.extractall(tmp_path)
     code = STREAM.format(folder=str(tmp_path))
-    shape, reason = run(sys.executable, "-c", code, PYTHONPATH=str(tmp_path)).splitlines()
+    shape, reason = run(sys.executable, "-c", code, folder=tmp_path).splitlines()
     assert shape == "(4, 80, 128, 3)"
     assert reason.startswith("this install has no compiled kernels: the wheels for Linux have them")
 
@@ -117,6 +118,6 @@ def test_a_wheel_that_is_not_of_its_kind_is_refused(pure, tmp_path, kind, name, 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="this build has no sm_90a kernels")
 def test_the_library_of_this_build_is_one_that_a_wheel_may_carry():
-    if shutil.which("cuobjdump") is None:
+    if cubin.find_cuobjdump() is None:
         pytest.skip("needs cuobjdump")
     wheels.check_library(LIBRARY, "x86_64")
