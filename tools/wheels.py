@@ -66,8 +66,8 @@ def build(kind: str, dist: Path = DIST, namespace: str = "aapt") -> Path:
 
 
 def make_stubs(folder: Path) -> None:
-    """Writes what a library for aarch64 is linked with: CUDA's static runtime, and PyTorch's
-    libraries without contents."""
+    """Writes what a library for aarch64 is compiled and linked with: CUDA's headers and static
+    runtime, and PyTorch's libraries without contents."""
     if not shutil.which(CROSS):
         raise WheelError(
             f"aarch64: expected {CROSS} on PATH, got none; apt-get install g++-aarch64-linux-gnu"
@@ -79,10 +79,13 @@ def make_stubs(folder: Path) -> None:
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder),
         *("--platform", "manylinux2014_aarch64", "--only-binary=:all:", f"{name}=={version}.*"),
     )
+    toolkit = Path(shutil.which("nvcc")).resolve().parents[1]
+    (folder / "include").symlink_to(toolkit / "include")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        (static,) = (n for n in archive.namelist() if n.endswith("/libcudart_static.a"))
-        (folder / "libcudart_static.a").write_bytes(archive.read(static))
+        for name in archive.namelist():
+            if name.endswith(".a"):
+                (folder / Path(name).name).write_bytes(archive.read(name))
     for library in TORCH:  # for their names alone: symbols are looked up when PyTorch is loaded
         run(
             *(CROSS, "-shared", "-nostdlib", "-x", "c++", "/dev/null"),

@@ -24,7 +24,8 @@ outs = [
 ]
 assert torch.equal(*outs)
 with hub.use_backend("reference"):
-    assert (hub.block_causal_attention(q, k, v, hub.FrameLayout(**layout)) - outs[0]).abs().max() < 1e-5
+    reference = hub.block_causal_attention(q, k, v, hub.FrameLayout(**layout))
+assert (reference - outs[0]).abs().max() < 1e-5
 print(torch.ops.aapt_hub_0_1_0.block_causal_attention)
 """
 
