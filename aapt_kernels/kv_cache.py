@@ -20,7 +20,7 @@ import copy
 import torch
 from torch import Tensor
 
-from .backend import kernels_of
+from .backend import deferred, kernels_of, obstacle
 from .checks import FLOATS, check_dense_rows, check_device, check_dtype, check_integer, check_shape
 from .precision import as_bits, dequantise, quantise
 
@@ -45,8 +45,9 @@ class KVCache:
     others into them, before the first key; a cache stores k / k_scale and v / v_scale. None for any
     other dtype.
 
-    workspace: memory that the sm_90a kernels reuse in every call, None where they do not run. So
-    all calls on one cache belong on one stream of the device.
+    workspace: memory that the kernels of cached_attention reuse in every call, int32 for sm_90a,
+    float32 for Triton, None where neither runs or none is needed. So all calls on one cache belong
+    on one stream of the device.
 
     A cache serves inside and outside of inference mode, wherever it was made. Sizes are integers
     of any kind; TypeError or ValueError, by name, for another.
@@ -117,14 +118,14 @@ class KVCache:
         self._compute_dtype = compute_dtype
 
     def _new_workspace(self) -> Tensor | None:
-        head_dim = self.k.shape[-1]
-        if self.k.dtype != torch.bfloat16 or head_dim not in (64, 128):
-            return None
-        kernels = kernels_of(self.k.device)
-        if kernels is None:
-            return None
         sizes = (self.tokens_per_frame, self.window_frames)
-        return kernels.cached_attention_workspace(self.k[0], *sizes)
+        kernels = kernels_of(self.k.device)
+        fits = self.k.dtype == torch.bfloat16 and self.k.shape[-1] in (64, 128)
+        if kernels is not None and fits:
+            return kernels.cached_attention_workspace(self.k[0], *sizes)
+        if obstacle("cached_attention", "triton", self.k.device):
+            return None
+        return deferred(f"{__package__}.cached_attention", "workspace")(self.k[0], *sizes)
 
     @property
     def compute_dtype(self) -> torch.dtype:

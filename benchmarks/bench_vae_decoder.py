@@ -1,4 +1,5 @@
-"""The decoder's convolutions and one steady step of the light decoder against cuDNN.
+"""The decoder's convolutions and one steady step of the light decoder against cuDNN, and its
+attention against PyTorch's.
 
 On a GPU, at 736x416: every peer is the plain composition (concatenate the past, pad, convolve,
 add) in the layout that its name says, eager or compiled with max-autotune; CUDA graphs replay both
@@ -10,8 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aapt.vae import CausalVAE, decoder_work, layers, light, total
+from aapt.vae.attention import attend
 from aapt.vae.stream import capture
 from aapt_kernels import causal_conv3d
 from aapt_kernels.causal_conv3d import fuses_next_norm
@@ -106,6 +110,24 @@ def test_convolution(against, mode, device, name):
     moved = sum(t.numel() for t in (x, options["state"], weight, out))
     moved += out.numel() if options["residual"] is not None else 0
     against(ours, rivals, rounds=10, iterations=1, work=Work(flops, 2 * moved))
+
+
+@pytest.mark.parametrize("height, width", [(416, 736), (720, 1280)])
+def test_frame_attention(against, mode, device, height, width):
+    """One head of 512 channels at an eighth of the video's size."""
+    pixels, channels = (height // 8) * (width // 8), 512
+    if mode == "dry":
+        pixels, channels = 24, 16
+    shape = (1, 1, pixels, 3 * channels)
+    qkv = torch.randn(shape, dtype=torch.bfloat16, device=device).chunk(3, dim=-1)
+
+    def math():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*qkv)
+
+    rivals = {"SDPA": lambda: F.scaled_dot_product_attention(*qkv), "SDPA, plain products": math}
+    work = Work(4 * pixels**2 * channels, 2 * 4 * pixels * channels)
+    against(lambda: attend(*qkv), rivals, rounds=10, iterations=1, work=work)
 
 
 @pytest.mark.parametrize("height, width", [(416, 736), (720, 1280)])

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from aapt.vae import CausalVAE, VAEConfig, Work, decoder_work, light, original, total
+from aapt.vae.attention import MAX_FUSED_WIDTH, SCORE_BYTES
 from aapt.vae.layers import CausalConv3d, ResidualBlock, SeparateUpsample, Upsample, norm_of
 
 MULTIPROCESSORS = 132
@@ -30,12 +31,19 @@ MAX_TAP_ROWS = 32
 NORM_CYCLES = 3200
 # Sums of a tile through shared memory, where the taps are rows of the product: estimated
 ROWS_CYCLES = 1500
+# Attention of a head wider than MAX_FUSED_WIDTH. PyTorch's memory-efficient kernel: 60 to 100
+# TFLOP/s estimated. Two products: bytes per score, in float32 written by the first product, read
+# and written to scale it, in the softmax and read to round it; in BF16 written and read.
+FUSED_FLOPS = 80e12
+TRAFFIC_BYTES = 4 + 8 + 8 + 4 + 2 + 2
+SCORE_KERNELS = 5  # per block of scores
 
 
 class Design(NamedTuple):
     packs_once: bool = True
     taps_in_rows: bool = True
     norms_next: bool = True
+    attends_by_products: bool = True
 
 
 BUILT = Design()
@@ -73,11 +81,11 @@ def predict(
     outputs: tuple[bool, bool] = (True, False),
 ) -> Prediction:
     """frames, height, width: of the input, `normed` by the convolution before. `outputs`: whether
-    the output is written as it is, and normed for the next. Attention has no convolution: both
-    floors."""
+    the output is written as it is, and normed for the next. Attention has no convolution."""
     flops, moved = work.folded_flops / PEAK_FLOPS, work.bytes / PEAK_BYTES
     if conv is None:
-        return Prediction(flops, moved, 1.0, flops, LAUNCH_SECONDS)
+        seconds, extra = attention(work, frames * (height * width) ** 2, design)
+        return Prediction(flops, moved, 1.0, seconds, extra)
     out_channels, in_channels, kt, kh, kw = conv.weight.shape
     repeats, copies = conv.upsample
     phases = repeats * copies**2
@@ -108,6 +116,18 @@ def predict(
     moved += (sum(outputs) - 1) * 2 * pixels * phases * out_channels / PEAK_BYTES
     extra = passed / PEAK_BYTES + kernels * LAUNCH_SECONDS
     return Prediction(flops, moved, efficiency, kernel, extra)
+
+
+def attention(work: Work, scores: int, design: Design) -> tuple[float, float]:
+    """Returns the seconds of the products of attention, and of what is not fused with them."""
+    width = work.flops / (4 * scores)
+    if width <= MAX_FUSED_WIDTH:
+        return work.flops / (MAIN_LOOP * PEAK_FLOPS), LAUNCH_SECONDS
+    if not design.attends_by_products:
+        return work.flops / FUSED_FLOPS, LAUNCH_SECONDS
+    launches = SCORE_KERNELS * math.ceil(4 * scores / SCORE_BYTES)
+    extra = TRAFFIC_BYTES * scores / PEAK_BYTES + launches * LAUNCH_SECONDS
+    return work.flops / (MAIN_LOOP * PEAK_FLOPS), extra
 
 
 def followers(decoder: nn.Module) -> dict[CausalConv3d, CausalConv3d]:
@@ -180,7 +200,7 @@ def table(name: str, config: VAEConfig, height: int, width: int) -> str:
 
 def savings(config: VAEConfig, height: int, width: int) -> str:
     """One part of the design after the other."""
-    design, words = Design(False, False, False), []
+    design, words = Design(*[False] * len(Design._fields)), []
     for part in ("", *Design._fields):
         design = design._replace(**{part: True} if part else {})
         seconds = sum(m.seconds for _, m in predictions(config, height, width, design))

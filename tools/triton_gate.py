@@ -2,6 +2,7 @@
 
 kernels = compile_ahead(my_kernel, {"x": "*bf16", "n": "i32"}, {"BLOCK": 128}, capability=90)
 assert not find_failures(kernels, {"my_kernel": ("HGMMA",)})
+assert not find_oversized(kernels, 90)
 """
 
 import tempfile
@@ -13,12 +14,25 @@ from cubin import Kernel, read_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# Bytes of shared memory that a block may take, by compute capability
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
 
 def launch_signature(
     kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object]
 ) -> dict[str, str]:
     """Returns the Triton type of every run-time argument of `kernel`: from `types`, else i32."""
     return {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+
+
+def find_oversized(kernels: list[Kernel], capability: int) -> list[str]:
+    """Lists kernels that no block of a device of this capability has shared memory for."""
+    most = SHARED_BYTES[capability]
+    return [
+        f"{kernel.name}: takes {kernel.shared} bytes of shared memory, sm_{capability} has {most}"
+        for kernel in kernels
+        if kernel.shared > most
+    ]
 
 
 def compile_ahead(

@@ -139,10 +139,9 @@ def find_tensor_failures(kernels: list[Kernel]) -> list[str]:
             continue
         if failure := find_register_failure(kernel):
             failures.append(failure)
-        if not any(part in kernel.name for part in OVERLAPPED):
-            continue
         tensor = read_tensor(kernel)
-        if tensor.after or not tensor.before:
+        overlaps = any(part in kernel.name for part in OVERLAPPED)
+        if overlaps and (tensor.after or not tensor.before):
             failures.append(
                 f"{kernel.name}: {tensor.after} of {tensor.before + tensor.after} exponentials "
                 "come after the second wgmma wait; call hopper::settle before it"

@@ -13,13 +13,13 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_kernels import causal_conv3d
 from aapt_kernels.causal_conv3d import fuses_next_norm
 from aapt_kernels.causal_conv3d.frames import memory_format_of
 
+from .attention import attend
 from .config import VAEConfig
 
 # The memory of a decoder between chunks: one tensor per convolution, in the order they run.
@@ -188,7 +188,7 @@ class FrameAttention(nn.Module):
 
     def forward(self, x: Tensor, stream: States, then: CausalConv3d | None = None) -> Tensor:
         qkv = self.qkv(x, stream).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, H*W, 3C)
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        out = attend(*qkv.chunk(3, dim=-1))
         out = out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
         return self.proj(out, stream, residual=x, then=then)
 

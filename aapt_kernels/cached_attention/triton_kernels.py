@@ -6,6 +6,7 @@ first, in a loop without a mask, then the ragged ends. If one pass over the quer
 multiprocessors idle, the keys are shared out, and a second kernel merges the parts in order.
 """
 
+import sys
 from functools import cache
 from typing import NamedTuple
 
@@ -322,17 +323,33 @@ def limit(q: Tensor, k_cache: Tensor | None = None, *_) -> str | None:
     )
 
 
-def choose_config(q: Tensor) -> Config:
-    """Return the tile for this number of queries, with stages that fit the device."""
-    width = max(32, triton.next_power_of_2(q.shape[-1]))
-    several, few, handful = CONFIGS[q.element_size(), width]
-    config = handful if q.shape[1] <= 16 else few if q.shape[1] <= 64 else several
-    if q.is_cuda:  # smaller devices hold fewer tiles in flight
-        shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-        row_bytes = width * q.element_size()
-        fitting = (shared - config.rows * row_bytes) // (2 * config.keys * row_bytes)
-        config = config._replace(stages=max(1, min(config.stages, fitting)))
-    return config
+def padded_width(head_dim: int) -> int:
+    """Return the columns of a tile for this head_dim."""
+    return max(32, triton.next_power_of_2(head_dim))
+
+
+def choose_config(element_size: int, width: int, queries: int, shared: int) -> Config:
+    """Return the tile for this number of queries, with stages that fit.
+
+    element_size: bytes. width: padded head_dim. shared: bytes of shared memory per block.
+    """
+    several, few, handful = CONFIGS[element_size, width]
+
+    def fitting(config: Config) -> int:
+        free = shared - config.rows * width * element_size
+        return free // (2 * config.keys * width * element_size)
+
+    config = handful if queries <= 16 else few if queries <= 64 else several
+    if fitting(config) < config.stages and config is several:
+        config = few  # on a small device 128 rows would also spill registers
+    return config._replace(stages=max(1, min(config.stages, fitting(config))))
+
+
+def shared_bytes(q: Tensor) -> int:
+    """Return the shared memory of a block on the device of q; the interpreter has no limit."""
+    if not q.is_cuda:
+        return sys.maxsize
+    return torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
 
 
 @cache
@@ -348,20 +365,60 @@ def choose_splits(tiles: int, key_tiles: int, programs: int) -> int:
     return min(range(1, min(MAX_SPLITS, key_tiles) + 1), key=cost)
 
 
+class Plan(NamedTuple):
+    """How a call is divided: its tile, tiles of queries per head, shares of the keys."""
+
+    config: Config
+    row_tiles: int
+    splits: int
+
+
+def plan_of(queries: int, k_cache: Tensor) -> Plan:
+    """Return the plan for this number of queries, from shapes and the device alone."""
+    batch, capacity, heads, head_dim = k_cache.shape
+    width = padded_width(head_dim)
+    config = choose_config(k_cache.element_size(), width, queries, shared_bytes(k_cache))
+    row_tiles = triton.cdiv(queries, config.rows)
+    programs = config.programs * multiprocessors(k_cache)
+    key_tiles = triton.cdiv(capacity, config.keys)
+    return Plan(config, row_tiles, choose_splits(row_tiles * batch * heads, key_tiles, programs))
+
+
+def workspace(k_cache: Tensor, tokens_per_frame: int, window_frames: int) -> Tensor | None:
+    """Return memory for the parts of any call on a layer k_cache (batch, capacity, heads,
+    head_dim), float32; None if the kernel does not take this cache or never splits its keys."""
+    if limit(k_cache):
+        return None
+    batch, _, heads, head_dim = k_cache.shape
+    words = 0
+    for frames in range(1, window_frames + 2):
+        queries = frames * tokens_per_frame
+        splits = plan_of(queries, k_cache).splits
+        if splits > 1:
+            words = max(words, splits * batch * heads * queries * (head_dim + 1))
+    return k_cache.new_zeros(words, dtype=torch.float32) if words else None
+
+
+def split_workspace(memory: Tensor | None, splits: int, lse: Tensor, head_dim: int):
+    """Return parts (splits, *lse.shape, head_dim) and their lse (splits, *lse.shape), in `memory`
+    if it is a workspace for this kernel that is large enough."""
+    rows = splits * lse.numel()
+    words = rows * (head_dim + 1)
+    if memory is None or memory.dtype != torch.float32 or memory.numel() < words:
+        memory = lse.new_empty(words)
+    parts, lses = memory[:words].split([rows * head_dim, rows])
+    return parts.view(splits, *lse.shape, head_dim), lses.view(splits, *lse.shape)
+
+
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: int | None = None):
     """Launch the kernel; splits: chosen from shapes alone, unless given."""
-    text_tokens, tokens_per_frame, window_frames, sink_frames, scale, *_ = arguments
+    text_tokens, tokens_per_frame, window_frames, sink_frames, scale, _, _, memory = arguments
     batch, length, heads, head_dim = q.shape
     if scale < 0:  # the running maximum is that of the scaled scores only for a scale > 0
         q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale
     scale = max(scale, 1e-30)
-    config = choose_config(q)
-    row_tiles = triton.cdiv(length, config.rows)
-    if splits is None:
-        key_tiles = triton.cdiv(k_cache.shape[1], config.keys)
-        splits = choose_splits(
-            row_tiles * batch * heads, key_tiles, config.programs * multiprocessors(q)
-        )
+    config, row_tiles, chosen = plan_of(length, k_cache)
+    splits = chosen if splits is None else splits
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     if not q.numel():
@@ -369,10 +426,9 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: in
     if splits == 1:
         parts, part_lses, part_strides = out, lse, (0, *out.stride()[:3])
     else:
-        parts = q.new_empty((splits, batch, heads, length, head_dim), dtype=torch.float32)
-        part_lses = q.new_empty((splits, *lse.shape), dtype=torch.float32)
+        parts, part_lses = split_workspace(memory, splits, lse, head_dim)
         part_strides = parts.transpose(2, 3).stride()[:4]
-    constants = {"HEAD_DIM": head_dim, "WIDTH": max(32, triton.next_power_of_2(head_dim))}
+    constants = {"HEAD_DIM": head_dim, "WIDTH": padded_width(head_dim)}
     with torch.cuda.device_of(q):
         cached_attention_kernel[(row_tiles, splits, batch * heads)](
             q,

@@ -8,7 +8,7 @@ from ..checks import check_device, check_dtype, check_no_tangent, check_shape
 from ..precision import autocasts, follow_autocast
 from ..schemas import ops
 from . import cpu, ref, sm90
-from .frames import memory_format_of, past_frames
+from .frames import memory_format_of, out_size, past_frames
 
 PADDINGS = ("zeros", "replicate")
 MAX_NORMED_CHANNELS = 128  # that a tile of a kernel holds, and so can norm in its epilogue
@@ -172,7 +172,7 @@ def _check(
         "norm_weight": (norm_weight, (channels,)),
         "residual": (
             residual,
-            (batch, out_channels, *_out_size(x, stride, upsample, state is None)),
+            (batch, out_channels, *out_size(x, stride, upsample, state is None)),
         ),
         "next_norm_weight": (next_norm_weight, (out_channels,)),
     }
@@ -192,14 +192,6 @@ def _check(
 
 def _counts(number) -> bool:
     return hasattr(number, "__index__") and number >= 1
-
-
-def _out_size(x, stride, upsample, starts: bool) -> tuple[int, ...]:
-    """Return time, height and width of the output."""
-    time, space = upsample
-    frames, height, width = x.shape[2:]
-    repeated = (frames * time - (time - 1 if starts else 0), height * space, width * space)
-    return tuple((size - 1) // step + 1 for size, step in zip(repeated, stride, strict=True))
 
 
 @register_fake("causal_conv3d")
@@ -225,7 +217,7 @@ def _(
             return x.new_empty(0)
         return torch.empty(size, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
 
-    size = (*x.shape[:1], *weight.shape[:1], *_out_size(x, stride, upsample, state is None))
+    size = (*x.shape[:1], *weight.shape[:1], *out_size(x, stride, upsample, state is None))
     past = past_frames(weight.shape[2], upsample[0])
     return (
         empty(keep_out, size, torch.uint8 if pixels else x.dtype),

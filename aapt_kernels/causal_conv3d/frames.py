@@ -19,6 +19,14 @@ def frames_to_skip(kt: int, repeats: int, starts: bool) -> int:
     return past_frames(kt, repeats) * repeats - (kt - 1) + (repeats - 1 if starts else 0)
 
 
+def out_size(x: Tensor, stride, upsample, starts: bool) -> tuple[int, ...]:
+    """Return time, height and width of the output; `starts`: without a state."""
+    time, space = upsample
+    frames, height, width = x.shape[2:]
+    repeated = (frames * time - (time - 1 if starts else 0), height * space, width * space)
+    return tuple((size - 1) // step + 1 for size, step in zip(repeated, stride, strict=True))
+
+
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the memory format of outputs: channels last if x has them last, else contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)

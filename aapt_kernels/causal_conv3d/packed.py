@@ -48,9 +48,11 @@ class PackedWeights:
     A weight that changes in place (load_state_dict, an optimiser) is packed again in the next call
     outside of CUDA graphs, to the same address: graphs that hold this address replay with the old
     weights until then, and with the new weights after. Changes through `.data`, which autograd does
-    not count, are not seen. A weight that requires a gradient is packed in every call, because it
-    is about to change and sharding changes it uncounted. The `MAX_KEPT` newest layouts of a weight
-    are kept.
+    not count, are not seen. While a weight is packed again, no graph that reads it may replay on
+    another stream: a frame could see half of the old and half of the new weights. A weight that
+    requires a gradient is packed in every call, because it is about to change and sharding changes
+    it uncounted; so is a weight made in inference mode, which has no version. The `MAX_KEPT` newest
+    layouts of a weight are kept.
 
     Capture a CUDA graph after a call outside of it: what a capture has to pack itself belongs to
     the graph and is packed in every replay.

@@ -14,22 +14,57 @@ from torch import Tensor
 
 from ..triton_rows import dense_or_none
 from ..triton_tiles import INTERPRETED
-from .frames import frames_to_skip, memory_format_of, past_frames
+from .frames import frames_to_skip, memory_format_of, out_size, past_frames
 from .packed import PackedWeights
 
 ROWS = 32  # pixels that a program activates
 MAX_CHANNELS = 2048
+MAX_SPAN = 2**31 - 1
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def limit(x, weight=None, *_) -> str | None:
-    """Return why the kernels do not take x, None if they do."""
+def limit(
+    x,
+    weight=None,
+    bias=None,
+    state=None,
+    norm_weight=None,
+    eps=None,
+    silu=False,
+    residual=None,
+    stride=(1, 1, 1),
+    upsample=(1, 1),
+    *_,
+) -> str | None:
+    """Return why the kernels do not take these arguments, None if they do."""
     if x.dtype not in FLOATS or x.shape[1] > MAX_CHANNELS:
         return (
             f"it takes float16, bfloat16 or float32 with at most {MAX_CHANNELS} input channels, "
             f"got {x.dtype} with {x.shape[1]}"
         )
+    if weight is None:
+        return None
+    sizes = [x.shape[1:], (weight.shape[0], *out_size(x, stride, upsample, state is None))]
+    if state is not None:
+        sizes.append(state.shape[1:])
+    memory = memory_format_of(x)
+    most = max(frame_span(*size, memory) for size in sizes)
+    if most > MAX_SPAN:
+        return (
+            f"it takes frames whose first and last element are less than 2^31 elements apart in "
+            f"memory, got {most}; convert x to torch.channels_last_3d or take fewer frames"
+        )
     return None
+
+
+def frame_span(
+    channels: int, frames: int, height: int, width: int, memory: torch.memory_format
+) -> int:
+    """Return the number of elements from the first to the last of one frame in memory; offsets in
+    a frame are counted with 32 bits."""
+    if memory == torch.channels_last_3d:
+        return channels * height * width
+    return ((channels - 1) * frames + 1) * height * width
 
 
 @triton.jit
@@ -197,13 +232,20 @@ def causal_conv3d_kernel(
         tl.store(active + at, y / (1 + tl.exp(-y)), mask=stored)
 
 
-def blocks_of(out_channels: int, in_channels: int) -> dict:
-    """Return the compile-time sizes of a launch: reasoned, not tuned."""
+def blocks_of(out_channels: int, in_channels: int, dtype: torch.dtype) -> dict:
+    """Return the compile-time sizes of a launch: reasoned, not tuned.
+
+    float32 is multiplied as three TF32 products, which hold both factors three times in registers:
+    larger blocks would spill, and leave no room in the 99 KB of a small device.
+    """
     block_out = min(128, max(16, triton.next_power_of_2(out_channels)))
+    pixels, most_in = 128, 64
+    if dtype == torch.float32:
+        pixels, most_in = 64, 32 if block_out == 128 else 16
     return {
-        "BLOCK_PIXELS": 128,
+        "BLOCK_PIXELS": pixels,
         "BLOCK_OUT": block_out,
-        "BLOCK_IN": min(64, max(16, triton.next_power_of_2(in_channels))),
+        "BLOCK_IN": min(most_in, max(16, triton.next_power_of_2(in_channels))),
         "num_warps": 8 if block_out == 128 else 4,
         "num_stages": 3,
     }
@@ -272,11 +314,10 @@ def forward(
     repeats, copies = upsample
     past, starts = past_frames(kt, repeats), state is None
     skipped = frames_to_skip(kt, repeats, starts)
-    out_frames = ((past + frames) * repeats - skipped - kt) // stride[0] + 1
-    size = [(n * copies - 1) // step + 1 for n, step in zip(x.shape[3:], stride[1:], strict=True)]
+    out_frames, *size = out_size(x, stride, upsample, starts)
     memory = memory_format_of(x)
     shape = (batch, out_channels, out_frames, *size)
-    constants = blocks_of(out_channels, channels)
+    constants = blocks_of(out_channels, channels, x.dtype)
     norms = next_norm_weight is not None
     in_epilogue = norms and out_channels <= constants["BLOCK_OUT"]
 

@@ -1,7 +1,9 @@
 // causal_conv3d on sm_90a: checks that keep the kernels inside their buffers, outputs, launches.
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -108,6 +110,15 @@ void check_geometry(int64_t kt, int64_t kh, int64_t kw, const std::vector<int64_
                   "weight: expected kh and kw of 1 or 3 for the sm_90a kernel");
 }
 
+// Reads AAPT_CONV_SLABS: how the input reaches shared memory (config.cuh).
+bool takes_shifted_slabs() {
+  const char* const value = std::getenv("AAPT_CONV_SLABS");
+  const std::string slabs = value == nullptr ? "whole" : value;
+  STD_TORCH_CHECK(slabs == "whole" || slabs == "shifted",
+                  "AAPT_CONV_SLABS: expected whole or shifted, got ", slabs);
+  return slabs == "shifted";
+}
+
 void check_launch(const char* error) {
   STD_TORCH_CHECK(error == nullptr, "causal_conv3d: ", error);
 }
@@ -184,6 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv3d(Tensor x, Tensor packed, Option
   params.repeats = upsample[0];
   params.copies = upsample[1];
   params.replicate = replicate;
+  params.shifted_slabs = takes_shifted_slabs();
   params.pixels = pixels;
   params.eps = static_cast<float>(eps);
   set_phases(params, kt, kh, kw, !state);

@@ -7,12 +7,15 @@
 // through two rings. Input frames are read where they are stored: in the state, the input or the
 // next state.
 //
+// Such a descriptor starts inside a swizzle pattern: legal by the text of the PTX manual, without a
+// public precedent. AAPT_CONV_SLABS=shifted takes slabs whose taps all start on a boundary of it.
+//
 // A last convolution of three channels would leave most of M empty. So its M holds a row for every
 // tap in space and channel, and a tile includes its margin: one product per slab instead of nine.
 // The rows, each shifted by its tap, are added up afterwards.
 //
-// Sums run over channel blocks, then taps in time, then in space, whatever the chunk: decoding in
-// any chunks gives the same bits.
+// Sums run over channel blocks, then taps in time, then in space (with shifted slabs in x before
+// time), whatever the chunk: decoding in any chunks gives the same bits.
 
 #include <algorithm>
 
@@ -22,10 +25,19 @@
 namespace aapt {
 namespace {
 
+// Fetches the maps of the first slabs and weights while the barriers are made.
+HOPPER_DEVICE void prefetch_maps(const TensorMaps& maps, const CausalConv3dParams& params) {
+  tma_prefetch(&maps.weights);
+  if (params.past != nullptr) tma_prefetch(&maps.past);
+  if (params.body_frames > 0) tma_prefetch(&maps.body);
+  if (params.tail_frames > 0) tma_prefetch(&maps.tail);
+}
+
 template <class C>
 HOPPER_DEVICE void convolve(const TensorMaps& maps, const CausalConv3dParams& params) {
   HOPPER_SHARED(memory);
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
+  if (threadIdx.x == 32) prefetch_maps(maps, params);
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kSlabs; ++i) {
       mbar_init(&shared.slab_full[i], 1);
@@ -67,7 +79,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   convolve<C>(maps, params);
 }
 
-using RowsConfig = Config<true, true>;
+using RowsConfig = Config</*kShareWeights=*/true, /*kTapsInRows=*/true>;
 
 // Has a name of its own because it stores no tiles, which tools/sm90_gate.py requires of the kernel
 // above.
@@ -94,7 +106,7 @@ const char* make_input_map(TensorMap* map, const void* data, int frames, int pit
                            static_cast<uint64_t>(params.batch)};
   const uint64_t pixel = 2 * channels, row = pixel * width, frame = row * height;
   const uint64_t strides[] = {pixel, row, frame, frame * pitch};
-  const int margin_x = C::kTapsInRows ? 0 : params.margin_x;
+  const int margin_x = C::kTapsInRows || C::kShiftedSlabs ? 0 : params.margin_x;
   const int margin_y = C::kTapsInRows ? 0 : params.margin_y;
   return make_map(map, data, dims, strides, kTileWidth + 2 * margin_x, kTileHeight + 2 * margin_y);
 }
@@ -175,6 +187,13 @@ const char* launch(const CausalConv3dParams& params, int multiprocessors, void* 
                        maps, params);
 }
 
+template <bool kShiftedSlabs>
+const char* launch_tiles(const CausalConv3dParams& params, int multiprocessors, void* stream) {
+  return params.out_channels > kGroupChannels
+             ? launch<Config<false, false, kShiftedSlabs>>(params, multiprocessors, stream)
+             : launch<Config<true, false, kShiftedSlabs>>(params, multiprocessors, stream);
+}
+
 }  // namespace
 
 const char* launch_causal_conv3d_sm90(const CausalConv3dParams& params, int multiprocessors,
@@ -184,9 +203,8 @@ const char* launch_causal_conv3d_sm90(const CausalConv3dParams& params, int mult
   if (plain && taps > 1 && taps * params.out_channels <= kMaxTapRows) {
     return launch<RowsConfig>(params, multiprocessors, stream);
   }
-  return params.out_channels > kGroupChannels
-             ? launch<Config<false>>(params, multiprocessors, stream)
-             : launch<Config<true>>(params, multiprocessors, stream);
+  if (params.shifted_slabs) return launch_tiles<true>(params, multiprocessors, stream);
+  return launch_tiles<false>(params, multiprocessors, stream);
 }
 
 }  // namespace aapt

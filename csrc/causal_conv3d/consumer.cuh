@@ -29,7 +29,7 @@ class Consumer {
     ConvTile tile;
     uint32_t n = 0;
     for (int index = blockIdx.x; schedule.locate(index, tile); index += gridDim.x, ++n) {
-      multiply(tile);
+      multiply(tile, n);
       if constexpr (C::kTapsInRows) {
         add_rows(tile, schedule);
       } else if (params_.pixels || params_.out_channels % 8 != 0) {
@@ -39,26 +39,33 @@ class Consumer {
       } else {
         add_and_stage<false>(tile, n, true);
         store_staging(maps_.out[tile.phase], tile);
-        give_staging_back();
       }
     }
+    wait_for_store();
   }
 
  private:
-  HOPPER_DEVICE void multiply(const ConvTile& tile) {
+  // The n-th tile of this CTA.
+  HOPPER_DEVICE void multiply(const ConvTile& tile, uint32_t n) {
     const ConvPhase& phase = params_.phase[tile.phase];
-    const int slabs = slabs_per_block<C>(params_), blocks = depth_blocks(params_);
-    const int taps = taps_per_slab<C>(params_), width = slab_width<C>(params_);
-    const int first_pixel =
-        C::kTapsInRows ? 0
-                       : (phase.tap_y + params_.margin_y) * width + phase.tap_x + params_.margin_x;
+    const int slabs = slabs_per_pass<C>(params_), passes = passes_of<C>(params_);
+    const int taps_y = slab_taps_y<C>(params_), taps_x = slab_taps_x<C>(params_);
+    const uint32_t row = slab_width<C>(params_) * kRowBytes;
+    uint32_t first = 0;
+    if (!C::kTapsInRows) first = (phase.tap_y + params_.margin_y) * row;
+    if (!C::kTapsInRows && !C::kShiftedSlabs) first += (phase.tap_x + params_.margin_x) * kRowBytes;
+    const uint64_t weights_desc = make_desc(
+        smem_u32(shared_.weights[0]) + (C::kShareWeights ? 0 : group_ * kGroupChannels * kRowBytes),
+        16, kSwizzleStride, SW_128);
+    // Groups of 8 pixels are one row of the slab apart
+    const uint64_t slab_desc = make_desc(smem_u32(shared_.slab[0]) + first, 16, row, SW_128);
     // With one frame each, the second group's frames are one later
     const int offset = C::kShareWeights ? group_ : 0;
     int accumulate = 0;
     uint64_t* slab_in_use = nullptr;
     uint64_t* weights_in_use = nullptr;
     reg_fence(sums_);
-    for (int block = 0; block < blocks; ++block) {
+    for (int pass = 0; pass < passes; ++pass) {
       for (int i = 0; i < slabs; ++i, ++slabs_) {
         const Stage<C::kSlabs> slab(slabs_);
         uint64_t* const slab_empty = &shared_.slab_empty[slab.index];
@@ -70,18 +77,24 @@ class Consumer {
           release(slab_empty);
           continue;
         }
-        for (int tap = 0; tap < taps; ++tap, ++weights_) {
-          const Stage<C::kWeightStages> weights(weights_);
-          mbar_wait(&shared_.weights_full[weights.index], weights.parity);
-          const int pixel = first_pixel + tap / params_.taps_x * width + tap % params_.taps_x;
-          multiply_tap(smem_u32(shared_.weights[weights.index]) +
-                           (C::kShareWeights ? 0 : group_ * kGroupChannels * kRowBytes),
-                       smem_u32(shared_.slab[slab.index]) + pixel * kRowBytes, width, accumulate);
-          accumulate = 1;
-          wgmma_wait<1>();  // the tap before has been read
-          if (weights_in_use != nullptr) release(weights_in_use);
-          weights_in_use = &shared_.weights_empty[weights.index];
-          if (tap == 0 && slab_in_use != nullptr) release(slab_in_use);
+        const uint64_t slab_at = advance(slab_desc, slab.index * C::kSlabBytes);
+        for (int y = 0; y < taps_y; ++y) {
+          for (int x = 0; x < taps_x; ++x, ++weights_) {
+            const Stage<C::kWeightStages> weights(weights_);
+            mbar_wait(&shared_.weights_full[weights.index], weights.parity);
+            multiply_tap(advance(weights_desc, weights.index * sizeof(shared_.weights[0])),
+                         advance(slab_at, y * row + x * kRowBytes), accumulate);
+            wgmma_wait<1>();  // the tap before has been read
+            if (accumulate) {
+              release(weights_in_use);
+            } else {
+              take_back_staging(n);  // while the first product runs
+            }
+            weights_in_use = &shared_.weights_empty[weights.index];
+            accumulate = 1;
+            if (slab_in_use != nullptr) release(slab_in_use);
+            slab_in_use = nullptr;
+          }
         }
         slab_in_use = slab_empty;
       }
@@ -93,14 +106,13 @@ class Consumer {
   }
 
   // sums += weights (64 channels, depth) x slab (depth, 256 pixels), one tap.
-  HOPPER_DEVICE void multiply_tap(uint32_t weights, uint32_t pixels, int width, int accumulate) {
+  HOPPER_DEVICE void multiply_tap(uint64_t weights, uint64_t pixels, int accumulate) {
     wgmma_fence();
     HOPPER_UNROLL
     for (int k = 0; k < kDepth / kMmaDepth; ++k) {
-      // Groups of 8 pixels are one row of the slab apart
-      const uint64_t a = make_desc(weights + k * kMmaDepth * 2, 16, kSwizzleStride, SW_128);
-      const uint64_t b = make_desc(pixels + k * kMmaDepth * 2, 16, width * kRowBytes, SW_128);
-      wgmma_ss<kTilePixels, 0, 0>(sums_, a, b, k == 0 ? accumulate : 1);
+      const uint32_t offset = k * kMmaDepth * 2;
+      wgmma_ss<kTilePixels, 0, 0>(sums_, advance(weights, offset), advance(pixels, offset),
+                                  k == 0 ? accumulate : 1);
     }
     wgmma_commit();
   }
@@ -132,7 +144,7 @@ class Consumer {
     float bias[2];
     load_values(params_.bias, tile, bias);
     if (has_residual) mbar_wait(&shared_.residual_full[group_], n % 2);
-    group_sync();  // the tile before has been stored
+    group_sync();  // the staging has been taken back
     HOPPER_UNROLL
     for (int i = 0; i < kTilePixels / 16; ++i) {  // 16 channels x 16 pixels
       uint8_t* const at = staged(i);
@@ -153,7 +165,7 @@ class Consumer {
     }
   }
 
-  // Stores the staging by TMA. One thread does this, and returns when the staging has been read.
+  // Stores the staging by TMA. One thread starts this; nobody waits before wait_for_store.
   HOPPER_DEVICE void store_staging(const TensorMap& map, const ConvTile& tile) {
     fence_proxy_async();
     group_sync();
@@ -162,12 +174,18 @@ class Consumer {
                    group_frame<C>(tile, group_) - params_.phase[tile.phase].first_frame,
                    tile.batch);
       tma_store_commit();
-      tma_store_wait_read<0>();
     }
   }
 
-  HOPPER_DEVICE void give_staging_back() {
-    if (threadIdx.x % 128 == 0 && params_.residual != nullptr) {
+  // Waits until the staging has been read, in the thread that stores it.
+  HOPPER_DEVICE void wait_for_store() {
+    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
+  }
+
+  // Waits for the store of the tile before, and lets the residual of the n-th tile in.
+  HOPPER_DEVICE void take_back_staging(uint32_t n) {
+    wait_for_store();
+    if (n > 0 && params_.residual != nullptr && threadIdx.x % 128 == 0) {
       mbar_arrive(&shared_.staging_empty[group_]);
     }
   }
@@ -178,12 +196,15 @@ class Consumer {
     const bool has_out = params_.out != nullptr;
     add_and_stage<true>(tile, n, has_out);
     if (has_out) store_staging(maps_.out[tile.phase], tile);
-    group_sync();  // from here on the staging is scratch
     scale_pixels();
     float weight[2];
     load_values(params_.next_norm_weight, tile, weight);
     weight[0] *= 0.5f;
     weight[1] *= 0.5f;
+    if (has_out) {
+      wait_for_store();
+      group_sync();
+    }
     HOPPER_UNROLL
     for (int i = 0; i < kTilePixels / 16; ++i) {
       float* const sums = sums_ + 8 * i;
@@ -196,28 +217,31 @@ class Consumer {
       stmatrix_x4_trans(staged(i), pairs[0], pairs[1], pairs[2], pairs[3]);
     }
     store_staging(maps_.active[tile.phase], tile);
-    give_staging_back();
   }
 
   // Divides the sums of every pixel by their root mean square over the channels.
   HOPPER_DEVICE void scale_pixels() {
-    float* const squares = scratch(group_);  // of each warp's 16 channels: 4 x 256
-    float* const scales = squares + 4 * kTilePixels;
+    auto& squares = shared_.squares;
     HOPPER_UNROLL
     for (int i = 0; i < kTilePixels / 32; ++i) {
-      squares[warp_ * kTilePixels + 32 * i + my_pixel_of_32()] = sum_of_squares(sums_ + 16 * i);
+      squares[group_][warp_][32 * i + my_pixel_of_32()] = sum_of_squares(sums_ + 16 * i);
     }
     channels_sync();
+    float two[2] = {0.0f, 0.0f};  // of pixels 128 apart
     HOPPER_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int pixel = threadIdx.x % 128 + 128 * i;
-      float sum = 0.0f;
       HOPPER_UNROLL
       for (int part = 0; part < C::kChannels / 16; ++part) {
-        const float* const from = C::kShareWeights ? squares : scratch(part / 4);
-        sum += from[part % 4 * kTilePixels + pixel];
+        two[i] +=
+            squares[C::kShareWeights ? group_ : part / 4][part % 4][threadIdx.x % 128 + 128 * i];
       }
-      scales[pixel] = 1.0f / sqrtf(sum / params_.out_channels + params_.eps);
+    }
+    channels_sync();  // all squares have been read
+    float* const scales = squares[group_][0];
+    HOPPER_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      scales[threadIdx.x % 128 + 128 * i] =
+          1.0f / sqrtf(two[i] / params_.out_channels + params_.eps);
     }
     group_sync();
     HOPPER_UNROLL
@@ -228,7 +252,6 @@ class Consumer {
       sums_[4 * i + 2] *= scale.x;
       sums_[4 * i + 3] *= scale.y;
     }
-    channels_sync();  // the other group has read this one's squares
   }
 
   // Sums the squares of a warp's 16 channels, for 32 pixels. Lanes that hold other channels of
@@ -259,9 +282,6 @@ class Consumer {
   // 2 x sigmoid(2 x) with one approximation, because approximations bound the epilogue.
   static HOPPER_DEVICE float silu_of_twice(float x) { return x + x * tanh_approx(x); }
 
-  HOPPER_DEVICE float* scratch(int group) const {
-    return reinterpret_cast<float*>(shared_.staging[group]);
-  }
   HOPPER_DEVICE void group_sync() const { bar_sync(kGroupBarrier + group_, 128); }
   // A barrier for all threads that hold channels of a pixel.
   HOPPER_DEVICE void channels_sync() const {
@@ -289,7 +309,7 @@ class Consumer {
   // element is the sum of one row per tap, shifted by the tap.
   HOPPER_DEVICE void add_rows(const ConvTile& tile, const typename C::Schedule& schedule) {
     const int taps = params_.taps_y * params_.taps_x, channels = params_.out_channels;
-    float* const rows = scratch(group_);
+    auto* const rows = reinterpret_cast<float*>(shared_.staging[group_]);
     // Rows of the product are 256 floats apart; the exclusive or puts them into different banks
     const auto at = [](int row, int pixel) { return row * kTilePixels + (pixel ^ row % 4 * 8); };
     group_sync();  // the tile before has been added up

@@ -31,6 +31,7 @@ struct CausalConv3dParams {
   int past_frames, past_pitch, body_frames, tail_frames, tail_offset;
   const void *past, *body, *tail;  // null `past`: zeros, or frame 0 with `replicate`
   bool replicate;                  // edge pixels outside the frame; else zeros
+  bool shifted_slabs;              // plan B of the descriptors (config.cuh)
 
   int phases;
   ConvPhase phase[kMaxPhases];

@@ -5,16 +5,16 @@
 
 namespace aapt {
 
-// Calls visit(tile, first input channel, input frame, n) for every slab of this CTA, in order.
+// Calls visit(tile, pass, input frame, n) for every slab of this CTA, in order.
 template <class C, typename Visit>
 HOPPER_DEVICE void for_slabs(const CausalConv3dParams& params, Visit visit) {
   const typename C::Schedule schedule(params);
   ConvTile tile;
   uint32_t n = 0;
   for (int index = blockIdx.x; schedule.locate(index, tile); index += gridDim.x) {
-    for (int block = 0; block < depth_blocks(params); ++block) {
-      for (int i = 0; i < slabs_per_block<C>(params); ++i, ++n) {
-        visit(tile, block * kDepth, tile.frame + params.phase[tile.phase].tap_time + i, n);
+    for (int pass = 0; pass < passes_of<C>(params); ++pass) {
+      for (int i = 0; i < slabs_per_pass<C>(params); ++i, ++n) {
+        visit(tile, pass, tile.frame + params.phase[tile.phase].tap_time + i, n);
       }
     }
   }
@@ -24,14 +24,17 @@ template <class C>
 HOPPER_DEVICE void fetch_slabs(typename C::Shared& shared, const TensorMaps& maps,
                                const CausalConv3dParams& params) {
   const uint32_t bytes = slab_width<C>(params) * slab_height<C>(params) * kRowBytes;
-  for_slabs<C>(params, [&](const ConvTile& tile, int channel, int frame, uint32_t n) {
+  const int shifts = slab_shifts<C>(params);
+  for_slabs<C>(params, [&](const ConvTile& tile, int pass, int frame, uint32_t n) {
+    const int channel = pass / shifts * kDepth;
+    const int left = slab_left<C>(params, tile, pass % shifts);
     const Stage<C::kSlabs> stage(n);
     uint64_t* const full = &shared.slab_full[stage.index];
     mbar_wait(&shared.slab_empty[stage.index], stage.parity ^ 1);
     mbar_arrive_expect_tx(full, bytes);
     const auto load = [&](const TensorMap& map, int in_frame) {
-      tma_load_5d(shared.slab[stage.index], &map, full, channel, tile.x - params.margin_x,
-                  tile.y - params.margin_y, in_frame, tile.batch);
+      tma_load_5d(shared.slab[stage.index], &map, full, channel, left, tile.y - params.margin_y,
+                  in_frame, tile.batch);
     };
     if (frame < 0 && params.past != nullptr) {
       load(maps.past, params.past_frames + frame);
@@ -52,10 +55,11 @@ template <class C>
 HOPPER_DEVICE void replicate_edges(typename C::Shared& shared, const CausalConv3dParams& params) {
   const int width = slab_width<C>(params), pixels = width * slab_height<C>(params);
   const auto clamp = [](int i, int size) { return i < 0 ? 0 : i < size ? i : size - 1; };
-  for_slabs<C>(params, [&](const ConvTile& tile, int, int, uint32_t n) {
+  for_slabs<C>(params, [&](const ConvTile& tile, int pass, int, uint32_t n) {
     const Stage<C::kSlabs> stage(n);
     uint8_t* const slab = shared.slab[stage.index];
-    const int left = tile.x - params.margin_x, top = tile.y - params.margin_y;
+    const int left = slab_left<C>(params, tile, pass % slab_shifts<C>(params));
+    const int top = tile.y - params.margin_y;
     mbar_wait(&shared.slab_full[stage.index], stage.parity);
     for (int pixel = threadIdx.x % 32; pixel < pixels; pixel += 32) {
       const int x = left + pixel % width, y = top + pixel / width;
@@ -79,18 +83,21 @@ template <class C>
 HOPPER_DEVICE void fetch_weights(typename C::Shared& shared, const TensorMaps& maps,
                                  const CausalConv3dParams& params) {
   const typename C::Schedule schedule(params);
-  const int taps = params.taps_time * taps_per_slab<C>(params);
+  const int shifts = slab_shifts<C>(params);
+  const int products = params.taps_time * slab_taps_y<C>(params) * slab_taps_x<C>(params);
   ConvTile tile;
   uint32_t n = 0;
   for (int index = blockIdx.x; schedule.locate(index, tile); index += gridDim.x) {
-    for (int block = 0; block < depth_blocks(params); ++block) {
-      for (int tap = 0; tap < taps; ++tap, ++n) {
+    for (int pass = 0; pass < passes_of<C>(params); ++pass) {
+      const int channel = pass / shifts * kDepth, shift = pass % shifts;
+      for (int tap = 0; tap < products; ++tap, ++n) {
         const Stage<C::kWeightStages> stage(n);
         uint64_t* const full = &shared.weights_full[stage.index];
         mbar_wait(&shared.weights_empty[stage.index], stage.parity ^ 1);
         mbar_arrive_expect_tx(full, sizeof(shared.weights[0]));
-        tma_load_3d(shared.weights[stage.index], &maps.weights, full, block * kDepth,
-                    tile.out_channel, tile.phase * taps + tap);
+        // The innermost taps are those in x: a shift takes one column of them
+        tma_load_3d(shared.weights[stage.index], &maps.weights, full, channel, tile.out_channel,
+                    (tile.phase * products + tap) * shifts + shift);
       }
     }
   }

@@ -20,10 +20,11 @@ struct Options {
   int tma = LATE;    // Completion of bulk copies
   int wgmma = LATE;  // Completion of wgmma
   bool races = true;
-  bool shuffle_blocks = true;  // if seed is not 0
-  int multiprocessors = 4;     // of the device that host code sizes a grid for
-  int registers = 0;           // of a thread at launch, as ptxas reports; 0: as many as fit
-  bool banks = false;          // count bank conflicts
+  bool shuffle_blocks = true;   // if seed is not 0
+  int multiprocessors = 4;      // of the device that host code sizes a grid for
+  int registers = 0;            // of a thread at launch, as ptxas reports; 0: as many as fit
+  bool banks = false;           // count bank conflicts
+  bool inside_patterns = true;  // wgmma descriptors may start inside a swizzle pattern
 };
 
 // Counts of the last launch. Bytes are those that bulk copies and reductions move between shared

@@ -67,7 +67,8 @@ PYBIND11_MODULE(_sim, m) {
       .def_readwrite("shuffle_blocks", &Options::shuffle_blocks)
       .def_readwrite("multiprocessors", &Options::multiprocessors)
       .def_readwrite("registers", &Options::registers)
-      .def_readwrite("banks", &Options::banks);
+      .def_readwrite("banks", &Options::banks)
+      .def_readwrite("inside_patterns", &Options::inside_patterns);
   py::class_<Configured>(m, "configured", "Options changed inside a with block.")
       .def(py::init<const py::kwargs&>())
       .def("__enter__", &Configured::enter)

@@ -62,6 +62,15 @@ struct Operand {
 
   int piece() const { return 16 / element_bytes; }  // elements in 16 bytes, which stay together
 
+  // True if rows of the operand's groups are the rows of a swizzle pattern: 8 spans, from a
+  // multiple of their size on.
+  bool follows_patterns() const {
+    const uint32_t start = (descriptor & 0x3FFF) << 4, sbo = (descriptor >> 32 & 0x3FFF) << 4;
+    const Swizzle swizzle = descriptor_swizzle(descriptor);
+    const uint32_t span = span_of(swizzle), pattern = 8 * span;
+    return swizzle == hopper::SW_NONE || (start % pattern < span && sbo % pattern == 0);
+  }
+
   uint32_t address(int i, int k) const {
     const uint32_t start = (descriptor & 0x3FFF) << 4;
     const uint32_t lbo = (descriptor >> 16 & 0x3FFF) << 4, sbo = (descriptor >> 32 & 0x3FFF) << 4;
@@ -100,6 +109,9 @@ Operand operand_b(const Instruction& it) {
 void check_operand(const Operand& operand, const Actor& actor, Site site) {
   const Swizzle swizzle = descriptor_swizzle(operand.descriptor);
   const bool races = options().races;
+  if (!options().inside_patterns && !operand.follows_patterns()) {
+    fail(site, "a wgmma descriptor starts inside a swizzle pattern");
+  }
   operand.for_pieces(0, operand.extent, [&](int, int, uint32_t address) {
     if (address < kSharedBase || address + 16 > kSharedBase + shared_bytes) {
       fail(site, "a wgmma descriptor reads outside shared memory: smem+%d",

@@ -116,11 +116,12 @@ def test_exponentials_belong_before_the_second_wait(between, behind, words):
     assert find_tensor_failures([Kernel("another_kernel", sass=code)]) == []
 
 
-def test_descriptors_are_not_rebuilt_for_every_product():
+@pytest.mark.parametrize("name", ["block_causal_dq_kernel", "causal_conv3d_kernel"])
+def test_descriptors_are_not_rebuilt_for_every_product(name):
     chain = ["UIADD3", "ULOP3.LUT", "USHF.R.U32.HI", "ULOP3.LUT", "UMOV", "UMOV"] * 2
     code = sass("WARPGROUP.ARRIVE", *[*chain, "HGMMA.64x64x16.F32.BF16"] * 8)
     code += sass(FIRST, "MUFU.EX2", SECOND)
-    (failure,) = find_tensor_failures([Kernel("block_causal_dq_kernel", sass=code)])
+    (failure,) = find_tensor_failures([Kernel(name, sass=code)])
     assert "12.0 uniform instructions per product" in failure
 
 

@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cubin import find_cuobjdump, find_failures  # noqa: E402
+from cubin import Kernel, find_cuobjdump, find_failures  # noqa: E402
 
 if find_cuobjdump() is None:
     pytest.skip("this Triton wheel has no cuobjdump", allow_module_level=True)
 
-from triton_gate import compile_ahead  # noqa: E402
+from triton_gate import SHARED_BYTES, compile_ahead, find_oversized  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures" / "triton_kernels.py"
 TILE = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
@@ -53,6 +53,15 @@ def test_spilling_kernel_fails(kernels):
     )
     (failure,) = find_failures(compiled, {})
     assert failure.startswith("center_row: has a stack frame of")
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_a_block_has_the_shared_memory_of_its_device(capability):
+    most = SHARED_BYTES[capability]
+    fits, larger = Kernel("k", shared=most), Kernel("k", shared=most + 1)
+    assert find_oversized([fits], capability) == []
+    (failure,) = find_oversized([fits, larger], capability)
+    assert failure == (f"k: takes {most + 1} bytes of shared memory, sm_{capability} has {most}")
 
 
 def test_interpreted_kernel_is_refused(monkeypatch):

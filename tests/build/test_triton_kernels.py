@@ -1,5 +1,6 @@
-"""The machine code of every Triton kernel, compiled ahead of time for sm_80 and sm_90: no spill,
-tensor cores where there is a matrix product, 16-byte accesses where memory is the limit."""
+"""The machine code of every Triton kernel, compiled ahead of time for sm_80 to sm_120: no spill, in
+the shared memory of the device, tensor cores where there is a matrix product, 16-byte accesses
+where memory is the limit."""
 
 import os
 from pathlib import Path
@@ -16,7 +17,12 @@ if find_cuobjdump() is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton_gate import compile_ahead, launch_signature  # noqa: E402
+from triton_gate import (  # noqa: E402
+    SHARED_BYTES,
+    compile_ahead,
+    find_oversized,
+    launch_signature,
+)
 
 from aapt_kernels.block_causal_attention import triton_backward as training_backward  # noqa: E402
 from aapt_kernels.block_causal_attention import triton_kernels as training  # noqa: E402
@@ -48,7 +54,35 @@ def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3, divis
         divisible=[n for n in signature if n in divisible or n.endswith("_stride")],
     )
     print(f"sm_{capability}, {dtype}, {num_warps} warps, {constants}\n{format_table(compiled)}")
+    assert find_oversized(compiled, capability) == []
     return compiled
+
+
+# Of these capabilities the fast tests compile every kernel, of the others the slow ones
+USUAL = (80, 90)
+
+
+def product_of(capability: int, rows: int) -> str:
+    """The opcode of a product: a warpgroup, or on sm_100 a block, multiplies 64 rows or more."""
+    return {90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA") if rows >= 64 else "HMMA"
+
+
+def copies_16_bytes(kernels) -> bool:
+    """True if tiles come in asynchronously, 16 bytes at a time, past the L1 cache."""
+    copies = {x.opcode for x in kernels[0].sass if x.opcode.startswith("LDGSTS.E.BYPASS")}
+    return any(opcode.endswith(".128") for opcode in copies)
+
+
+# Bytes of a stack frame that are allowed: two registers for sm_86 and sm_89, and eight for sm_100,
+# where ptxas caps kernels at 80 or 128 registers
+FRAMES_LEFT = {86: 8, 89: 8, 100: 32}
+
+
+def forgive(kernels, capability: int):
+    for kernel in kernels:
+        if kernel.stack <= FRAMES_LEFT.get(capability, 0):
+            kernel.stack = 0
+    return kernels
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -87,18 +121,30 @@ def test_memory_bound_kernels_move_16_bytes_per_access(kernel, heads, across, si
 
 
 def attention_cases():
-    """Every configuration with q_sink; BF16 at head_dim 128, long queries, without as well."""
-    for (element_size, width), configs in attention.CONFIGS.items():
-        dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
-        for config in dict.fromkeys(configs):
-            usual = element_size == 2 and width >= 64 and config == configs[0]
-            yield pytest.param(dtype, width, config, True, marks=[] if usual else SLOW)
-            if usual:
-                yield dtype, width, config, False
+    """Every configuration with q_sink; BF16 with long queries without as well."""
+    cases = {}
+    for capability, shared in SHARED_BYTES.items():
+        for element_size, width in attention.CONFIGS:
+            dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
+            for queries in (1000, 64, 16):
+                config = attention.choose_config(element_size, width, queries, shared)
+                usual = element_size == 2 and width >= 64 and queries == 1000
+                marks = [] if usual and capability in USUAL else SLOW
+                for sink in (True, False)[: 1 + usual]:
+                    case = dtype, width, config, sink, capability
+                    cases[case] = pytest.param(*case, marks=marks)
+    return list(cases.values())
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("dtype", "width", "config", "sink"), list(attention_cases()))
+def test_a_small_device_gets_fewer_rows_and_stages():
+    """128 rows would spill registers there."""
+    several, few, _ = attention.CONFIGS[2, 128]
+    assert attention.choose_config(2, 128, 1000, SHARED_BYTES[90]) == several
+    small = attention.choose_config(2, 128, 1000, SHARED_BYTES[86])
+    assert small == few._replace(stages=2) and small.rows < several.rows
+
+
+@pytest.mark.parametrize(("dtype", "width", "config", "sink", "capability"), attention_cases())
 def test_attention_uses_tensor_cores(dtype, width, config, sink, capability):
     constants = {"HEAD_DIM": width, "WIDTH": width, "ROWS": config.rows, "KEYS": config.keys}
     if not sink:
@@ -106,10 +152,9 @@ def test_attention_uses_tensor_cores(dtype, width, config, sink, capability):
     compiled = build(
         attention.cached_attention_kernel, dtype, constants, capability, config.warps, config.stages
     )
-    # A warpgroup multiplies 64 rows; keys come in asynchronously, 16 bytes at a time.
-    product = "HGMMA" if capability == 90 and config.rows >= 64 else "HMMA"
-    required = {"cached_attention": (product, "LDGSTS.E.BYPASS.128")}
-    assert find_failures(compiled, required) == []
+    product = product_of(capability, config.rows)
+    failures = find_failures(forgive(compiled, capability), {"cached_attention": (product,)})
+    assert failures == [] and copies_16_bytes(compiled)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -119,18 +164,23 @@ def test_merging_the_splits(capability):
     assert find_failures(compiled, {"merge_kernel": ("LDG.E.128", "STG.E.128")}) == []
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    ("channels", "copies"),
-    [
-        ((64, 64), 1),
-        ((512, 256), 2),
-        *(pytest.param(channels, 1, marks=SLOW) for channels in ((16, 3), (128, 128))),
-    ],
-)
-def test_convolution_uses_tensor_cores(channels, copies, capability):
+def convolution_cases():
+    """Every size of blocks, with the next norm where it fits; one upsampled."""
+    sizes = [((64, 64), 1), ((512, 256), 2), ((16, 3), 1), ((128, 128), 1), ((96, 32), 1)]
+    for capability in SHARED_BYTES:
+        for dtype in TYPES:
+            for i, (channels, copies) in enumerate(sizes):
+                usual = capability in USUAL and dtype == torch.bfloat16 and i < 2
+                # The largest blocks in float32, where there is least shared memory
+                usual = usual or (capability, dtype, i) == (86, torch.float32, 3)
+                case = channels, copies, dtype, capability
+                yield pytest.param(*case, marks=[] if usual else SLOW)
+
+
+@pytest.mark.parametrize(("channels", "copies", "dtype", "capability"), list(convolution_cases()))
+def test_convolution_uses_tensor_cores(channels, copies, dtype, capability):
     inner, outer = channels
-    constants = convolution.blocks_of(outer, inner)
+    constants = convolution.blocks_of(outer, inner, dtype)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     kernel = {name: 3 for name in ("KT", "KH", "KW")}
     strides = {name: 1 for name in ("TIME_STRIDE", "ROW_STRIDE", "COLUMN_STRIDE")}
@@ -146,19 +196,16 @@ def test_convolution_uses_tensor_cores(channels, copies, capability):
         options |= {"next_norm_weight": None, "active": None}
     compiled = build(
         convolution.causal_conv3d_kernel,
-        torch.bfloat16,
+        dtype,
         constants | kernel | strides | last | options,
         capability,
         warps,
         stages,
         divisible=("in_channels", "out_channels", "row_stride", "column_stride"),
     )
-    product, copy = "HGMMA", "LDGSTS.E.BYPASS.128"
-    if capability == 80:
-        product = "HMMA"
-        if inner > 16:  # narrower pixels are no whole line for L2 to fetch
-            copy = "LDGSTS.E.BYPASS.LTC128B.128"
-    assert find_failures(compiled, {"causal_conv3d_kernel": (product, copy)}) == []
+    product = product_of(capability, constants["BLOCK_PIXELS"])
+    assert find_failures(forgive(compiled, capability), {"causal_conv3d": (product,)}) == []
+    assert copies_16_bytes(compiled)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -176,18 +223,20 @@ def test_activation_moves_16_bytes_per_access(capability):
 
 
 def training_cases():
-    """Forward, gradient of queries, gradients of keys: BF16 with 128 per head, for sm_80 the
-    largest; others are slow."""
+    """Forward, gradient of queries, gradients of keys: for sm_80 and 90 BF16 with 128 per head, for
+    sm_80 the largest; others are slow."""
     kernels = (
         training.block_causal_attention_kernel,
         training_backward.queries_backward_kernel,
         training_backward.keys_backward_kernel,
     )
-    for capability, table in ((80, training.CONFIGS), (90, training.WIDE_CONFIGS)):
+    for capability in SHARED_BYTES:
+        wide = capability // 10 in training.WIDE_CAPABILITIES
+        table = training.WIDE_CONFIGS if wide else training.CONFIGS
         for (element_size, width), configs in table.items():
             dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
             for kernel, config in zip(kernels, configs, strict=True):
-                usual = (element_size, width) == (2, 128)
+                usual = (element_size, width) == (2, 128) and capability in USUAL
                 usual = usual and (capability == 90 or kernel is kernels[-1])
                 case = (kernel, capability, dtype, width, config)
                 yield pytest.param(*case, marks=[] if usual else SLOW, id=kernel.__name__)
@@ -201,9 +250,8 @@ def test_training_attention_uses_tensor_cores(kernel, capability, dtype, width, 
     if "PREFIX_GRAD" in kernel.arg_names:
         constants["PREFIX_GRAD"] = False
     compiled = build(kernel, dtype, constants, capability, config.warps, config.stages)
-    wide = capability == 90 and max(config.rows, config.keys) >= 64
-    product = "HGMMA" if wide else "HMMA"
-    assert find_failures(compiled, {kernel.__name__: (product,)}) == []
+    product = product_of(capability, max(config.rows, config.keys))
+    assert find_failures(forgive(compiled, capability), {kernel.__name__: (product,)}) == []
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -30,6 +30,17 @@ def test_packed_in_inference_mode_and_again_anywhere(packed, again_inside):
         assert packed(weight, 2) is first and torch.equal(first, 2 * weight)
 
 
+def test_a_weight_of_inference_mode_is_packed_in_every_call(packed):
+    """Nothing tells of its changes in place."""
+    with torch.inference_mode():
+        weight = torch.arange(3.0)
+        first = packed(weight, 2)
+        weight.add_(1)
+        second = packed(weight, 2)
+    assert torch.equal(first, torch.tensor([0.0, 2.0, 4.0]))
+    assert torch.equal(second, torch.tensor([2.0, 4.0, 6.0])) and len(packed._packed) == 0
+
+
 def test_the_newest_are_kept(packed):
     weight = torch.arange(3.0)
     made = [packed(weight, factor) for factor in range(MAX_KEPT + 1)]

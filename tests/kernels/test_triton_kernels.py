@@ -256,6 +256,28 @@ def test_attention_with_any_scale(dtype, scale):
     )
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_parts_are_kept_in_the_workspace_of_the_cache(frames):
+    cache = make_cache(1, 7, 1, 20, torch.float32, text=300, lens=(300,))
+    cache.step.fill_(9)
+    cache.k.copy_(normal(*cache.k.shape))
+    cache.v.copy_(normal(*cache.v.shape))
+    q = normal(1, 7 * frames, 1, 20)
+    assert attention_kernels.plan_of(7 * frames, cache.k[1]).splits > 1
+    workspace = cache.workspace.fill_(float("nan"))
+    out = cached_attention(q, cache, 1)
+    written = ~workspace.isnan()
+    assert written.any()
+    too_small, of_another_kernel = workspace[: written.sum() - 1], workspace.int()
+    for cache.workspace in (None, too_small, of_another_kernel):
+        assert torch.equal(cached_attention(q, cache, 1), out)
+
+
+def test_a_cache_whose_keys_are_never_split_needs_no_workspace():
+    cache = make_cache(1, 1, 1, 16, torch.float32)
+    assert attention_kernels.plan_of(1, cache.k[1]).splits == 1 and cache.workspace is None
+
+
 # text, tokens, frames, window, sinks, past; head_dim, lens, clamped, prefix_grad
 TRAINING = [
     pytest.param((FrameLayout(5, 40, 3, 1), 32, (5, 2), False, True), marks=SLOW),
