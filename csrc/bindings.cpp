@@ -45,6 +45,10 @@ constexpr const char* CACHED_ATTENTION =
     "-> (Tensor out, Tensor state, Tensor active)";
 [[maybe_unused]] constexpr const char* CAUSAL_CONV3D_PACK =
     "causal_conv3d_pack(Tensor weight, int[2] upsample) -> Tensor packed";
+// Versions of CUDA, 1000 * major + 10 * minor: of the runtime in this library, and the newest that
+// the driver supports, 0 without a driver.
+[[maybe_unused]] constexpr const char* CUDA_VERSIONS =
+    "cuda_versions() -> (int runtime, int driver)";
 
 // The ops with a kernel written for sm_90a.
 [[maybe_unused]] void define_kernels(torch::stable::detail::StableLibrary& m) {
@@ -89,5 +93,8 @@ STABLE_TORCH_LIBRARY(aapt, m) {
 #if defined(AAPT_SIM)
 STABLE_TORCH_LIBRARY(aapt_sim, m) { define_kernels(m); }
 #elif defined(AAPT_SM90)
-STABLE_TORCH_LIBRARY(aapt_sm90, m) { define_kernels(m); }
+STABLE_TORCH_LIBRARY(aapt_sm90, m) {
+  define_kernels(m);
+  m.def(CUDA_VERSIONS);
+}
 #endif
