@@ -45,8 +45,8 @@ class KVCache:
     others into them, before the first key; a cache stores k / k_scale and v / v_scale. None for any
     other dtype.
 
-    workspace: memory that the sm_90a kernels reuse in every call, None where they do not run. So
-    all calls on one cache belong on one stream of the device.
+    workspace: memory that the sm_90a kernels reuse in every call, None where they do not run and in
+    a clone before its first call. So all calls on one cache belong on one stream of the device.
 
     A cache serves inside and outside of inference mode, wherever it was made. Sizes are integers
     of any kind; TypeError or ValueError, by name, for another.
@@ -124,7 +124,14 @@ class KVCache:
         if kernels is None:
             return None
         sizes = (self.tokens_per_frame, self.window_frames)
-        return kernels.cached_attention_workspace(self.k[0], *sizes)
+        with torch.inference_mode(False), torch.no_grad():
+            return kernels.cached_attention_workspace(self.k[0], *sizes)
+
+    def ready_workspace(self) -> Tensor | None:
+        """Return `workspace`, made now if a clone has none yet."""
+        if self.workspace is None and not torch.compiler.is_compiling():
+            self.workspace = self._new_workspace()
+        return self.workspace
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -216,13 +223,15 @@ class KVCache:
             self.v[:, :, self.text_tokens :].zero_()
 
     def clone(self) -> "KVCache":
-        """Return an independent copy, to branch a stream or to keep its state for training."""
+        """Return an independent copy, to branch a stream or to keep its state for training.
+
+        The copy holds the state alone; a copy that streams on gets a workspace of its own.
+        """
         twin = copy.copy(self)
         with torch.inference_mode(False), torch.no_grad():
             for name in self._state:
                 setattr(twin, name, getattr(self, name).clone())
-            if self.workspace is not None:
-                twin.workspace = torch.zeros_like(self.workspace)
+        twin.workspace = None
         return twin
 
     @property
