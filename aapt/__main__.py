@@ -15,6 +15,9 @@ def main() -> int:
             print("aapt: interrupted", file=sys.stderr)
         code = 130
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends: no traceback of its own
+    # `python -m` ends by SIGINT, without the code, if Ctrl-C came within an `exec` of text, such as
+    # that of a dataclass while modules load. The next `exec` forgets it.
+    exec("")
     return code
 
 

@@ -5,22 +5,68 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+BFLOAT16 = (8, 0)  # compute capability from which a CUDA device multiplies bfloat16
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return the device of a name. ValueError, with the reason, if PyTorch cannot use it."""
+    """Return the device of a name, a CUDA device with its number.
+
+    ValueError, with the reason and the mend, if PyTorch cannot use it.
+    """
     try:
-        return torch.empty(0, device=device).device
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}") from None
+    if found.type == "cuda" and (reason := _no_cuda(found)):
+        raise ValueError(f"device: cannot use {device}: {reason}")
+    try:
+        return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device: cannot use {device}: {reason}") from None
+        raise ValueError(f"device: cannot use {device}: {reason}; cpu always works") from None
+
+
+def _no_cuda(device: torch.device) -> str | None:
+    """Return why there is no such CUDA device, and what to do; None if there is one."""
+    if torch.version.cuda is None:
+        return (
+            f"PyTorch {torch.__version__} is built without CUDA; install a build with CUDA, or "
+            "take cpu"
+        )
+    count = torch.cuda.device_count()
+    if not count:
+        return "no CUDA device is visible; see what nvidia-smi lists, or take cpu"
+    if device.index is not None and device.index >= count:
+        return f"expected a number below {count}, which nvidia-smi lists"
+    return None
+
+
+def usable_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Return the precision of networks on a device.
+
+    None stands for bfloat16 on a CUDA device that multiplies it, and for float32 elsewhere.
+    TypeError for a dtype that networks do not have; ValueError, with the mend, for one that the
+    device does not multiply.
+    """
+    lacks = device.type == "cuda" and torch.cuda.get_device_capability(device) < BFLOAT16
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" and not lacks else torch.float32
+    if dtype not in PRECISIONS:
+        names = ", ".join(str(each).removeprefix("torch.") for each in PRECISIONS)
+        raise TypeError(f"dtype: expected one of {names}, got {dtype}")
+    if dtype == torch.bfloat16 and lacks:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(
+            f"dtype: expected float16 or float32 on {device}, which is sm_{major}{minor} and does "
+            "not multiply bfloat16, got bfloat16"
+        )
+    return dtype
 
 
 def move(network: nn.Module, device: str | torch.device) -> None:
-    """Move a network to a device, in place. ValueError if there is no such device."""
-    try:
-        network.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: cannot use {device}: {error}") from None
+    """Move a network to a device, in place. ValueError as `usable_device`."""
+    network.to(usable_device(device))
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:

@@ -9,8 +9,8 @@ the sm_90a sources on a simulated device (development builds), and `triton` unde
 """
 
 import os
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -26,6 +26,8 @@ from .schemas import NAMESPACE, library
 NAMES = ("auto", "cuda", "triton", "cpu", "reference", "sim")
 # Namespaces of the hand-written kernels
 SM90 = {"cuda": f"{NAMESPACE}_sm90", "sim": f"{NAMESPACE}_sim"}
+TRITON_CAPABILITY = (8, 0)  # the first that multiplies bfloat16 and TF32
+DRIVERS = {12: "525", 13: "580"}  # the first driver of each major version of CUDA
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _implementations: dict[str, dict[str, Callable]] = {}
@@ -42,7 +44,7 @@ class Choice(NamedTuple):
 
     op: str
     device: str
-    backend: str
+    backend: str | None  # None if no backend can run
     reason: str
 
 
@@ -156,12 +158,16 @@ def choose(op: str, tensor: Tensor, *rest) -> str:
     device = tensor.device
     reasons = []
     for name in PREFERENCE.get(device.type, ()) if _forced == "auto" else (_forced,):
-        limit = _limits[op].get("cuda" if name == "sim" else name, _no_limit)
-        reason = obstacle(op, name, device) or limit(tensor, *rest)
+        reason = obstacle(op, name, device) or limit_of(op, name)(tensor, *rest)
         if not reason:
             return name
         reasons.append(f"backend '{name}' cannot run {op} on a {device.type} tensor: {reason}")
     raise BackendError("; ".join(reasons) or f"no backend runs {op} on a {device.type} tensor")
+
+
+def limit_of(op: str, name: str) -> Callable[..., str | None]:
+    """Return the function that says why a backend does not take some arguments of an op."""
+    return _limits[op].get("cuda" if name == "sim" else name, _no_limit)
 
 
 def _no_limit(tensor: Tensor, *rest) -> None:
@@ -188,8 +194,9 @@ def kernels_of(device: torch.device):
 def obstacle(op: str, name: str, device: torch.device | str) -> str | None:
     """Return why this backend cannot run this op on this device, None if it can."""
     device = torch.device(device)
-    own = name == "cuda" and device.index is not None  # of the tensor, not the current device
-    if reason := no_sm90(device) if own else unavailable(name):
+    # A tensor's device need not be the current one
+    own = (device,) if device.type == "cuda" and device.index is not None else ()
+    if reason := unavailable(name, *own):
         return reason
     if device.type != takes(name, device.type):
         return f"it takes {takes(name, device.type).upper()} tensors"
@@ -205,17 +212,36 @@ def takes(name: str, device: str) -> str:
     return {"cuda": "cuda", "cpu": "cpu", "sim": "cpu"}.get(name, device)
 
 
-def unavailable(name: str) -> str | None:
-    """Return why this backend can run nothing on the current device, None if it can."""
+def unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Return why this backend can run nothing on a CUDA device, the current one unless given; None
+    if it can."""
     if name == "cuda":
-        return no_sm90()
-    if name == "triton" and find_spec("triton") is None:
-        return "Triton is not installed"
-    if name == "triton" and not interpreted() and not torch.cuda.is_available():
-        return "no CUDA device"
+        return no_sm90(device)
+    if name == "triton":
+        return no_triton(device)
     if name == "sim":
         return no_sim()
     return None
+
+
+def no_triton(device: torch.device | None = None) -> str | None:
+    """Return why no Triton kernel can run on this CUDA device, the current one unless given; None
+    if one can. Under the interpreter they need none."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = capability_of(device)
+    if capability < TRITON_CAPABILITY:
+        return f"it takes a device of sm_80 or later, not of {capability}"
+    return None
+
+
+def capability_of(device: torch.device | None) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device, the current one for None."""
+    return torch.cuda.get_device_capability(*(() if device is None else (device,)))
 
 
 def interpreted() -> bool:
@@ -228,13 +254,26 @@ def no_sm90(device: torch.device | None = None) -> str | None:
     unless given."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    chosen = () if device is None or device.index is None else (device,)
-    capability = torch.cuda.get_device_capability(*chosen)
+    capability = capability_of(device)
     if capability != (9, 0):
         return f"the device is not sm_90 but {capability}"
-    if not any(implementation(op, "cuda") for op in _implementations):
-        return native.load() or "the library has no kernels"
-    return None
+    if reason := native.load():
+        return reason
+    return _old_driver()
+
+
+@cache
+def _old_driver() -> str | None:
+    """Return why the driver cannot run the CUDA runtime that the kernels are linked with, None if
+    it can. PyTorch may come with an older runtime, and work."""
+    kernels = getattr(torch.ops, SM90["cuda"])
+    runtime, driver = (version // 1000 for version in kernels.cuda_versions())
+    if driver >= runtime:
+        return None
+    return (
+        f"the kernels are built with CUDA {runtime} and the driver is for CUDA {driver}; install "
+        f"driver {DRIVERS.get(runtime, 'of that version')} or later"
+    )
 
 
 def no_sim() -> str | None:
@@ -279,19 +318,40 @@ def _force(name: str) -> None:
     _forced = name
 
 
-def backends() -> list[Choice]:
-    """Return what `auto` runs for each op on the CPU and, if there is one, on the CUDA device.
+def backends(
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, head_dim: int = 64
+) -> list[Choice]:
+    """Return what `auto` runs for each op, and why nothing better.
 
-    Limits of a single call, such as its dtype and alignment, are not in this table.
+    device: the CPU and, if any, the CUDA device unless given. dtype, head_dim: of the tensors;
+    without a dtype the limits of calls are left out. Limits of a single call beyond these, such as
+    its strides, are not in this table.
     """
-    rows = []
-    for op in sorted(_implementations):
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            reasons = []
-            for name in PREFERENCE[device]:
-                reason = obstacle(op, name, device)
-                if not reason:
-                    rows.append(Choice(op, device, name, "; ".join(reasons)))
-                    break
-                reasons.append(f"{name}: {reason}")
-    return rows
+    devices: Sequence = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [
+        _choice(op, torch.device(place), dtype, head_dim)
+        for op in sorted(_implementations)
+        for place in (devices if device is None else (device,))
+    ]
+
+
+def _choice(op: str, device: torch.device, dtype: torch.dtype | None, head_dim: int) -> Choice:
+    reasons = []
+    for name in PREFERENCE.get(device.type, ()):
+        reason = obstacle(op, name, device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            reason = "no CUDA device"
+        if not reason and dtype is not None:
+            reason = limit_of(op, name)(_example(op, dtype, head_dim))
+        if not reason:
+            return Choice(op, str(device), name, "; ".join(reasons))
+        reasons.append(f"{name}: {reason}")
+    return Choice(op, str(device), None, "; ".join(reasons))
+
+
+def _example(op: str, dtype: torch.dtype, head_dim: int) -> Tensor:
+    """Return a first argument of an op, without memory."""
+    if op.startswith("causal_conv3d"):
+        video = torch.empty(1, head_dim, 2, 2, 2, dtype=dtype, device="meta")
+        return video.to(memory_format=torch.channels_last_3d)
+    return torch.empty(1, 2, 1, head_dim, dtype=dtype, device="meta")

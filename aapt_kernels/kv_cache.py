@@ -46,8 +46,8 @@ class KVCache:
     other dtype.
 
     workspace: memory that the kernels of cached_attention reuse in every call, int32 for sm_90a,
-    float32 for Triton, None where neither runs or none is needed. So all calls on one cache belong
-    on one stream of the device.
+    float32 for Triton; None where neither runs or none is needed, and in a clone before its first
+    call. So all calls on one cache belong on one stream of the device.
 
     A cache serves inside and outside of inference mode, wherever it was made. Sizes are integers
     of any kind; TypeError or ValueError, by name, for another.
@@ -122,10 +122,19 @@ class KVCache:
         kernels = kernels_of(self.k.device)
         fits = self.k.dtype == torch.bfloat16 and self.k.shape[-1] in (64, 128)
         if kernels is not None and fits:
-            return kernels.cached_attention_workspace(self.k[0], *sizes)
-        if obstacle("cached_attention", "triton", self.k.device):
+            make = kernels.cached_attention_workspace
+        elif obstacle("cached_attention", "triton", self.k.device):
             return None
-        return deferred(f"{__package__}.cached_attention", "workspace")(self.k[0], *sizes)
+        else:
+            make = deferred(f"{__package__}.cached_attention", "workspace")
+        with torch.inference_mode(False), torch.no_grad():
+            return make(self.k[0], *sizes)
+
+    def ready_workspace(self) -> Tensor | None:
+        """Return `workspace`, made now if a clone has none yet."""
+        if self.workspace is None and not torch.compiler.is_compiling():
+            self.workspace = self._new_workspace()
+        return self.workspace
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -217,13 +226,15 @@ class KVCache:
             self.v[:, :, self.text_tokens :].zero_()
 
     def clone(self) -> "KVCache":
-        """Return an independent copy, to branch a stream or to keep its state for training."""
+        """Return an independent copy, to branch a stream or to keep its state for training.
+
+        The copy holds the state alone; a copy that streams on gets a workspace of its own.
+        """
         twin = copy.copy(self)
         with torch.inference_mode(False), torch.no_grad():
             for name in self._state:
                 setattr(twin, name, getattr(self, name).clone())
-            if self.workspace is not None:
-                twin.workspace = torch.zeros_like(self.workspace)
+        twin.workspace = None
         return twin
 
     @property

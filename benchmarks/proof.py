@@ -2,8 +2,8 @@
 
 RUN is a folder of `aapt train tiny-world`; every experiment starts from stages of that run. Each
 variant is trained, exported and measured once per seed. A second call resumes where the first was
-stopped. The result is a page and two images in `docs/proof/`. The section "Reading" at the end of a
-page is written by hand, and a new result keeps it.
+stopped; two calls at once are refused. The result is a page and two images in `docs/proof/`. The
+section "Reading" at the end of a page is written by hand, and a new result keeps it.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from PIL import Image
 
 from aapt.checkpoint import load_config, save_config, write_json
 from aapt.evaluate import evaluate
+from aapt.lock import folder_lock
 from aapt.model.config import SamplingConfig
 from aapt.runs.run import Run
 from aapt.streaming.generator import StreamingGenerator
@@ -310,7 +311,16 @@ def export(experiment: Experiment, run: Run) -> dict[str, Path]:
 
 
 def measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Result:
-    """Trains and measures all variants under one seed; existing files are not made again."""
+    """Trains and measures all variants under one seed; existing files are not made again.
+
+    FolderInUse while another process works in `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        return _measure(experiment, seed, shared, out)
+
+
+def _measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Result:
     recipe = replace(experiment.recipe, seed=seed)
     recipe = replace(recipe, stages={**recipe.stages, **experiment.variants})
     run = Run(recipe, out, workers=1)

@@ -42,6 +42,10 @@ constexpr const char* CAUSAL_CONV3D =
     "-> (Tensor out, Tensor state, Tensor active)";
 constexpr const char* CAUSAL_CONV3D_PACK =
     "causal_conv3d_pack(Tensor weight, int[2] upsample) -> Tensor packed";
+// Versions of CUDA, 1000 * major + 10 * minor: of the runtime in this library, and the newest that
+// the driver supports, 0 without a driver.
+[[maybe_unused]] constexpr const char* CUDA_VERSIONS =
+    "cuda_versions() -> (int runtime, int driver)";
 
 }  // namespace
 
@@ -53,4 +57,7 @@ AAPT_LIBRARY(m) {
   m.def(CACHED_ATTENTION_WORKSPACE);
   m.def(CAUSAL_CONV3D);
   m.def(CAUSAL_CONV3D_PACK);
+#ifndef AAPT_SIM
+  m.def(CUDA_VERSIONS);
+#endif
 }

@@ -7,5 +7,6 @@ set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
 set(CMAKE_CUDA_HOST_COMPILER aarch64-linux-gnu-g++)
 # The linker skips archives of another machine and takes the first one that fits.
 set(CMAKE_CUDA_FLAGS_INIT "-L$ENV{AAPT_AARCH64} -I$ENV{AAPT_AARCH64}/include")
+set(CMAKE_CXX_FLAGS_INIT "-isystem $ENV{AAPT_AARCH64}/include")
 set(CMAKE_SHARED_LINKER_FLAGS_INIT "-L$ENV{AAPT_AARCH64}")
 set(CMAKE_MODULE_LINKER_FLAGS_INIT "-L$ENV{AAPT_AARCH64}")

@@ -6,8 +6,10 @@ Cases that have ended before are left out, and so are those of the simulator. Th
 soon as the CUDA context is lost.
 """
 
+import gc
 import re
 import subprocess
+import sys
 from collections import Counter
 from threading import Thread
 
@@ -115,6 +117,8 @@ class Recorder:
             facts["error"] = str(worst.longrepr[-1] if worst.skipped else worst.longreprtext)
         if "result" in facts and (clocks := self.clocks.take()):
             facts["clocks"] = clocks
+        if worst is not None and worst.failed:
+            release_failure()
         lost = worst is not None and worst.failed and STICKY.search(facts["error"]) is not None
         if lost:
             facts["lost"] = True
@@ -124,6 +128,19 @@ class Recorder:
 
     def pytest_sessionfinish(self):
         self.clocks.stop()
+
+
+def release_failure() -> None:
+    """Free the device memory that the tensors of a failed case hold.
+
+    Python keeps the last error with its frames, and pytest does until the next one.
+    """
+    for name in ("last_exc", "last_value", "last_traceback", "last_type"):
+        if hasattr(sys, name):
+            delattr(sys, name)
+    gc.collect()
+    if "torch" in sys.modules and (cuda := sys.modules["torch"].cuda).is_initialized():
+        cuda.empty_cache()
 
 
 def on_the_simulator(item: pytest.Item) -> bool:

@@ -18,6 +18,7 @@ START_SECONDS = 120.0  # until the first case, and from one to the next
 POLL_SECONDS = 0.2
 NO_CASES = 5  # pytest's exit status if none is left to run
 DUMP = "Fatal Python error"  # how Python begins to say where it was, innermost call first
+DUMP_SECONDS = 5.0  # in which a process that is killed says where it was
 MAX_OUTPUT, MAX_WORDS = 20_000, 1500  # characters: held, and kept of a process that was killed
 
 
@@ -86,12 +87,17 @@ def run_once(
 def reason_to_kill(group: Group, path: Path, deadline: float, begun: float) -> str | None:
     if time.monotonic() > deadline:
         return "out of time"
-    idle = time.time() - max(path.stat().st_mtime, begun)
+    idle = idle_seconds(path, begun)
     if idle <= group.patience:
         return None
     running = Results(path).running
     limit = START_SECONDS if running is None else max(group.patience, running["patience"])
     return "hung" if idle > limit else None
+
+
+def idle_seconds(path: Path, begun: float) -> float:
+    """Time without progress: since a case last began or ended, or since the process began."""
+    return time.time() - max(path.stat().st_mtime, begun)
 
 
 class Output:
@@ -112,14 +118,14 @@ class Output:
 
     def end(self) -> str:
         """The beginning of Python's dump, if there is one, else the last words."""
-        self.thread.join(timeout=5)
+        self.thread.join(DUMP_SECONDS)
         _, found, dump = self.kept.partition(DUMP)
         return (found + dump)[:MAX_WORDS] if found else self.kept[-MAX_WORDS:].strip()
 
 
 def kill(process: subprocess.Popen) -> None:
     """End a process with its children. SIGABRT first: on it Python prints where it was."""
-    for signum, patience in ((signal.SIGABRT, 5), (signal.SIGKILL, 30)):
+    for signum, patience in ((signal.SIGABRT, DUMP_SECONDS), (signal.SIGKILL, 30)):
         if process.poll() is not None:
             break
         os.killpg(process.pid, signum)

@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError as error:
             say(f"aapt: {reason(error, 'standard output')}")
             return 1
+        except MemoryError:
+            say("aapt: out of memory")
+            return 1
         except Interrupted as how:
             say(f"aapt: interrupted: {how}")
             return 130

@@ -6,20 +6,25 @@ import re
 import subprocess
 import sys
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from .shared import (
     MODEL,
+    Device,
+    Dtype,
     InputError,
     Json,
     Model,
+    Size,
     Threads,
     bad_input,
     environment_rows,
     load,
     missing_extra,
+    placement,
     prompt_of,
     table,
 )
@@ -31,6 +36,22 @@ bench = typer.Typer(help="Measure speed on this machine.")
 def bench_stream(
     model: Model = MODEL,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps.")] = 60,
+    device: Device = None,
+    dtype: Dtype = None,
+    size: Size = None,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="On a CPU: also time the parts of a step.")
+    ] = False,
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPU", help="Only predict the parts of a step on h100 or h200, in bfloat16."
+        ),
+    ] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.dot", help="On a GPU: also write the captured step."),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ):
@@ -38,33 +59,67 @@ def bench_stream(
 
     Decoding to pixels is timed, encoding to a file is not. 12 untimed steps come first.
 
+    --breakdown divides a step into condition, noise, patchify, products, attention, fused
+    (everything else in the blocks), decode and copy; what is left is the host between operations.
+    --predict needs no GPU and times nothing. --graph needs cuda-python (pip install 'aapt[cuda]').
+
     \b
     Examples:
       aapt bench stream
       aapt bench stream --threads 2 --steps 240 --json > result.json
+      aapt bench stream --model runs/mine/mine --device cuda --size 736x416
+      aapt bench stream --breakdown
+      aapt bench stream --predict h100 --size 736x416
+      aapt bench stream --device cuda --graph step.dot
     """
     import torch
 
     from ..environment import environment
+    from ..evaluate import breakdown as parts
     from ..evaluate import speed
     from ..media.image import fit_image, load_image
 
     if threads:
         torch.set_num_threads(threads)
+    if predict:
+        generator = _load_to_predict(model, size, device=device, dtype=dtype, graph=graph)
+        with bad_input():
+            predicted = parts.predict_parts(generator, predict).as_json()
+        shown = f"{model}: {generator.width} x {generator.height}, bfloat16"
+        if as_json:
+            print(json.dumps({"model": shown, "breakdown": predicted}, indent=2))
+        else:
+            table([("model", shown), *breakdown_rows(predicted)])
+        return
     started = time.perf_counter()
-    generator = load(model)
+    generator = load(model, device, dtype, size)
     load_seconds = time.perf_counter() - started
     with bad_input():
         image = load_image(generator.sample_image())
     first_frame, _ = fit_image(image, generator.height, generator.width)
-    result = speed.bench_stream(generator, first_frame, prompt_of(generator, None), steps)
-    facts = {"model": model, "load_seconds": load_seconds, **result, **environment()}
+    prompt, extras = prompt_of(generator, None), {}
+    if breakdown or graph:
+        with bad_input(), generator.open(first_frame, prompt) as stream:
+            # First, because they refuse some devices
+            if graph:
+                extras["graph"] = speed.describe_graph(stream, graph)
+            if breakdown:
+                control = generator.still()
+                for _ in range(speed.WARMUP_STEPS):
+                    stream.step(control)
+                extras["breakdown"] = parts.measure_parts(stream, control, steps).as_json()
+    result = speed.bench_stream(generator, first_frame, prompt, steps)
+    facts = {"model": model, "load_seconds": load_seconds, **result, **extras, **environment()}
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     first, step, memory = result["first_frame_ms"], result["step_ms"], result["peak_memory_bytes"]
     rows = [
-        ("model", f"{model}: {result['width']} x {result['height']} on {result['device']}"),
+        (
+            "model",
+            f"{model}: {result['width']} x {result['height']}, {result['dtype']} on "
+            f"{result['device']}",
+        ),
         ("first frames", f"{first['cold']:.0f} ms cold, {first['warm']:.0f} ms warm"),
         ("step", f"p50 {step['p50']:.1f} ms, p99 {step['p99']:.1f} ms, max {step['max']:.1f} ms"),
         ("rate", f"{result['fps']:.1f} fps, {result['real_time']:.2f} x real time"),
@@ -74,7 +129,49 @@ def bench_stream(
     ]
     if memory["cuda"] is not None:
         rows.append(("peak CUDA memory", f"{memory['cuda'] / 2**20:.0f} MiB allocated"))
+    if "graph" in extras:
+        nodes = ", ".join(f"{count} {kind}" for kind, count in extras["graph"]["nodes"].items())
+        size = f"{extras['graph']['bytes'] / 2**20:.0f} MiB"
+        rows.append(("graph", f"{nodes}; {size}; {extras['graph']['dot']}"))
+    if "breakdown" in extras:
+        rows += breakdown_rows(extras["breakdown"])
     table(rows + environment_rows(facts))
+
+
+def breakdown_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows of a table for the fields of a `Breakdown`."""
+    step, blocks, predicted = found["step"], found["blocks"], found["how"].startswith("predicted")
+    rows = [("parts of a step", found["how"] + (": nothing was measured" if predicted else ""))]
+    for name, value in found["parts"].items():
+        words = f"{value:.3f} ms, {value / step:.0%}"
+        if name in ("products", "attention", "fused"):
+            words += f", {value / blocks:.3f} ms for each of {blocks} blocks"
+        if name == "copy" and predicted:
+            words = f"{value:.3f} ms beside the next step"
+        rows.append((f"  {name}", words))
+    why = "between kernels" if predicted else "the host between operations"
+    if found["idle"] < 0:
+        why = "the steps that were taken apart were slower"
+    rows += [
+        ("  idle", f"{found['idle']:.3f} ms, {found['idle'] / step:.0%}: {why}"),
+        ("  sum", f"{found['sum_of_parts']:.3f} ms of a step of {step:.3f} ms"),
+        ("  kernels", f"{found['kernels']} besides the decoder's"),
+        ("  text", f"{found['text']:.3f} ms for each prompt, in no step"),
+    ]
+    return rows
+
+
+def _load_to_predict(model: str, size: str | None, **given):
+    """Load a model without its weights; InputError for what a prediction does not take."""
+    import torch
+
+    from ..streaming.generator import StreamingGenerator
+
+    with bad_input():
+        for name in (name for name, value in given.items() if value):
+            raise ValueError(f"{name}: expected none with --predict, which runs on no device")
+        size = placement(None, None, size)["size"]
+        return StreamingGenerator.from_pretrained(model, "meta", torch.bfloat16, size)
 
 
 @bench.command("play")

@@ -9,13 +9,17 @@ import typer
 from rich.console import Console
 
 from .shared import (
+    Device,
+    Dtype,
     Json,
     OutputError,
+    Size,
     Threads,
     bad_input,
     check_inputs,
     check_out_folder,
     check_seconds,
+    placement,
     printed_at_once,
     reason,
     say,
@@ -50,9 +54,9 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(metavar="N", max=MAX_SEED, help="Of worlds, walks, clips and noise.")
     ] = 0,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="The models' device: cpu, cuda, cuda:1, ...")
-    ] = "cpu",
+    device: Device = None,
+    dtype: Dtype = None,
+    size: Size = None,
     fid: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="TorchScript network of frames for FID."),
@@ -90,8 +94,9 @@ def evaluate(
 
     checkpoints = [checkpoint, *(baseline or [])]
     settings = dict(latents=latents, starts=starts, seconds=seconds, seed=seed)
-    settings |= dict(device=device, fid=fid, fvd=fvd)
+    settings |= dict(fid=fid, fvd=fvd)
     with bad_input():
+        settings |= placement(device, dtype, size)
         check_seconds("seconds", seconds)
         check_inputs(latents=latents, fid=fid, fvd=fvd)
         check_out_folder(out)

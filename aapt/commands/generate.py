@@ -18,9 +18,12 @@ from rich.console import Console
 from .shared import (
     MAX_SEED,
     MODEL,
+    Device,
+    Dtype,
     Interrupted,
     Model,
     OutputError,
+    Size,
     bad_input,
     check_seconds,
     ctrl_c,
@@ -87,6 +90,9 @@ def generate(
     original: Annotated[
         bool, typer.Option("--original", help="With --replay: decode with the original decoder.")
     ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    size: Size = None,
 ):
     """Make a video from an image, a prompt and a control script.
 
@@ -94,9 +100,9 @@ def generate(
     written as they are made: after Ctrl-C or on a full disk the file plays as far as it got. A
     prompt that is longer than the model reads is cut, and the command says where.
 
-    --replay takes first frame, prompts, controls and seed from an action log of aapt serve. With
-    the same build, device and number of threads the video is the one that was played, bit for bit;
-    the command names the first step that differs.
+    --replay takes first frame and its size, prompts, controls and seed from an action log of aapt
+    serve. With the same build, device, precision and number of threads the video is the one that
+    was played, bit for bit; the command names the first step that differs.
 
     \b
     Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
@@ -110,6 +116,7 @@ def generate(
       aapt generate --image photo.jpg --controls circle --seconds 30 --out circle.mp4
       printf '2 w\\n1 wd\\n2 w\\n' > path.txt && aapt generate --controls path.txt --out path.gif
       aapt generate --seconds 5 --out frames/
+      aapt generate --model runs/mine/mine --device cuda --size 736x416 --out large.mp4
       aapt generate --replay walk.jsonl --original --out walk.mp4
       aapt generate --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 128x80 \\
         -framerate 24 -
@@ -119,15 +126,15 @@ def generate(
     from ..streaming.controls import load_controls
 
     if replay or original or branch is not None:
-        given = {"image": image, "prompt": prompt, "controls": controls}
-        _replay(replay, branch, original, given, model, out, scale)
+        given = {"image": image, "prompt": prompt, "controls": controls, "size": size}
+        _replay(replay, branch, original, given, model, (device, dtype), out, scale)
         return
     with bad_input():
         check_seconds("seconds", seconds)
         script = load_controls(controls or "walk")
         start = load_image(image) if image else None
         output_kind(out)
-    generator = load(model)
+    generator = load(model, device, dtype, size)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
     if generator.driven_by != "camera":
@@ -154,6 +161,7 @@ def _replay(
     original: bool,
     given: dict[str, Any],
     model: str,
+    place: tuple[str | None, str | None],
     out: str,
     scale: int | None,
 ) -> None:
@@ -178,7 +186,9 @@ def _replay(
             )
         branch = len(walk.branches) - 1 if branch is None else branch
         walk.check(branch, 0)
-    generator = load(model, decoder=ORIGINAL if original else LIGHT)
+    height, width, _ = walk.first_frame.shape
+    decoder = ORIGINAL if original else LIGHT
+    generator = load(model, *place, f"{width}x{height}", decoder=decoder)
     path = walk.path(branch, walk.branches[branch].end)
     with bad_input():
         stream = Replay(generator, walk)
@@ -198,7 +208,7 @@ def _compared(differing: list[int], steps: int) -> str:
         return f"{steps} steps, each bit for bit as it was played"
     return (
         f"step {differing[0]} differs from what was played, the first of {len(differing)}: "
-        "it was made with another build, device or number of threads"
+        "it was made with another build, device, precision or number of threads"
     )
 
 

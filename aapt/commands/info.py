@@ -4,25 +4,58 @@ import dataclasses
 import json
 from typing import Any
 
-from .shared import MODEL, Json, Model, environment_rows, load, table
+from .shared import (
+    MODEL,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Size,
+    bad_input,
+    environment_rows,
+    load,
+    placement,
+    table,
+)
 
 
-def info(model: Model = MODEL, as_json: Json = False):
-    """Show the model, the backend that each op runs on, devices and versions.
+def info(
+    model: Model = MODEL,
+    device: Device = None,
+    dtype: Dtype = None,
+    size: Size = None,
+    as_json: Json = False,
+):
+    """Show the model, the backend that each op runs on and why none better, devices and versions.
+
+    Without --device ops are shown for the CPU and, if any, the CUDA device. A CUDA device that is
+    not there is no error: the table says what is missing.
 
     \b
     Examples:
       aapt info
+      aapt info --device cuda --dtype float32
       aapt info --json > environment.json
     """
-    from aapt_kernels import backends
-
+    from ..device import usable_device
     from ..environment import environment
 
-    generator = load(model)
+    missing = None
+    with bad_input():
+        placed = placement(device, dtype, size)
+        if device is not None:
+            try:
+                usable_device(device)
+            except ValueError as error:
+                if not device.startswith("cuda"):
+                    raise
+                missing = str(error)
+    generator = load(model, None, None, size)
     facts = {
         "model": _model_facts(model, generator),
-        "ops": [choice._asdict() for choice in backends()],
+        "device": {"asked": device, "missing": missing},
+        "driver": _driver(),
+        "ops": _ops(generator, placed["device"], placed["dtype"]),
         **environment(),
     }
     if as_json:
@@ -30,20 +63,71 @@ def info(model: Model = MODEL, as_json: Json = False):
         return
     size = facts["model"]
     parameters = {name: f"{count / 1e6:.2f} M" for name, count in size["parameters"].items()}
-    table(
-        [
-            ("model", f"{model}: {size['width']} x {size['height']} at {size['fps']} fps"),
-            ("parameters", ", ".join(f"{name} {count}" for name, count in parameters.items())),
-            ("step", f"{size['frames_per_step']} frames, {size['tokens_per_step']} tokens"),
-            ("window", f"the first and {size['window_frames']} latent frames"),
-            ("prompts", "; ".join(size["prompts"])),
-        ]
-        + [
-            (row["op"], f"{row['backend']} on {row['device']}  {row['reason']}".rstrip())
-            for row in facts["ops"]
-        ]
-        + environment_rows(facts)
-    )
+    rows = [
+        ("model", f"{model}: {size['width']} x {size['height']} at {size['fps']} fps"),
+        ("parameters", ", ".join(f"{name} {count}" for name, count in parameters.items())),
+        ("step", f"{size['frames_per_step']} frames, {size['tokens_per_step']} tokens"),
+        ("window", f"the first and {size['window_frames']} latent frames"),
+        ("prompts", "; ".join(size["prompts"])),
+    ]
+    if missing:
+        rows.append(("missing", missing.removeprefix("device: ")))
+    rows += [
+        (
+            row["op"],
+            f"{row['backend'] or 'none'} on {row['device']} in {row['dtype']}  "
+            f"{row['reason']}".rstrip(),
+        )
+        for row in facts["ops"]
+    ]
+    for number, found in enumerate(facts["driver"].get("devices", ())):
+        megabytes = {name: found[f"{name}_bytes"] / 2**20 for name in ("l2", "persisting_l2")}
+        words = f"driver for CUDA {facts['driver']['cuda']}, {found['clock_mhz']} MHz, "
+        words += f"{found['bytes_per_second'] / 1e12:.2f} TB/s, L2 {megabytes['l2']:.0f} MiB, of "
+        words += f"which {megabytes['persisting_l2']:.0f} MiB may persist"
+        rows.append((f"cuda:{number}", words))
+    if "missing" in facts["driver"]:
+        rows.append(("driver", facts["driver"]["missing"].removeprefix("driver: ")))
+    table(rows + environment_rows(facts))
+
+
+def _driver() -> dict[str, Any]:
+    """Return what the driver says of the CUDA devices, or what is missing to ask it; nothing
+    without a device."""
+    import torch
+
+    from ..cuda_driver import DriverError, device_facts, driver_version
+
+    count = torch.cuda.device_count()
+    if not count:
+        return {}
+    try:
+        return {"cuda": driver_version(), "devices": [device_facts(i) for i in range(count)]}
+    except DriverError as error:
+        return {"missing": str(error)}
+
+
+def _ops(generator, device: str | None, dtype) -> list[dict[str, Any]]:
+    """Return the choice for each op, in the precision that the model would have there."""
+    import torch
+
+    from aapt_kernels import backends
+
+    from ..device import usable_dtype
+
+    places = [device] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for place in map(torch.device, places):
+        if dtype is not None:
+            chosen = dtype
+        elif place.type == "cuda" and not torch.cuda.is_available():
+            chosen = torch.bfloat16
+        else:
+            chosen = usable_dtype(None, place)
+        name = str(chosen).removeprefix("torch.")
+        for choice in backends(place, chosen, generator.model.config.head_dim):
+            rows.append(choice._asdict() | {"dtype": name})
+    return sorted(rows, key=lambda row: row["op"])
 
 
 def _model_facts(name: str, generator) -> dict[str, Any]:

@@ -10,7 +10,19 @@ from typing import Annotated
 
 import typer
 
-from .shared import MODEL, InputError, Model, Threads, bad_input, load, missing_extra, say
+from .shared import (
+    MODEL,
+    Device,
+    Dtype,
+    InputError,
+    Model,
+    Size,
+    Threads,
+    bad_input,
+    load,
+    missing_extra,
+    say,
+)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OVERSIZE = 1 << 20  # bytes above a limit up to which a client is told what the limit is
@@ -26,7 +38,9 @@ def serve(
     sessions: Annotated[
         int, typer.Option(metavar="N", min=1, help="Worlds at once; other visitors wait.")
     ] = 4,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = None,
+    dtype: Dtype = None,
+    size: Size = None,
     history: Annotated[
         int, typer.Option(metavar="MIB", min=0, help="Snapshots of each world.")
     ] = 256,
@@ -78,7 +92,7 @@ def serve(
     with bad_input():
         if tls:
             _check_tls(*tls)
-    generator = load(model, device=device)
+    generator = load(model, device, dtype, size)
     with bad_input():
         if gallery and not gallery.is_dir():
             raise ValueError(f"gallery: expected a folder of images, got {gallery}")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,25 @@ MAX_SEED = 2**63 - 1
 MAX_SECONDS = 10_000_000  # four months of video
 MAX_THREADS = 4096
 MAX_GPUS = 1_000_000
+DTYPES = ("float32", "bfloat16", "float16")
 Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.", show_default="cpu"),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Precision of the networks: {', '.join(DTYPES)}.",
+        show_default="bfloat16 on CUDA, else float32",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="WxH", help="Size of the video.", show_default="the model's"),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -151,14 +169,43 @@ def check_out_folder(folder: Path) -> None:
         raise ValueError(f"out: expected a folder that can be written, got {folder}: {problem}")
 
 
-def load(model: str, **options: Any):
-    """Load a StreamingGenerator; InputError if the checkpoint cannot be used.
+def placement(device: str | None, dtype: str | None, size: str | None) -> dict[str, Any]:
+    """Return the options --device, --dtype and --size as `StreamingGenerator.from_pretrained` takes
+    them; ValueError, by the option's name, for one that says nothing."""
+    if device == "meta":
+        raise ValueError("device: expected cpu, cuda or cuda:N, got meta")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    match = None if size is None else re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
+    if size is not None and match is None:
+        raise ValueError(f"size: expected WIDTHxHEIGHT such as 128x80, got {size}")
+    if dtype is not None:
+        import torch
 
-    options: of `StreamingGenerator.from_pretrained`.
+        dtype = getattr(torch, dtype)
+    return {
+        "device": device,
+        "dtype": dtype,
+        "size": match and (int(match[2]), int(match[1])),
+    }
+
+
+def load(
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    size: str | None = None,
+    **options: Any,
+):
+    """Load a StreamingGenerator; InputError if the checkpoint, the device, the precision or the
+    size cannot be used.
+
+    options: further ones of `StreamingGenerator.from_pretrained`.
     """
     with bad_input():
         from ..streaming.generator import StreamingGenerator
 
+        options |= placement(device, dtype, size)
         return StreamingGenerator.from_pretrained(model, **options)
 
 

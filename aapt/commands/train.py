@@ -199,6 +199,11 @@ def train(
         raise OutputError(str(error)) from None
     except ValueError as error:  # the folder holds another recipe, clips are missing, ...
         raise InputError(str(error)) from None
+    except MemoryError:
+        raise OutputError(
+            f"out of memory; {RESUMES}, and takes less with --clips-at-once 1 or "
+            "--checkpoint-blocks"
+        ) from None
     except KeyboardInterrupt:
         raise Interrupted(RESUMES) from None
     finally:

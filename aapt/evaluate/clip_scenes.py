@@ -86,7 +86,7 @@ class ClipScenes:
         return {TRUTH: truth}, [statistics[:, w.first : w.last + 1] for w in covered]
 
     def first_latents(self, generator: StreamingGenerator) -> Tensor:
-        return self.latents[:, :, :1].to(generator.device)
+        return self.latents[:, :, :1].to(generator.vae.latent_mean)
 
     def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor | None]:
         motion = self._open(generator).whole(self.numbers).motion

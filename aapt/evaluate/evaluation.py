@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..checkpoint import replacing
 from ..clock import FPS, FRAMES_PER_LATENT, STEPS_PER_SECOND
-from ..device import move
 from ..environment import environment
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..media.figures import new_figure, path_labels, save_figure
@@ -42,7 +41,9 @@ def evaluate(
     starts: int = 16,
     seconds: float = 60.0,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
     fid: Path | None = None,
     fvd: Path | None = None,
     probe: ProbeConfig | None = None,
@@ -62,7 +63,8 @@ def evaluate(
         starts: Number of worlds or clips; six worlds show every theme.
         seconds: Length of a rollout. A window that ends later is left out.
         seed: Chooses worlds and walks, or clips, and noise.
-        device: The checkpoints' device; metrics are computed on the CPU.
+        device, dtype, size: Of the checkpoints, as `StreamingGenerator.from_pretrained` takes them;
+            metrics are computed on the CPU.
         fid, fvd: TorchScript files, see `PretrainedDistance`.
         probe: How the motion probe is trained; None for the defaults.
         cache: Folder that keeps the probe for the next evaluation; None for the user's cache.
@@ -73,7 +75,8 @@ def evaluate(
     """
     steps = _steps(seconds)
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
-    loaded = {folder: _load(folder, device) for folder in checkpoints}
+    load = StreamingGenerator.from_pretrained
+    loaded = {folder: load(folder, device, dtype, size) for folder in checkpoints}
     generators = dict(zip(names, loaded.values(), strict=True))
     sizes = {(g.height, g.width) for g in generators.values()}
     if len(sizes) > 1:
@@ -100,7 +103,8 @@ def evaluate(
     given = {"latents": latents, **files}
     report = Report(
         checkpoints={name: str(folder) for name, folder in zip(names, checkpoints)},
-        settings={"starts": starts, "seconds": seconds, "seed": seed, "device": str(device)}
+        settings={"starts": starts, "seconds": seconds, "seed": seed}
+        | _placed(next(iter(generators.values())))
         | {kind: str(path) for kind, path in given.items() if path},
         windows=measured,
         timelines=timelines,
@@ -125,6 +129,16 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "aapt"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / f"aapt-{os.getuid()}"
+
+
+def _placed(generator: StreamingGenerator) -> dict[str, str]:
+    """Return the settings of a report that say where, in which precision and size models ran."""
+    weight = next(generator.model.parameters())
+    return {
+        "device": str(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "size": f"{generator.width}x{generator.height}",
+    }
 
 
 class PartTimes:
@@ -155,13 +169,6 @@ def _steps(seconds: float) -> int:
         needed = shortest * FRAMES_PER_LATENT / FPS
         raise ValueError(f"seconds: expected at least {needed:.2f}, got {seconds}")
     return steps
-
-
-def _load(folder: str | Path, device: str | torch.device) -> StreamingGenerator:
-    generator = StreamingGenerator.from_pretrained(folder)
-    for network in (generator.model, generator.vae):
-        move(network, device)
-    return generator
 
 
 def _make_videos(

@@ -45,7 +45,7 @@ class Scenes(Protocol):
 
     def first_latents(self, generator: StreamingGenerator) -> Tensor:
         """Return the first frames of rollouts: latents (starts, C, 1, h, w), on the generator's
-        device."""
+        device and in its precision."""
 
     def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor | None]:
         """Return the function from a step to its condition channels, see `roll_out`."""
@@ -71,7 +71,11 @@ def roll_out_scenes(
     `latent_statistics` (starts, 1 + steps, 2) of all latent frames.
     """
     model, statistics = generator.model, []
-    first, condition = scenes.first_latents(generator), scenes.condition(generator)
+    first, channels = scenes.first_latents(generator), scenes.condition(generator)
+
+    def condition(step: int) -> Tensor | None:
+        given = channels(step)
+        return None if given is None else given.to(first)
 
     def measured() -> Iterator[Tensor]:
         text = model.text_encoder(scenes.prompts)

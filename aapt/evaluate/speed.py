@@ -4,13 +4,15 @@ import itertools
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..cuda_driver import graph_nodes, write_dot
 from ..streaming.controls import load_controls
-from ..streaming.generator import StreamingGenerator
+from ..streaming.generator import Stream, StreamingGenerator
 
 WARMUP_STEPS = 12  # past the window of any bundled model, so that its ring has wrapped
 
@@ -51,6 +53,7 @@ def bench_stream(
     p50, p99 = np.percentile(latencies, (50, 99))
     return {
         "device": str(generator.device),
+        "dtype": str(generator.vae.latent_mean.dtype).removeprefix("torch."),
         "height": generator.height,
         "width": generator.width,
         "warmup_steps": WARMUP_STEPS,
@@ -64,6 +67,28 @@ def bench_stream(
             "process": _peak_resident_bytes(),
             "cuda": torch.cuda.max_memory_allocated(generator.device) if on_gpu else None,
         },
+    }
+
+
+def describe_graph(stream: Stream, path: Path) -> dict[str, Any]:
+    """Write the captured step of a stream as a DOT file.
+
+    Returns the number of its nodes by kind, and the bytes of its memory, which streams of one
+    generator do not share. ValueError on a device without graphs, DriverError without cuda-python.
+    """
+    graph = stream.graph
+    if graph is None:
+        raise ValueError(
+            f"graph: expected a CUDA device, where a step is one graph, got "
+            f"{stream.generator.device}; pass --device cuda"
+        )
+    raw = graph.raw_cuda_graph()
+    write_dot(raw, path)
+    segments = torch.cuda.memory_snapshot(graph.pool())
+    return {
+        "dot": str(path),
+        "nodes": graph_nodes(raw),
+        "bytes": sum(segment["total_size"] for segment in segments),
     }
 
 

@@ -99,7 +99,7 @@ def reconstruct(
     numbers, pixels, statistics = [], [], []
     for window in windows:
         clips = [to_video(clip[None]) for clip in truth[window.frames]]
-        encoded = [generator.vae.encode(clip.to(generator.device)) for clip in clips]
+        encoded = [generator.vae.encode(clip.to(generator.vae.latent_mean)) for clip in clips]
         with precision(generator.device):
             decoded = [to_pixels(generator.vae.decode(latent)) for latent in encoded]
         numbers.extend(window.frames)
@@ -159,7 +159,7 @@ class WorldScenes:
 
     def first_latents(self, generator: StreamingGenerator) -> Tensor:
         pixels = render_truth(self.starts, [0], self.height, self.width).pixels
-        return generator.vae.encode(to_video(pixels).to(generator.device))
+        return generator.vae.encode(to_video(pixels).to(generator.vae.latent_mean))
 
     def condition(self, generator: StreamingGenerator) -> Callable[[int], Tensor]:
         controls, camera = self.controls.to(generator.device), generator.model.camera

@@ -343,7 +343,7 @@ ErrorCode = Literal[
 
 
 class Error(Message):
-    """After a fatal error the server closes the connection."""
+    """Tell of an error; the server closes the connection after a fatal one."""
 
     type: Literal["error"] = "error"
     code: ErrorCode

@@ -4,7 +4,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import find_checkpoint, load_config, load_meta_module, reading_config, tuples
 from ..clock import FPS
-from ..device import usable_device
+from ..device import usable_device, usable_dtype
 from ..model.conditioning import Control
 from ..model.config import CameraConfig, ModelConfig, SamplingConfig
 from ..model.text import prompt_cut
@@ -74,7 +74,8 @@ class StreamingGenerator:
         granularity = factor * self.model.config.patch
         if min(height, width) < 1 or height % granularity or width % granularity:
             raise ValueError(
-                f"height, width: expected multiples of {granularity}, got {height} x {width}"
+                f"height, width: expected multiples of {granularity}, got {height} x {width}; "
+                f"{_nearest(height, granularity)} x {_nearest(width, granularity)} is near"
             )
         self.height, self.width = height, width
         self.latent_size = (height // factor, width // factor)
@@ -94,18 +95,19 @@ class StreamingGenerator:
 
         Args:
             device: Where the networks run; None for the CPU.
-            dtype: Their precision; None for bfloat16 on a CUDA device and float32 elsewhere.
+            dtype: Their precision; None for bfloat16 on a CUDA device that has it, float32
+                elsewhere.
             size: (height, width) in pixels; None for the checkpoint's own. Positions stretch to
                 another size (docs/method.md#4).
             decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`.
 
-        CheckpointError says what was expected and what was found, ValueError why the device or the
-        size cannot be used.
+        CheckpointError says what was expected and what was found, ValueError why the device, the
+        precision or the size cannot be used, and what can.
         """
         folder = find_checkpoint(name)
         config = load_config(folder)
         device = usable_device(device or "cpu")
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = usable_dtype(dtype, device)
         with reading_config(folder):
             camera = config["camera"]
             with torch.device("meta"):
@@ -221,6 +223,10 @@ class StreamingGenerator:
         give_back = weakref.finalize(stream, self._idle.append, memory)
         give_back.atexit = False
         return memory, give_back
+
+
+def _nearest(length: int, multiple: int) -> int:
+    return max(1, round(length / multiple)) * multiple
 
 
 class Stream:
@@ -362,6 +368,24 @@ class Stream:
         self._return()
         self._memory = None
         self._trouble = "closed; open a new one"
+
+    @property
+    def graph(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a CUDA graph; None on a device without graphs, and once closed."""
+        return None if self._memory is None else self._memory.graph
+
+    @contextmanager
+    def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
+        """Runs each part of the steps made inside in the context `phase(name)`.
+
+        Parts are condition, noise, generate, decode and copy; on a CUDA device, where a step is
+        one graph, copy alone.
+        """
+        before, self._memory.phase = self._memory.phase, phase
+        try:
+            yield
+        finally:
+            self._memory.phase = before
 
     def __enter__(self) -> "Stream":
         return self

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..model.conditioning import Control, control_rays
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
-from ..vae.stream import DecoderStates, capture
+from ..vae.stream import Captured, DecoderStates, capture
 from .noise import Noise
 from .pixel_reader import PixelReader
 from .snapshot import Snapshot
@@ -30,11 +30,15 @@ class StreamMemory:
     graph, captured at construction together with the first decode; nothing is compiled or allocated
     later. A graph holds addresses, so a memory serves one stream at a time. The next stream takes
     it over (`start`). The weights must neither change nor move.
+
+    Attributes:
+        phase: Called with the name of each part of a step; the part runs in the context that it
+            returns.
     """
 
     @torch.no_grad()
     def __init__(self, model: WorldModel, vae: CausalVAE, size: tuple[int, int]):
-        self.model, self.size = model, size
+        self.model, self.size, self.phase = model, size, nvtx_range
         transformer = model.transformer
         like, channels = transformer.video_in.weight, model.config.condition_channels
         shape = (1, model.config.latent_channels, 1, *size)
@@ -47,13 +51,18 @@ class StreamMemory:
             self._staged = [torch.zeros(1, 1, 2, pin_memory=on_gpu) for _ in range(2)]
             self.step = torch.zeros((), dtype=torch.int64, device=like.device)
             self.noise = Noise(0, shape, like.device)
-            self.rollout = StudentRollout(transformer, *model.text_encoder([""]), self.latent)
+            self.rollout = StudentRollout(transformer, None, None, self.latent)
             latent = vae.latent_mean.new_zeros(shape)
             self.decoder, self.encoded = DecoderStates(vae, latent), latent
             pool = torch.cuda.graph_pool_handle() if on_gpu else None
             self._first = capture(lambda: self.decoder.first(self.encoded), like.device, pool)
             self._step = capture(self._run, like.device, pool)
             self._reader = PixelReader(like.device)
+
+    @property
+    def graph(self) -> torch.cuda.CUDAGraph | None:
+        """The captured step; None on a device without graphs."""
+        return self._step.graph if isinstance(self._step, Captured) else None
 
     @property
     def bytes(self) -> int:
@@ -80,16 +89,16 @@ class StreamMemory:
 
     def _run(self) -> Tensor:
         """The tensor operations of one step. Returns its pixels, uint8 (1, 3, F, H, W)."""
-        with phase("condition"):
+        with self.phase("condition"):
             if self.control is not None:
                 rays = control_rays(self.control, self.model.camera, *self.size)
                 self.condition.copy_(rays)
-        with phase("noise"):
+        with self.phase("noise"):
             self.drawn.copy_(self.noise(self.step))
-        with phase("generate"):
+        with self.phase("generate"):
             self.latent.copy_(self.rollout.infer(self.drawn, self.latent, self.condition))
         self.step.add_(1)
-        with phase("decode"):
+        with self.phase("decode"):
             self.encoded.copy_(self.latent)
             return self.decoder.next(self.encoded)
 
@@ -109,7 +118,9 @@ class StreamMemory:
             self.condition.copy_(control[None, :, None], non_blocking=True)
         past = self.rollout.past
         recycled = self.latent.clone() if past is not None else None
-        pixels = self._reader.read(self._step())
+        made = self._step()
+        with self.phase("copy"):
+            pixels = self._reader.read(made)
         self.decoder.frames += 1
         if past is not None:
             condition = None if self.condition is None else self.condition.clone()
@@ -147,6 +158,6 @@ class StreamMemory:
         self.decoder.restore(snapshot.decoder)
 
 
-def phase(name: str) -> AbstractContextManager:
+def nvtx_range(name: str) -> AbstractContextManager:
     """A range of a step by which a profiler names its work; empty without the package nvtx."""
     return nullcontext() if nvtx is None else nvtx.annotate(name)

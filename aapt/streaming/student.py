@@ -62,7 +62,8 @@ class StudentRollout:
     """A batch of streams, rolled out step by step or segment by segment.
 
     Args:
-        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,).
+        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,);
+            None for a cache without text, until `set_text`.
         first: The user's frame (B, C, 1, H, W), which the first step recycles; each later step
             recycles the last output.
         recache: New prompts also change the past.
@@ -72,8 +73,8 @@ class StudentRollout:
     def __init__(
         self,
         model: VideoTransformer,
-        text: Tensor,
-        text_lens: Tensor,
+        text: Tensor | None,
+        text_lens: Tensor | None,
         first: Tensor,
         recache: bool = False,
     ):
@@ -84,7 +85,10 @@ class StudentRollout:
         self.frames = 0  # in the count of the cache
         grid = model.config.token_grid(*first.shape[-2:])
         self.past = Past(model.config.window(grid)) if recache else None
-        self.set_text(text, text_lens)
+        if text is None:
+            self.cache = model.new_cache(len(first), first.shape[-2:], dtype=first.dtype)
+        else:
+            self.set_text(text, text_lens)
 
     @torch.no_grad()
     def set_text(self, text: Tensor, text_lens: Tensor) -> None:

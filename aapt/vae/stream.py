@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -10,13 +11,29 @@ from .autoencoder import CausalVAE
 
 WARMUPS = 3  # calls before a capture: libraries load and choose their kernels in the first
 
+# States of the first frame without their memory, by autoencoder, latent shape and precision
+_forms: WeakKeyDictionary[CausalVAE, dict[tuple, tuple[Tensor, ...]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A function captured as a CUDA graph: each call replays it and returns the one tensor that it
+    writes."""
+
+    graph: torch.cuda.CUDAGraph
+    out: Tensor
+
+    def __call__(self) -> Tensor:
+        """Replays the graph."""
+        self.graph.replay()
+        return self.out
+
 
 def capture(
     function: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None = None
 ) -> Callable[[], Tensor]:
-    """Captures `function` as a CUDA graph with scratch memory in `pool`: each call replays the
-    graph and returns the one tensor that it writes. On another device, returns `function`
-    itself."""
+    """Captures `function` as a CUDA graph with scratch memory in `pool`, see `Captured`. On another
+    device, returns `function` itself."""
     if device.type != "cuda":
         return function
     with torch.cuda.device(device):
@@ -26,15 +43,24 @@ def capture(
             for _ in range(WARMUPS):
                 function()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be counted
+        # Its own stream: PyTorch's default one belongs to the device of the first capture
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             out = function()
+        graph.instantiate()
+    return Captured(graph, out)
 
-    def replay() -> Tensor:
-        graph.replay()
-        return out
 
-    return replay
+def _state_forms(vae: CausalVAE, latent: Tensor) -> tuple[Tensor, ...]:
+    """Returns the states that a first frame of this shape leaves, on the meta device.
+
+    One frame is decoded to find them, once for all streams of an autoencoder.
+    """
+    known, form = _forms.setdefault(vae, {}), (tuple(latent.shape), latent.dtype)
+    if form not in known:
+        _, state = vae.decode_frame(torch.zeros_like(latent), pixels=True)
+        known[form] = tuple(torch.empty_like(part, device="meta") for part in state)
+    return known[form]
 
 
 @dataclass(frozen=True)
@@ -64,8 +90,8 @@ class DecoderStates:
         # Outside of inference mode, so that callers outside of it can write to the buffers too;
         # leaving it turns gradients on.
         with torch.inference_mode(False), torch.no_grad():
-            _, state = vae.decode_frame(torch.zeros_like(latent), pixels=True)
-            self.tensors = tuple(torch.empty_like(part) for part in state)
+            forms = _state_forms(vae, latent)
+            self.tensors = tuple(torch.empty_like(x, device=latent.device) for x in forms)
 
     def first(self, latent: Tensor) -> Tensor:
         """Decodes the first latent frame: uint8 pixels (batch, 3, 1, H, W)."""

@@ -56,7 +56,7 @@ def cached_attention(
         *cache.integers,
         scale,
         *cache.scales(layer),
-        cache.workspace,
+        cache.ready_workspace(),
     )
     return (out, lse) if return_lse else out
 

@@ -68,7 +68,7 @@ class PackedWeights:
         of_weight = self._packed[weight]
         version = (weight._version, weight.data_ptr())
         before = of_weight.get(options)
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = weight.is_cuda and is_capturing(weight.device)
         if before is None or before.version != version:
             # A tensor of inference mode could not be written to outside of it
             with torch.inference_mode(False), torch.no_grad():
@@ -87,6 +87,13 @@ class PackedWeights:
             if stream != before.stream:
                 stream.wait_event(before.ready)
         return before.tensor
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is captured on the device's current stream: PyTorch asks the
+    current device, which need not be the weight's."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def like(a: Tensor, b: Tensor) -> bool:

@@ -44,8 +44,9 @@ def test_waiting_for_the_second_product_costs_time(loop):
 
 
 def test_a_backward_tile_of_64_rows_is_bound_by_shared_memory(loop):
-    """By hand: 2 KB per factor and step. S and dp read both factors in 8 steps, dq in 8, dv and dk
-    one of 4 KB in 4 steps, all of them twice; then 32 KB arrive, 16 KB are exchanged, 64 KB added.
+    """Figures by hand: 2 KB per factor and step. S and dp read both factors in 8 steps, dq in 8, dv
+    and dk one of 4 KB in 4 steps, all of them twice; then 32 KB arrive, 16 KB are exchanged, and
+    64 KB added.
     """
     wgmma = 2 * (8 * 2 * (2 + 2) + 8 * (2 + 2) + 4 * 2 * 4) * 1024
     tile = loop.BackwardTile(64)
@@ -59,3 +60,13 @@ def test_the_cache_keeps_what_was_used_last(l2):
     assert l2.count_misses([["a", "a", "b"], ["a", "b"]], tile) == 2
     assert l2.count_misses([["a"], ["b"], ["c"], ["a"], ["d"], ["a"], ["b"]], tile) == 5
     assert l2.count_misses([], tile) == 0
+
+
+def test_a_window_of_l2_persistence_gains_nothing_worth_it(l2):
+    """Bytes by hand: keys and values of 36 layers, 1708 rows of 3072, two bytes each."""
+    large = l2.PINNED["aapt-8b, 736x416"]
+    assert large.bytes == 2 * 36 * 1708 * 3072 * 2
+    assert large.saved == pytest.approx(l2.PERSISTING_BYTES / l2.PEAK_BYTES / large.step_seconds)
+    small = l2.PINNED["tiny-world, 128x80"]
+    assert small.bytes < l2.L2_BYTES  # there without a window
+    assert all(pinned.saved < 0.001 for pinned in l2.PINNED.values())

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from aapt.checkpoint import BUNDLED, load_config, save_config
+from aapt.lock import FolderInUse, folder_lock
 from aapt.model.config import SamplingConfig
 from aapt.training.recipes import tiny_world
 
@@ -62,6 +63,12 @@ def test_a_page_shows_means_and_distances_over_seeds(proof, experiment):
     assert late[4].split(" | ")[5] == "-"
     assert "| sampled | 16 | 40.0 ± 0.0 |" in text
     assert "](small-sheet.jpg)" in text and "](small-drift.png)" in text
+
+
+def test_one_process_works_in_a_folder(proof, experiment, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(FolderInUse, match="in use by process"):
+        proof.measure(experiment, 0, tmp_path / "run", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_known_is_left_out(proof, experiment):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 600
-GROUND = ["checkpoint", "clock", "device", "environment", "torchscript"]
+GROUND = ["checkpoint", "clock", "cuda_driver", "device", "environment", "torchscript"]
 
 # Who imports whom inside `aapt`, exactly: a permission that nobody uses is not in the table. Rooms
 # are the folders, and the modules on the ground by their names.
@@ -29,7 +29,7 @@ MAY_IMPORT = {
     },
     "serve": {"checkpoint", "media", "model", "streaming"},
     "commands": {
-        *("checkpoint", "clock", "device", "environment"),
+        *("checkpoint", "clock", "cuda_driver", "device", "environment"),
         *("data", "evaluate", "media", "model", "runs", "serve", "streaming", "training", "vae"),
     },
 }

@@ -28,7 +28,7 @@ def shapes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def kernel_work(tmp_path_factory):
-    """What the kernels do, compiled for the host: lists of integers by kind."""
+    """Compile what the kernels do for the host: lists of integers by kind."""
     program = tmp_path_factory.mktemp("schedule") / "schedule"
     source = ROOT / "tests" / "build" / "fixtures" / "training_schedule.cpp"
     command = ["g++", "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
@@ -58,7 +58,7 @@ def kernel_work(tmp_path_factory):
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_tiles_cover_the_mask_once(kernel_work, layout, pinned, rows, text):
-    """What is seen lies in exactly one tile, and a clean tile shows nothing else."""
+    """Each element that is seen is in exactly one tile; a clean tile shows nothing else."""
     text = None if text is None else min(text, layout.text_tokens)
     lines = kernel_work(layout, pinned, rows, text=text)
     mask = layout.dense_mask()

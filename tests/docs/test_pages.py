@@ -73,7 +73,7 @@ def commands(page: Path) -> list[list[str]]:
 
 @cache
 def usage(*command: str) -> str:
-    """What `aapt COMMAND --help` prints."""
+    """Return what `aapt COMMAND --help` prints."""
     words = [sys.executable, "-m", "aapt", *command, "--help"]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 

@@ -1,12 +1,13 @@
 """Choosing a backend: what auto takes, what a name refuses, and that nobody falls back."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from aapt_kernels import _library, backends, qk_norm_rope, use_backend
-from aapt_kernels.backend import BackendError, no_sim, obstacle, resolve
+from aapt_kernels import _library, backend, backends, qk_norm_rope, use_backend
+from aapt_kernels.backend import BackendError, choose, no_sim, obstacle, resolve
 from aapt_kernels.kv_append import cpu as kv_append_cpu
 from aapt_kernels.qk_norm_rope import cpu, ref
 
@@ -77,6 +78,7 @@ def test_a_forced_backend_that_cannot_run_the_op_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("aapt_kernels.backend._forced", "triton")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
     words = "backend 'triton' cannot run qk_norm_rope on a cpu tensor: it takes CUDA tensors"
     with pytest.raises(BackendError, match=f"^{words}$"):
         qk_norm_rope(X, X, None, None, None, None)
@@ -133,6 +135,54 @@ def test_the_sm90_kernel_is_for_other_devices_no_option(monkeypatch):
     assert obstacle("kv_append", "cuda", "cuda") == "the device is not sm_90 but (8, 0)"
 
 
+class OnDevice:
+    """A tensor of a CUDA device of this machine, as far as the choice of a backend looks at it."""
+
+    def __init__(self, index):
+        self.device = torch.device("cuda", index)
+
+
+def test_auto_asks_the_device_of_the_tensor_and_not_the_current_one(monkeypatch):
+    """An H100 is current; beside it are a device of sm_80 and one of sm_75."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    capabilities = {None: (9, 0), 0: (9, 0), 1: (8, 0), 2: (7, 5)}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.get_device_capability", lambda d=None: capabilities[d and d.index]
+    )
+    monkeypatch.setattr("aapt_kernels.backend._old_driver", lambda: None)
+    monkeypatch.setattr("aapt_kernels.backend.implementation", lambda op, name: abs)
+    monkeypatch.setattr("aapt_kernels.backend._limits", {"kv_append": {}})
+    monkeypatch.setattr("aapt_kernels._library.load", lambda: None)
+    assert [choose("kv_append", OnDevice(i)) for i in range(3)] == ["cuda", "triton", "reference"]
+    words = "it takes a device of sm_80 or later, not of (7, 5)"
+    assert obstacle("kv_append", "triton", "cuda:2") == words
+    assert obstacle("kv_append", "cuda", "cuda:1") == "the device is not sm_90 but (8, 0)"
+
+
+def test_a_driver_older_than_the_runtime_is_a_reason(monkeypatch):
+    versions = [13000, 12040]
+    operators = SimpleNamespace(cuda_versions=lambda: tuple(versions))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(torch.ops, "aapt_sm90", operators)
+    monkeypatch.setattr("aapt_kernels._library.load", lambda: None)
+    monkeypatch.setattr("aapt_kernels.backend._old_driver", backend._old_driver.__wrapped__)
+    words = "the kernels are built with CUDA 13 and the driver is for CUDA 12; install driver 580"
+    assert obstacle("kv_append", "cuda", "cuda:0") == f"{words} or later"
+    versions[1] = 13020
+    assert backend.no_sm90() is None
+    monkeypatch.setattr("aapt_kernels._library.load", lambda: "it is not built")
+    assert backend.no_sm90() == "it is not built"
+
+
+def test_the_library_says_which_cuda_it_is_built_with():
+    if not hasattr(torch.ops.aapt_sm90, "cuda_versions"):
+        pytest.skip("this build has no sm_90a kernels")
+    runtime, driver = torch.ops.aapt_sm90.cuda_versions()
+    assert runtime >= 12000 and (driver > 0) == torch.cuda.is_available()
+
+
 def test_a_limit_of_a_kernel_makes_auto_go_on_and_a_name_fail(monkeypatch):
     limits = {"qk_norm_rope": {"cpu": lambda q: "not this one"}}
     monkeypatch.setattr("aapt_kernels.backend._limits", limits)
@@ -146,3 +196,25 @@ def test_backends_lists_every_op():
     rows = {(row.op, row.device): row for row in backends()}
     for op in ("block_causal_attention", "cached_attention", "causal_conv3d", "kv_append"):
         assert rows[op, "cpu"].backend == "cpu"
+
+
+def test_backends_of_a_device_and_precision_say_why_not_better(monkeypatch):
+    rows = {row.op: row for row in backends("cpu", torch.bfloat16, 64)}
+    assert {row.backend for row in rows.values()} == {"cpu"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    rows = {row.op: row for row in backends("cuda", torch.bfloat16, 64)}
+    assert rows["kv_append"].backend is None
+    assert "cuda: no CUDA device" in rows["kv_append"].reason
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr("aapt_kernels.backend.no_sm90", lambda device=None: None)
+    monkeypatch.setattr("aapt_kernels.backend.implementation", lambda op, name: abs)
+    rows = {row.op: row for row in backends("cuda", torch.bfloat16, 64)}
+    assert {row.backend for row in rows.values()} == {"cuda"}
+    rows = {row.op: row for row in backends("cuda", torch.float32, 128)}
+    assert rows["causal_conv3d"].reason == "cuda: it takes bfloat16, got torch.float32"
+    attention = rows["block_causal_attention"]
+    assert attention.backend == "reference"
+    assert re.fullmatch(
+        "cuda: it takes bfloat16 .*; triton: it takes .* up to 64.*", attention.reason
+    )

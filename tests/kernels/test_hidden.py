@@ -140,7 +140,7 @@ def step(cache, frame, clamped):
 @pytest.mark.parametrize("clamped", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slots_of_a_cache_that_are_not_seen(dtype, clamped, bad):
-    """Before the ring is full, and padding in the slot of the text."""
+    """Rows are hidden before the ring is full, and padding in the slot of the text."""
     text = normal(2, 3, 2, 16, dtype=dtype)
     frames = normal(6, 4, 2, TOKENS, 2, 16, dtype=dtype)
     results = []

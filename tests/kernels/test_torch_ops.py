@@ -92,7 +92,7 @@ def test_cached_attention(optional):
 
 
 def test_a_cache_of_float8():
-    """Without the check of what a call mutates, which PyTorch cannot make on float8."""
+    """The check of what a call mutates is left out: PyTorch cannot make it on float8."""
     cache = make_cache(dtype=torch.float8_e4m3fn)
     checks = ("test_autograd_registration", "test_faketensor")
     q, k, v = torch.randn(3, 1, 6, 2, 4)

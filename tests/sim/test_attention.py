@@ -129,7 +129,7 @@ def test_planted_bug_under_several_schedules(simulator, bug):
 
 
 def test_lse_beyond_the_last_block(simulator):
-    """After the last block of the last head nothing races: only the bounds check reports."""
+    """Nothing races after the last block of the last head: only the bounds check reports."""
     random = np.random.default_rng(0)
     q = to_bf16(random.standard_normal((1, 100, 64)))
     out, lse = np.full_like(q, 0x7FC1), nan_filled(1, 100)

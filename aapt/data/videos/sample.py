@@ -202,12 +202,16 @@ def group_samples(files: Mapping[str, Blob], tar: str = "") -> list[Sample]:
     tar: name of the shard, for members of a shard. An archive that is not read, such as an archive
     inside a shard, gives a faulty sample.
     """
-    samples, pictures = [], defaultdict(dict)
+    samples, sidecars, pictures = [], defaultdict(dict), defaultdict(dict)
     prefix, unread = (f"{tar}//", (".tar", *UNREAD_ARCHIVES)) if tar else ("", UNREAD_ARCHIVES)
-    for name in files:
+    for name in sorted(files):  # capitals first, so that of a.TXT and a.txt the latter is read
         folder, _, file = name.rpartition("/")
-        if folder.endswith(".keypoints") and (number := re.search(r"(\d+)\D*\.json$", file)):
-            pictures[folder][int(number[1])] = files[name]
+        number = re.search(r"(\d+)\D*\.json$", file, re.IGNORECASE)
+        if number and folder.lower().endswith(".keypoints"):
+            pictures[folder.rpartition(".")[0]][int(number[1])] = files[name]
+        for kind in SIDECARS:
+            if name.lower().endswith(f".{kind}"):
+                sidecars[name[: -len(kind) - 1]][kind] = files[name]
     for name, blob in files.items():
         if name.rpartition("/")[2].startswith("."):
             continue
@@ -216,8 +220,5 @@ def group_samples(files: Mapping[str, Blob], tar: str = "") -> list[Sample]:
             samples.append(faulty(prefix + name, Skipped("unread archive", detail)))
         elif name.lower().endswith(VIDEO_SUFFIXES):
             stem = name.rpartition(".")[0]
-            sidecars = {
-                kind: files[f"{stem}.{kind}"] for kind in SIDECARS if f"{stem}.{kind}" in files
-            }
-            samples.append(Sample(prefix + name, blob, sidecars, pictures[f"{stem}.keypoints"]))
+            samples.append(Sample(prefix + name, blob, sidecars[stem], pictures[stem]))
     return samples

@@ -52,6 +52,12 @@ class FakeGenerator:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.streams = []
+        self.options = {}
+
+    def load(self, name, **options):
+        """Stand for `StreamingGenerator.from_pretrained`."""
+        self.options = options
+        return self
 
     def sample_image(self):
         path = self.folder / "sample.png"
@@ -76,5 +82,5 @@ if __name__ == "__main__":
     FakeGenerator.step_seconds = float(os.environ["STEP_SECONDS"])
     with tempfile.TemporaryDirectory() as folder:
         generator = FakeGenerator(folder)
-        StreamingGenerator.from_pretrained = lambda name: generator
+        StreamingGenerator.from_pretrained = generator.load
         sys.exit(main())

@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from aapt.checkpoint import BUNDLED
@@ -32,7 +33,7 @@ from .fake_generator import HEIGHT, WIDTH, FakeGenerator, script
 def generator(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     fake = FakeGenerator(tmp_path / "model")
-    monkeypatch.setattr(StreamingGenerator, "from_pretrained", lambda name: fake)
+    monkeypatch.setattr(StreamingGenerator, "from_pretrained", fake.load)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -69,10 +70,70 @@ def test_all_options_reach_the_stream(generator, capsys):
     (stream,) = generator.streams
     assert (stream.prompt, stream.seed) == ("a desert", 7)
     assert stream.controls == [(-1, 0)] * 3 + [(0, -0.4)] * 3
+    assert generator.options == {"device": None, "dtype": None, "size": None}
     assert np.abs(stream.first_frame.astype(int) - (1, 2, 3)).max() <= 2
     assert decode("a.mp4")[0].shape == (80, 128, 3)
     said = capsys.readouterr().err.splitlines()
     assert said[0] == ("photo.jpg: 400 x 160 image cropped to 256 x 160 and resized to 128 x 80")
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "--out", "a.gif", "--seconds", 0.1], ["bench", "stream"], ["serve"]]
+)
+def test_device_precision_and_size_reach_the_model(generator, monkeypatch, command):
+    """The bench and the server need more than the stand-in has, and end after loading it."""
+    if command[0] == "serve":
+        pytest.importorskip("fastapi", reason="needs the extra serve")
+
+    def load(name, **options):
+        loaded.append((name, options))
+        if command[0] == "generate":
+            return generator
+        raise ValueError("loaded")
+
+    loaded = []
+    monkeypatch.setattr(StreamingGenerator, "from_pretrained", load)
+    options = ["--device", "cuda:1", "--dtype", "float16", "--size", "736x416"]
+    assert run(*command, *options) == (0 if command[0] == "generate" else 2)
+    placed = {"device": "cuda:1", "dtype": torch.float16, "size": (416, 736)}
+    assert loaded == [("tiny-world", placed)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--out", "a.mp4"],
+        ["bench", "stream"],
+        ["info"],
+        ["eval", "tiny-world", "--out", "out"],
+    ],
+)
+def test_a_place_that_a_model_cannot_have_is_one_line(tiny_world, tmp_path, capsys, command):
+    for options, message in [
+        (["--device", "disk"], "device: expected cpu, cuda or cuda:N, got disk"),
+        (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, got int8"),
+        (["--size", "736"], "size: expected WIDTHxHEIGHT such as 128x80, got 736"),
+        (["--size", "0x80"], "size: expected WIDTHxHEIGHT such as 128x80, got 0x80"),
+        (["--size", "130x80"], "expected multiples of 16, got 80 x 130; 80 x 128 is near"),
+    ]:
+        assert run(*command, *options) == 2, options
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+
+
+def test_a_machine_without_cuda_says_what_to_do(tiny_world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert run("generate", "--device", "cuda", "--out", tmp_path / "a.mp4") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("aapt: device: cannot use cuda: PyTorch ") and said.count("\n") == 1
+    assert said.endswith(" is built without CUDA; install a build with CUDA, or take cpu\n")
+
+
+def test_a_video_of_another_size_and_precision(tiny_world, tmp_path):
+    options = ["--seconds", 0.2, "--size", "160x96", "--dtype", "bfloat16"]
+    assert run("generate", *options, "--out", tmp_path / "a") == 0
+    (first, *others) = sorted((tmp_path / "a").iterdir())
+    assert len(others) == 4 and Image.open(first).size == (160, 96)
 
 
 @pytest.mark.parametrize("seconds, frames", [(0.01, 5), (0.5, 13), (1, 25), (1.24, 29), (2, 49)])
@@ -385,6 +446,71 @@ def test_info(tiny_world, capsys):
     assert facts["versions"]["torch"] and facts["threads"] >= 1
 
 
+def test_info_of_another_device_says_what_is_missing(tiny_world, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert run("info", "--device", "cuda", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["device"]["missing"].startswith("device: cannot use cuda: PyTorch ")
+    assert {row["backend"] for row in facts["ops"]} == {None}
+    assert all("cuda: no CUDA device" in row["reason"] for row in facts["ops"] if row["reason"])
+    assert run("info", "--device", "cuda") == 0
+    table = capsys.readouterr().out
+    assert "is built without CUDA; install a build with CUDA" in table
+    assert "none on cuda in bfloat16  cuda: no CUDA device; triton: " in table
+
+
+def test_info_asks_the_backends_for_their_reasons(tiny_world, capsys, monkeypatch):
+    """An H100 in the place of no device: float32 is too much for the sm_90a kernels alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr("aapt.device.usable_device", torch.device)
+    monkeypatch.setattr("aapt_kernels.backend.no_sm90", lambda device=None: None)
+    monkeypatch.setattr("aapt_kernels.backend.implementation", lambda op, name: abs)
+    monkeypatch.setattr("aapt.environment.environment", lambda: environment)
+    environment = {"cuda": {"devices": [], "torch_built_for": "13.0"}, "versions": {}}
+    environment |= {"cpu": "", "cores": 1, "threads": 1, "commit": None}
+    chosen = {}
+    for dtype in ("bfloat16", "float32", "float64"):
+        assert run("info", "--device", "cuda", "--dtype", dtype, "--json") == (
+            2 if dtype == "float64" else 0
+        )
+        said = capsys.readouterr().out
+        rows = json.loads(said)["ops"] if said else []
+        chosen[dtype] = {row["op"]: (row["backend"], row["reason"]) for row in rows}
+    assert chosen["bfloat16"]["kv_append"] == ("cuda", "")
+    backend, why = chosen["float32"]["kv_append"]
+    assert backend == "triton" and why.startswith("cuda: it takes bfloat16 with head_dim 64 or 128")
+    assert chosen["float32"]["causal_conv3d"][0] == "triton"
+
+
+def test_info_shows_what_the_driver_says(tiny_world, capsys, monkeypatch):
+    from aapt import cuda_driver
+
+    facts = dict(l2_bytes=50 << 20, persisting_l2_bytes=32 << 20, clock_mhz=1980)
+    facts |= dict(bytes_per_second=3_352_000_000_000)
+    monkeypatch.setattr(
+        "aapt.environment._device", lambda index: {"name": "H100", "capability": "9.0"}
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda_driver, "driver_version", lambda: "13.0")
+    monkeypatch.setattr(cuda_driver, "device_facts", lambda index: facts)
+    assert run("info") == 0
+    assert (
+        "driver for CUDA 13.0, 1980 MHz, 3.35 TB/s, L2 50 MiB, of which 32 MiB may persist"
+        in capsys.readouterr().out
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "aapt.environment._device", lambda index: {"name": "H100", "capability": "9.0"}
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert run("info") == 0
+    assert "pip install 'aapt[cuda]'" in capsys.readouterr().out
+
+
 def test_bench_stream(tiny_world, capsys):
     assert run("bench", "stream", "--steps", 2) == 0
     assert "2 steps of 4 frames, decoding included" in capsys.readouterr().out
@@ -394,6 +520,30 @@ def test_bench_stream(tiny_world, capsys):
     assert 0 < facts["step_ms"]["p50"] <= facts["step_ms"]["p99"] <= facts["step_ms"]["max"]
     assert facts["first_frame_ms"]["warm"] > 0 and facts["peak_memory_bytes"]["process"] > 2**20
     assert facts["fps"] == pytest.approx(24 * facts["real_time"]) and facts["cpu"]
+
+
+def test_bench_stream_shows_the_parts_of_a_step(tiny_world, capsys):
+    assert run("bench", "stream", "--steps", 1, "--breakdown") == 0
+    table = capsys.readouterr().out
+    assert "parts of a step  measured on cpu\n" in table and "for each of 6 blocks" in table
+    assert run("bench", "stream", "--predict", "h100", "--size", "160x96") == 0
+    table = capsys.readouterr().out
+    assert "tiny-world: 160 x 96, bfloat16" in table
+    assert "predicted for h100: nothing was measured" in table
+    assert run("bench", "stream", "--predict", "h200", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["breakdown"]
+    assert found["how"] == "predicted for h200" and found["step"] > found["parts"]["products"]
+
+
+def test_bench_stream_says_what_a_prediction_and_a_graph_need(tiny_world, tmp_path, capsys):
+    for options, message in [
+        (["--predict", "h300"], "predict: expected one of h100, h200, got h300"),
+        (["--predict", "h100", "--device", "cuda"], "device: expected none with --predict"),
+        (["--graph", tmp_path / "step.dot"], "graph: expected a CUDA device, where a step is one"),
+    ]:
+        assert run("bench", "stream", *options) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
 
 
 def test_bench_stream_refuses_no_steps(capsys):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ def closing(*names):
 
 
 def test_a_video_is_made_without_standard_streams(tmp_path):
-    """Without them, the video's file would get one of their numbers, and messages would follow."""
+    """The video's file would else get one of their numbers, and messages would follow."""
     process = script(
         *("generate", "--seconds", 0.2, "--out", tmp_path / "frames"),
         preexec_fn=closing("stdin", "stdout", "stderr"),
@@ -107,6 +108,21 @@ def test_warnings_are_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "aapt: one and two\n"
 
 
+def test_memory_that_ends_is_one_line(monkeypatch, tmp_path, capsys):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(runs, "run", full)
+    assert main(["train", "tiny-world", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "aapt: out of memory; the same command resumes, and takes less with --clips-at-once 1 or "
+        "--checkpoint-blocks\n"
+    )
+    monkeypatch.setattr("aapt.streaming.generator.StreamingGenerator.from_pretrained", full)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "aapt: out of memory\n"
+
+
 def test_ctrl_c_in_train_says_how_to_resume(monkeypatch, tmp_path, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -148,6 +164,14 @@ def test_ctrl_c_while_modules_load_is_one_line(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "aapt: interrupted\n"
+
+
+def test_ctrl_c_within_an_exec_keeps_the_code(tmp_path):
+    """Dataclasses are made by `exec` while modules load; CPython remembers a Ctrl-C in one."""
+    (tmp_path / "aapt_kernels.py").write_text('exec("raise KeyboardInterrupt")')
+    (tmp_path / "aapt").symlink_to(Path(aapt.__file__).parent)
+    done = subprocess.run([*COMMAND, "info"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "aapt: interrupted\n")
 
 
 def children(pid):

@@ -548,6 +548,8 @@ def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monke
         "seconds": 2.0,
         "seed": 1,
         "device": "cpu",
+        "dtype": "float32",
+        "size": "64x32",
     }
     other = printed["timelines"][checkpoint.name]["palette_error"]
     assert other not in [line.palette_error for line in before.timelines.values()]
@@ -567,7 +569,11 @@ def test_the_command_says_what_is_wrong_in_one_line(checkpoint, tmp_path, capsys
         ([checkpoint, "--seconds", "1.2", "--out", "a"], 2, "seconds: expected at least 1.33"),
         ([checkpoint, "--seconds", "nan", "--out", "a"], 2, "seconds: expected a finite number"),
         ([checkpoint, "--fvd", "no.pt", "--out", "a"], 2, "fvd: expected a TorchScript file"),
-        ([checkpoint, "--device", "disk", "--out", "a"], 2, "device: cannot use disk: "),
+        (
+            [checkpoint, "--device", "disk", "--out", "a"],
+            2,
+            "device: expected cpu, cuda or ",
+        ),
         ([checkpoint, "--seconds", "1e308", "--out", "a"], 2, "seconds: expected at most 1e+07"),
         ([checkpoint, "--seed", 2**43, "--out", "a"], 2, "Invalid value for '--seed'"),
         ([checkpoint, "--fid", 300 * "a", "--out", "a"], 2, "fid: cannot read aaa"),

@@ -49,7 +49,7 @@ def test_streaming_equals_parallel(size, sink_distance):
 
 @torch.no_grad()
 def everything(model, size) -> list[torch.Tensor]:
-    """What every way through the network makes of the same inputs."""
+    """Return what every way through the network makes of one set of inputs."""
     net = model.transformer
     torch.manual_seed(1)
     x, recycled, noise = (latents(FRAMES, size) for _ in range(3))

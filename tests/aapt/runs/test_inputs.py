@@ -296,7 +296,7 @@ def test_a_stage_without_the_one_before(latents, tmp_path):
 
 
 def test_a_model_with_conditions_starts_from_one_without(tmp_path):
-    """Under conditions of zero it computes what the other model computes (docs/method.md#10)."""
+    """Conditions of zero make it compute what the other model computes (docs/method.md#10)."""
     torch.manual_seed(0)
     before = WorldModel(MODEL, None)
     for parameter in before.parameters():
@@ -362,7 +362,7 @@ def travels(tmp_path_factory):
 
 
 def test_rays_are_scaled_to_the_clips(travels, tmp_path):
-    """Through the checkpoint's camera, rays of all clips have unit deviation."""
+    """Rays of all clips have unit deviation through the checkpoint's camera."""
     options = RunOptions(sample_every=None)
     folder = train(tmp_path / "run", travels, made=exploring(), options=options)
     camera = StreamingGenerator.from_pretrained(folder).model.camera

@@ -168,7 +168,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("end", [Stopped, KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("part", ["accumulate", "update"])
 def test_an_update_that_is_interrupted_leaves_the_run_resumable(undisturbed, tmp_path, end, part):
-    """Between the gradients and the step, or between the steps of the two networks.
+    """An update fails between gradients and step, or between the steps of the two networks.
 
     The same stage object resumes: gradients of the interrupted update do not count.
     """

@@ -102,7 +102,7 @@ def test_missing_metrics_and_wrong_starts_are_said(tmp_path):
 
 
 def test_a_log_file_gets_plain_lines(tmp_path, monkeypatch):
-    """With an update every two seconds, seven more take 14."""
+    """Seven more updates of two seconds each take 14."""
     monkeypatch.setattr(time, "perf_counter", itertools.count(1000, 2).__next__)
     assert run(tmp_path, range(2, 4)).splitlines() == [
         "diffusion 3/10  0.5 it/s  ETA 0:00:14  loss 0.5  gradient 1e-05",

@@ -260,7 +260,7 @@ def test_a_full_disk_keeps_what_there_is(saved, history, monkeypatch):
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_of_a_save(saved, history, tmp_path_factory, stride):
-    """Between any two file operations, the newest state can be read and is that of its update.
+    """The newest state can be read between any two file operations, and is its update's.
 
     The resumed run ends as if nothing had happened.
     """

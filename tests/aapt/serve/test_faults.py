@@ -128,7 +128,7 @@ def test_eight_visitors_and_their_faults(serve, talk, generator):
 
 
 def test_worlds_that_are_played_at_once_get_equal_shares(serve, talk):
-    """On a machine that cannot keep the pace, all get as much of the device's time."""
+    """Each gets as much of the device's time on a machine that cannot keep the pace."""
     running = serve(sessions=4)
     spent = [0.0] * 4
 

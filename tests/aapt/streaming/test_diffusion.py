@@ -69,7 +69,7 @@ def test_streams_without_caches_are_the_same(guidance, driven):
 
 @pytest.mark.parametrize(("steps", "guidance", "passes"), [(1, 1.0, 1), (8, 1.0, 8), (8, 10.0, 16)])
 def test_passes_per_frame_are_those_that_run(steps, guidance, passes, monkeypatch):
-    """Without guidance none is wasted on an empty prompt."""
+    """No pass is wasted on an empty prompt if there is no guidance."""
     sampling, model = SamplingConfig(steps, 6.0, guidance), tiny_model()
     text, batches, step = model.text_encoder(PROMPTS), [], model.transformer.step
     rollout = DiffusionRollout(model.transformer, *text, text, latents(1), sampling)

@@ -1,6 +1,8 @@
 """A step as one captured graph: a stand-in for a graph replays from the same addresses."""
 
 import dataclasses
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +120,49 @@ def test_nothing_is_launched_outside_of_the_graph(monkeypatch, picture):
     assert launches == ["aten.copy_.default"] * 3
 
 
+class Device:
+    """A stand-in for `torch.cuda` beside which the pixels of a step leave, recording the order."""
+
+    def __init__(self, monkeypatch):
+        self.done = []
+        self.current, self.side = (self.stream(name) for name in ("step", "pixels"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+    def stream(self, name):
+        def record_event():
+            self.done.append(f"{name} records")
+            return SimpleNamespace(synchronize=lambda: self.done.append("host waits"))
+
+        return SimpleNamespace(
+            wait_stream=lambda other: self.done.append(f"{name} waits"),
+            wait_event=lambda event: self.done.append(f"{name} waits for the copy"),
+            record_event=record_event,
+        )
+
+
+def test_a_warm_step_with_its_pixels_waits_for_nothing_and_allocates_nothing(monkeypatch, picture):
+    """The host waits when it takes the pixels, and not before."""
+    eager, generator = generators(monkeypatch)
+    stream, expected = generator.open(picture, "ab"), eager.open(picture, "ab")
+    play(stream, WALK), play(expected, WALK)
+    device, reader = Device(monkeypatch), stream._memory._reader
+    reader._stream = device.side
+    shape = torch.Size((1, 3, 4, HEIGHT, WIDTH))
+    reader._buffers[shape] = [torch.zeros(shape, dtype=torch.uint8) for _ in range(2)]
+    frames, taken = [], []
+    for yaw in (1.0, -1.0):  # the second is submitted before the first is taken
+        with torch.inference_mode(), Outside() as outside:
+            taken.append(stream.submit(Control(yaw=yaw)))
+        frames.append(expected.step(Control(yaw=yaw)))
+        launches = [name for name in outside.seen if not name.startswith(VIEWS)]
+        assert launches == ["aten.copy_.default"] * 4  # the control's, and that of the pixels
+    each = ["pixels waits", "pixels records", "step waits for the copy"]
+    assert device.done == 2 * each
+    assert all(np.array_equal(take(), made) for take, made in zip(taken, frames, strict=True))
+    assert device.done == 2 * each + 2 * ["host waits"]
+
+
 class OnTheHost(TorchDispatchMode):
     """Counts the tensors that operations leave on the host: a graph on a device can hold none."""
 
@@ -142,6 +187,31 @@ def test_a_step_takes_nothing_from_the_host():
         pixels = held._run()
     assert pixels.shape == (1, 3, 4, 32, 48) and pixels.device.type == "meta"
     assert host.seen == []
+
+
+def test_a_memory_is_made_without_encoding_a_prompt(monkeypatch, picture):
+    _, generator = generators(monkeypatch)
+    encoder, prompts = generator.model.text_encoder, []
+    monkeypatch.setattr(
+        encoder, "forward", lambda p: prompts.append(p) or type(encoder).forward(encoder, p)
+    )
+    generator.open(picture, "ab")
+    assert prompts == [["ab"]]
+
+
+def test_the_parts_of_a_step_can_be_watched(picture):
+    model, vae = build()
+    stream = StreamingGenerator(model, vae, height=HEIGHT, width=WIDTH).open(picture, "ab")
+    seen = []
+
+    def phase(name):
+        seen.append(name)
+        return nullcontext()
+
+    with stream.watched(phase):
+        stream.step(WALK[0])
+    stream.step(WALK[0])
+    assert seen == ["condition", "noise", "generate", "decode", "copy"]
 
 
 def test_memory_is_counted_and_stays_where_it_is(monkeypatch, picture):

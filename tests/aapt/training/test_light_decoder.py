@@ -231,7 +231,7 @@ def test_the_adversarial_loss_is_relativistic_and_reaches_the_decoder_alone():
 
 
 def test_the_penalty_is_on_the_discriminator_s_slope():
-    """For a discriminator that sums its input, it is sigma^2 times the number of summands."""
+    """The penalty of a discriminator that sums its input is sigma^2 times the summands."""
     made = stage(adversary=replace(ADVERSARY, penalty=3.0, perturbation=0.1))
     made.discriminator = nn.Module()
     made.discriminator.scale = nn.Parameter(torch.ones(()))

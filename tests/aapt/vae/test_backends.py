@@ -1,4 +1,4 @@
-"""What runs the autoencoder's convolutions on an sm_90 device, by the rule that `auto` follows."""
+"""The backends of the autoencoder's convolutions on an sm_90 device, as `auto` chooses them."""
 
 import pytest
 import torch

@@ -2,6 +2,8 @@
 apart. Where there is no CUDA device a stand-in for a graph replays from the same addresses."""
 
 import copy
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 from aapt.vae import DecoderStream, stream
 
 from .test_autoencoder import CONFIGS, make_vae
+
+X = torch.zeros(1)
 
 
 def stand_in(function, device, pool=None):
@@ -146,6 +150,75 @@ def test_nothing_has_a_gradient_where_graphs_are_captured(monkeypatch):
     with torch.inference_mode():
         DecoderStream(vae, (1, 16, 1, 3, 4))
     assert seen == [False] * 4
+
+
+class Recorded:
+    """A stand-in for `torch.cuda` that records what a capture does, in order."""
+
+    def __init__(self):
+        self.done, self.device_now, self.streams = [], None, 0
+
+    def CUDAGraph(self, keep_graph):
+        self.done.append(("graph", keep_graph))
+        return SimpleNamespace(
+            instantiate=lambda: self.done.append("instantiate"),
+            replay=lambda: self.done.append("replay"),
+        )
+
+    def Stream(self):
+        self.streams += 1
+        return SimpleNamespace(device=self.device_now, wait_stream=lambda other: None)
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def device(self, device):
+        before, self.device_now = self.device_now, device
+        yield
+        self.device_now = before
+
+    @contextmanager
+    def stream(self, stream):
+        self.done.append(("stream", stream.device))
+        yield
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.done.append(("capture", stream.device, pool, capture_error_mode))
+        yield
+        self.done.append("end")
+
+
+def test_a_capture_has_a_stream_of_its_device(monkeypatch):
+    """PyTorch has one capture stream for all devices unless it is given one."""
+    cuda = Recorded()
+    for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    calls = []
+    for index in (0, 1):
+        device = torch.device("cuda", index)
+        captured = stream.capture(lambda: calls.append(cuda.device_now) or X, device, (0, index))
+        assert captured() is X and isinstance(captured, stream.Captured)
+        assert calls == [device] * (stream.WARMUPS + 1)
+        assert cuda.done == [
+            *(("stream", device), ("graph", True)),
+            *(("capture", device, (0, index), "thread_local"), "end", "instantiate", "replay"),
+        ]
+        calls.clear()
+        cuda.done.clear()
+    assert cuda.streams == 2
+
+
+def test_the_second_stream_of_a_decoder_is_opened_without_a_decode(monkeypatch):
+    vae = make_vae(CONFIGS["tiny"])
+    latents = torch.randn(3, 1, 16, 1, 3, 4)
+    first = DecoderStream(vae, latents[0].shape)
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr(vae, "decode_frame", None)
+        second = DecoderStream(vae, latents[0].shape)
+    assert torch.equal(play(second, latents), play(first, latents))
+    assert DecoderStream(vae, (2, 16, 1, 3, 4)).decode(latents[:2, 0]).shape[0] == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -44,7 +44,7 @@ def statistics(theirs):
 
 
 def assert_close(actual, float32, exact):
-    """As near to float64 as diffusers is itself, within a factor."""
+    """Our decoder is as near to float64 as diffusers is itself, within a factor."""
     error, plain = ((x.double() - exact).abs().max() for x in (actual, float32))
     assert error <= 4 * plain + 1e-6 * exact.abs().max()
     assert plain < 1e-3 * exact.abs().max()

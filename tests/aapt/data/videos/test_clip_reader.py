@@ -96,7 +96,7 @@ def test_what_comes_before_damage_is_used(tmp_path):
 
 
 def starts(items):
-    """For each clip its start in video frames, for each skip its text."""
+    """Return the start of each clip in video frames, and the text of each skip."""
     return [item if isinstance(item, str) else round(24 * item.start) for item in items]
 
 

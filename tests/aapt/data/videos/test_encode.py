@@ -271,7 +271,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("clips", [None, 7])
 def test_files_that_changed_since_are_noticed(few, vae, tmp_path, change, clips):
-    """In a finished job, and in one that was stopped with all videos in its journal."""
+    """A finished job notices, and so does one stopped with all videos in its journal."""
     count = iter(range(100))
     index = run(few, vae, tmp_path / "out", stop=lambda: clips and next(count) == clips - 1)
     assert index["complete"] == (clips is None)
@@ -515,7 +515,11 @@ def test_the_command_says_what_is_wrong(command, videos, whole, tmp_path, capsys
         ([videos, "--out", out, "--seconds", "nan"], 2, "seconds: expected a finite number"),
         ([videos, "--out", out, "--stride", "0"], 2, "stride: expected a finite number above 0"),
         ([videos, "--out", out, "--motion", "up"], 2, "motion: expected none, camera or pose"),
-        ([videos, "--out", out, "--device", "dsp"], 2, "device: cannot use dsp: "),
+        (
+            [videos, "--out", out, "--device", "dsp"],
+            2,
+            "device: expected cpu, cuda or ",
+        ),
         ([videos, "--out", whole], 2, "out: expected a new folder, "),
         ([videos, "--out", out, "--motion", "pose"], 1, "no clip could be used; "),
     ]:

@@ -319,6 +319,22 @@ def test_suffixes_in_capitals_and_archives_that_are_not_read(tmp_path):
     ]
 
 
+def test_sidecars_with_suffixes_in_capitals_are_read(tmp_path):
+    for name in ("a.mp4", "b.MP4", "c.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.TXT").write_text("in capitals")
+    (tmp_path / "b.Json").write_text('{"caption": "as JSON"}')
+    (tmp_path / "b.Camera.TXT").write_text("poses")
+    (tmp_path / "c.TXT").write_text("not this one")
+    (tmp_path / "c.txt").write_text("this one")
+    (tmp_path / "c.Keypoints").mkdir()
+    (tmp_path / "c.Keypoints" / "frame_3.JSON").write_text("{}")
+    a, b, c = find_samples(tmp_path)
+    assert [s.captions() for s in (a, b, c)] == [["in capitals"], ["as JSON"], ["this one"]]
+    assert b.sidecar("camera.txt", "no camera").text("bad camera") == "poses"
+    assert c.keypoints() == [{}]
+
+
 def member(archive, name, kind, target="", data=b""):
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, target, len(data)

@@ -403,7 +403,7 @@ def test_frames_after_a_jump_begin_with_its_first_picture():
 
 
 def test_a_clock_of_64_bits_ends():
-    """At 10^15 s its pictures share times: few are left, and each of them is shown once."""
+    """Pictures share times at 10^15 s: few are left, and each of them is shown once."""
     times = EVEN[:6] + [time + 2**62 for time in EVEN[6:]]
     assert [n for _, n in shown(retimed(LOSSLESS, times), 24)] == list(range(7))
     times[8:] = EVEN[8:]
@@ -448,7 +448,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("data, expected", BROKEN)
 def test_files_without_video(tmp_path, data, expected):
-    """In memory and on the disk. Their errors differ if FFmpeg reads before the start."""
+    """Videos in memory and on the disk: errors differ if FFmpeg reads before the start."""
     (tmp_path / "a").write_bytes(data)
     for file in (io.BytesIO(data), (tmp_path / "a").open("rb")):
         with file, pytest.raises(Skipped, match="^" + expected):

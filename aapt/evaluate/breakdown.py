@@ -1,0 +1,269 @@
+"""The parts of a stream's step: measured on a CPU, predicted for a GPU.
+
+Both see the operations of a step one by one and give each to a part. On a CPU an operation costs
+the time that it takes. A prediction runs the step on the meta device, where nothing is computed,
+and takes the larger of arithmetic and memory traffic.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ..streaming.generator import Stream, StreamingGenerator
+from ..streaming.memory import StreamMemory
+from ..vae.cost import decoder_work
+
+LINEAR = "aten::linear"  # whole, because inference mode does not take it apart
+PRODUCTS = (LINEAR, "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
+ATTENTION, APPEND = "aapt::cached_attention", "aapt::kv_append"
+WITHOUT_KERNEL = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::lift_fresh")
+GENERATE = "generate"
+# Of one step, in the order of their first operation. "fused" is norm, rotation, append, modulation,
+# gates and activations, whether one kernel does them or several.
+PARTS = ("condition", "noise", "patchify", "products", "attention", "fused", "decode", "copy")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates that a kernel of a step reaches, per second; `gap`: seconds between two kernels of a
+    graph; `link`: bytes per second to the host.
+
+    Nothing here was measured on a step: benchmarks/decoder_model.py, schedule_model.py and
+    training_model.py say where the numbers come from.
+    """
+
+    products: float
+    attention: float
+    convolutions: float
+    memory: float
+    link: float = 25e9
+    gap: float = 2e-6
+
+
+GPUS = {
+    "h100": Gpu(products=700e12, attention=600e12, convolutions=630e12, memory=3.0e12),
+    "h200": Gpu(products=700e12, attention=600e12, convolutions=630e12, memory=4.3e12),
+}
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Milliseconds of a step.
+
+    Attributes:
+        how: "measured on cpu", or "predicted for" a GPU.
+        parts: By the names of PARTS.
+        step: The whole step. Measured on its own; predicted, the parts that nothing overlaps, and
+            `idle`.
+        idle: Measured, the step without its parts: the host between operations, below zero if the
+            watched steps were slower. Predicted, the gaps between kernels.
+        text: A change of the prompt, which no step contains.
+        blocks: Blocks of the transformer, whose sums `products`, `attention` and `fused` are.
+        kernels: Operations that compute, in a step without its decoder.
+    """
+
+    how: str
+    parts: dict[str, float]
+    step: float
+    idle: float
+    text: float
+    blocks: int
+    kernels: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields, and the sum of the parts."""
+        return asdict(self) | {"sum_of_parts": sum(self.parts.values())}
+
+
+class Parts(TorchDispatchMode):
+    """Give the cost of every operation to a part of the step.
+
+    cost: a function of an operation and its arguments that runs it; returns the result and the
+    seconds.
+    """
+
+    def __init__(self, transformer: nn.Module, cost: Callable[..., tuple[Any, float]]):
+        super().__init__()
+        self.cost = cost
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.kernels = 0
+        self._phase, self._inside = "", False
+        self._owners = {
+            parameter.untyped_storage()._cdata: name
+            for name, parameter in transformer.named_parameters()
+        }
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Hold the name of what a stream does now, see `Stream.watched`."""
+        self._phase, self._inside = name, False
+        begun = time.perf_counter()
+        yield
+        if name == "copy":  # partly done by NumPy, which is not seen here
+            self.seconds[name] += time.perf_counter() - begun
+        self._phase = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, seconds = self.cost(function, *args, **(kwargs or {}))
+        if self._phase in ("", "copy"):
+            return out
+        part = self._phase if self._phase != GENERATE else self._part(function, args)
+        self.seconds[part] += seconds
+        if has_kernel(function) and self._phase != "decode":
+            self.kernels += 1
+        return out
+
+    def _part(self, function, args: tuple) -> str:
+        """Return the part of an operation of the transformer.
+
+        Operations between the product of the first block and that of the output are inside.
+        """
+        name = function._schema.name
+        if name in PRODUCTS:
+            owners = (self._owners.get(x.untyped_storage()._cdata) for x in tensors_of(args))
+            owner = next((owner for owner in owners if owner), "blocks.")
+            self._inside = owner.startswith(("blocks.", "video_in."))
+            return "products" if owner.startswith("blocks.") else "patchify"
+        if name == ATTENTION:
+            return "attention"
+        return "fused" if self._inside or name.startswith("aapt::") else "patchify"
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results."""
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def has_kernel(function) -> bool:
+    """Return whether an operation computes: it makes no view and does not only allocate."""
+    schema = function._schema
+    if schema.name.startswith(WITHOUT_KERNEL):
+        return False
+    aliases = [result.alias_info for result in schema.returns]
+    return not any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def timed(function, *args, **kwargs) -> tuple[Any, float]:
+    """Run an operation on the CPU; return its result and its seconds."""
+    begun = time.perf_counter()
+    out = function(*args, **kwargs)
+    return out, time.perf_counter() - begun
+
+
+def measure_parts(stream: Stream, control: Any, steps: int) -> Breakdown:
+    """Time the parts of a warm stream's step on a CPU.
+
+    Steps whose operations are timed alternate with steps that are timed as a whole, `steps` of
+    each; figures are medians. ValueError on another device, where a step is one graph.
+    """
+    generator = stream.generator
+    if generator.device.type != "cpu":
+        raise ValueError(
+            f"breakdown: expected a model on the CPU, got {generator.device}, where a step is one "
+            "graph; predict it, or profile it with its NVTX ranges"
+        )
+    watched, whole = [], []
+    for _ in range(steps):
+        parts = Parts(generator.model.transformer, timed)
+        with stream.watched(parts.phase), parts:
+            stream.step(control)
+        watched.append(parts)
+        begun = time.perf_counter()
+        stream.step(control)
+        whole.append(time.perf_counter() - begun)
+    begun = time.perf_counter()
+    stream.prompt = stream.prompt
+    text = time.perf_counter() - begun
+    seconds = {name: float(np.median([parts.seconds[name] for parts in watched])) for name in PARTS}
+    step = float(np.median(whole))
+    return _breakdown(
+        "measured on cpu",
+        seconds,
+        step,
+        step - sum(seconds.values()),
+        text,
+        generator,
+        watched[-1].kernels,
+    )
+
+
+def predict_parts(generator: StreamingGenerator, name: str) -> Breakdown:
+    """Predict the parts of a step on a GPU, full ring, from the operations that the model runs.
+
+    generator: on the meta device, in the precision of the GPU; name: of GPUS. ValueError for
+    another.
+    """
+    if name not in GPUS:
+        raise ValueError(f"predict: expected one of {', '.join(GPUS)}, got {name}")
+    gpu, model, vae = GPUS[name], generator.model, generator.vae
+    memory = StreamMemory(model, vae, generator.latent_size)
+    of_text, parts = (Parts(model.transformer, predicted_on(gpu)) for _ in range(2))
+    config = model.config
+    with torch.inference_mode():
+        text = memory.latent.new_empty(1, config.text_tokens, config.text_width)
+        lens = torch.empty(1, dtype=torch.int64, device="meta")
+        with of_text, of_text.phase(GENERATE):
+            memory.rollout.set_text(text, lens)
+        memory.phase = parts.phase
+        with parts:
+            memory._run()
+    works = decoder_work(vae.config, generator.height, generator.width)
+    seconds = parts.seconds | {
+        "decode": sum(
+            max(work.folded_flops / gpu.convolutions, work.bytes / gpu.memory) for work in works
+        ),
+        "copy": 3 * generator.frames_per_step * generator.height * generator.width / gpu.link,
+    }
+    idle = gpu.gap * (parts.kernels + len(works))
+    step = sum(seconds.values()) - seconds["copy"] + idle
+    changed = sum(of_text.seconds.values()) + gpu.gap * of_text.kernels
+    return _breakdown(
+        f"predicted for {name}", seconds, step, idle, changed, generator, parts.kernels
+    )
+
+
+def predicted_on(gpu: Gpu) -> Callable[..., tuple[Any, float]]:
+    """Return the cost of operations on the meta device: the larger of arithmetic at the GPU's rate
+    and of reading each argument and writing each result once."""
+
+    def cost(function, *args, **kwargs) -> tuple[Any, float]:
+        out = function(*args, **kwargs)
+        if not has_kernel(function):
+            return out, 0.0
+        moved = sum(x.nbytes for x in tensors_of((args, kwargs, out)))
+        arithmetic = 0.0
+        if function._schema.name == APPEND:  # of the cache, it writes as much as it is given
+            moved = 2 * sum(x.nbytes for x in args[:3])
+        if function._schema.name == ATTENTION:
+            q, keys = args[0], args[1]
+            arithmetic = 4 * q.numel() * keys.shape[1] / gpu.attention
+        elif function._schema.name == LINEAR:
+            arithmetic = 2 * args[0].numel() * len(args[1]) / gpu.products
+        elif (count := flop_registry.get(function._overloadpacket)) is not None:
+            arithmetic = count(*args, **kwargs, out_val=out) / gpu.products
+        return out, max(arithmetic, moved / gpu.memory)
+
+    return cost
+
+
+def _breakdown(
+    how: str,
+    seconds: dict[str, float],
+    step: float,
+    idle: float,
+    text: float,
+    generator: StreamingGenerator,
+    kernels: int,
+) -> Breakdown:
+    milliseconds = {name: 1e3 * value for name, value in seconds.items()}
+    blocks = generator.model.config.depth
+    return Breakdown(how, milliseconds, 1e3 * step, 1e3 * idle, 1e3 * text, blocks, kernels)

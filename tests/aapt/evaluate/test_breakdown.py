@@ -1,0 +1,141 @@
+"""The parts of a step: every operation in its part, and figures that can be counted by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from aapt import Control, StreamingGenerator
+from aapt.evaluate.breakdown import (
+    GPUS,
+    PARTS,
+    Gpu,
+    Parts,
+    has_kernel,
+    measure_parts,
+    predict_parts,
+    predicted_on,
+    timed,
+)
+from aapt.vae.cost import decoder_work
+
+from ..streaming.test_generator import HEIGHT, WIDTH, build
+
+OPS = torch.ops.aten
+ROUND = Gpu(products=1e6, attention=1e6, convolutions=1e6, memory=1e9, link=1e6, gap=0.0)
+
+
+@pytest.fixture
+def stream():
+    model, vae = build()
+    generator = StreamingGenerator(model, vae, height=HEIGHT, width=WIDTH, prompts=["ab"])
+    return generator.open(np.zeros((HEIGHT, WIDTH, 3), np.uint8), "ab")
+
+
+@pytest.fixture
+def on_paper():
+    """A generator without memory, in the precision of a GPU."""
+    model, vae = build()
+    return StreamingGenerator(
+        model.bfloat16().to("meta"), vae.bfloat16().to("meta"), height=HEIGHT, width=WIDTH
+    )
+
+
+def test_parts_and_what_is_left_are_the_whole_step(stream):
+    expected = stream.fork()
+    found = measure_parts(stream, Control(forward=1.0), steps=2)
+    assert found.how == "measured on cpu" and list(found.parts) == list(PARTS)
+    assert all(value > 0 for value in found.parts.values())
+    assert found.step == pytest.approx(sum(found.parts.values()) + found.idle)
+    assert found.text > 0 and found.blocks == 3
+    assert found.as_json()["sum_of_parts"] == pytest.approx(sum(found.parts.values()))
+    # Watching changes nothing: four steps were made, half of them watched
+    for _ in range(4):
+        expected.step(Control(forward=1.0))
+    control = Control(yaw=0.5)
+    assert np.array_equal(stream.step(control), expected.step(control))
+
+
+def test_a_time_goes_to_the_part_of_its_operation(stream):
+    """A clock that gives one second to one kind of operation alone."""
+    transformer = stream.generator.model.transformer
+
+    def seconds_of(chosen):
+        def cost(function, *args, **kwargs):
+            return function(*args, **kwargs), float(function._schema.name == chosen)
+
+        parts = Parts(transformer, cost)
+        with stream.watched(parts.phase), parts:
+            stream.step(Control())
+        found = {name: value for name, value in parts.seconds.items() if name != "copy"}
+        return {name: value for name, value in found.items() if value}
+
+    assert seconds_of("aapt::cached_attention") == {"attention": 3}
+    assert seconds_of("aapt::kv_append") == {"fused": 3}
+    assert set(seconds_of("aapt::causal_conv3d")) == {"decode"}
+    linear = seconds_of("aten::linear")
+    assert linear["products"] == 3 * 4  # qkv, out, up, down
+    assert linear["patchify"] >= 3 and set(linear) == {"products", "patchify"}
+    assert set(seconds_of("aten::log")) == {"noise"}
+    assert set(seconds_of("aten::gelu")) == {"fused"}
+
+
+def test_views_and_empty_memory_are_no_kernels():
+    for function, expected in [
+        (OPS.view.default, False),
+        (OPS.t.default, False),
+        (OPS.empty.memory_format, False),
+        (OPS.add.Tensor, True),
+        (OPS.copy_.default, True),
+        (torch.ops.aapt.kv_append.default, True),
+    ]:
+        assert has_kernel(function) == expected, function
+
+
+def test_a_prediction_is_the_larger_of_arithmetic_and_traffic():
+    cost = predicted_on(ROUND)
+    x, weight = (torch.empty(*size, device="meta") for size in ((2, 3, 8), (5, 8)))
+    out, seconds = cost(OPS.linear.default, x, weight)
+    assert out.shape == (2, 3, 5) and seconds == 2 * 2 * 3 * 8 * 5 / 1e6
+    moved = 4 * (2 * 3 * 8 + 5 * 8 + 2 * 3 * 5)
+    slow = predicted_on(dataclasses.replace(ROUND, memory=1e3))
+    assert slow(OPS.linear.default, x, weight)[1] == moved / 1e3
+    assert cost(OPS.view.default, x, [48])[1] == 0.0
+    assert cost(OPS.add.Tensor, x, x)[1] == 3 * x.nbytes / 1e9
+
+
+def test_a_prediction_follows_the_model(on_paper, monkeypatch):
+    monkeypatch.setitem(GPUS, "round", ROUND)
+    found, config = predict_parts(on_paper, "round"), on_paper.model.config
+    assert found.how == "predicted for round" and list(found.parts) == list(PARTS)
+    tokens, width, ratio = (HEIGHT // 16) * (WIDTH // 16), config.width, config.mlp_ratio
+    products = 3 * 2 * tokens * width**2 * (4 + 2 * ratio)
+    assert found.parts["products"] == pytest.approx(1e3 * products / 1e6)
+    keys = config.text_tokens + (1 + config.window_frames + 1) * tokens
+    attention = 3 * 4 * tokens * keys * width
+    assert found.parts["attention"] == pytest.approx(1e3 * attention / 1e6)
+    works = decoder_work(on_paper.vae.config, HEIGHT, WIDTH)
+    decode = sum(max(work.folded_flops / 1e6, work.bytes / 1e9) for work in works)
+    assert found.parts["decode"] == pytest.approx(1e3 * decode)
+    assert found.parts["copy"] == pytest.approx(1e3 * 4 * 3 * HEIGHT * WIDTH / 1e6)
+    beside = sum(found.parts.values()) - found.parts["copy"]
+    assert found.idle == 0 and found.step == pytest.approx(beside)
+    monkeypatch.setitem(GPUS, "round", dataclasses.replace(ROUND, gap=1.0))
+    gaps = predict_parts(on_paper, "round")
+    assert gaps.idle == 1e3 * (found.kernels + len(works))
+    assert gaps.step == pytest.approx(beside + gaps.idle)
+    assert found.text > 0 and found.kernels > 3 * 10
+
+
+def test_other_devices_and_gpus_are_refused(stream, on_paper):
+    with pytest.raises(ValueError, match="^predict: expected one of h100, h200, got h300$"):
+        predict_parts(on_paper, "h300")
+    stream.generator.vae.to("meta")
+    with pytest.raises(ValueError, match="^breakdown: expected a model on the CPU, got meta, "):
+        measure_parts(stream, Control(), 1)
+
+
+def test_an_operation_takes_the_time_that_it_takes():
+    out, seconds = timed(torch.add, torch.ones(2), 1)
+    assert out.tolist() == [2, 2] and seconds > 0
