@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aapt.environment import environment
 from aapt.model.layers import StreamWeights
+from aapt.model.mmdit import MMDiT
 from aapt.model.rope import Rotation
 from aapt.model.transformer import VideoTransformer, clean
 from aapt.streaming.student import StudentRollout
@@ -89,7 +90,7 @@ def measure(way: str, batch: int, frames: int) -> dict[str, float]:
     torch.manual_seed(0)
     # An absolute distance leaves one query per token to the recurrent way, which is then SDPA.
     config = replace(tiny_world().model, sink_distance="absolute")
-    model = VideoTransformer(config)
+    model = MMDiT(config)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)

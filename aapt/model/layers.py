@@ -24,16 +24,18 @@ NORM_EPS = 1e-6
 class StreamWeights(nn.Module):
     """The weights of one stream (video or text) in one block.
 
-    A `keys_only` stream only supplies keys and values: the text stream of the last block.
+    A `keys_only` stream only supplies keys and values: the text stream of the last block. Queries
+    and keys are normed per head, or in Wan's block over all heads.
     """
 
     def __init__(self, config: ModelConfig, keys_only: bool = False):
         super().__init__()
-        width, hidden = config.width, config.mlp_ratio * config.width
+        width, hidden = config.width, config.mlp_hidden
         self.heads = config.heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        normed = (config.head_dim,) if config.block == "mmdit" else (self.heads, config.head_dim)
+        self.q_norm = nn.Parameter(torch.ones(normed))
+        self.k_norm = nn.Parameter(torch.ones(normed))
         # Added to the shared modulation; the gates start open.
         bias = torch.zeros(6, width)
         bias[2::3] = 1
@@ -53,10 +55,17 @@ class StreamWeights(nn.Module):
 
     def mix(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Adds the attended values (B, L, heads, head_dim), then the MLP, to the residual x."""
-        _, _, gate_attention, shift, scale, gate_mlp = modulation
-        x = x + gate_attention * self.out(attended.flatten(2))
+        return self.add_mlp(self.add_attended(x, attended, modulation), modulation)
+
+    def add_attended(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Adds the attended values (B, L, heads, head_dim) to the residual x."""
+        return x + modulation[2] * self.out(attended.flatten(2))
+
+    def add_mlp(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Adds the MLP to the residual x."""
+        shift, scale, gate = modulation[3:]
         hidden = F.gelu(self.mlp_up(modulated_norm(x, shift, scale)), approximate="tanh")
-        return x + gate_mlp * self.mlp_down(hidden)
+        return x + gate * self.mlp_down(hidden)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -153,7 +162,7 @@ class Block(nn.Module):
         """Runs one new frame (B, tokens, width) against the cache and appends it there."""
         video_modulation = self.video.modulation(modulation)
         qkv = self.video.project(video, *video_modulation[:2])
-        q, k, v = self.context.to_heads(qkv, cache.tokens_per_frame).unbind(2)
+        q, k, v = self.context.to_heads(qkv, len(rotation.cos)).unbind(2)
         appended = kv_append(
             q,
             k,

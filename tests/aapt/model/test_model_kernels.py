@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aapt.model.transformer import VideoTransformer
+from aapt.model.mmdit import MMDiT
 from aapt.training.recipes import tiny_world
 from aapt_kernels import use_backend
 from aapt_kernels.backend import no_sim
@@ -38,7 +38,7 @@ def test_streaming_reaches_the_kernels():
     """The ring wraps within the steps."""
     torch.manual_seed(0)
     config = tiny_world().model
-    model = VideoTransformer(config).bfloat16().eval()
+    model = MMDiT(config).bfloat16().eval()
     text = torch.randn(1, config.text_tokens, config.text_width).bfloat16()
     steps = config.window_frames + 4
     simulated, plain = (stream(model, backend, text, steps) for backend in ("sim", "cpu"))

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import aapt.model.layers
 from aapt.model.config import ModelConfig
-from aapt.model.transformer import VideoTransformer, clean, velocity
+from aapt.model.mmdit import MMDiT
+from aapt.model.transformer import clean, velocity
 from aapt.streaming.student import StudentRollout
 from aapt.training.forcing import parallel_pass
 from aapt.training.recipes import aapt_8b
@@ -246,7 +247,7 @@ def test_checkpointing_changes_nothing():
 def test_aapt_8b_has_the_papers_size():
     """docs/method.md#2: 8.15 B in the block matrices of both streams, 8.2-8.35 B in all."""
     with torch.device("meta"):
-        model = VideoTransformer(aapt_8b())
+        model = MMDiT(aapt_8b())
     matrices = sum(
         p.numel()
         for n, p in model.named_parameters()

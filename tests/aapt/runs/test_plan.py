@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aapt.commands.app import main
 from aapt.model.config import ModelConfig
 from aapt.model.discriminator import Discriminator
-from aapt.model.transformer import VideoTransformer
+from aapt.model.mmdit import MMDiT
 from aapt.model.world_model import WorldModel
 from aapt.runs import plan
 from aapt.training.curriculum import constant
@@ -59,9 +59,7 @@ def test_shards_are_rows():
 def saved_bytes(depth: int, checkpointed: bool) -> int:
     """Distinct memory that a forward pass of two clips keeps, parameters aside."""
     config = {**dataclasses.asdict(CONFIG), "width": 128, "head_dim": 64, "depth": depth}
-    model = VideoTransformer(
-        ModelConfig(**{**config, "rope_axes": (24, 20, 20), "condition_channels": 0})
-    )
+    model = MMDiT(ModelConfig(**{**config, "rope_axes": (24, 20, 20), "condition_channels": 0}))
     model.blocks.bfloat16()
     model.checkpoint_blocks = checkpointed
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -118,7 +116,7 @@ def test_published_arithmetic():
     """One frame far into a stream, and the cache at 736x416, as in docs/method.md#14."""
     config, wide, large = aapt_8b(), (26, 46), (45, 80)
     with torch.device("meta"):
-        blocks = VideoTransformer(config).blocks
+        blocks = MMDiT(config).blocks
     assert plan.product_flops(blocks, 1196, 0) == pytest.approx(9.8e12, rel=0.01)
     assert plan.product_flops(blocks, 3600, 0) == pytest.approx(29.4e12, rel=0.01)
     assert plan.attention_flops(config, wide, 1, 100) == pytest.approx(20.5e12, rel=0.01)
@@ -129,7 +127,7 @@ def test_published_arithmetic():
 @pytest.mark.parametrize("size", [SIZE, (4, 4)])
 def test_bytes_of_caches_are_counted(size):
     config = dataclasses.replace(CONFIG, grid_windows=((2, 2, 5),))
-    cache = VideoTransformer(config).new_cache(1, size, dtype=torch.bfloat16)
+    cache = MMDiT(config).new_cache(1, size, dtype=torch.bfloat16)
     expected = cache.k.nbytes + cache.v.nbytes
     assert plan.cache_bytes(config, config.token_grid(*size), 1, continued=False) == expected
 
