@@ -210,6 +210,7 @@ class VideoTransformer(nn.Module):
             ("start_frame", start),
             ("window_frames + 1", window + 1),
             ("sink_frames", sink),
+            ("past frames of the prefix", 0 if before is None else before - sink),
         ):
             if count % chunk:
                 raise ValueError(

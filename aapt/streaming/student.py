@@ -30,18 +30,19 @@ class Segment:
 
 
 class Past:
-    """The inputs of the steps that a cache remembers: the first step and the last `window`."""
+    """The inputs of the steps that a cache remembers: the first `sink` and the last `window`."""
 
-    def __init__(self, window: int):
+    def __init__(self, window: int, sink: int = 1):
+        self.sink = sink
         self.first: list[tuple] = []
         self.window: deque[tuple] = deque(maxlen=window)
 
     def append(self, inputs: tuple) -> None:
-        (self.window if self.first else self.first).append(inputs)
+        (self.first if len(self.first) < self.sink else self.window).append(inputs)
 
     def copy(self) -> "Past":
         """A list of its own of the same inputs, which no step writes to."""
-        twin = Past(self.window.maxlen)
+        twin = Past(self.window.maxlen, self.sink)
         twin.first, twin.window = self.first.copy(), self.window.copy()
         return twin
 
@@ -79,19 +80,23 @@ class StudentRollout:
     ):
         self.model = model
         self.last = first
-        self.time = first.new_ones(len(first))
+        self.time = torch.ones(len(first), device=first.device)
         self.cache = None
         self.frames = 0  # in the count of the cache
-        grid = model.config.token_grid(*first.shape[-2:])
-        self.past = Past(model.config.window(grid)) if recache else None
+        self.past = self.new_past() if recache else None
         self.set_text(text, text_lens)
+
+    def new_past(self) -> Past:
+        """Returns an empty memory of the inputs of the steps that the cache remembers."""
+        config = self.model.config
+        return Past(config.window(config.token_grid(*self.last.shape[-2:])), config.sink_frames)
 
     @torch.no_grad()
     def set_text(self, text: Tensor, text_lens: Tensor) -> None:
         """Changes the prompts from the next step on; the past keeps what made it
         (docs/method.md#2).
 
-        With `recache` the first frame and the window are computed again from their inputs. Frames
+        With `recache` the first frames and the window are computed again from their inputs. Frames
         are then counted from the start of that window, so an "absolute" first frame is no further
         away than at the end of a first window.
         """
@@ -145,7 +150,7 @@ class StudentRollout:
         """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
         next latent frame is returned."""
         output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
-        return clean(self.model.config, output, noise, recycled, self.time)
+        return clean(self.model.config, output, noise, recycled, self.time).to(noise.dtype)
 
 
 def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:

@@ -139,7 +139,7 @@ def test_a_step_takes_nothing_from_the_host():
     model, vae = build()
     held = memory.StreamMemory(model.to("meta"), vae.to("meta"), (4, 6))
     with torch.inference_mode(), OnTheHost() as host:
-        pixels = held._run()
+        pixels = held._run("steady")
     assert pixels.shape == (1, 3, 4, 32, 48) and pixels.device.type == "meta"
     assert host.seen == []
 
@@ -148,7 +148,8 @@ def test_memory_is_counted_and_stays_where_it_is(monkeypatch, picture):
     _, generator = generators(monkeypatch)
     stream = generator.open(picture, "ab")
     held = stream._memory
-    tensors = [held.latent, held.drawn, held.condition, held.control, held.rollout.cache.k]
+    tensors = [held.latent, held.chunks["steady"].drawn, held.condition, held.control]
+    tensors.append(held.rollout.cache.k)
     addresses = [x.data_ptr() for x in tensors]
     play(stream, WALK)
     stream.restore(stream.snapshot())
