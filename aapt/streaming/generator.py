@@ -252,12 +252,13 @@ class StreamingGenerator:
                 f"model: expected one forward pass per frame to stream, got a diffusion model of "
                 f"{self.sampling.passes}; `aapt eval` rolls it out"
             )
-        self._check_first_frame(first_frame)
+        self.check_first_frame(first_frame)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
         return Stream(self, first_frame, prompt, seed, recache)
 
-    def _check_first_frame(self, first_frame: np.ndarray | None) -> None:
+    def check_first_frame(self, first_frame: np.ndarray | None) -> None:
+        """ValueError unless a stream of this model may begin with `first_frame`, see `open`."""
         if first_frame is None and self.few_step:
             return
         expected = (self.height, self.width, 3)

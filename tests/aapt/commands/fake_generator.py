@@ -47,11 +47,15 @@ class FakeGenerator:
     sample_prompt = themes[0]
     step_seconds = 0.0
     driven_by = "camera"
+    few_step = False
     model = SimpleNamespace(text_encoder=SimpleNamespace(tokens=25))
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.streams = []
+
+    def video_frames(self, steps, picture):
+        return 1 + 4 * steps
 
     def sample_image(self):
         path = self.folder / "sample.png"

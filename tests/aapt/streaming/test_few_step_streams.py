@@ -1,0 +1,288 @@
+"""Streams of few-step models: from the prompt alone or from a picture, with all that streams do."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from aapt import StreamingGenerator
+from aapt.checkpoint import save_config, save_module
+from aapt.commands.app import main
+from aapt.model.config import FewStepConfig
+from aapt.model.world_model import WorldModel
+from aapt.streaming import memory
+from aapt.streaming.actions import Replay, Step, Walk, frames_crc, load_walk, make, model_digest
+from aapt.streaming.noise import Noise
+from aapt.vae import CausalVAE, to_bytes
+from aapt.vae.pixels import to_array
+
+from ..helpers import WAN, wan_transformer
+from ..plain_wan import PlainWan
+from .test_generator import HEIGHT, VAE, WIDTH
+from .test_memory import OnTheHost, stand_in
+
+SAMPLING = FewStepConfig((1.0, 0.5), first_times=(1.0, 0.75, 0.5))
+# chunk, first chunk, sink, window
+FORMS = [(1, None, 1, 3), (3, None, 3, 5), (3, 1, 2, 4)]
+
+
+def build(chunk, first, sink, window, sampling=SAMPLING, **changes) -> StreamingGenerator:
+    sizes = dict(chunk=chunk, first_chunk=first, sink_frames=sink, window_frames=window)
+    torch.manual_seed(0)
+    model = WorldModel(dataclasses.replace(WAN, **sizes, **changes), None)
+    model.transformer = wan_transformer(**sizes, **changes)
+    model, vae = model.float(), CausalVAE(VAE)
+    return StreamingGenerator(
+        model, vae, height=HEIGHT, width=WIDTH, fps=16, prompts=["ab"], sampling=sampling
+    )
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def generator(request):
+    return build(*request.param)
+
+
+@pytest.fixture(scope="module")
+def frame_wise():
+    return build(*FORMS[0])
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def play(stream, steps):
+    return np.concatenate([stream.step() for _ in range(steps)])
+
+
+def test_frames_of_chunks(generator):
+    config = generator.model.config
+    with generator.open(None, "ab") as stream:
+        assert stream.first_frame.shape == (0, HEIGHT, WIDTH, 3)
+        opening = stream.step()
+        assert opening.shape == (1 + 4 * (config.opening_frames - 1), HEIGHT, WIDTH, 3)
+        later = stream.step()
+        assert later.shape == (4 * config.chunk, HEIGHT, WIDTH, 3) and later.dtype == np.uint8
+        assert stream.steps == 2 and generator.frames_per_step == len(later)
+        made = len(opening) + len(later)
+        assert [generator.video_frames(n, picture=False) for n in range(3)] == [
+            0,
+            len(opening),
+            made,
+        ]
+
+
+@pytest.mark.parametrize("from_picture", [False, True])
+def test_a_stream_is_the_plain_sampler_and_the_decoder(generator, picture, from_picture):
+    """Its noise is a function of seed and step; its video that of all latents decoded at once."""
+    config = generator.model.config
+    if from_picture and not generator.takes_picture:
+        pytest.skip("its first chunk has several frames")
+    net = generator.model.transformer
+    with torch.no_grad():
+        text = generator.model.text_encoder(["ab"])
+        plain = PlainWan(net, *text, relative=False)
+        latents = []
+        if from_picture:
+            latents.append(generator.encode(picture[None])[None].clone())
+            plain.keep(plain.run(latents[0], torch.zeros(1))[1])
+        for step in range(5):
+            times = SAMPLING.times if step else SAMPLING.first_times
+            frames = config.chunk if step or from_picture else config.opening_frames
+            shape = (len(times), 1, config.latent_channels, frames, *generator.latent_size)
+            latents.append(plain.chunk(Noise(7, shape)(step), list(times), 0.0))
+        latents = torch.cat(latents, dim=2)
+        expected = to_array(to_bytes(generator.vae.decode(latents)))
+    with generator.open(picture if from_picture else None, "ab", seed=7) as stream:
+        video = np.concatenate([stream.first_frame, play(stream, 5)])
+    assert video.shape == expected.shape
+    assert len(video) == generator.video_frames(5, picture=from_picture)
+    difference = np.abs(video.astype(int) - expected.astype(int))
+    assert difference.max() <= 1  # rounding to uint8
+
+
+@pytest.mark.parametrize("recache", [False, True])
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_a_restored_stream_makes_the_same_bits(generator, before, recache):
+    stream = generator.open(None, "ab", seed=5, recache=recache)
+    for _ in range(before):
+        stream.step()
+    snapshot = stream.snapshot()
+    expected = play(stream, 4)
+    stream.prompt = "cde"
+    changed = play(stream, 3)
+    branch = stream.fork()
+    for each in (stream, branch):
+        each.restore(snapshot)
+        assert (each.steps, each.prompt, each.seed) == (before, "ab", 5)
+        assert np.array_equal(play(each, 4), expected)
+        each.prompt = "cde"
+        assert np.array_equal(play(each, 3), changed)
+    assert stream.bytes > snapshot.bytes > stream._memory.rollout.cache.bytes
+
+
+def test_streams_of_both_kinds_take_over_one_memory(frame_wise, picture):
+    videos = []
+    for given in (None, picture, None, picture):
+        with frame_wise.open(given, "ab", seed=2) as stream:
+            videos.append((stream.first_frame, play(stream, 5)))
+    for a, b in ((0, 2), (1, 3)):
+        assert all(np.array_equal(x, y) for x, y in zip(videos[a], videos[b], strict=True))
+    assert not np.array_equal(videos[0][1][1:17], videos[1][1][:16])
+    assert len(frame_wise._idle) == 1
+
+
+def test_a_prompt_changes_the_future_and_with_recache_the_past(generator):
+    videos = []
+    for recache in (False, True):
+        stream = generator.open(None, "ab", seed=1, recache=recache)
+        before = play(stream, 4)
+        stream.prompt = "cde"
+        videos.append((before, play(stream, 2)))
+    assert np.array_equal(videos[0][0], videos[1][0])
+    assert not np.array_equal(videos[0][1], videos[1][1])
+
+
+def test_replays_equal_eager_steps(monkeypatch, picture):
+    """As captured graphs: the opening, the step after a picture, and the steady one."""
+    videos = []
+    for replayed in (False, True):
+        if replayed:
+            monkeypatch.setattr(memory, "capture", stand_in)
+        for form in FORMS:
+            generator = build(*form)
+            for given in (None, picture) if generator.takes_picture else (None,):
+                stream = generator.open(given, "ab", seed=3)
+                videos.append(np.concatenate([stream.first_frame, play(stream, 6)]))
+    half = len(videos) // 2
+    assert half == 5
+    for a, b in zip(videos[:half], videos[half:], strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_step_takes_nothing_from_the_host():
+    """See `test_memory.py`."""
+    generator = build(*FORMS[2])
+    model, vae = generator.model.to("meta"), generator.vae.to("meta")
+    held = memory.StreamMemory(model, vae, generator.latent_size, SAMPLING)
+    for name, frames in (("opening", 1), ("second", 12), ("steady", 12)):
+        with torch.inference_mode(), OnTheHost() as host:
+            pixels = held._run(name)
+        assert pixels.shape == (1, 3, frames, HEIGHT, WIDTH)
+        assert host.seen == []
+    with torch.inference_mode(), OnTheHost() as host:
+        held._show_picture()
+    assert host.seen == []
+
+
+def test_half_precision_streams(picture):
+    generator = build(*FORMS[0])
+    generator.model.bfloat16()
+    with generator.open(picture, "ab") as stream:
+        assert play(stream, 3).shape == (12, HEIGHT, WIDTH, 3)
+        assert stream._memory.rollout.cache.k.dtype == torch.bfloat16
+
+
+def test_no_limit_of_frames(frame_wise):
+    """Others end at 1024 latent frames, the rows of their table of angles."""
+    with frame_wise.open(None, "ab") as stream:
+        stream.step()
+        cache = stream._memory.rollout.cache
+        cache.step.fill_(100_000)  # as if so many frames had been made
+        assert play(stream, 2).shape == (8, HEIGHT, WIDTH, 3)
+        assert int(cache.step) == 100_002
+
+
+def walked(generator, first_frame) -> Walk:
+    walk = Walk("small", "5e0c", first_frame, "ab", seed=3)
+    stream = generator.open(first_frame, "ab", 3)
+    for number in range(4):
+        step = Step(None, None, "ab" if number < 2 else "cde")
+        walk.append(0, number, step._replace(crc=frames_crc(make(stream, step))))
+    return walk
+
+
+@pytest.mark.parametrize("from_picture", [False, True])
+def test_a_walk_replays_bit_for_bit(frame_wise, picture, from_picture):
+    walk = walked(frame_wise, picture if from_picture else None)
+    lines = list(walk.lines("0.1.0"))
+    assert (json.loads(lines[0])["first_frame"] is None) != from_picture
+    again = load_walk(lines)
+    assert again.branches == walk.branches and again.seed == walk.seed
+    replay = Replay(frame_wise, again)
+    assert len(replay.first_frame) == from_picture
+    for step in again.path(0, 4):
+        replay.step(step)
+    assert replay.differing == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint that starts from its prompt, in chunks of 3."""
+    generator = build(*FORMS[1])
+    path = tmp_path_factory.mktemp("few-step")
+    save_module(path / "model.safetensors", generator.model)
+    save_module(path / "vae.safetensors", generator.vae)
+    parts = {"model": generator.model.config, "vae": VAE, "sampling": SAMPLING}
+    parts = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    facts = {"height": HEIGHT, "width": WIDTH, "fps": 16, "prompts": ["ab"], "camera": None}
+    save_config(path, {**facts, **parts, "original_vae": parts["vae"]})
+    return path
+
+
+def test_a_checkpoint_says_how_it_is_sampled(folder):
+    generator = StreamingGenerator.from_pretrained(folder)
+    assert generator.sampling == SAMPLING and generator.few_step
+    assert generator.model.config.chunk == 3 and generator.fps == 16
+    with generator.open(None, "ab") as stream, build(*FORMS[1]).open(None, "ab") as other:
+        assert np.array_equal(play(stream, 3), play(other, 3))
+
+
+def test_generate_and_replay(folder, tmp_path, capsys):
+    """The first chunk of 9 video frames, then chunks of 12: 3 seconds at 16 fps are 4 steps."""
+    out = tmp_path / "frames"
+    arguments = ["--model", str(folder), "--scale", "1"]
+    assert main(["generate", *arguments, "--seconds", "3", "--out", str(out)]) == 0
+    assert len(list(out.glob("*.png"))) == 9 + 3 * 12
+    walk = walked(StreamingGenerator.from_pretrained(folder), None)
+    walk.digest = model_digest(folder)
+    log = tmp_path / "walk.jsonl"
+    log.write_text("\n".join(walk.lines("0")))
+    again = tmp_path / "again"
+    assert main(["generate", *arguments, "--replay", str(log), "--out", str(again)]) == 0
+    assert "4 steps, each bit for bit as it was played" in capsys.readouterr().err
+    assert len(list(again.glob("*.png"))) == 9 + 3 * 12
+
+
+def test_what_a_few_step_model_refuses(frame_wise, picture):
+    with pytest.raises(
+        ValueError, match="first_frame: expected None for a model whose first chunk"
+    ):
+        build(*FORMS[1]).open(picture, "ab")
+    with pytest.raises(ValueError, match=r"first_frame: expected uint8 \(32, 48, 3\), got"):
+        frame_wise.open(picture[:16], "ab")
+    with pytest.raises(ValueError, match="chunk: expected 1 in a model without few-step sampling"):
+        build(*FORMS[1], sampling=None)
+    with pytest.raises(ValueError, match="sampling: .* without recycled channels"):
+        build(*FORMS[0], recycle=True)
+    with pytest.raises(ValueError, match="chunk: expected 1 in a model with conditions"):
+        build(*FORMS[1], condition_channels=3)
+    no_refresh = build(*FORMS[0], sampling=FewStepConfig((1.0,), refresh=None))
+    assert no_refresh.open(None, "ab").step().shape == (1, HEIGHT, WIDTH, 3)
+    with pytest.raises(ValueError, match="recache: expected False for a model without a refresh"):
+        no_refresh.open(None, "ab", recache=True)
+
+
+def test_a_model_of_one_pass_needs_its_picture(picture):
+    """A Wan-type model that AAPT has post-trained streams like any other of one pass."""
+    generator = build(*FORMS[0], sampling=None, recycle=True)
+    with pytest.raises(ValueError, match=r"first_frame: expected uint8 \(32, 48, 3\), got None"):
+        generator.open(None, "ab")
+    stream = generator.open(picture, "ab", recache=True)
+    snapshot, frames = stream.snapshot(), play(stream, 6)
+    assert frames.shape == (24, HEIGHT, WIDTH, 3)
+    stream.restore(snapshot)
+    assert np.array_equal(play(stream, 6), frames)
