@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from aapt.model.config import FewStepConfig
 from aapt.model.mmdit import MMDiT
+from aapt.streaming.few_step import FewStepRollout
 from aapt.training.recipes import tiny_world
 from aapt_kernels import use_backend
 from aapt_kernels.backend import no_sim
+
+from ..helpers import SIZE, wan_transformer
+from ..plain_wan import PlainWan
 
 if reason := no_sim():
     pytest.skip(reason, allow_module_level=True)
@@ -45,3 +50,40 @@ def test_streaming_reaches_the_kernels():
     assert simulated.isfinite().all()
     error = (simulated - plain).float().square().mean().sqrt()
     assert error < 0.02 * plain.float().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("distance", ["absolute", "clamped"])
+@pytest.mark.parametrize(
+    ("chunk", "window", "sink", "first"), [(3, 4, 2, 1), (2, 5, 3, None), (3, 6, 4, None)]
+)
+def test_chunks_reach_the_kernels(chunk, window, sink, first, distance):
+    """Neither sink nor window nor first chunk is a multiple of the chunk; the ring wraps. Against
+    the plain rolling cache in float64, no farther than the same cache in bfloat16."""
+    net = wan_transformer(
+        width=128,
+        heads=2,
+        head_dim=64,
+        rope_axes=(24, 20, 20),
+        depth=2,
+        chunk=chunk,
+        first_chunk=first,
+        window_frames=window,
+        sink_frames=sink,
+        sink_distance=distance,
+    ).bfloat16()
+    sampling = FewStepConfig((1.0, 0.625))
+    text, lens = torch.randn(1, 6, 8).bfloat16(), torch.tensor([4])
+    steps = (sink + window) // chunk + 2
+    sizes = [net.config.opening_frames, *[chunk] * (steps - 1)]
+    drawn = [torch.randn(2, 1, 4, frames, *SIZE).bfloat16() for frames in sizes]
+    with torch.no_grad(), use_backend("sim"):
+        rollout = FewStepRollout(net, text, lens, SIZE, sampling)
+        simulated = torch.cat([rollout.step(noise) for noise in drawn], dim=2)
+    plain = []
+    for dtype in (torch.bfloat16, torch.float64):
+        stream = PlainWan(net.to(dtype), text.to(dtype), lens, relative=distance == "clamped")
+        with torch.no_grad():
+            made = [stream.chunk(noise.to(dtype), list(sampling.times), 0.0) for noise in drawn]
+        plain.append(torch.cat(made, dim=2).double())
+    errors = [(each.double() - plain[1]).square().mean().sqrt() for each in (simulated, plain[0])]
+    assert 0 < errors[0] < 1.3 * errors[1] < 0.1 * plain[1].square().mean().sqrt()

@@ -1,14 +1,18 @@
 """Few-step rollouts against a plain rolling cache and sampler."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from aapt.model.config import FewStepConfig, SamplingConfig, sampling_config
+from aapt.model.world_model import WorldModel
 from aapt.streaming.few_step import FewStepRollout
+from aapt.streaming.noise import Noise
+from aapt.streaming.rollout import roll_out
 
-from ..helpers import CONFIG, SIZE, tiny_model, wan_transformer
+from ..helpers import CONFIG, SIZE, WAN, tiny_model, wan_transformer
 from ..plain_wan import PlainWan
 
 FOUR = FewStepConfig((1.0, 0.9375, 0.8333, 0.625))
@@ -135,6 +139,27 @@ def test_a_picture_is_chunk_zero_at_time_zero():
         drawn = noise(len(times), 1)
         expected = plain.chunk(drawn, list(times), 0.0)
         torch.testing.assert_close(rollout.step(drawn), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("chunk", "first"), [(1, None), (3, 1)])
+def test_rollouts_of_a_batch_are_those_of_each_stream(chunk, first):
+    """As `aapt eval` makes them: frame 0 is given, stream i draws from seed and i alone."""
+    model = WorldModel(dataclasses.replace(WAN, chunk=chunk, first_chunk=first), None)
+    model.transformer = wan_transformer(chunk=chunk, first_chunk=first)
+    given, text = torch.randn(2, CONFIG.latent_channels, 1, *SIZE).double(), prompts()
+    frames = list(roll_out(model, given, text, lambda step: None, 7, seed=5, sampling=ONE))
+    assert [frame.shape[2] for frame in frames] == [1] * 8 and torch.equal(frames[0], given)
+    alone = FewStepRollout(model.transformer, text[0][1:], text[1][1:], SIZE, ONE)
+    alone.give(given[1:])
+    made = []
+    for number in range(math.ceil(7 / chunk)):
+        draws = 1 if number else 4
+        shape = (draws, 1, CONFIG.latent_channels, chunk, *SIZE)
+        made.append(alone.step(Noise((5 << 20) + 1, shape)(number).double()))
+    torch.testing.assert_close(torch.cat(frames[1:], 2)[1:], torch.cat(made, 2)[:, :, :7])
+    whole = WorldModel(dataclasses.replace(WAN, chunk=3), None).double()
+    with pytest.raises(ValueError, match="first: expected a model that a picture can start, got"):
+        next(roll_out(whole, given, text, lambda step: None, 7, seed=5, sampling=ONE))
 
 
 def test_passes_are_counted():
