@@ -44,9 +44,10 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = ("width", "heads", "head_dim", "depth", "text_width", "text_tokens", "patch")
-        for name in (*sizes, "chunk", "opening_frames", "mlp_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        for name in (*sizes, "chunk", "first_chunk", "mlp_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
         for name in ("window_frames", "sink_frames"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")

@@ -267,7 +267,8 @@ class StreamingGenerator:
         if not self.takes_picture:
             raise ValueError(
                 "first_frame: expected None for a model whose first chunk has "
-                f"{self.model.config.opening_frames} frames, got a picture"
+                f"{self.model.config.opening_frames} frames, got a picture; pass None to start "
+                "from the prompt"
             )
         first_frame = np.asarray(first_frame)
         if first_frame.shape != expected or first_frame.dtype != np.uint8:

@@ -338,7 +338,8 @@ def test_the_cache_has_the_text_beside_the_frames():
     [
         ({"block": "unet"}, "block: expected 'mmdit' or 'wan', got 'unet'"),
         ({"chunk": 0}, "chunk: expected 1 or more, got 0"),
-        ({"chunk": 2, "first_chunk": 0}, "opening_frames: expected 1 or more, got 0"),
+        ({"chunk": 2, "first_chunk": 0}, "first_chunk: expected 1 or more, got 0"),
+        ({"mlp_width": 0}, "mlp_width: expected 1 or more, got 0"),
         ({"sink_frames": -1}, "sink_frames: expected 0 or more, got -1"),
         ({"chunk": 2, "recycle": True}, "chunk: expected 1 in a model with recycled channels"),
         ({"chunk": 4}, r"chunk: expected at most window_frames \+ 1 = 3, got 4 after 4"),

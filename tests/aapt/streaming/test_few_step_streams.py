@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from aapt import StreamingGenerator
 from aapt.checkpoint import save_config, save_module
@@ -15,6 +16,7 @@ from aapt.model.world_model import WorldModel
 from aapt.streaming import memory
 from aapt.streaming.actions import Replay, Step, Walk, frames_crc, load_walk, make, model_digest
 from aapt.streaming.noise import Noise
+from aapt.streaming.snapshot_file import load_snapshot, read_file, write_snapshot
 from aapt.vae import CausalVAE, to_bytes
 from aapt.vae.pixels import to_array
 
@@ -122,6 +124,18 @@ def test_a_restored_stream_makes_the_same_bits(generator, before, recache):
         each.prompt = "cde"
         assert np.array_equal(play(each, 3), changed)
     assert stream.bytes > snapshot.bytes > stream._memory.rollout.cache.bytes
+
+
+def test_a_snapshot_goes_through_a_file(generator):
+    """Another process goes on from it: the text of the cross-attention is in the file too."""
+    stream = generator.open(None, "ab", seed=5)
+    play(stream, 3)
+    tensors, facts = read_file(write_snapshot(stream.snapshot(), {}, {}))
+    expected = play(stream, 3)
+    other = generator.open(None, "cde", seed=1)
+    other.restore(load_snapshot(other.snapshot(), tensors, facts))
+    assert np.array_equal(play(other, 3), expected)
+    assert (other.steps, other.prompt, other.seed) == (6, "ab", 5)
 
 
 def test_streams_of_both_kinds_take_over_one_memory(frame_wise, picture):
@@ -255,6 +269,23 @@ def test_generate_and_replay(folder, tmp_path, capsys):
     assert main(["generate", *arguments, "--replay", str(log), "--out", str(again)]) == 0
     assert "4 steps, each bit for bit as it was played" in capsys.readouterr().err
     assert len(list(again.glob("*.png"))) == 9 + 3 * 12
+
+
+def test_commands_that_time_and_describe(folder, capsys):
+    assert main(["bench", "stream", "--model", str(folder), "--steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["frames_per_step"] == 12
+    assert main(["info", "--model", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["model"]
+    assert (facts["tokens_per_step"], facts["sink_frames"]) == (18, 3)
+
+
+def test_generate_refuses_a_picture(folder, picture, tmp_path, capsys):
+    file = tmp_path / "picture.png"
+    Image.fromarray(picture).save(file)
+    options = ["--model", str(folder), "--image", str(file), "--out", str(tmp_path / "out")]
+    assert main(["generate", *options]) == 2
+    said = "first_frame: expected None for a model whose first chunk has 3 frames, got a picture"
+    assert f"{said}; pass None to start from the prompt" in capsys.readouterr().err
 
 
 def test_what_a_few_step_model_refuses(frame_wise, picture):
