@@ -86,7 +86,8 @@ class FewStepRollout:
     def give(self, latent: Tensor, condition: Tensor | None = None) -> None:
         """Appends clean frames (B, C, n, H, W) that nobody made, such as the user's picture."""
         self.append(latent, condition)
-        self.remember(latent, condition, self.start)
+        if self.past is not None:
+            self.past.append(self.inputs(latent, condition, given=True))
 
     @torch.no_grad()
     def append(self, latent: Tensor, condition: Tensor | None) -> None:
@@ -98,7 +99,8 @@ class FewStepRollout:
         """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), one draw for each
         time: of `opening_times` for the first chunk that is made, then of `times`."""
         latent = self.infer(noise, condition, opening=self.chunks == 0)
-        self.remember(latent, condition)
+        if self.past is not None:
+            self.past.append(self.inputs(latent, condition))
         self.chunks += 1
         return latent
 
@@ -119,13 +121,10 @@ class FewStepRollout:
             model.step(latent, None, condition, self.refresh, self.cache)
         return latent
 
-    def remember(
-        self, latent: Tensor, condition: Tensor | None, time: Tensor | None = None
-    ) -> None:
-        """Records a clean chunk for `recache`. time: of the pass that wrote its keys and values,
-        `refresh` unless given."""
-        if self.past is not None:
-            self.past.append((latent, None, condition, self.refresh if time is None else time))
+    def inputs(self, latent: Tensor, condition: Tensor | None, given: bool = False) -> tuple:
+        """Returns the inputs of the pass whose keys and values stay: over a clean chunk that was
+        made, or `given`."""
+        return latent, None, condition, self.start if given else self.refresh
 
 
 def check_few_step(config: ModelConfig) -> None:

@@ -28,7 +28,7 @@ from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from ..vae.folder import LIGHT, load_vae
 from .few_step import check_few_step
-from .memory import StreamMemory
+from .memory import FewStepMemory, StreamMemory
 from .snapshot import Snapshot
 
 
@@ -284,8 +284,8 @@ class StreamingGenerator:
         """
         memory = self._idle.pop() if self._idle else None
         if memory is None:
-            sampling = self.sampling if self.few_step else None
-            memory = StreamMemory(self.model, self.vae, self.latent_size, sampling)
+            parts = self.model, self.vae, self.latent_size
+            memory = FewStepMemory(*parts, self.sampling) if self.few_step else StreamMemory(*parts)
         give_back = weakref.finalize(stream, self._idle.append, memory)
         give_back.atexit = False
         return memory, give_back

@@ -52,24 +52,16 @@ class Chunk:
 
 class StreamMemory:
     """Everything that a step of one stream reads and writes, for latents of `size` = (height,
-    width).
+    width), of a model that makes a frame in one pass.
 
     A step is noise, condition, transformer, decoder and pixels. On a CUDA device it is one CUDA
     graph, captured at construction together with the first decode; nothing is compiled or allocated
     later. A graph holds addresses, so a memory serves one stream at a time. The next stream takes
     it over (`start`). The weights must neither change nor move.
-
-    sampling: of a few-step model, whose first step is a graph of its own; None for one pass.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: WorldModel,
-        vae: CausalVAE,
-        size: tuple[int, int],
-        sampling: FewStepConfig | None = None,
-    ):
+    def __init__(self, model: WorldModel, vae: CausalVAE, size: tuple[int, int]):
         self.model, self.size = model, size
         config, like = model.config, model.transformer.video_in.weight
         device, channels = like.device, config.condition_channels
@@ -79,20 +71,10 @@ class StreamMemory:
             self.control = torch.zeros((1, 1, 2), device=device) if model.camera else None
             self._staged = [torch.zeros(1, 1, 2, pin_memory=on_gpu) for _ in range(2)]
             self.step = torch.zeros((), dtype=torch.int64, device=device)
-            if sampling is None:
-                self.chunks = {"steady": Chunk(model, vae, size, 1, 1)}
-                last = self.chunks["steady"].latent
-                self.rollout = StudentRollout(model.transformer, *model.text_encoder([""]), last)
-            else:
-                draws, opening = len(sampling.times), len(sampling.opening_times)
-                self.chunks = {
-                    "steady": Chunk(model, vae, size, draws, config.chunk),
-                    "opening": Chunk(model, vae, size, opening, config.opening_frames),
-                    "second": Chunk(model, vae, size, opening, config.chunk),
-                }
-                text = model.text_encoder([""])
-                self.rollout = FewStepRollout(model.transformer, *text, size, sampling)
-            self.few_step = sampling is not None
+            self.chunks = self._new_chunks(vae)
+            # Until `start` there is no prompt, and an encoder of text may be large
+            text = like.new_zeros((1, config.text_tokens, config.text_width))
+            self.rollout = self._new_rollout(text, torch.ones(1, dtype=torch.int64, device=device))
             self.picture = vae.latent_mean.new_zeros((1, config.latent_channels, 1, *size))
             self.decoder = DecoderStates(vae, self.picture)
             pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -101,6 +83,13 @@ class StreamMemory:
                 name: capture(partial(self._run, name), device, pool) for name in self.chunks
             }
             self._reader = PixelReader(device)
+
+    def _new_chunks(self, vae: CausalVAE) -> dict[str, Chunk]:
+        """Returns the kinds of steps by name."""
+        return {"steady": Chunk(self.model, vae, self.size, 1, 1)}
+
+    def _new_rollout(self, text: Tensor, text_lens: Tensor) -> StudentRollout | FewStepRollout:
+        return StudentRollout(self.model.transformer, text, text_lens, self.latent)
 
     @property
     def latent(self) -> Tensor:
@@ -139,8 +128,6 @@ class StreamMemory:
         self.picture.copy_(latent)
         pixels = self._reader.read(self._show())
         self.decoder.frames = 1
-        if self.few_step:
-            rollout.remember(self.picture.to(self.latent.dtype, copy=True), None, rollout.start)
         return pixels()
 
     def _reseed(self, seed: int) -> None:
@@ -149,10 +136,7 @@ class StreamMemory:
 
     def _show_picture(self) -> Tensor:
         """The tensor operations that begin a stream at its first frame. Returns its pixels."""
-        if self.few_step:
-            self.rollout.append(self.picture.to(self.latent.dtype), None)
-        else:
-            self.latent.copy_(self.picture)
+        self.latent.copy_(self.picture)
         return self.decoder.first(self.picture)
 
     def _run(self, name: str) -> Tensor:
@@ -165,17 +149,24 @@ class StreamMemory:
         with phase("noise"):
             chunk.drawn.copy_(chunk.noise(self.step))
         with phase("generate"):
-            if self.few_step:
-                opening = name != "steady"
-                chunk.latent.copy_(self.rollout.infer(chunk.drawn, self.condition, opening))
-            else:
-                (drawn,) = chunk.drawn
-                chunk.latent.copy_(self.rollout.infer(drawn, chunk.latent, self.condition))
+            chunk.latent.copy_(self._generate(name))
         self.step.add_(1)
         with phase("decode"):
             chunk.encoded.copy_(chunk.latent)
             decode = self.decoder.first if name == "opening" else self.decoder.next
             return decode(chunk.encoded)
+
+    def _generate(self, name: str) -> Tensor:
+        """The latents of a step of a kind, made from the noise in its chunk."""
+        return self.rollout.infer(self.chunks[name].drawn[0], self.latent, self.condition)
+
+    def _kind(self, first: bool) -> str:
+        """The kind of the next step."""
+        return "steady"
+
+    def _inputs(self, chunk: Chunk, before: Tensor, condition: Tensor | None) -> tuple:
+        """What `recache` needs of the step just made, after the latents `before`."""
+        return chunk.drawn[0].clone(), before, condition
 
     @torch.no_grad()
     def advance(self, control: Control | Tensor | None, first: bool) -> Callable[[], np.ndarray]:
@@ -192,19 +183,14 @@ class StreamMemory:
             self.control.copy_(self._staged[0], non_blocking=True)
         elif self.condition is not None:
             self.condition.copy_(control[None, :, None], non_blocking=True)
-        name = "steady"
-        if self.few_step and first:
-            name = "second" if self.decoder.frames else "opening"
-        chunk, past = self.chunks[name], self.rollout.past
-        recycled = self.latent.clone() if past is not None and not self.few_step else None
+        name, past = self._kind(first), self.rollout.past
+        chunk = self.chunks[name]
+        before = self.latent.clone() if past is not None else None
         pixels = self._reader.read(self._runs[name]())
         self.decoder.frames += chunk.latent.shape[2]
         if past is not None:
             condition = None if self.condition is None else self.condition.clone()
-            if self.few_step:
-                self.rollout.remember(chunk.latent.clone(), condition)
-            else:
-                past.append((chunk.drawn[0].clone(), recycled, condition))
+            past.append(self._inputs(chunk, before, condition))
         return pixels
 
     @torch.no_grad()
@@ -236,6 +222,60 @@ class StreamMemory:
         self.rollout.cache.load(snapshot.cache)
         self.rollout.past = snapshot.past and snapshot.past.copy()
         self.decoder.restore(snapshot.decoder)
+
+
+class FewStepMemory(StreamMemory):
+    """`StreamMemory` of a few-step model, with three graphs: of the first chunk ("opening"), of the
+    first chunk after a picture ("second"), and of every other ("steady")."""
+
+    def __init__(
+        self, model: WorldModel, vae: CausalVAE, size: tuple[int, int], sampling: FewStepConfig
+    ):
+        self.sampling = sampling
+        super().__init__(model, vae, size)
+
+    def _new_chunks(self, vae: CausalVAE) -> dict[str, Chunk]:
+        config, draws = self.model.config, len(self.sampling.opening_times)
+        sizes = {
+            "steady": (len(self.sampling.times), config.chunk),
+            "opening": (draws, config.opening_frames),
+            "second": (draws, config.chunk),
+        }
+        return {name: Chunk(self.model, vae, self.size, *each) for name, each in sizes.items()}
+
+    def _new_rollout(self, text: Tensor, text_lens: Tensor) -> FewStepRollout:
+        transformer = self.model.transformer
+        return FewStepRollout(transformer, text, text_lens, self.size, self.sampling)
+
+    @torch.no_grad()
+    def start(
+        self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
+    ) -> np.ndarray:
+        """As `StreamMemory.start`; the first frame is recorded for `recache` too."""
+        if self.condition is not None:
+            self.condition.zero_()  # nothing drives a picture
+        pixels = super().start(latent, text, seed, recache)
+        if latent is not None and self.rollout.past is not None:
+            condition = None if self.condition is None else self.condition.clone()
+            clean = self.picture.to(self.latent.dtype, copy=True)
+            self.rollout.past.append(self.rollout.inputs(clean, condition, given=True))
+        return pixels
+
+    def _show_picture(self) -> Tensor:
+        self.rollout.append(self.picture.to(self.latent.dtype), self.condition)
+        return self.decoder.first(self.picture)
+
+    def _generate(self, name: str) -> Tensor:
+        opening = name != "steady"
+        return self.rollout.infer(self.chunks[name].drawn, self.condition, opening)
+
+    def _kind(self, first: bool) -> str:
+        if not first:
+            return "steady"
+        return "second" if self.decoder.frames else "opening"
+
+    def _inputs(self, chunk: Chunk, before: Tensor, condition: Tensor | None) -> tuple:
+        return self.rollout.inputs(chunk.latent.clone(), condition)
 
 
 def phase(name: str) -> AbstractContextManager:

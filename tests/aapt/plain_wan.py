@@ -135,19 +135,22 @@ class PlainWan:
         for known, pairs in zip(self.keys, made, strict=True):
             known.extend(pairs)
 
-    def chunk(self, noise: Tensor, times: list[float], refresh: float | None) -> Tensor:
+    def chunk(
+        self, noise: Tensor, times: list[float], refresh: float | None, *channels: Tensor
+    ) -> Tensor:
         """Makes a chunk from noise (len(times), B, C, n, H, W), one draw for each time."""
         x = noise[0]
         for index, time in enumerate(times):
             t = torch.full((len(x),), time, dtype=torch.float64)
-            velocity, made = self.run(x, t)
+            velocity, made = self.run(x, t, *channels)
             clean = x.double() - time * velocity.double()
             if index + 1 < len(times):
                 sigma = times[index + 1]
                 x = ((1 - sigma) * clean + sigma * noise[index + 1].double()).to(noise.dtype)
         clean = clean.to(noise.dtype)
         if refresh is not None:
-            made = self.run(clean, torch.full((len(x),), refresh, dtype=torch.float64))[1]
+            t = torch.full((len(x),), refresh, dtype=torch.float64)
+            made = self.run(clean, t, *channels)[1]
         self.keep(made)
         return clean
 

@@ -106,6 +106,31 @@ def test_a_stream_is_the_plain_sampler_and_the_decoder(generator, picture, from_
     assert difference.max() <= 1  # rounding to uint8
 
 
+def test_channels_drive_every_pass_and_nothing_drives_the_picture(picture):
+    generator = build(*FORMS[0], condition_channels=3)
+    size, net = generator.latent_size, generator.model.transformer
+    controls = [torch.randn(3, *size) for _ in range(3)]
+    with torch.no_grad():
+        plain = PlainWan(net, *generator.model.text_encoder(["ab"]), relative=False)
+        given, still = generator.encode(picture[None])[None].clone(), torch.zeros(1, 3, 1, *size)
+        plain.keep(plain.run(given, torch.zeros(1), still)[1])
+        for step, control in enumerate(controls):
+            times = SAMPLING.times if step else SAMPLING.first_times
+            noise = Noise(7, (len(times), 1, 4, 1, *size))(step)
+            expected = plain.chunk(noise, list(times), 0.0, control[None, :, None])
+    before = generator.open(picture, "ab", seed=1)  # leaves its memory, channels included
+    before.step(controls[0])
+    before.close()
+    for recache in (False, True):
+        stream = generator.open(picture, "ab", seed=7, recache=recache)
+        for control in controls:
+            stream.step(control)
+        torch.testing.assert_close(stream._memory.latent, expected, rtol=1e-4, atol=1e-4)
+        stream.prompt = "ab"
+        assert stream.step(controls[0]).shape == (4, HEIGHT, WIDTH, 3)
+        stream.close()
+
+
 @pytest.mark.parametrize("recache", [False, True])
 @pytest.mark.parametrize("before", [0, 1, 4])
 def test_a_restored_stream_makes_the_same_bits(generator, before, recache):
@@ -181,7 +206,7 @@ def test_a_step_takes_nothing_from_the_host():
     """See `test_memory.py`."""
     generator = build(*FORMS[2])
     model, vae = generator.model.to("meta"), generator.vae.to("meta")
-    held = memory.StreamMemory(model, vae, generator.latent_size, SAMPLING)
+    held = memory.FewStepMemory(model, vae, generator.latent_size, SAMPLING)
     for name, frames in (("opening", 1), ("second", 12), ("steady", 12)):
         with torch.inference_mode(), OnTheHost() as host:
             pixels = held._run(name)
