@@ -1,7 +1,8 @@
 """The causal video transformer: many frames in parallel, or one frame against the cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,29 @@ from aapt_kernels import FrameLayout, KVCache
 
 from .config import ModelConfig
 from .flow import to_clean
-from .layers import Block, modulated_norm
+from .layers import Block, Residual
 from .rope import RotaryPositions, Rotation
 from .ulysses import Ulysses
 
 TIME_FREQUENCIES = 256
 KeysValues = list[tuple[Tensor, Tensor]]  # per block, each (B, L, heads, head_dim)
+
+
+class StepConstants(NamedTuple):
+    """The inputs of a step that never change while a stream runs: time and size are fixed."""
+
+    modulation: list[tuple[Tensor, ...]]  # per block, six (B, 1, width)
+    out_modulation: tuple[Tensor, Tensor]  # shift and scale of the last norm, (B, 1, width)
+    places: tuple[Tensor, Tensor]  # cosines and sines of rows and columns, of one frame's tokens
+
+    def tensors(self) -> Iterator[Tensor]:
+        for group in (*self.modulation, self.out_modulation, self.places):
+            yield from group
+
+    def copy_(self, other: "StepConstants") -> None:
+        """Copies the values of `other` to the addresses that a captured step reads."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
 
 class TimeEmbedding(nn.Module):
@@ -85,12 +103,19 @@ class VideoTransformer(nn.Module):
         tokens = rearrange(stacked, "b c t (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
         return self.video_in(self.context.shard(tokens))
 
-    def unpatchify(self, tokens: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
-        """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W)."""
+    def last_modulation(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns shift and scale (B, 1, width) of the last norm, from the time embedding."""
+        shift, scale = self.out_modulation(time)[:, None].chunk(2, dim=-1)
+        return shift, scale
+
+    def unpatchify(
+        self, tokens: Residual, modulation: tuple[Tensor, Tensor], shape: Sequence[int]
+    ) -> Tensor:
+        """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W);
+        modulation: `last_modulation`."""
         patch, (frames, *size) = self.config.patch, shape
         rows, columns = self.config.token_grid(*size)
-        shift, scale = self.out_modulation(time)[:, None].chunk(2, dim=-1)
-        patches = self.video_out(modulated_norm(tokens, shift, scale))
+        patches = self.video_out(tokens.norm(*modulation)[1])
         return rearrange(
             self.context.gather(patches, frames * rows * columns),
             "b (t h w) (p q c) -> b c t (h p) (w q)",
@@ -175,7 +200,7 @@ class VideoTransformer(nn.Module):
         """Returns the raw output (B, latent_channels, T, H, W); arguments as in `features`."""
         # The plain function: in a sharded model `self.features` would release the parameters.
         video, time, _ = VideoTransformer.features(self, x, recycled, condition, *args, **kwargs)
-        return self.unpatchify(video, time, x.shape[2:])
+        return self.unpatchify(Residual(video), self.last_modulation(time), x.shape[2:])
 
     def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
         """Returns every block's text keys and values at time t; a stream needs them once per
@@ -187,6 +212,18 @@ class VideoTransformer(nn.Module):
             pairs.append((k, v))
         return pairs
 
+    def step_constants(self, t: Tensor, size: Sequence[int]) -> StepConstants:
+        """Computes what every step at time t (B,) needs, for latents of `size` = (height, width).
+
+        Weights must not change between this call and a step that takes its result.
+        """
+        time, shared, _ = self.modulations(t)
+        return StepConstants(
+            [block.step_modulation(shared) for block in self.blocks],
+            self.last_modulation(time),
+            self.positions.places(self.config.token_grid(*size)),
+        )
+
     def step(
         self,
         x: Tensor,
@@ -194,20 +231,22 @@ class VideoTransformer(nn.Module):
         condition: Tensor | None,
         t: Tensor,
         cache: KVCache,
+        constants: StepConstants | None = None,
     ) -> Tensor:
         """Runs one frame against the cache and appends it there (docs/method.md#5).
 
-        x, recycled, condition: one frame each, (B, C, 1, H, W). Returns the raw output.
+        x, recycled, condition: one frame each, (B, C, 1, H, W). constants: `step_constants` of t
+        and this size, computed here unless given. Returns the raw output.
         """
-        grid = self.config.token_grid(*x.shape[-2:])
+        if constants is None:
+            constants = self.step_constants(t, x.shape[-2:])
         index = cache.step[None]
-        rotation = self.positions(index, grid)
-        time, modulation, _ = self.modulations(t)
-        video = self.patchify(x, recycled, condition, index)
+        rotation = self.positions(index, self.config.token_grid(*x.shape[-2:]), constants.places)
+        video = Residual(self.patchify(x, recycled, condition, index))
         for layer, block in enumerate(self.blocks):
-            video = block.step(video, modulation, rotation, cache, layer)
+            video = block.step(video, constants.modulation[layer], rotation, cache, layer)
         cache.advance()
-        return self.unpatchify(video, time, x.shape[2:])
+        return self.unpatchify(video, constants.out_modulation, x.shape[2:])
 
     def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
         """Returns an empty cache for latents of `size` = (height, width)."""

@@ -41,8 +41,8 @@ from ..model.ulysses import Ulysses
 
 # Methods called besides `forward`, for which parameters must be gathered too.
 CALLED = {
-    VideoTransformer: ("features", "encode_text", "step"),
-    Block: ("encode_text", "step"),
+    VideoTransformer: ("features", "encode_text", "step_constants", "step"),
+    Block: ("encode_text", "step_modulation", "step"),
 }
 
 

@@ -61,7 +61,8 @@ class StreamMemory:
         own = (self.latent, self.drawn, self.encoded, self.condition)
         tensors = sum(x.nbytes for x in own if x is not None)
         past = self.rollout.past.bytes if self.rollout.past else 0
-        return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
+        constants = sum(x.nbytes for x in self.rollout.constants.tensors())
+        return tensors + past + constants + self.rollout.cache.bytes + self.decoder.bytes
 
     @torch.no_grad()
     def start(self, latent: Tensor, seed: int, recache: bool) -> np.ndarray:
