@@ -19,6 +19,7 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
     out = cached_attention(q, cache, layer)
     cache.advance()                                           # after the last layer
 
+`modulated_norm` and `bias_gelu` are what a block does between its products, in one launch each.
 `causal_conv3d` is the VAE's convolution. Each function is a real torch op, `torch.ops.aapt.<name>`,
 that compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends`
 lists the choice.
@@ -29,22 +30,26 @@ from . import _library
 _library.load()
 
 from .backend import backends, use_backend  # noqa: E402  the schemas come first
+from .bias_gelu import bias_gelu  # noqa: E402
 from .block_causal_attention import block_causal_attention  # noqa: E402
 from .cached_attention import cached_attention  # noqa: E402
 from .causal_conv3d import causal_conv3d  # noqa: E402
 from .kv_append import kv_append  # noqa: E402
 from .kv_cache import KVCache  # noqa: E402
 from .layout import FrameLayout  # noqa: E402
+from .modulated_norm import modulated_norm  # noqa: E402
 from .qk_norm_rope import qk_norm_rope  # noqa: E402
 
 __all__ = [
     "FrameLayout",
     "KVCache",
     "backends",
+    "bias_gelu",
     "block_causal_attention",
     "cached_attention",
     "causal_conv3d",
     "kv_append",
+    "modulated_norm",
     "qk_norm_rope",
     "use_backend",
 ]

@@ -72,6 +72,19 @@ STABLE_TORCH_LIBRARY(aapt, m) {
       "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? cos_sink, "
       "Tensor? sin_sink, float eps) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)");
 
+  // x, update (B, L, D); gate, shift, scale (B, G, D), of which group g serves L / G tokens.
+  m.def(
+      "modulated_norm(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, "
+      "Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
+      "-> (Tensor residual, Tensor normed)");
+  m.def(
+      "modulated_norm_backward(Tensor dnormed, Tensor? dresidual, Tensor residual, "
+      "Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
+      "float eps) -> (Tensor dx, Tensor dupdate, Tensor dgate, Tensor dshift, Tensor dscale, "
+      "Tensor dweight, Tensor dbias)");
+  m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
+  m.def("bias_gelu_backward(Tensor dout, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");
+
   // One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter. The scales,
   // (heads,) float32, are those of a cache of another dtype than q.
   m.def(KV_APPEND);

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,29 @@ from aapt_kernels import FrameLayout, KVCache
 
 from .config import ModelConfig
 from .flow import to_clean
-from .layers import modulated_norm
+from .layers import Residual
 from .rope import RotaryPositions, Rotation
 from .ulysses import Ulysses
 
 TIME_FREQUENCIES = 256
 KeysValues = list[tuple[Tensor, Tensor]]  # per block, each (B, L, heads, head_dim)
+
+
+class StepConstants(NamedTuple):
+    """The inputs of a step that never change while a stream runs: time and size are fixed."""
+
+    modulation: list[tuple[Tensor, ...]]  # per block, six (B, 1, width)
+    out_modulation: tuple[Tensor, Tensor]  # shift and scale of the last norm, (B, 1, width)
+    places: tuple[Tensor, Tensor]  # cosines and sines of rows and columns, of one frame's tokens
+
+    def tensors(self) -> Iterator[Tensor]:
+        for group in (*self.modulation, self.out_modulation, self.places):
+            yield from group
+
+    def copy_(self, other: "StepConstants") -> None:
+        """Copies the values of `other` to the addresses that a captured step reads."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
 
 class TimeEmbedding(nn.Module):
@@ -113,12 +131,14 @@ class VideoTransformer(nn.Module):
         tokens = rearrange(stacked, "b c t (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
         return self.video_in(self.context.shard(tokens))
 
-    def unpatchify(self, tokens: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
-        """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W)."""
+    def unpatchify(
+        self, tokens: Residual, modulation: tuple[Tensor, Tensor], shape: Sequence[int]
+    ) -> Tensor:
+        """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W);
+        modulation: `output_modulation`."""
         patch, (frames, *size) = self.config.patch, shape
         rows, columns = self.config.token_grid(*size)
-        shift, scale = self.output_modulation(time)
-        patches = self.video_out(modulated_norm(tokens, shift, scale))
+        patches = self.video_out(tokens.norm(*modulation)[1])
         return rearrange(
             self.context.gather(patches, frames * rows * columns),
             "b (t h w) (p q c) -> b c t (h p) (w q)",
@@ -232,7 +252,19 @@ class VideoTransformer(nn.Module):
         """Returns the raw output (B, latent_channels, T, H, W); arguments as in `features`."""
         # The plain function: in a sharded model `self.features` would release the parameters.
         video, time, _ = VideoTransformer.features(self, x, recycled, condition, *args, **kwargs)
-        return self.unpatchify(video, time, x.shape[2:])
+        return self.unpatchify(Residual(video), self.output_modulation(time), x.shape[2:])
+
+    def step_constants(self, t: Tensor, size: Sequence[int]) -> StepConstants:
+        """Computes what every step at time t (B,) needs, for latents of `size` = (height, width).
+
+        Weights must not change between this call and a step that takes its result.
+        """
+        time, shared, _ = self.modulations(t)
+        return StepConstants(
+            [block.step_modulation(shared) for block in self.blocks],
+            self.output_modulation(time),
+            self.positions.places(self.config.token_grid(*size)),
+        )
 
     def step(
         self,
@@ -241,25 +273,28 @@ class VideoTransformer(nn.Module):
         condition: Tensor | None,
         t: Tensor,
         cache: KVCache,
+        constants: StepConstants | None = None,
         advance: bool = True,
     ) -> Tensor:
         """Runs the frames of one step against the cache and appends them there
         (docs/method.md#5, #15).
 
         x, recycled, condition: n frames each, (B, C, n, H, W), which see each other; n is at most
-        `window_frames` + 1. Without `advance` the next call makes the frames of this step again.
-        Returns the raw output.
+        `window_frames` + 1. constants: `step_constants` of t and this size, computed here unless
+        given. Without `advance` the next call makes the frames of this step again. Returns the raw
+        output.
         """
+        if constants is None:
+            constants = self.step_constants(t, x.shape[-2:])
         grid, frames = self.config.token_grid(*x.shape[-2:]), x.shape[2]
         indices = cache.step + torch.arange(frames, device=cache.step.device)
-        rotation = self.positions(indices, grid, cache.step + frames - 1)
-        time, modulation, _ = self.modulations(t)
-        video = self.patchify(x, recycled, condition, indices)
+        rotation = self.positions(indices, grid, cache.step + frames - 1, constants.places)
+        video = Residual(self.patchify(x, recycled, condition, indices))
         for layer, block in enumerate(self.blocks):
-            video = block.step(video, modulation, rotation, cache, layer)
+            video = block.step(video, constants.modulation[layer], rotation, cache, layer)
         if advance:
             cache.advance(frames)
-        return self.unpatchify(video, time, x.shape[2:])
+        return self.unpatchify(video, constants.out_modulation, x.shape[2:])
 
 
 def velocity(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from aapt_kernels import (
 )
 
 from .config import ModelConfig
-from .layers import NORM_EPS, StreamWeights
+from .layers import NORM_EPS, Residual, StreamWeights
 from .rope import Rotation
 from .transformer import KeysValues, TimeEmbedding, VideoTransformer
 from .ulysses import Ulysses
@@ -125,7 +125,8 @@ class WanBlock(nn.Module):
         """Runs all frames in parallel and returns the next (video, words); arguments as in `Block`,
         with the prefix of [sink | past]."""
         own = self.video.modulation(modulation[0])
-        q, k, v, *norms = self._project(video, own, layout.frames * layout.tokens_per_frame)
+        _, normed = Residual(video).norm(*own[:2])
+        q, k, v, *norms = self._project(normed, layout.frames * layout.tokens_per_frame)
         q, k, *q_sink = qk_norm_rope(
             q,
             k,
@@ -146,24 +147,30 @@ class WanBlock(nn.Module):
             q_sink=q_sink[0] if q_sink else None,
             prefix_grad=prefix is None,
         )
-        return self._mix(video, attended, own, *self.cross.keys_values(words)), words
+        return self._mix(video, attended, own, *self.cross.keys_values(words)).sum(), words
 
     def encode_text(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of text tokens that frames attend to."""
         return self.cross.keys_values(words)
 
+    def step_modulation(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """Returns the modulation that `step` takes, from the shared one (B, 6, width)."""
+        return self.video.modulation(shared)
+
     def step(
         self,
-        video: Tensor,
-        modulation: Tensor,
+        video: Residual,
+        modulation: tuple[Tensor, ...],
         rotation: Rotation,
         cache: TextBesideCache,
         layer: int,
-    ) -> Tensor:
-        """Runs the frames of one step (B, tokens, width) against the cache and appends them
-        there."""
-        own = self.video.modulation(modulation)
-        q, k, v, *norms = self._project(video, own, len(rotation.cos))
+    ) -> Residual:
+        """Runs the frames of one step (B, tokens, width) against the cache and appends them there.
+
+        The MLP's update is left to the first norm of the next block.
+        """
+        x, normed = video.norm(*modulation[:2])
+        q, k, v, *norms = self._project(normed, len(rotation.cos))
         appended = kv_append(
             q,
             k,
@@ -179,19 +186,17 @@ class WanBlock(nn.Module):
         )
         q, q_sink = appended if isinstance(appended, tuple) else (appended, None)
         attended = cached_attention(q, cache, layer, q_sink=q_sink)
-        return self._mix(video, attended, own, *cache.words[:, layer])
+        return self._mix(x, attended, modulation, *cache.words[:, layer])
 
-    def _project(
-        self, video: Tensor, modulation: tuple[Tensor, ...], tokens: int
-    ) -> tuple[Tensor | None, ...]:
-        """Returns q, k and v (B, tokens, heads of this rank, head_dim), and the weights with which
-        q and k are still to be normed.
+    def _project(self, normed: Tensor, tokens: int) -> tuple[Tensor | None, ...]:
+        """Projects normed tokens to q, k and v (B, tokens, heads of this rank, head_dim); also
+        returns the weights with which q and k are still to be normed.
 
         The norm is over all heads. Ranks that share a clip hold a token's heads together before the
         exchange alone, so they norm there.
         """
         stream = self.video
-        qkv, norms = stream.project(video, *modulation[:2]), (stream.q_norm, stream.k_norm)
+        qkv, norms = stream.project(normed), (stream.q_norm, stream.k_norm)
         if self.context.size > 1:
             q, k, v = qkv.unbind(2)
             q, k = qk_norm_rope(q, k, *norms, None, None, eps=NORM_EPS)
@@ -205,10 +210,14 @@ class WanBlock(nn.Module):
         modulation: tuple[Tensor, ...],
         text_k: Tensor,
         text_v: Tensor,
-    ) -> Tensor:
-        """Adds the attended values, the cross-attention and the MLP to the residual."""
-        video = self.video.add_attended(video, self.context.to_tokens(attended), modulation)
-        return self.video.add_mlp(self.cross(video, text_k, text_v), modulation)
+    ) -> Residual:
+        """Adds the attended values and the cross-attention to the residual, and returns it with the
+        MLP's update."""
+        _, _, gate_attention, shift, scale, gate_mlp = modulation
+        update = self.video.out(self.context.to_tokens(attended).flatten(2))
+        x = Residual(video, update, gate_attention).sum()
+        x, normed = Residual(self.cross(x, text_k, text_v)).norm(shift, scale)
+        return Residual(x, self.video.mlp(normed), gate_mlp)
 
 
 class WanTransformer(VideoTransformer):

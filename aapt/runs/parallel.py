@@ -39,8 +39,8 @@ from ..model.transformer import VideoTransformer
 from ..model.ulysses import Ulysses
 
 # Methods called besides `forward`, for which parameters must be gathered too.
-CALLED_ON_BLOCKS = ("encode_text", "step")
-CALLED_ON_TRANSFORMERS = ("features", *CALLED_ON_BLOCKS)
+CALLED_ON_BLOCKS = ("encode_text", "step_modulation", "step")
+CALLED_ON_TRANSFORMERS = ("features", "encode_text", "step_constants", "step")
 
 
 @dataclass(frozen=True)

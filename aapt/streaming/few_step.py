@@ -3,14 +3,22 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..model.config import FewStepConfig, ModelConfig
 from ..model.flow import interpolate
-from ..model.transformer import VideoTransformer, clean
+from ..model.transformer import StepConstants, VideoTransformer, clean
 from .student import Past
+
+
+class Moment(NamedTuple):
+    """A time of a schedule, (B,) float64, and the constants of every pass at that time."""
+
+    time: Tensor
+    constants: StepConstants
 
 
 class FewStepRollout:
@@ -39,12 +47,13 @@ class FewStepRollout:
         recache: bool = False,
     ):
         check_few_step(model.config)
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.size = model, sampling, size
         like = model.video_in.weight
         self.cache = model.new_cache(len(text), size, dtype=like.dtype)
 
-        def at(time: float) -> Tensor:
-            return torch.full((len(text),), time, dtype=torch.float64, device=like.device)
+        def at(time: float) -> Moment:
+            t = torch.full((len(text),), time, dtype=torch.float64, device=like.device)
+            return Moment(t, model.step_constants(t, size))
 
         self.times = [at(time) for time in sampling.times]
         self.opening_times = [at(time) for time in sampling.opening_times]
@@ -75,7 +84,9 @@ class FewStepRollout:
         With `recache` the sink and the window are computed again from their clean chunks. Frames
         are then counted from the start of that window, see `StudentRollout.set_text`.
         """
-        for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start)):
+        for moment in self._moments():  # weights may be others than those of the stream before
+            moment.constants.copy_(self.model.step_constants(moment.time, self.size))
+        for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.time)):
             self.cache.write_text(layer, *pair)
         if self.past:
             self.cache.reset()
@@ -92,7 +103,8 @@ class FewStepRollout:
     @torch.no_grad()
     def append(self, latent: Tensor, condition: Tensor | None) -> None:
         """The tensor operations of `give`, which a CUDA graph can hold."""
-        self.model.step(latent, None, condition, self.start, self.cache)
+        time, constants = self.start
+        self.model.step(latent, None, condition, time, self.cache, constants)
 
     @torch.no_grad()
     def step(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -110,21 +122,31 @@ class FewStepRollout:
         next chunk is returned."""
         times = self.opening_times if opening else self.times
         model, last, x = self.model, len(times) - 1, noise[0]
-        for index, time in enumerate(times):
+        for index, (time, constants) in enumerate(times):
             stays = index == last and self.refresh is None
-            output = model.step(x, None, condition, time, self.cache, advance=stays)
+            output = model.step(x, None, condition, time, self.cache, constants, advance=stays)
             latent = clean(model.config, output, x, None, time)
             if index < last:
-                x = interpolate(latent, noise[index + 1], times[index + 1]).to(noise.dtype)
+                x = interpolate(latent, noise[index + 1], times[index + 1].time).to(noise.dtype)
         latent = latent.to(noise.dtype)
         if self.refresh is not None:
-            model.step(latent, None, condition, self.refresh, self.cache)
+            time, constants = self.refresh
+            model.step(latent, None, condition, time, self.cache, constants)
         return latent
 
     def inputs(self, latent: Tensor, condition: Tensor | None, given: bool = False) -> tuple:
         """Returns the inputs of the pass whose keys and values stay: over a clean chunk that was
         made, or `given`."""
-        return latent, None, condition, self.start if given else self.refresh
+        return latent, None, condition, (self.start if given else self.refresh).time
+
+    def _moments(self) -> list[Moment]:
+        moments = [*self.times, *self.opening_times, self.start]
+        return moments if self.refresh is None else [*moments, self.refresh]
+
+    @property
+    def constants_bytes(self) -> int:
+        """Memory of the constants of all times."""
+        return sum(x.nbytes for each in self._moments() for x in each.constants.tensors())
 
 
 def check_few_step(config: ModelConfig) -> None:

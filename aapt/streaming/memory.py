@@ -104,6 +104,7 @@ class StreamMemory:
         tensors = sum(x.nbytes for x in own if x is not None)
         tensors += sum(chunk.bytes for chunk in self.chunks.values())
         past = self.rollout.past.bytes if self.rollout.past else 0
+        tensors += self.rollout.constants_bytes
         return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
 
     @torch.no_grad()

@@ -81,7 +81,7 @@ class StudentRollout:
         self.model = model
         self.last = first
         self.time = torch.ones(len(first), device=first.device)
-        self.cache = None
+        self.cache, self.constants = None, None
         self.frames = 0  # in the count of the cache
         self.past = self.new_past() if recache else None
         self.set_text(text, text_lens)
@@ -90,6 +90,11 @@ class StudentRollout:
         """Returns an empty memory of the inputs of the steps that the cache remembers."""
         config = self.model.config
         return Past(config.window(config.token_grid(*self.last.shape[-2:])), config.sink_frames)
+
+    @property
+    def constants_bytes(self) -> int:
+        """Memory of the constants of a step."""
+        return sum(x.nbytes for x in self.constants.tensors())
 
     @torch.no_grad()
     def set_text(self, text: Tensor, text_lens: Tensor) -> None:
@@ -101,15 +106,19 @@ class StudentRollout:
         away than at the end of a first window.
         """
         pairs = self.model.encode_text(text, text_lens, self.time)
+        size, dtype = self.last.shape[-2:], pairs[0][0].dtype
+        constants = self.model.step_constants(self.time, size)
         if self.cache is None:
-            size, dtype = self.last.shape[-2:], pairs[0][0].dtype
             self.cache = self.model.new_cache(len(self.last), size, dtype=dtype)
+            self.constants = constants
+        else:  # weights may be others than those of the stream before
+            self.constants.copy_(constants)
         for layer, (k, v) in enumerate(pairs):
             self.cache.write_text(layer, k, v, text_lens)
         if self.past:
             self.cache.reset()
             for inputs in self.past:
-                self.model.step(*inputs, self.time, self.cache)
+                self.model.step(*inputs, self.time, self.cache, self.constants)
             self.frames = len(self.past)
 
     @torch.no_grad()
@@ -149,7 +158,8 @@ class StudentRollout:
     def infer(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
         """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
         next latent frame is returned."""
-        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
+        inputs = (noise, recycled, condition)
+        output = self.model.step(*inputs, self.time, self.cache, self.constants).to(noise.dtype)
         return clean(self.model.config, output, noise, recycled, self.time).to(noise.dtype)
 
 

@@ -95,7 +95,7 @@ def test_times_need_float32():
     assert torch.tensor(0.8333).bfloat16().item() == 0.83203125
     assert not torch.equal(*embedded)
     rollout = FewStepRollout(net, *prompts(torch.bfloat16), SIZE, FOUR)
-    assert {time.dtype for time in rollout.times} == {torch.float64}
+    assert {moment.time.dtype for moment in rollout.times} == {torch.float64}
 
 
 @pytest.mark.parametrize(
