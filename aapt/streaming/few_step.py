@@ -69,7 +69,7 @@ class FewStepRollout:
         if self.refresh is None:
             raise ValueError(
                 "recache: expected False for a model without a refresh pass, whose past is not "
-                "made from clean chunks, got True"
+                "made from clean chunks, got True; open the stream without recache"
             )
         config, chunk = self.model.config, self.model.config.chunk
         later = max(0, config.sink_frames - config.opening_frames)  # of the sink
@@ -109,8 +109,15 @@ class FewStepRollout:
     @torch.no_grad()
     def step(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), one draw for each
-        time: of `opening_times` for the first chunk that is made, then of `times`."""
-        latent = self.infer(noise, condition, opening=self.chunks == 0)
+        time: of `opening_times` for the first chunk that is made, then of `times`. ValueError for
+        another number of draws."""
+        opening = self.chunks == 0
+        draws = len(self.opening_times if opening else self.times)
+        if len(noise) != draws:
+            raise ValueError(
+                f"noise: expected {draws} draws, one for each time of this chunk, got {len(noise)}"
+            )
+        latent = self.infer(noise, condition, opening)
         if self.past is not None:
             self.past.append(self.inputs(latent, condition))
         self.chunks += 1

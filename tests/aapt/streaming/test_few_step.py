@@ -190,6 +190,16 @@ def test_settings_that_cannot_be(settings, message):
         FewStepConfig(**settings)
 
 
+def test_noise_has_a_draw_for_each_time():
+    rollout = FewStepRollout(wan_transformer(), *prompts(), SIZE, ONE)
+    with pytest.raises(ValueError, match="noise: expected 4 draws, one for each time .* got 1"):
+        rollout.step(noise(1, 1))
+    rollout.step(noise(4, 1))
+    with pytest.raises(ValueError, match="noise: expected 1 draws, one for each time .* got 4"):
+        rollout.step(noise(4, 1))
+    assert int(rollout.cache.step) == 1
+
+
 def test_models_that_cannot_take_few_steps():
     model = tiny_model()
     with pytest.raises(ValueError, match="sampling: expected a model of block 'wan' for few steps"):
