@@ -14,7 +14,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from aapt.serve.client import Client  # noqa: E402
 from aapt.serve.protocol import FIRST, SEEK  # noqa: E402
 
-from ..streaming.test_few_step_streams import FORMS, SAMPLING, build  # noqa: E402
+from ..streaming.few_step_generator import FORMS, SAMPLING, build  # noqa: E402
 from ..streaming.test_generator import HEIGHT, VAE, WIDTH  # noqa: E402
 from .test_play import encoded, get_log, opened, step_to, video  # noqa: E402
 

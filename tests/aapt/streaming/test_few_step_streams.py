@@ -1,44 +1,23 @@
 """Streams of few-step models: from the prompt alone or from a picture, with all that streams do."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from aapt import StreamingGenerator
-from aapt.checkpoint import save_config, save_module
-from aapt.commands.app import main
 from aapt.model.config import FewStepConfig
-from aapt.model.world_model import WorldModel
 from aapt.streaming import memory
-from aapt.streaming.actions import Replay, Step, Walk, frames_crc, load_walk, make, model_digest
+from aapt.streaming.actions import Replay, Step, Walk, frames_crc, load_walk, make
 from aapt.streaming.noise import Noise
 from aapt.streaming.snapshot_file import load_snapshot, read_file, write_snapshot
-from aapt.vae import CausalVAE, to_bytes
+from aapt.vae import to_bytes
 from aapt.vae.pixels import to_array
 
-from ..helpers import WAN, wan_transformer
 from ..plain_wan import PlainWan
-from .test_generator import HEIGHT, VAE, WIDTH
+from .few_step_generator import FORMS, SAMPLING, build
+from .test_generator import HEIGHT, WIDTH
 from .test_memory import OnTheHost, stand_in
-
-SAMPLING = FewStepConfig((1.0, 0.5), first_times=(1.0, 0.75, 0.5))
-# chunk, first chunk, sink, window
-FORMS = [(1, None, 1, 3), (3, None, 3, 5), (3, 1, 2, 4)]
-
-
-def build(chunk, first, sink, window, sampling=SAMPLING, **changes) -> StreamingGenerator:
-    sizes = dict(chunk=chunk, first_chunk=first, sink_frames=sink, window_frames=window)
-    torch.manual_seed(0)
-    model = WorldModel(dataclasses.replace(WAN, **sizes, **changes), None)
-    model.transformer = wan_transformer(**sizes, **changes)
-    model, vae = model.float(), CausalVAE(VAE)
-    return StreamingGenerator(
-        model, vae, height=HEIGHT, width=WIDTH, fps=16, prompts=["ab"], sampling=sampling
-    )
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -256,61 +235,6 @@ def test_a_walk_replays_bit_for_bit(frame_wise, picture, from_picture):
     for step in again.path(0, 4):
         replay.step(step)
     assert replay.differing == []
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint that starts from its prompt, in chunks of 3."""
-    generator = build(*FORMS[1])
-    path = tmp_path_factory.mktemp("few-step")
-    save_module(path / "model.safetensors", generator.model)
-    save_module(path / "vae.safetensors", generator.vae)
-    parts = {"model": generator.model.config, "vae": VAE, "sampling": SAMPLING}
-    parts = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    facts = {"height": HEIGHT, "width": WIDTH, "fps": 16, "prompts": ["ab"], "camera": None}
-    save_config(path, {**facts, **parts, "original_vae": parts["vae"]})
-    return path
-
-
-def test_a_checkpoint_says_how_it_is_sampled(folder):
-    generator = StreamingGenerator.from_pretrained(folder)
-    assert generator.sampling == SAMPLING and generator.few_step
-    assert generator.model.config.chunk == 3 and generator.fps == 16
-    with generator.open(None, "ab") as stream, build(*FORMS[1]).open(None, "ab") as other:
-        assert np.array_equal(play(stream, 3), play(other, 3))
-
-
-def test_generate_and_replay(folder, tmp_path, capsys):
-    """The first chunk of 9 video frames, then chunks of 12: 3 seconds at 16 fps are 4 steps."""
-    out = tmp_path / "frames"
-    arguments = ["--model", str(folder), "--scale", "1"]
-    assert main(["generate", *arguments, "--seconds", "3", "--out", str(out)]) == 0
-    assert len(list(out.glob("*.png"))) == 9 + 3 * 12
-    walk = walked(StreamingGenerator.from_pretrained(folder), None)
-    walk.digest = model_digest(folder)
-    log = tmp_path / "walk.jsonl"
-    log.write_text("\n".join(walk.lines("0")))
-    again = tmp_path / "again"
-    assert main(["generate", *arguments, "--replay", str(log), "--out", str(again)]) == 0
-    assert "4 steps, each bit for bit as it was played" in capsys.readouterr().err
-    assert len(list(again.glob("*.png"))) == 9 + 3 * 12
-
-
-def test_commands_that_time_and_describe(folder, capsys):
-    assert main(["bench", "stream", "--model", str(folder), "--steps", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["frames_per_step"] == 12
-    assert main(["info", "--model", str(folder), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)["model"]
-    assert (facts["tokens_per_step"], facts["sink_frames"]) == (18, 3)
-
-
-def test_generate_refuses_a_picture(folder, picture, tmp_path, capsys):
-    file = tmp_path / "picture.png"
-    Image.fromarray(picture).save(file)
-    options = ["--model", str(folder), "--image", str(file), "--out", str(tmp_path / "out")]
-    assert main(["generate", *options]) == 2
-    said = "first_frame: expected None for a model whose first chunk has 3 frames, got a picture"
-    assert f"{said}; pass None to start from the prompt" in capsys.readouterr().err
 
 
 def test_what_a_few_step_model_refuses(frame_wise, picture):

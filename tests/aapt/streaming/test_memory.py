@@ -12,6 +12,8 @@ from aapt.model.world_model import WorldModel
 from aapt.streaming import memory
 
 from ..helpers import CONFIG
+from .few_step_generator import FORMS
+from .few_step_generator import build as build_few_step
 from .test_generator import HEIGHT, WALK, WIDTH, build, play
 
 VIEWS = ("aten.select", "aten.lift_fresh", "aten.detach", "aten.view", "aten.alias")
@@ -180,3 +182,28 @@ def test_a_step_on_a_device_is_one_graph(picture):
     allocated = torch.cuda.memory_allocated()
     assert np.array_equal(play(stream, WALK), video)
     assert torch.cuda.memory_allocated() == allocated
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chunk_on_a_device_is_one_graph(picture, form):
+    """The opening, the step after a picture and the steady one, as on the CPU about."""
+    on_cpu, on_gpu = build_few_step(*form), build_few_step(*form)
+    on_gpu = StreamingGenerator(
+        on_gpu.model.cuda(),
+        on_gpu.vae.cuda(),
+        height=HEIGHT,
+        width=WIDTH,
+        sampling=on_gpu.sampling,
+    )
+    for given in (None, picture) if on_cpu.takes_picture else (None,):
+        videos = []
+        for generator in (on_cpu, on_gpu):
+            stream = generator.open(given, "ab", seed=3)
+            snapshot = stream.snapshot()
+            videos.append(play(stream, [None] * 6))
+        assert np.abs(videos[0].astype(int) - videos[1].astype(int)).max() <= 2
+        stream.restore(snapshot)
+        allocated = torch.cuda.memory_allocated()
+        assert np.array_equal(play(stream, [None] * 6), videos[1])
+        assert torch.cuda.memory_allocated() == allocated
