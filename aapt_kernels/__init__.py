@@ -19,6 +19,7 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
     out = cached_attention(q, cache, layer)
     cache.advance()                                           # after the last layer
 
+`modulated_norm` and `bias_gelu` are what a block does between its products, in one launch each.
 `causal_conv3d` is the VAE's convolution. Each function is a real torch op, `torch.ops.aapt.<name>`,
 that compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends`
 lists the choice.
@@ -26,12 +27,14 @@ lists the choice.
 
 from . import _library
 from .backend import backends, use_backend
+from .bias_gelu import bias_gelu
 from .block_causal_attention import block_causal_attention
 from .cached_attention import cached_attention
 from .causal_conv3d import causal_conv3d
 from .kv_append import kv_append
 from .kv_cache import KVCache
 from .layout import FrameLayout
+from .modulated_norm import modulated_norm
 from .qk_norm_rope import qk_norm_rope
 
 _library.load()
@@ -40,10 +43,12 @@ __all__ = [
     "FrameLayout",
     "KVCache",
     "backends",
+    "bias_gelu",
     "block_causal_attention",
     "cached_attention",
     "causal_conv3d",
     "kv_append",
+    "modulated_norm",
     "qk_norm_rope",
     "use_backend",
 ]

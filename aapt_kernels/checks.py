@@ -72,6 +72,16 @@ def check_dtype(tensors: Mapping[str, Tensor], allowed: Sequence[torch.dtype] = 
             raise TypeError(f"{name}: expected {first.dtype} like {first_name}, got {tensor.dtype}")
 
 
+def check_precision(x: Tensor, others: Mapping[str, Tensor]) -> None:
+    """Raise TypeError unless x is floating-point and all others may be mixed with it: float64 goes
+    with float64 alone, narrower dtypes with one another."""
+    check_dtype({"x": x})
+    doubles = (torch.float64,)
+    allowed = doubles if x.dtype in doubles else tuple(y for y in FLOATS if y not in doubles)
+    for name, tensor in others.items():
+        check_dtype({name: tensor}, allowed)
+
+
 def check_device(tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless all tensors are on the device of the first."""
     first_name, first = next(iter(tensors.items()))

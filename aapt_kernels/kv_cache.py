@@ -148,6 +148,22 @@ class KVCache:
             return None, None
         return self.k_scale[layer], self.v_scale[layer]
 
+    def layer(self, index: int) -> "KVCache":
+        """Return a view of one layer, a cache of one layer on the memory and the counter of this
+        one; IndexError unless there is such a layer.
+
+        A compiled block that gets its view is the block of any layer: one graph serves all of them.
+        `advance`, `reset` and `load` belong to the whole cache.
+        """
+        self.check_layer(index)
+        view = copy.copy(self)
+        with torch.inference_mode(False), torch.no_grad():
+            for name in ("k", "v", "k_scale", "v_scale"):
+                tensor = getattr(self, name)
+                if tensor is not None:
+                    setattr(view, name, tensor[index : index + 1])
+        return view
+
     @property
     def ring_frames(self) -> int:
         """Slots of the ring: window and newest frame. A step appends at most as many frames."""
@@ -299,6 +315,42 @@ class KVCache:
 
         k_scale, v_scale = self.scales(layer)
         return take(self.k, k_scale), take(self.v, v_scale)
+
+    def load_prefix(self, layer: int, k: Tensor, v: Tensor, step: int) -> None:
+        """Fill one layer with the frames before frame `step` that were made elsewhere, in place of
+        all that it had: the inverse of `prefix`, for frames that were computed in parallel or anew.
+
+        k, v: `[sink | past]`, oldest first and rotated, as `prefix` returns them at `step`. `step`
+        becomes that of the cache: give one for all layers. Text stays. Raises IndexError,
+        ValueError or TypeError if an argument does not fit the cache.
+        """
+        self.check_layer(layer)
+        step = check_integer("step", step, 0)
+        _, batch, _, heads, head_dim = self.k.shape
+        sink = min(step, self.sink_frames)
+        past = min(step - sink, self.window_frames)
+        shape = (batch, (sink + past) * self.tokens_per_frame, heads, head_dim)
+        why = f"{sink} sink and {past} past frames before frame {step}"
+        check_shape("k", k, shape, why)
+        check_shape("v", v, shape, why)
+        self._check_dtype({"k": k, "v": v})
+        check_device({"cache": self.k, "k": k, "v": v})
+        order = torch.arange(step - past, step, device=self.k.device) - sink
+        index = torch.cat(
+            [
+                torch.arange(sink, device=self.k.device),
+                self.sink_frames + order % self.ring_frames,
+            ]
+        )
+        with torch.no_grad():
+            for cached, given, scale in zip(
+                (self.k, self.v), (k, v), self.scales(layer), strict=True
+            ):
+                slots = as_bits(cached)[layer, :, self.text_tokens :]
+                slots = slots.unflatten(1, (-1, self.tokens_per_frame)).zero_()
+                frames = as_bits(quantise(given, scale, cached.dtype))
+                slots.index_copy_(1, index, frames.unflatten(1, (-1, self.tokens_per_frame)))
+            self.step.fill_(step)
 
     def check_layer(self, layer: int) -> None:
         """Raise IndexError, or TypeError for another type, unless the cache has this layer."""

@@ -32,6 +32,22 @@ QK_NORM_ROPE = (
     "Tensor? sin_sink, float eps) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
 )
 
+# x, update (B, L, D); gate, shift, scale (B, G, D), of which group g serves L / G tokens.
+MODULATED_NORM = (
+    "modulated_norm(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, "
+    "Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
+    "-> (Tensor residual, Tensor normed)",
+    "modulated_norm_backward(Tensor dnormed, Tensor? dresidual, Tensor residual, "
+    "Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
+    "float eps) -> (Tensor dx, Tensor dupdate, Tensor dgate, Tensor dshift, Tensor dscale, "
+    "Tensor dweight, Tensor dbias)",
+)
+
+BIAS_GELU = (
+    "bias_gelu(Tensor x, Tensor bias) -> Tensor",
+    "bias_gelu_backward(Tensor dout, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
+)
+
 # One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter. The scales,
 # (heads,) float32, are those of a cache of another dtype than q.
 CACHE = (
@@ -57,7 +73,11 @@ CAUSAL_CONV3D = (
 )
 
 library = torch.library.Library(NAMESPACE, "DEF")
-for schema in (*BLOCK_CAUSAL_ATTENTION, *QK_NORM_ROPE, *CACHE, *CAUSAL_CONV3D):
-    library.define(schema)
+for schemas in (
+    *(BLOCK_CAUSAL_ATTENTION, QK_NORM_ROPE, MODULATED_NORM, BIAS_GELU, CACHE),
+    CAUSAL_CONV3D,
+):
+    for schema in schemas:
+        library.define(schema)
 
 ops = getattr(torch.ops, NAMESPACE)

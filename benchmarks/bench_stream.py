@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from aapt.evaluate.speed import bench_stream
-from aapt.model.transformer import VideoTransformer
+from aapt.model.mmdit import MMDiT
 from aapt.streaming.generator import StreamingGenerator
 from aapt.streaming.student import StudentRollout
 from aapt.training.recipes import aapt_8b
@@ -57,7 +57,7 @@ def test_aapt_8b(mode, device, record_property, height, width):
         config, size = replace(config, window_frames=2, **small), (4, 6)
     with torch.device(device):
         with default_dtype(torch.bfloat16):  # in float32 first, the weights alone would take 33 GB
-            model = VideoTransformer(config).bfloat16().requires_grad_(False).eval()
+            model = MMDiT(config).bfloat16().requires_grad_(False).eval()
         shape = (1, config.latent_channels, 1, *size)
         noise, latent = torch.randn(2, *shape, dtype=torch.bfloat16)
         text = torch.randn(1, config.text_tokens, config.text_width, dtype=torch.bfloat16)

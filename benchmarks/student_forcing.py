@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aapt.environment import environment
-from aapt.model.layers import StreamWeights
+from aapt.model.layers import Residual, StreamWeights
+from aapt.model.mmdit import MMDiT
 from aapt.model.rope import Rotation
 from aapt.model.transformer import VideoTransformer, clean
 from aapt.streaming.student import StudentRollout
@@ -38,12 +39,13 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block on one frame: past is keys, then values, of what the frame sees before itself."""
     shared = stream.modulation(modulation)
-    q, k, v = stream.project(video, *shared[:2])
+    _, normed = Residual(video).norm(*shared[:2])
+    q, k, v = stream.project(normed).unbind(2)
     q, k = qk_norm_rope(q, k, stream.q_norm, stream.k_norm, rotation.cos, rotation.sin, eps=1e-6)
     count = len(past) // 2
     keys, values = torch.cat([*past[:count], k], 1), torch.cat([*past[count:], v], 1)
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values)))
-    return stream.mix(video, out.transpose(1, 2), shared), k, v
+    return stream.mix(video, out.transpose(1, 2), shared).sum(), k, v
 
 
 def recurrent_pass(
@@ -70,7 +72,8 @@ def recurrent_pass(
             values.append(v)
             if index > model.config.window_frames:  # text and the first frame stay
                 del keys[2], values[2]
-        output = model.unpatchify(video, embedded, SIZE)
+        modulation = model.output_modulation(embedded)
+        output = model.unpatchify(Residual(video), modulation, (1, *SIZE))
         outputs.append(clean(model.config, output, x, latent, t))
         latent = outputs[-1].detach()
     return torch.cat(outputs, dim=2)
@@ -89,7 +92,7 @@ def measure(way: str, batch: int, frames: int) -> dict[str, float]:
     torch.manual_seed(0)
     # An absolute distance leaves one query per token to the recurrent way, which is then SDPA.
     config = replace(tiny_world().model, sink_distance="absolute")
-    model = VideoTransformer(config)
+    model = MMDiT(config)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)

@@ -15,6 +15,7 @@ TRITON = "tests/kernels/test_triton_kernels.py"
 TRITON_CONV = "tests/kernels/test_causal_conv3d_triton.py"
 GRAPHS = "tests/aapt/vae/test_stream.py::test_graphs_on_a_device"
 STEP_GRAPH = "tests/aapt/streaming/test_memory.py::test_a_step_on_a_device_is_one_graph"
+CHUNK_GRAPHS = "tests/aapt/streaming/test_memory.py::test_a_chunk_on_a_device_is_one_graph"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ PARTS = {
         "the tests that need the GPU, full sweeps included",
         (
             Group("kernels", (CACHED, CONV, APPEND, TRAINING, TRITON, TRITON_CONV), turns=True),
-            Group("graphs of a stream", (GRAPHS, STEP_GRAPH)),
+            Group("graphs of a stream", (GRAPHS, STEP_GRAPH, CHUNK_GRAPHS)),
         ),
         modules=("einops", "safetensors"),
     ),

@@ -48,7 +48,7 @@ def generate(
         typer.Option(
             metavar="FILE",
             help="First frame: a PNG, JPEG, ..., cropped to fit.",
-            show_default="a sample",
+            show_default="a sample, or none for a model that needs none",
         ),
     ] = None,
     prompt: Annotated[
@@ -96,7 +96,8 @@ def generate(
 ):
     """Make a video from an image, a prompt and a control script.
 
-    The frame count is 1 + 4 * round(seconds * 24 / 4): the first frame and whole steps. Frames are
+    The frame count is 1 + 4 * round(seconds * 24 / 4): the first frame and whole steps. A few-step
+    model starts from its prompt alone unless --image is given, and makes chunks. Frames are
     written as they are made: after Ctrl-C or on a full disk the file plays as far as it got. A
     prompt that is longer than the model reads is cut, and the command says where.
 
@@ -142,11 +143,13 @@ def generate(
     steps = max(1, round(seconds / step_seconds))
 
     with bad_input():
-        if start is None:
+        first_frame = None
+        if start is None and not generator.few_step:
             start = load_image(generator.sample_image())
-        first_frame, note = fit_image(start, generator.height, generator.width)
-        if note:
-            say(f"{image or 'sample'}: {note}")
+        if start is not None:
+            first_frame, note = fit_image(start, generator.height, generator.width)
+            if note:
+                say(f"{image or 'sample'}: {note}")
         stream = _open(generator, first_frame, prompt_of(generator, prompt), seed)
         try:
             writer = open_video(out, generator.height, generator.width, generator.fps, scale)
@@ -257,7 +260,7 @@ class Played:
 
 def _play(stream, writer, controls, steps: int) -> Played:
     """Write frames as they are made, until the end, Ctrl-C or an output that is full."""
-    total = len(stream.first_frame) + steps * stream.generator.frames_per_step
+    total = stream.generator.video_frames(steps, picture=len(stream.first_frame) > 0)
     latencies, error = [], None
     started = time.perf_counter()
     with ctrl_c() as interrupted, _progress(total) as show:

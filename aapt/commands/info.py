@@ -67,7 +67,7 @@ def info(
         ("model", f"{model}: {size['width']} x {size['height']} at {size['fps']} fps"),
         ("parameters", ", ".join(f"{name} {count}" for name, count in parameters.items())),
         ("step", f"{size['frames_per_step']} frames, {size['tokens_per_step']} tokens"),
-        ("window", f"the first and {size['window_frames']} latent frames"),
+        ("window", f"the first {size['sink_frames']} and {size['window_frames']} latent frames"),
         ("prompts", "; ".join(size["prompts"])),
     ]
     if missing:
@@ -144,8 +144,9 @@ def _model_facts(name: str, generator) -> dict[str, Any]:
         "width": generator.width,
         "fps": generator.fps,
         "frames_per_step": generator.frames_per_step,
-        "tokens_per_step": rows * columns,
+        "tokens_per_step": rows * columns * config.chunk,
         "window_frames": config.window((rows, columns)),
+        "sink_frames": config.sink_frames,
         "config": dataclasses.asdict(config),
         "prompts": list(generator.themes),
     }

@@ -18,11 +18,11 @@ WARMUP_STEPS = 12  # past the window of any bundled model, so that its ring has 
 
 
 def bench_stream(
-    generator: StreamingGenerator, first_frame: np.ndarray, prompt: str, steps: int
+    generator: StreamingGenerator, first_frame: np.ndarray | None, prompt: str, steps: int
 ) -> dict[str, Any]:
     """Time one stream with decoding to pixels and without encoding to a file.
 
-    The latency of the first frames is from `open` to four frames in host memory, for the first
+    The latency of the first frames is from `open` to those of a step in host memory, for the first
     stream of the process and for the next. `steps` steps are timed after WARMUP_STEPS others.
     """
     controls = itertools.repeat(generator.still())

@@ -1,15 +1,20 @@
 """Configurations of models: frozen dataclasses with everything that builds a network."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A causal video transformer (docs/method.md#2 to 4).
+    """A causal video transformer (docs/method.md#2 to 4, #15).
 
     Sizes are in tokens, latent pixels or latent frames. `window_frames` is N of docs/method.md#3;
     `grid_windows` replaces it for the token grids it lists.
+
+    `block` names the family: "mmdit" joins text and frames in one attention; "wan" gives text a
+    cross-attention of its own. A step makes `chunk` frames, the first step `first_chunk`, all of
+    which see each other. Frames 0 to `sink_frames` - 1 stay visible for good.
     """
 
     width: int
@@ -19,7 +24,7 @@ class ModelConfig:
     text_width: int
     text_tokens: int
     window_frames: int
-    reference_grid: tuple[int, int]  # token grid (rows, columns) onto which positions stretch
+    reference_grid: tuple[int, int] | None  # (rows, columns) onto which positions stretch, or none
     rope_axes: tuple[int, int, int]  # rotated channels of a head: time, rows, columns
     grid_windows: tuple[tuple[int, int, int], ...] = ()  # (rows, columns, N)
     rope_theta: float = 10_000.0
@@ -27,21 +32,42 @@ class ModelConfig:
     condition_channels: int = 0
     patch: int = 2  # latent pixels along each side of a token
     mlp_ratio: int = 4
+    mlp_width: int | None = None  # hidden width of the MLP; mlp_ratio * width unless given
     sink_distance: Literal["absolute", "clamped"] = "absolute"
-    recycle: bool = True  # False: the ablation without recycled frames (docs/method.md#12)
+    recycle: bool = True  # False: "mmdit" recycles frame 0 alone (docs/method.md#12), "wan" none
     residual_head: bool = False  # v = x_t - x_prev - net instead of v = net
     output_clamp: float | None = None  # c: the one-step output is c tanh(x / c)
+    block: Literal["mmdit", "wan"] = "mmdit"
+    chunk: int = 1  # frames of a step
+    first_chunk: int | None = None  # frames of the first step; `chunk` unless given
+    sink_frames: int = 1
 
     def __post_init__(self):
-        for name in ("width", "heads", "head_dim", "depth", "text_width", "text_tokens", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.window_frames < 0:
-            raise ValueError(f"window_frames: expected 0 or more, got {self.window_frames}")
+        sizes = ("width", "heads", "head_dim", "depth", "text_width", "text_tokens", "patch")
+        for name in (*sizes, "chunk", "first_chunk", "mlp_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
+        for name in ("window_frames", "sink_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.block not in ("mmdit", "wan"):
+            raise ValueError(f"block: expected 'mmdit' or 'wan', got {self.block!r}")
+        if self.recycled_channels and (self.chunk, self.opening_frames) != (1, 1):
+            raise ValueError(
+                "chunk: expected 1 in a model with recycled channels, where each frame needs the "
+                f"one before, got {self.chunk} after {self.opening_frames}"
+            )
         if not _are_grid_windows(self.grid_windows):
             raise ValueError(
                 "grid_windows: expected a tuple of (rows, columns, window_frames), each grid once, "
                 f"got {self.grid_windows!r}"
+            )
+        shortest = min(self.window_frames, *(frames for _, _, frames in self.grid_windows), 1 << 62)
+        if max(self.chunk, self.opening_frames) > shortest + 1:
+            raise ValueError(
+                f"chunk: expected at most window_frames + 1 = {shortest + 1}, got {self.chunk} "
+                f"after {self.opening_frames}"
             )
         if self.sink_distance not in ("absolute", "clamped"):
             raise ValueError(
@@ -61,9 +87,24 @@ class ModelConfig:
             )
 
     @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return self.mlp_ratio * self.width if self.mlp_width is None else self.mlp_width
+
+    @property
+    def opening_frames(self) -> int:
+        """Frames of the first step."""
+        return self.chunk if self.first_chunk is None else self.first_chunk
+
+    @property
+    def recycled_channels(self) -> int:
+        """Input channels of the recycled frame."""
+        return self.latent_channels if self.recycle or self.block == "mmdit" else 0
+
+    @property
     def input_channels(self) -> int:
         """Noise, recycled frame and conditions, concatenated on channels."""
-        return 2 * self.latent_channels + self.condition_channels
+        return self.latent_channels + self.recycled_channels + self.condition_channels
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of a latent frame of `height` x `width` latent pixels.
@@ -128,6 +169,53 @@ class SamplingConfig:
     def passes(self) -> int:
         """Forward passes (NFE) per latent frame."""
         return self.steps * self.branches
+
+
+@dataclass(frozen=True)
+class FewStepConfig:
+    """Sampling of a few-step model: one pass at each of `times` per chunk (docs/method.md#15).
+
+    Attributes:
+        times: Times of the passes in (0, 1], falling. Between two passes the estimate of the clean
+            chunk is mixed with new noise.
+        first_times: Times for the first chunk of a stream; `times` unless given.
+        refresh: Time of one more pass, over the clean chunk, whose keys and values stay in the
+            cache; None if those of the last pass stay.
+    """
+
+    times: tuple[float, ...]
+    first_times: tuple[float, ...] | None = None
+    refresh: float | None = 0.0
+    kind: Literal["few-step"] = "few-step"
+
+    def __post_init__(self):
+        if self.kind != "few-step":
+            raise ValueError(f"kind: expected 'few-step', got {self.kind!r}")
+        for name in ("times", "first_times"):
+            times = getattr(self, name)
+            if name == "first_times" and times is None:
+                continue
+            falling = list(times) == sorted(set(times), reverse=True)
+            if not times or not falling or times[0] > 1 or not times[-1] > 0:
+                raise ValueError(f"{name}: expected falling times in (0, 1], got {times}")
+        if self.refresh is not None and not 0 <= self.refresh <= 1:
+            raise ValueError(f"refresh: expected a time in [0, 1] or None, got {self.refresh}")
+
+    @property
+    def opening_times(self) -> tuple[float, ...]:
+        """Times for the first chunk."""
+        return self.times if self.first_times is None else self.first_times
+
+    @property
+    def passes(self) -> int:
+        """Forward passes (NFE) per chunk after the first."""
+        return len(self.times) + (self.refresh is not None)
+
+
+def sampling_config(given: Mapping[str, Any]) -> SamplingConfig | FewStepConfig:
+    """Returns the sampling of a checkpoint's configuration: its `kind` names the class, and without
+    one it is a `SamplingConfig`. TypeError or ValueError for fields that do not fit."""
+    return (FewStepConfig if "kind" in given else SamplingConfig)(**given)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ class Discriminator(nn.Module):
         self.norm = nn.LayerNorm(joined)
         self.logit = nn.Linear(joined, 1)
         # The velocity head is not used; frozen, it costs no optimizer state.
-        for layer in (self.backbone.out_modulation, self.backbone.video_out):
-            layer.requires_grad_(False)
+        for parameter in self.backbone.output_parameters():
+            parameter.requires_grad_(False)
 
     @property
     def backbone(self) -> VideoTransformer:

@@ -1,6 +1,8 @@
 """The transformer block: two streams, joint attention, adaLN-single modulation
 (docs/method.md#2)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,9 +10,11 @@ from torch import Tensor, nn
 from aapt_kernels import (
     FrameLayout,
     KVCache,
+    bias_gelu,
     block_causal_attention,
     cached_attention,
     kv_append,
+    modulated_norm,
     qk_norm_rope,
 )
 
@@ -21,19 +25,44 @@ from .ulysses import Ulysses
 NORM_EPS = 1e-6
 
 
+class Residual(NamedTuple):
+    """The residual stream x (B, L, width) and an update that is not added yet.
+
+    The next norm adds gate * update, (B, 1, width) and (B, L, width), in its own launch.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+    def norm(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the sum, and the sum normed and modulated."""
+        if self.update is None:
+            return self.x, modulated_norm(self.x, shift, scale, eps=NORM_EPS)
+        return modulated_norm(
+            self.x, shift, scale, update=self.update, gate=self.gate, eps=NORM_EPS
+        )
+
+    def sum(self) -> Tensor:
+        """Returns x + gate * update."""
+        return self.x if self.update is None else torch.addcmul(self.x, self.gate, self.update)
+
+
 class StreamWeights(nn.Module):
     """The weights of one stream (video or text) in one block.
 
-    A `keys_only` stream only supplies keys and values: the text stream of the last block.
+    A `keys_only` stream only supplies keys and values: the text stream of the last block. Queries
+    and keys are normed per head, or in Wan's block over all heads.
     """
 
     def __init__(self, config: ModelConfig, keys_only: bool = False):
         super().__init__()
-        width, hidden = config.width, config.mlp_ratio * config.width
+        width, hidden = config.width, config.mlp_hidden
         self.heads = config.heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        normed = (config.head_dim,) if config.block == "mmdit" else (self.heads, config.head_dim)
+        self.q_norm = nn.Parameter(torch.ones(normed))
+        self.k_norm = nn.Parameter(torch.ones(normed))
         # Added to the shared modulation; the gates start open.
         bias = torch.zeros(6, width)
         bias[2::3] = 1
@@ -47,20 +76,21 @@ class StreamWeights(nn.Module):
         """Splits the shared (B, 6, width) into six (B, 1, width): shift, scale, gate, twice."""
         return (shared + self.modulation_bias).unsqueeze(2).unbind(1)
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Norms, modulates and projects to q, k and v: (B, L, 3, heads, head_dim)."""
-        return self.qkv(modulated_norm(x, shift, scale)).unflatten(-1, (3, self.heads, -1))
+    def project(self, normed: Tensor) -> Tensor:
+        """Projects normed tokens to q, k and v: (B, L, 3, heads, head_dim)."""
+        return self.qkv(normed).unflatten(-1, (3, self.heads, -1))
 
-    def mix(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """Adds the attended values (B, L, heads, head_dim), then the MLP, to the residual x."""
+    def mix(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Residual:
+        """Adds the attended values (B, L, heads, head_dim) to the residual x, and returns it with
+        the MLP's update."""
         _, _, gate_attention, shift, scale, gate_mlp = modulation
-        x = x + gate_attention * self.out(attended.flatten(2))
-        hidden = F.gelu(self.mlp_up(modulated_norm(x, shift, scale)), approximate="tanh")
-        return x + gate_mlp * self.mlp_down(hidden)
+        x, normed = Residual(x, self.out(attended.flatten(2)), gate_attention).norm(shift, scale)
+        return Residual(x, self.mlp(normed), gate_mlp)
 
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+    def mlp(self, normed: Tensor) -> Tensor:
+        """Returns the MLP's update (B, L, width) of normed tokens."""
+        hidden = bias_gelu(F.linear(normed, self.mlp_up.weight), self.mlp_up.bias)
+        return self.mlp_down(hidden)
 
 
 class Block(nn.Module):
@@ -97,8 +127,10 @@ class Block(nn.Module):
         video_modulation = self.video.modulation(modulation[0])
         text_modulation = self.text.modulation(modulation[1])
         context, tokens = self.context, layout.frames * layout.tokens_per_frame
-        qkv = context.to_heads(self.video.project(video, *video_modulation[:2]), tokens)
-        text_qkv = context.own_heads(self.text.project(text, *text_modulation[:2]))
+        _, normed = Residual(video).norm(*video_modulation[:2])
+        _, text_normed = Residual(text).norm(*text_modulation[:2])
+        qkv = context.to_heads(self.video.project(normed), tokens)
+        text_qkv = context.own_heads(self.text.project(text_normed))
         (q, k, v), (text_q, text_k, text_v) = qkv.unbind(2), text_qkv.unbind(2)
         q, k, *q_sink = qk_norm_rope(
             q,
@@ -125,10 +157,11 @@ class Block(nn.Module):
             prefix_grad=prefix is None,
         )
         text_attended, video_attended = attended.split([text.shape[1], tokens], dim=1)
-        video = self.video.mix(video, context.to_tokens(video_attended), video_modulation)
+        video = self.video.mix(video, context.to_tokens(video_attended), video_modulation).sum()
         if self.last:
             return video, None
-        return video, self.text.mix(text, context.all_heads(text_attended), text_modulation)
+        text = self.text.mix(text, context.all_heads(text_attended), text_modulation).sum()
+        return video, text
 
     def encode_text(
         self, text: Tensor, modulation: Tensor, text_lens: Tensor
@@ -136,24 +169,37 @@ class Block(nn.Module):
         """Runs the text stream alone: returns the next text, and the keys and values that video
         attends to."""
         text_modulation = self.text.modulation(modulation)
-        qkv = self.context.own_heads(self.text.project(text, *text_modulation[:2]))
-        q, k, v = qkv.unbind(2)
+        _, normed = Residual(text).norm(*text_modulation[:2])
+        q, k, v = self.context.own_heads(self.text.project(normed)).unbind(2)
         q, k = qk_norm_rope(q, k, self.text.q_norm, self.text.k_norm, None, None, eps=NORM_EPS)
         if not self.last:
             layout = FrameLayout(
                 text_tokens=text.shape[1], tokens_per_frame=1, frames=0, window_frames=None
             )
             attended = block_causal_attention(q, k, v, layout, text_lens=text_lens)
-            text = self.text.mix(text, self.context.all_heads(attended), text_modulation)
+            text = self.text.mix(text, self.context.all_heads(attended), text_modulation).sum()
         return text, k, v
 
+    def step_modulation(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """Returns the modulation that `step` takes, from the shared one (B, 6, width) of video."""
+        return self.video.modulation(shared)
+
     def step(
-        self, video: Tensor, modulation: Tensor, rotation: Rotation, cache: KVCache, layer: int
-    ) -> Tensor:
-        """Runs one new frame (B, tokens, width) against the cache and appends it there."""
-        video_modulation = self.video.modulation(modulation)
-        qkv = self.video.project(video, *video_modulation[:2])
-        q, k, v = self.context.to_heads(qkv, cache.tokens_per_frame).unbind(2)
+        self,
+        video: Residual,
+        modulation: tuple[Tensor, ...],
+        rotation: Rotation,
+        cache: KVCache,
+        layer: int,
+    ) -> Residual:
+        """Runs one new frame (B, tokens, width) against the cache and appends it there.
+
+        The MLP's update is left to the first norm of the next block, so that a block takes nine
+        launches.
+        """
+        x, normed = video.norm(*modulation[:2])
+        qkv = self.context.to_heads(self.video.project(normed), len(rotation.cos))
+        q, k, v = qkv.unbind(2)
         appended = kv_append(
             q,
             k,
@@ -170,4 +216,4 @@ class Block(nn.Module):
         )
         q, q_sink = appended if isinstance(appended, tuple) else (appended, None)
         attended = cached_attention(q, cache, layer, q_sink=q_sink)
-        return self.video.mix(video, self.context.to_tokens(attended), video_modulation)
+        return self.video.mix(x, self.context.to_tokens(attended), modulation)

@@ -27,7 +27,8 @@ class RotaryPositions(nn.Module):
     """Angles of every token of a frame grid, for any frame index.
 
     Row i of a grid of h rows sits at i * h0 / h of the reference grid, columns likewise, so that
-    a trained grid maps onto a new one. Time is the frame index itself.
+    a trained grid maps onto a new one; without a reference grid it sits at i. Time is the frame
+    index itself.
     """
 
     def __init__(self, config: ModelConfig):
@@ -50,29 +51,53 @@ class RotaryPositions(nn.Module):
             self._buffers[f"{name}_frequency"] = self._frequencies(name).to(device)
         return self
 
-    def forward(self, frames: Tensor, grid: tuple[int, int]) -> Rotation:
-        """Returns the rotation of frames with indices `frames` (T,), any integer type, on a `grid`
-        of (rows, columns) tokens."""
-        cos, sin = self._table(frames, grid)
+    def forward(
+        self,
+        frames: Tensor,
+        grid: tuple[int, int],
+        last: Tensor | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
+    ) -> Rotation:
+        """Returns the rotation of frames on a `grid` of (rows, columns) tokens.
+
+        frames, last: (T,) of any integer type: the index of each frame, and of the last frame of
+        its step, the frame itself unless given. A clamped step meets the sink as if no frame
+        between sink and window had been forgotten: its last frame is at most
+        `sink_frames + window_frames` after frame 0. places: `places(grid)`, computed here unless
+        given.
+        """
+        places = places or self.places(grid)
+        cos, sin = self._table(frames, places)
         if self.config.sink_distance == "absolute":
             return Rotation(cos, sin)
-        distances = frames.clamp(max=self.config.window(grid) + 1)
-        return Rotation(cos, sin, *self._table(distances, grid))
+        held = self.config.sink_frames + self.config.window(grid)
+        last = frames if last is None else last
+        return Rotation(cos, sin, *self._table(frames - (last - held).clamp(min=0), places))
 
-    def _table(self, frames: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def places(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Returns cosines and sines of the rows and columns, (tokens, pairs): they are those of
+        every frame."""
         device = self.time_frequency.device
         rows, columns = (
             torch.arange(size, dtype=torch.float64, device=device) * (reference / size)
-            for size, reference in zip(grid, self.config.reference_grid, strict=True)
+            for size, reference in zip(grid, self.config.reference_grid or grid, strict=True)
         )
-        time = frames.to(device, torch.float64)
-        shape = (len(time), len(rows), len(columns), -1)
+        shape = (len(rows), len(columns), -1)
         angles = torch.cat(
             [
-                (time[:, None] * self.time_frequency)[:, None, None].expand(shape),
-                (rows[:, None] * self.rows_frequency)[None, :, None].expand(shape),
-                (columns[:, None] * self.columns_frequency)[None, None].expand(shape),
+                (rows[:, None] * self.rows_frequency)[:, None].expand(shape),
+                (columns[:, None] * self.columns_frequency)[None].expand(shape),
             ],
             dim=-1,
-        ).flatten(0, 2)
+        ).flatten(0, 1)
         return angles.cos().float(), angles.sin().float()
+
+    def _table(self, frames: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        time = frames.to(self.time_frequency.device, torch.float64)
+        angles = (time[:, None] * self.time_frequency)[:, None]
+        tables = []
+        for moment, place in zip((angles.cos(), angles.sin()), places, strict=True):
+            shape = (len(time), len(place), -1)
+            parts = [moment.float().expand(shape), place[None].expand(shape)]
+            tables.append(torch.cat(parts, dim=-1).flatten(0, 1))
+        return tables[0], tables[1]

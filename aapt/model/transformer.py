@@ -1,7 +1,11 @@
-"""The causal video transformer: many frames in parallel, or one frame against the cache."""
+"""The causal video transformer: many frames in parallel, or one step against the cache.
 
-import math
-from collections.abc import Sequence
+`VideoTransformer` is the part that the families share: `MMDiT` (mmdit.py) and `WanTransformer`
+(wan.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +17,7 @@ from aapt_kernels import FrameLayout, KVCache
 
 from .config import ModelConfig
 from .flow import to_clean
-from .layers import Block, modulated_norm
+from .layers import Residual
 from .rope import RotaryPositions, Rotation
 from .ulysses import Ulysses
 
@@ -21,8 +25,28 @@ TIME_FREQUENCIES = 256
 KeysValues = list[tuple[Tensor, Tensor]]  # per block, each (B, L, heads, head_dim)
 
 
+class StepConstants(NamedTuple):
+    """The inputs of a step that never change while a stream runs: time and size are fixed."""
+
+    modulation: list[tuple[Tensor, ...]]  # per block, six (B, 1, width)
+    out_modulation: tuple[Tensor, Tensor]  # shift and scale of the last norm, (B, 1, width)
+    places: tuple[Tensor, Tensor]  # cosines and sines of rows and columns, of one frame's tokens
+
+    def tensors(self) -> Iterator[Tensor]:
+        for group in (*self.modulation, self.out_modulation, self.places):
+            yield from group
+
+    def copy_(self, other: "StepConstants") -> None:
+        """Copies the values of `other` to the addresses that a captured step reads."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+
+
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t in [0, 1], then an MLP: (B,) -> (B, width)."""
+    """Sinusoids of t in [0, 1], then an MLP: (B,) -> (B, width).
+
+    The sinusoids are computed in float64, because 1000 t in half precision is wrong by whole units.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -31,51 +55,73 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
-        frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
-        angles = 1000 * t[:, None] * frequency
+        exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
+        angles = 1000 * t.double()[:, None] * 10_000**-exponent
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.up.weight.dtype)
         return self.down(F.silu(self.up(waves)))
 
 
 class VideoTransformer(nn.Module):
-    """MMDiT over [text | frames] with a block-causal mask (docs/method.md#3).
+    """Transformer over frames with a block-causal mask (docs/method.md#3).
 
-    Latents are (B, channels, T, height, width). Token-frame i carries the noise of latent frame
-    i + 1, the recycled latent frame i and the conditions of frame i + 1 (docs/method.md#2).
+    Latents are (B, channels, T, height, width). Where frames are recycled, token-frame i carries
+    the noise of latent frame i + 1, the recycled latent frame i and the conditions of frame i + 1
+    (docs/method.md#2); elsewhere it carries latent frame i.
+
+    A family has the layers below, the abstract methods, and blocks with `forward` and `step`.
     """
+
+    JOINT_TEXT: bool  # True if text tokens stand before the frames in one attention
+    video_in: nn.Linear
+    blocks: nn.ModuleList
+    video_out: nn.Linear
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        area = config.patch**2
-        self.video_in = nn.Linear(config.input_channels * area, config.width)
-        self.text_in = nn.Linear(config.text_width, config.width)
-        self.time = TimeEmbedding(config.width)
-        self.video_modulation = nn.Linear(config.width, 6 * config.width)
-        self.text_modulation = nn.Linear(config.width, 6 * config.width)
-        self.blocks = nn.ModuleList(
-            Block(config, last=index == config.depth - 1) for index in range(config.depth)
-        )
-        self.out_modulation = nn.Linear(config.width, 2 * config.width)
-        self.video_out = nn.Linear(config.width, config.latent_channels * area)
         self.positions = RotaryPositions(config)
         self.checkpoint_blocks = False
         self.context = Ulysses()
-        for layer in (self.video_modulation, self.text_modulation, self.out_modulation):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.video_out.weight, std=0.01)
-        nn.init.zeros_(self.video_out.bias)
+
+    def embed_text(self, text: Tensor, text_lens: Tensor) -> Tensor:
+        """Turns text embeddings (B, text_tokens, text_width) into text tokens (B, L, width)."""
+        raise NotImplementedError
+
+    def modulations(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the time embedding (B, width), and the shared modulation (B, 6, width) of video
+        and of text, None for text without any."""
+        raise NotImplementedError
+
+    def output_modulation(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns shift and scale, (B, 1, width), of the last norm at a time embedding."""
+        raise NotImplementedError
+
+    def output_parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters that turn the last tokens into the output, and do nothing else."""
+        raise NotImplementedError
+
+    def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
+        """Returns every block's text keys and values at time t; a stream needs them once per
+        prompt."""
+        raise NotImplementedError
+
+    def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
+        """Returns an empty cache for latents of `size` = (height, width)."""
+        raise NotImplementedError
 
     def patchify(
-        self, x: Tensor, recycled: Tensor, condition: Tensor | None, frames: Tensor
+        self, x: Tensor, recycled: Tensor | None, condition: Tensor | None, frames: Tensor
     ) -> Tensor:
-        """Embeds latents as tokens (B, T rows columns, width), or this rank's shard of them;
-        `frames`: the indices (T,) of the frames."""
-        if not self.config.recycle:
+        """Embeds latents as tokens (B, T rows columns, width), or this rank's shard of them.
+
+        frames: the indices (T,) of the frames. recycled: ignored by a model without channels for
+        it.
+        """
+        if not self.config.recycled_channels:
+            recycled = None
+        elif not self.config.recycle:
             recycled = recycled * (frames == 0)[:, None, None]
-        channels = [x, recycled] if condition is None else [x, recycled, condition]
-        stacked = torch.cat(channels, dim=1)
+        stacked = torch.cat([part for part in (x, recycled, condition) if part is not None], dim=1)
         if stacked.shape[1] != self.config.input_channels:
             raise ValueError(
                 f"x, recycled, condition: expected {self.config.input_channels} channels together, "
@@ -85,12 +131,14 @@ class VideoTransformer(nn.Module):
         tokens = rearrange(stacked, "b c t (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
         return self.video_in(self.context.shard(tokens))
 
-    def unpatchify(self, tokens: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
-        """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W)."""
+    def unpatchify(
+        self, tokens: Residual, modulation: tuple[Tensor, Tensor], shape: Sequence[int]
+    ) -> Tensor:
+        """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W);
+        modulation: `output_modulation`."""
         patch, (frames, *size) = self.config.patch, shape
         rows, columns = self.config.token_grid(*size)
-        shift, scale = self.out_modulation(time)[:, None].chunk(2, dim=-1)
-        patches = self.video_out(modulated_norm(tokens, shift, scale))
+        patches = self.video_out(tokens.norm(*modulation)[1])
         return rearrange(
             self.context.gather(patches, frames * rows * columns),
             "b (t h w) (p q c) -> b c t (h p) (w q)",
@@ -100,17 +148,10 @@ class VideoTransformer(nn.Module):
             q=patch,
         )
 
-    def modulations(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the activated time embedding, and the shared modulation of video and of text."""
-        time = F.silu(self.time(t))
-        video = self.video_modulation(time).unflatten(-1, (6, -1))
-        text = self.text_modulation(time).unflatten(-1, (6, -1))
-        return time, video, text
-
     def features(
         self,
         x: Tensor,
-        recycled: Tensor,
+        recycled: Tensor | None,
         condition: Tensor | None,
         text: Tensor,
         text_lens: Tensor,
@@ -127,7 +168,10 @@ class VideoTransformer(nn.Module):
         x, recycled: (B, C, T, H, W); condition: (B, condition_channels, T, H, W); text:
         (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. If the frames
         continue a sequence at token-frame `start_frame` > 0, `prefix` holds each block's keys and
-        values of [first frame | past]. Without `causal` every frame sees all others.
+        values of [sink | past]. Without `causal` every frame sees all others.
+
+        ValueError where chunks do not divide the frames, the sink or the window and its own chunk:
+        such a model runs in steps alone.
         """
         frames = x.shape[2]
         grid = self.config.token_grid(*x.shape[-2:])
@@ -140,25 +184,23 @@ class VideoTransformer(nn.Module):
                 f"start_frame {start_frame} {'without' if prefix is None else 'with'} a prefix"
             )
         indices = torch.arange(start_frame, start_frame + frames, device=x.device)
-        rotation = self.positions(indices, grid)
+        chunk = self.config.chunk
+        rotation = self.positions(indices, grid, indices - indices % chunk + chunk - 1)
+        words = self.embed_text(text, text_lens)
+        joint = words.shape[1] if self.JOINT_TEXT else 0
         if causal:
-            layout = FrameLayout(
-                text_tokens=text.shape[1],
-                tokens_per_frame=tokens_per_frame,
-                frames=frames,
-                window_frames=self.config.window(grid),
-                past_frames=prefix[0][0].shape[1] // tokens_per_frame - 1 if prefix else None,
-            )
+            before = prefix[0][0].shape[1] // tokens_per_frame if prefix else None
+            layout = self._layout(joint, grid, start_frame, frames, before)
         else:  # one frame of all tokens, at distances that are never clamped
             layout = FrameLayout(
-                text_tokens=text.shape[1],
+                text_tokens=joint,
                 tokens_per_frame=tokens_per_frame * frames,
                 frames=1,
                 window_frames=None,
             )
             rotation = Rotation(rotation.cos, rotation.sin)
         time, *modulation = self.modulations(t)
-        video, words = self.patchify(x, recycled, condition, indices), self.text_in(text)
+        video = self.patchify(x, recycled, condition, indices)
         tapped = []
         for index, block in enumerate(self.blocks):
             block_prefix = prefix[index] if prefix else None
@@ -171,66 +213,98 @@ class VideoTransformer(nn.Module):
                 tapped.append(video)
         return video, time, tapped
 
-    def forward(self, x: Tensor, recycled: Tensor, condition: Tensor | None, *args, **kwargs):
+    def _layout(
+        self, text: int, grid: tuple[int, int], start: int, frames: int, before: int | None
+    ) -> FrameLayout:
+        """Returns the layout of chunks, each of which is one frame to the attention, for frames
+        from `start` after `before` frames of [sink | past]."""
+        config, chunk = self.config, self.config.chunk
+        if config.opening_frames != chunk:
+            raise ValueError(
+                f"first_chunk: expected {chunk} like chunk in a pass over all frames, "
+                f"got {config.opening_frames}"
+            )
+        window, sink = config.window(grid), config.sink_frames
+        for name, count in (
+            ("frames", frames),
+            ("start_frame", start),
+            ("window_frames + 1", window + 1),
+            ("sink_frames", sink),
+            ("past frames of the prefix", 0 if before is None else before - sink),
+        ):
+            if count % chunk:
+                raise ValueError(
+                    f"{name}: expected a multiple of the chunk, {chunk}, in a pass over all "
+                    f"frames, got {count}"
+                )
+        return FrameLayout(
+            text_tokens=text,
+            tokens_per_frame=chunk * grid[0] * grid[1],
+            frames=frames // chunk,
+            window_frames=(window + 1) // chunk - 1,
+            sink_frames=sink // chunk,
+            past_frames=None if before is None else (before - sink) // chunk,
+        )
+
+    def forward(
+        self, x: Tensor, recycled: Tensor | None, condition: Tensor | None, *args, **kwargs
+    ):
         """Returns the raw output (B, latent_channels, T, H, W); arguments as in `features`."""
         # The plain function: in a sharded model `self.features` would release the parameters.
         video, time, _ = VideoTransformer.features(self, x, recycled, condition, *args, **kwargs)
-        return self.unpatchify(video, time, x.shape[2:])
+        return self.unpatchify(Residual(video), self.output_modulation(time), x.shape[2:])
 
-    def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
-        """Returns every block's text keys and values at time t; a stream needs them once per
-        prompt."""
-        _, _, modulation = self.modulations(t)
-        words, pairs = self.text_in(text), []
-        for block in self.blocks:
-            words, k, v = block.encode_text(words, modulation, text_lens)
-            pairs.append((k, v))
-        return pairs
+    def step_constants(self, t: Tensor, size: Sequence[int]) -> StepConstants:
+        """Computes what every step at time t (B,) needs, for latents of `size` = (height, width).
+
+        Weights must not change between this call and a step that takes its result.
+        """
+        time, shared, _ = self.modulations(t)
+        return StepConstants(
+            [block.step_modulation(shared) for block in self.blocks],
+            self.output_modulation(time),
+            self.positions.places(self.config.token_grid(*size)),
+        )
 
     def step(
         self,
         x: Tensor,
-        recycled: Tensor,
+        recycled: Tensor | None,
         condition: Tensor | None,
         t: Tensor,
         cache: KVCache,
+        constants: StepConstants | None = None,
+        advance: bool = True,
     ) -> Tensor:
-        """Runs one frame against the cache and appends it there (docs/method.md#5).
+        """Runs the frames of one step against the cache and appends them there
+        (docs/method.md#5, #15).
 
-        x, recycled, condition: one frame each, (B, C, 1, H, W). Returns the raw output.
+        x, recycled, condition: n frames each, (B, C, n, H, W), which see each other; n is at most
+        `window_frames` + 1. constants: `step_constants` of t and this size, computed here unless
+        given. Without `advance` the next call makes the frames of this step again. Returns the raw
+        output.
         """
-        grid = self.config.token_grid(*x.shape[-2:])
-        index = cache.step[None]
-        rotation = self.positions(index, grid)
-        time, modulation, _ = self.modulations(t)
-        video = self.patchify(x, recycled, condition, index)
+        if constants is None:
+            constants = self.step_constants(t, x.shape[-2:])
+        grid, frames = self.config.token_grid(*x.shape[-2:]), x.shape[2]
+        indices = cache.step + torch.arange(frames, device=cache.step.device)
+        rotation = self.positions(indices, grid, cache.step + frames - 1, constants.places)
+        video = Residual(self.patchify(x, recycled, condition, indices))
         for layer, block in enumerate(self.blocks):
-            video = block.step(video, modulation, rotation, cache, layer)
-        cache.advance()
-        return self.unpatchify(video, time, x.shape[2:])
-
-    def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
-        """Returns an empty cache for latents of `size` = (height, width)."""
-        grid = self.config.token_grid(*size)
-        return KVCache(
-            batch,
-            self.config.depth,
-            self.config.heads // self.context.size,
-            self.config.head_dim,
-            text_tokens=self.config.text_tokens,
-            tokens_per_frame=grid[0] * grid[1],
-            window_frames=self.config.window(grid),
-            dtype=dtype,
-            device=self.video_in.weight.device,
-        )
+            video = block.step(video, constants.modulation[layer], rotation, cache, layer)
+        if advance:
+            cache.advance(frames)
+        return self.unpatchify(video, constants.out_modulation, x.shape[2:])
 
 
-def velocity(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor) -> Tensor:
+def velocity(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor | None) -> Tensor:
     """Returns v = e - x_0 from the network's output (docs/method.md#2, `residual_head`: #12)."""
     return x_t - recycled - output if config.residual_head else output
 
 
-def clean(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor, t: Tensor) -> Tensor:
+def clean(
+    config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor | None, t: Tensor
+) -> Tensor:
     """Returns f(x, t) = x - t v, softly clamped if the config says so (docs/method.md#7, #12)."""
     x_0 = to_clean(x_t, velocity(config, output, x_t, recycled), t)
     limit = config.output_clamp

@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from ..checkpoint import fill_module, read_tensors
 from .conditioning import camera_rays, control_rays
 from .config import CameraConfig, ModelConfig
+from .mmdit import MMDiT
 from .text import ByteTextEncoder
 from .transformer import VideoTransformer
+from .wan import WanTransformer
+
+TRANSFORMERS: dict[str, type[VideoTransformer]] = {"mmdit": MMDiT, "wan": WanTransformer}
 
 
 class Conditions(NamedTuple):
@@ -37,7 +41,7 @@ class WorldModel(nn.Module):
             )
         self.config = config
         self.camera = camera
-        self.transformer = VideoTransformer(config)
+        self.transformer = TRANSFORMERS[config.block](config)
         self.text_encoder = ByteTextEncoder(config.text_tokens, config.text_width)
 
     def load_start(self, path: Path) -> None:
@@ -51,7 +55,8 @@ class WorldModel(nn.Module):
         given = tensors.get(name, whole)
         if given.dim() == 2 and given.shape[0] == len(whole) and given.shape[1] % area == 0:
             channels = given.shape[1] // area  # of a pixel: noise, recycled frame, conditions
-            if 2 * self.config.latent_channels <= channels < self.config.input_channels:
+            least = self.config.input_channels - self.config.condition_channels
+            if least <= channels < self.config.input_channels:
                 whole.unflatten(1, (area, -1))[..., :channels] = given.unflatten(1, (area, -1))
                 tensors[name] = whole
         fill_module(path, tensors, self)

@@ -35,15 +35,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from ..model.layers import Block
 from ..model.transformer import VideoTransformer
 from ..model.ulysses import Ulysses
 
 # Methods called besides `forward`, for which parameters must be gathered too.
-CALLED = {
-    VideoTransformer: ("features", "encode_text", "step"),
-    Block: ("encode_text", "step"),
-}
+CALLED_ON_BLOCKS = ("encode_text", "step_modulation", "step")
+CALLED_ON_TRANSFORMERS = ("features", "encode_text", "step_constants", "step")
 
 
 @dataclass(frozen=True)
@@ -148,13 +145,21 @@ class Parallel:
         if self.mesh is None:
             return
         for network in networks(model):
-            for block in [module for module in network.modules() if isinstance(module, Block)]:
-                self._shard(block, keep_gathered, self.gather_dtype)
+            called = ()
+            if isinstance(network, VideoTransformer):
+                called = CALLED_ON_TRANSFORMERS
+                for block in network.blocks:
+                    self._shard(block, keep_gathered, self.gather_dtype, CALLED_ON_BLOCKS)
             # Layers around the blocks are small, and logits need precision (docs/method.md#8).
-            self._shard(network, keep_gathered, None)
+            self._shard(network, keep_gathered, None, called)
 
-    def _shard(self, module: nn.Module, keep_gathered: bool, dtype: torch.dtype | None) -> None:
-        methods = CALLED.get(type(module), ())
+    def _shard(
+        self,
+        module: nn.Module,
+        keep_gathered: bool,
+        dtype: torch.dtype | None,
+        methods: tuple[str, ...],
+    ) -> None:
         # FSDP warns that outputs are views, which must not be changed in place; none is changed.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         policy = MixedPrecisionPolicy(

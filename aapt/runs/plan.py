@@ -344,19 +344,29 @@ def block_bytes(config: ModelConfig, tokens: int, norm: int = FLOAT) -> float:
 
     Per token and unit of width, in bfloat16: results of both norms (2), q, k, v before rotation (3)
     and after it, with the result of attention (4), the result of attention in rows (1), additions
-    of both residual branches (2), the MLP before and after its activation (2 mlp_ratio).
+    of both residual branches (2), the MLP before and after its activation (2 hidden / width).
+
+    Wan's block joins no text to the frames, so v and the rows are views (minus 2). Its
+    cross-attention adds per video token a norm, q in float32 before and after its own norm, the
+    normed q (1) and the result of attention (1); per text token k and v (2), k in float32 before
+    and after its norm, and the normed k (1).
 
     Args:
         norm: Bytes per number in the input and the output of a norm: float32 under CUDA's autocast.
     """
-    numbers = 2 + 3 + 4 + 1 + 2 + 2 * config.mlp_ratio
+    numbers = 2 + 3 + 4 + 1 + 2 + 2 * config.mlp_hidden / config.width
+    if config.block == "wan":
+        per_video, per_text = HALF * numbers + norm * 6 + FLOAT * 2, HALF * 3 + FLOAT * 2
+        return config.width * (per_video * tokens + per_text * config.text_tokens)
     return (HALF * numbers + norm * 4) * config.width * (tokens + config.text_tokens)
 
 
 def activation_bytes(config: ModelConfig, tokens: int, checkpointed: bool) -> float:
-    """Bytes that a clip's forward pass saves: all that blocks save, or their inputs alone."""
+    """Bytes that a clip's forward pass saves: all that blocks save, or their inputs alone, of which
+    the text of Wan's blocks is one tensor for all."""
     if checkpointed:
-        return HALF * config.depth * config.width * (tokens + config.text_tokens)
+        text = config.text_tokens if config.block == "mmdit" else 0
+        return HALF * config.depth * config.width * (tokens + text)
     return config.depth * block_bytes(config, tokens)
 
 
@@ -370,9 +380,10 @@ def cache_bytes(config: ModelConfig, grid: tuple[int, int], context: int, contin
 
     A segment that continues another one also holds a copy of the cached frames.
     """
-    window = config.window(grid)
-    frames = window + 2 + (window + 1 if continued else 0)
-    tokens = config.text_tokens + frames * math.prod(grid)
+    window, sink = config.window(grid), config.sink_frames
+    frames = sink + window + 1 + (sink + window if continued else 0)
+    text = config.text_tokens * (context if config.block == "wan" else 1)  # whole on every GPU
+    tokens = text + frames * math.prod(grid)
     return 2 * HALF * config.depth * config.width / context * tokens
 
 
@@ -409,14 +420,17 @@ def forward_flops(
 
 
 def product_flops(network: nn.Module, tokens: int, text: int) -> float:
-    """Operations of products with weights, for `tokens` video tokens and `text` text tokens."""
+    """Operations of products with weights, for `tokens` video tokens and `text` text tokens.
+
+    A layer for text has "text" in its name, one that runs once per clip "modulation" or "time".
+    """
     total = 0
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear):
-            if ".text." in name or name.endswith("text_in"):
-                length = text
-            elif "modulation" in name or ".time." in name or name == "logit":
+            if "modulation" in name or ".time." in name or name == "logit":
                 length = 1
+            elif "text" in name:
+                length = text
             else:
                 length = tokens
             total += 2 * length * layer.weight.numel()
@@ -424,10 +438,14 @@ def product_flops(network: nn.Module, tokens: int, text: int) -> float:
 
 
 def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, start: int) -> float:
-    """Operations of attention over exactly the tokens that the mask shows (docs/method.md#3)."""
+    """Operations of attention over exactly the tokens that the mask shows (docs/method.md#3), in
+    chunks of one frame; in Wan's block the text attends to nothing."""
     text, tokens, window = config.text_tokens, math.prod(grid), config.window(grid)
-    shown = sum(1 + min(i, window + 1) for i in range(start, start + frames))
-    pairs = text * text + tokens * (frames * text + tokens * shown)
+    sink = config.sink_frames
+    shown = sum(min(sink, i - window) if i > window else 0 for i in range(start, start + frames))
+    shown += sum(min(i, window) + 1 for i in range(start, start + frames))
+    pairs = tokens * (frames * text + tokens * shown)
+    pairs += text * text if config.block == "mmdit" else 0
     return 4 * config.depth * config.width * pairs
 
 

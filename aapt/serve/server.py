@@ -24,6 +24,7 @@ from .saved import SavedWorld, read_saved
 from .scheduler import Scheduler
 from .session import Place, Session
 from .settings import Settings
+from .world import blank
 
 TIDY_SECONDS = 0.5
 Upload = np.ndarray | Walk | SavedWorld
@@ -39,9 +40,10 @@ def package_version() -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """A first frame that the server offers: its pixels (H, W, 3), also as PNG, and its prompt."""
+    """A start that the server offers: the pixels (H, W, 3) of its first frame, None to start from
+    the prompt alone, its picture as PNG, and its prompt."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     png: bytes
     prompt: str
 
@@ -106,13 +108,14 @@ class PlayServer:
 
     def walk(self, image: str, upload: np.ndarray | None, prompt: str | None, seed: int) -> Walk:
         """Returns a walk without steps from an uploaded image or one of the gallery. ValueError for
-        an image that is not there."""
+        an image that is not there, or that the model cannot start from."""
         if upload is not None:
             pixels, default = upload, self.generator.sample_prompt
         elif image in self.gallery:
             pixels, default = self.gallery[image].pixels, self.gallery[image].prompt
         else:
             raise ValueError("image: expected sample, a name of the gallery or the id of an upload")
+        self.generator.check_first_frame(pixels)
         given = prompt if prompt is not None else default
         return Walk(self.name, self.digest, pixels, given, seed)
 
@@ -147,11 +150,7 @@ class PlayServer:
 
     def _read_walk(self, data: bytes) -> Walk:
         walk = load_walk(data.decode(errors="replace").splitlines())
-        if walk.first_frame.shape[:2] != (self.generator.height, self.generator.width):
-            raise ValueError(
-                f"first_frame: expected {self.generator.width} x {self.generator.height}, "
-                f"got {walk.first_frame.shape[1]} x {walk.first_frame.shape[0]}"
-            )
+        self.generator.check_first_frame(walk.first_frame)
         if walk.steps > self.settings.steps:
             raise ValueError(
                 f"walk: expected at most {self.settings.steps} steps, got {walk.steps}"
@@ -188,8 +187,8 @@ class PlayServer:
 def read_gallery(
     folder: Path, generator: StreamingGenerator, more: Path | None
 ) -> dict[str, Start]:
-    """Returns the first frames on offer: the model's sample, its gallery, and the images of a
-    folder; the name of a file is its prompt there."""
+    """Returns the starts on offer: the prompt alone if the model needs no more, the model's sample,
+    its gallery, and the images of a folder; the name of a file is its prompt there."""
     files = [(p.stem, p, p.stem.replace("-", " ")) for p in sorted(more.iterdir())] if more else []
     entries = load_config(folder).get("gallery", [])
     files = [
@@ -197,8 +196,10 @@ def read_gallery(
     ] + files
     with contextlib.suppress(ValueError):  # a model without a sample
         files.insert(0, ("sample", generator.sample_image(), generator.sample_prompt))
-    gallery = {}
-    for name, file, prompt in files:
+    gallery: dict[str, Start] = {}
+    if generator.few_step:
+        gallery["prompt"] = Start(None, encode_png(blank(generator)), generator.sample_prompt)
+    for name, file, prompt in files if generator.takes_picture else ():
         pixels, _ = fit_image(load_image(file), generator.height, generator.width)
         gallery[name] = Start(pixels, encode_png(pixels), prompt)
     return gallery

@@ -373,11 +373,13 @@ class Session:
             now, last, shown = self._inputs[0], self._samples[0], self._shown
         if len(world.lanes) > 1 or lane.before is None or lane.script or shown is None:
             return
+        if world.generator.driven_by != "camera":  # nothing that has changed drives it
+            return
         if now.held == last.held and now.taps == Control():  # only a tap has ended
             return
         seen = shown.frames if shown.step == lane.step else 0 if shown.step < lane.step else None
         frame_seconds = 1 / world.generator.fps
-        count = world.generator.frames_per_step
+        count = len(lane.frames)
         first = count if seen is None else seen + math.ceil(self._step_seconds / frame_seconds)
         if first >= count:
             return

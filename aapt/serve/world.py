@@ -73,12 +73,15 @@ class World:
         self.history = History(walk, budget, every, recent=math.ceil(60 * per_second))
 
     def open(self) -> Made:
-        """Opens the first frame."""
+        """Opens the first frame, a blank one for a walk from its prompt alone."""
         stream = self.generator.open(self.walk.first_frame, self.walk.prompt, self.walk.seed)
-        self._replace([Lane(stream, 0, 0, stream.first_frame)])
+        frames = stream.first_frame
+        if not len(frames):
+            frames = blank(self.generator)[None]
+        self._replace([Lane(stream, 0, 0, frames)])
         if (0, 0) not in self.history:
             self._remember(self.lanes[0])
-        return Made(stream.first_frame, 0, 0)
+        return Made(frames, 0, 0)
 
     def resume(
         self, branch: int, step: int, prompt: str, snapshot: Snapshot, frames: np.ndarray
@@ -223,6 +226,11 @@ class World:
             if id(lane) not in kept:
                 lane.stream.close()
         self.lanes = lanes
+
+
+def blank(generator: StreamingGenerator) -> np.ndarray:
+    """Returns a grey picture, uint8 (height, width, 3), which stands where nothing is made yet."""
+    return np.full((generator.height, generator.width, 3), 128, np.uint8)
 
 
 def clamped(yaw: float, forward: float) -> Control:

@@ -9,10 +9,11 @@ The first line names what the walk starts from; each later line is one step or o
     {"branch": 1, "parent": 0, "from": 1}
     {"step": 2, "yaw": -1.0, "forward": 0.0, "crc": 3158046101, "redone": [[0.0, 1.0, 2]]}
 
-Steps follow the branch line above them, and branch 0 needs no line. `prompt` is written where it
-changes. `redone` lists earlier passes of that step as [yaw, forward, video frames shown]: they were
-made again when the control changed. `crc` is the CRC-32 of the step's video frames: a replay tells
-with it where another build or device first makes other bits.
+The first frame is null in a walk that starts from its prompt alone. Steps follow the branch line
+above them, and branch 0 needs no line. `prompt` is written where it changes. `redone` lists earlier
+passes of that step as [yaw, forward, video frames shown]: they were made again when the control
+changed. `crc` is the CRC-32 of the step's video frames: a replay tells with it where another build
+or device first makes other bits.
 """
 
 import base64
@@ -81,14 +82,14 @@ class Walk:
 
     Attributes:
         model, digest: Name and SHA-256 of the model.
-        first_frame: uint8 (height, width, 3).
+        first_frame: uint8 (height, width, 3); None for a stream from the prompt alone.
         prompt: The prompt before the first step.
         seed: The seed of all noise.
     """
 
     model: str
     digest: str
-    first_frame: np.ndarray
+    first_frame: np.ndarray | None
     prompt: str
     seed: int
     branches: list[Branch] = field(default_factory=lambda: [Branch(None, 0)])
@@ -156,15 +157,18 @@ class Walk:
 
     def lines(self, version: str) -> Iterator[str]:
         """Yields the walk as JSON lines. version: of this package."""
-        picture = io.BytesIO()
-        Image.fromarray(self.first_frame).save(picture, "png")
+        picture = None
+        if self.first_frame is not None:
+            file = io.BytesIO()
+            Image.fromarray(self.first_frame).save(file, "png")
+            picture = base64.b64encode(file.getvalue()).decode()
         yield json.dumps(
             {
                 "walk": FORMAT,
                 "aapt": version,
                 "model": self.model,
                 "digest": self.digest,
-                "first_frame": base64.b64encode(picture.getvalue()).decode(),
+                "first_frame": picture,
                 "prompt": self.prompt,
                 "seed": self.seed,
             }
@@ -251,12 +255,23 @@ def _get(line: dict[str, Any], name: str, kind: type, *default: Any) -> Any:
 def _read_start(line: dict[str, Any]) -> Walk:
     if line.get("walk") != FORMAT:
         raise ValueError(f"walk: expected {FORMAT}, got {line.get('walk')!r}"[:120])
+    first_frame = _read_picture(line)
+    seed = _get(line, "seed", int)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
+    names = (_get(line, name, str) for name in ("model", "digest"))
+    return Walk(*names, first_frame, _get(line, "prompt", str), seed)
+
+
+def _read_picture(line: dict[str, Any]) -> np.ndarray | None:
+    if "first_frame" in line and line["first_frame"] is None:
+        return None
     try:
         data = base64.b64decode(_get(line, "first_frame", str), validate=True)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"expected at most {MAX_PIXELS} pixels")
-            first_frame = np.array(picture.convert("RGB"))
+            return np.array(picture.convert("RGB"))
     except (
         binascii.Error,
         OSError,
@@ -265,11 +280,6 @@ def _read_start(line: dict[str, Any]) -> Walk:
         Image.DecompressionBombError,
     ) as error:
         raise ValueError(f"first_frame: expected a PNG in base64: {error}"[:160]) from None
-    seed = _get(line, "seed", int)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
-    names = (_get(line, name, str) for name in ("model", "digest"))
-    return Walk(*names, first_frame, _get(line, "prompt", str), seed)
 
 
 def _read_branch(walk: Walk, line: dict[str, Any]) -> int:
@@ -346,7 +356,8 @@ class Replay:
     """A stream that makes the steps of a walk again, as they were shown.
 
     Attributes:
-        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3).
+        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3); (0, H, W, 3) in a
+            walk from its prompt alone.
         differing: Numbers of the steps whose video frames have another CRC-32.
     """
 

@@ -46,11 +46,12 @@ class DiffusionRollout:
         cache = self.model.new_cache(len(text), first.shape[-2:], dtype=pairs[0][0].dtype)
         for layer, (k, v) in enumerate(pairs):
             cache.write_text(layer, k, v, text_lens)
-        return cache
+        return cache, self.model.step_constants(time, first.shape[-2:])
 
     def output(self, past: Any, *inputs: Tensor | None) -> Tensor:
         """Returns the network's output for one frame's (noisy, recycled, condition, time)."""
-        return self.model.step(*inputs, past)
+        cache, constants = past
+        return self.model.step(*inputs, cache, constants)
 
     @torch.no_grad()
     def step(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:

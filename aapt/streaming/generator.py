@@ -16,12 +16,19 @@ from ..checkpoint import find_checkpoint, load_config, load_meta_module, reading
 from ..clock import FPS
 from ..device import usable_device, usable_dtype
 from ..model.conditioning import Control
-from ..model.config import CameraConfig, ModelConfig, SamplingConfig
+from ..model.config import (
+    CameraConfig,
+    FewStepConfig,
+    ModelConfig,
+    SamplingConfig,
+    sampling_config,
+)
 from ..model.text import prompt_cut
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from ..vae.folder import LIGHT, load_vae
-from .memory import StreamMemory
+from .few_step import check_few_step
+from .memory import FewStepMemory, StreamMemory
 from .snapshot import Snapshot
 
 
@@ -35,8 +42,14 @@ class StreamingGenerator:
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
     >>> frames = stream.step(Control(forward=1.0))  # uint8 (4, H, W, 3)
 
-    A diffusion model needs many passes per frame and has `sampling`. It opens no streams; `aapt
-    eval` measures it.
+    A few-step model has a `FewStepConfig` as `sampling` (docs/method.md#15). Its step makes a chunk
+    of one latent frame or more, and a stream of it may open without a picture.
+
+    >>> stream = generator.open(None, prompt="a fox in snow")
+    >>> frames = stream.step()  # the first chunk, uint8 (1 + 4 (chunk - 1), H, W, 3)
+
+    A diffusion model needs many passes per frame and has a `SamplingConfig`. It opens no streams;
+    `aapt eval` measures it.
     """
 
     def __init__(
@@ -49,7 +62,7 @@ class StreamingGenerator:
         fps: int = FPS,
         prompts: Sequence[str] = (),
         sample: tuple[Path, str] | None = None,
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | FewStepConfig | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
@@ -67,6 +80,18 @@ class StreamingGenerator:
                 continue
             if ours != vaes:
                 raise ValueError(f"{name}: expected {vaes}, as the VAE has it, got {ours}")
+        config = model.config
+        if config.condition_channels and (config.chunk, config.opening_frames) != (1, 1):
+            raise ValueError(
+                "chunk: expected 1 in a model with conditions, which a step takes for one frame, "
+                f"got {config.chunk} after {config.opening_frames}"
+            )
+        if self.few_step:
+            check_few_step(config)
+        elif config.chunk > 1:
+            raise ValueError(
+                f"chunk: expected 1 in a model without few-step sampling, got {config.chunk}"
+            )
 
     def _resize(self, height: int, width: int) -> None:
         """Streams have this size from now on. ValueError if tokens do not fill it."""
@@ -120,7 +145,7 @@ class StreamingGenerator:
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
-                picture["sampling"] = SamplingConfig(**sampling)
+                picture["sampling"] = sampling_config(tuples(sampling))
             generator = cls(model, load_vae(folder, decoder, device, dtype), **picture)
         if size is not None:
             generator._resize(*size)
@@ -139,9 +164,28 @@ class StreamingGenerator:
         return self._sample[1] if self._sample else next(iter(self.themes), "")
 
     @property
+    def few_step(self) -> bool:
+        """True for a few-step model."""
+        return isinstance(self.sampling, FewStepConfig)
+
+    @property
+    def takes_picture(self) -> bool:
+        """True if a stream may begin with a picture: the first step makes one latent frame, which
+        a picture can replace."""
+        return self.model.config.opening_frames == 1
+
+    @property
     def frames_per_step(self) -> int:
-        """Video frames per step."""
-        return self.vae.config.time_factor
+        """Video frames per step; the first step of a stream without a picture makes fewer."""
+        return self.vae.config.time_factor * self.model.config.chunk
+
+    def video_frames(self, steps: int, picture: bool) -> int:
+        """Returns the video frames of a stream after a number of steps, with those of its
+        picture."""
+        config, factor = self.model.config, self.vae.config.time_factor
+        opening = 1 if picture else config.opening_frames
+        later = steps if picture else steps - 1
+        return 1 + factor * (opening - 1 + later * config.chunk) if picture or steps else 0
 
     @property
     def device(self) -> torch.device:
@@ -190,28 +234,50 @@ class StreamingGenerator:
         return {"camera": Control(), "channels": channels, "prompt": None}[self.driven_by]
 
     def open(
-        self, first_frame: np.ndarray, prompt: str, seed: int = 0, recache: bool = False
+        self,
+        first_frame: np.ndarray | None,
+        prompt: str,
+        seed: int = 0,
+        recache: bool = False,
     ) -> "Stream":
-        """Starts a stream from an image: uint8 (height, width, 3), exactly the model's size.
+        """Starts a stream from an image, or, with a few-step model, from the prompt alone.
 
-        recache: a new prompt also rewrites the past, see `Stream.prompt`. ValueError for another
-        size, and for a diffusion model.
+        first_frame: uint8 (height, width, 3), exactly the model's size; None for a few-step model
+        to make its first chunk itself. recache: a new prompt also rewrites the past, see
+        `Stream.prompt`.
+
+        ValueError for another size, for an image where the first chunk has several frames, for
+        `recache` without a refresh pass, and for a diffusion model.
         """
-        if self.sampling is not None:
+        if isinstance(self.sampling, SamplingConfig):
             raise ValueError(
                 f"model: expected one forward pass per frame to stream, got a diffusion model of "
                 f"{self.sampling.passes}; `aapt eval` rolls it out"
             )
+        self.check_first_frame(first_frame)
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
+        return Stream(self, first_frame, prompt, seed, recache)
+
+    def check_first_frame(self, first_frame: np.ndarray | None) -> None:
+        """ValueError unless a stream of this model may begin with `first_frame`, see `open`."""
+        if first_frame is None and self.few_step:
+            return
         expected = (self.height, self.width, 3)
+        if first_frame is None:
+            raise ValueError(f"first_frame: expected uint8 {expected}, got None")
+        if not self.takes_picture:
+            raise ValueError(
+                "first_frame: expected None for a model whose first chunk has "
+                f"{self.model.config.opening_frames} frames, got a picture; pass None to start "
+                "from the prompt"
+            )
         first_frame = np.asarray(first_frame)
         if first_frame.shape != expected or first_frame.dtype != np.uint8:
             raise ValueError(
                 f"first_frame: expected uint8 {expected}, "
                 f"got {first_frame.dtype} {first_frame.shape}"
             )
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
-        return Stream(self, first_frame, prompt, seed, recache)
 
     def _borrow_memory(self, stream: "Stream") -> tuple[StreamMemory, Callable[[], object]]:
         """Memory for as long as `stream` lives, and the call that gives it back earlier.
@@ -219,7 +285,9 @@ class StreamingGenerator:
         One that an earlier stream has left is taken first, because a new one captures CUDA graphs.
         """
         memory = self._idle.pop() if self._idle else None
-        memory = memory or StreamMemory(self.model, self.vae, self.latent_size)
+        if memory is None:
+            parts = self.model, self.vae, self.latent_size
+            memory = FewStepMemory(*parts, self.sampling) if self.few_step else StreamMemory(*parts)
         give_back = weakref.finalize(stream, self._idle.append, memory)
         give_back.atexit = False
         return memory, give_back
@@ -237,16 +305,17 @@ class Stream:
 
     Attributes:
         generator: The `StreamingGenerator` that opened the stream.
-        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3).
+        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3); (0, H, W, 3) in a
+            stream without a picture.
         seed: The seed of all noise.
-        steps: Latent frames made so far.
+        steps: Steps made so far, of one latent frame or a chunk each.
     """
 
     @torch.inference_mode()
     def __init__(
         self,
         generator: StreamingGenerator,
-        first_frame: np.ndarray,
+        first_frame: np.ndarray | None,
         prompt: str,
         seed: int,
         recache: bool,
@@ -254,10 +323,11 @@ class Stream:
         self.generator, self.seed, self.steps = generator, seed, 0
         self._lock, self._trouble = threading.Lock(), None
         text, self._prompt = self._embed(prompt), prompt
-        latent = generator.encode(first_frame[None])[None]
+        latent = None
+        if first_frame is not None:
+            latent = generator.encode(np.asarray(first_frame)[None])[None]
         self._memory, self._return = generator._borrow_memory(self)
-        self.first_frame = self._memory.start(latent, seed, recache)
-        self._memory.rollout.set_text(*text)
+        self.first_frame = self._memory.start(latent, text, seed, recache)
 
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, str):
@@ -282,7 +352,9 @@ class Stream:
             self._prompt = prompt
 
     def step(self, control: Control | Tensor | None = None) -> np.ndarray:
-        """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3).
+        """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3). A
+        few-step model makes a chunk of n latent frames in its passes: uint8 (4 n, H, W, 3), or
+        (1 + 4 (n - 1), H, W, 3) if it is the first of the video.
 
         control: see `StreamingGenerator.check_control`. ValueError for another one, which changes
         nothing.
@@ -298,7 +370,7 @@ class Stream:
         """
         self.generator.check_control(control)
         with self._changing():
-            pixels = self._memory.advance(control)
+            pixels = self._memory.advance(control, first=self.steps == 0)
             self.steps += 1
         return pixels
 

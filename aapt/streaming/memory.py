@@ -1,20 +1,23 @@
 """The tensors of one stream at fixed addresses, and its step captured over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..model.conditioning import Control, control_rays
+from ..model.config import FewStepConfig
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from ..vae.stream import Captured, DecoderStates, capture
+from .few_step import FewStepRollout
 from .noise import Noise
 from .pixel_reader import PixelReader
 from .snapshot import Snapshot
-from .student import Past, StudentRollout
+from .student import StudentRollout
 
 try:
     import nvtx
@@ -22,9 +25,34 @@ except ImportError:  # only a profiler misses it
     nvtx = None
 
 
+class Chunk:
+    """The noise and the latents of a step that makes `frames` frames from `draws` draws of noise.
+
+    Attributes:
+        latent: The frames of the last step, (1, C, frames, h, w), in the model's precision.
+        drawn: The noise of the last step, (draws, 1, C, frames, h, w).
+        encoded: `latent` in the precision of the autoencoder.
+    """
+
+    def __init__(
+        self, model: WorldModel, vae: CausalVAE, size: Sequence[int], draws: int, frames: int
+    ):
+        like = model.transformer.video_in.weight
+        shape = (1, model.config.latent_channels, frames, *size)
+        self.latent = like.new_zeros(shape)
+        self.drawn = like.new_zeros((draws, *shape))
+        self.encoded = vae.latent_mean.new_zeros(shape)
+        self.noise = Noise(0, self.drawn.shape, like.device)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors, without the addresses of the noise."""
+        return self.latent.nbytes + self.drawn.nbytes + self.encoded.nbytes
+
+
 class StreamMemory:
     """Everything that a step of one stream reads and writes, for latents of `size` = (height,
-    width).
+    width), of a model that makes a frame in one pass.
 
     A step is noise, condition, transformer, decoder and pixels. On a CUDA device it is one CUDA
     graph, captured at construction together with the first decode; nothing is compiled or allocated
@@ -39,74 +67,124 @@ class StreamMemory:
     @torch.no_grad()
     def __init__(self, model: WorldModel, vae: CausalVAE, size: tuple[int, int]):
         self.model, self.size, self.phase = model, size, nvtx_range
-        transformer = model.transformer
-        like, channels = transformer.video_in.weight, model.config.condition_channels
-        shape = (1, model.config.latent_channels, 1, *size)
+        config, like = model.config, model.transformer.video_in.weight
+        device, channels = like.device, config.condition_channels
+        on_gpu = device.type == "cuda"
         with torch.inference_mode(False), torch.no_grad():
-            self.latent = like.new_zeros(shape)  # the last frame, recycled by the next step
-            self.drawn = torch.zeros_like(self.latent)  # the noise of the last step
             self.condition = like.new_zeros((1, channels, 1, *size)) if channels else None
-            self.control = torch.zeros((1, 1, 2), device=like.device) if model.camera else None
-            on_gpu = like.device.type == "cuda"
+            self.control = torch.zeros((1, 1, 2), device=device) if model.camera else None
             self._staged = [torch.zeros(1, 1, 2, pin_memory=on_gpu) for _ in range(2)]
-            self.step = torch.zeros((), dtype=torch.int64, device=like.device)
-            self.noise = Noise(0, shape, like.device)
-            self.rollout = StudentRollout(transformer, None, None, self.latent)
-            latent = vae.latent_mean.new_zeros(shape)
-            self.decoder, self.encoded = DecoderStates(vae, latent), latent
+            self.step = torch.zeros((), dtype=torch.int64, device=device)
+            self.chunks = self._new_chunks(vae)
+            # Until `start` there is no prompt, and an encoder of text may be large
+            text = like.new_zeros((1, config.text_tokens, config.text_width))
+            self.rollout = self._new_rollout(text, torch.ones(1, dtype=torch.int64, device=device))
+            self.picture = vae.latent_mean.new_zeros((1, config.latent_channels, 1, *size))
+            self.decoder = DecoderStates(vae, self.picture)
             pool = torch.cuda.graph_pool_handle() if on_gpu else None
-            self._first = capture(lambda: self.decoder.first(self.encoded), like.device, pool)
-            self._step = capture(self._run, like.device, pool)
-            self._reader = PixelReader(like.device)
+            self._show = capture(self._show_picture, device, pool)
+            self._runs = {
+                name: capture(partial(self._run, name), device, pool) for name in self.chunks
+            }
+            self._reader = PixelReader(device)
+
+    def _new_chunks(self, vae: CausalVAE) -> dict[str, Chunk]:
+        """Returns the kinds of steps by name."""
+        return {"steady": Chunk(self.model, vae, self.size, 1, 1)}
+
+    def _new_rollout(self, text: Tensor, text_lens: Tensor) -> StudentRollout | FewStepRollout:
+        return StudentRollout(self.model.transformer, text, text_lens, self.latent)
+
+    @property
+    def latent(self) -> Tensor:
+        """The frames of the last step after the first one, (1, C, chunk, h, w); the next step of a
+        model of one pass recycles them."""
+        return self.chunks["steady"].latent
 
     @property
     def graph(self) -> torch.cuda.CUDAGraph | None:
-        """The captured step; None on a device without graphs."""
-        return self._step.graph if isinstance(self._step, Captured) else None
+        """The captured steady step; None on a device without graphs."""
+        steady = self._runs["steady"]
+        return steady.graph if isinstance(steady, Captured) else None
 
     @property
     def bytes(self) -> int:
         """Memory of the tensors; that of a captured graph is not known."""
-        own = (self.latent, self.drawn, self.encoded, self.condition)
+        own = (self.picture, self.condition)
         tensors = sum(x.nbytes for x in own if x is not None)
+        tensors += sum(chunk.bytes for chunk in self.chunks.values())
         past = self.rollout.past.bytes if self.rollout.past else 0
+        tensors += self.rollout.constants_bytes
         return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
 
     @torch.no_grad()
-    def start(self, latent: Tensor, seed: int, recache: bool) -> np.ndarray:
-        """Begins a stream at its encoded first frame (1, C, 1, h, w). Returns that frame as pixels,
-        uint8 (1, H, W, 3)."""
+    def start(
+        self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
+    ) -> np.ndarray:
+        """Begins a stream at its encoded first frame (1, C, 1, h, w), or without one. Returns that
+        frame as pixels, uint8 (1, H, W, 3), or (0, H, W, 3).
+
+        text: embeddings and length of the prompt.
+        """
         self.step.zero_()
-        self.noise.reseed(seed)
-        cache = self.rollout.cache
-        cache.reset()
-        self.rollout.past = Past(cache.window_frames) if recache else None
-        self.latent.copy_(latent)
-        self.encoded.copy_(latent)
-        pixels = self._reader.read(self._first())
+        self.decoder.frames = 0
+        self._reseed(seed)
+        rollout = self.rollout
+        rollout.cache.reset()
+        rollout.past = rollout.new_past() if recache else None
+        rollout.set_text(*text)
+        if latent is None:
+            factor = self.decoder.vae.config.space_factor
+            return np.zeros((0, *(side * factor for side in self.size), 3), np.uint8)
+        self.picture.copy_(latent)
+        pixels = self._reader.read(self._show())
         self.decoder.frames = 1
         return pixels()
 
-    def _run(self) -> Tensor:
+    def _reseed(self, seed: int) -> None:
+        for chunk in self.chunks.values():
+            chunk.noise.reseed(seed)
+
+    def _show_picture(self) -> Tensor:
+        """The tensor operations that begin a stream at its first frame. Returns its pixels."""
+        self.latent.copy_(self.picture)
+        return self.decoder.first(self.picture)
+
+    def _run(self, name: str) -> Tensor:
         """The tensor operations of one step. Returns its pixels, uint8 (1, 3, F, H, W)."""
+        chunk = self.chunks[name]
         with self.phase("condition"):
             if self.control is not None:
                 rays = control_rays(self.control, self.model.camera, *self.size)
                 self.condition.copy_(rays)
         with self.phase("noise"):
-            self.drawn.copy_(self.noise(self.step))
+            chunk.drawn.copy_(chunk.noise(self.step))
         with self.phase("generate"):
-            self.latent.copy_(self.rollout.infer(self.drawn, self.latent, self.condition))
+            chunk.latent.copy_(self._generate(name))
         self.step.add_(1)
         with self.phase("decode"):
-            self.encoded.copy_(self.latent)
-            return self.decoder.next(self.encoded)
+            chunk.encoded.copy_(chunk.latent)
+            decode = self.decoder.first if name == "opening" else self.decoder.next
+            return decode(chunk.encoded)
+
+    def _generate(self, name: str) -> Tensor:
+        """The latents of a step of a kind, made from the noise in its chunk."""
+        return self.rollout.infer(self.chunks[name].drawn[0], self.latent, self.condition)
+
+    def _kind(self, first: bool) -> str:
+        """The kind of the next step."""
+        return "steady"
+
+    def _inputs(self, chunk: Chunk, before: Tensor, condition: Tensor | None) -> tuple:
+        """What `recache` needs of the step just made, after the latents `before`."""
+        return chunk.drawn[0].clone(), before, condition
 
     @torch.no_grad()
-    def advance(self, control: Control | Tensor | None) -> Callable[[], np.ndarray]:
+    def advance(self, control: Control | Tensor | None, first: bool) -> Callable[[], np.ndarray]:
         """Enqueues one step. Returns the call that waits for its pixels, uint8 (F, H, W, 3).
 
         control: a `Control`, the channels (C', h, w) of one frame, or None, as the model takes it.
+        first: True for the first step of a stream.
         On a CUDA device the next step may be enqueued before the pixels of this one are taken;
         those of the step before must have been.
         """
@@ -116,15 +194,16 @@ class StreamMemory:
             self.control.copy_(self._staged[0], non_blocking=True)
         elif self.condition is not None:
             self.condition.copy_(control[None, :, None], non_blocking=True)
-        past = self.rollout.past
-        recycled = self.latent.clone() if past is not None else None
-        made = self._step()
+        name, past = self._kind(first), self.rollout.past
+        chunk = self.chunks[name]
+        before = self.latent.clone() if past is not None else None
+        made = self._runs[name]()
         with self.phase("copy"):
             pixels = self._reader.read(made)
-        self.decoder.frames += 1
+        self.decoder.frames += chunk.latent.shape[2]
         if past is not None:
             condition = None if self.condition is None else self.condition.clone()
-            past.append((self.drawn.clone(), recycled, condition))
+            past.append(self._inputs(chunk, before, condition))
         return pixels
 
     @torch.no_grad()
@@ -150,12 +229,66 @@ class StreamMemory:
     def restore(self, snapshot: Snapshot) -> None:
         """Returns to a snapshot, at the addresses that this memory has. ValueError as `check`."""
         self.check(snapshot)
-        self.noise.reseed(snapshot.seed)
+        self._reseed(snapshot.seed)
         self.step.fill_(snapshot.steps)
         self.latent.copy_(snapshot.latent)
         self.rollout.cache.load(snapshot.cache)
         self.rollout.past = snapshot.past and snapshot.past.copy()
         self.decoder.restore(snapshot.decoder)
+
+
+class FewStepMemory(StreamMemory):
+    """`StreamMemory` of a few-step model, with three graphs: of the first chunk ("opening"), of the
+    first chunk after a picture ("second"), and of every other ("steady")."""
+
+    def __init__(
+        self, model: WorldModel, vae: CausalVAE, size: tuple[int, int], sampling: FewStepConfig
+    ):
+        self.sampling = sampling
+        super().__init__(model, vae, size)
+
+    def _new_chunks(self, vae: CausalVAE) -> dict[str, Chunk]:
+        config, draws = self.model.config, len(self.sampling.opening_times)
+        sizes = {
+            "steady": (len(self.sampling.times), config.chunk),
+            "opening": (draws, config.opening_frames),
+            "second": (draws, config.chunk),
+        }
+        return {name: Chunk(self.model, vae, self.size, *each) for name, each in sizes.items()}
+
+    def _new_rollout(self, text: Tensor, text_lens: Tensor) -> FewStepRollout:
+        transformer = self.model.transformer
+        return FewStepRollout(transformer, text, text_lens, self.size, self.sampling)
+
+    @torch.no_grad()
+    def start(
+        self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
+    ) -> np.ndarray:
+        """As `StreamMemory.start`; the first frame is recorded for `recache` too."""
+        if self.condition is not None:
+            self.condition.zero_()  # nothing drives a picture
+        pixels = super().start(latent, text, seed, recache)
+        if latent is not None and self.rollout.past is not None:
+            condition = None if self.condition is None else self.condition.clone()
+            clean = self.picture.to(self.latent.dtype, copy=True)
+            self.rollout.past.append(self.rollout.inputs(clean, condition, given=True))
+        return pixels
+
+    def _show_picture(self) -> Tensor:
+        self.rollout.append(self.picture.to(self.latent.dtype), self.condition)
+        return self.decoder.first(self.picture)
+
+    def _generate(self, name: str) -> Tensor:
+        opening = name != "steady"
+        return self.rollout.infer(self.chunks[name].drawn, self.condition, opening)
+
+    def _kind(self, first: bool) -> str:
+        if not first:
+            return "steady"
+        return "second" if self.decoder.frames else "opening"
+
+    def _inputs(self, chunk: Chunk, before: Tensor, condition: Tensor | None) -> tuple:
+        return self.rollout.inputs(chunk.latent.clone(), condition)
 
 
 def nvtx_range(name: str) -> AbstractContextManager:

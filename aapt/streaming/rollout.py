@@ -5,10 +5,11 @@ from collections.abc import Callable, Container, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..model.config import SamplingConfig
+from ..model.config import FewStepConfig, SamplingConfig
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from .diffusion import DiffusionRollout, RecomputedRollout
+from .few_step import FewStepRollout
 from .noise import Noise
 from .student import StudentRollout
 
@@ -21,7 +22,7 @@ def roll_out(
     condition: Callable[[int], Tensor | None],
     steps: int,
     seed: int,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | FewStepConfig | None = None,
     caches: bool = True,
 ) -> Iterator[Tensor]:
     """Yields latent frames 0 to `steps` of a batch of streams, (B, C, 1, H, W) each.
@@ -31,9 +32,12 @@ def roll_out(
         text: Embeddings (B, text_tokens, text_width) and lengths (B,).
         condition: `condition(n)` returns the channels (B, C', 1, H, W) of frame n, None for none.
         seed: Stream i draws its noise from `seed` and i alone.
-        sampling: Sampling of a diffusion model; None for one pass per frame.
+        sampling: Sampling of a diffusion or few-step model; None for one pass per frame.
         caches: False makes a diffusion model compute the past in every pass (`RecomputedRollout`).
     """
+    if isinstance(sampling, FewStepConfig):
+        yield from _roll_out_chunks(model, first, text, condition, steps, seed, sampling)
+        return
     noises = [Noise((seed << 20) + i, first[:1].shape, first.device) for i in range(len(first))]
     if sampling is None:
         rollout = StudentRollout(model.transformer, *text, first)
@@ -47,6 +51,35 @@ def roll_out(
         noise = torch.cat([noise(step - 1) for noise in noises])
         latent = rollout.step(noise.to(first), latent, condition(step))
         yield latent
+
+
+def _roll_out_chunks(
+    model: WorldModel,
+    first: Tensor,
+    text: tuple[Tensor, Tensor],
+    condition: Callable[[int], Tensor | None],
+    steps: int,
+    seed: int,
+    sampling: FewStepConfig,
+) -> Iterator[Tensor]:
+    """Yields the frames of a few-step model as `roll_out` does; frame 0 is its first chunk.
+    ValueError for a model whose first chunk has several frames."""
+    config = model.config
+    if config.opening_frames != 1:
+        raise ValueError(
+            "first: expected a model that a picture can start, got one whose first chunk has "
+            f"{config.opening_frames} frames"
+        )
+    rollout = FewStepRollout(model.transformer, *text, first.shape[-2:], sampling)
+    rollout.give(first)
+    yield first
+    for number, start in enumerate(range(1, steps + 1, config.chunk)):
+        times = sampling.times if number else sampling.opening_times
+        shape = (len(times), 1, first.shape[1], config.chunk, *first.shape[-2:])
+        streams = range(seed << 20, (seed << 20) + len(first))
+        noise = torch.cat([Noise(i, shape, first.device)(number) for i in streams], dim=1)
+        latent = rollout.step(noise.to(first), condition(start))
+        yield from latent.split(1, dim=2)[: steps + 1 - start]
 
 
 def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:

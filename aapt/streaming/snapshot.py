@@ -18,7 +18,8 @@ class Snapshot:
     Attributes:
         seed, steps: The seed of the noise and the steps made with it; noise has no other state.
         prompt: The prompt in force.
-        latent: The last frame (1, C, 1, h, w), which the next step recycles.
+        latent: The last frame (1, C, 1, h, w), which the next step recycles; in a few-step model
+            the last chunk after the first.
         cache: Text, first frame and window of every layer.
         past: The inputs of the remembered steps, in a stream opened with `recache`.
         decoder: The states of the decoder's convolutions.

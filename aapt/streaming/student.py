@@ -30,18 +30,19 @@ class Segment:
 
 
 class Past:
-    """The inputs of the steps that a cache remembers: the first step and the last `window`."""
+    """The inputs of the steps that a cache remembers: the first `sink` and the last `window`."""
 
-    def __init__(self, window: int):
+    def __init__(self, window: int, sink: int = 1):
+        self.sink = sink
         self.first: list[tuple] = []
         self.window: deque[tuple] = deque(maxlen=window)
 
     def append(self, inputs: tuple) -> None:
-        (self.window if self.first else self.first).append(inputs)
+        (self.first if len(self.first) < self.sink else self.window).append(inputs)
 
     def copy(self) -> "Past":
         """A list of its own of the same inputs, which no step writes to."""
-        twin = Past(self.window.maxlen)
+        twin = Past(self.window.maxlen, self.sink)
         twin.first, twin.window = self.first.copy(), self.window.copy()
         return twin
 
@@ -62,8 +63,7 @@ class StudentRollout:
     """A batch of streams, rolled out step by step or segment by segment.
 
     Args:
-        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,);
-            None for a cache without text, until `set_text`.
+        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,).
         first: The user's frame (B, C, 1, H, W), which the first step recycles; each later step
             recycles the last output.
         recache: New prompts also change the past.
@@ -73,42 +73,52 @@ class StudentRollout:
     def __init__(
         self,
         model: VideoTransformer,
-        text: Tensor | None,
-        text_lens: Tensor | None,
+        text: Tensor,
+        text_lens: Tensor,
         first: Tensor,
         recache: bool = False,
     ):
         self.model = model
         self.last = first
-        self.time = first.new_ones(len(first))
-        self.cache = None
+        self.time = torch.ones(len(first), device=first.device)
+        self.cache, self.constants = None, None
         self.frames = 0  # in the count of the cache
-        grid = model.config.token_grid(*first.shape[-2:])
-        self.past = Past(model.config.window(grid)) if recache else None
-        if text is None:
-            self.cache = model.new_cache(len(first), first.shape[-2:], dtype=first.dtype)
-        else:
-            self.set_text(text, text_lens)
+        self.past = self.new_past() if recache else None
+        self.set_text(text, text_lens)
+
+    def new_past(self) -> Past:
+        """Returns an empty memory of the inputs of the steps that the cache remembers."""
+        config = self.model.config
+        return Past(config.window(config.token_grid(*self.last.shape[-2:])), config.sink_frames)
+
+    @property
+    def constants_bytes(self) -> int:
+        """Memory of the constants of a step."""
+        return sum(x.nbytes for x in self.constants.tensors())
 
     @torch.no_grad()
     def set_text(self, text: Tensor, text_lens: Tensor) -> None:
         """Changes the prompts from the next step on; the past keeps what made it
         (docs/method.md#2).
 
-        With `recache` the first frame and the window are computed again from their inputs. Frames
+        With `recache` the first frames and the window are computed again from their inputs. Frames
         are then counted from the start of that window, so an "absolute" first frame is no further
         away than at the end of a first window.
         """
         pairs = self.model.encode_text(text, text_lens, self.time)
+        size, dtype = self.last.shape[-2:], pairs[0][0].dtype
+        constants = self.model.step_constants(self.time, size)
         if self.cache is None:
-            size, dtype = self.last.shape[-2:], pairs[0][0].dtype
             self.cache = self.model.new_cache(len(self.last), size, dtype=dtype)
+            self.constants = constants
+        else:  # weights may be others than those of the stream before
+            self.constants.copy_(constants)
         for layer, (k, v) in enumerate(pairs):
             self.cache.write_text(layer, k, v, text_lens)
         if self.past:
             self.cache.reset()
             for inputs in self.past:
-                self.model.step(*inputs, self.time, self.cache)
+                self.model.step(*inputs, self.time, self.cache, self.constants)
             self.frames = len(self.past)
 
     @torch.no_grad()
@@ -148,8 +158,9 @@ class StudentRollout:
     def infer(self, noise: Tensor, recycled: Tensor, condition: Tensor | None) -> Tensor:
         """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
         next latent frame is returned."""
-        output = self.model.step(noise, recycled, condition, self.time, self.cache).to(noise.dtype)
-        return clean(self.model.config, output, noise, recycled, self.time)
+        inputs = (noise, recycled, condition)
+        output = self.model.step(*inputs, self.time, self.cache, self.constants).to(noise.dtype)
+        return clean(self.model.config, output, noise, recycled, self.time).to(noise.dtype)
 
 
 def frames_of(condition: Tensor | None, frames: slice) -> Tensor | None:

@@ -32,6 +32,7 @@ def teacher_forced_logits(
         cache = backbone.new_cache(len(real), real.shape[-2:], dtype=words[0][0].dtype)
         for layer, (k, v) in enumerate(words):
             cache.write_text(layer, k, v, text_lens)
+        constants = backbone.step_constants(t, real.shape[-2:])
 
     def each(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.repeat(copies, *(1 for _ in tensor.shape[1:]))
@@ -53,7 +54,8 @@ def teacher_forced_logits(
             )
         )
         with torch.no_grad():
-            backbone.step(real[:, :, index + 1 : index + 2], before, driven, t, cache)
+            new = real[:, :, index + 1 : index + 2]
+            backbone.step(new, before, driven, t, cache, constants)
     return torch.cat(logits, dim=1)
 
 

@@ -7,6 +7,7 @@ import torch
 from aapt.data.clips import LatentClips
 from aapt.data.randomness import ClipRandom
 from aapt.model.config import CameraConfig, ModelConfig
+from aapt.model.wan import WanTransformer
 from aapt.model.world_model import WorldModel
 
 CAMERA = CameraConfig(1.5, 0.04, 0.07, 0.05, 0.025)
@@ -24,6 +25,14 @@ CONFIG = ModelConfig(
     latent_channels=4,
     condition_channels=CAMERA.channels,
 )
+WAN = dataclasses.replace(
+    CONFIG,
+    block="wan",
+    mlp_width=40,
+    reference_grid=None,
+    condition_channels=0,
+    recycle=False,
+)
 SIZE = (4, 6)  # latent height and width
 PROMPTS = ["ab", "abcdefgh"]
 
@@ -34,6 +43,18 @@ def tiny_model(**changes) -> WorldModel:
     model = WorldModel(dataclasses.replace(CONFIG, **changes), CAMERA)
     for name, parameter in model.named_parameters():
         if "modulation" in name or "video_out" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.double()
+
+
+def wan_transformer(**changes) -> WanTransformer:
+    """A random Wan-type transformer in which every path matters."""
+    torch.manual_seed(0)
+    model = WanTransformer(dataclasses.replace(WAN, **changes))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+        elif "modulation" in name or "table" in name or "video_out" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.double()
 

@@ -36,7 +36,9 @@ MAY_IMPORT = {
 IMPORT_KERNELS = {
     "aapt/commands/info.py",  # only asks which backends there are
     "aapt/model/layers.py",
+    "aapt/model/mmdit.py",  # only makes the cache
     "aapt/model/transformer.py",  # only hands layout and cache to its layers
+    "aapt/model/wan.py",
     "aapt/vae/layers.py",
     "aapt/vae/pixels.py",
 }

@@ -186,6 +186,48 @@ def test_the_prefix_after_chunks(window, sink, plan):
         torch.testing.assert_close(ours.double(), torch.cat([frames[i] for i in wanted], dim=1))
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, pytest.param(E4M3, marks=STORES_BITS)])
+@pytest.mark.parametrize(("window", "sink", "plan"), PLANS)
+def test_a_cache_filled_from_outside_continues_the_stream(window, sink, plan, dtype):
+    """Frames that were made elsewhere, over others in the cache; the step after them is that of the
+    stream they are of."""
+    stream, other = (Stream(window, sink, dtype=dtype) for _ in range(2))
+    name = NAMES[-1]
+    with use_backend(name):
+        other.step(1, False)
+        for frames in plan[:-1]:
+            stream.step(frames, False)
+        done = sum(plan[:-1])
+        if done < sink:
+            pytest.skip("prefix needs the whole sink")
+        other.cache.load_prefix(1, *stream.cache.prefix(1), done)
+        for kept, history in zip(other.frames, stream.frames, strict=True):
+            kept[:] = history
+        other.text, text = stream.text, stream.cache.text_tokens
+        for ours, theirs in ((other.cache.k, stream.cache.k), (other.cache.v, stream.cache.v)):
+            ours[1, :, :text] = theirs[1, :, :text]
+        other.step(plan[-1], False)
+    assert int(other.cache.step) == sum(plan)
+
+
+def test_frames_from_outside_must_be_those_that_are_seen():
+    cache = Stream(2, 1).cache
+    good = torch.zeros(BATCH, 3 * TOKENS, HEADS, HEAD_DIM, dtype=FLOAT)
+    for name, k, v, step, words in (
+        ("k", good[:, TOKENS:], good, 7, "expected (2, 15, 3, 8) for 1 sink and 2 past frames "),
+        ("v", good, good[..., :4], 3, "expected (2, 15, 3, 8) for 1 sink and 2 past frames before"),
+        ("k", good, good, 2, "expected (2, 10, 3, 8) for 1 sink and 1 past frames before frame 2"),
+        ("step", good, good, -1, "expected an integer >= 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {re.escape(words)}"):
+            cache.load_prefix(0, k, v, step)
+    with pytest.raises(TypeError, match="k: expected"):
+        cache.load_prefix(0, good.half(), good, 3)
+    with pytest.raises(IndexError, match="layer: expected 0 ... 1, got 2"):
+        cache.load_prefix(2, good, good, 3)
+    assert int(cache.step) == 0 and cache.k[0].isnan().all()
+
+
 @pytest.mark.parametrize("frames", [1, 2])
 @pytest.mark.parametrize("clamped", [False, True])
 @STORES_BITS

@@ -47,6 +47,7 @@ class FakeGenerator:
     sample_prompt = themes[0]
     step_seconds = 0.0
     driven_by = "camera"
+    few_step = False
     model = SimpleNamespace(text_encoder=SimpleNamespace(tokens=25))
 
     def __init__(self, folder):
@@ -58,6 +59,9 @@ class FakeGenerator:
         """Stand for `StreamingGenerator.from_pretrained`."""
         self.options = options
         return self
+
+    def video_frames(self, steps, picture):
+        return 1 + 4 * steps
 
     def sample_image(self):
         path = self.folder / "sample.png"

@@ -8,7 +8,9 @@ from torch import Tensor
 
 import aapt.model.layers
 from aapt.model.config import ModelConfig
-from aapt.model.transformer import VideoTransformer, clean, velocity
+from aapt.model.layers import Residual
+from aapt.model.mmdit import MMDiT
+from aapt.model.transformer import clean, velocity
 from aapt.streaming.student import StudentRollout
 from aapt.training.forcing import parallel_pass
 from aapt.training.recipes import aapt_8b
@@ -159,7 +161,8 @@ def recurrent_frame(net, x, recycled, condition, index, words, text_lens, past) 
     for layer, block in enumerate(net.blocks):
         weights = block.video
         shared = weights.modulation(modulation)
-        q, k, v = weights.project(video, *shared[:2]).unbind(2)
+        _, normed = Residual(video).norm(*shared[:2])
+        q, k, v = weights.project(normed).unbind(2)
         past[index].append((norm_and_rotate(k, weights.k_norm, at.cos, at.sin), v))
         sink_cos, sink_sin = (at.cos, at.sin) if at.cos_sink is None else (at.cos_sink, at.sin_sink)
         q_sink = norm_and_rotate(q, weights.q_norm, sink_cos, sink_sin)
@@ -172,8 +175,8 @@ def recurrent_frame(net, x, recycled, condition, index, words, text_lens, past) 
         scores += [torch.einsum("bqhd,bkhd->bhqk", q, past[i][layer][0]) for i in recent]
         values = torch.cat([text_v, past[0][layer][1], *(past[i][layer][1] for i in recent)], 1)
         share = (torch.cat(scores, -1) / net.config.head_dim**0.5).softmax(-1)
-        video = weights.mix(video, torch.einsum("bhqk,bkhd->bqhd", share, values), shared)
-    return net.unpatchify(video, time, (1, *SIZE))
+        video = weights.mix(video, torch.einsum("bhqk,bkhd->bqhd", share, values), shared).sum()
+    return net.unpatchify(Residual(video), net.output_modulation(time), (1, *SIZE))
 
 
 def gradients(model) -> dict[str, Tensor]:
@@ -246,7 +249,7 @@ def test_checkpointing_changes_nothing():
 def test_aapt_8b_has_the_papers_size():
     """docs/method.md#2: 8.15 B in the block matrices of both streams, 8.2-8.35 B in all."""
     with torch.device("meta"):
-        model = VideoTransformer(aapt_8b())
+        model = MMDiT(aapt_8b())
     matrices = sum(
         p.numel()
         for n, p in model.named_parameters()

@@ -16,7 +16,7 @@ from aapt.streaming.student import StudentRollout
 from aapt.training.forcing import parallel_pass
 from aapt.training.optimization import MovingAverage, MuonAdamW, frozen, update
 
-from ..helpers import CONFIG, tiny_model
+from ..helpers import CONFIG, WAN, tiny_model, wan_transformer
 from . import ranks
 
 BATCH, FRAMES, SIZE = 4, 3, (2, 6)  # 3 tokens a frame: 5 + 4 on two ranks, 1 + 1 + 1 + 0 on four
@@ -205,6 +205,28 @@ def refuses_what_is_not_finite(parallel: Parallel) -> dict[str, Tensor]:
     return {}
 
 
+def wan(parallel: Parallel) -> dict[str, Tensor]:
+    """A Wan-type generator: student forcing in two segments, whose norm over all heads crosses the
+    ranks that share a clip."""
+    changes = dict(width=64, heads=4, window_frames=1, sink_frames=1, recycle=True)
+    torch.manual_seed(0)
+    net, clips = WorldModel(dataclasses.replace(WAN, **changes), None), Clips(parallel)
+    net.transformer = wan_transformer(sink_distance="clamped", **changes)
+    net.double()
+    parallel.shard(net, keep_gathered=True)
+    with torch.no_grad():
+        text = net.text_encoder(clips.prompts)
+        rollout = StudentRollout(net.transformer, *text, clips.latents(1))
+    result = {}
+    for index in range(2):
+        segment = rollout.roll(clips.latents(), None)
+        fake = parallel_pass(net.transformer, segment, *net.text_encoder(clips.prompts))
+        torch.testing.assert_close(fake, segment.output)
+        fake.square().mean().backward()
+        result[f"output {index}"] = together(parallel, segment.output)
+    return {**result, **gradients(net)}
+
+
 def stream(parallel: Parallel) -> dict[str, Tensor]:
     """Every rank has all parameters and a part of a frame's tokens, beyond the window."""
     net, clips = model(), Clips(parallel)
@@ -241,10 +263,14 @@ SCENARIOS = {
     "not finite": (refuses_what_is_not_finite,),
     "half precision": (half_precision,),
     "stream": (stream,),
+    "wan": (wan,),
     "exchanges": (exchanges,),
 }
 GROUPS = {
-    2: {1: ["diffusion", "Muon", "half precision"], 2: ["adversarial", "stream", "exchanges"]},
+    2: {
+        1: ["diffusion", "Muon", "half precision", "wan"],
+        2: ["adversarial", "stream", "exchanges", "wan"],
+    },
     4: {
         1: ["updates", "not finite"],
         2: ["diffusion, checkpointed"],

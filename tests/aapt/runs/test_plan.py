@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from aapt.commands.app import main
 from aapt.model.config import ModelConfig
 from aapt.model.discriminator import Discriminator
-from aapt.model.transformer import VideoTransformer
-from aapt.model.world_model import WorldModel
+from aapt.model.mmdit import MMDiT
+from aapt.model.wan import WanTransformer
+from aapt.model.world_model import TRANSFORMERS, WorldModel
 from aapt.runs import plan
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
@@ -20,7 +21,7 @@ from aapt.training.recipes import aapt_8b, paper_8b, tiny_world
 from aapt.training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from aapt_kernels import FrameLayout
 
-from ..helpers import CONFIG, SIZE, clips, draws, tiny_model
+from ..helpers import CONFIG, SIZE, WAN, clips, draws, tiny_model
 from .counting import adversarial_stage
 
 
@@ -56,12 +57,16 @@ def test_shards_are_rows():
     assert eight == pytest.approx(sum(p.numel() for p in tiny_model().parameters()) / 8, rel=0.05)
 
 
-def saved_bytes(depth: int, checkpointed: bool) -> int:
+WIDE = {"width": 128, "head_dim": 64, "rope_axes": (24, 20, 20), "condition_channels": 0}
+FAMILIES = {
+    "mmdit": dataclasses.replace(CONFIG, **WIDE),
+    "wan": dataclasses.replace(CONFIG, **WIDE, block="wan", mlp_width=320),
+}
+
+
+def saved_bytes(config: ModelConfig, checkpointed: bool) -> int:
     """Distinct memory that a forward pass of two clips keeps, parameters aside."""
-    config = {**dataclasses.asdict(CONFIG), "width": 128, "head_dim": 64, "depth": depth}
-    model = VideoTransformer(
-        ModelConfig(**{**config, "rope_axes": (24, 20, 20), "condition_channels": 0})
-    )
+    model = TRANSFORMERS[config.block](config)
     model.blocks.bfloat16()
     model.checkpoint_blocks = checkpointed
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -79,17 +84,18 @@ def saved_bytes(depth: int, checkpointed: bool) -> int:
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_bytes_of_activations_are_counted(checkpointed):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_activations_are_counted(family, checkpointed):
     """Four blocks, within 3 %, because modulations and log-sum-exps are left out.
 
     Norms run in bfloat16 here, in float32 under CUDA's autocast.
     """
-    config = dataclasses.replace(CONFIG, width=128, head_dim=64, rope_axes=(24, 20, 20), depth=4)
+    two, four, six = (dataclasses.replace(FAMILIES[family], depth=depth) for depth in (2, 4, 6))
     tokens = 6 * 4 * 6
-    expected = 4 * plan.block_bytes(config, tokens, norm=plan.HALF)
+    expected = 4 * plan.block_bytes(four, tokens, norm=plan.HALF)
     if checkpointed:
-        expected = plan.activation_bytes(config, tokens, checkpointed=True)
-    measured = saved_bytes(6, checkpointed) - saved_bytes(2, checkpointed)
+        expected = plan.activation_bytes(four, tokens, checkpointed=True)
+    measured = saved_bytes(six, checkpointed) - saved_bytes(two, checkpointed)
     assert measured == pytest.approx(2 * expected, rel=0.03)
 
 
@@ -100,6 +106,25 @@ def test_operations_of_products_are_counted():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.transformer(x, x, condition, text, torch.tensor([6]), torch.rand(1))
     assert plan.product_flops(model, 3 * 6, CONFIG.text_tokens) == counter.get_total_flops()
+
+
+def test_operations_of_wan_are_counted():
+    model = WorldModel(WAN, None)
+    x, text = torch.randn(1, 4, 3, *SIZE), torch.randn(1, WAN.text_tokens, WAN.text_width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.transformer(x, None, None, text, torch.tensor([6]), torch.rand(1))
+    assert plan.product_flops(model, 3 * 6, WAN.text_tokens) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("sink", [0, 1, 3])
+@pytest.mark.parametrize("start", [0, 1, 2, 7])
+def test_operations_of_wan_attention_follow_the_mask(start, sink):
+    frames, tokens, window = 5, 3, WAN.window_frames
+    config = dataclasses.replace(WAN, sink_frames=sink)
+    layout = FrameLayout(0, tokens, start + frames, window, sink_frames=sink)
+    pairs = int(layout.dense_mask()[start * tokens :].sum())
+    expected = 4 * config.depth * config.width * (pairs + frames * tokens * config.text_tokens)
+    assert plan.attention_flops(config, (1, 3), frames, start) == expected
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 7])
@@ -118,7 +143,7 @@ def test_published_arithmetic():
     """One frame far into a stream, and the cache at 736x416, as in docs/method.md#14."""
     config, wide, large = aapt_8b(), (26, 46), (45, 80)
     with torch.device("meta"):
-        blocks = VideoTransformer(config).blocks
+        blocks = MMDiT(config).blocks
     assert plan.product_flops(blocks, 1196, 0) == pytest.approx(9.8e12, rel=0.01)
     assert plan.product_flops(blocks, 3600, 0) == pytest.approx(29.4e12, rel=0.01)
     assert plan.attention_flops(config, wide, 1, 100) == pytest.approx(20.5e12, rel=0.01)
@@ -129,9 +154,31 @@ def test_published_arithmetic():
 @pytest.mark.parametrize("size", [SIZE, (4, 4)])
 def test_bytes_of_caches_are_counted(size):
     config = dataclasses.replace(CONFIG, grid_windows=((2, 2, 5),))
-    cache = VideoTransformer(config).new_cache(1, size, dtype=torch.bfloat16)
+    cache = MMDiT(config).new_cache(1, size, dtype=torch.bfloat16)
     expected = cache.k.nbytes + cache.v.nbytes
     assert plan.cache_bytes(config, config.token_grid(*size), 1, continued=False) == expected
+
+
+@pytest.mark.parametrize("sink", [0, 1, 3])
+def test_bytes_of_wan_caches_are_counted(sink):
+    config = dataclasses.replace(WAN, sink_frames=sink)
+    cache = WanTransformer(config).new_cache(1, SIZE, dtype=torch.bfloat16)
+    expected = cache.k.nbytes + cache.v.nbytes + cache.words.nbytes
+    grid = config.token_grid(*SIZE)
+    assert plan.cache_bytes(config, grid, 1, continued=False) == expected
+    prefix = 2 * plan.HALF * config.depth * config.width * 6 * (sink + config.window_frames)
+    assert plan.cache_bytes(config, grid, 1, continued=True) == expected + prefix
+
+
+def test_plan_of_a_wan_recipe():
+    """The tiny world's stages with a Wan-type generator."""
+    recipe = tiny_world()
+    model = dataclasses.replace(recipe.model, block="wan", mlp_width=None)
+    plans = plan.plan(dataclasses.replace(recipe, model=model), 2)
+    joint = plan.plan(recipe, 2)
+    assert [each.workload for each in plans] == [each.workload for each in joint]
+    for ours, theirs in zip(plans, joint, strict=True):
+        assert ours.at_once >= 1 and 0.5 < ours.flops / theirs.flops < 1.5
 
 
 def test_plan_of_the_paper():

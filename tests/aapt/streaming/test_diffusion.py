@@ -8,7 +8,8 @@ import torch
 
 from aapt.model.config import SamplingConfig
 from aapt.model.flow import schedule
-from aapt.model.transformer import VideoTransformer, velocity
+from aapt.model.mmdit import MMDiT
+from aapt.model.transformer import velocity
 from aapt.streaming.diffusion import DiffusionRollout, RecomputedRollout
 
 from ..helpers import PROMPTS, SIZE, controls, latents, tiny_model
@@ -50,7 +51,7 @@ def test_streams_without_caches_are_the_same(guidance, driven):
     model, frames = tiny_model(), 5
     first, noise, rays = latents(1), latents(frames), model.channels(controls(frames), SIZE)
     if not driven:
-        model.transformer = VideoTransformer(replace(model.config, condition_channels=0)).double()
+        model.transformer = MMDiT(replace(model.config, condition_channels=0)).double()
         for parameter in model.transformer.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     given = model.text_encoder(PROMPTS), model.text_encoder([""] * 2)

@@ -14,6 +14,8 @@ from aapt.model.world_model import WorldModel
 from aapt.streaming import memory
 
 from ..helpers import CONFIG
+from .few_step_generator import FORMS
+from .few_step_generator import build as build_few_step
 from .test_generator import HEIGHT, WALK, WIDTH, build, play
 
 VIEWS = ("aten.select", "aten.lift_fresh", "aten.detach", "aten.view", "aten.alias")
@@ -184,7 +186,7 @@ def test_a_step_takes_nothing_from_the_host():
     model, vae = build()
     held = memory.StreamMemory(model.to("meta"), vae.to("meta"), (4, 6))
     with torch.inference_mode(), OnTheHost() as host:
-        pixels = held._run()
+        pixels = held._run("steady")
     assert pixels.shape == (1, 3, 4, 32, 48) and pixels.device.type == "meta"
     assert host.seen == []
 
@@ -218,7 +220,8 @@ def test_memory_is_counted_and_stays_where_it_is(monkeypatch, picture):
     _, generator = generators(monkeypatch)
     stream = generator.open(picture, "ab")
     held = stream._memory
-    tensors = [held.latent, held.drawn, held.condition, held.control, held.rollout.cache.k]
+    tensors = [held.latent, held.chunks["steady"].drawn, held.condition, held.control]
+    tensors.append(held.rollout.cache.k)
     addresses = [x.data_ptr() for x in tensors]
     play(stream, WALK)
     stream.restore(stream.snapshot())
@@ -249,3 +252,28 @@ def test_a_step_on_a_device_is_one_graph(picture):
     allocated = torch.cuda.memory_allocated()
     assert np.array_equal(play(stream, WALK), video)
     assert torch.cuda.memory_allocated() == allocated
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chunk_on_a_device_is_one_graph(picture, form):
+    """The opening, the step after a picture and the steady one, as on the CPU about."""
+    on_cpu, on_gpu = build_few_step(*form), build_few_step(*form)
+    on_gpu = StreamingGenerator(
+        on_gpu.model.cuda(),
+        on_gpu.vae.cuda(),
+        height=HEIGHT,
+        width=WIDTH,
+        sampling=on_gpu.sampling,
+    )
+    for given in (None, picture) if on_cpu.takes_picture else (None,):
+        videos = []
+        for generator in (on_cpu, on_gpu):
+            stream = generator.open(given, "ab", seed=3)
+            snapshot = stream.snapshot()
+            videos.append(play(stream, [None] * 6))
+        assert np.abs(videos[0].astype(int) - videos[1].astype(int)).max() <= 2
+        stream.restore(snapshot)
+        allocated = torch.cuda.memory_allocated()
+        assert np.array_equal(play(stream, [None] * 6), videos[1])
+        assert torch.cuda.memory_allocated() == allocated

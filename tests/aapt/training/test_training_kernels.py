@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aapt.model.transformer import VideoTransformer
+from aapt.model.mmdit import MMDiT
 from aapt.training.recipes import tiny_world
 from aapt_kernels import backend
 from aapt_kernels.backend import no_sim
@@ -28,7 +28,7 @@ def differentiate(model, inputs):
 def test_training_reaches_the_kernels(monkeypatch, checkpointed):
     torch.manual_seed(0)
     config = replace(tiny_world().model, depth=2)
-    model = VideoTransformer(config).bfloat16()
+    model = MMDiT(config).bfloat16()
     model.checkpoint_blocks = checkpointed
     for weight in model.parameters():  # no weight starts at zero
         torch.nn.init.normal_(weight, std=0.05)

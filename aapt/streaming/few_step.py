@@ -1,0 +1,169 @@
+"""Few-step models, chunk after chunk: several passes over a chunk's own slot of the cache
+(docs/method.md#15)."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model.config import FewStepConfig, ModelConfig
+from ..model.flow import interpolate
+from ..model.transformer import StepConstants, VideoTransformer, clean
+from .student import Past
+
+
+class Moment(NamedTuple):
+    """A time of a schedule, (B,) float64, and the constants of every pass at that time."""
+
+    time: Tensor
+    constants: StepConstants
+
+
+class FewStepRollout:
+    """A batch of streams of latents of `size` = (height, width), rolled out chunk after chunk.
+
+    A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, which
+    is mixed with new noise for the next time, and writes its keys and values over those of the pass
+    before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
+
+    Args:
+        text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,).
+        recache: New prompts also change the past.
+
+    ValueError for a model whose text keys depend on the time, for one with recycled channels, and
+    for `recache` without a refresh pass.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: VideoTransformer,
+        text: Tensor,
+        text_lens: Tensor,
+        size: Sequence[int],
+        sampling: FewStepConfig,
+        recache: bool = False,
+    ):
+        check_few_step(model.config)
+        self.model, self.sampling, self.size = model, sampling, size
+        like = model.video_in.weight
+        self.cache = model.new_cache(len(text), size, dtype=like.dtype)
+
+        def at(time: float) -> Moment:
+            t = torch.full((len(text),), time, dtype=torch.float64, device=like.device)
+            return Moment(t, model.step_constants(t, size))
+
+        self.times = [at(time) for time in sampling.times]
+        self.opening_times = [at(time) for time in sampling.opening_times]
+        self.refresh = None if sampling.refresh is None else at(sampling.refresh)
+        self.start = at(0.0)
+        self.chunks = 0  # made so far, without given ones
+        self.past = self.new_past() if recache else None
+        self.set_text(text, text_lens)
+
+    def new_past(self) -> Past:
+        """Returns an empty memory of the chunks that the cache remembers. ValueError without a
+        refresh pass."""
+        if self.refresh is None:
+            raise ValueError(
+                "recache: expected False for a model without a refresh pass, whose past is not "
+                "made from clean chunks, got True; open the stream without recache"
+            )
+        config, chunk = self.model.config, self.model.config.chunk
+        later = max(0, config.sink_frames - config.opening_frames)  # of the sink
+        seen = self.cache.ring_frames - chunk  # by the next chunk, besides the sink
+        sink = min(1, config.sink_frames) + math.ceil(later / chunk)
+        return Past(math.ceil(seen / chunk), sink)
+
+    @torch.no_grad()
+    def set_text(self, text: Tensor, text_lens: Tensor) -> None:
+        """Changes the prompts from the next chunk on; the past keeps what made it.
+
+        With `recache` the sink and the window are computed again from their clean chunks. Frames
+        are then counted from the start of that window, see `StudentRollout.set_text`.
+        """
+        for moment in self._moments():  # weights may be others than those of the stream before
+            moment.constants.copy_(self.model.step_constants(moment.time, self.size))
+        for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.time)):
+            self.cache.write_text(layer, *pair)
+        if self.past:
+            self.cache.reset()
+            for inputs in self.past:
+                self.model.step(*inputs, self.cache)
+
+    @torch.no_grad()
+    def give(self, latent: Tensor, condition: Tensor | None = None) -> None:
+        """Appends clean frames (B, C, n, H, W) that nobody made, such as the user's picture."""
+        self.append(latent, condition)
+        if self.past is not None:
+            self.past.append(self.inputs(latent, condition, given=True))
+
+    @torch.no_grad()
+    def append(self, latent: Tensor, condition: Tensor | None) -> None:
+        """The tensor operations of `give`, which a CUDA graph can hold."""
+        time, constants = self.start
+        self.model.step(latent, None, condition, time, self.cache, constants)
+
+    @torch.no_grad()
+    def step(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), one draw for each
+        time: of `opening_times` for the first chunk that is made, then of `times`. ValueError for
+        another number of draws."""
+        opening = self.chunks == 0
+        draws = len(self.opening_times if opening else self.times)
+        if len(noise) != draws:
+            raise ValueError(
+                f"noise: expected {draws} draws, one for each time of this chunk, got {len(noise)}"
+            )
+        latent = self.infer(noise, condition, opening)
+        if self.past is not None:
+            self.past.append(self.inputs(latent, condition))
+        self.chunks += 1
+        return latent
+
+    @torch.no_grad()
+    def infer(self, noise: Tensor, condition: Tensor | None, opening: bool) -> Tensor:
+        """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
+        next chunk is returned."""
+        times = self.opening_times if opening else self.times
+        model, last, x = self.model, len(times) - 1, noise[0]
+        for index, (time, constants) in enumerate(times):
+            stays = index == last and self.refresh is None
+            output = model.step(x, None, condition, time, self.cache, constants, advance=stays)
+            latent = clean(model.config, output, x, None, time)
+            if index < last:
+                x = interpolate(latent, noise[index + 1], times[index + 1].time).to(noise.dtype)
+        latent = latent.to(noise.dtype)
+        if self.refresh is not None:
+            time, constants = self.refresh
+            model.step(latent, None, condition, time, self.cache, constants)
+        return latent
+
+    def inputs(self, latent: Tensor, condition: Tensor | None, given: bool = False) -> tuple:
+        """Returns the inputs of the pass whose keys and values stay: over a clean chunk that was
+        made, or `given`."""
+        return latent, None, condition, (self.start if given else self.refresh).time
+
+    def _moments(self) -> list[Moment]:
+        moments = [*self.times, *self.opening_times, self.start]
+        return moments if self.refresh is None else [*moments, self.refresh]
+
+    @property
+    def constants_bytes(self) -> int:
+        """Memory of the constants of all times."""
+        return sum(x.nbytes for each in self._moments() for x in each.constants.tensors())
+
+
+def check_few_step(config: ModelConfig) -> None:
+    """ValueError unless a model of this configuration can make a chunk in several passes."""
+    if config.block != "wan":
+        raise ValueError(
+            "sampling: expected a model of block 'wan' for few steps, because text keys must be "
+            f"those of every time, got {config.block!r}"
+        )
+    if config.recycled_channels:
+        raise ValueError(
+            "sampling: expected a model without recycled channels for few steps, got recycle=True"
+        )
