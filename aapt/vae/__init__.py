@@ -1,7 +1,7 @@
 """The causal video autoencoder: configurations, the network, what a frame costs."""
 
-from .autoencoder import CausalVAE, DecoderState
-from .config import VAEConfig, light, lighter, original, tiny, tiny_light, wan
+from .autoencoder import CausalVAE, DecoderState, EncoderState
+from .config import VAEConfig, light, lighter, original, tiny, tiny_light, wan, wan22
 from .cost import Work, decoder_work, flops_per_latent_frame, total
 from .pixels import to_bytes
 from .stream import DecoderStream
@@ -11,6 +11,7 @@ __all__ = [
     "CausalVAE",
     "DecoderState",
     "DecoderStream",
+    "EncoderState",
     "VAEConfig",
     "Work",
     "decoder_work",
@@ -24,4 +25,5 @@ __all__ = [
     "to_bytes",
     "total",
     "wan",
+    "wan22",
 ]

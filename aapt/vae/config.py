@@ -1,5 +1,5 @@
 """Shapes of the autoencoder (docs/method.md#9): the paper's two decoders, the bundled one, Wan
-2.1's."""
+2.1's and 2.2's."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,8 @@ class VAEConfig:
     """Shape of a `CausalVAE`. Tuples with one entry per scale begin at the finest
     (docs/method.md#9).
 
-    With `linear_skip` and empty encoder tuples, the linear map is the whole encoder.
+    With empty encoder tuples, the linear map is the whole encoder; without `linear_skip` there is
+    none, and the autoencoder only decodes.
     """
 
     encoder_channels: tuple[int, ...]
@@ -28,12 +29,13 @@ class VAEConfig:
     linear_skip: bool = False  # add a linear autoencoder (`LinearSkip`)
     latent_projection: bool = False  # a 1x1x1 convolution before the decoder
     norm_eps: float = 1e-6  # added to the mean square of a pixel's channels
+    shortcuts: bool = False  # around the layers of each scale (`shortcuts.py`); "separate" alone
 
     def __post_init__(self):
         scales = len(self.strides) + 1
         for name in ("encoder_channels", "decoder_channels", "encoder_blocks", "decoder_blocks"):
             value = getattr(self, name)
-            if self.linear_skip and name.startswith("encoder") and value == ():
+            if name.startswith("encoder") and value == ():
                 continue
             if len(value) != scales:
                 raise ValueError(
@@ -43,6 +45,10 @@ class VAEConfig:
             raise ValueError(
                 f"upsample: expected one of {', '.join(UPSAMPLES)}, got {self.upsample!r}"
             )
+
+    def without_encoder(self) -> "VAEConfig":
+        """Returns the shape of the decoder alone."""
+        return replace(self, encoder_channels=(), encoder_blocks=())
 
     @property
     def time_factor(self) -> int:
@@ -90,15 +96,15 @@ def light() -> VAEConfig:
     return lighter(original())
 
 
-def wan(base: int = 96) -> VAEConfig:
+def wan(base: int = 96, decoder_base: int | None = None) -> VAEConfig:
     """Wan 2.1's autoencoder (arXiv 2503.20314), in the shape of its published weights (`load_wan`).
 
-    base: channels at the finest scale.
+    base, decoder_base: channels at the finest scale; the decoder's are the encoder's by default.
     """
-    channels = (base, 2 * base, 4 * base, 4 * base)
+    multiples = (1, 2, 4, 4)
     return VAEConfig(
-        encoder_channels=channels,
-        decoder_channels=channels,
+        encoder_channels=tuple(base * n for n in multiples),
+        decoder_channels=tuple((decoder_base or base) * n for n in multiples),
         encoder_blocks=(2, 2, 2, 2),
         decoder_blocks=(3, 3, 3, 3),
         strides=((1, 2), (2, 2), (2, 2)),
@@ -107,6 +113,14 @@ def wan(base: int = 96) -> VAEConfig:
         latent_projection=True,
         norm_eps=1e-24,
     )
+
+
+def wan22(base: int = 160, decoder_base: int = 256) -> VAEConfig:
+    """Wan 2.2's autoencoder, in the shape of its published weights: 48 channels per 16x16 pixels.
+
+    It is `wan` on squares of 2x2 pixels, with shortcuts around its scales.
+    """
+    return replace(wan(base, decoder_base), latent_channels=48, patch_size=2, shortcuts=True)
 
 
 def tiny() -> VAEConfig:

@@ -32,22 +32,29 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> CausalVAE:
-    """Loads the autoencoder of a bundled model or a checkpoint folder.
+    """Loads the autoencoder of a bundled model, of a checkpoint folder, or of a file of Wan's.
 
     part: LIGHT, the decoder that the checkpoint streams with, or ORIGINAL, the decoder that the
-    light one was made from. A folder of diffusers' Wan has one decoder for both.
+    light one was made from. A folder of diffusers' Wan, or a file (`load_wan`), has one decoder for
+    both.
     device, dtype: Where the weights go, and their precision; None for float32. CheckpointError says
     what was expected and what was found.
     """
+    if is_foreign(name):
+        return load_wan(name).to(device, dtype)
     folder = find_checkpoint(name)
-    if (folder / WEIGHTS).is_file():
-        return load_wan(folder).to(device, dtype)
     config = load_config(folder)
     part = part if part in config else LIGHT
     with reading_config(folder), torch.device("meta"):
         vae = CausalVAE(VAEConfig(**tuples(config[part])))
     load_meta_module(folder / f"{part}.safetensors", vae, device, dtype)
     return vae
+
+
+def is_foreign(name: str | Path) -> bool:
+    """Returns True for an autoencoder in another project's format: a file, or diffusers' folder."""
+    path = Path(name)
+    return path.is_file() or (path / WEIGHTS).is_file()
 
 
 def vae_digest(vae: CausalVAE) -> str:

@@ -1,9 +1,12 @@
 """Clips of one bucket on their way into a file of latents."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +16,9 @@ from ...model.config import CameraConfig
 from ...vae import CausalVAE
 from ...vae.pixels import to_video
 from .clip_reader import RawClip
+
+# Pixels of a chunk of video: one latent frame's at 1280x720. Memory does not grow with a clip.
+CHUNK_PIXELS = 4 * 1280 * 720
 
 
 class EncodeError(Exception):
@@ -42,11 +48,14 @@ class Shard:
         start = round(clip.start, 6)
         self.clips.append({"video": clip.source, "start": start, "captions": clip.captions})
 
-    def _encode(self, frames, source: str) -> Tensor:
-        """uint8 (F, H, W, 3) -> (C, 1 + T, h, w) float16."""
-        mean = self.vae.latent_mean
-        video = to_video(torch.from_numpy(frames)[None].to(mean.device)).to(mean.dtype)
-        latent = self.vae.encode(video)[0].half().cpu()
+    def _encode(self, frames: np.ndarray, source: str) -> Tensor:
+        """uint8 (F, H, W, 3) -> (C, 1 + T, h, w) float16, chunk after chunk."""
+        mean, state, latents = self.vae.latent_mean, None, []
+        for chunk in chunks(len(frames), self.vae.config.time_factor, math.prod(frames.shape[1:3])):
+            pixels = torch.from_numpy(frames[chunk])[None].to(mean.device)
+            latent, state = self.vae.encode_frames(to_video(pixels).to(mean.dtype), state)
+            latents.append(latent[0].half().cpu())
+        latent = torch.cat(latents, dim=1)
         if not latent.isfinite().all():
             raise EncodeError(f"{source}: the VAE's latents are not finite in float16")
         return latent
@@ -54,6 +63,19 @@ class Shard:
     def write(self, path: Path) -> None:
         stacked = {name: torch.stack(tensors) for name, tensors in self.tensors.items()}
         save_tensors(path, stacked, {"clips": json.dumps(self.clips)})
+
+
+def chunks(frames: int, per_latent: int, pixels: int) -> Iterator[slice]:
+    """Yields the chunks of a clip of 1 + n * `per_latent` video frames, about CHUNK_PIXELS each.
+
+    pixels: of one video frame. The first chunk has one frame more than the others.
+    """
+    length = per_latent * max(1, CHUNK_PIXELS // (pixels * per_latent))
+    start = 0
+    while start < frames:
+        end = (start or 1) + length
+        yield slice(start, end)
+        start = end
 
 
 def _ray_squares(clip: RawClip, height: int, width: int) -> Tensor:
