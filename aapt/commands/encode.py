@@ -89,6 +89,19 @@ def encode(
             show_default="bfloat16 on CUDA, else float32",
         ),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also store UMT5's embeddings of the captions: the folder of a Wan pipeline.",
+        ),
+    ] = None,
+    text_device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE", help="The text encoder's device.", show_default="as --device"
+        ),
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -114,6 +127,7 @@ def encode(
       aapt encode videos/ --bucket 736x416+1280x720+640x352 --model Wan2.1/vae --seconds 15 \
         --device cuda --out latents/
       aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
+      aapt encode videos/ --model Wan2.1/vae --text Wan2.1 --bucket 832x480 --out latents/
       torchrun --nproc-per-node 8 -m aapt encode videos/ --device cuda --out latents/
     """
     from ..data.videos import encode as job
@@ -121,7 +135,8 @@ def encode(
     from ..data.videos.clip_reader import CutConfig
     from ..data.videos.parts import Part
     from ..data.videos.shard_folder import JOURNAL
-    from ..device import move
+    from ..device import move, usable_device
+    from ..model.umt5 import UMT5Weights
 
     with bad_input():
         check_inputs(videos=videos)
@@ -155,6 +170,8 @@ def encode(
         precision = _precision(dtype, device)
         options = {"shard_clips": shard_clips, "workers": workers, "report": say}
         options |= {"dtype": precision, "part": part}
+        if text is not None:
+            options["text"] = UMT5Weights(text, usable_device(text_device or device))
         try:
             with ctrl_c() as interrupted:
                 index = job.encode(

@@ -31,6 +31,7 @@ class ModelConfig:
     recycle: bool = True  # False: the ablation without recycled frames (docs/method.md#12)
     residual_head: bool = False  # v = x_t - x_prev - net instead of v = net
     output_clamp: float | None = None  # c: the one-step output is c tanh(x / c)
+    text_encoder: str = "bytes"  # a name in `text_encoders.TEXT_ENCODERS`
 
     def __post_init__(self):
         for name in ("width", "heads", "head_dim", "depth", "text_width", "text_tokens", "patch"):

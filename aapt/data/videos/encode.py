@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...lock import folder_lock
+from ...model.umt5 import UMT5Weights
 from ...vae import CausalVAE
 from ...vae.folder import vae_digest
 from .clip_reader import CutConfig, RawClip, read_clips
@@ -64,6 +66,7 @@ def encode(
     shard_clips: int = 256,
     workers: int = 2,
     dtype: torch.dtype = torch.float32,
+    text: UMT5Weights | None = None,
     part: Part | None = None,
     report: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
@@ -79,6 +82,7 @@ def encode(
         shard_clips: Clips per shard.
         workers: Threads that decode.
         dtype: Precision of the autoencoder.
+        text: The text encoder whose embeddings of captions are stored; None for none.
         part: The share of the videos that this process encodes; None for all.
         report: Called with one line per shard.
         stop: Called after every clip; once true, the job ends with the shards written so far.
@@ -95,7 +99,7 @@ def encode(
             samples, out = part.samples(samples), part.folder(whole)
         out.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
-            encoding = _encoding(vae, config, shard_clips, dtype)
+            encoding = _encoding(vae, config, shard_clips, dtype, text)
             folder = ShardFolder(out, encoding, samples, vae)
             if folder.written and not folder.complete:
                 report(f"{folder.contents()}: resuming")
@@ -104,7 +108,8 @@ def encode(
                     network = (
                         vae if dtype == vae.latent_mean.dtype else copy.deepcopy(vae).to(dtype)
                     )
-                    _fill(folder, samples, network, config, workers, report, stop)
+                    embed = None if text is None else text.embed
+                    _fill(folder, samples, network, embed, config, workers, report, stop)
             except OSError as error:
                 raise EncodeError(f"{error}; {folder.contents()}") from None
             index = folder.index()
@@ -119,6 +124,7 @@ def _fill(
     folder: ShardFolder,
     samples: list[Sample],
     vae: CausalVAE,
+    embed: Callable[[str], Tensor] | None,
     config: CutConfig,
     workers: int,
     report: Callable[[str], None],
@@ -144,7 +150,7 @@ def _fill(
                 outcome.clips[bucket][1] += 1
                 if first + count < folder.written[bucket]:
                     continue
-                shard = shards.setdefault(bucket, Shard(vae))
+                shard = shards.setdefault(bucket, Shard(vae, embed))
                 shard.add(clip)
                 if len(shard.clips) == folder.encoding["shard_clips"]:
                     folder.write(bucket, shards.pop(bucket), report)
@@ -192,13 +198,21 @@ def read_ahead(
 
 
 def _encoding(
-    vae: CausalVAE, config: CutConfig, shard_clips: int, dtype: torch.dtype
+    vae: CausalVAE,
+    config: CutConfig,
+    shard_clips: int,
+    dtype: torch.dtype,
+    text: UMT5Weights | None,
 ) -> dict[str, Any]:
     """Everything but the videos that decides the bytes of the shards. Folders of older versions
-    lack the precision, which was float32."""
+    lack the precision, which was float32, and the text encoder."""
     precision = {} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}
+    words = {}
+    if text is not None:
+        words["text"] = {"kind": "umt5", "tokens": text.tokens, "weights": text.digest()}
     return {
         **precision,
+        **words,
         **dataclasses.asdict(config),
         "buckets": ["+".join(map(str, family)) for family in config.buckets],
         "shard_clips": shard_clips,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,15 @@ class EncodeError(Exception):
 
 
 class Shard:
-    """Clips of one bucket, encoded one after another and written together."""
+    """Clips of one bucket, encoded one after another and written together.
 
-    def __init__(self, vae: CausalVAE):
-        self.vae = vae
+    embed: embeddings (n, width) of a caption, which are stored once per shard beside those of the
+    empty prompt; None to store none.
+    """
+
+    def __init__(self, vae: CausalVAE, embed: Callable[[str], Tensor] | None = None):
+        self.vae, self.embed = vae, embed
+        self.texts: dict[str, Tensor] = {}
         self.clips: list[dict[str, Any]] = []
         self.tensors: dict[str, list[Tensor]] = {}
         self.squares = torch.zeros(2, dtype=torch.float64)  # of ray origins, of directions
@@ -45,6 +50,10 @@ class Shard:
             tensors["skeletons"] = self._encode(clip.skeletons, clip.source)[:, 1:]
         for name, tensor in tensors.items():
             self.tensors.setdefault(name, []).append(tensor)
+        if self.embed is not None:
+            for caption in ("", *clip.captions):
+                if caption not in self.texts:
+                    self.texts[caption] = self.embed(caption)
         start = round(clip.start, 6)
         self.clips.append({"video": clip.source, "start": start, "captions": clip.captions})
 
@@ -62,7 +71,14 @@ class Shard:
 
     def write(self, path: Path) -> None:
         stacked = {name: torch.stack(tensors) for name, tensors in self.tensors.items()}
-        save_tensors(path, stacked, {"clips": json.dumps(self.clips)})
+        metadata = {"clips": json.dumps(self.clips)}
+        if self.texts:
+            stacked["text"] = torch.cat(list(self.texts.values()))
+            stacked["text_ends"] = torch.tensor([len(rows) for rows in self.texts.values()]).cumsum(
+                0
+            )
+            metadata["texts"] = json.dumps(list(self.texts))
+        save_tensors(path, stacked, metadata)
 
 
 def chunks(frames: int, per_latent: int, pixels: int) -> Iterator[slice]:

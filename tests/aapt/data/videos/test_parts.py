@@ -1,4 +1,4 @@
-"""Encoding in parts: several processes, one folder; and in chunks: memory that a clip does not grow."""
+"""Encoding in parts, by several processes into one folder, and in chunks, in fixed memory."""
 
 import json
 import subprocess
@@ -165,7 +165,8 @@ from types import SimpleNamespace
 torch.set_num_threads(1)
 vae = CausalVAE(wan(16)).eval().requires_grad_(False)
 frames = np.zeros((int(sys.argv[1]), 256, 256, 3), np.uint8)
-clip = SimpleNamespace(video=frames, source="", start=0.0, captions=[""], poses=None, skeletons=None)
+clip = SimpleNamespace(video=frames, source="", start=0.0, captions=[""])
+clip.poses = clip.skeletons = None
 from aapt.data.videos import shard
 shard.CHUNK_PIXELS = 4 * 256 * 256
 Shard(vae).add(clip)
