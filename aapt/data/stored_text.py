@@ -52,6 +52,9 @@ class StoredText:
         for caption, start, end in zip(captions, [0, *ends], ends):
             self._places.setdefault(caption, (path, start, end))
 
+    def __deepcopy__(self, memo: dict) -> "StoredText":
+        return self  # copies of a model read the embeddings from here too
+
     def __call__(self, prompt: str) -> Tensor:
         """Embeddings (n, width) of a caption's n tokens. DataError for an unknown caption."""
         if prompt not in self._places:

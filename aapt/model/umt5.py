@@ -96,6 +96,9 @@ class UMT5Weights:
             )
         self.tokenizer = _reading(tokenizer, "AutoTokenizer", tokenizer)
 
+    def __deepcopy__(self, memo: dict) -> "UMT5Weights":
+        return self  # copies of a model share the network
+
     @cached_property
     def network(self) -> nn.Module:
         """transformers' `UMT5EncoderModel`."""

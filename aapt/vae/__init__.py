@@ -1,10 +1,11 @@
 """The causal video autoencoder: configurations, the network, what a frame costs."""
 
 from .autoencoder import CausalVAE, DecoderState, EncoderState
-from .config import VAEConfig, light, lighter, original, tiny, tiny_light, wan, wan22
+from .config import VAEConfig, light, lighter, original, taehv, tiny, tiny_light, wan, wan22
 from .cost import Work, decoder_work, flops_per_latent_frame, total
 from .pixels import to_bytes
 from .stream import DecoderStream
+from .taehv_weights import load_taehv
 from .wan_weights import load_wan
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "flops_per_latent_frame",
     "light",
     "lighter",
+    "load_taehv",
     "load_wan",
     "original",
+    "taehv",
     "tiny",
     "tiny_light",
     "to_bytes",

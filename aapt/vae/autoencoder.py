@@ -26,6 +26,7 @@ from .layers import (
     norm_of,
     unfold_channels,
 )
+from .memory import MemoryDecoder
 from .pixels import to_bytes
 
 VIDEO_CHANNELS = 3
@@ -150,7 +151,7 @@ def _decoder_scales(config: VAEConfig) -> tuple[list[nn.Module], int]:
             layers.append(ResidualBlock(width, channels[scale], config))
             width = channels[scale]
         if scale > 0:
-            stride = config.strides[scale - 1]
+            stride = config.upscales[scale - 1]
             if config.upsample == "separate":
                 layers.append(SeparateUpsample(width, width // 2, stride, config))
                 width = width // 2
@@ -226,7 +227,7 @@ class CausalVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config) if config.encoder_channels else None
-        self.decoder = Decoder(config)
+        self.decoder = (MemoryDecoder if config.decoder == "memory" else Decoder)(config)
         self.linear = None
         if config.linear_skip:
             self.linear = LinearSkip(config)
@@ -326,7 +327,9 @@ class CausalVAE(nn.Module):
             )
         frames = None if last is None else last * self.config.time_factor
         # Channels last from here to the video, as tensor cores and oneDNN want them
-        latent = (latent * self.latent_std + self.latent_mean).contiguous(memory_format=LAST)
+        if self.config.decoder == "residual":
+            latent = latent * self.latent_std + self.latent_mean
+        latent = latent.contiguous(memory_format=LAST)
         if self.linear is None:
             return self.decoder(latent, state, pixels, state_out, frames)
         video, new_state = self.decoder(latent, state, state_out=state_out, last=frames)

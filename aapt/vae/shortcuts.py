@@ -117,7 +117,7 @@ def decoder_scales(config: VAEConfig) -> tuple[list[nn.Module], int]:
     layers, width = [], config.decoder_channels[-1]
     for scale in reversed(range(1, len(config.decoder_channels))):
         channels, blocks = config.decoder_channels[scale], config.decoder_blocks[scale]
-        layers.append(UpScale(width, channels, blocks, config.strides[scale - 1], config))
+        layers.append(UpScale(width, channels, blocks, config.upscales[scale - 1], config))
         width = channels
     channels = config.decoder_channels[0]
     return layers + _blocks(width, channels, config.decoder_blocks[0], config), channels
