@@ -10,6 +10,7 @@ import gc
 import hashlib
 import html
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -113,10 +114,16 @@ class UMT5Weights:
 
     @torch.no_grad()
     def embed(self, prompt: str) -> Tensor:
-        """Returns the embeddings (n, width) of a prompt's n tokens, on the CPU."""
-        ids = self.tokenizer(
-            clean_prompt(prompt), max_length=self.tokens, truncation=True, return_tensors="pt"
-        ).input_ids
+        """Returns the embeddings (n, width) of a prompt's n tokens, on the CPU. Tokens after the
+        first `tokens` are dropped, with a warning."""
+        ids = self.tokenizer(clean_prompt(prompt), return_tensors="pt").input_ids
+        if ids.shape[1] > self.tokens:
+            warnings.warn(
+                f"prompt: expected at most {self.tokens} tokens, got {ids.shape[1]}; only the "
+                "first are read",
+                stacklevel=2,
+            )
+            ids = torch.cat([ids[:, : self.tokens - 1], ids[:, -1:]], dim=1)  # with its end
         rows = self.network(ids.to(self.device)).last_hidden_state[0].cpu()
         if not self.keep:
             self.free()
@@ -171,6 +178,9 @@ class UMT5TextEncoder(nn.Module):
         self._kept: dict[str, Tensor] = {}
         # Moves with the model that the embeddings are for
         self.register_buffer("place", torch.empty(0), persistent=False)
+
+    def cut(self, prompt: str) -> None:
+        """Says nothing: only the tokenizer knows how long a prompt is, and `embed` warns."""
 
     def embeddings(self, prompt: str) -> Tensor:
         """Returns the embeddings (n, width) of a prompt's n tokens, where `source` puts them.
