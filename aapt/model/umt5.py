@@ -106,7 +106,7 @@ class UMT5Weights:
         return self._load().to(self.device, self.dtype).eval().requires_grad_(False)
 
     def free(self) -> None:
-        """Drops the network; the next prompt reads it again."""
+        """Drops the network from memory; the next prompt reads it again."""
         self.__dict__.pop("network", None)
         gc.collect()
         if torch.device(self.device).type == "cuda":
@@ -128,11 +128,6 @@ class UMT5Weights:
         if not self.keep:
             self.free()
         return rows
-
-    @property
-    def width(self) -> int:
-        """Channels of an embedding. Reads the network."""
-        return self.network.config.d_model
 
     def digest(self) -> str:
         """SHA-256 of the names, the shapes and the first values of all tensors."""
@@ -165,10 +160,10 @@ class UMT5Weights:
 
 
 class UMT5TextEncoder(nn.Module):
-    """Prompts to what Wan's models read: UMT5's embeddings, then rows of zeros.
+    """Embeds prompts as Wan's models read them: UMT5's embeddings, then rows of zeros.
 
-    It has no weights of its own: `source` gives the embeddings of a prompt, `UMT5Weights.embed` or
-    those that `aapt encode --text` stored. Embeddings of the last prompts are kept.
+    The encoder has no weights. `source` gives the embeddings of a prompt: `UMT5Weights.embed`, or
+    the embeddings that `aapt encode --text` stored. The last KEPT prompts are not asked for again.
     """
 
     def __init__(self, tokens: int = TOKENS, width: int = WIDTH):
@@ -183,7 +178,7 @@ class UMT5TextEncoder(nn.Module):
         """Says nothing: only the tokenizer knows how long a prompt is, and `embed` warns."""
 
     def embeddings(self, prompt: str) -> Tensor:
-        """Returns the embeddings (n, width) of a prompt's n tokens, where `source` puts them.
+        """Returns the embeddings (n, width) of a prompt's n tokens, on the device of `source`.
 
         ValueError without a source, or if its embeddings have another size.
         """

@@ -246,6 +246,11 @@ class CausalVAE(nn.Module):
         columns = self.linear.decode.weight.detach().flatten(1)
         return columns.norm(dim=0) * self.latent_std.flatten()
 
+    @property
+    def encodes(self) -> bool:
+        """False for a decoder alone."""
+        return self.encoder is not None or self.linear is not None
+
     def encode(self, video: Tensor) -> Tensor:
         """Encodes a whole clip; its first video frame alone makes the first latent frame."""
         return self.encode_frames(video)[0]
@@ -267,7 +272,7 @@ class CausalVAE(nn.Module):
         ValueError for another shape, or without an encoder.
         """
         time, space = self.config.time_factor, self.config.space_factor
-        if self.encoder is None and self.linear is None:
+        if not self.encodes:
             raise ValueError(
                 "encoder: expected an autoencoder, got a decoder alone; encode with the "
                 "autoencoder that the decoder was made for"

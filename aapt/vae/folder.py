@@ -133,9 +133,9 @@ def with_light_decoder(
 
     If `source` is an autoencoder alone, so is `out`. The original decoder stays bit for bit.
     """
-    folder = find_checkpoint(source)
     config = {}
-    if not (folder / WEIGHTS).is_file():
+    if not is_foreign(source):
+        folder = find_checkpoint(source)
         config = load_config(folder)
         others = ["model.safetensors"] if "model" in config else []
         images = [*filter(None, [config.get("sample")]), *config.get("gallery", [])]

@@ -1,7 +1,8 @@
 """Decoder of TAEHV's kind (madebyollin/taehv): blocks that see one frame back, without norms.
 
-It reads normalised latents. Every latent frame makes `time_factor` video frames, and those of a
-stream's first but the last are dropped at the end, since later frames see them.
+It reads normalised latents. Every latent frame makes `time_factor` video frames. Of those that a
+stream's first latent frame makes, only the last is returned; the layers keep the others, because
+later frames see them.
 """
 
 import math
@@ -20,7 +21,7 @@ from .layers import (
     unfold_channels,
 )
 
-CLAMP = 3.0  # latents beyond are bent back smoothly
+CLAMP = 3.0  # bound of a latent, by a hyperbolic tangent
 
 
 class MemoryBlock(nn.Module):

@@ -89,6 +89,10 @@ class UpScale(Scale):
             y = layer(y, stream, norm_of(follower))
         return upsample(y, stream, then, residual=self._shortcut(x, stream.starts))
 
+    def calls(self, *size: int) -> list[Call]:
+        *calls, last = super().calls(*size)
+        return [*calls, last._replace(residual=True)]
+
     def _shortcut(self, x: Tensor, starts: bool) -> Tensor:
         time, space = self.stride
         x = x.repeat_interleave(self.copies, dim=1).unflatten(

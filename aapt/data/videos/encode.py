@@ -91,6 +91,11 @@ def encode(
     run, or if the folder belongs to another job or is in use; EncodeError if the output cannot be
     written or the source's disk fails.
     """
+    if not vae.encodes:
+        raise ValueError(
+            "model: expected an autoencoder, got a decoder alone; pass the autoencoder that the "
+            "decoder was made for"
+        )
     if os.path.lexists(out) and not os.path.isdir(out):
         raise ValueError(f"out: expected a new folder or one of encoded clips, got {out}")
     try:

@@ -110,9 +110,7 @@ def test_folders_that_do_not_fit(videos, vae, tmp_path):
         StoredText([tmp_path / "one", tmp_path / "two"])
     path = tmp_path / "one" / "32x16" / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(
-        DataError, match="expected a whole shard with embeddings"
-    ):
+    with pytest.raises(DataError, match="expected a whole shard with embeddings"):
         StoredText([tmp_path / "one"])
 
 

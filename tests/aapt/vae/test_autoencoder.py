@@ -202,16 +202,18 @@ def test_old_state_can_be_resumed():
 @pytest.mark.parametrize("frames, height, width", [(1, 3, 5), (2, 1, 3), (4, 5, 2)])
 def test_shapes(name, frames, height, width):
     vae = make_vae(CONFIGS[name])
-    video = torch.randn(2, 3, 1 + 4 * (frames - 1), 8 * height, 8 * width)
+    space, channels = vae.config.space_factor, vae.config.latent_channels
+    video = torch.randn(2, 3, 1 + 4 * (frames - 1), space * height, space * width)
     latent = vae.encode(video)
-    assert latent.shape == (2, 16, frames, height, width)
+    assert latent.shape == (2, channels, frames, height, width)
     assert vae.decode(latent).shape == video.shape
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_first_frame_is_encoded_on_its_own(name):
     vae = make_vae(CONFIGS[name], torch.float64)
-    video = torch.randn(1, 3, 9, 16, 24, dtype=torch.float64)
+    space = vae.config.space_factor
+    video = torch.randn(1, 3, 9, 2 * space, 3 * space, dtype=torch.float64)
     latent = vae.encode(video)
     torch.testing.assert_close(vae.encode(video[:, :, :1]), latent[:, :, :1])
     video[:, :, 5:] = 0  # the last latent frame's own four video frames
@@ -317,7 +319,7 @@ class Counter:
 
         return call
 
-    def _conv(self, outputs, x, weight, bias, *, state, norm_weight, residual, **_):
+    def _conv(self, outputs, x, weight, bias, *, state=None, norm_weight=None, residual=None, **_):
         out, _ = outputs
         self.flops += 2 * weight.numel() * out.shape[2:].numel()
         state_bytes = 2 * state.numel() if state is not None else 0
@@ -337,13 +339,15 @@ def test_flops_count_what_runs(name, monkeypatch):
     config = CONFIGS[name]
     vae = make_vae(config)
     counter = Counter(monkeypatch)
-    counter.run(vae.encode, torch.randn(1, 3, 5, 24, 40))
+    height, width = 3 * config.space_factor, 5 * config.space_factor
+    counter.run(vae.encode, torch.randn(1, 3, 5, height, width))
     short = counter.flops
-    counter.run(vae.encode, torch.randn(1, 3, 9, 24, 40))
+    counter.run(vae.encode, torch.randn(1, 3, 9, height, width))
     long = counter.flops
-    _, state = vae.decode_frame(torch.randn(1, 16, 1, 3, 5))
-    counter.run(vae.decode_frame, torch.randn(1, 16, 1, 3, 5), state)
-    assert (long - short, counter.flops) == flops_per_latent_frame(config, 24, 40)
+    latent = torch.randn(1, config.latent_channels, 1, 3, 5)
+    _, state = vae.decode_frame(latent)
+    counter.run(vae.decode_frame, latent, state)
+    assert (long - short, counter.flops) == flops_per_latent_frame(config, height, width)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -351,10 +355,10 @@ def test_work_is_what_runs(name, monkeypatch):
     config = CONFIGS[name]
     decoder = make_vae(config).decoder
     counter = Counter(monkeypatch)
-    latent = torch.randn(1, 16, 1, 3, 5)
+    latent = torch.randn(1, config.latent_channels, 1, 3, 5)
     _, state = decoder(latent, None)
     counter.run(decoder, latent, state, pixels=True)
-    work = total(decoder_work(config, 24, 40))
+    work = total(decoder_work(config, 3 * config.space_factor, 5 * config.space_factor))
     assert (counter.flops, counter.bytes) == (work.flops, work.bytes)
     assert counter.state_bytes == work.state_bytes == 2 * sum(s.numel() for s in state)
     assert work.parameters == sum(p.numel() for p in decoder.parameters())

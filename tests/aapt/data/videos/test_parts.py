@@ -156,6 +156,40 @@ def test_bfloat16_is_part_of_the_encoding(videos, vae, tmp_path):
         run(videos, vae, out)
 
 
+def test_a_decoder_alone_encodes_nothing(videos, tmp_path):
+    with pytest.raises(ValueError, match="model: expected an autoencoder, got a decoder alone; pa"):
+        run(videos, CausalVAE(wan(2).without_encoder()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_gives_every_rank_its_part(videos, vae, tmp_path, monkeypatch, capsys):
+    """The command under torchrun's variables: the last rank joins the parts."""
+    from types import SimpleNamespace
+
+    from aapt.commands.app import main
+
+    config = SimpleNamespace(config=SimpleNamespace(patch=2))
+    model = SimpleNamespace(width=32, height=16, fps=24, vae=vae, model=config)
+    monkeypatch.setattr("aapt.commands.encode.load", lambda name: model)
+    out = tmp_path / "out"
+    given = ["encode", str(videos), "--out", str(out), "--seconds", str(8 / 24)]
+    for rank in range(2):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([*given, "--shard-clips", "2"]) == 0
+    assert f"{out}: joined 2 parts" in capsys.readouterr().err
+    joined = read_index(out)
+    assert joined["buckets"]["32x16"]["clips"] == 8
+    monkeypatch.delenv("WORLD_SIZE")
+    for options, message in [
+        (["--shard", "2/2"], "shard: expected I/N with I from 0 to N - 1, got 2/2"),
+        (["--dtype", "int8"], "dtype: expected float32 or bfloat16, got 'int8'"),
+        (["--shard", "0/3"], "shard: expected parts as in "),
+    ]:
+        assert main([*given, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 PEAK = """
 import resource, sys, torch
 from aapt.data.videos.shard import Shard
