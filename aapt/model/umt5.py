@@ -24,7 +24,7 @@ from ..checkpoint import CheckpointError, check_shapes, read_weights
 NATIVE_WEIGHTS, NATIVE_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 TEXT = "text"  # the folder of UMT5 in a checkpoint of ours, or a link to one
 TOKENS, WIDTH = 512, 4096  # that Wan's models read
-KEPT = 1024  # prompts whose embeddings stay in memory
+KEPT = 64  # prompts whose embeddings stay in memory, at most 4 MiB each
 
 # transformers' names of the tensors of Wan's file.
 NATIVE = (
