@@ -35,6 +35,10 @@ class ByteTextEncoder(nn.Module):
         self.embedding = nn.Embedding(257, width)
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
 
+    def cut(self, prompt: str) -> str | None:
+        """Says what is read of a prompt that is too long, see `prompt_cut`."""
+        return prompt_cut(prompt, self.tokens)
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B, tokens) and lengths (B,). Of `prompt_bytes` the first tokens - 1 are
         read; `aapt train` says how many clips have longer captions."""
@@ -46,10 +50,6 @@ class ByteTextEncoder(nn.Module):
             ids[row, 1 : 1 + len(encoded)] = torch.tensor(list(encoded), dtype=torch.int64)
             lengths[row] = 1 + len(encoded)
         return ids.to(device), lengths.to(device)
-
-    def cut(self, prompt: str) -> str | None:
-        """Say what is read of a prompt, see `prompt_cut`."""
-        return prompt_cut(prompt, self.tokens)
 
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, tokens, width) and lengths (B,)."""

@@ -1,8 +1,8 @@
 """Text encoders by the name that a model's configuration gives them.
 
 A text encoder is a module with `tokens`. Called with prompts, it returns embeddings
-(B, tokens, width) and lengths (B,); `cut(prompt)` says in one line what is read of a prompt that is
-too long, and is None for others.
+(B, tokens, width) and lengths (B,). Its `cut(prompt)` says what is read of a prompt that is too
+long, None if all of it is read.
 """
 
 from torch import nn

@@ -17,7 +17,7 @@ from ..clock import FPS
 from ..device import usable_device
 from ..model.conditioning import Control
 from ..model.config import CameraConfig, ModelConfig, SamplingConfig
-from ..model.umt5 import TEXT, UMT5TextEncoder, UMT5Weights
+from ..model.umt5 import UMT5TextEncoder, UMT5Weights
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from ..vae.folder import LIGHT, load_vae
@@ -99,9 +99,7 @@ class StreamingGenerator:
             size: (height, width) in pixels; None for the checkpoint's own. Positions stretch to
                 another size (docs/method.md#4).
             decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`.
-            text_device: Where UMT5 stays between prompts, for a model that reads it; None for the
-                model's device, which it leaves after each prompt. UMT5 is in the folder `text` of
-                the checkpoint, or where that link leads.
+            text_device: Where UMT5 runs, if the model reads it, see `read_text`.
 
         CheckpointError says what was expected and what was found, ValueError why the device or the
         size cannot be used.
@@ -124,15 +122,29 @@ class StreamingGenerator:
             if sampling := config.get("sampling"):
                 picture["sampling"] = SamplingConfig(**sampling)
             generator = cls(model, load_vae(folder, decoder, device, dtype), **picture)
-        encoder = model.text_encoder
-        if isinstance(encoder, UMT5TextEncoder) and (folder / TEXT).is_dir():
-            place = usable_device(text_device or device)
-            encoder.source = UMT5Weights(
-                folder / TEXT, place, tokens=encoder.tokens, keep=text_device is not None
-            ).embed
         if size is not None:
             generator._resize(*size)
+        if "text" in config:
+            generator.read_text(folder / config["text"], text_device)
         return generator
+
+    def read_text(self, source: str | Path, text_device: torch.device | str | None = None) -> None:
+        """Reads prompts with the UMT5 of a folder (`aapt.model.umt5`) from now on.
+
+        text_device: Where UMT5 stays. None: it runs on the model's device, and is dropped after
+        every new prompt, since it may be larger than the model. ValueError for a model that reads
+        its prompts itself, and for a device that cannot be used; CheckpointError for a folder
+        without UMT5.
+        """
+        encoder = self.model.text_encoder
+        if not isinstance(encoder, UMT5TextEncoder):
+            raise ValueError(
+                f"text: expected a model that reads UMT5, got one with {type(encoder).__name__}; "
+                "leave UMT5 away"
+            )
+        place = usable_device(text_device or self.device)
+        weights = UMT5Weights(source, place, tokens=encoder.tokens, keep=text_device is not None)
+        encoder.source = weights.embed
 
     def sample_image(self) -> Path:
         """The path of the image that ships with the model, to start from. ValueError if none

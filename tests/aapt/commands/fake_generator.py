@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from aapt.__main__ import main
-from aapt.model.text import prompt_cut
+from aapt.model.text import ByteTextEncoder
 from aapt.streaming.generator import StreamingGenerator
 
 HEIGHT, WIDTH = 80, 128
@@ -48,7 +48,7 @@ class FakeGenerator:
     sample_prompt = themes[0]
     step_seconds = 0.0
     driven_by = "camera"
-    model = SimpleNamespace(text_encoder=SimpleNamespace(cut=lambda prompt: prompt_cut(prompt, 25)))
+    model = SimpleNamespace(text_encoder=ByteTextEncoder(tokens=25, width=1))
 
     def __init__(self, folder):
         self.folder = Path(folder)
