@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "__main__": {"commands"},
     "model": {"checkpoint"},
     "vae": {"checkpoint"},
+    "convert": {"checkpoint", "model", "vae"},
     "data": {"checkpoint", "clock", "lock", "model", "vae"},
     "streaming": {"checkpoint", "clock", "device", "model", "vae"},
     "training": {"data", "device", "model", "streaming", "torchscript", "vae"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "serve": {"checkpoint", "media", "model", "streaming"},
     "commands": {
         *("checkpoint", "clock", "device", "environment"),
-        *("data", "evaluate", "media", "model", "runs", "serve", "streaming", "training", "vae"),
+        *("convert", "data", "evaluate", "media", "model", "runs", "serve", "streaming", "training", "vae"),
     },
 }
 IMPORT_KERNELS = {

@@ -1,0 +1,121 @@
+"""`aapt convert`: make a checkpoint of another project's model."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .shared import InputError, Json, OutputError, check_inputs, check_out_folder, reason, table
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A .pt or .safetensors file, an index of shards, or a folder.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for the checkpoint.")
+    ],
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help="What the weights are; see the list below.")
+    ],
+    lora: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A low-rank adaptation to add.", show_default="none"),
+    ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="The autoencoder, which making video needs and training does not.",
+            show_default="none",
+        ),
+    ] = None,
+    recycle: Annotated[
+        Literal["zero", "random"] | None,
+        typer.Option(
+            help="Add input channels for the frame before, to train a model of one pass from.",
+            show_default="none",
+        ),
+    ] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The network in a .pt file that holds several.",
+            show_default="the kind's",
+        ),
+    ] = None,
+    as_json: Json = False,
+):
+    """Convert a Wan transformer of another project into a checkpoint.
+
+    Nothing is downloaded. A diffusers pipeline's folder stands for its transformer. Sizes are read
+    from the tensors; chunks, steps and windows, which no file holds, come from the kind. Tensors
+    are converted one at a time and keep their precision. The last line is the weights' licence.
+
+    \b
+    Kinds:
+      wan2.1-t2v, wan2.2-ti2v-5b        to start training from
+      causal-forcing-framewise, -framewise-2step, -framewise-1step, -chunkwise
+      causal-forcing-framewise-diffusion, -chunkwise-diffusion    to start training from
+      one-forcing, self-forcing, causvid, longlive-1.3b
+
+    \b
+    Examples:
+      aapt convert cf/causal-forcing++/framewise-1step.pt --kind causal-forcing-framewise-1step \
+        --vae Wan2.1/vae --out cf-1step
+      aapt convert ll/longlive_base.pt --kind longlive-1.3b --lora ll/lora.pt --vae Wan2.1/vae \
+        --out longlive
+      aapt convert Wan2.1/transformer --kind wan2.1-t2v --recycle zero --out wan-start
+    """
+    from ..convert.job import convert as job
+
+    try:
+        check_inputs(source=source, lora=lora, vae=vae)
+        check_out_folder(out)
+        options = {"lora": lora, "vae": vae, "recycle": recycle, "entry": entry}
+        written = job(source, out, kind, **options)
+    except OSError as error:
+        raise OutputError(reason(error)) from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if as_json:
+        print(json.dumps(written, indent=2))
+    else:
+        table(_rows(out, written))
+
+
+def _rows(out: Path, written: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a converted checkpoint is, as rows of a table."""
+    model, origin = written["model"], written["converted"]
+    first = model["first_chunk"] or model["chunk"]
+    rows = [
+        ("checkpoint", str(out)),
+        (
+            "model",
+            f"{model['depth']} blocks of width {model['width']}, {model['heads']} heads, "
+            f"{model['latent_channels']} latent channels",
+        ),
+        ("chunk", f"{model['chunk']} latent frames, {first} first"),
+        (
+            "past",
+            f"{model['sink_frames']} first frames and {model['window_frames']} before the newest",
+        ),
+        ("sampling", _sampling(written.get("sampling"))),
+    ]
+    if "vae" not in written:
+        rows.append(("autoencoder", "none; pass --vae to make video"))
+    return [*rows, ("licence of the weights", origin["licence"])]
+
+
+def _sampling(sampling: dict[str, Any] | None) -> str:
+    if sampling is None:
+        return "none before training: one pass per frame, the frame before is an input"
+    if "times" not in sampling:
+        return f"diffusion in {sampling['steps']} steps, to start training from"
+    times = ", ".join(f"{time:.4g}" for time in sampling["times"])
+    first = sampling["first_times"]
+    also = "" if first is None else f"; {len(first)} in the first chunk"
+    refresh = "" if sampling["refresh"] is None else f", and one at {sampling['refresh']:g}"
+    return f"passes at {times}{refresh}{also}"
