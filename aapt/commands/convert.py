@@ -17,7 +17,7 @@ def convert(
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for the checkpoint.")
     ],
     kind: Annotated[
-        str, typer.Option(metavar="KIND", help="What the weights are; see the list below.")
+        str, typer.Option(metavar="KIND", help="What the weights are, one of the kinds below.")
     ],
     lora: Annotated[
         Path | None,
@@ -55,11 +55,15 @@ def convert(
     are converted one at a time and keep their precision. The last line is the weights' licence.
 
     \b
-    Kinds:
-      wan2.1-t2v, wan2.2-ti2v-5b        to start training from
-      causal-forcing-framewise, -framewise-2step, -framewise-1step, -chunkwise
-      causal-forcing-framewise-diffusion, -chunkwise-diffusion    to start training from
-      one-forcing, self-forcing, causvid, longlive-1.3b
+    Kinds that make video:
+      causal-forcing-framewise        causal-forcing-framewise-2step
+      causal-forcing-framewise-1step  causal-forcing-chunkwise
+      one-forcing  self-forcing  causvid  longlive-1.3b
+
+    
+    Kinds to start training from:
+      wan2.1-t2v  wan2.2-ti2v-5b
+      causal-forcing-framewise-diffusion  causal-forcing-chunkwise-diffusion
 
     \b
     Examples:
@@ -88,8 +92,11 @@ def convert(
 
 def _rows(out: Path, written: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what a converted checkpoint is, as rows of a table."""
-    model, origin = written["model"], written["converted"]
-    first = model["first_chunk"] or model["chunk"]
+    model = written["model"]
+    sink, window = model["sink_frames"], model["window_frames"]
+    past = f"{_frames(window)} before the newest"
+    if sink:
+        past = f"the first {_frames(sink)}, and {window} before the newest"
     rows = [
         ("checkpoint", str(out)),
         (
@@ -97,25 +104,27 @@ def _rows(out: Path, written: dict[str, Any]) -> list[tuple[str, str]]:
             f"{model['depth']} blocks of width {model['width']}, {model['heads']} heads, "
             f"{model['latent_channels']} latent channels",
         ),
-        ("chunk", f"{model['chunk']} latent frames, {first} first"),
-        (
-            "past",
-            f"{model['sink_frames']} first frames and {model['window_frames']} before the newest",
-        ),
+        ("chunk", _frames(model["chunk"])),
+        ("past", past),
         ("sampling", _sampling(written.get("sampling"))),
     ]
     if "vae" not in written:
         rows.append(("autoencoder", "none; pass --vae to make video"))
-    return [*rows, ("licence of the weights", origin["licence"])]
+    return [*rows, ("licence of the weights", written["converted"]["licence"])]
+
+
+def _frames(count: int) -> str:
+    return f"{count} latent frame{'' if count == 1 else 's'}"
 
 
 def _sampling(sampling: dict[str, Any] | None) -> str:
     if sampling is None:
-        return "none before training: one pass per frame, the frame before is an input"
+        return "none before training: one pass a frame, recycled"
     if "times" not in sampling:
         return f"diffusion in {sampling['steps']} steps, to start training from"
-    times = ", ".join(f"{time:.4g}" for time in sampling["times"])
-    first = sampling["first_times"]
-    also = "" if first is None else f"; {len(first)} in the first chunk"
+    times, first = sampling["times"], sampling["first_times"]
+    passes = "a pass" if len(times) == 1 else "passes"
+    listed = ", ".join(f"{time:.4g}" for time in times)
     refresh = "" if sampling["refresh"] is None else f", and one at {sampling['refresh']:g}"
-    return f"passes at {times}{refresh}{also}"
+    opening = "" if first is None else f"; {len(first)} in the first chunk"
+    return f"{passes} at {listed}{refresh}{opening}"
