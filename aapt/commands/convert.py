@@ -31,6 +31,14 @@ def convert(
             show_default="none",
         ),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The folder of UMT5, such as a Wan pipeline's; the checkpoint keeps its path.",
+            show_default="none",
+        ),
+    ] = None,
     recycle: Annotated[
         Literal["zero", "random"] | None,
         typer.Option(
@@ -68,17 +76,17 @@ def convert(
     \b
     Examples:
       aapt convert cf/causal-forcing++/framewise-1step.pt --kind causal-forcing-framewise-1step \
-        --vae Wan2.1/vae --out cf-1step
+        --vae Wan2.1/vae --text Wan2.1 --out cf-1step
       aapt convert ll/longlive_base.pt --kind longlive-1.3b --lora ll/lora.pt --vae Wan2.1/vae \
-        --out longlive
+        --text Wan2.1 --out longlive
       aapt convert Wan2.1/transformer --kind wan2.1-t2v --recycle zero --out wan-start
     """
     from ..convert.job import convert as job
 
     try:
-        check_inputs(source=source, lora=lora, vae=vae)
+        check_inputs(source=source, lora=lora, vae=vae, text=text)
         check_out_folder(out)
-        options = {"lora": lora, "vae": vae, "recycle": recycle, "entry": entry}
+        options = {"lora": lora, "vae": vae, "text": text, "recycle": recycle, "entry": entry}
         written = job(source, out, kind, **options)
     except OSError as error:
         raise OutputError(reason(error)) from None
@@ -110,6 +118,8 @@ def _rows(out: Path, written: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if "vae" not in written:
         rows.append(("autoencoder", "none; pass --vae to make video"))
+    if "text" not in written:
+        rows.append(("text encoder", "none; pass --text to make video"))
     return [*rows, ("licence of the weights", written["converted"]["licence"])]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError, save_config
 from ..model.config import ModelConfig
+from ..model.umt5 import UMT5Weights
 from ..model.wan import WanTransformer
 from ..vae import CausalVAE
 from ..vae.folder import LIGHT, load_vae, lossless_dtype, save_vaes
@@ -30,15 +31,17 @@ def convert(
     *,
     lora: Path | None = None,
     vae: Path | None = None,
+    text: Path | None = None,
     recycle: str | None = None,
     entry: str | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint folder `out`, and return its configuration.
 
     source: see `find_tensors`. kind: a name in KINDS. lora: a file of low-rank adaptations to add.
-    vae: an autoencoder, see `load_vae`; a checkpoint without one only starts training. recycle:
-    "zero" or "random", see `recycling`. entry: the network in a file of `torch.save`; the kind's
-    unless given.
+    vae: an autoencoder, see `load_vae`; a checkpoint without one only starts training. text: a
+    folder of UMT5, see `UMT5Weights`, whose path the checkpoint keeps. recycle: "zero" or
+    "random", see `recycling`. entry: the network in a file of `torch.save`; the kind's unless
+    given.
 
     Tensors are read, changed and written one at a time, in the precision that they are stored in.
     `config.json` comes last, so that a folder with one is whole. CheckpointError names what is
@@ -62,6 +65,8 @@ def convert(
         config, made = recycling(config, made, recycle)
     pending = _pending(source, config, made, weights, adapted)
     autoencoder = None if vae is None else _autoencoder(vae, config)
+    if text is not None:
+        UMT5Weights(text)  # says what is missing
     write_pending(file, pending)
     written = {
         "model": asdict(config),
@@ -76,6 +81,8 @@ def convert(
         written["sampling"] = asdict(preset.sampling)
     if autoencoder is not None:
         written |= save_vaes(out, {LIGHT: autoencoder}, lossless_dtype(autoencoder))
+    if text is not None:
+        written["text"] = str(text.resolve())
     save_config(out, written)
     return written
 

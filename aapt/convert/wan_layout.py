@@ -75,6 +75,7 @@ def model_config(shapes: Mapping[str, Sequence[int]], kind: Kind, source: str) -
         mlp_width=shape("blocks.0.ffn.0.weight", None, width)[0],
         text_width=shape("text_embedding.0.weight", width, None)[1],
         text_tokens=TEXT_TOKENS,
+        text_encoder="umt5",
         latent_channels=outputs,
         recycle=False,
         reference_grid=None,

@@ -31,7 +31,18 @@ MAY_IMPORT = {
     "serve": {"checkpoint", "media", "model", "streaming"},
     "commands": {
         *("checkpoint", "clock", "device", "environment"),
-        *("convert", "data", "evaluate", "media", "model", "runs", "serve", "streaming", "training", "vae"),
+        *(
+            "convert",
+            "data",
+            "evaluate",
+            "media",
+            "model",
+            "runs",
+            "serve",
+            "streaming",
+            "training",
+            "vae",
+        ),
     },
 }
 IMPORT_KERNELS = {

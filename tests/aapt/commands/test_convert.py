@@ -34,6 +34,7 @@ def test_the_table_ends_with_the_licence(source, capsys):
         "past                    20 latent frames before the newest",
         "sampling                a pass at 1, and one at 0; 4 in the first chunk",
         "autoencoder             none; pass --vae to make video",
+        "text encoder            none; pass --text to make video",
         "licence of the weights  Apache-2.0",
     ]
     assert output.err == ""
