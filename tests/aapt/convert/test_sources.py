@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,8 +89,10 @@ def test_every_stored_tensor_is_read(tmp_path, suffix, dtype):
 
 
 def test_every_kind_says_where_it_is_from():
+    page = (Path(__file__).parents[3] / "docs/open-models.md").read_text()
     for name, kind in KINDS.items():
         assert kind.source and kind.licence and kind.weights, name
+        assert f"| `{name}`" in page or f"`, `{name}` |" in page, name
         assert (kind.window_frames + 1) % kind.chunk == kind.sink_frames % kind.chunk == 0, name
     assert KINDS["self-forcing"].licence.startswith("CC-BY-NC-SA-4.0")
     assert KINDS["self-forcing"].sampling.times == pytest.approx((1, 15 / 16, 5 / 6, 5 / 8))
