@@ -100,13 +100,15 @@ def convert(
 
 def _rows(out: Path, written: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what a converted checkpoint is, as rows of a table."""
-    model = written["model"]
+    model, origin = written["model"], written["converted"]
     sink, window = model["sink_frames"], model["window_frames"]
     past = f"{_frames(window)} before the newest"
     if sink:
         past = f"the first {_frames(sink)}, and {window} before the newest"
     rows = [
         ("checkpoint", str(out)),
+        ("kind", f"{origin['kind']}: {origin['weights']}"),
+        ("settings", origin["settings"]),
         (
             "model",
             f"{model['depth']} blocks of width {model['width']}, {model['heads']} heads, "
@@ -120,7 +122,7 @@ def _rows(out: Path, written: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("autoencoder", "none; pass --vae to make video"))
     if "text" not in written:
         rows.append(("text encoder", "none; pass --text to make video"))
-    return [*rows, ("licence of the weights", written["converted"]["licence"])]
+    return [*rows, ("licence of the weights", origin["licence"])]
 
 
 def _frames(count: int) -> str:

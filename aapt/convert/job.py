@@ -75,7 +75,13 @@ def convert(
         "width": preset.width,
         "fps": preset.fps,
         "prompts": [],
-        "converted": {"kind": kind, "source": source.name, "licence": preset.licence},
+        "converted": {
+            "kind": kind,
+            "weights": preset.weights,
+            "settings": preset.source,
+            "file": source.name,
+            "licence": preset.licence,
+        },
     }
     if not recycle:  # recycled channels need training before any sampling
         written["sampling"] = asdict(preset.sampling)

@@ -21,11 +21,10 @@ NON_COMMERCIAL = "CC-BY-NC-SA-4.0: no commercial use, and what is made from them
 class Kind:
     """How checkpoints of one kind are sampled and what of the past they see.
 
-    weights: the files, by their place in the public repositories. source: where the values below
-    were read. licence: of the weights. window_frames, sink_frames, chunk, sink_distance: see
-    `ModelConfig`; frames are latent. entries: see `find_tensors`. lora_alpha: of a low-rank
-    adaptation without one of its own, its rank unless given. streams: False for weights that
-    training starts from, which make no video one chunk after the other.
+    weights: the public repository and its files. source: where the values below were read. licence:
+    of the weights. sampling: a `SamplingConfig` for weights that only start training. chunk,
+    window_frames, sink_frames: see `ModelConfig`; frames are latent. entries: see `find_tensors`.
+    lora_alpha: of a low-rank adaptation without one of its own, its rank unless given.
     """
 
     weights: str
@@ -40,11 +39,6 @@ class Kind:
     width: int = 832
     fps: int = 16
     lora_alpha: float | None = None
-
-    @property
-    def streams(self) -> bool:
-        """True for a model of few steps, False for weights that training starts from."""
-        return isinstance(self.sampling, FewStepConfig)
 
 
 AVERAGED_FIRST = ("generator_ema", "generator", "model")

@@ -29,6 +29,10 @@ def test_the_table_ends_with_the_licence(source, capsys):
     output = capsys.readouterr()
     assert output.out.splitlines() == [
         "checkpoint              one",
+        "kind                    causal-forcing-framewise-1step: zhuhz22/Causal-Forcing "
+        "causal-forcing++/framewise-1step.pt",
+        "settings                github.com/thu-ml/Causal-Forcing at 1fc7bbc, "
+        "configs/causal_forcing_dmd_framewise_1step.yaml",
         "model                   2 blocks of width 256, 2 heads, 4 latent channels",
         "chunk                   1 latent frame",
         "past                    20 latent frames before the newest",
@@ -40,7 +44,7 @@ def test_the_table_ends_with_the_licence(source, capsys):
     assert output.err == ""
     assert run(source, "--kind", "longlive-1.3b", "--out", "two") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[2:5] == [
+    assert said[4:7] == [
         "chunk                   3 latent frames",
         "past                    the first 3 latent frames, and 8 before the newest",
         "sampling                passes at 1, 0.9375, 0.8333, 0.625, and one at 0",
@@ -67,7 +71,9 @@ def test_json_is_the_configuration(source, capsys):
     assert written == {"format_version": 1, **printed}
     assert printed["converted"] == {
         "kind": "causvid",
-        "source": "w.pt",
+        "weights": KINDS["causvid"].weights,
+        "settings": KINDS["causvid"].source,
+        "file": "w.pt",
         "licence": KINDS["causvid"].licence,
     }
 

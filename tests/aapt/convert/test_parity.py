@@ -13,13 +13,14 @@ from aapt.convert.job import convert
 from aapt.convert.kinds import KINDS
 from aapt.model.config import FewStepConfig, ModelConfig, sampling_config
 from aapt.model.wan import WanTransformer
+from aapt.model.world_model import WorldModel
 from aapt.streaming.few_step import FewStepRollout
 
 from .plain_native import PlainNativeWan, random_weights
 
 SIZE = (4, 6)
 LENGTHS = (3, 5)
-STREAMS = [name for name, kind in KINDS.items() if kind.streams]
+STREAMS = [name for name, kind in KINDS.items() if isinstance(kind.sampling, FewStepConfig)]
 
 
 def load(folder: Path) -> WanTransformer:
@@ -157,6 +158,9 @@ def test_recycling_widens_the_patch_embedding(tmp_path, columns):
     assert same == (columns == "zero")
     (gradient,) = torch.autograd.grad(actual.square().sum(), start.video_in.weight)
     assert gradient.unflatten(1, (4, 8))[:, :, 4:].abs().min() > 0  # zero columns learn at once
+    world = WorldModel(config, None)
+    world.load_start(tmp_path / "start" / "model.safetensors")  # as training does
+    assert torch.equal(world.transformer.video_in.weight.double(), start.video_in.weight.float())
     again = convert(tmp_path / "w.safetensors", tmp_path / "again", "wan2.1-t2v", recycle=columns)
     assert again == written
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "start")]
