@@ -132,10 +132,11 @@ def _pending(
         parts = ", ".join(made[name].names)
         expected = tuple(ours[name].shape)
         try:
-            shape, dtype = (result := made[name].make(*metas)).shape, result.dtype
+            result = made[name].make(*metas)
         except (RuntimeError, ValueError, IndexError):  # of shapes that no layout has
-            shape = dtype = None
-        if shape != expected or len({x.dtype for x in given}) > 1:
+            result = None
+        one_dtype = len({x.dtype for x in given}) == 1
+        if result is None or result.shape != expected or not one_dtype:
             got = " and ".join(f"{x.shape} of {x.dtype}" for x in given)
             raise CheckpointError(
                 f"{source}: {parts}: expected tensors that make {expected} of one dtype, got {got}"
@@ -144,7 +145,7 @@ def _pending(
         def make() -> Tensor:
             return made[name].make(*(_read(part, weights, adapted) for part in made[name].names))
 
-        return Pending(expected, dtype, make)
+        return Pending(expected, result.dtype, make)
 
     return {PREFIX + name: pending(name) for name in ours}
 
