@@ -22,7 +22,7 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
 `modulated_norm` and `bias_gelu` are what a block does between its products, in one launch each.
 `causal_conv3d` is the VAE's convolution. Each function is a real torch op, `torch.ops.aapt.<name>`,
 that compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends`
-lists the choice.
+lists the choice. `patch` gives a diffusers Wan pipeline this attention.
 """
 
 from . import _library
@@ -31,6 +31,7 @@ from .bias_gelu import bias_gelu
 from .block_causal_attention import block_causal_attention
 from .cached_attention import cached_attention
 from .causal_conv3d import causal_conv3d
+from .diffusers_wan import patch
 from .kv_append import kv_append
 from .kv_cache import KVCache
 from .layout import FrameLayout
@@ -49,6 +50,7 @@ __all__ = [
     "causal_conv3d",
     "kv_append",
     "modulated_norm",
+    "patch",
     "qk_norm_rope",
     "use_backend",
 ]

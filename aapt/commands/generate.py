@@ -24,6 +24,7 @@ from .shared import (
     Model,
     OutputError,
     Size,
+    TextDevice,
     bad_input,
     check_seconds,
     ctrl_c,
@@ -93,6 +94,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    text_device: TextDevice = None,
 ):
     """Make a video from an image, a prompt and a control script.
 
@@ -135,7 +137,7 @@ def generate(
         script = load_controls(controls or "walk")
         start = load_image(image) if image else None
         output_kind(out)
-    generator = load(model, device, dtype, size)
+    generator = load(model, device, dtype, size, text_device=text_device)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
     if generator.driven_by != "camera":
@@ -217,9 +219,9 @@ def _compared(differing: list[int], steps: int) -> str:
 
 def _open(generator, first_frame, prompt: str, seed: int):
     """Open a stream, and say if only a part of the prompt is read."""
-    from ..model.text import prompt_cut
-
-    if cut := prompt_cut(prompt, generator.model.text_encoder.tokens):
+    with bad_input():
+        cut = generator.model.text_encoder.cut(prompt)
+    if cut:
         say(f"aapt: {cut}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="prompt: ")  # already said

@@ -17,6 +17,7 @@ from .shared import (
     InputError,
     Model,
     Size,
+    TextDevice,
     Threads,
     bad_input,
     load,
@@ -60,6 +61,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="URL", help="Another site whose page may connect."),
     ] = None,
+    text_device: TextDevice = None,
     threads: Threads = None,
 ):
     """Serve a page to play in: keys in, video out, with rewind, branches and recordings.
@@ -92,7 +94,7 @@ def serve(
     with bad_input():
         if tls:
             _check_tls(*tls)
-    generator = load(model, device, dtype, size)
+    generator = load(model, device, dtype, size, text_device=text_device)
     with bad_input():
         if gallery and not gallery.is_dir():
             raise ValueError(f"gallery: expected a folder of images, got {gallery}")

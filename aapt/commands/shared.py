@@ -37,6 +37,14 @@ Size = Annotated[
     str | None,
     typer.Option(metavar="WxH", help="Size of the video.", show_default="the model's"),
 ]
+TextDevice = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where UMT5 stays, if the model reads it.",
+        show_default="the model's device, left after each new prompt",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
