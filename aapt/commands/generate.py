@@ -206,7 +206,9 @@ def _compared(differing: list[int], steps: int) -> str:
 
 def _open(generator, first_frame, prompt: str, seed: int):
     """Open a stream, and say if only a part of the prompt is read."""
-    if cut := generator.model.text_encoder.cut(prompt):
+    with bad_input():
+        cut = generator.model.text_encoder.cut(prompt)
+    if cut:
         say(f"aapt: {cut}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="prompt: ")  # already said

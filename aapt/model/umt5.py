@@ -10,7 +10,6 @@ import gc
 import hashlib
 import html
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..checkpoint import CheckpointError, check_shapes, read_weights
 
 NATIVE_WEIGHTS, NATIVE_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 TOKENS, WIDTH = 512, 4096  # that Wan's models read
-KEPT = 1024  # prompts whose embeddings stay in memory
+KEPT = 64  # prompts whose embeddings stay in memory, at most 4 MiB each
 
 # transformers' names of the tensors of Wan's file.
 NATIVE = (
@@ -115,15 +114,10 @@ class UMT5Weights:
     @torch.no_grad()
     def embed(self, prompt: str) -> Tensor:
         """Returns the embeddings (n, width) of a prompt's n tokens, on the CPU. Tokens after the
-        first `tokens` are dropped, with a warning."""
-        ids = self.tokenizer(clean_prompt(prompt), return_tensors="pt").input_ids
-        if ids.shape[1] > self.tokens:
-            warnings.warn(
-                f"prompt: expected at most {self.tokens} tokens, got {ids.shape[1]}; only the "
-                "first are read",
-                stacklevel=2,
-            )
-            ids = torch.cat([ids[:, : self.tokens - 1], ids[:, -1:]], dim=1)  # with its end
+        first `tokens` are dropped."""
+        ids = self.tokenizer(
+            clean_prompt(prompt), max_length=self.tokens, truncation=True, return_tensors="pt"
+        ).input_ids
         rows = self.network(ids.to(self.device)).last_hidden_state[0].cpu()
         if not self.keep:
             self.free()
@@ -174,9 +168,6 @@ class UMT5TextEncoder(nn.Module):
         # Moves with the model that the embeddings are for
         self.register_buffer("place", torch.empty(0), persistent=False)
 
-    def cut(self, prompt: str) -> None:
-        """Says nothing: only the tokenizer knows how long a prompt is, and `embed` warns."""
-
     def embeddings(self, prompt: str) -> Tensor:
         """Returns the embeddings (n, width) of a prompt's n tokens, on the device of `source`.
 
@@ -198,6 +189,15 @@ class UMT5TextEncoder(nn.Module):
                 del self._kept[next(iter(self._kept))]
             self._kept[prompt] = rows
         return self._kept[prompt]
+
+    def cut(self, prompt: str) -> str | None:
+        """Says in one line that a prompt may be longer than what is read; None if it is not."""
+        if len(self.embeddings(prompt)) < self.tokens:
+            return None
+        return (
+            f"prompt: expected fewer than {self.tokens} tokens, got as many or more; only the "
+            "first are read"
+        )
 
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, tokens, width), zero after a prompt's tokens, and lengths (B,)."""

@@ -123,10 +123,15 @@ def _weights(path: Path, vae: CausalVAE, theirs: dict[str, Tensor]) -> dict[str,
             del theirs[name]
     for name, parameter in vae.named_parameters():
         tensor = take(names[name])
-        if name == "encoder.conv_out.weight":
+        if name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
+            if projection.shape[1] != len(tensor):
+                raise CheckpointError(
+                    f"{path}: {names[name]}: expected {projection.shape[1]} rows, as "
+                    f"quant_conv.weight has columns, got {len(tensor)}"
+                )
             tensor = torch.einsum("zc,c...->z...", projection, tensor)
         if name == "encoder.conv_out.bias":
-            tensor = projection @ tensor + offset
+            tensor = tensor + offset
         if name == "encoder.conv_in.weight":
             tensor = _our_pixels(tensor.transpose(0, 1), patch, mirrored=True).transpose(0, 1)
         if name.startswith("decoder.conv_out.") and not name.endswith("norm_weight"):

@@ -202,6 +202,13 @@ def test_bad_folders_are_named(folder, theirs, tmp_path):
                 {"decoder.conv_in.weight": torch.zeros(*shape[:4], 1)}
             )
         )
+    rows = 2 * theirs.config.z_dim
+    with pytest.raises(
+        CheckpointError, match=rf"encoder.conv_out.bias: expected {rows} rows, as q"
+    ):
+        load(
+            change_tensors=lambda tensors: tensors.update({"encoder.conv_out.bias": torch.zeros(1)})
+        )
     with pytest.raises(CheckpointError, match=r"decoder.conv_out.weight, which is missing; pass W"):
         load(change_tensors=lambda tensors: tensors.pop("decoder.conv_out.weight"))
     (tmp_path / WEIGHTS).write_bytes(b"\x00" * 5)
