@@ -231,6 +231,11 @@ class KVCache:
         names = ("k", "v", "step", "text_lens")
         return names if self.k_scale is None else (*names, "k_scale", "v_scale")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the state by name, not copied: k, v, step, text_lens, and for a
+        float8 cache k_scale and v_scale."""
+        return {name: getattr(self, name) for name in self._state}
+
     def check_twin(self, other: "KVCache") -> None:
         """Raise ValueError unless the other cache has the sizes, dtypes and device of this one."""
         forms = [
