@@ -139,7 +139,7 @@ def test_operators_import_no_other_operator():
             found |= {(owner, other) for other in used}
     across = {("kv_append", "qk_norm_rope")}  # which it fuses
     across |= {("diffusers_wan.py", op) for op in ("block_causal_attention", "qk_norm_rope")}
-    assert len(operators) == 5
+    assert len(operators) == 7
     assert found == across | {("__init__.py", operator) for operator in operators}
 
 
