@@ -2,9 +2,10 @@
 
     python -m benchmarks.loop_model
 
-Two warpgroups alternate: one multiplies while the other computes weights. The tensor cores take
-products in order. The code that `python tools/sm90_gate.py LIBRARY` counts says which part of the
-softmax may run during a warpgroup's own second product (`before`) and which waits for it (`after`).
+Two or three warpgroups alternate: one multiplies while the others compute weights. The tensor
+cores take products in order. The code that `python tools/sm90_gate.py LIBRARY` counts says which
+part of the softmax may run during a warpgroup's own second product (`before`) and which waits for
+it (`after`).
 Rates follow from what FlashAttention-3 was measured to reach with its own split of the softmax, on
 tiles of the same size: no figure here was measured on these kernels.
 """
@@ -59,18 +60,30 @@ def softmax_of(
     )
 
 
-def tensor_busy(softmax: Softmax, product: float = PRODUCT, tiles: int = 400) -> float:
-    """The share of time that the tensor cores multiply, with two products per tile."""
-    tensor, turn_free, ready = 0.0, 0.0, [0.0, 0.0]
-    for tile in range(2 * tiles):
-        group = tile % 2
+def tensor_busy(
+    softmax: Softmax, product: float = PRODUCT, tiles: int = 400, groups: int = 2
+) -> float:
+    """The share of time that the tensor cores multiply, with two products per tile of each of
+    `groups` warpgroups. It does not count that warpgroups share the exponential units."""
+    tensor, turn_free, ready = 0.0, 0.0, [0.0] * groups
+    for tile in range(groups * tiles):
+        group = tile % groups
         begin = max(ready[group], turn_free) + TURN
         scores = max(tensor, begin) + product
         tensor = scores + product
         turn_free = max(begin, tensor - LEAD)
         weights = scores + LATENCY + softmax.before
         ready[group] = max(weights, tensor + LATENCY) + softmax.after
-    return 2 * product * 2 * tiles / tensor
+    return 2 * product * groups * tiles / tensor
+
+
+def narrow_busy(groups: int, stretch: float = 1.0) -> float:
+    """The share of time that the tensor cores multiply at head_dim 64, tiles of 128 keys."""
+    softmax = softmax_of(exponentials=66, head_dim=64)
+    exponentials_alone = PRODUCT / (66 * EXPONENTIAL)  # both products of a tile: 512 cycles
+    return min(
+        tensor_busy(softmax.stretched(stretch), PRODUCT / 2, groups=groups), exponentials_alone
+    )
 
 
 # Other warps' instructions, bank conflicts and masks stretch the softmax by an unknown factor.
@@ -78,6 +91,7 @@ STRETCHES = (1.0, 1.15, 1.3)
 HOISTED = softmax_of(exponentials=0)
 FA3_LOOP = softmax_of(exponentials=13)
 SETTLED = softmax_of(exponentials=66)
+SETTLED_WIDE = softmax_of(exponentials=90, total=90, columns=88)  # 176 keys
 
 
 def forward_rates(softmax: Softmax = SETTLED) -> tuple[float, float]:
@@ -159,9 +173,21 @@ def table() -> str:
             f"| {name} | {loop.before:.0f} / {loop.after:.0f} | {busy} | {narrow:.3f} "
             f"| {rates(forward_rates(loop))} |"
         )
-    rows.append(
-        f"| tiles of 128 x 176, clusters of 2 (not built) | | | | {rates(FA3_FORWARD_WIDE)} |"
-    )
+    busy = (tensor_busy(SETTLED_WIDE.stretched(x), PRODUCT * 176 / 128) for x in STRETCHES)
+    rows += [
+        f"| settled, tiles of 128 x 176 (not built) "
+        f"| {SETTLED_WIDE.before:.0f} / {SETTLED_WIDE.after:.0f} "
+        f"| {', '.join(f'{share:.3f}' for share in busy)} | | |",
+        f"| FlashAttention-3 itself, 128 x 176, clusters of 2 | | | | {rates(FA3_FORWARD_WIDE)} |",
+        "",
+        "| head_dim 64, warpgroups that multiply | tensor cores busy, softmax "
+        + ", ".join(f"x {x}" for x in STRETCHES)
+        + " |",
+        "|---|---|",
+    ]
+    for groups, note in ((2, ""), (3, " (not built)")):
+        busy = ", ".join(f"{narrow_busy(groups, x):.3f}" for x in STRETCHES)
+        rows.append(f"| {groups}{note} | {busy} |")
     wide = BackwardTile(80)
     narrow = BackwardTile(64)
     before = TAIL_OF_DQ + BOUNDS + LATE_WEIGHTS

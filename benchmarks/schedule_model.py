@@ -22,6 +22,7 @@ NARROW = 64  # a last tile of at most as many queries costs half its steps
 PEAK_FLOPS = 989e12  # dense BF16, H100 and H200
 PEAK_BYTES = 4.8e12  # per second, H200
 TARGET_FLOPS = 620e12
+GOALS = {3: 640e12, 6: 640e12, 24: 700e12}  # FLOP/s by heads, as far as there is one
 
 L2_BYTES = 2.5e12  # per second, shared by all multiprocessors: assumed
 MEETING_SECONDS = 2e-6  # the last CTA of a tile waits for the memory of the others: assumed
@@ -208,11 +209,13 @@ def table() -> str:
         "",
         "| queries x keys x heads | naive | stream-K | pieces per CTA | fix-up MB | overheads us |"
         " bytes floor us | FLOP floor us | us at 620 TFLOP/s | main loop TFLOP/s for that |"
-        " device memory TB/s then | TFLOP/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " device memory TB/s then | TFLOP/s | their middle beside the goal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in shapes():
         model = predict(shape)
+        goal = GOALS.get(shape.heads)
+        gap = f"{100 * (sum(model.rates) / 2 / goal - 1):+.0f} %" if goal else ""
         rows.append(
             f"| {shape.queries} x {shape.keys} x {shape.heads} | {model.naive:.3f} "
             f"| {model.stream_k:.3f} | {model.most_pieces} | {model.fixup_bytes / 1e6:.1f} "
@@ -220,7 +223,7 @@ def table() -> str:
             f"| {1e6 * model.flops_floor:.0f} | {1e6 * model.at_target:.0f} "
             f"| {model.main_loop_flops / 1e12:.0f} "
             f"| {model.device_bytes / model.at_target / 1e12:.2f} "
-            f"| {' to '.join(f'{rate / 1e12:.0f}' for rate in model.rates)} |"
+            f"| {' to '.join(f'{rate / 1e12:.0f}' for rate in model.rates)} | {gap} |"
         )
     return "\n".join(rows)
 

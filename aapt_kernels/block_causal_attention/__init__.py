@@ -48,9 +48,7 @@ def block_causal_attention(
     saves their cost. return_lse also returns the log-sum-exp of the scores, (B, H, query_length)
     float32 (float64 for float64 inputs), -inf in a row that sees nothing; it has a gradient too.
 
-    A key that a row does not see reaches neither its output nor a gradient, not even as NaN. One
-    exception: in the sm_90a kernels NaN of a later frame reaches rows of an earlier frame in the
-    same tile of 128 rows.
+    A key that a row does not see reaches neither its output nor a gradient, not even as NaN.
 
     Differentiable once in q, k, v and q_sink; on the reference again. The sm_90a backward adds to
     dq in an order that varies from run to run; under torch.use_deterministic_algorithms(True) it

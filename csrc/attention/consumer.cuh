@@ -1,14 +1,16 @@
 // Code that the attention kernels share: one warpgroup fetches (the producer), kConsumers multiply.
 //
-// A kernel's configuration C gives kHeadDim, kKeyTile, kStages, kClearsKeys (see KeyRing::clear)
-// and Shared, the struct of its shared memory:
+// A kernel's configuration C gives kHeadDim, kKeyTile, kStages, kRepair and Shared, the struct of
+// its shared memory:
 //   q, out                               blocks of kQueryBlock rows: out has one per consumer
 //   k, v                                 rings of kStages tiles
 //   q_full, q_empty                      barriers of q
 //   k_full, k_empty, v_full, v_empty     barriers of k and v, one per stage
-//   cleared                              barriers of KeyRing::clear, one per stage
+//   raw                                  barriers of tiles to be repaired, one per stage
+//   broken                               Repair::VALUES: bits of a tile's values that are broken
 #pragma once
 
+#include "attention/finite.cuh"
 #include "attention/products.cuh"
 #include "attention/rows.h"
 #include "attention/softmax.cuh"
@@ -35,8 +37,14 @@ HOPPER_DEVICE void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) hopper::mbar_arrive(empty);
 }
 
-// Called by all threads. One thread per warp gives queries, keys and values back; so does the warp
-// that clears.
+// Which rows of a tile are zeroed before the consumers see it, so that a weight of zero hides them.
+enum class Repair {
+  END,     // values that are nobody's: padding of the text, frames to come, frames forgotten
+  VALUES,  // and values that hold NaN or infinity; `broken` says which
+  BOTH     // and keys like values, because both are right factors; `broken` is not needed
+};
+
+// Called by all threads. One thread per warp gives queries, keys and values back.
 template <class C>
 HOPPER_DEVICE void init_barriers(typename C::Shared& shared) {
   using namespace hopper;
@@ -47,25 +55,28 @@ HOPPER_DEVICE void init_barriers(typename C::Shared& shared) {
       mbar_init(&shared.k_full[i], 1);
       mbar_init(&shared.v_full[i], 1);
       mbar_init(&shared.k_empty[i], 4 * kConsumers);
-      mbar_init(&shared.v_empty[i], 4 * kConsumers + 1);
-      mbar_init(&shared.cleared[i], 1);
+      mbar_init(&shared.v_empty[i], 4 * kConsumers);
+      mbar_init(&shared.raw[i], C::kRepair == Repair::BOTH ? 2 : 1);
     }
     fence_barrier_init();
   }
   cta_sync();
 }
 
-// The rings of keys and values, as the fetching thread, the clearing warp or a consumer goes
+// The rings of keys and values, as the fetching thread, the repairing warp or a consumer goes
 // through them. A consumer counts tiles from the first of its work item.
+//
+// A tile to be repaired arrives at the barrier `raw`, and the repairing warp passes it on to the
+// barriers that consumers wait for. All other tiles arrive there at once and cost nothing.
 template <class C>
 class KeyRing {
  public:
   HOPPER_DEVICE explicit KeyRing(typename C::Shared& shared) : shared_(shared) {}
 
   // Fetches the next tile, which begins at token `row`, once the consumers have released its
-  // stages.
+  // stages. is_raw: it needs repair.
   template <class TensorMaps>
-  HOPPER_DEVICE void fetch(const TensorMaps& maps, int row, int head, int batch) {
+  HOPPER_DEVICE void fetch(const TensorMaps& maps, int row, int head, int batch, bool is_raw) {
     const Stage stage(before_++);
     const auto fetch = [&](auto& tile, const hopper::TensorMap& map, uint64_t* full,
                            uint64_t* empty) {
@@ -77,30 +88,33 @@ class KeyRing {
                             hopper::CacheHint::EVICT_LAST);
       }
     };
-    fetch(shared_.k[stage.index], maps.k, &shared_.k_full[stage.index],
+    uint64_t* raw = &shared_.raw[stage.index];
+    fetch(shared_.k[stage.index], maps.k,
+          is_raw && C::kRepair == Repair::BOTH ? raw : &shared_.k_full[stage.index],
           &shared_.k_empty[stage.index]);
-    fetch(shared_.v[stage.index], maps.v, &shared_.v_full[stage.index],
+    fetch(shared_.v[stage.index], maps.v, is_raw ? raw : &shared_.v_full[stage.index],
           &shared_.v_empty[stage.index]);
   }
 
-  // Zeroes the rows of the next tile from `visible` on, if any, once they have arrived. They belong
-  // to nobody's keys: padding of the text, frames to come, frames forgotten. Their weights are
-  // zero, but zero times NaN is NaN. kClearsKeys: keys, too, are the right factor of a product with
-  // weights. Called by one whole warp.
-  HOPPER_DEVICE void clear(int visible) {
+  // Repairs the next tile if it is raw: its rows from `visible` on are nobody's. Called by one
+  // whole warp.
+  HOPPER_DEVICE void repair(int visible, bool is_raw) {
     const Stage stage(before_++);
-    hopper::mbar_wait(&shared_.v_full[stage.index], stage.parity);
-    if (visible < C::kKeyTile) {
-      zero_rows(shared_.v[stage.index], visible);
-      if constexpr (C::kClearsKeys) {
-        hopper::mbar_wait(&shared_.k_full[stage.index], stage.parity);
-        zero_rows(shared_.k[stage.index], visible);
-      }
-      hopper::fence_proxy_async();
-      hopper::warp_sync();
+    if (!is_raw) return;
+    hopper::mbar_wait(&shared_.raw[stage.index], raw_parities_ >> stage.index & 1);
+    raw_parities_ ^= 1u << stage.index;
+    if constexpr (C::kRepair == Repair::VALUES) {
+      repair_rows(shared_.v[stage.index], visible, shared_.broken[stage.index]);
+    } else {
+      repair_rows(shared_.v[stage.index], visible, nullptr);
     }
-    release(&shared_.cleared[stage.index]);
-    release(&shared_.v_empty[stage.index]);
+    if constexpr (C::kRepair == Repair::BOTH) {
+      repair_rows(shared_.k[stage.index], visible, nullptr);
+    }
+    hopper::fence_proxy_async();
+    hopper::warp_sync();
+    release(&shared_.v_full[stage.index]);
+    if constexpr (C::kRepair == Repair::BOTH) release(&shared_.k_full[stage.index]);
   }
 
   // Moves on to the next work item, after one of `tiles` tiles.
@@ -112,15 +126,15 @@ class KeyRing {
   HOPPER_DEVICE void wait_values(int i) {
     hopper::mbar_wait(&shared_.v_full[stage_of(i).index], stage_of(i).parity);
   }
-  // For a tile that ends within its kKeyTile rows.
-  HOPPER_DEVICE void wait_cleared(int i) {
-    hopper::mbar_wait(&shared_.cleared[stage_of(i).index], stage_of(i).parity);
-  }
   HOPPER_DEVICE uint32_t keys(int i) const {
     return hopper::smem_u32(shared_.k[stage_of(i).index]);
   }
   HOPPER_DEVICE uint32_t values(int i) const {
     return hopper::smem_u32(shared_.v[stage_of(i).index]);
+  }
+  // Of a tile of 128 keys that was repaired.
+  HOPPER_DEVICE uint4 broken(int i) const {
+    return *reinterpret_cast<const uint4*>(shared_.broken[stage_of(i).index]);
   }
   HOPPER_DEVICE void release_keys(int i) { release(&shared_.k_empty[stage_of(i).index]); }
   HOPPER_DEVICE void release_values(int i) { release(&shared_.v_empty[stage_of(i).index]); }
@@ -130,18 +144,25 @@ class KeyRing {
   HOPPER_DEVICE Stage stage_of(int i) const { return Stage(before_ + i); }
 
   template <class Tile>
-  HOPPER_DEVICE static void zero_rows(Tile& tile, int first) {
-    constexpr int kVectors = kPanelRow / sizeof(uint4);  // per row of a panel
-    for (int panel = 0; panel < C::kHeadDim / kPanel; ++panel) {
-      auto* vectors = reinterpret_cast<uint4*>(tile[panel]);
-      for (int i = first * kVectors + threadIdx.x % 32; i < C::kKeyTile * kVectors; i += 32) {
-        vectors[i] = {0, 0, 0, 0};
+  HOPPER_DEVICE static void repair_rows(Tile& tile, int visible, uint32_t* broken) {
+    HOPPER_UNROLL_BY(1)
+    for (int first = 0; first < C::kKeyTile; first += 32) {
+      const int row = first + threadIdx.x % 32;
+      bool is_broken = false;
+      if constexpr (C::kRepair != Repair::END) {
+        is_broken = row < visible && !is_finite_row(tile, row);
+      }
+      if (is_broken || row >= visible) zero_row(tile, row);
+      if constexpr (C::kRepair == Repair::VALUES) {
+        const uint32_t bits = hopper::ballot(is_broken);
+        if (threadIdx.x % 32 == 0) broken[first / 32] = bits;
       }
     }
   }
 
   typename C::Shared& shared_;
-  uint32_t before_ = 0;  // tiles before this item, or fetched
+  uint32_t before_ = 0;        // tiles before this item, or fetched
+  uint32_t raw_parities_ = 0;  // bit s: of the next raw tile in stage s
 };
 
 // Writes the log-sum-exps of this thread's two rows, the first of which is `row`, to lse[row]; rows

@@ -8,6 +8,7 @@ namespace aapt {
 struct Interval {
   int begin, end;  // rows, half-open
 
+  HOPPER_DEVICE bool contains(int row) const { return row >= begin && row < end; }
   HOPPER_DEVICE int tiles(int rows) const { return (end - begin + rows - 1) / rows; }
 };
 

@@ -8,6 +8,7 @@
 // dk. Only the order of these reductions varies from run to run.
 
 #include "attention/consumer.cuh"
+#include "attention/finite.cuh"
 #include "attention/maps.cuh"
 #include "attention/products.cuh"
 #include "block_causal_attention/backward.h"
@@ -43,10 +44,8 @@ struct Config {
   using Sums = QuerySums<kHeadDim>;
   static constexpr int kRows = Sums::kRows;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (40 + 2 x 232) or 128 x (24 + 2 x 240). With 24, the thread that adds dq
-  // spills; without that thread, a consumer has fewer products to hold its registers until.
-  static constexpr int kProducerRegisters = kAddsQueries ? 40 : 24;
-  static constexpr int kConsumerRegisters = kAddsQueries ? 232 : 240;
+  // Within 65536: 128 x (40 + 2 x 232)
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using KeyBlock = uint16_t[kPanels][64 * kPanel];
   using RowBlock = uint16_t[kPanels][kRows * kPanel];
@@ -67,6 +66,7 @@ struct Config {
     Work work[2];  // two, because results of the one before may not be stored yet
     uint64_t keys_full, keys_empty, dq_full, dq_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+    uint64_t raw[kStages];  // of query tiles to be repaired
   };
 };
 
@@ -134,27 +134,66 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
       const int64_t stats = pair * backward.padded_rows + row;
 
       mbar_wait(&shared.q_empty[stage], at.parity ^ 1);
-      const bool clean = tile >= work.clean.begin && tile < work.clean.end;
+      const bool clean = work.clean.contains(tile);
       shared.edge_row[stage] = clean ? -1 : row;
-      mbar_arrive_expect_tx(&shared.q_full[stage], sizeof(typename C::RowBlock) + kStats);
+      uint64_t* q_full = clean ? &shared.q_full[stage] : &shared.raw[stage];
+      mbar_arrive_expect_tx(q_full, sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         if (work.keys.in_sink) {  // q_sink has no text: rows before it give zeros
-          tma_load_4d(shared.q[stage][panel], &maps.q_sink, &shared.q_full[stage], panel * kPanel,
+          tma_load_4d(shared.q[stage][panel], &maps.q_sink, q_full, panel * kPanel,
                       row - params.mask.text_tokens, item.head, item.batch, CacheHint::EVICT_LAST);
         } else {
-          tma_load_4d(shared.q[stage][panel], &maps.q, &shared.q_full[stage], panel * kPanel, row,
-                      item.head, item.batch, CacheHint::EVICT_LAST);
+          tma_load_4d(shared.q[stage][panel], &maps.q, q_full, panel * kPanel, row, item.head,
+                      item.batch, CacheHint::EVICT_LAST);
         }
       }
-      bulk_load(shared.lse[stage], backward.row_lse + stats, kStats, &shared.q_full[stage]);
+      bulk_load(shared.lse[stage], backward.row_lse + stats, kStats, q_full);
 
       mbar_wait(&shared.dout_empty[stage], at.parity ^ 1);
-      mbar_arrive_expect_tx(&shared.dout_full[stage], sizeof(typename C::RowBlock) + kStats);
+      uint64_t* dout_full = clean ? &shared.dout_full[stage] : &shared.raw[stage];
+      mbar_arrive_expect_tx(dout_full, sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
-        tma_load_4d(shared.dout[stage][panel], &maps.dout, &shared.dout_full[stage], panel * kPanel,
-                    row, item.head, item.batch, CacheHint::EVICT_LAST);
+        tma_load_4d(shared.dout[stage][panel], &maps.dout, dout_full, panel * kPanel, row,
+                    item.head, item.batch, CacheHint::EVICT_LAST);
       }
-      bulk_load(shared.delta[stage], backward.row_delta + stats, kStats, &shared.dout_full[stage]);
+      bulk_load(shared.delta[stage], backward.row_delta + stats, kStats, dout_full);
+    }
+  }
+}
+
+// Repairs query tiles at an edge of the mask, where a key may be hidden from a row. A row whose lse
+// or delta is not finite holds NaN or infinity, or sees some. It becomes zero and gets statistics
+// that make its weight infinite, and its ds NaN, at keys that it sees, and both zero at all others.
+// Called by one whole warp.
+template <class C>
+HOPPER_DEVICE void repair_queries(typename C::Shared& shared) {
+  constexpr float kInfiniteWeight = -3e38f;  // exp2(0 + 3e38); an infinite lse would not hide -inf
+  uint32_t n = 0, parities = 0;              // of the next raw tile in each stage
+  for (uint32_t key_tiles = 0;; ++key_tiles) {
+    mbar_wait(&shared.keys_full, key_tiles % 2);
+    const Work& work = shared.work[key_tiles % 2];
+    if (work.is_end) break;
+    const Interval rows = work.rows, clean = work.clean;
+    warp_sync();
+    release(&shared.keys_empty);
+    for (int tile = rows.begin; tile < rows.end; ++tile, ++n) {
+      if (clean.contains(tile)) continue;
+      const int stage = Stage<C::kStages>(n).index;
+      mbar_wait(&shared.raw[stage], parities >> stage & 1);
+      parities ^= 1u << stage;
+      HOPPER_UNROLL_BY(1)
+      for (int row = threadIdx.x % 32; row < C::kRows; row += 32) {
+        float &lse = shared.lse[stage][row], &delta = shared.delta[stage][row];
+        if (fabsf(lse) < INFINITY && fabsf(delta) < INFINITY) continue;
+        lse = kInfiniteWeight;
+        delta = 0.0f;
+        zero_row(shared.q[stage], row);
+        zero_row(shared.dout[stage], row);
+      }
+      fence_proxy_async();
+      warp_sync();
+      release(&shared.q_full[stage]);
+      release(&shared.dout_full[stage]);
     }
   }
 }
@@ -196,8 +235,6 @@ class Consumer {
       mbar_wait(&shared_.keys_full, key_tiles % 2);
       const Work& work = shared_.work[key_tiles % 2];
       if (work.is_end) break;
-      HOPPER_UNROLL
-      for (int i = 0; i < C::kHeadDim / 2; ++i) dk_[i] = dv_[i] = 0.0f;
       if (work.takes_gradient) {
         attend<true>(work);
       } else if constexpr (C::kAddsQueries) {
@@ -214,7 +251,7 @@ class Consumer {
     const uint32_t keys = smem_u32(shared_.k[group_]), values = smem_u32(shared_.v[group_]);
     float scores[C::kRows / 2], ds[C::kRows / 2], dq[kPanel / 2];
     uint32_t p_factor[C::kRows / kMmaDepth][4], ds_factor[C::kRows / kMmaDepth][4];
-    find_viewers(work);
+    prepare_keys(work);
     for (int tiles = work.rows.end - work.rows.begin; tiles > 0; --tiles, ++n_) {
       const Stage<C::kStages> at(n_);
       const int stage = at.index;
@@ -283,27 +320,35 @@ class Consumer {
     return work.keys.row + group_ * 64 + thread_row() + 8 * half;
   }
 
-  // Notes which query rows see the keys of this warp. Zeroes keys and values that no row sees, as
-  // KeyRing::clear does. Four threads share a key.
-  HOPPER_DEVICE void find_viewers(const Work& work) {
+  // Notes which query rows see the keys of this warp, and zeroes keys and values that no row sees
+  // or that hold NaN or infinity: lse or delta of a row that sees such a key are NaN already. The
+  // gradients of a broken key begin with NaN. Four threads share a key.
+  HOPPER_DEVICE void prepare_keys(const Work& work) {
     const int text = text_length(params_.mask, work.batch), lane = threadIdx.x % 4;
+    auto &keys = shared_.k[group_], &values = shared_.v[group_];
     HOPPER_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int key = thread_key(work, half), row = thread_row() + 8 * half;
       Interval rows = {0, 0};
       if (key < work.keys.end) rows = rows_that_see(params_.mask, text, key);
       if (lane == 0) shared_.seen_by[group_ * 64 + row] = rows;
-      if (rows.begin < rows.end) continue;
-      constexpr int kVectors = kPanelRow / sizeof(uint4);
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        for (int i = row * kVectors + lane; i < (row + 1) * kVectors; i += 4) {
-          reinterpret_cast<uint4*>(shared_.k[group_][panel])[i] = {0, 0, 0, 0};
-          reinterpret_cast<uint4*>(shared_.v[group_][panel])[i] = {0, 0, 0, 0};
-        }
+      const bool seen = rows.begin < rows.end;
+      const uint32_t broken_key = any_of_quad(!is_finite_row<4>(keys, row, lane));
+      const uint32_t broken_value = any_of_quad(!is_finite_row<4>(values, row, lane));
+      if (!seen || broken_key) zero_row<4>(keys, row, lane);
+      if (!seen || broken_value) zero_row<4>(values, row, lane);
+      HOPPER_UNROLL
+      for (int i = 2 * half; i < C::kHeadDim / 2; i += 4) {
+        dk_[i] = dk_[i + 1] = dv_[i] = dv_[i + 1] = seen && broken_key ? NAN : 0.0f;
       }
     }
     fence_proxy_async();
     sync_group(group_);
+  }
+
+  HOPPER_DEVICE static uint32_t any_of_quad(uint32_t bit) {
+    bit |= shfl_xor(bit, 1);
+    return bit | shfl_xor(bit, 2);
   }
 
   HOPPER_DEVICE void hide(float (&scores)[C::kRows / 2], int row) {
@@ -378,14 +423,14 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
       const int key = thread_key(work, half);
       const bool zero = !backward_.prefix_grad && key >= mask.text_tokens && key < prefix_end(mask);
-      const float dk_scale = zero ? 0.0f : params_.scale, dv_scale = zero ? 0.0f : 1.0f;
       const int64_t row = static_cast<int64_t>(work.batch) * mask.key_rows + key;
       const int64_t at = (row * params_.heads + work.head) * C::kHeadDim + threadIdx.x % 4 * 8;
       HOPPER_UNROLL
       for (int i = 0; i < C::kHeadDim / 32; ++i) {
-        const uint4 dk = gather_columns<C::kHeadDim>(dk_, i, half, dk_scale);
-        const uint4 dv = gather_columns<C::kHeadDim>(dv_, i, half, dv_scale);
+        uint4 dk = gather_columns<C::kHeadDim>(dk_, i, half, params_.scale);
+        uint4 dv = gather_columns<C::kHeadDim>(dv_, i, half, 1.0f);
         if (key >= work.keys.end) continue;
+        if (zero) dk = dv = {0, 0, 0, 0};
         *reinterpret_cast<uint4*>(backward_.dk + at + 32 * i) = dk;
         *reinterpret_cast<uint4*>(backward_.dv + at + 32 * i) = dv;
       }
@@ -416,12 +461,13 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch(maps.q, maps.k, maps.v, maps.dout);
     mbar_init(&shared.keys_full, 1);
-    mbar_init(&shared.keys_empty, 4 * kConsumers + (C::kAddsQueries ? 1 : 0));
+    mbar_init(&shared.keys_empty, 4 * kConsumers + (C::kAddsQueries ? 2 : 1));
     mbar_init(&shared.dq_full, 4 * kConsumers);
     mbar_init(&shared.dq_empty, 1);
     for (int i = 0; i < C::kStages; ++i) {
       mbar_init(&shared.q_full[i], 1);
       mbar_init(&shared.dout_full[i], 1);
+      mbar_init(&shared.raw[i], 2);
       mbar_init(&shared.q_empty[i], 4 * kConsumers);
       mbar_init(&shared.dout_empty[i], 4 * kConsumers);
     }
@@ -437,6 +483,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
     if constexpr (C::kAddsQueries) {
       if (warp == 1 && elect_one()) add_sums<C>(shared, params, backward);
     }
+    if (warp == 2) repair_queries<C>(shared);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, params, backward, group - 1).run();

@@ -21,11 +21,11 @@ using namespace hopper;
 template <int kHeadDim_, int kStages_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_, kStages = kStages_, kKeyTile = block_causal::kKeyTile;
-  static constexpr bool kClearsKeys = true;
+  static constexpr Repair kRepair = Repair::BOTH;
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (40 + 2 x 232)
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  // Within 65536: 128 x (56 + 2 x 224)
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
   using QueryBlock = uint16_t[kPanels][kQueryBlock * kPanel];
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
@@ -38,7 +38,7 @@ struct Config {
     alignas(1024) KeyBlock v[kStages];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    uint64_t cleared[kStages];
+    uint64_t raw[kStages];
   };
 };
 
@@ -110,19 +110,23 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
   while (schedule.next(item)) {
     const Work work(params, item);
     for (int i = 0; i < work.count; ++i) {
-      ring.fetch(maps, work.tile(params, i).row, item.head, item.batch);
+      const KeyTile tile = work.tile(params, i);
+      ring.fetch(maps, tile.row, item.head, item.batch, !tile.clean);
     }
   }
 }
 
 template <class C>
-HOPPER_DEVICE void clear_keys(typename C::Shared& shared, const Params& params) {
+HOPPER_DEVICE void repair_keys(typename C::Shared& shared, const Params& params) {
   Schedule schedule = Work::schedule(params);
   Item item;
   KeyRing<C> ring(shared);
   while (schedule.next(item)) {
     const Work work(params, item);
-    for (int i = 0; i < work.count; ++i) ring.clear(work.tile(params, i).visible());
+    for (int i = 0; i < work.count; ++i) {
+      const KeyTile tile = work.tile(params, i);
+      ring.repair(tile.visible(), !tile.clean);
+    }
   }
 }
 
@@ -172,7 +176,6 @@ class Consumer {
       const KeyTile tile = work.tile(params_, i);
       const uint32_t keys = ring_.keys(i), values = ring_.values(i);
       ring_.wait_keys(i);
-      if (tile.visible() < kKeyTile) ring_.wait_cleared(i);
       reg_fence(scores);
       wgmma_fence();
       multiply_qk<C::kHeadDim, kKeyTile>(scores, queries, keys);
@@ -242,7 +245,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
-    if (warp == 2) clear_keys<C>(shared, params);
+    if (warp == 2) repair_keys<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, backward, group - 1).run();

@@ -22,7 +22,7 @@ using namespace hopper;
 template <int kHeadDim_, int kStages_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_, kStages = kStages_, kKeyTile = block_causal::kKeyTile;
-  static constexpr bool kClearsKeys = false;
+  static constexpr Repair kRepair = Repair::VALUES;
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (40 + 2 x 232)
@@ -38,7 +38,8 @@ struct Config {
     alignas(1024) KeyBlock v[kStages];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    uint64_t cleared[kStages];
+    uint64_t raw[kStages];
+    alignas(16) uint32_t broken[kStages][kKeyTile / 32];
   };
 };
 
@@ -100,20 +101,24 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
     const VisibleKeys keys = visible_keys(params, item);
     const int count = keys.tiles();
     for (int i = 0; i < count; ++i) {
-      ring.fetch(maps, keys.tile(i).row, item.head, item.batch);
+      const KeyTile tile = keys.tile(i);
+      ring.fetch(maps, tile.row, item.head, item.batch, !tile.clean);
     }
   }
 }
 
 template <class C>
-HOPPER_DEVICE void clear_keys(typename C::Shared& shared, const Params& params) {
+HOPPER_DEVICE void repair_keys(typename C::Shared& shared, const Params& params) {
   Schedule schedule = schedule_of(params);
   Item item;
   KeyRing<C> ring(shared);
   while (schedule.next(item)) {
     const VisibleKeys keys = visible_keys(params, item);
     const int count = keys.tiles();
-    for (int i = 0; i < count; ++i) ring.clear(keys.tile(i).visible());
+    for (int i = 0; i < count; ++i) {
+      const KeyTile tile = keys.tile(i);
+      ring.repair(tile.visible(), !tile.clean);
+    }
   }
 }
 
@@ -169,9 +174,10 @@ class Consumer {
     release_factors(0, count);
     if (!tile.clean) hide_keys<kKeyTile>(scores, views, tile);
     softmax_.template add<kKeyTile>(scores, rescale, params_.scale_log2);
+    if (!tile.clean) spoil(scores, views, tile, 0);
     pack_factor<kKeyTile>(scores, p);
     for (int i = 1; i < count; ++i) {
-      wait_values(i - 1, tile);
+      ring_.wait_values(i - 1);
       tile = keys.tile(i);
       ring_.wait_keys(i);
       take_turn(group_);
@@ -194,9 +200,10 @@ class Consumer {
       reg_fence(out_);
       ring_.release_values(i - 1);
       scale_rows(out_, rescale);
+      if (!tile.clean) spoil(scores, views, tile, i);
       pack_factor<kKeyTile>(scores, p);
     }
-    wait_values(count - 1, tile);
+    ring_.wait_values(count - 1);
     reg_fence(out_);
     wgmma_fence();
     multiply_pv<C::kHeadDim, kKeyTile>(out_, p, ring_.values(count - 1));
@@ -214,9 +221,15 @@ class Consumer {
     if (i == count - 1) release(&shared_.q_empty);
   }
 
-  HOPPER_DEVICE void wait_values(int i, const KeyTile& tile) {
+  // The repair of tile i has zeroed values that hold NaN or infinity. Makes NaN of their weights in
+  // rows that see them, after the softmax, which they do not change.
+  HOPPER_DEVICE void spoil(float (&weights)[kKeyTile / 2], const RowView (&views)[2],
+                           const KeyTile& tile, int i) {
     ring_.wait_values(i);
-    if (tile.visible() < kKeyTile) ring_.wait_cleared(i);
+    const uint4 broken = ring_.broken(i);
+    warp_sync();  // one lane will release the tile
+    if ((broken.x | broken.y | broken.z | broken.w) == 0) return;
+    spoil_keys(weights, views, tile, broken);
   }
 
   HOPPER_DEVICE void store(const Item& item, int first) {
@@ -261,7 +274,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
-    if (warp == 2) clear_keys<C>(shared, params);
+    if (warp == 2) repair_keys<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();

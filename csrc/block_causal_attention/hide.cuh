@@ -1,4 +1,4 @@
-// Hides elements of score fragments, in tiles at an edge of the mask.
+// Changes elements of score fragments, in tiles at an edge of the mask.
 #pragma once
 
 #include "block_causal_attention/mask.h"
@@ -6,10 +6,11 @@
 
 namespace aapt::block_causal {
 
-// Hides the keys of a tile that the two query rows of this thread do not see.
-template <int kKeys>
-HOPPER_DEVICE void hide_keys(float (&scores)[kKeys / 2], const RowView (&views)[2],
-                             const KeyTile& tile) {
+// Calls `change(score, column, seen)` for all elements of a fragment. column: in the first of the
+// four lanes of a row; seen: the element's query row sees its key.
+template <int kKeys, class Change>
+HOPPER_DEVICE void change_keys(float (&scores)[kKeys / 2], const RowView (&views)[2],
+                               const KeyTile& tile, const Change& change) {
   const int first = tile.row + threadIdx.x % 4 * 2;
   HOPPER_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -21,11 +22,31 @@ HOPPER_DEVICE void hide_keys(float (&scores)[kKeys / 2], const RowView (&views)[
       HOPPER_UNROLL
       for (int j = 0; j < 2; ++j) {
         const int column = i / 4 * 8 + j;
-        const bool seen = column < head_end || (column >= begin && column < end);
-        if (!seen) scores[i + j] = -INFINITY;
+        change(scores[i + j], column, column < head_end || (column >= begin && column < end));
       }
     }
   }
+}
+
+// Hides the keys of a tile that the two query rows of this thread do not see.
+template <int kKeys>
+HOPPER_DEVICE void hide_keys(float (&scores)[kKeys / 2], const RowView (&views)[2],
+                             const KeyTile& tile) {
+  change_keys<kKeys>(scores, views, tile, [](float& score, int, bool seen) {
+    if (!seen) score = -INFINITY;
+  });
+}
+
+// Makes NaN of the weights of `broken` keys, a bit for each of the tile's 128, that the two query
+// rows of this thread see.
+HOPPER_DEVICE void spoil_keys(float (&weights)[64], const RowView (&views)[2], const KeyTile& tile,
+                              const uint4& broken) {
+  const uint32_t shift = threadIdx.x % 4 * 2;
+  const uint32_t bits[4] = {broken.x >> shift, broken.y >> shift, broken.z >> shift,
+                            broken.w >> shift};
+  change_keys<128>(weights, views, tile, [&](float& weight, int column, bool seen) {
+    if (seen && (bits[column / 32] >> column % 32 & 1)) weight = NAN;
+  });
 }
 
 // Hides the query rows that do not see the two keys of this thread, in a tile from `row` on.

@@ -24,7 +24,8 @@ using namespace hopper;
 template <int kHeadDim_, int kKeyTile_, int kStages_, bool kSinkQuery_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_, kKeyTile = kKeyTile_, kStages = kStages_;
-  static constexpr bool kSinkQuery = kSinkQuery_, kClearsKeys = false;
+  static constexpr bool kSinkQuery = kSinkQuery_;
+  static constexpr Repair kRepair = Repair::END;  // a step's rows all see the same keys
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (40 + 2 x 232). With 24, the fetching threads spill.
@@ -41,7 +42,7 @@ struct Config {
     float4 stats[Part<kHeadDim>::kStats];
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    uint64_t cleared[kStages];
+    uint64_t raw[kStages];
     uint32_t arrived[kConsumers];
   };
 };
@@ -85,19 +86,23 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
   while (schedule.next(piece)) {
     const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
     for (int i = 0; i < piece.count; ++i) {
-      ring.fetch(maps, keys.tile(piece.tile_at(i)).row, piece.head, piece.batch);
+      const auto tile = keys.tile(piece.tile_at(i));
+      ring.fetch(maps, tile.row, piece.head, piece.batch, tile.visible() < C::kKeyTile);
     }
   }
 }
 
 template <class C>
-HOPPER_DEVICE void clear_keys(typename C::Shared& shared, const CachedAttentionParams& params) {
+HOPPER_DEVICE void repair_keys(typename C::Shared& shared, const CachedAttentionParams& params) {
   Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
   Piece piece;
   KeyRing<C> ring(shared);
   while (schedule.next(piece)) {
     const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
-    for (int i = 0; i < piece.count; ++i) ring.clear(keys.tile(piece.tile_at(i)).visible());
+    for (int i = 0; i < piece.count; ++i) {
+      const int visible = keys.tile(piece.tile_at(i)).visible();
+      ring.repair(visible, visible < C::kKeyTile);
+    }
   }
 }
 
@@ -162,7 +167,7 @@ class Consumer {
         break;
       }
       if (piece.narrow) skip(i - 1);
-      wait_values(before, tile.visible());
+      ring_.wait_values(before);
       tile = keys.tile(piece.tile_at(i));
       ring_.wait_keys(i);
       take_turn(group_);
@@ -189,7 +194,7 @@ class Consumer {
     }
     if (first < piece.count) {
       const int last = first + (piece.count - 1 - first) / stride * stride;
-      wait_values(last, tile.visible());
+      ring_.wait_values(last);
       reg_fence(out_);
       wgmma_fence();
       multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, ring_.values(last));
@@ -207,11 +212,6 @@ class Consumer {
   HOPPER_DEVICE void release_factors(int i, bool last) {
     ring_.release_keys(i);
     if (last) release(&shared_.q_empty);
-  }
-
-  HOPPER_DEVICE void wait_values(int i, int visible) {
-    ring_.wait_values(i);
-    if (visible < C::kKeyTile) ring_.wait_cleared(i);
   }
 
   // Adds up the parts of the query block and stores it.
@@ -305,7 +305,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
     if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
-    if (warp == 2) clear_keys<C>(shared, params);
+    if (warp == 2) repair_keys<C>(shared, params);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();

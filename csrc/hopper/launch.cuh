@@ -8,7 +8,9 @@
 #define HOPPER_KERNEL __global__ void
 #define HOPPER_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define HOPPER_GRID_CONSTANT __grid_constant__
-#define HOPPER_UNROLL _Pragma("unroll")
+#define HOPPER_PRAGMA(text) _Pragma(#text)
+#define HOPPER_UNROLL HOPPER_PRAGMA(unroll)
+#define HOPPER_UNROLL_BY(count) HOPPER_PRAGMA(unroll count)
 // A uint8_t* to the dynamic shared memory, 1024-byte aligned.
 #define HOPPER_SHARED(name)                                          \
   extern __shared__ __align__(1024) uint8_t hopper_dynamic_shared[]; \

@@ -15,6 +15,9 @@ HOPPER_DEVICE T shfl_idx(T value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
+// Bit l of the result is what lane l says.
+HOPPER_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xFFFFFFFFu, value); }
+
 // True in one lane of the warp, which the hardware chooses.
 HOPPER_DEVICE bool elect_one() {
   uint32_t elected;
@@ -110,6 +113,13 @@ HOPPER_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// a b + c of two pairs of BF16 values, each rounded once.
+HOPPER_DEVICE uint32_t multiply_add_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
 }
 
 HOPPER_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }

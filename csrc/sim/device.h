@@ -13,6 +13,7 @@
 #define HOPPER_LAUNCH_BOUNDS(threads, blocks)
 #define HOPPER_GRID_CONSTANT
 #define HOPPER_UNROLL
+#define HOPPER_UNROLL_BY(count)
 #define HOPPER_SHARED(name) uint8_t* const name = ::aapt::sim::shared_memory()
 #define HOPPER_LAUNCH(kernel, grid, block, shared_bytes, ...) \
   ::aapt::hopper::launch(kernel, grid, block, shared_bytes, __VA_ARGS__)
@@ -237,6 +238,11 @@ template <typename T>
 inline T shfl_idx(T value, int lane, HOPPER_WHERE) {
   return sim::shuffle_as(value, lane, false, where);
 }
+inline uint32_t ballot(bool value, HOPPER_WHERE) {
+  uint32_t bits = static_cast<uint32_t>(value) << threadIdx.x % 32;
+  for (int mask = 1; mask < 32; mask *= 2) bits |= sim::shuffle(bits, mask, true, where);
+  return bits;
+}
 bool elect_one(HOPPER_WHERE);
 template <int N>
 inline void setmaxnreg_inc(HOPPER_WHERE) {
@@ -283,6 +289,11 @@ inline uint32_t round_to_bf16(float value) {
 }
 inline uint32_t pack_bf16(float low, float high) {
   return round_to_bf16(low) | round_to_bf16(high) << 16;
+}
+inline uint32_t multiply_add_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  const auto low = [](uint32_t pair) { return float_from_bits(pair << 16); };
+  const auto high = [](uint32_t pair) { return float_from_bits(pair & 0xFFFF0000u); };
+  return pack_bf16(fmaf(low(a), low(b), low(c)), fmaf(high(a), high(b), high(c)));
 }
 
 #undef HOPPER_WHERE

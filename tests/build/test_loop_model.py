@@ -43,6 +43,20 @@ def test_waiting_for_the_second_product_costs_time(loop):
     assert low < loop.FA3_FORWARD[0] and high < loop.FA3_FORWARD[1]
 
 
+def test_a_third_warpgroup_helps_until_the_exponentials_are_all_there_is(loop):
+    """head_dim 64: 66 exponentials of 8 cycles, beside products of 512."""
+    for stretch in loop.STRETCHES:
+        assert loop.narrow_busy(2, stretch) < 0.8 < loop.narrow_busy(3, stretch)
+    assert loop.narrow_busy(8) == pytest.approx(512 / 528)
+
+
+def test_wider_key_tiles_gain_nothing_where_the_tensor_cores_never_wait(loop):
+    for stretch in loop.STRETCHES:
+        narrow = loop.tensor_busy(loop.SETTLED.stretched(stretch))
+        wide = loop.tensor_busy(loop.SETTLED_WIDE.stretched(stretch), loop.PRODUCT * 176 / 128)
+        assert wide / narrow < 1.02
+
+
 def test_a_backward_tile_of_64_rows_is_bound_by_shared_memory(loop):
     """By hand: 2 KB per factor and step. S and dp read both factors in 8 steps, dq in 8, dv and dk
     one of 4 KB in 4 steps, all of them twice; then 32 KB arrive, 16 KB are exchanged, 64 KB added.

@@ -7,11 +7,13 @@ import itertools
 import pytest
 import torch
 
-from aapt_kernels import FrameLayout, block_causal_attention
+from aapt_kernels import FrameLayout, block_causal_attention, use_backend
 from aapt_kernels.backend import BackendError
 from aapt_kernels.block_causal_attention import ref
 from aapt_kernels.block_causal_attention.cases import LAYOUTS
 from aapt_kernels.testing import assert_error_ratio
+
+from .broken import check_broken_frame, differentiate, make_tensors
 
 LSE_TOLERANCE = 2e-5  # one key too many or too few costs more
 OPS = torch.ops.aapt
@@ -299,17 +301,53 @@ def test_keys_that_no_query_sees_may_be_nan(
     assert not dk[hidden.expand_as(dk)].any() and not dv[hidden.expand_as(dv)].any()
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_later_frames_may_be_nan(kernel, schedule, head_dim):
-    """Rows whose query tile ends with their frame do not read what follows it in the key tile."""
-    schedule(multiprocessors=3, seed=1)
-    case = Case(kernel, FrameLayout(28, 100, 4, 2), head_dim=head_dim)
-    expected, expected_lse = case.forward()
-    for x in (case.k, case.v):
-        x[:, 128:] = float("nan")
+SHARED_TILES = {
+    "frames of less than a tile": (FrameLayout(5, 23, 6, 1, sink_frames=2), False),
+    "the same, clamped": (FrameLayout(5, 23, 6, 1, sink_frames=2), True),
+    "after a past": (FrameLayout(3, 7, 8, 2, past_frames=2), True),
+    "frames that cross tiles": (FrameLayout(28, 100, 4, 1), False),
+}
+NAN, INF = torch.nan, torch.inf
+BROKEN = [("qkv", NAN), ("q", NAN), ("k", NAN), ("k", INF), ("v", NAN), ("v", INF), ("dout", NAN)]
+
+
+@pytest.mark.parametrize("head_dim, deterministic", [(64, False), (128, False), (128, True)])
+@pytest.mark.parametrize("broken, bad", BROKEN)
+@pytest.mark.parametrize("name", SHARED_TILES)
+def test_a_broken_frame_in_a_shared_tile(
+    kernel, schedule, name, broken, bad, head_dim, deterministic
+):
+    """Reaches what sees it, as in the reference, and nothing else."""
+    schedule(multiprocessors=3, seed=len(name))
+    layout, clamped = SHARED_TILES[name]
+    tensors, dout, dlse = make_tensors(layout, torch.bfloat16, clamped, (1, 1, head_dim), kernel)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    names = (broken,) if broken == "dout" else tuple(broken)
+    results = check_broken_frame(layout, tensors, dout, dlse, names, bad)
+    torch.use_deterministic_algorithms(before, warn_only=True)
+    if bad == bad:  # beside infinity, only NaN is the same everywhere
+        return
+    with use_backend("reference"):
+        expected = differentiate(tensors, layout, None, dout, dlse)
+    for ours, reference in zip(results, expected, strict=True):
+        assert not (reference.isnan() & ~ours.isnan()).any()
+
+
+def test_a_broken_prefix_without_gradient(kernel, schedule):
+    schedule(multiprocessors=3, seed=3)
+    layout = FrameLayout(10, 100, 2, 3, past_frames=3)
+    case = Case(kernel, layout, prefix_grad=False)
+    start, end = layout.prefix
+    case.k[:, end - 1] = NAN
     out, lse = case.forward()
-    assert torch.equal(out[:, :128], expected[:, :128])
-    assert torch.equal(lse[..., :128], expected_lse[..., :128])
+    assert (
+        out[:, layout.text_tokens :].isnan().all() and out[:, : layout.text_tokens].isfinite().all()
+    )
+    for deterministic in (False, True):
+        _, dk, dv, _ = case.backward(out, lse, deterministic=deterministic)
+        assert not dk[:, start:end].any() and not dv[:, start:end].any()
+        assert dk[:, end:].isnan().all()
 
 
 def test_text_lengths_beyond_the_text_are_cut(kernel, schedule):

@@ -4,17 +4,10 @@ a gradient, on any backend."""
 import pytest
 import torch
 
-from aapt_kernels import (
-    FrameLayout,
-    KVCache,
-    block_causal_attention,
-    cached_attention,
-    kv_append,
-    use_backend,
-)
+from aapt_kernels import FrameLayout, KVCache, cached_attention, kv_append, use_backend
 from aapt_kernels.backend import interpreted
 
-from .oracles import spec_mask
+from .broken import check_broken_frame, differentiate, make_tensors, normal
 
 NAMES = ["triton"] if interpreted() else ["reference", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16] if interpreted() else [torch.float32, torch.float64]
@@ -31,32 +24,6 @@ LAYOUTS = {
 def backend(request):
     with use_backend(request.param):
         yield request.param
-
-
-def normal(*shape, dtype):
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def differentiate(tensors, layout, text_lens, dout, dlse):
-    """out, lse, dq, dk, dv and dq_sink; rows that see nothing have no gradient of their lse."""
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    options = dict(layout=layout, text_lens=text_lens, return_lse=True)
-    out, lse = block_causal_attention(**leaves, **options)
-    dlse = torch.where(lse == -torch.inf, 0, dlse)
-    return out, lse, *torch.autograd.grad((out, lse), list(leaves.values()), (dout, dlse))
-
-
-def make_tensors(layout, dtype, clamped):
-    q, k, v = (
-        normal(2, length, 2, 16, dtype=dtype)
-        for length in (layout.query_length, layout.key_length, layout.key_length)
-    )
-    tensors = {"q": q, "k": k, "v": v}
-    if clamped:
-        frame_rows = layout.query_length - layout.text_tokens
-        tensors["q_sink"] = normal(2, frame_rows, 2, 16, dtype=dtype)
-    precise = torch.float64 if dtype == torch.float64 else torch.float32
-    return tensors, torch.randn_like(q), normal(2, 2, layout.query_length, dtype=precise)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -82,42 +49,8 @@ def test_padded_text(name, dtype, clamped, bad):
 @pytest.mark.parametrize("dtype", DTYPES[:1])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_broken_frame(layout, dtype, clamped, names, bad):
-    """Frame 2 of the query holds NaN. Rows that do not see it keep output and gradient, and so do
-    keys that no broken row sees."""
     tensors, dout, dlse = make_tensors(layout, dtype, clamped)
-    tokens = layout.tokens_per_frame
-    query = slice(layout.text_tokens + 2 * tokens, layout.text_tokens + 3 * tokens)
-    start = layout.key_length - layout.query_length
-    key = slice(query.start + start, query.stop + start)
-    results = []
-    for value in (0.0, bad):
-        for name in names:
-            rows = key if name in ("k", "v") else query
-            (dout if name == "dout" else tensors[name])[:, rows] = value
-        results.append(differentiate(tensors, layout, None, dout, dlse))
-
-    mask = spec_mask(layout)[0]
-    broken_rows = torch.zeros(layout.query_length, dtype=torch.bool)
-    if names != ("v",) and names != ("k",):
-        broken_rows[query] = True
-    if names != ("dout",):
-        broken_rows |= mask[:, key].any(1)
-    broken_keys = mask[broken_rows].any(0)
-    assert broken_rows.any() and not broken_rows.all()
-    out_rows = torch.zeros_like(broken_rows) if names == ("dout",) else broken_rows
-    sound = {"out": ~out_rows, "q": ~broken_rows, "k": ~broken_keys, "v": ~broken_keys}
-    sound["q_sink"] = ~broken_rows[layout.text_tokens :]
-    (out, lse, *gradients), (clean_out, clean_lse, *clean_gradients) = results[1], results[0]
-    torch.testing.assert_close(lse[:, :, sound["out"]], clean_lse[:, :, sound["out"]])
-    torch.testing.assert_close(out[:, sound["out"]], clean_out[:, sound["out"]])
-    for name, ours, expected in zip(tensors, gradients, clean_gradients, strict=True):
-        rows = sound[name]
-        assert expected[:, rows].isfinite().all()
-        torch.testing.assert_close(
-            ours[:, rows], expected[:, rows], msg=lambda m, n=name: f"d{n}: {m}"
-        )
-    if bad != bad and names != ("dout",):  # what is seen is not swept away
-        assert out[:, out_rows].isnan().any(-1).all()
+    check_broken_frame(layout, tensors, dout, dlse, names, bad)
 
 
 TEXT, TOKENS, WINDOW = 4, 3, 2

@@ -55,6 +55,16 @@ BUGS = {
         "sync_group(group_);",
         "without fence_proxy_async",
     ),
+    "repaired rows are not fenced": (
+        "fence_proxy_async();\n      warp_sync();\n      release(&shared.q_full[stage]);",
+        "warp_sync();\n      release(&shared.q_full[stage]);",
+        "without fence_proxy_async",
+    ),
+    "edges are not repaired": (
+        "mbar_arrive_expect_tx(dout_full,",
+        "dout_full = &shared.dout_full[stage];\n      mbar_arrive_expect_tx(dout_full,",
+        "deadlock",
+    ),
     "no wait before the reduction": ("mbar_wait(&shared.dq_full, n % 2);", "", "deadlock"),
     "the reduction waits for one consumer": (
         "mbar_init(&shared.dq_full, 4 * kConsumers);",
@@ -123,8 +133,8 @@ BUGS = {
         "is not ordered after the read by thread",
     ),
     "lse not counted": (
-        "mbar_arrive_expect_tx(&shared.q_full[stage], sizeof(typename C::RowBlock) + kStats);",
-        "mbar_arrive_expect_tx(&shared.q_full[stage], sizeof(typename C::RowBlock));",
+        "mbar_arrive_expect_tx(q_full, sizeof(typename C::RowBlock) + kStats);",
+        "mbar_arrive_expect_tx(q_full, sizeof(typename C::RowBlock));",
         "bytes to come",
     ),
     "edges are not hidden": (
