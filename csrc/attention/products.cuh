@@ -43,19 +43,21 @@ HOPPER_DEVICE void multiply_pv(float (&out)[kHeadDim / 2],
   }
 }
 
-// sums = ds^T k: ds (kKeys, 64) along its columns, one panel; k (kKeys, 64), one panel, in blocks
-// of 64 keys `block_bytes` apart.
-template <int kKeys>
-HOPPER_DEVICE void multiply_transposed(float (&sums)[32], uint32_t ds, uint32_t k,
-                                       uint32_t block_bytes) {
-  const uint64_t ds_desc = hopper::make_desc(ds, kKeys * kPanelRow, kSwizzleStride, hopper::SW_128);
+// sums = k^T ds: k (kKeys, 64), one panel, in blocks of 64 keys `block_bytes` apart; ds (kKeys,
+// kRows) along its rows, in panels of 16 rows with 32-byte swizzle, so that kRows need not be a
+// multiple of 64.
+template <int kKeys, int kRows>
+HOPPER_DEVICE void multiply_transposed(float (&sums)[kRows / 2], uint32_t k, uint32_t block_bytes,
+                                       uint32_t ds) {
+  constexpr int kRowPanel = 16, kRowBytes = kRowPanel * 2;
   const uint64_t k_desc = hopper::make_desc(k, block_bytes, kSwizzleStride, hopper::SW_128);
+  const uint64_t ds_desc = hopper::make_desc(ds, kKeys * kRowBytes, 8 * kRowBytes, hopper::SW_32);
   HOPPER_UNROLL
   for (int i = 0; i < kKeys / kMmaDepth; ++i) {
     constexpr int kPerBlock = 64 / kMmaDepth, kStep = kMmaDepth * kPanelRow;
     const uint32_t k_offset = i / kPerBlock * block_bytes + i % kPerBlock * kStep;
-    hopper::wgmma_ss<64, 1, 1>(sums, hopper::advance(ds_desc, i * kStep),
-                               hopper::advance(k_desc, k_offset), i != 0);
+    hopper::wgmma_ss<kRows, 1, 1>(sums, hopper::advance(k_desc, k_offset),
+                                  hopper::advance(ds_desc, i * kMmaDepth * kRowBytes), i != 0);
   }
 }
 

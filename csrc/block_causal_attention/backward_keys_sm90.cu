@@ -3,9 +3,9 @@
 // A CTA keeps 128 keys and their gradients, 64 per warpgroup, and goes through the query tiles that
 // see the keys. Scores are transposed, keys by query rows: in the registers where a product leaves
 // the scores, they are the left factors of dv and dk. Only for dq do the warpgroups exchange scores
-// through shared memory. Each then multiplies one half of dq over all 128 keys. A thread of the
-// fetching warpgroup adds both halves to global memory by a bulk reduction, during the product of
-// dk. Only the order of these reductions varies from run to run.
+// through shared memory. Each then multiplies one half of dq, transposed, over all 128 keys. A
+// thread of the fetching warpgroup adds both halves to global memory by a bulk reduction, during
+// the product of dk. Only the order of these reductions varies from run to run.
 
 #include "attention/consumer.cuh"
 #include "attention/finite.cuh"
@@ -44,8 +44,8 @@ struct Config {
   using Sums = QuerySums<kHeadDim>;
   static constexpr int kRows = Sums::kRows;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (40 + 2 x 232)
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  // Within 65536: 128 x (24 + 2 x 240). With 232, products of 80 rows find no registers.
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   using KeyBlock = uint16_t[kPanels][64 * kPanel];
   using RowBlock = uint16_t[kPanels][kRows * kPanel];
@@ -55,16 +55,15 @@ struct Config {
     alignas(1024) KeyBlock v[kConsumers];
     alignas(1024) RowBlock q[kStages];
     alignas(1024) RowBlock dout[kStages];
-    // Keys by query rows, 64 query rows per panel; two copies, so that one barrier per query tile
-    // is enough
-    alignas(1024) uint16_t ds[2][Sums::kRowPanels][kKeyTile * kPanel];
+    // Keys by query rows; two copies, so that one barrier per query tile is enough
+    alignas(1024) uint16_t ds[2][kRows / Sums::kRowPanel][kKeyTile * Sums::kRowPanel];
     alignas(1024) float dq[kConsumers][Sums::kHalf];
     alignas(16) float lse[kStages][kRows];
     alignas(16) float delta[kStages][kRows];
     int edge_row[kStages];  // first row of a query tile at an edge of the mask; else negative
     Interval seen_by[kKeyTile];
     Work work[2];  // two, because results of the one before may not be stored yet
-    uint64_t keys_full, keys_empty, dq_full, dq_empty;
+    uint64_t work_full, keys_full, keys_empty, dq_full, dq_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
     uint64_t raw[kStages];  // of query tiles to be repaired
   };
@@ -100,18 +99,20 @@ HOPPER_DEVICE void find_work(Work& work, const Params& params, const Backward& b
   work.clean = rows.clean;
 }
 
+// Finds the work of every key tile, and fetches its keys and values.
 template <class C>
-HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, const Params& params,
-                         const Backward& backward) {
+HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps,
+                              const Params& params, const Backward& backward) {
   Schedule schedule = schedule_of(params);
   Item item;
-  uint32_t n = 0, key_tiles = 0;
+  uint32_t key_tiles = 0;
   for (bool more = true; more; ++key_tiles) {
     more = schedule.next(item);
     mbar_wait(&shared.keys_empty, key_tiles % 2 ^ 1);
     Work& work = shared.work[key_tiles % 2];
     work.is_end = !more;
     if (more) find_work<C>(work, params, backward, item);
+    mbar_arrive(&shared.work_full);
     if (!more || work.is_empty()) {
       mbar_arrive(&shared.keys_full);
       continue;
@@ -126,25 +127,38 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
                     item.head, item.batch);
       }
     }
-    const int64_t pair = static_cast<int64_t>(item.batch) * params.heads + item.head;
+  }
+}
+
+// Fetches the query tiles that see each key tile.
+template <class C>
+HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& maps,
+                                 const Params& params, const Backward& backward) {
+  uint32_t n = 0;
+  for (uint32_t key_tiles = 0;; ++key_tiles) {
+    mbar_wait(&shared.work_full, key_tiles % 2);
+    const Work& work = shared.work[key_tiles % 2];
+    if (work.is_end) break;
+    mbar_arrive(&shared.keys_empty);
     for (int tile = work.rows.begin; tile < work.rows.end; ++tile, ++n) {
       const Stage<C::kStages> at(n);
       const int stage = at.index, row = tile * C::kRows;
       constexpr uint32_t kStats = C::kRows * sizeof(float);
-      const int64_t stats = pair * backward.padded_rows + row;
+      const int64_t stats =
+          static_cast<int64_t>(work.batch * params.heads + work.head) * backward.padded_rows + row;
+      const bool clean = work.clean.contains(tile);
 
       mbar_wait(&shared.q_empty[stage], at.parity ^ 1);
-      const bool clean = work.clean.contains(tile);
       shared.edge_row[stage] = clean ? -1 : row;
       uint64_t* q_full = clean ? &shared.q_full[stage] : &shared.raw[stage];
       mbar_arrive_expect_tx(q_full, sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         if (work.keys.in_sink) {  // q_sink has no text: rows before it give zeros
           tma_load_4d(shared.q[stage][panel], &maps.q_sink, q_full, panel * kPanel,
-                      row - params.mask.text_tokens, item.head, item.batch, CacheHint::EVICT_LAST);
+                      row - params.mask.text_tokens, work.head, work.batch, CacheHint::EVICT_LAST);
         } else {
-          tma_load_4d(shared.q[stage][panel], &maps.q, q_full, panel * kPanel, row, item.head,
-                      item.batch, CacheHint::EVICT_LAST);
+          tma_load_4d(shared.q[stage][panel], &maps.q, q_full, panel * kPanel, row, work.head,
+                      work.batch, CacheHint::EVICT_LAST);
         }
       }
       bulk_load(shared.lse[stage], backward.row_lse + stats, kStats, q_full);
@@ -154,7 +168,7 @@ HOPPER_DEVICE void fetch(typename C::Shared& shared, const TensorMaps& maps, con
       mbar_arrive_expect_tx(dout_full, sizeof(typename C::RowBlock) + kStats);
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.dout[stage][panel], &maps.dout, dout_full, panel * kPanel, row,
-                    item.head, item.batch, CacheHint::EVICT_LAST);
+                    work.head, work.batch, CacheHint::EVICT_LAST);
       }
       bulk_load(shared.delta[stage], backward.row_delta + stats, kStats, dout_full);
     }
@@ -170,7 +184,7 @@ HOPPER_DEVICE void repair_queries(typename C::Shared& shared) {
   constexpr float kInfiniteWeight = -3e38f;  // exp2(0 + 3e38); an infinite lse would not hide -inf
   uint32_t n = 0, parities = 0;              // of the next raw tile in each stage
   for (uint32_t key_tiles = 0;; ++key_tiles) {
-    mbar_wait(&shared.keys_full, key_tiles % 2);
+    mbar_wait(&shared.work_full, key_tiles % 2);
     const Work& work = shared.work[key_tiles % 2];
     if (work.is_end) break;
     const Interval rows = work.rows, clean = work.clean;
@@ -205,14 +219,14 @@ HOPPER_DEVICE void add_sums(typename C::Shared& shared, const Params& params,
                             const Backward& backward) {
   uint32_t n = 0;
   for (uint32_t key_tiles = 0;; ++key_tiles) {
-    mbar_wait(&shared.keys_full, key_tiles % 2);
+    mbar_wait(&shared.work_full, key_tiles % 2);
     const Work& work = shared.work[key_tiles % 2];
     if (work.is_end) break;
     int tiles = work.rows.end - work.rows.begin;
     float* sums = C::Sums::half(params, backward.dq_sums, work.keys.in_sink, work.batch, work.head,
                                 work.rows.begin, 0);
     mbar_arrive(&shared.keys_empty);
-    for (; tiles > 0; --tiles, ++n, sums += kSumsPerTile) {
+    for (; tiles > 0; --tiles, ++n, sums += C::Sums::kTile) {
       mbar_wait(&shared.dq_full, n % 2);
       bulk_reduce_add_f32(sums, shared.dq[0], sizeof(shared.dq));
       tma_store_commit();
@@ -249,7 +263,7 @@ class Consumer {
   template <bool kTakesGradient>
   HOPPER_DEVICE void attend(const Work& work) {
     const uint32_t keys = smem_u32(shared_.k[group_]), values = smem_u32(shared_.v[group_]);
-    float scores[C::kRows / 2], ds[C::kRows / 2], dq[kPanel / 2];
+    float scores[C::kRows / 2], ds[C::kRows / 2], dq[C::Sums::kHalfRows / 2];
     uint32_t p_factor[C::kRows / kMmaDepth][4], ds_factor[C::kRows / kMmaDepth][4];
     prepare_keys(work);
     for (int tiles = work.rows.end - work.rows.begin; tiles > 0; --tiles, ++n_) {
@@ -289,9 +303,10 @@ class Consumer {
         bar_sync(kScores, 128 * kConsumers);  // all scores of this tile are shared
         reg_fence(dq);
         wgmma_fence();
-        multiply_transposed<kKeyTile>(dq, smem_u32(shared_.ds[n_ % 2][C::Sums::row(group_) / 64]),
-                                      smem_u32(shared_.k[0][C::Sums::column(group_) / kPanel]),
-                                      sizeof(shared_.k[0]));
+        const int row_panel = C::Sums::row(group_) / C::Sums::kRowPanel;
+        multiply_transposed<kKeyTile, C::Sums::kHalfRows>(
+            dq, smem_u32(shared_.k[0][C::Sums::column(group_) / kPanel]), sizeof(shared_.k[0]),
+            smem_u32(shared_.ds[n_ % 2][row_panel]));
         wgmma_commit();
       }
       if constexpr (kTakesGradient) {
@@ -357,14 +372,14 @@ class Consumer {
     hide_rows<C::kRows>(scores, seen_by, row);
   }
 
-  // exp(score - lse), in place. Columns are query rows. Settles 64 of them at a time, so that ptxas
-  // keeps no more values of lse in registers.
+  // exp(score - lse), in place. Columns are query rows. Settles half of them at a time, so that
+  // ptxas keeps no more values of lse in registers.
   HOPPER_DEVICE void weigh(float (&scores)[C::kRows / 2], const float (&lse)[C::kRows]) {
     HOPPER_UNROLL
-    for (int first = 0; first < C::kRows / 8; first += 8) {
+    for (int first = 0; first < C::kRows / 8; first += C::kRows / 16) {
       uint32_t witness = 0;
       HOPPER_UNROLL
-      for (int i = first; i < first + 8; ++i) {
+      for (int i = first; i < first + C::kRows / 16; ++i) {
         const float2 offset = reinterpret_cast<const float2*>(lse)[4 * i + threadIdx.x % 4];
         HOPPER_UNROLL
         for (int j = 0; j < 4; ++j) {
@@ -391,25 +406,25 @@ class Consumer {
   }
 
   // Stores the scores of this warpgroup's keys for both warpgroups to read.
-  HOPPER_DEVICE void share(const uint32_t (&ds)[C::kRows / kMmaDepth][4],
-                           uint16_t (&panels)[C::Sums::kRowPanels][kKeyTile * kPanel]) {
+  HOPPER_DEVICE void share(
+      const uint32_t (&ds)[C::kRows / kMmaDepth][4],
+      uint16_t (&panels)[C::kRows / C::Sums::kRowPanel][kKeyTile * C::Sums::kRowPanel]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const uint32_t row = group_ * 64 + warp * 16 + lane % 16, half_columns = lane / 16 * 16;
     HOPPER_UNROLL
     for (int i = 0; i < C::kRows / kMmaDepth; ++i) {
-      auto* panel = reinterpret_cast<uint8_t*>(panels[i / 4]);
-      stmatrix_x4(panel + sw128(row, i % 4 * 32 + half_columns), ds[i][0], ds[i][1], ds[i][2],
-                  ds[i][3]);
+      auto* panel = reinterpret_cast<uint8_t*>(panels[i]);
+      stmatrix_x4(panel + sw32(row, half_columns), ds[i][0], ds[i][1], ds[i][2], ds[i][3]);
     }
     fence_proxy_async();
   }
 
   // Leaves a half of dq to `add_sums`.
-  HOPPER_DEVICE void give(const float (&dq)[kPanel / 2]) {
+  HOPPER_DEVICE void give(const float (&dq)[C::Sums::kHalfRows / 2]) {
     mbar_wait(&shared_.dq_empty, n_ % 2 ^ 1);
     auto* own = reinterpret_cast<float4*>(shared_.dq[group_]);
     HOPPER_UNROLL
-    for (int i = 0; i < kPanel / 8; ++i) {
+    for (int i = 0; i < C::Sums::kHalfRows / 8; ++i) {
       own[i * 128 + threadIdx.x % 128] = {dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]};
     }
     fence_proxy_async();
@@ -460,8 +475,9 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
   if (threadIdx.x == 0) {
     prefetch(maps.q, maps.k, maps.v, maps.dout);
+    mbar_init(&shared.work_full, 1);
     mbar_init(&shared.keys_full, 1);
-    mbar_init(&shared.keys_empty, 4 * kConsumers + (C::kAddsQueries ? 2 : 1));
+    mbar_init(&shared.keys_empty, 4 * kConsumers + (C::kAddsQueries ? 3 : 2));
     mbar_init(&shared.dq_full, 4 * kConsumers);
     mbar_init(&shared.dq_empty, 1);
     for (int i = 0; i < C::kStages; ++i) {
@@ -479,11 +495,12 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
   if (group == 0) {
     setmaxnreg_dec<C::kProducerRegisters>();
     const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 && elect_one()) fetch<C>(shared, maps, params, backward);
+    if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params, backward);
     if constexpr (C::kAddsQueries) {
       if (warp == 1 && elect_one()) add_sums<C>(shared, params, backward);
     }
     if (warp == 2) repair_queries<C>(shared);
+    if (warp == 3 && elect_one()) fetch_queries<C>(shared, maps, params, backward);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, params, backward, group - 1).run();
@@ -493,6 +510,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
 template <class C>
 const char* launch(const Params& params, const Backward& backward, const BackwardBuffers& buffers,
                    int ctas, void* stream) {
+  static_assert(sizeof(typename C::Shared) <= 227 * 1024, "more than a block may have");
   TensorMaps maps{};
   MapMaker make_map(params);
   const Buffers& forward = buffers.forward;

@@ -60,42 +60,50 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
   backward.row_delta[pair * backward.padded_rows + row] = sum;
 }
 
+// One component of all parts, times a factor and rounded to BF16.
+HOPPER_DEVICE uint4 round_vector(const float4 (&parts)[kVector], float float4::* component,
+                                 float factor) {
+  const auto pair = [&](int i) {
+    return pack_bf16(parts[i].*component * factor, parts[i + 1].*component * factor);
+  };
+  return {pair(0), pair(2), pair(4), pair(6)};
+}
+
 // Grid: query tiles, heads, batch entries of dq and then of dq_sink.
 template <int kHeadDim>
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, 1)
     block_causal_convert_kernel(HOPPER_GRID_CONSTANT const Params params,
                                 HOPPER_GRID_CONSTANT const Backward backward) {
   using Sums = QuerySums<kHeadDim>;
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int tile = blockIdx.x, head = blockIdx.y;
+  const int group = threadIdx.x / 128, tile = blockIdx.x, head = blockIdx.y;
   const bool of_sink = blockIdx.z >= static_cast<unsigned>(params.batch);
   const int batch = of_sink ? blockIdx.z - params.batch : blockIdx.z;
   const int hidden = of_sink ? params.mask.text_tokens : 0;  // q_sink has frames only
   const int rows = params.mask.query_rows - hidden;
-  const int first = tile * Sums::kRows + Sums::row(group) + warp * 16 + lane / 4 - hidden;
-  const int column = Sums::column(group) + lane % 4 * 8;
+  const int first = tile * Sums::kRows + Sums::row(group) - hidden;
   const auto* sums = reinterpret_cast<const float4*>(
       Sums::half(params, backward.dq_sums, of_sink, batch, head, tile, group));
   uint16_t* out = of_sink ? backward.dq_sink : backward.dq;
-  float part[kPanel / 2];
-  HOPPER_UNROLL
-  for (int i = 0; i < kPanel / 8; ++i) {
-    const float4 sum = sums[i * 128 + threadIdx.x % 128];
-    part[4 * i] = sum.x;
-    part[4 * i + 1] = sum.y;
-    part[4 * i + 2] = sum.z;
-    part[4 * i + 3] = sum.w;
-  }
-  HOPPER_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int row = first + 8 * half;
+  // Eight lanes of a fragment, four apart, hold eight neighbouring columns of two rows, and eight
+  // more of these rows: four vectors of the result
+  constexpr int kQuads = Sums::kHalfRows / 8 * 16;
+  for (int quad = threadIdx.x % 128; quad < kQuads; quad += 128) {
+    const int block = quad / 16, warp = quad / 4 % 4, pair = quad % 4;
+    float4 parts[kVector];
+    HOPPER_UNROLL
+    for (int i = 0; i < kVector; ++i) parts[i] = sums[block * 128 + warp * 32 + i * 4 + pair];
+    const int row = first + block * 8 + pair * 2, column = Sums::column(group) + warp * 16;
     const int64_t at =
         ((static_cast<int64_t>(batch) * rows + row) * params.heads + head) * kHeadDim + column;
-    HOPPER_UNROLL
-    for (int i = 0; i < kPanel / 32; ++i) {
-      const uint4 columns = gather_columns<kPanel>(part, i, half, params.scale);
-      if (row < 0 || row >= rows) continue;
-      *reinterpret_cast<uint4*>(out + at + 32 * i) = columns;
+    const int64_t next = static_cast<int64_t>(params.heads) * kHeadDim;
+    if (row >= 0 && row < rows) {
+      *reinterpret_cast<uint4*>(out + at) = round_vector(parts, &float4::x, params.scale);
+      *reinterpret_cast<uint4*>(out + at + kVector) = round_vector(parts, &float4::z, params.scale);
+    }
+    if (row + 1 >= 0 && row + 1 < rows) {
+      *reinterpret_cast<uint4*>(out + at + next) = round_vector(parts, &float4::y, params.scale);
+      *reinterpret_cast<uint4*>(out + at + next + kVector) =
+          round_vector(parts, &float4::w, params.scale);
     }
   }
 }

@@ -151,7 +151,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   };
   params.lse = statistic("lse", lse);
 
-  const int64_t padded_rows = (rows + kQueryTile - 1) / kQueryTile * kQueryTile;
+  const auto round_up = [](int64_t count, int64_t tile) {
+    return (count + tile - 1) / tile * tile;
+  };
+  const int64_t tile_rows = backward_query_tile(static_cast<int>(head_dim));
+  const int64_t padded_rows = round_up(round_up(rows, tile_rows), kQueryTile);
   Tensor stats = torch::stable::new_empty(q, {2, pairs, padded_rows}, ScalarType::Float);
   Backward backward{};
   backward.dlse = dlse ? statistic("dlse", *dlse) : nullptr;
@@ -168,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   backward.prefix_grad = prefix_grad;
   std::optional<Tensor> sums;
   if (!deterministic) {
-    const int64_t tile = backward_query_tile(static_cast<int>(head_dim));
-    const int64_t tiles = (rows + tile - 1) / tile, queries = params.pinned_rotation ? 2 : 1;
-    sums = torch::stable::new_zeros(q, {queries, pairs, tiles, kSumsPerTile}, ScalarType::Float);
+    const int64_t queries = params.pinned_rotation ? 2 : 1;
+    sums = torch::stable::new_zeros(q, {queries, pairs, round_up(rows, tile_rows), head_dim},
+                                    ScalarType::Float);
     backward.dq_sums = static_cast<float*>(device_pointer(*sums));
   }
   const int32_t device = q.get_device_index();

@@ -78,10 +78,9 @@ struct BackwardBuffers {
   RowBuffer dout;
 };
 
-constexpr int kSumsPerTile = 2 * 64 * 64;  // floats: a query tile of the backward x head_dim
-
-// Rows of a query tile of the backward: its scores and head_dim share the registers.
-constexpr int backward_query_tile(int head_dim) { return kSumsPerTile / head_dim; }
+// Rows of a query tile of the backward: its scores and head_dim share the registers. Shared memory
+// bounds the rate: the more rows, the fewer bytes per row.
+constexpr int backward_query_tile(int head_dim) { return head_dim == 64 ? 128 : 80; }
 
 const char* launch_backward_sm90(const Params& params, const Backward& backward,
                                  const BackwardBuffers& buffers, int ctas, void* stream);

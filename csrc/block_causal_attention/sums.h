@@ -1,6 +1,7 @@
 // The float32 sums of dq in memory: query tile after query tile, and in a tile one half per
-// warpgroup. A half has four elements of each thread, then the next four of each thread, and so on.
-// So a warpgroup writes it without bank conflicts and adds it with one bulk reduction.
+// warpgroup, transposed: 64 columns of head_dim as the rows of a fragment. A half has four elements
+// of each thread, then the next four of each thread, and so on. So a warpgroup writes it without
+// bank conflicts, and one bulk reduction adds both halves.
 #pragma once
 
 #include "attention/products.cuh"
@@ -12,12 +13,14 @@ namespace aapt::block_causal {
 template <int kHeadDim>
 struct QuerySums {
   static constexpr int kRows = backward_query_tile(kHeadDim);
-  static constexpr int kRowPanels = kRows / 64;
-  static constexpr int kHalf = kSumsPerTile / kConsumers;  // floats: 64 rows x 64 columns
+  static constexpr int kHalfRows = kHeadDim == 64 ? kRows / 2 : kRows;
+  static constexpr int kHalf = kHalfRows * kPanel;  // floats
+  static constexpr int kTile = kConsumers * kHalf;
+  static constexpr int kRowPanel = 16;  // see multiply_transposed
 
-  // The first row and column of a warpgroup's half in its tile; multiples of 64.
-  HOPPER_DEVICE static int row(int group) { return group % kRowPanels * 64; }
-  HOPPER_DEVICE static int column(int group) { return group / kRowPanels * kPanel; }
+  // The first row and column of a warpgroup's half in its tile.
+  HOPPER_DEVICE static int row(int group) { return kHeadDim == 64 ? group * kHalfRows : 0; }
+  HOPPER_DEVICE static int column(int group) { return kHeadDim == 64 ? 0 : group * kPanel; }
 
   HOPPER_DEVICE static int tiles(const FrameMask& mask) {
     return (mask.query_rows + kRows - 1) / kRows;
@@ -25,9 +28,9 @@ struct QuerySums {
   // The address of a half; the sums of dq_sink come after all of dq.
   HOPPER_DEVICE static float* half(const Params& params, float* sums, bool of_sink, int batch,
                                    int head, int tile, int group) {
-    const int64_t pair =
-        (static_cast<int64_t>(of_sink) * params.batch + batch) * params.heads + head;
-    return sums + (pair * tiles(params.mask) + tile) * kSumsPerTile + group * kHalf;
+    const int pair = (of_sink ? params.batch + batch : batch) * params.heads + head;
+    const int index = pair * tiles(params.mask) + tile;
+    return sums + static_cast<int64_t>(index) * kTile + group * kHalf;
   }
 };
 

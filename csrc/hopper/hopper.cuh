@@ -63,6 +63,11 @@ HOPPER_DEVICE constexpr uint32_t sw128(uint32_t row, uint32_t byte) {
   return row * 128 + (byte ^ ((row & 7) << 4));
 }
 
+// Byte offset inside a 256-byte aligned tile of 32-byte rows.
+HOPPER_DEVICE constexpr uint32_t sw32(uint32_t row, uint32_t byte) {
+  return row * 32 + (byte ^ ((row >> 2 & 1) << 4));
+}
+
 // The n-th use of a ring: its stage, and the parity of the stage's barriers then.
 template <int kStages>
 struct Stage {

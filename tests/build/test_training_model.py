@@ -34,7 +34,7 @@ def kernel_work(tmp_path_factory):
     command = ["g++", "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True)
 
-    def work(layout, pinned=False, rows=64, heads=1, ctas=3, text=None):
+    def work(layout, pinned=False, rows=80, heads=1, ctas=3, text=None):
         frames = layout.key_frames
         window = frames if layout.window_frames is None else min(layout.window_frames, frames)
         numbers = (
@@ -54,7 +54,7 @@ def kernel_work(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", [None, 0, 2])
-@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("rows", [80, 128])
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_tiles_cover_the_mask_once(kernel_work, layout, pinned, rows, text):
