@@ -96,7 +96,7 @@ BUGS = {
         "bulk_store(sums,",
         "race in global memory",
     ),
-    "all tiles into the first": ("++n, sums += kSumsPerTile", "++n", None),
+    "all tiles into the first": ("++n, sums += C::Sums::kTile", "++n", None),
     "both halves into one": (
         "reinterpret_cast<float4*>(shared_.dq[group_])",
         "reinterpret_cast<float4*>(shared_.dq[0])",
