@@ -138,7 +138,7 @@ def test_descriptors_of_a_halo_tile(check_bits, n, rows, width, first):
 
 
 @pytest.mark.parametrize(("ta", "tb"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-@pytest.mark.parametrize(("n", "swizzle"), [(64, 0), (64, 1), (64, 2), (64, 3), (192, 3)])
+@pytest.mark.parametrize(("n", "swizzle"), [(64, 0), (64, 1), (64, 2), (64, 3), (80, 1), (192, 3)])
 def test_descriptors(check_bits, n, swizzle, ta, tb):
     """Every swizzle (0: none; 1, 2, 3: 32, 64, 128 bytes), operands K-major or MN-major."""
     a, b = integers(64, 64, dtype=torch.bfloat16), integers(n, 64, dtype=torch.bfloat16)
@@ -147,7 +147,7 @@ def test_descriptors(check_bits, n, swizzle, ta, tb):
 
 
 @pytest.mark.parametrize("e4m3", [0, 1])
-@pytest.mark.parametrize("n", [8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256])
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 80, 96, 128, 160, 176, 192, 224, 256])
 def test_fragments(check_bits, n, e4m3):
     """Operand A from registers, every width of B."""
     depth, dtype = (32, torch.float8_e4m3fn) if e4m3 else (16, torch.bfloat16)

@@ -6,7 +6,9 @@ import pytest
 from .simulator import from_bf16, from_e4m3, nan_filled, to_bf16
 
 CASES = [(64, swizzle, ta, tb) for swizzle in range(4) for ta in (0, 1) for tb in (0, 1)]
-CASES += [(192, 3, ta, tb) for ta in (0, 1) for tb in (0, 1)]
+CASES += [
+    (n, swizzle, ta, tb) for n, swizzle in ((80, 1), (192, 3)) for ta in (0, 1) for tb in (0, 1)
+]
 
 
 @pytest.mark.parametrize("n, swizzle, ta, tb", CASES)
@@ -36,7 +38,7 @@ def test_descriptors_of_a_halo_tile(machine, n, rows, width, first):
     np.testing.assert_allclose(c, from_bf16(a) @ from_bf16(b)[pixels.ravel()].T, atol=1e-4)
 
 
-@pytest.mark.parametrize("n", [8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256])
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 80, 96, 128, 160, 176, 192, 224, 256])
 @pytest.mark.parametrize("e4m3", [0, 1])
 def test_register_operand(machine, n, e4m3):
     random = np.random.default_rng(0)

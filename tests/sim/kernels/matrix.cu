@@ -77,6 +77,7 @@ EXPORT const char* run_multiply(int n, int swizzle, int ta, int tb, void* a, voi
   if (n == 64 && swizzle == SW_32) return multiply_majors<64, SW_32>(ta, tb, a, b, c, stream);
   if (n == 64 && swizzle == SW_64) return multiply_majors<64, SW_64>(ta, tb, a, b, c, stream);
   if (n == 64 && swizzle == SW_128) return multiply_majors<64, SW_128>(ta, tb, a, b, c, stream);
+  if (n == 80 && swizzle == SW_32) return multiply_majors<80, SW_32>(ta, tb, a, b, c, stream);
   if (n == 192 && swizzle == SW_128) return multiply_majors<192, SW_128>(ta, tb, a, b, c, stream);
   return "run_multiply: no such case";
 }
@@ -90,8 +91,8 @@ EXPORT const char* run_multiply_halo(int n, int rows, int width, int first, void
 
 EXPORT const char* run_multiply_registers(int n, int e4m3, void* a, void* b, float* c,
                                           void* stream) {
-  return multiply_registers_any<8, 16, 32, 64, 96, 128, 160, 176, 192, 224, 256>(n, e4m3, a, b, c,
-                                                                                 stream);
+  return multiply_registers_any<8, 16, 32, 64, 80, 96, 128, 160, 176, 192, 224, 256>(n, e4m3, a, b,
+                                                                                     c, stream);
 }
 
 EXPORT const char* run_gemm_e4m3(void* a, void* b, const float* a_scale, const float* b_scale,
