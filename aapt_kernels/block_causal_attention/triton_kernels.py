@@ -34,7 +34,8 @@ CONFIGS = {
     (4, 32): (Config(64, 32, 4, 2), Config(64, 16, 8, 1), Config(16, 32, 4, 1)),
     (4, 64): (Config(32, 16, 4, 2), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
-# For compute capability 9 and 10: a warpgroup multiplies at once, and shared memory is large
+# For these major compute capabilities: a warpgroup multiplies at once, and shared memory is large
+WIDE_CAPABILITIES = (9, 10)
 WIDE_CONFIGS = CONFIGS | {
     (2, 32): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
     (2, 64): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
@@ -58,7 +59,7 @@ def limit(q: Tensor, *_) -> str | None:
 
 def is_wide(q: Tensor) -> bool:
     """Return whether q is on a device of `WIDE_CONFIGS`."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in WIDE_CAPABILITIES
 
 
 @triton.jit

@@ -63,10 +63,8 @@ USUAL = (80, 90)
 
 
 def product_of(capability: int, rows: int) -> str:
-    """The opcode of a product of BF16: a warpgroup multiplies 64 rows."""
-    if capability == 100:
-        return "UTCHMMA"
-    return "HGMMA" if capability == 90 and rows >= 64 else "HMMA"
+    """The opcode of a product: a warpgroup, or on sm_100 a block, multiplies 64 rows or more."""
+    return {90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA") if rows >= 64 else "HMMA"
 
 
 def copies_16_bytes(kernels) -> bool:
@@ -222,18 +220,20 @@ def test_activation_moves_16_bytes_per_access(capability):
 
 
 def training_cases():
-    """Forward, gradient of queries, gradients of keys: BF16 with 128 per head, for sm_80 the
-    largest; others are slow."""
+    """Forward, gradient of queries, gradients of keys: for sm_80 and 90 BF16 with 128 per head, for
+    sm_80 the largest; others are slow."""
     kernels = (
         training.block_causal_attention_kernel,
         training_backward.queries_backward_kernel,
         training_backward.keys_backward_kernel,
     )
-    for capability, table in ((80, training.CONFIGS), (90, training.WIDE_CONFIGS)):
+    for capability in SHARED_BYTES:
+        wide = capability // 10 in training.WIDE_CAPABILITIES
+        table = training.WIDE_CONFIGS if wide else training.CONFIGS
         for (element_size, width), configs in table.items():
             dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
             for kernel, config in zip(kernels, configs, strict=True):
-                usual = (element_size, width) == (2, 128)
+                usual = (element_size, width) == (2, 128) and capability in USUAL
                 usual = usual and (capability == 90 or kernel is kernels[-1])
                 case = (kernel, capability, dtype, width, config)
                 yield pytest.param(*case, marks=[] if usual else SLOW, id=kernel.__name__)
@@ -247,9 +247,8 @@ def test_training_attention_uses_tensor_cores(kernel, capability, dtype, width, 
     if "PREFIX_GRAD" in kernel.arg_names:
         constants["PREFIX_GRAD"] = False
     compiled = build(kernel, dtype, constants, capability, config.warps, config.stages)
-    wide = capability == 90 and max(config.rows, config.keys) >= 64
-    product = "HGMMA" if wide else "HMMA"
-    assert find_failures(compiled, {kernel.__name__: (product,)}) == []
+    product = product_of(capability, max(config.rows, config.keys))
+    assert find_failures(forgive(compiled, capability), {kernel.__name__: (product,)}) == []
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -330,3 +330,30 @@ def test_mixed_dtypes_and_gradient_in_state_are_refused():
     options["state"].requires_grad_()
     with pytest.raises(ValueError, match="state: expected a tensor without gradient"):
         causal_conv3d(x, weight, bias, **options)
+
+
+def test_triton_rejects_frames_whose_offsets_would_wrap():
+    """Offsets within a frame have 32 bits; 96 channels first at 1280x720 reach 24 frames."""
+    pytest.importorskip("triton")
+    from aapt_kernels.causal_conv3d.triton_kernels import limit
+
+    def why(frames, channels=(96, 96), state=0, memory=torch.contiguous_format, **options):
+        options = dict(stride=(1, 1, 1), upsample=(1, 1)) | options
+        size = (1, channels[0], frames, 720, 1280)
+        x = torch.empty(size, device="meta", dtype=torch.float16).to(memory_format=memory)
+        past = x.new_empty(1, channels[0], state, 720, 1280) if state else None
+        weight = x.new_empty(channels[1], channels[0], 3, 3, 3)
+        rest = (None, past, None, 1e-6, False, None, options["stride"], options["upsample"])
+        return limit(x, weight, *rest, False)
+
+    assert why(24) is None
+    words = why(25)
+    assert words.startswith("it takes frames whose first and last element are less than 2^31")
+    assert words.endswith(
+        "got 2189721600; convert x to torch.channels_last_3d or take fewer frames"
+    )
+    assert why(25, memory=torch.channels_last_3d) is None
+    assert why(2, channels=(8, 2048)) is not None  # the output's
+    assert why(7, channels=(96, 96), upsample=(1, 2)) is not None
+    assert why(1, channels=(1024, 8), state=3) is not None  # the state's
+    assert why(1, channels=(1024, 8), state=2) is None
