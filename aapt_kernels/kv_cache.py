@@ -21,15 +21,7 @@ import torch
 from torch import Tensor
 
 from .backend import deferred, kernels_of, obstacle
-from .checks import (
-    FLOATS,
-    check_dense_rows,
-    check_device,
-    check_dtype,
-    check_integer,
-    check_shape,
-    sm90_limit,
-)
+from .checks import FLOATS, check_dense_rows, check_device, check_dtype, check_integer, check_shape
 from .precision import as_bits, dequantise, quantise
 
 QUANTISED = (torch.float8_e4m3fn,)
@@ -128,7 +120,8 @@ class KVCache:
     def _new_workspace(self) -> Tensor | None:
         sizes = (self.tokens_per_frame, self.window_frames)
         kernels = kernels_of(self.k.device)
-        if kernels is not None and not sm90_limit(self.k[0]):
+        fits = self.k.dtype == torch.bfloat16 and self.k.shape[-1] in (64, 128)
+        if kernels is not None and fits:
             return kernels.cached_attention_workspace(self.k[0], *sizes)
         if obstacle("cached_attention", "triton", self.k.device):
             return None
