@@ -73,8 +73,8 @@ def copies_16_bytes(kernels) -> bool:
     return any(opcode.endswith(".128") for opcode in copies)
 
 
-# Bytes of a stack frame that may be left: two registers of block_causal_attention at head_dim 128
-# and its like, and up to eight where ptxas caps kernels at 80 or 128 registers
+# Bytes of a stack frame that are allowed: two registers for sm_86 and sm_89, and eight for sm_100,
+# where ptxas caps kernels at 80 or 128 registers
 FRAMES_LEFT = {86: 8, 89: 8, 100: 32}
 
 
