@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 BUNDLED = Path(__file__).parent / "assets"
+# Names under which PyTorch files of others keep their weights.
+WRAPPERS = ("state_dict", "gen_model", "generator")
 
 
 class CheckpointError(ValueError):
@@ -225,6 +227,45 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     check_header(path)
     with _reading(path):
         return load_file(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file or of a PyTorch file that holds nothing else.
+
+    Of a PyTorch file, the dictionaries that WRAPPERS names are opened, and the tensors stay on the
+    disk until they are used. CheckpointError if the file is missing, broken, or holds other objects
+    than tensors.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    with _reading(path):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: expected a file of weights, which is missing")
+        try:
+            weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # zip, pickle and PyTorch raise their own kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{path}: expected a file of torch.save with tensors alone: {reason}"
+            ) from None
+    while isinstance(weights, dict) and (inner := _wrapped(weights)) is not None:
+        weights = inner
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{path}: expected tensors by name, got {type(weights).__name__}")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {name}: expected a tensor, got {type(tensor).__name__}")
+    return weights
+
+
+def _wrapped(weights: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the dictionary that a dictionary of weights is wrapped in, None if there is none."""
+    for name in WRAPPERS:
+        if isinstance(weights.get(name), dict):
+            return weights[name]
+    return None
 
 
 def check_header(path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -80,6 +81,35 @@ def encode(
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="The VAE's device: cpu, cuda, cuda:1, ...")
     ] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="The VAE's precision: float32 or bfloat16.",
+            show_default="bfloat16 on CUDA, else float32",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also store UMT5's embeddings of the captions: the folder of a Wan pipeline.",
+        ),
+    ] = None,
+    text_device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE", help="The text encoder's device.", show_default="as --device"
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Encode part I of N, from 0; the last part joins all.",
+            show_default="torchrun's rank, else all videos",
+        ),
+    ] = None,
     as_json: Json = False,
 ):
     """Encode videos into shards of latents to train on.
@@ -97,12 +127,16 @@ def encode(
       aapt encode videos/ --bucket 736x416+1280x720+640x352 --model Wan2.1/vae --seconds 15 \
         --device cuda --out latents/
       aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
+      aapt encode videos/ --model Wan2.1/vae --text Wan2.1 --bucket 832x480 --out latents/
+      torchrun --nproc-per-node 8 -m aapt encode videos/ --device cuda --out latents/
     """
     from ..data.videos import encode as job
     from ..data.videos.buckets import Bucket
     from ..data.videos.clip_reader import CutConfig
+    from ..data.videos.parts import Part
     from ..data.videos.shard_folder import JOURNAL
-    from ..device import move
+    from ..device import move, usable_device
+    from ..model.umt5 import UMT5Weights
 
     with bad_input():
         check_inputs(videos=videos)
@@ -128,8 +162,16 @@ def encode(
             max_turn=math.radians(max_turn),
             min_score=min_score,
         )
+        rank = _rank()
+        if rank and device == "cuda":
+            device = f"cuda:{rank.local}"
         move(vae, device)
+        part = Part.parse(shard) if shard else rank and Part(rank.number, rank.count)
+        precision = _precision(dtype, device)
         options = {"shard_clips": shard_clips, "workers": workers, "report": say}
+        options |= {"dtype": precision, "part": part}
+        if text is not None:
+            options["text"] = UMT5Weights(text, usable_device(text_device or device))
         try:
             with ctrl_c() as interrupted:
                 index = job.encode(
@@ -145,8 +187,35 @@ def encode(
         table(job.summary(index))
     if not index["complete"]:
         raise Interrupted(RESUMES)
-    if not index["buckets"]:
+    if not index["buckets"] and part is None:
         raise OutputError(f"{videos}: no clip could be used; {out / JOURNAL} says why")
+
+
+class Rank(NamedTuple):
+    """A process of torchrun."""
+
+    number: int
+    count: int
+    local: int  # on its machine
+
+
+def _rank() -> Rank | None:
+    """Return this process's rank, None unless torchrun started several."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return None
+    return Rank(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _precision(name: str | None, device: str):
+    """Return the dtype of a name. ValueError unless it is one of two."""
+    import torch
+
+    default = "bfloat16" if device.startswith("cuda") else "float32"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if (name or default) not in dtypes:
+        raise ValueError(f"dtype: expected float32 or bfloat16, got {name!r}")
+    return dtypes[name or default]
 
 
 def _autoencoder(model: str):
@@ -159,11 +228,9 @@ def _autoencoder(model: str):
     from ..checkpoint import find_checkpoint, load_config
     from ..clock import FPS
     from ..model.config import ModelConfig
-    from ..vae.folder import load_vae
-    from ..vae.wan_weights import WEIGHTS
+    from ..vae.folder import is_foreign, load_vae
 
-    folder = find_checkpoint(model)
-    if (folder / WEIGHTS).is_file() or "model" not in load_config(folder):
+    if is_foreign(model) or "model" not in load_config(find_checkpoint(model)):
         return load_vae(model), None, FPS, ModelConfig.patch
     generator = load(model)
     size = f"{generator.width}x{generator.height}"

@@ -21,6 +21,7 @@ from .shared import (
     Interrupted,
     Model,
     OutputError,
+    TextDevice,
     bad_input,
     check_seconds,
     ctrl_c,
@@ -87,6 +88,7 @@ def generate(
     original: Annotated[
         bool, typer.Option("--original", help="With --replay: decode with the original decoder.")
     ] = False,
+    text_device: TextDevice = None,
 ):
     """Make a video from an image, a prompt and a control script.
 
@@ -128,7 +130,7 @@ def generate(
         script = load_controls(controls or "walk")
         start = load_image(image) if image else None
         output_kind(out)
-    generator = load(model)
+    generator = load(model, text_device=text_device)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
     if generator.driven_by != "camera":
@@ -207,9 +209,9 @@ def _compared(differing: list[int], steps: int) -> str:
 
 def _open(generator, first_frame, prompt: str, seed: int):
     """Open a stream, and say if only a part of the prompt is read."""
-    from ..model.text import prompt_cut
-
-    if cut := prompt_cut(prompt, generator.model.text_encoder.tokens):
+    with bad_input():
+        cut = generator.model.text_encoder.cut(prompt)
+    if cut:
         say(f"aapt: {cut}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="prompt: ")  # already said

@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from .shared import MODEL, InputError, Model, Threads, bad_input, load, missing_extra, say
+from .shared import (
+    MODEL,
+    InputError,
+    Model,
+    TextDevice,
+    Threads,
+    bad_input,
+    load,
+    missing_extra,
+    say,
+)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OVERSIZE = 1 << 20  # bytes above a limit up to which a client is told what the limit is
@@ -46,6 +56,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="URL", help="Another site whose page may connect."),
     ] = None,
+    text_device: TextDevice = None,
     threads: Threads = None,
 ):
     """Serve a page to play in: keys in, video out, with rewind, branches and recordings.
@@ -78,7 +89,7 @@ def serve(
     with bad_input():
         if tls:
             _check_tls(*tls)
-    generator = load(model, device=device)
+    generator = load(model, device=device, text_device=text_device)
     with bad_input():
         if gallery and not gallery.is_dir():
             raise ValueError(f"gallery: expected a folder of images, got {gallery}")

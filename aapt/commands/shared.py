@@ -19,6 +19,14 @@ MAX_THREADS = 4096
 MAX_GPUS = 1_000_000
 Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TextDevice = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where UMT5 stays, if the model reads it.",
+        show_default="the model's device, left after each new prompt",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

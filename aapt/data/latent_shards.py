@@ -7,7 +7,9 @@ videos.jsonl          one line per video: its clips, its skips, and stamps of it
     latents  (clips, C, 1 + T, h, w) float16, of unit deviation
     poses    (clips, T, 4, 4, 4) and lens (clips, 4), with camera motion
     skeletons  (clips, C, T, h, w) float16, with pose motion: the latents of the drawings
-    metadata "clips": JSON, per clip its video, start and captions
+    text  (rows, width), with a text encoder: the embeddings of all captions of the shard and of the
+        empty prompt, one after another; text_ends (captions,): their ends; see `stored_text`
+    metadata "clips": JSON, per clip its video, start and captions; "texts": the captions of `text`
 """
 
 import bisect

@@ -41,6 +41,7 @@ class ModelConfig:
     chunk: int = 1  # frames of a step
     first_chunk: int | None = None  # frames of the first step; `chunk` unless given
     sink_frames: int = 1
+    text_encoder: str = "bytes"  # a name in `text_encoders.TEXT_ENCODERS`
 
     def __post_init__(self):
         sizes = ("width", "heads", "head_dim", "depth", "text_width", "text_tokens", "patch")

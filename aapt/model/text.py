@@ -35,6 +35,10 @@ class ByteTextEncoder(nn.Module):
         self.embedding = nn.Embedding(257, width)
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
 
+    def cut(self, prompt: str) -> str | None:
+        """Says what is read of a prompt that is too long, see `prompt_cut`."""
+        return prompt_cut(prompt, self.tokens)
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids (B, tokens) and lengths (B,). Of `prompt_bytes` the first tokens - 1 are
         read; `aapt train` says how many clips have longer captions."""

@@ -10,7 +10,7 @@ from ..checkpoint import fill_module, read_tensors
 from .conditioning import camera_rays, control_rays
 from .config import CameraConfig, ModelConfig
 from .mmdit import MMDiT
-from .text import ByteTextEncoder
+from .text_encoders import text_encoder
 from .transformer import VideoTransformer
 from .wan import WanTransformer
 
@@ -26,7 +26,7 @@ class Conditions(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """Video transformer with its own byte-level text encoder.
+    """Video transformer with its text encoder, see `text_encoders`.
 
     A model with a camera is driven by controls or poses. One without takes ready condition
     channels (a skeleton's latents), if its configuration has any.
@@ -42,7 +42,8 @@ class WorldModel(nn.Module):
         self.config = config
         self.camera = camera
         self.transformer = TRANSFORMERS[config.block](config)
-        self.text_encoder = ByteTextEncoder(config.text_tokens, config.text_width)
+        sizes = config.text_tokens, config.text_width
+        self.text_encoder = text_encoder(config.text_encoder, *sizes)
 
     def load_start(self, path: Path) -> None:
         """Fills the model with weights to start training from.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,12 +22,14 @@ from ..checkpoint import (
 from ..clock import FPS, SHEET_SECONDS, STEPS_PER_SECOND
 from ..data.clips import ClipBatch, Clips, VideoClips
 from ..data.randomness import ClipRandom
+from ..data.stored_text import StoredText
 from ..data.tiny_world.rendered_clips import encode_clips, latent_clips, render_clips
 from ..data.tiny_world.themes import THEMES
 from ..device import mixed_precision
 from ..media.image import fit_image, load_image
-from ..model.config import CameraConfig
+from ..model.config import CameraConfig, ModelConfig
 from ..model.discriminator import Discriminator
+from ..model.umt5 import UMT5TextEncoder
 from ..model.world_model import WorldModel
 from ..training.recipes import Recipe, StageConfig
 from ..training.stages import Stage
@@ -137,6 +140,8 @@ class Run:
 
     def cut_captions(self, stages: Sequence[str]) -> list[str]:
         """Lines for the user, one per set with captions that are longer than the model reads."""
+        if self.recipe.model.text_encoder != "bytes":
+            return []
         limit = self.recipe.model.text_tokens - 1  # bytes: one token begins every prompt
         sets = self.encoded_sets(self.unfinished(stages))
         counts = [(name, *self.inputs.long_captions(name, limit)) for name in sets]
@@ -158,6 +163,8 @@ class Run:
         of several autoencoders, and for batches that the ranks cannot share.
         """
         encoded = self.encoded_sets(self.recipe.stages)
+        if self.recipe.model.text_encoder == "umt5":
+            self.check_text()
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
@@ -194,6 +201,15 @@ class Run:
                 f"got {len(set(digests.values()))}"
             )
 
+    def check_text(self) -> None:
+        """Check that the clips' captions have embeddings of the width that the model reads."""
+        rows, width = self.stored_text(""), self.recipe.model.text_width
+        if rows.shape[1] != width:
+            raise ValueError(
+                f"latents: expected embeddings of {width} channels, got {rows.shape[1]}; encode "
+                "the videos anew with the model's text encoder"
+            )
+
     # Networks: new ones, with the weights that stages made.
 
     def result(self, stage: str) -> Path:
@@ -216,9 +232,24 @@ class Run:
         decoders = [s for s in (light_decoder.STAGE, "decoder") if self.result(s).is_file()]
         return self.vae([*decoders, "encoder"][0])
 
+    @cached_property
+    def stored_text(self) -> StoredText:
+        """The embeddings of the captions of all encoded sets."""
+        sets = self.encoded_sets(self.recipe.stages)
+        folders = {folder: None for name in sets for folder, _ in self.inputs.buckets(name)}
+        return StoredText(list(folders))
+
+    def world(self, config: ModelConfig) -> WorldModel:
+        """Make a model with new weights. A text encoder without weights of its own looks up the
+        embeddings that are stored beside the clips."""
+        model = WorldModel(config, self.recipe.camera)
+        if isinstance(model.text_encoder, UMT5TextEncoder):
+            model.text_encoder.source = self.stored_text
+        return model
+
     def model(self, stage: str | None) -> WorldModel:
         """Make a model with the weights of `stage`; for None, with those of the run's start."""
-        model = WorldModel(self.recipe.model, self.recipe.camera)
+        model = self.world(self.recipe.model)
         if stage is not None:
             load_module(self.result(stage), model)
         elif self.inputs.weights is not None:
@@ -322,7 +353,7 @@ class Run:
         model, start = self.recipe.model, config.discriminator_start
         if not config.discriminator_recycled:
             model = replace(model, recycle=False, residual_head=False)
-        world = WorldModel(model, self.recipe.camera)
+        world = self.world(model)
         discriminator = Discriminator(world, config.judgement, config.pooling)
         if isinstance(self.recipe.stages[start], AdversarialConfig):
             load_module(self.out / start / DISCRIMINATOR, discriminator)

@@ -23,7 +23,7 @@ from ..model.config import (
     SamplingConfig,
     sampling_config,
 )
-from ..model.text import prompt_cut
+from ..model.umt5 import UMT5TextEncoder, UMT5Weights
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from ..vae.folder import LIGHT, load_vae
@@ -112,6 +112,7 @@ class StreamingGenerator:
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
         decoder: str = LIGHT,
+        text_device: torch.device | str | None = None,
     ) -> "StreamingGenerator":
         """Loads a bundled model by name, or a checkpoint folder.
 
@@ -123,6 +124,7 @@ class StreamingGenerator:
             size: (height, width) in pixels; None for the checkpoint's own. Positions stretch to
                 another size (docs/method.md#4).
             decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`.
+            text_device: Where UMT5 runs, if the model reads it, see `read_text`.
 
         CheckpointError says what was expected and what was found, ValueError why the device or the
         size cannot be used.
@@ -147,7 +149,27 @@ class StreamingGenerator:
             generator = cls(model, load_vae(folder, decoder, device, dtype), **picture)
         if size is not None:
             generator._resize(*size)
+        if "text" in config:
+            generator.read_text(folder / config["text"], text_device)
         return generator
+
+    def read_text(self, source: str | Path, text_device: torch.device | str | None = None) -> None:
+        """Reads prompts with the UMT5 of a folder (`aapt.model.umt5`) from now on.
+
+        text_device: Where UMT5 stays. None: it runs on the model's device, and is dropped after
+        every new prompt, since it may be larger than the model. ValueError for a model that reads
+        its prompts itself, and for a device that cannot be used; CheckpointError for a folder
+        without UMT5.
+        """
+        encoder = self.model.text_encoder
+        if not isinstance(encoder, UMT5TextEncoder):
+            raise ValueError(
+                f"text: expected a model that reads UMT5, got one with {type(encoder).__name__}; "
+                "leave UMT5 away"
+            )
+        place = usable_device(text_device or self.device)
+        weights = UMT5Weights(source, place, tokens=encoder.tokens, keep=text_device is not None)
+        encoder.source = weights.embed
 
     def sample_image(self) -> Path:
         """The path of the image that ships with the model, to start from. ValueError if none
@@ -327,7 +349,7 @@ class Stream:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt: expected a string, got {prompt!r}")
         encoder = self.generator.model.text_encoder
-        if said := prompt_cut(prompt, encoder.tokens):
+        if said := encoder.cut(prompt):
             warnings.warn(said, stacklevel=3)
         return encoder([prompt])
 

@@ -1,17 +1,19 @@
 """Causal video autoencoder: 1 + 4n video frames <-> 1 + n latent frames (docs/method.md#1 and #9).
 
-Decoding a clip in chunks of any length equals decoding it whole: a stream is only the states of the
+Encoding or decoding a clip in chunks equals doing it whole: a stream is only the states of the
 convolutions (`layers.py`).
 """
 
 import torch
 from torch import Tensor, nn
 
+from . import shortcuts
 from .config import VAEConfig
 from .layers import (
     CausalConv3d,
     DecoderState,
     Downsample,
+    EncoderState,
     ResidualBlock,
     SeparateDownsample,
     SeparateUpsample,
@@ -24,6 +26,7 @@ from .layers import (
     norm_of,
     unfold_channels,
 )
+from .memory import MemoryDecoder
 from .pixels import to_bytes
 
 VIDEO_CHANNELS = 3
@@ -31,7 +34,7 @@ LAST = torch.channels_last_3d
 
 
 class Encoder(nn.Module):
-    """Video to latent, the whole clip at once.
+    """Video to latent, a whole clip or any chunk of it.
 
     Wan's strided convolutions pad an image at its right and lower edges only. Mirrored, with
     mirrored weights, they pad as ours do, so a "separate" encoder mirrors its video.
@@ -46,26 +49,23 @@ class Encoder(nn.Module):
         self.patch_size = config.patch_size
         self.mirrored = config.upsample == "separate"
         pixels = VIDEO_CHANNELS * config.patch_size**2
-        width = channels[0]
-        self.conv_in = CausalConv3d(pixels, width, (config.time_kernels[1], 3, 3), padding=padding)
-        layers: list[nn.Module] = []
-        for scale, blocks in enumerate(config.encoder_blocks):
-            if scale > 0:
-                stride = config.strides[scale - 1]
-                if config.upsample == "separate":
-                    layers.append(SeparateDownsample(width, stride, padding))
-                else:
-                    layers.append(Downsample(width, channels[scale], stride, padding))
-                    width = channels[scale]
-            for _ in range(blocks):
-                layers.append(ResidualBlock(width, channels[scale], config))
-                width = channels[scale]
-        self.layers = nn.ModuleList(layers + middle(width, config))
-        self.conv_out = CausalConv3d(width, config.latent_channels, (3, 3, 3), **active(config))
+        self.conv_in = CausalConv3d(
+            pixels, channels[0], (config.time_kernels[1], 3, 3), padding=padding
+        )
+        scales = shortcuts.encoder_scales if config.shortcuts else _encoder_scales
+        self.layers = nn.ModuleList(scales(config) + middle(channels[-1], config))
+        self.conv_out = CausalConv3d(
+            channels[-1], config.latent_channels, (3, 3, 3), **active(config)
+        )
 
-    def forward(self, video: Tensor) -> Tensor:
-        """Encodes a whole clip (B, 3, 1 + 4n, H, W) to (B, latent_channels, 1 + n, H/8, W/8)."""
-        stream = States(None)
+    def forward(
+        self,
+        video: Tensor,
+        state: EncoderState | None = None,
+        state_out: EncoderState | None = None,
+    ) -> tuple[Tensor, EncoderState]:
+        """Encodes a chunk (B, 3, F, H, W), see `CausalVAE.encode_frames`."""
+        stream = States(state, state_out)
         if self.mirrored:
             video = video.flip(3, 4)
         x = fold_pixels(video, self.patch_size).contiguous(memory_format=LAST)
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, stream)
         latent = self.conv_out(x, stream)
-        return latent.flip(3, 4) if self.mirrored else latent
+        return latent.flip(3, 4) if self.mirrored else latent, tuple(stream.new_states)
 
 
 class Decoder(nn.Module):
@@ -89,21 +89,9 @@ class Decoder(nn.Module):
             self.projection = CausalConv3d(latent, latent, (1, 1, 1))
         self.conv_in = CausalConv3d(latent, width, (3, 3, 3), padding=padding)
         layers = middle(width, config)
-        for scale in reversed(range(len(channels))):
-            for _ in range(config.decoder_blocks[scale]):
-                layers.append(ResidualBlock(width, channels[scale], config))
-                width = channels[scale]
-            if scale > 0:
-                stride = config.strides[scale - 1]
-                if config.upsample == "separate":
-                    layers.append(SeparateUpsample(width, width // 2, stride, config))
-                    width = width // 2
-                else:
-                    # Unfolding pays per output channel, so "shuffle" narrows before, not after.
-                    narrow = channels[scale - 1] if config.upsample == "shuffle" else width
-                    layers.append(Upsample(width, narrow, stride, config))
-                    width = narrow
-        self.layers = nn.ModuleList(layers)
+        scales = shortcuts.decoder_scales if config.shortcuts else _decoder_scales
+        more, width = scales(config)
+        self.layers = nn.ModuleList(layers + more)
         self.conv_out = CausalConv3d(
             width,
             VIDEO_CHANNELS * config.patch_size**2,
@@ -137,6 +125,44 @@ class Decoder(nn.Module):
         return unfold_channels(last_frames(x, last), 1, self.patch_size), tuple(stream.new_states)
 
 
+def _encoder_scales(config: VAEConfig) -> list[nn.Module]:
+    """Returns the layers of an encoder without shortcuts, without its middle."""
+    layers, width = [], config.encoder_channels[0]
+    for scale, (channels, blocks) in enumerate(zip(config.encoder_channels, config.encoder_blocks)):
+        if scale > 0:
+            stride = config.strides[scale - 1]
+            if config.upsample == "separate":
+                layers.append(SeparateDownsample(width, stride, config.padding))
+            else:
+                layers.append(Downsample(width, channels, stride, config.padding))
+                width = channels
+        for _ in range(blocks):
+            layers.append(ResidualBlock(width, channels, config))
+            width = channels
+    return layers
+
+
+def _decoder_scales(config: VAEConfig) -> tuple[list[nn.Module], int]:
+    """Returns the layers of a decoder without shortcuts, without its middle, and their channels."""
+    channels, layers = config.decoder_channels, []
+    width = channels[-1]
+    for scale in reversed(range(len(channels))):
+        for _ in range(config.decoder_blocks[scale]):
+            layers.append(ResidualBlock(width, channels[scale], config))
+            width = channels[scale]
+        if scale > 0:
+            stride = config.upscales[scale - 1]
+            if config.upsample == "separate":
+                layers.append(SeparateUpsample(width, width // 2, stride, config))
+                width = width // 2
+            else:
+                # Unfolding pays per output channel, so "shuffle" narrows before, not after.
+                narrow = channels[scale - 1] if config.upsample == "shuffle" else width
+                layers.append(Upsample(width, narrow, stride, config))
+                width = narrow
+    return layers, width
+
+
 class LinearSkip(nn.Module):
     """A linear map between a latent pixel and its patch of video, added to the network's output.
 
@@ -151,17 +177,20 @@ class LinearSkip(nn.Module):
         self.encode = CausalConv3d(patch, config.latent_channels, (1, 1, 1))
         self.decode = CausalConv3d(config.latent_channels, patch, (1, 1, 1))
 
-    def patches(self, video: Tensor) -> Tensor:
-        """Folds (B, 3, 1 + 4n, H, W) to (B, patch, 1 + n, H/8, W/8)."""
-        first = video[:, :, :1].expand(-1, -1, self.time - 1, -1, -1)
-        x = torch.cat([first, video], dim=2).unflatten(2, (-1, self.time))  # (B, 3, 1+n, 4, H, W)
+    def patches(self, video: Tensor, starts: bool = True) -> Tensor:
+        """Folds (B, 3, 1 + 4n, H, W) to (B, patch, 1 + n, H/8, W/8); later chunks, (B, 3, 4n, H, W)
+        to n."""
+        if starts:
+            first = video[:, :, :1].expand(-1, -1, self.time - 1, -1, -1)
+            video = torch.cat([first, video], dim=2)
+        x = video.unflatten(2, (-1, self.time))  # (B, 3, 1 + n, 4, H, W)
         x = fold_pixels(x.transpose(2, 3).flatten(1, 2), self.space)  # (space^2 * 3 * time)
         x = x.unflatten(1, (self.space**2, VIDEO_CHANNELS, self.time))
         return x.permute(0, 3, 1, 2, 4, 5, 6).flatten(1, 3)  # in the order of `unfold_channels`
 
-    def to_latent(self, video: Tensor) -> Tensor:
-        """Maps video (B, 3, 1 + 4n, H, W) to latents (B, channels, 1 + n, H/8, W/8)."""
-        return self.encode(self.patches(video), States(None))
+    def to_latent(self, video: Tensor, starts: bool) -> Tensor:
+        """Maps video to latents. starts: the first video frame makes one latent frame."""
+        return self.encode(self.patches(video, starts), States(None))
 
     def to_video(self, latent: Tensor, starts: bool) -> Tensor:
         """Maps latents to video. starts: the first latent frame makes one video frame."""
@@ -198,7 +227,7 @@ class CausalVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config) if config.encoder_channels else None
-        self.decoder = Decoder(config)
+        self.decoder = (MemoryDecoder if config.decoder == "memory" else Decoder)(config)
         self.linear = None
         if config.linear_skip:
             self.linear = LinearSkip(config)
@@ -217,22 +246,53 @@ class CausalVAE(nn.Module):
         columns = self.linear.decode.weight.detach().flatten(1)
         return columns.norm(dim=0) * self.latent_std.flatten()
 
+    @property
+    def encodes(self) -> bool:
+        """False for a decoder alone."""
+        return self.encoder is not None or self.linear is not None
+
     def encode(self, video: Tensor) -> Tensor:
         """Encodes a whole clip; its first video frame alone makes the first latent frame."""
+        return self.encode_frames(video)[0]
+
+    def encode_frames(
+        self,
+        video: Tensor,
+        state: EncoderState | None = None,
+        *,
+        state_out: EncoderState | None = None,
+    ) -> tuple[Tensor, EncoderState]:
+        """Encodes the next chunk of a stream: (latent, state for the next).
+
+        Args:
+            video: (B, 3, F, H, W) in [-1, 1]; F = 1 + 4n at the start of a stream, 4n after.
+            state: None starts a stream. It is never written to. No gradient flows through it.
+            state_out: Tensors that receive the new state; `state` itself may be given.
+
+        ValueError for another shape, or without an encoder.
+        """
         time, space = self.config.time_factor, self.config.space_factor
-        shape = tuple(video.shape)
-        fits = len(shape) == 5 and shape[1] == VIDEO_CHANNELS and shape[2] % time == 1 % time
-        if not fits or shape[3] % space or shape[4] % space:
+        if not self.encodes:
             raise ValueError(
-                f"video: expected (batch, {VIDEO_CHANNELS}, 1 + {time}n, height, width) with "
+                "encoder: expected an autoencoder, got a decoder alone; encode with the "
+                "autoencoder that the decoder was made for"
+            )
+        starts, shape = state is None, tuple(video.shape)
+        fits = len(shape) == 5 and shape[1] == VIDEO_CHANNELS and shape[2] > 0
+        fits = fits and (shape[2] - starts) % time == 0
+        if not fits or shape[3] % space or shape[4] % space:
+            frames = f"1 + {time}n" if starts else f"{time}n"
+            raise ValueError(
+                f"video: expected (batch, {VIDEO_CHANNELS}, {frames}, height, width) with "
                 f"height and width multiples of {space}, got {shape}"
             )
-        parts = []
+        parts, new_state = [], ()
         if self.encoder is not None:
-            parts.append(self.encoder(video))
+            latent, new_state = self.encoder(video, state, state_out)
+            parts.append(latent)
         if self.linear is not None:
-            parts.append(self.linear.to_latent(video))
-        return (sum(parts) - self.latent_mean) / self.latent_std
+            parts.append(self.linear.to_latent(video, starts))
+        return (sum(parts) - self.latent_mean) / self.latent_std, new_state
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decodes a whole clip: the first latent frame makes one video frame, each later one
@@ -272,7 +332,9 @@ class CausalVAE(nn.Module):
             )
         frames = None if last is None else last * self.config.time_factor
         # Channels last from here to the video, as tensor cores and oneDNN want them
-        latent = (latent * self.latent_std + self.latent_mean).contiguous(memory_format=LAST)
+        if self.config.decoder == "residual":
+            latent = latent * self.latent_std + self.latent_mean
+        latent = latent.contiguous(memory_format=LAST)
         if self.linear is None:
             return self.decoder(latent, state, pixels, state_out, frames)
         video, new_state = self.decoder(latent, state, state_out=state_out, last=frames)

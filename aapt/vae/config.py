@@ -1,6 +1,7 @@
 """Shapes of the autoencoder (docs/method.md#9): the paper's two decoders, the bundled one, Wan
-2.1's."""
+2.1's and 2.2's."""
 
+import math
 from dataclasses import dataclass, replace
 
 UPSAMPLES = ("nearest", "shuffle", "separate")
@@ -11,7 +12,8 @@ class VAEConfig:
     """Shape of a `CausalVAE`. Tuples with one entry per scale begin at the finest
     (docs/method.md#9).
 
-    With `linear_skip` and empty encoder tuples, the linear map is the whole encoder.
+    With empty encoder tuples, the linear map is the whole encoder; without `linear_skip` there is
+    none, and the autoencoder only decodes.
     """
 
     encoder_channels: tuple[int, ...]
@@ -28,12 +30,15 @@ class VAEConfig:
     linear_skip: bool = False  # add a linear autoencoder (`LinearSkip`)
     latent_projection: bool = False  # a 1x1x1 convolution before the decoder
     norm_eps: float = 1e-6  # added to the mean square of a pixel's channels
+    shortcuts: bool = False  # around the layers of each scale (`shortcuts.py`); "separate" alone
+    decoder: str = "residual"  # or "memory", for TAEHV's kind (`memory.py`)
+    decoder_strides: tuple[tuple[int, int], ...] = ()  # of the decoder; those of the encoder if ()
 
     def __post_init__(self):
         scales = len(self.strides) + 1
         for name in ("encoder_channels", "decoder_channels", "encoder_blocks", "decoder_blocks"):
             value = getattr(self, name)
-            if self.linear_skip and name.startswith("encoder") and value == ():
+            if name.startswith("encoder") and value == ():
                 continue
             if len(value) != scales:
                 raise ValueError(
@@ -44,21 +49,37 @@ class VAEConfig:
                 f"upsample: expected one of {', '.join(UPSAMPLES)}, got {self.upsample!r}"
             )
 
+        if self.decoder not in ("residual", "memory"):
+            raise ValueError(f"decoder: expected 'residual' or 'memory', got {self.decoder!r}")
+        if self.decoder_strides and _product(self.decoder_strides) != _product(self.strides):
+            raise ValueError(
+                f"decoder_strides: expected {_product(self.strides)} in time and space, as the "
+                f"encoder's, got {_product(self.decoder_strides)}"
+            )
+
+    @property
+    def upscales(self) -> tuple[tuple[int, int], ...]:
+        """(time, space) from each scale of the decoder to the next coarser one."""
+        return self.decoder_strides or self.strides
+
+    def without_encoder(self) -> "VAEConfig":
+        """Returns the shape of the decoder alone."""
+        return replace(self, encoder_channels=(), encoder_blocks=())
+
     @property
     def time_factor(self) -> int:
         """Video frames per latent frame after the first."""
-        factor = 1
-        for time, _ in self.strides:
-            factor *= time
-        return factor
+        return _product(self.strides)[0]
 
     @property
     def space_factor(self) -> int:
         """Video pixels per latent pixel, per axis."""
-        factor = self.patch_size
-        for _, space in self.strides:
-            factor *= space
-        return factor
+        return self.patch_size * _product(self.strides)[1]
+
+
+def _product(strides: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Returns the factors in time and in space of all strides together."""
+    return math.prod(time for time, _ in strides), math.prod(space for _, space in strides)
 
 
 def original() -> VAEConfig:
@@ -90,15 +111,15 @@ def light() -> VAEConfig:
     return lighter(original())
 
 
-def wan(base: int = 96) -> VAEConfig:
+def wan(base: int = 96, decoder_base: int | None = None) -> VAEConfig:
     """Wan 2.1's autoencoder (arXiv 2503.20314), in the shape of its published weights (`load_wan`).
 
-    base: channels at the finest scale.
+    base, decoder_base: channels at the finest scale; the decoder's are the encoder's by default.
     """
-    channels = (base, 2 * base, 4 * base, 4 * base)
+    multiples = (1, 2, 4, 4)
     return VAEConfig(
-        encoder_channels=channels,
-        decoder_channels=channels,
+        encoder_channels=tuple(base * n for n in multiples),
+        decoder_channels=tuple((decoder_base or base) * n for n in multiples),
         encoder_blocks=(2, 2, 2, 2),
         decoder_blocks=(3, 3, 3, 3),
         strides=((1, 2), (2, 2), (2, 2)),
@@ -106,6 +127,29 @@ def wan(base: int = 96) -> VAEConfig:
         mid_attention=True,
         latent_projection=True,
         norm_eps=1e-24,
+    )
+
+
+def wan22(base: int = 160, decoder_base: int = 256) -> VAEConfig:
+    """Wan 2.2's autoencoder, in the shape of its published weights: 48 channels per 16x16 pixels.
+
+    It is `wan` on squares of 2x2 pixels, with shortcuts around its scales.
+    """
+    return replace(wan(base, decoder_base), latent_channels=48, patch_size=2, shortcuts=True)
+
+
+def taehv(latent_channels: int = 16, patch_size: int = 1) -> VAEConfig:
+    """TAEHV's decoder alone, in the shape of its published weights (`load_taehv`): 16 channels for
+    Wan 2.1, 48 on squares of 2x2 pixels for Wan 2.2."""
+    return VAEConfig(
+        encoder_channels=(),
+        decoder_channels=(64, 64, 128, 256),
+        encoder_blocks=(),
+        decoder_blocks=(0, 3, 3, 3),
+        strides=((2, 2), (2, 2), (1, 2)),
+        latent_channels=latent_channels,
+        patch_size=patch_size,
+        decoder="memory",
     )
 
 

@@ -6,7 +6,7 @@ is the shape of the weights in `original_vae.safetensors`.
 
 import hashlib
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +15,14 @@ from ..checkpoint import (
     find_checkpoint,
     load_config,
     load_meta_module,
+    read_weights,
     reading_config,
     save_config,
     save_module,
     tuples,
 )
 from . import CausalVAE, VAEConfig, load_wan
+from .taehv_weights import is_taehv, load_taehv
 from .wan_weights import WEIGHTS
 
 LIGHT, ORIGINAL = "vae", "original_vae"
@@ -32,22 +34,70 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> CausalVAE:
-    """Loads the autoencoder of a bundled model or a checkpoint folder.
+    """Loads the autoencoder of a bundled model, of a checkpoint folder, or of a file of Wan's.
 
     part: LIGHT, the decoder that the checkpoint streams with, or ORIGINAL, the decoder that the
-    light one was made from. A folder of diffusers' Wan has one decoder for both.
+    light one was made from. A folder of diffusers' Wan, or a file (`load_wan`), has one decoder for
+    both.
     device, dtype: Where the weights go, and their precision; None for float32. CheckpointError says
     what was expected and what was found.
     """
+    if is_foreign(name):
+        return load_foreign(name).to(device, dtype)
     folder = find_checkpoint(name)
-    if (folder / WEIGHTS).is_file():
-        return load_wan(folder).to(device, dtype)
     config = load_config(folder)
     part = part if part in config else LIGHT
     with reading_config(folder), torch.device("meta"):
         vae = CausalVAE(VAEConfig(**tuples(config[part])))
     load_meta_module(folder / f"{part}.safetensors", vae, device, dtype)
     return vae
+
+
+def load_foreign(name: str | Path) -> CausalVAE:
+    """Loads an autoencoder in another project's format: Wan's (`load_wan`) or TAEHV's
+    (`load_taehv`). Its tensors say which."""
+    path = Path(name)
+    return load_taehv(path) if path.is_file() and is_taehv(read_weights(path)) else load_wan(path)
+
+
+def with_decoder(vae: CausalVAE, decoder: CausalVAE) -> CausalVAE:
+    """Returns an autoencoder with the encoder and the statistics of `vae` and another decoder.
+
+    decoder: made for the same latents, such as LightVAE's or TAEHV's. ValueError if the sizes of
+    its latents or of its video differ.
+    """
+    ours, other = vae.config, decoder.config
+    same = ["latent_channels", "time_factor", "space_factor", "patch_size", "linear_skip"]
+    if other.decoder == "residual":  # both are built from these
+        same += ["upsample", "mid_attention", "padding", "norm_eps", "time_kernels", "shortcuts"]
+    for name in same:
+        if getattr(ours, name) != getattr(other, name):
+            raise ValueError(
+                f"decoder: expected {name} {getattr(ours, name)}, as the autoencoder has it, "
+                f"got {getattr(other, name)}; pass a decoder for its latents"
+            )
+    taken = ("decoder", "decoder_channels", "decoder_blocks", "latent_projection")
+    config = replace(
+        ours, **{name: getattr(other, name) for name in taken}, decoder_strides=other.upscales
+    )
+    with torch.device("meta"):
+        made = CausalVAE(config)
+    states = {"encoder.": vae.state_dict(), "decoder.": decoder.state_dict()}
+    weights = {
+        name: tensor
+        for side, state in states.items()
+        for name, tensor in state.items()
+        if name.startswith(side)
+    }
+    weights |= {"latent_mean": vae.latent_mean, "latent_std": vae.latent_std}
+    made.load_state_dict(weights, assign=True)
+    return made
+
+
+def is_foreign(name: str | Path) -> bool:
+    """Returns True for an autoencoder in another project's format: a file, or diffusers' folder."""
+    path = Path(name)
+    return path.is_file() or (path / WEIGHTS).is_file()
 
 
 def vae_digest(vae: CausalVAE) -> str:
@@ -83,9 +133,9 @@ def with_light_decoder(
 
     If `source` is an autoencoder alone, so is `out`. The original decoder stays bit for bit.
     """
-    folder = find_checkpoint(source)
     config = {}
-    if not (folder / WEIGHTS).is_file():
+    if not is_foreign(source):
+        folder = find_checkpoint(source)
         config = load_config(folder)
         others = ["model.safetensors"] if "model" in config else []
         images = [*filter(None, [config.get("sample")]), *config.get("gallery", [])]

@@ -22,8 +22,9 @@ from aapt_kernels.causal_conv3d.frames import memory_format_of
 
 from .config import VAEConfig
 
-# The memory of a decoder between chunks: one tensor per convolution, in the order they run.
-DecoderState = tuple[Tensor, ...]
+# The memory of an encoder or a decoder between chunks: one tensor per convolution, in the order of
+# the pass.
+EncoderState = DecoderState = tuple[Tensor, ...]
 
 
 class States:
@@ -95,6 +96,8 @@ class CausalConv3d(nn.Module):
         If a kernel can, it also norms the output for `then`, the next convolution with a norm.
         Without `keep_out` the output is then None, because only `then` reads it.
         """
+        if self.stride[0] > 1:
+            return self._subsample(x, stream)
         active = stream.active.pop(self, None)
         options = dict(norm_weight=self.norm_weight, eps=self.eps, silu=self.silu)
         if active is not None:
@@ -119,6 +122,22 @@ class CausalConv3d(nn.Module):
         if fuses:
             stream.active[then] = normed[0]
         return out
+
+    def _subsample(self, x: Tensor, stream: States) -> Tensor:
+        """Convolves one chunk with a stride in time.
+
+        A kernel with a stride takes no state. So the last frame of the chunk before, which is the
+        state here, goes ahead of the chunk, and its own output is dropped. A kernel reaches at most
+        one stride back.
+        """
+        past = stream.pop()
+        memory = memory_format_of(x)
+        if past is not None:
+            x = torch.cat([past, x], dim=2).contiguous(memory_format=memory)
+        stream.push(x[:, :, -1:].clone(memory_format=memory))
+        options = dict(stride=self.stride, padding=self.padding)
+        out, _ = causal_conv3d(x, self.weight, self.bias, **options)
+        return out if past is None else last_frames(out, out.shape[2] - 1)
 
     def _norms_for(self, then: "CausalConv3d") -> bool:
         """True if one epsilon serves both norms."""
@@ -233,7 +252,10 @@ class SeparateDownsample(nn.Module):
         x = self.conv(x, stream)
         if self.time_conv is None:
             return x
-        return torch.cat([x[:, :, :1], self.time_conv(x, stream)[:, :, 1:]], dim=2)
+        later = self.time_conv(x, stream)
+        if not stream.starts:
+            return later
+        return torch.cat([x[:, :, :1], later[:, :, 1:]], dim=2)
 
     def calls(self, frames: int, height: int, width: int) -> list[Call]:
         space = self.stride[1]
@@ -294,10 +316,16 @@ class SeparateUpsample(nn.Module):
             in_channels, out_channels, (1, 3, 3), upsample=(1, space), padding=config.padding
         )
 
-    def forward(self, x: Tensor, stream: States, then: CausalConv3d | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        stream: States,
+        then: CausalConv3d | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         if self.time_conv is not None:
             x = self._upsample_time(x, stream)
-        return self.conv(x, stream, then=then)
+        return self.conv(x, stream, residual, then=then)
 
     def _upsample_time(self, x: Tensor, stream: States) -> Tensor:
         time = self.stride[0]

@@ -6,6 +6,7 @@ A run resumes by the index, which lists whole shards, and by the journal, which 
 each video gave; a video is read again if some of its clips are in no whole shard.
 """
 
+import copy
 import dataclasses
 import os
 from collections import deque
@@ -16,10 +17,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...lock import folder_lock
+from ...model.umt5 import UMT5Weights
 from ...vae import CausalVAE
 from ...vae.folder import vae_digest
 from .clip_reader import CutConfig, RawClip, read_clips
+from .parts import Part, join
 from .sample import Sample, Skipped
 from .shard import EncodeError, Shard
 from .shard_folder import Outcome, ShardFolder
@@ -59,16 +65,25 @@ def encode(
     *,
     shard_clips: int = 256,
     workers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    text: UMT5Weights | None = None,
+    part: Part | None = None,
     report: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Encode all clips of `source` into `out` and return the index, see `latent_shards`.
+
+    With a `part`, only its videos are encoded, into a folder inside `out`; the index returned is
+    the part's. The process that completes the last part joins all of them, see `parts`.
 
     Args:
         source: A folder of videos or tar shards, a tar shard, or a video.
         out: A new folder, or the folder of an earlier run, which is resumed.
         shard_clips: Clips per shard.
         workers: Threads that decode.
+        dtype: Precision of the autoencoder.
+        text: The text encoder whose embeddings of captions are stored; None for none.
+        part: The share of the videos that this process encodes; None for all.
         report: Called with one line per shard.
         stop: Called after every clip; once true, the job ends with the shards written so far.
 
@@ -76,21 +91,36 @@ def encode(
     run, or if the folder belongs to another job or is in use; EncodeError if the output cannot be
     written or the source's disk fails.
     """
+    if not vae.encodes:
+        raise ValueError(
+            "model: expected an autoencoder, got a decoder alone; pass the autoencoder that the "
+            "decoder was made for"
+        )
     if os.path.lexists(out) and not os.path.isdir(out):
         raise ValueError(f"out: expected a new folder or one of encoded clips, got {out}")
     try:
-        samples = find_samples(source)
+        samples, whole = find_samples(source), out
+        if part is not None:
+            samples, out = part.samples(samples), part.folder(whole)
         out.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
-            folder = ShardFolder(out, _encoding(vae, config, shard_clips), samples, vae)
+            encoding = _encoding(vae, config, shard_clips, dtype, text)
+            folder = ShardFolder(out, encoding, samples, vae)
             if folder.written and not folder.complete:
                 report(f"{folder.contents()}: resuming")
             try:
                 if not folder.complete:
-                    _fill(folder, samples, vae, config, workers, report, stop)
+                    network = (
+                        vae if dtype == vae.latent_mean.dtype else copy.deepcopy(vae).to(dtype)
+                    )
+                    embed = None if text is None else text.embed
+                    _fill(folder, samples, network, embed, config, workers, report, stop)
             except OSError as error:
                 raise EncodeError(f"{error}; {folder.contents()}") from None
-            return folder.index()
+            index = folder.index()
+        if part is not None and index["complete"]:
+            join(whole, part.count, report)
+        return index
     except OSError as error:
         raise EncodeError(f"{error}") from None
 
@@ -99,6 +129,7 @@ def _fill(
     folder: ShardFolder,
     samples: list[Sample],
     vae: CausalVAE,
+    embed: Callable[[str], Tensor] | None,
     config: CutConfig,
     workers: int,
     report: Callable[[str], None],
@@ -124,7 +155,7 @@ def _fill(
                 outcome.clips[bucket][1] += 1
                 if first + count < folder.written[bucket]:
                     continue
-                shard = shards.setdefault(bucket, Shard(vae))
+                shard = shards.setdefault(bucket, Shard(vae, embed))
                 shard.add(clip)
                 if len(shard.clips) == folder.encoding["shard_clips"]:
                     folder.write(bucket, shards.pop(bucket), report)
@@ -171,9 +202,22 @@ def read_ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def _encoding(vae: CausalVAE, config: CutConfig, shard_clips: int) -> dict[str, Any]:
-    """Everything but the videos that decides the bytes of the shards."""
+def _encoding(
+    vae: CausalVAE,
+    config: CutConfig,
+    shard_clips: int,
+    dtype: torch.dtype,
+    text: UMT5Weights | None,
+) -> dict[str, Any]:
+    """Everything but the videos that decides the bytes of the shards. Folders of older versions
+    lack the precision, which was float32, and the text encoder."""
+    precision = {} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}
+    words = {}
+    if text is not None:
+        words["text"] = {"kind": "umt5", "tokens": text.tokens, "weights": text.digest()}
     return {
+        **precision,
+        **words,
         **dataclasses.asdict(config),
         "buckets": ["+".join(map(str, family)) for family in config.buckets],
         "shard_clips": shard_clips,

@@ -66,7 +66,8 @@ class ShardFolder:
 
     def _resume(self, samples: list[Sample]) -> None:
         index = read_index(self.out)
-        for name, value in self.encoding.items():
+        for name in {**index["encoding"], **self.encoding}:
+            value = self.encoding.get(name)
             if index["encoding"].get(name) != value:
                 raise ValueError(
                     f"out: expected a new folder, {self.out} was encoded with {name} "

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from aapt.__main__ import main
+from aapt.model.text import ByteTextEncoder
 from aapt.streaming.generator import StreamingGenerator
 
 HEIGHT, WIDTH = 80, 128
@@ -48,7 +49,7 @@ class FakeGenerator:
     step_seconds = 0.0
     driven_by = "camera"
     few_step = False
-    model = SimpleNamespace(text_encoder=SimpleNamespace(tokens=25))
+    model = SimpleNamespace(text_encoder=ByteTextEncoder(tokens=25, width=1))
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -80,5 +81,5 @@ if __name__ == "__main__":
     FakeGenerator.step_seconds = float(os.environ["STEP_SECONDS"])
     with tempfile.TemporaryDirectory() as folder:
         generator = FakeGenerator(folder)
-        StreamingGenerator.from_pretrained = lambda name: generator
+        StreamingGenerator.from_pretrained = lambda name, **_: generator
         sys.exit(main())

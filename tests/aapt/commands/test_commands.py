@@ -32,7 +32,7 @@ from .fake_generator import HEIGHT, WIDTH, FakeGenerator, script
 def generator(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     fake = FakeGenerator(tmp_path / "model")
-    monkeypatch.setattr(StreamingGenerator, "from_pretrained", lambda name: fake)
+    monkeypatch.setattr(StreamingGenerator, "from_pretrained", lambda name, **_: fake)
     monkeypatch.chdir(tmp_path)
     return fake
 

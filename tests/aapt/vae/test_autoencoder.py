@@ -15,6 +15,7 @@ from aapt.vae import (
     tiny,
     total,
     wan,
+    wan22,
 )
 from aapt_kernels import causal_conv3d
 
@@ -34,6 +35,7 @@ CONFIGS = {
     "original": shrunken(original()),
     "replicate": replace(shrunken(light()), padding="replicate"),
     "wan": wan(6),
+    "wan22": wan22(6, 8),
 }
 
 
@@ -61,7 +63,7 @@ def decode_chunks(vae: CausalVAE, latent: torch.Tensor, plan) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chunked_decoding_equals_the_whole_clip(name, plan):
     vae = make_vae(CONFIGS[name])
-    latent = torch.randn(1, 16, 4, 3, 5)
+    latent = torch.randn(1, vae.config.latent_channels, 4, 3, 5)
     whole = vae.decode(latent)
     chunked = decode_chunks(vae, latent, plan)
     exact = make_vae(CONFIGS[name], torch.float64)
@@ -72,12 +74,60 @@ def test_chunked_decoding_equals_the_whole_clip(name, plan):
     assert error <= 1e-4 * whole.abs().max()
 
 
+def encode_chunks(vae: CausalVAE, video: torch.Tensor, plan) -> torch.Tensor:
+    latents, state = [], None
+    for chunk in video.split(list(plan), dim=2):
+        latent, state = vae.encode_frames(chunk, state)
+        latents.append(latent)
+    return torch.cat(latents, dim=2)
+
+
+@pytest.mark.parametrize("plan", [(1, 4, 4, 4), (5, 8), (1, 8, 4)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunked_encoding_equals_the_whole_clip(name, plan):
+    vae = make_vae(CONFIGS[name], torch.float64)
+    space = vae.config.space_factor
+    video = torch.randn(1, 3, 13, 2 * space, 3 * space, dtype=torch.float64)
+    whole = vae.encode(video)
+    assert whole.shape == (1, vae.config.latent_channels, 4, 2, 3)
+    torch.testing.assert_close(encode_chunks(vae, video, plan), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encoder_states_are_resumed_and_replaced_in_place(name):
+    """A state can be resumed twice, and given buffers receive the new one."""
+    vae = make_vae(CONFIGS[name])
+    space = vae.config.space_factor
+    first, second = torch.randn(1, 3, 5, space, 2 * space), torch.randn(1, 3, 4, space, 2 * space)
+    _, state = vae.encode_frames(first)
+    state = tuple(part.clone() for part in state)
+    once, wanted = vae.encode_frames(second, state)
+    again, returned = vae.encode_frames(second, state, state_out=state)
+    assert torch.equal(once, again)
+    for old, new, same in zip(state, wanted, returned, strict=True):
+        assert same is old and torch.equal(old, new)
+
+
+def test_frames_that_no_encoder_takes():
+    vae = make_vae(tiny())
+    with pytest.raises(
+        ValueError, match=r"video: expected \(batch, 3, 1 \+ 4n, height, width\) wit"
+    ):
+        vae.encode_frames(torch.randn(1, 3, 4, 8, 8))
+    _, state = vae.encode_frames(torch.randn(1, 3, 1, 8, 8))
+    for frames in (1, 0, 5):
+        with pytest.raises(
+            ValueError, match=r"video: expected \(batch, 3, 4n, height, width\) with"
+        ):
+            vae.encode_frames(torch.randn(1, 3, frames, 8, 8), state)
+
+
 @pytest.mark.parametrize("last", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_last_frames_of_a_chunk_are_those_of_the_whole_clip(name, last):
     """And so are all frames of the chunk after it."""
     vae = make_vae(CONFIGS[name], torch.float64)
-    latent = torch.randn(1, 16, 20, 3, 5, dtype=torch.float64)
+    latent = torch.randn(1, vae.config.latent_channels, 20, 3, 5, dtype=torch.float64)
     whole = vae.decode(latent)
     _, state = vae.decode_frame(latent[:, :, :1])
     video, state = vae.decode_frame(latent[:, :, 1:17], state, last=last)
@@ -118,7 +168,7 @@ def test_last_frames_that_are_not_there(last):
 def test_every_latent_frame_reaches_the_video(name):
     """An output that ignored the state, or the latent, would pass the chunking test."""
     vae = make_vae(CONFIGS[name], torch.float64)
-    latent = torch.randn(1, 16, 3, 3, 5, dtype=torch.float64)
+    latent = torch.randn(1, vae.config.latent_channels, 3, 3, 5, dtype=torch.float64)
     before = vae.decode(latent)
     latent[:, :, 1] += 1
     change = (vae.decode(latent) - before).abs().amax((0, 1, 3, 4))
@@ -152,16 +202,18 @@ def test_old_state_can_be_resumed():
 @pytest.mark.parametrize("frames, height, width", [(1, 3, 5), (2, 1, 3), (4, 5, 2)])
 def test_shapes(name, frames, height, width):
     vae = make_vae(CONFIGS[name])
-    video = torch.randn(2, 3, 1 + 4 * (frames - 1), 8 * height, 8 * width)
+    space, channels = vae.config.space_factor, vae.config.latent_channels
+    video = torch.randn(2, 3, 1 + 4 * (frames - 1), space * height, space * width)
     latent = vae.encode(video)
-    assert latent.shape == (2, 16, frames, height, width)
+    assert latent.shape == (2, channels, frames, height, width)
     assert vae.decode(latent).shape == video.shape
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_first_frame_is_encoded_on_its_own(name):
     vae = make_vae(CONFIGS[name], torch.float64)
-    video = torch.randn(1, 3, 9, 16, 24, dtype=torch.float64)
+    space = vae.config.space_factor
+    video = torch.randn(1, 3, 9, 2 * space, 3 * space, dtype=torch.float64)
     latent = vae.encode(video)
     torch.testing.assert_close(vae.encode(video[:, :, :1]), latent[:, :, :1])
     video[:, :, 5:] = 0  # the last latent frame's own four video frames
@@ -267,7 +319,7 @@ class Counter:
 
         return call
 
-    def _conv(self, outputs, x, weight, bias, *, state, norm_weight, residual, **_):
+    def _conv(self, outputs, x, weight, bias, *, state=None, norm_weight=None, residual=None, **_):
         out, _ = outputs
         self.flops += 2 * weight.numel() * out.shape[2:].numel()
         state_bytes = 2 * state.numel() if state is not None else 0
@@ -287,13 +339,15 @@ def test_flops_count_what_runs(name, monkeypatch):
     config = CONFIGS[name]
     vae = make_vae(config)
     counter = Counter(monkeypatch)
-    counter.run(vae.encode, torch.randn(1, 3, 5, 24, 40))
+    height, width = 3 * config.space_factor, 5 * config.space_factor
+    counter.run(vae.encode, torch.randn(1, 3, 5, height, width))
     short = counter.flops
-    counter.run(vae.encode, torch.randn(1, 3, 9, 24, 40))
+    counter.run(vae.encode, torch.randn(1, 3, 9, height, width))
     long = counter.flops
-    _, state = vae.decode_frame(torch.randn(1, 16, 1, 3, 5))
-    counter.run(vae.decode_frame, torch.randn(1, 16, 1, 3, 5), state)
-    assert (long - short, counter.flops) == flops_per_latent_frame(config, 24, 40)
+    latent = torch.randn(1, config.latent_channels, 1, 3, 5)
+    _, state = vae.decode_frame(latent)
+    counter.run(vae.decode_frame, latent, state)
+    assert (long - short, counter.flops) == flops_per_latent_frame(config, height, width)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -301,10 +355,10 @@ def test_work_is_what_runs(name, monkeypatch):
     config = CONFIGS[name]
     decoder = make_vae(config).decoder
     counter = Counter(monkeypatch)
-    latent = torch.randn(1, 16, 1, 3, 5)
+    latent = torch.randn(1, config.latent_channels, 1, 3, 5)
     _, state = decoder(latent, None)
     counter.run(decoder, latent, state, pixels=True)
-    work = total(decoder_work(config, 24, 40))
+    work = total(decoder_work(config, 3 * config.space_factor, 5 * config.space_factor))
     assert (counter.flops, counter.bytes) == (work.flops, work.bytes)
     assert counter.state_bytes == work.state_bytes == 2 * sum(s.numel() for s in state)
     assert work.parameters == sum(p.numel() for p in decoder.parameters())

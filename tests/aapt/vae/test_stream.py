@@ -42,7 +42,7 @@ def play(decoder, latents):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pixels_are_those_of_decode_frame(replays, name, batch):
     vae = make_vae(CONFIGS[name])
-    latents = torch.randn(4, batch, 16, 1, 3, 5)
+    latents = torch.randn(4, batch, vae.config.latent_channels, 1, 3, 5)
     decoder = DecoderStream(vae, latents[0].shape)
     assert torch.equal(play(decoder, latents), expected(vae, latents))
     assert decoder.frames == 4
