@@ -22,6 +22,8 @@ LAYOUTS = {
     "past-unlimited": FrameLayout(3, 7, 3, None, past_frames=4),
     "past-two-sinks": FrameLayout(0, 40, 2, 1, sink_frames=2, past_frames=1),
     "large-frames": FrameLayout(4, 520, 1, 0),
+    "whole-clip": FrameLayout(0, 70, 1, 0),
+    "frame-and-past": FrameLayout(0, 9, 1, 3, past_frames=2),
 }
 
 

@@ -6,6 +6,8 @@ probabilities. Half precision is computed in float32: the products are bound by 
 sizes, and the scores keep their accuracy. Every large temporary is scratch that all tiles share,
 because fresh pages cost more than the arithmetic.
 
+A lone frame that sees every key, such as a whole clip, goes to PyTorch's own attention in one call.
+
 Rows of several frames share keys that only some of them see. A weight of zero hides the others, but
 not NaN and infinity: if the inputs hold any, every frame gets a tile of its own.
 """
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..layout import FrameLayout, Interval
-from ..precision import wide
+from ..precision import dense, wide
 
 TILE_ROWS = 64  # rows up to which small frames are grouped
 MAX_TILE_ROWS = 512  # rows beyond which a frame is split
@@ -196,7 +198,39 @@ class Problem:
         return s
 
 
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def is_dense(q: Tensor, q_sink: Tensor | None, layout: FrameLayout) -> bool:
+    """Return whether the query is one frame that sees every key, the sink as any other."""
+    if layout.text_tokens or layout.frames != 1 or q_sink is not None or q.numel() == 0:
+        return False
+    seen = sum(end - start for start, end in layout.intervals(0))
+    return seen == layout.key_length
+
+
+def head_major(*tensors: Tensor) -> list[Tensor]:
+    """Return (B, L, H, D) as views (B, H, L, D), as PyTorch's attention takes them; float16 as
+    float32, because PyTorch's attention is several times slower in float16."""
+    return [(x.float() if x.dtype == torch.float16 else x).transpose(1, 2) for x in tensors]
+
+
+def dense_backward(dout, q, k, v, out, lse, layout, scale, prefix_grad) -> list[Tensor]:
+    """Return dq, dk and dv of one frame that sees every key."""
+    gradients = flash_backward(*head_major(dout, q, k, v, out), lse, 0.0, False, scale=scale)
+    dq, dk, dv = (dense(x.transpose(1, 2), q.dtype) for x in gradients)
+    if not prefix_grad:
+        for x in (dk, dv):
+            x[:, slice(*layout.prefix)] = 0
+    return [dq, dk, dv]
+
+
 def forward(q, k, v, text_lens, q_sink, *arguments):
+    *integers, scale, _ = arguments
+    if is_dense(q, q_sink, FrameLayout(*integers)):
+        out, lse = flash(*head_major(q, k, v), scale=scale)
+        return dense(out.transpose(1, 2), q.dtype), lse.contiguous()
     problem = Problem(q, k, v, text_lens, q_sink, arguments)
     out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[:2])
     for tile in problem.tiles():
@@ -217,6 +251,11 @@ def forward(q, k, v, text_lens, q_sink, *arguments):
 
 
 def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
+    *integers, scale, prefix_grad, _ = arguments
+    layout = FrameLayout(*integers)
+    if dlse is None and is_dense(q, q_sink, layout):
+        gradients = dense_backward(dout, q, k, v, out, lse, layout, scale, prefix_grad)
+        return *gradients, q.new_empty(0)
     problem = Problem(q, k, v, text_lens, q_sink, arguments[:-1], dout)
     dlse = None if dlse is None else dlse.to(problem.dtype).flatten(0, 1)[..., None]
     dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from aapt_kernels import FrameLayout, block_causal_attention
-from aapt_kernels.block_causal_attention import ref
+from aapt_kernels.block_causal_attention import cpu, ref
 from aapt_kernels.block_causal_attention.cases import LAYOUTS, make_inputs
 from aapt_kernels.testing import assert_error_ratio
 
@@ -97,7 +97,9 @@ def test_equals_flex_attention(backend, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["tiny-world", "odd", "short-past", "large-frames"])
+@pytest.mark.parametrize(
+    "name", ["tiny-world", "odd", "short-past", "large-frames", "whole-clip", "frame-and-past"]
+)
 def test_error_is_at_most_twice_that_of_plain_pytorch(backend, name, dtype):
     layout = LAYOUTS[name]
     inputs = make_inputs(layout, heads=2, head_dim=16, dtype=dtype)
@@ -171,6 +173,38 @@ def test_prefix_grad_false_leaves_the_prefix_rows_zero(backend):
             full[index][:, start:end] = 0
         for ours, theirs in zip(part, full, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix_grad", [False, True])
+@pytest.mark.parametrize("name", ["whole-clip", "frame-and-past"])
+def test_one_frame_that_sees_every_key(backend, monkeypatch, name, prefix_grad, dtype):
+    """It is plain attention, and on the cpu backend one call of PyTorch's own."""
+    layout = LAYOUTS[name]
+    inputs = make_inputs(layout, dtype=dtype)
+    monkeypatch.setattr(cpu, "tiles", None)
+
+    def dense(inputs):
+        leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v")]
+        q, k, v = (x.transpose(1, 2) for x in leaves)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return out, *torch.autograd.grad(out, leaves, inputs["dout"])
+
+    prefix = {} if layout.past_frames is None else {"prefix_grad": prefix_grad}
+    leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v")]
+    out = block_causal_attention(*leaves, layout, **prefix)
+    actual = [out, *torch.autograd.grad(out, leaves, inputs["dout"])]
+    exact, baseline = dense({key: x.double() for key, x in inputs.items()}), dense(inputs)
+    if not prefix.get("prefix_grad", True):
+        for gradients in (exact, baseline):
+            for gradient in gradients[2:]:
+                gradient[:, slice(*layout.prefix)] = 0
+    for ours, oracle, theirs, of in zip(actual, exact, baseline, ("out", "dq", "dk", "dv")):
+        assert ours.dtype == dtype and ours.is_contiguous()
+        if dtype == torch.float64:  # the oracle's own dtype
+            torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
+        else:
+            assert_error_ratio(ours, oracle, theirs, of)
 
 
 def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient(backend):
