@@ -21,7 +21,7 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
 
 `causal_conv3d` is the VAE's convolution. Each function is a real torch op, `torch.ops.aapt.<name>`,
 that compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends`
-lists the choice.
+lists the choice. `patch` gives a diffusers Wan pipeline this attention.
 """
 
 from . import _library
@@ -32,6 +32,7 @@ from .backend import backends, use_backend  # noqa: E402  the schemas come first
 from .block_causal_attention import block_causal_attention  # noqa: E402
 from .cached_attention import cached_attention  # noqa: E402
 from .causal_conv3d import causal_conv3d  # noqa: E402
+from .diffusers_wan import patch  # noqa: E402
 from .kv_append import kv_append  # noqa: E402
 from .kv_cache import KVCache  # noqa: E402
 from .layout import FrameLayout  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "cached_attention",
     "causal_conv3d",
     "kv_append",
+    "patch",
     "qk_norm_rope",
     "use_backend",
 ]

@@ -1,8 +1,13 @@
 """Recipes of docs/drop-in.md: the blocks printed there run here, and give the results of the code
 that they replace."""
 
+import copy
 import re
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from aapt_kernels import FrameLayout
+from aapt_kernels import FrameLayout, patch
 from aapt_kernels.block_causal_attention.cases import LAYOUTS
 from aapt_kernels.testing import assert_error_ratio
 
@@ -148,77 +153,203 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-def test_wan_with_one_frame_is_bidirectional(backend, wan, clip):
-    before, after = recipe("diffusers: Wan")
-    expected = outcome(wan, run(before, transformer=wan, **clip)["output"])
-    processor = run(after, transformer=wan, **clip)["BlockCausalProcessor"]
-    for block in wan.blocks:
-        block.attn1.set_processor(processor(FrameLayout(0, FRAMES * TOKENS, 1, 0)))
-    assert_same(outcome(wan, run(before, transformer=wan, **clip)["output"]), expected)
+def test_wan_page(wan, clip):
+    """The blocks of the page: as it is, under the block-causal mask, and undone."""
+    before, after, causal = recipe("diffusers: Wan")
+    names = {"transformer": wan, **clip}
+    theirs = [block.attn1.processor for block in wan.blocks]
+    expected = run(before, **names)["output"]
+    ours = run(after, **names)
+    torch.testing.assert_close(ours["output"], expected, rtol=1e-4, atol=1e-5)
+    assert [block.attn1.processor for block in wan.blocks] == theirs
+    masked = run(causal, **names | {"patch": ours["patch"]})["output"]
+    assert (masked - expected).abs().max() > 0.1
+    assert [block.attn1.processor for block in wan.blocks] == theirs
+    assert torch.equal(run(before, **names)["output"], expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_wan_block_causal(backend, wan, clip, checkpointing):
-    before, after = recipe("diffusers: Wan")
-    ours = run(after, transformer=wan, **clip)
-    actual = outcome(wan, ours["output"])
-    assert ours["layout"] == FrameLayout(0, TOKENS, FRAMES, 6)
-    assert not ours["layout"].dense_mask()[-1].all()
-    if checkpointing:
+def predict(model: nn.Module, clip: dict[str, Tensor]) -> Tensor:
+    return model(clip["latents"], clip["timestep"], clip["text"]).sample
+
+
+@contextmanager
+def masked(model: nn.Module, mask: Tensor):
+    """diffusers' own attention under a dense mask."""
+    for block in model.blocks:
+        block.attn1.set_processor(Masked(mask))
+    yield
+    for block in model.blocks:
+        block.attn1.set_processor(WanAttnProcessor())
+
+
+def test_patched_wan_is_bidirectional(backend, wan, clip):
+    expected = outcome(wan, predict(wan, clip))
+    with patch(wan):
+        assert_same(outcome(wan, predict(wan, clip)), expected)
+
+
+CAUSAL = [(6, 1), (0, 0), (2, 3), (None, 1)]  # window and sink
+
+
+@pytest.mark.parametrize(("window", "sink"), CAUSAL)
+def test_patched_wan_is_block_causal(backend, wan, clip, window, sink):
+    with patch(wan, causal=True, window_frames=window, sink_frames=sink):
+        actual = outcome(wan, predict(wan, clip))
+    mask = FrameLayout(0, TOKENS, FRAMES, window, sink).dense_mask()
+    with masked(wan, mask):
+        assert_same(actual, outcome(wan, predict(wan, clip)))
+
+
+def test_patched_wan_with_gradient_checkpointing(backend, wan, clip):
+    with patch(wan, causal=True, window_frames=6):
+        expected = outcome(wan, predict(wan, clip))
         wan.enable_gradient_checkpointing()
         wan.train()
-        again = outcome(wan, run(before, transformer=wan, **clip)["output"])
-        assert_same(again, actual)
-    for block in wan.blocks:
-        block.attn1.set_processor(Masked(ours["layout"].dense_mask()))
-    assert_same(actual, outcome(wan, run(before, transformer=wan, **clip)["output"]))
+        assert_same(outcome(wan, predict(wan, clip)), expected)
 
 
-def test_wan_in_half_precision(backend, wan, clip):
+@pytest.mark.parametrize("causal", [False, True])
+def test_patched_wan_in_half_precision(backend, wan, clip, causal):
     """No further from float32 than twice what diffusers is under a dense mask."""
-    before, after = recipe("diffusers: Wan")
-    timestep = clip["timestep"]
     outputs = {}
+    mask = torch.ones(FRAMES * TOKENS, FRAMES * TOKENS, dtype=torch.bool)
+    if causal:
+        mask = FrameLayout(0, TOKENS, FRAMES, 6).dense_mask()
+    timestep = clip["timestep"]
     with torch.no_grad():
         for dtype in (torch.bfloat16, torch.float32):  # in this order of the same weights
             wan.to(dtype)
             clip = {name: x.to(dtype) for name, x in clip.items()} | {"timestep": timestep}
-            ours = run(after, transformer=wan, **clip)
-            for block in wan.blocks:
-                block.attn1.set_processor(Masked(ours["layout"].dense_mask()))
-            theirs = run(before, transformer=wan, **clip)["output"]
-            outputs[dtype] = ours["output"], theirs
+            with patch(wan, causal=causal, window_frames=6 if causal else None):
+                ours = predict(wan, clip)
+            with masked(wan, mask):
+                outputs[dtype] = ours, predict(wan, clip)
     actual, baseline = outputs[torch.bfloat16]
     assert actual.dtype == torch.bfloat16
     assert_error_ratio(actual, outputs[torch.float32][1], baseline)
 
 
-def test_wan_compiles_without_a_break(wan, clip):
-    before, after = recipe("diffusers: Wan")
-    expected = outcome(wan, run(after, transformer=wan, **clip)["output"])
-    graphs = CompileCounterWithBackend("aot_eager")
-    wan.compile_repeated_blocks(fullgraph=True, backend=graphs)
-    assert_same(outcome(wan, run(before, transformer=wan, **clip)["output"]), expected)
-    assert graphs.frame_count > 0
+def test_patched_wan_in_float64(backend, wan, clip):
+    """Wan's norms are float32 in any model; the attention itself loses nothing beside them."""
+    wan.double()
+    clip = {name: x.double() for name, x in clip.items()}
+    expected = predict(wan, clip)
+    with patch(wan):
+        torch.testing.assert_close(predict(wan, clip), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_wan_does_not_see_the_future(backend, wan, clip):
-    before, after = recipe("diffusers: Wan")
-    with torch.no_grad():
-        first = run(after, transformer=wan, **clip)["output"]
+def test_patched_wan_compiles_without_a_break(wan, clip):
+    with patch(wan, causal=True, window_frames=6):
+        expected = outcome(wan, predict(wan, clip))
+        graphs = CompileCounterWithBackend("aot_eager")
+        wan.compile_repeated_blocks(fullgraph=True, backend=graphs)
+        assert_same(outcome(wan, predict(wan, clip)), expected)
+        assert graphs.frame_count > 0
+
+
+def test_patched_wan_does_not_see_the_future(backend, wan, clip):
+    with torch.no_grad(), patch(wan, causal=True, window_frames=6):
+        first = predict(wan, clip)
         clip["latents"][:, :, -2:] += 1
-        second = run(before, transformer=wan, **clip)["output"]
+        second = predict(wan, clip)
     torch.testing.assert_close(second[:, :, :-2], first[:, :, :-2])
     assert (second[:, :, -2:] - first[:, :, -2:]).abs().max() > 0.1
 
 
-def test_wan_of_another_size_is_an_error(wan, clip):
-    before, after = recipe("diffusers: Wan")
-    run(after, transformer=wan, **clip)
-    clip["latents"], clip["timestep"] = clip["latents"][:, :, :-1], clip["timestep"][:, :-TOKENS]
-    words = r"^q: expected \(batch, 54, heads, head_dim\) .*, got \(2, 48, 2, 12\)$"
-    with pytest.raises(ValueError, match=words):
-        run(before, transformer=wan, **clip)
+def test_patched_wan_takes_any_size(backend, wan, clip):
+    """Sizes follow each other, and latents may come by name."""
+    for rows, frames in ((ROWS, FRAMES), (2, 4), (ROWS, 1)):
+        latents = clip["latents"][:, :, :frames, :rows]
+        timestep, tokens = torch.tensor([3, 500]), rows // 2 * (COLUMNS // 2)
+        call = {"hidden_states": latents, "timestep": timestep}
+        call["encoder_hidden_states"] = clip["text"]
+        with patch(wan, causal=True, window_frames=1):
+            actual = wan(**call).sample
+        with masked(wan, FrameLayout(0, tokens, frames, 1).dense_mask()):
+            torch.testing.assert_close(actual, wan(**call).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_patch_of_a_pipeline_with_two_transformers(wan, clip):
+    second = copy.deepcopy(wan)
+    expected = predict(wan, clip)
+    pipeline = SimpleNamespace(transformer=wan, transformer_2=second, vae=nn.Linear(1, 1))
+    patched = patch(pipeline, causal=True, window_frames=0, sink_frames=0)
+    for model in (wan, second):
+        assert (predict(model, clip) - expected).abs().max() > 0.1
+    patched.undo()
+    patched.undo()  # changes nothing
+    for model in (wan, second):
+        assert torch.equal(predict(model, clip), expected)
+        assert not model._forward_pre_hooks
+
+
+def test_undo_leaves_a_processor_that_came_later(wan):
+    patched = patch(wan)
+    later = WanAttnProcessor()
+    wan.blocks[0].attn1.set_processor(later)
+    patched.undo()
+    assert wan.blocks[0].attn1.processor is later
+    assert isinstance(wan.blocks[1].attn1.processor, WanAttnProcessor)
+
+
+def test_patch_ends_with_its_block_on_an_error(wan):
+    theirs = [block.attn1.processor for block in wan.blocks]
+    with pytest.raises(KeyError), patch(wan, causal=True):
+        raise KeyError
+    assert [block.attn1.processor for block in wan.blocks] == theirs
+
+
+def test_patch_imports_no_diffusers():
+    code = "import sys, aapt_kernels; aapt_kernels.patch; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"pipeline": nn.Linear(1, 1)},
+            TypeError,
+            "pipeline: expected a diffusers Wan pipeline or transformer, got Linear, in which no "
+            "attn1 is a WanAttention",
+        ),
+        (
+            {"pipeline": SimpleNamespace(transformer=None)},
+            TypeError,
+            "pipeline: expected a diffusers Wan pipeline or transformer, got SimpleNamespace, in "
+            "which no attn1 is a WanAttention",
+        ),
+        (
+            {"window_frames": 3},
+            ValueError,
+            "causal: expected True with window_frames or sink_frames, got False; pass causal=True",
+        ),
+        (
+            {"causal": True, "window_frames": -1},
+            ValueError,
+            "window_frames: expected an integer >= 0 or None, got -1",
+        ),
+        (
+            {"causal": True, "sink_frames": 1.5},
+            TypeError,
+            "sink_frames: expected an integer >= 0, got 1.5",
+        ),
+    ],
+)
+def test_patch_refuses(wan, change, error, words):
+    with pytest.raises(error, match=f"^{re.escape(words)}$"):
+        patch(**{"pipeline": wan} | change)
+    assert all(isinstance(block.attn1.processor, WanAttnProcessor) for block in wan.blocks)
+
+
+def test_patched_layers_refuse_what_they_would_ignore(wan, clip):
+    with patch(wan):
+        attention = wan.blocks[0].attn1
+        with pytest.raises(ValueError, match="^attention_mask: expected none in a patched layer"):
+            attention(torch.zeros(1, TOKENS, 24), None, torch.ones(1), None)
+        attention.processor._parallel_config = object()  # as `enable_parallelism` does
+        with pytest.raises(ValueError, match="got one; undo the patch$"):
+            predict(wan, clip)
 
 
 # Self-Forcing
@@ -260,6 +391,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
 @pytest.mark.parametrize(
     ("local_attn_size", "sink_size", "first", "chunk"),
     [
@@ -272,12 +404,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (5, 0, 1, 4),
     ],
 )
-def test_rolling_cache(backend, local_attn_size, sink_size, first, chunk):
+def test_rolling_cache(backend, local_attn_size, sink_size, first, chunk, positions):
     """Two layers, past the buffer's size several times, two noisy passes and a clean one a step.
     Sink, window and the first chunk need not be multiples of the chunk."""
     before, after = recipe("Self-Forcing: the rolling cache")
-    theirs = run(before, rotate=rotate, attention=attention)["self_attention"]
     ours = run(after)
+    if positions == "relative":
+        before, after = recipe("LongLive 2: relative positions")
+        ours |= {"self_attention": run(after)["self_attention"]}
+    theirs = run(before, rotate=rotate, attention=attention)["self_attention"]
+    table = rotations(0, local_attn_size)
     layers = nn.ModuleList(SelfAttention() for _ in range(2))
     prepared = nn.ModuleList(SelfAttention() for _ in range(2))
     prepared.load_state_dict(layers.state_dict())
@@ -297,14 +433,35 @@ def test_rolling_cache(backend, local_attn_size, sink_size, first, chunk):
     done = 0
     with torch.inference_mode():
         for frames in (first, *[chunk] * (STEPS - 1)):
-            freqs = rotations(done, frames)
+            freqs = (rotations(done, frames),)
+            their_freqs = freqs[0]
+            if positions == "relative":
+                freqs = (*freqs, rotations(min(done, local_attn_size - frames), frames))
+                their_freqs = table
             for _ in range(3):
                 expected = actual = torch.randn(BATCH, frames * tokens, HEADS * HEAD_DIM)
                 for index, layer in enumerate(layers):
                     state = rolling[index], done * tokens, sink_size * tokens
-                    expected = theirs(layer, expected, freqs, *state)
-                    actual = ours["self_attention"](prepared[index], actual, freqs, cache, index)
+                    expected = theirs(layer, expected, their_freqs, *state)
+                    actual = ours["self_attention"](prepared[index], actual, *freqs, cache, index)
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
             cache.advance(frames)
             done += frames
     assert all(state["global_end"] == done * tokens for state in rolling)
+
+
+def test_cross_attention():
+    before, after = recipe("Wan: cross-attention to text")
+    layer, x, text = SelfAttention(), *(torch.randn(2, n, HEADS * HEAD_DIM) for n in (6, 5))
+    expected = run(before, attention=attention)["cross_attention"](layer, x, text)
+    ours = run(after)
+    pair = ours["text_keys_values"](layer, text)
+    torch.testing.assert_close(ours["cross_attention"](layer, x, *pair), expected)
+
+
+def test_every_block_of_the_page_runs_here():
+    """A block that is added to the page needs a test."""
+    tested = Path(__file__).read_text()
+    for section in PAGE.read_text().split("\n## ")[1:]:
+        title = section.partition("\n")[0]
+        assert ("```python" in section) == (f'recipe("{title}")' in tested), title
