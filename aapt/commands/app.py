@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from .bench import bench
+from .convert import convert
 from .encode import encode
 from .evaluate import evaluate, evaluate_vae
 from .generate import generate
@@ -117,7 +118,7 @@ def options(
     """Hold the options of `aapt` itself."""
 
 
-for command in (generate, serve, info, train, encode, plot):
+for command in (generate, serve, info, train, encode, convert, plot):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-vae")(evaluate_vae)
