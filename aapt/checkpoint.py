@@ -196,8 +196,10 @@ def load_meta_module(
         if dtype is not None:
             module.to(dtype)
         module.to_empty(device=device)
-        with torch.no_grad():
-            for name, tensor in module.state_dict().items():
+    with _reading(path), torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            # A file that stays open keeps every page in memory that was read from it
+            with safe_open(path, framework="pt") as file:
                 tensor.copy_(file.get_tensor(name))
 
 

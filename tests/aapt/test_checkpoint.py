@@ -1,6 +1,9 @@
 """Checkpoints: round trips, and every way a file can be wrong."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +113,38 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot be written: .*No space left on device"):
         checkpoint.save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
     assert not list(tmp_path.iterdir())
+
+
+# Prints by how many bytes the resident memory grows beyond the weights while they are loaded
+LOAD = """
+import re, sys
+from pathlib import Path
+import torch
+from aapt.checkpoint import load_meta_module
+
+def resident(name):
+    return 1024 * int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def load(depth, path):
+    with torch.device("meta"):
+        layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024) for _ in range(depth))
+    load_meta_module(path, layers, "cpu", torch.float32)
+    return sum(x.nbytes for x in layers.state_dict().values()), layers
+
+load(1, Path(sys.argv[1]))  # imports what is imported late
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = resident("VmRSS")
+weights, layers = load(24, Path(sys.argv[2]))
+print(resident("VmHWM") - before - weights)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_loading_holds_the_weights_and_a_few_tensors(tmp_path):
+    paths = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
+    for depth, path in zip((1, 24), paths):
+        save_module(path, nn.ModuleList(nn.Linear(1024, 1024) for _ in range(depth)))
+    words = [sys.executable, "-c", LOAD, *paths]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4 * 4 * 1024**2  # four layers, of the file's 24
