@@ -138,22 +138,6 @@ class KVCache:
             return None, None
         return self.k_scale[layer], self.v_scale[layer]
 
-    def layer(self, index: int) -> "KVCache":
-        """Return a view of one layer, a cache of one layer on the memory and the counter of this
-        one; IndexError unless there is such a layer.
-
-        A compiled block that gets its view is the block of any layer: one graph serves all of them.
-        `advance`, `reset` and `load` belong to the whole cache.
-        """
-        self.check_layer(index)
-        view = copy.copy(self)
-        with torch.inference_mode(False), torch.no_grad():
-            for name in ("k", "v", "k_scale", "v_scale"):
-                tensor = getattr(self, name)
-                if tensor is not None:
-                    setattr(view, name, tensor[index : index + 1])
-        return view
-
     @property
     def ring_frames(self) -> int:
         """Slots of the ring: window and newest frame. A step appends at most as many frames."""
@@ -246,6 +230,11 @@ class KVCache:
         """Names of the tensors that make up the state."""
         names = ("k", "v", "step", "text_lens")
         return names if self.k_scale is None else (*names, "k_scale", "v_scale")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the state by name, not copied: k, v, step, text_lens, and for a
+        float8 cache k_scale and v_scale."""
+        return {name: getattr(self, name) for name in self._state}
 
     def check_twin(self, other: "KVCache") -> None:
         """Raise ValueError unless the other cache has the sizes, dtypes and device of this one."""

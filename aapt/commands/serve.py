@@ -13,6 +13,7 @@ import typer
 from .shared import MODEL, InputError, Model, Threads, bad_input, load, missing_extra, say
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OVERSIZE = 1 << 20  # bytes above a limit up to which a client is told what the limit is
 SEND_BUFFER = 1 << 17  # bytes per connection: what the network has not taken grows stale
 
 
@@ -94,7 +95,8 @@ def serve(
     config = uvicorn.Config(
         app,
         log_level="warning",
-        ws_max_size=settings.message_bytes,
+        ws_max_size=settings.upload_bytes + OVERSIZE,
+        ws_per_message_deflate=False,  # images are compressed
         ssl_certfile=tls and tls[0],
         ssl_keyfile=tls and tls[1],
         timeout_graceful_shutdown=5,

@@ -83,9 +83,7 @@ class RotaryPositions(nn.Module):
         ).flatten(0, 1)
         return angles.cos().float(), angles.sin().float()
 
-    def _table(
-        self, frames: Tensor, places: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _table(self, frames: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         time = frames.to(self.time_frequency.device, torch.float64)
         angles = (time[:, None] * self.time_frequency)[:, None]
         tables = []

@@ -347,10 +347,10 @@ def block_bytes(config: ModelConfig, tokens: int, norm: int = FLOAT) -> float:
     of both residual branches (2), the MLP before and after its activation (2 mlp_ratio).
 
     Args:
-        norm: Bytes per number in the input and the output of a norm: float32 under CUDA's autocast.
+        norm: Bytes per number in the input of a norm: float32 if modulation is.
     """
     numbers = 2 + 3 + 4 + 1 + 2 + 2 * config.mlp_ratio
-    return (HALF * numbers + norm * 4) * config.width * (tokens + config.text_tokens)
+    return (HALF * numbers + norm * 2) * config.width * (tokens + config.text_tokens)
 
 
 def activation_bytes(config: ModelConfig, tokens: int, checkpointed: bool) -> float:

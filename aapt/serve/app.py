@@ -1,19 +1,15 @@
-"""The web application: the page, its WebSocket, uploads, recordings, health and figures."""
+"""The web application: the page and its WebSocket, the gallery, health and figures."""
 
-import asyncio
 import contextlib
 import hmac
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, HTTPException, Query, Request, Response, WebSocket
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,21 +17,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..streaming.generator import StreamingGenerator
 from . import protocol
 from .connection import Connection
-from .record import Recording
 from .server import PlayServer
-from .session import Place
 from .settings import Settings
 
 PAGE = Path(__file__).parent / "page"
 COOKIE = "aapt_token"
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; "
-    "media-src 'self' blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+    "media-src 'self' blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-LOOK_SECONDS = 0.5  # between two looks whether a recording is still wanted
 REFUSED = 1008  # close code of a WebSocket
 
 
@@ -88,68 +81,6 @@ def create_app(generator: StreamingGenerator, name: str, settings: Settings) -> 
         if picture not in server.gallery:
             raise HTTPException(404, "picture: expected a name of the gallery")
         return Response(server.gallery[picture].png, media_type="image/png")
-
-    @app.post("/upload")
-    async def upload(request: Request) -> dict:
-        data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > settings.upload_bytes:
-                limit = settings.upload_bytes
-                raise HTTPException(413, f"upload: expected at most {limit} bytes, got more")
-        try:
-            return {"id": await server.upload(bytes(data))}
-        except ValueError as error:
-            raise HTTPException(422, " ".join(str(error).split())) from None
-
-    @app.get("/log/{token}.jsonl")
-    async def log(token: str) -> Response:
-        place = server.place(token)
-        if place is None:
-            raise HTTPException(404, "token: expected that of an open world")
-        lines = await asyncio.to_thread(lambda: list(place.walk.copy().lines(server.version)))
-        text = "\n".join(lines) + "\n"
-        return PlainTextResponse(text, headers=_download("walk.jsonl"))
-
-    @app.get("/record/{token}.mp4")
-    async def record(
-        request: Request,
-        token: str,
-        branch: int | None = None,
-        first: Annotated[int, Query(alias="from")] = 0,
-        last: Annotated[int | None, Query(alias="to")] = None,
-    ) -> Response:
-        place = server.place(token)
-        if place is None:
-            raise HTTPException(404, "token: expected that of an open world")
-        branch = place.branch if branch is None else branch
-        walk = place.walk
-        try:
-            walk.check(branch, 0)
-            last = walk.branches[branch].end if last is None else last
-            walk.check(branch, last)
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
-        if not max(0, last - settings.record_steps) <= first <= last:
-            raise HTTPException(
-                422,
-                f"from: expected at most {settings.record_steps} steps before {last}, got {first}",
-            )
-        if len(server.recording) >= settings.sessions or token in server.recording:
-            raise HTTPException(429, "record: expected one recording at a time; try again later")
-        folder = Path(tempfile.mkdtemp(prefix="aapt-"))
-        clean = BackgroundTask(shutil.rmtree, folder, ignore_errors=True)
-        server.recording.add(token)
-        try:
-            await _record(request, server, place, branch, first, last, folder / "walk.mp4")
-        except BaseException:
-            await clean()
-            raise
-        finally:
-            server.recording.discard(token)
-        return FileResponse(
-            folder / "walk.mp4", filename="walk.mp4", media_type="video/mp4", background=clean
-        )
 
     @app.get("/")
     async def page() -> FileResponse:
@@ -213,43 +144,3 @@ def refusal(connection: HTTPConnection, settings: Settings) -> str | None:
     if not hmac.compare_digest(given.encode(), settings.token.encode()):
         return "token: expected the one that the server has printed; open its whole address"
     return None
-
-
-async def _record(
-    request: Request,
-    server: PlayServer,
-    place: Place,
-    branch: int,
-    first: int,
-    last: int,
-    out: Path,
-) -> None:
-    """Writes a recording between the steps of the worlds being played; ends when nobody waits for
-    it any more."""
-    loop, done = asyncio.get_running_loop(), asyncio.Event()
-    errors: list[Exception] = []
-
-    def tell(error: Exception | None) -> None:
-        errors.extend([error] if error else [])
-        loop.call_soon_threadsafe(done.set)
-
-    recording = Recording(
-        server.generator, place.walk, branch, first, last, place.history, out, tell
-    )
-    server.scheduler.add(recording)
-    try:
-        while not done.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(done.wait(), LOOK_SECONDS)
-            if await request.is_disconnected():
-                recording.cancelled.set()
-    finally:
-        recording.cancelled.set()
-        await done.wait()
-        server.scheduler.remove(recording)
-    if errors:
-        raise HTTPException(500, "record: the video could not be made")
-
-
-def _download(name: str) -> dict[str, str]:
-    return {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -10,7 +10,11 @@ import numpy as np
 import websockets
 
 from .images import decode_image
-from .protocol import PROTOCOL, FrameHeader, read_frames
+from .protocol import FRAMES, PROTOCOL, FrameHeader, read_frames
+
+
+def is_video(header: FrameHeader) -> bool:
+    return header.kind == FRAMES
 
 
 class Refused(RuntimeError):
@@ -53,13 +57,19 @@ class Client:
         self.sequence = 0
 
     @classmethod
-    async def connect(cls, url: str, resume: str | None = None, **options: Any) -> "Client":
+    async def connect(
+        cls,
+        url: str,
+        resume: str | None = None,
+        formats: tuple[str, ...] = ("jpeg",),
+        **options: Any,
+    ) -> "Client":
         """Connects and says hello. Refused if the server does not serve it.
 
         options: of `websockets.connect`.
         """
         client = cls(await websockets.connect(url, max_size=None, **options))
-        await client.send("hello", protocol=PROTOCOL, resume=resume, formats=["jpeg"])
+        await client.send("hello", protocol=PROTOCOL, resume=resume, formats=formats)
         client.welcome = await client.text("welcome")
         return client
 
@@ -95,6 +105,19 @@ class Client:
             raise Refused(text["message"])
         return text
 
+    async def upload(self, data: bytes) -> str:
+        """Sends an image, an action log or a saved world; returns its id. ValueError, in the
+        server's words, if it is refused."""
+        await self.socket.send(data)
+        answer = await self.text("uploaded")
+        if answer["error"]:
+            raise ValueError(answer["error"])
+        return answer["id"]
+
+    async def file(self, kind: int) -> Frames:
+        """Waits for the next file: RECORDING or SAVED, its only image."""
+        return await self.frames(lambda header: header.kind == kind)
+
     async def text(self, *types: str) -> dict[str, Any]:
         """Waits for the next text message of one of these types."""
         while True:
@@ -102,7 +125,7 @@ class Client:
             if isinstance(message, dict) and message["type"] in types:
                 return message
 
-    async def frames(self, wanted: Callable[[FrameHeader], bool] = lambda header: True) -> Frames:
+    async def frames(self, wanted: Callable[[FrameHeader], bool] = is_video) -> Frames:
         """Waits for the next message of video frames whose header is wanted."""
         while True:
             message = await self.receive()

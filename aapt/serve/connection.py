@@ -2,21 +2,29 @@
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
+from collections import OrderedDict
+from typing import TypeVar
 
+import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from ..streaming.actions import Walk
 from . import protocol
 from .outbox import Outbox
-from .protocol import Message, ProtocolError
-from .server import PlayServer
+from .protocol import FrameHeader, Message, ProtocolError
+from .record import Recording
+from .saved import SavedWorld
+from .server import PlayServer, Upload
 from .session import Place, Session
 from .world import World, clamped
 
 HELLO_SECONDS = 30.0
 UNREAD_SECONDS = 30.0  # a client that reads nothing for so long is dropped
 MAX_EARLY = 64
+T = TypeVar("T")
 CLOSE_CODE = 1008  # "policy violation", after a fatal error
 
 
@@ -47,6 +55,8 @@ class Connection:
         self.token, self.format = "", "jpeg"
         self.entering: asyncio.Task | None = None
         self.early: list[protocol.ClientMessage] = []  # commands for the world to be opened
+        self.uploads: OrderedDict[str, Upload] = OrderedDict()  # by id, oldest first
+        self.recording: Recording | None = None
         self.leaving: asyncio.Future = self.loop.create_future()
         self.leaving.set_result(None)
 
@@ -63,18 +73,20 @@ class Connection:
             for task in (reader, sender):
                 task.cancel()
             await asyncio.gather(reader, sender, return_exceptions=True)
+            if self.recording:
+                self.recording.cancel()
             await self._leave(keep=True)
             self.server.metrics.dropped.inc(self.outbox.dropped)
             self.server.metrics.connections.dec()
 
     # Out.
 
-    def deliver(self, message: Message | bytes, lane: int = 0) -> None:
-        """Takes a message for the client; called from any thread."""
+    def deliver(self, message: Message | bytes, lane: int | None = None) -> None:
+        """Takes a message for the client, and the lane of frames; called from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             self.loop.call_soon_threadsafe(self._put, message, lane)
 
-    def _put(self, message: Message | bytes, lane: int) -> None:
+    def _put(self, message: Message | bytes, lane: int | None) -> None:
         self.outbox.put(message, lane)
         if isinstance(message, protocol.Ended):
             self._leave(keep=message.reason == "moved")
@@ -113,7 +125,10 @@ class Connection:
                     )
                 if self.outbox.full:
                     raise ProtocolError("messages: expected a client that reads answers", "flood")
-                await self._obey(message)
+                if isinstance(message, bytes):
+                    await self._take_upload(message)
+                else:
+                    await self._obey(message)
         except ProtocolError as error:
             await self._end(error.code, str(error))
         except asyncio.TimeoutError:
@@ -121,17 +136,30 @@ class Connection:
         except WebSocketDisconnect:
             pass
 
-    async def _receive(self) -> protocol.ClientMessage:
+    async def _receive(self) -> protocol.ClientMessage | bytes:
         event = await self.websocket.receive()
         if event["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(event.get("code", 1006))
-        text = event.get("text")
-        if text is None:
-            raise ProtocolError("message: expected text, got bytes")
-        if len(text) > self.server.settings.message_bytes:
-            limit = self.server.settings.message_bytes
-            raise ProtocolError(f"message: expected at most {limit} bytes, got {len(text)}")
-        return protocol.parse(text)
+        settings, text = self.server.settings, event.get("text")
+        name, message = ("upload", event["bytes"]) if text is None else ("message", text)
+        limit = settings.upload_bytes if text is None else settings.message_bytes
+        if len(message) > limit:
+            raise ProtocolError(f"{name}: expected at most {limit} bytes, got {len(message)}")
+        return message if text is None else protocol.parse(text)
+
+    async def _take_upload(self, data: bytes) -> None:
+        """Reads an upload and tells its id, or why it is refused."""
+        try:
+            upload = await self.server.read_upload(data)
+        except ValueError as error:
+            self.server.metrics.errors.labels("upload").inc()
+            self.outbox.put(protocol.Uploaded(error=" ".join(str(error).split())))
+            return
+        number = "upload:" + secrets.token_urlsafe(9)
+        self.uploads[number] = upload
+        if len(self.uploads) > self.server.settings.uploads:
+            self.uploads.popitem(last=False)
+        self.outbox.put(protocol.Uploaded(id=number))
 
     async def _hello(self, hello: protocol.ClientMessage) -> None:
         if not isinstance(hello, protocol.Hello):
@@ -141,7 +169,7 @@ class Connection:
                 f"protocol: expected {protocol.PROTOCOL}, got {hello.protocol}; reload the page",
                 "protocol",
             )
-        self.format = next(iter(hello.formats), "jpeg")
+        self.format = self.server.choose_format(hello.formats)
         place = await self._take_over(hello.resume)
         self.token = hello.resume if place else secrets.token_urlsafe(16)
         self.outbox.put(self.server.welcome(self.token, place is not None, self.format))
@@ -193,7 +221,11 @@ class Connection:
             case protocol.Reset():
                 session.post(session.reset(message.seed))
             case protocol.GetLog():
-                session.post(session.log(self.server.version))
+                session.post(session.log(self.server.version), by_visitor=False)
+            case protocol.Save():
+                session.post(session.save(), by_visitor=False)
+            case protocol.Record():
+                self._record(session.place, message)
 
     def _refuse(self, code: protocol.ErrorCode, message: str) -> None:
         self.server.metrics.errors.labels(code).inc()
@@ -205,17 +237,59 @@ class Connection:
     def _open(self, message: protocol.Open) -> None:
         try:
             if message.log is not None:
-                walk = self.server.uploaded_walk(message.log)
+                walk = self.server.check_walk(self._uploaded("log", message.log, Walk))
                 branch = len(walk.branches) - 1
                 step = walk.branches[branch].end
-                place = Place(walk.copy(), branch, step, walk.prompt_at(branch, step))
+                saved = message.saved and self._uploaded("saved", message.saved, SavedWorld)
+                prompt = walk.prompt_at(branch, step)
+                place = Place(walk.copy(), branch, step, prompt, saved=saved)
             else:
-                walk = self.server.walk(message.image, message.prompt, message.seed)
+                upload = None
+                if message.image.startswith("upload:"):
+                    upload = self._uploaded("image", message.image, np.ndarray)
+                walk = self.server.walk(message.image, upload, message.prompt, message.seed)
                 place = Place(walk, 0, 0, walk.prompt)
         except ValueError as error:
             self._refuse("log" if message.log else "upload", str(error))
             return
         self._enter(place)
+
+    def _uploaded(self, name: str, upload: str, kind: type[T]) -> T:
+        """Returns an upload of this connection. ValueError if it is not there or of another
+        kind."""
+        given = self.uploads.get(upload)
+        if not isinstance(given, kind):
+            kinds = {"log": "an action log", "saved": "a saved world", "image": "an image"}
+            raise ValueError(f"{name}: expected the id of an upload of {kinds[name]}")
+        return given
+
+    def _record(self, place: Place, message: protocol.Record) -> None:
+        """Starts a recording; its video is sent when it is made."""
+        server, (branch, first, last) = self.server, (message.branch, message.first, message.last)
+        try:
+            place.walk.check(branch, last)
+            if not max(0, last - server.settings.record_steps) <= first <= last:
+                most = server.settings.record_steps
+                raise ValueError(f"first: expected at most {most} steps before {last}, got {first}")
+            if self.recording and not self.recording.over:
+                raise ValueError("record: expected one recording at a time; try again later")
+        except ValueError as error:
+            self._refuse("record", str(error))
+            return
+        done = functools.partial(self._recorded, branch, last)
+        history, walk = place.history, place.walk
+        self.recording = Recording(
+            server.scheduler, server.generator, walk, branch, first, last, history, done
+        )
+
+    def _recorded(self, branch: int, last: int, video: bytes | Exception) -> None:
+        """Sends a video; called on the generator thread."""
+        if isinstance(video, Exception):
+            line = "the video could not be made"
+            self.deliver(protocol.Error(code="record", message=line, fatal=False))
+            return
+        header = FrameHeader(branch, last, count=1, kind=protocol.RECORDING)
+        self.deliver(header.message([video]))
 
     def _enter(self, place: Place) -> None:
         """Opens a world, after waiting in line if need be; an earlier wish of this client ends."""

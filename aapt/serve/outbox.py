@@ -21,18 +21,20 @@ class Outbox:
 
     def __init__(self):
         self.dropped = 0
-        self._items: deque[tuple[str | bytes, int]] = deque()
+        self._items: deque[tuple[str | bytes, int | None]] = deque()
         self._ready = asyncio.Event()
 
-    def put(self, message: Message | bytes, lane: int = 0) -> None:
-        if isinstance(message, bytes):
-            frames = [e for e in self._items if isinstance(e[0], bytes) and e[1] == lane]
+    def put(self, message: Message | bytes, lane: int | None = None) -> None:
+        """Adds a message. lane: of video frames; None for a message that must arrive."""
+        if lane is not None:
+            frames = [e for e in self._items if e[1] == lane]
             if len(frames) >= MAX_FRAMES:
                 self._items.remove(frames[0])
                 self.dropped += 1
             self._items.append((message, lane))
         else:
-            self._items.append((message.model_dump_json(), lane))
+            text = isinstance(message, Message)
+            self._items.append((message.model_dump_json() if text else message, None))
         self._ready.set()
 
     @property

@@ -1,8 +1,10 @@
 """Protocol 1 between the server and a page or program that plays: messages, and the frame header.
 
-Text messages are JSON objects with a `type`. Binary messages go from the server to the client: a
-header of 64 bytes, `count` lengths (u32), then the encoded video frames. All numbers are little
-endian. `GET /schema` returns `schema()`; docs/play.md explains the protocol with a client.
+Text messages are JSON objects with a `type`. A binary message of the client is an upload: an image,
+an action log or a saved world. A binary message of the server has a header of 64 bytes, `count`
+lengths (u32), then the encoded video frames or one file. All numbers are little endian. All that a
+visitor does goes over one connection, so that any replica can take it. `GET /schema` returns
+`schema()`; docs/play.md explains the protocol with a client.
 """
 
 import struct
@@ -12,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 PROTOCOL = 1
-FORMATS = ("jpeg", "webp")  # the index of a format is its number in the header
+FORMATS = ("jpeg", "webp", "h264")  # the index of a format is its number in the header
+FRAMES, RECORDING, SAVED = 0, 1, 2  # kinds of binary messages
 FIRST, REDO, SEEK = 1, 2, 4  # flags of the header
 
 Deflection = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
@@ -43,23 +46,26 @@ class Shown(Message):
 
 
 class Hello(Message):
-    """The first message. `resume` is the token of an earlier connection."""
+    """The first message. `resume` is the token of an earlier connection. Of the formats, the server
+    takes h264 for tall video and the first of the others for all other video."""
 
     type: Literal["hello"]
     protocol: int
     resume: Annotated[str, Field(max_length=100)] | None = None
-    formats: Annotated[list[Literal["jpeg", "webp"]], Field(max_length=8)] = ["jpeg"]
+    formats: Annotated[list[Literal["jpeg", "webp", "h264"]], Field(max_length=8)] = ["jpeg"]
 
 
 class Open(Message):
-    """Opens a world. `image` is "sample", a gallery name or "upload:ID"; with `log`, an
-    "upload:ID" of an action log, the other fields are ignored and the log is replayed."""
+    """Opens a world. `image` is "sample", a gallery name or the id of an upload. With `log`, the id
+    of an action log, the log is replayed and image, prompt and seed are ignored; with `saved`, the
+    id of a world saved on its way, from there on."""
 
     type: Literal["open"]
     image: Annotated[str, Field(max_length=100)] = "sample"
     prompt: Prompt | None = None
     seed: Seed = 0
     log: Annotated[str, Field(max_length=100)] | None = None
+    saved: Annotated[str, Field(max_length=100)] | None = None
 
 
 class Input(Deflections):
@@ -136,6 +142,23 @@ class GetLog(Message):
     type: Literal["log"]
 
 
+class Save(Message):
+    """Asks for the latest snapshot as a file, a binary message of kind 2, with which another server
+    can go on. No answer if none is within `save_bytes`."""
+
+    type: Literal["save"]
+
+
+class Record(Message):
+    """Asks for the video of a branch's steps `first` to `last` as it was shown: a binary message of
+    kind 1, an MP4. With `first` 0 the first frame is in it. One at a time."""
+
+    type: Literal["record"]
+    branch: Sequence
+    first: Sequence
+    last: Sequence
+
+
 class Ping(Message):
     type: Literal["ping"]
     time: Milliseconds
@@ -154,6 +177,8 @@ ClientMessage = Annotated[
     | Follow
     | Split
     | GetLog
+    | Save
+    | Record
     | Ping,
     Field(discriminator="type"),
 ]
@@ -167,13 +192,14 @@ class Picture(Message):
 
 class Limits(Message):
     """Limits of the server: bytes and pixels of an upload, bytes and messages per second of a
-    connection, steps of a world and of a recording, seconds until an idle world ends and for which
-    a lost one is kept."""
+    connection, bytes of a saved world, steps of a world and of a recording, seconds until an idle
+    world ends and for which a lost one is kept."""
 
     upload_bytes: int
     upload_pixels: int
     message_bytes: int
     messages_per_second: float
+    save_bytes: int
     steps: int
     record_steps: int
     idle_seconds: float
@@ -193,7 +219,7 @@ class Welcome(Message):
     height: int
     fps: int
     frames_per_step: int
-    format: Literal["jpeg", "webp"]
+    format: Literal["jpeg", "webp", "h264"]
     prompts: list[str]
     gallery: list[Picture]
     ranges: Annotated[
@@ -288,6 +314,14 @@ class LogAnswer(Message):
     lines: list[str]
 
 
+class Uploaded(Message):
+    """The answer to an upload: its id, or why it is refused."""
+
+    type: Literal["uploaded"] = "uploaded"
+    id: str | None = None
+    error: str | None = None
+
+
 class Pong(Message):
     type: Literal["pong"] = "pong"
     time: float
@@ -303,6 +337,7 @@ ErrorCode = Literal[
     "limit",
     "upload",
     "log",
+    "record",
     "failed",
 ]
 
@@ -333,6 +368,7 @@ ServerMessage = Annotated[
     | State
     | SplitAnswer
     | LogAnswer
+    | Uploaded
     | Pong
     | Error
     | Ended,
@@ -376,7 +412,8 @@ class FrameHeader:
     """The header of a binary message.
 
     Attributes:
-        kind: 0, video frames.
+        kind: FRAMES, or one file: RECORDING, an MP4; SAVED, a world (safetensors). A file's header
+            has branch and step, the rest is 0.
         lane: 0; in a split also 1.
         flags: FIRST, the frame that opens a world; REDO, the pass was made again; SEEK, the answer
             to a seek.
@@ -388,13 +425,15 @@ class FrameHeader:
             CUDA device the former is the launch of a graph and the latter its time.
         encode_ms: Encoding the images.
         first_shown: After a redo, the index of the first frame that replaces an earlier one.
-        count, format: Number of images, and the index of their format in FORMATS.
+        count, format: Number of images, and the index of their format in FORMATS. Images of h264
+            are access units (Annex B); the first of a message is an IDR picture, and none refers
+            to another message.
     """
 
     branch: int
     step: int
     count: int
-    kind: int = 0
+    kind: int = FRAMES
     lane: int = 0
     flags: int = 0
     input: int = 0
@@ -451,6 +490,7 @@ def schema() -> dict[str, Any]:
             "header": header,
             "header_bytes": HEADER.size,
             "after_header": "count lengths (u32), then the images",
+            "kinds": {"frames": FRAMES, "recording": RECORDING, "saved": SAVED},
             "flags": {"first": FIRST, "redo": REDO, "seek": SEEK},
             "formats": list(FORMATS),
         },

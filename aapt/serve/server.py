@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,13 @@ from . import protocol
 from .images import encode_png, read_upload
 from .line import Line
 from .metrics import Metrics
+from .saved import SavedWorld, read_saved
 from .scheduler import Scheduler
 from .session import Place, Session
 from .settings import Settings
 
 TIDY_SECONDS = 0.5
+Upload = np.ndarray | Walk | SavedWorld
 
 
 def package_version() -> str:
@@ -54,7 +55,6 @@ class PlayServer:
     Attributes:
         sessions: Sessions by token.
         kept: Worlds whose connection is lost, by token, and when they are forgotten.
-        uploads: First frames and walks by number, oldest first.
     """
 
     def __init__(self, generator: StreamingGenerator, name: str, settings: Settings):
@@ -71,8 +71,6 @@ class PlayServer:
         self.line = Line(settings.sessions, self._count)
         self.sessions: dict[str, Session] = {}
         self.kept: OrderedDict[str, tuple[float, Place]] = OrderedDict()
-        self.uploads: OrderedDict[str, np.ndarray | Walk] = OrderedDict()
-        self.recording: set[str] = set()  # tokens
         self._decoding = ThreadPoolExecutor(1, "aapt-upload")  # one at a time
 
     def start(self) -> None:
@@ -106,30 +104,20 @@ class PlayServer:
         """Keeps a lost world for `keep_seconds`."""
         self.kept[token] = time.monotonic() + self.settings.keep_seconds, place
 
-    def place(self, token: str) -> Place | None:
-        """Returns where the world of a token stands, if it is open or kept."""
-        if session := self.sessions.get(token):
-            return session.place
-        return self.kept.get(token, (0.0, None))[1]
-
-    def walk(self, image: str, prompt: str | None, seed: int) -> Walk:
-        """Returns a walk without steps from the image of an `Open` message. ValueError for an image
-        that is not there."""
-        pixels = self.uploads.get(image.removeprefix("upload:"))
-        if image.startswith("upload:") and isinstance(pixels, np.ndarray):
-            given = prompt if prompt is not None else self.generator.sample_prompt
+    def walk(self, image: str, upload: np.ndarray | None, prompt: str | None, seed: int) -> Walk:
+        """Returns a walk without steps from an uploaded image or one of the gallery. ValueError for
+        an image that is not there."""
+        if upload is not None:
+            pixels, default = upload, self.generator.sample_prompt
         elif image in self.gallery:
             pixels, default = self.gallery[image].pixels, self.gallery[image].prompt
-            given = prompt if prompt is not None else default
         else:
-            raise ValueError("image: expected sample, a name of the gallery or upload:ID")
+            raise ValueError("image: expected sample, a name of the gallery or the id of an upload")
+        given = prompt if prompt is not None else default
         return Walk(self.name, self.digest, pixels, given, seed)
 
-    def uploaded_walk(self, upload: str) -> Walk:
-        """Returns a walk that was uploaded. ValueError if it is not there or of another model."""
-        walk = self.uploads.get(upload.removeprefix("upload:"))
-        if not isinstance(walk, Walk):
-            raise ValueError("log: expected upload:ID of an action log")
+    def check_walk(self, walk: Walk) -> Walk:
+        """Returns a walk that was uploaded. ValueError if it is of another model."""
         if walk.digest != self.digest:
             raise ValueError(
                 f"log: expected a walk of {self.name} {self.digest[:12]}, "
@@ -137,16 +125,21 @@ class PlayServer:
             )
         return walk
 
-    async def upload(self, data: bytes) -> str:
-        """Reads an image or an action log; returns its number. ValueError, in one line."""
+    def choose_format(self, formats: list[str]) -> str:
+        """Returns the format of the frames for a client that takes these."""
+        if "h264" in formats and self.generator.height > self.settings.h264_above:
+            return "h264"
+        return next((name for name in formats if name != "h264"), "jpeg")
+
+    async def read_upload(self, data: bytes) -> Upload:
+        """Reads an image, an action log or a saved world. ValueError, in one line."""
         loop = asyncio.get_running_loop()
-        read = self._read_walk if data.lstrip()[:1] == b"{" else self._read_image
-        upload = await loop.run_in_executor(self._decoding, read, data)
-        number = secrets.token_urlsafe(9)
-        self.uploads[number] = upload
-        if len(self.uploads) > self.settings.uploads:
-            self.uploads.popitem(last=False)
-        return number
+        if data.lstrip()[:1] == b"{":
+            read = self._read_walk
+        else:
+            # Eight bytes of length come before the JSON of safetensors
+            read = read_saved if data[8:9] == b"{" else self._read_image
+        return await loop.run_in_executor(self._decoding, read, data)
 
     def _read_image(self, data: bytes) -> np.ndarray:
         generator = self.generator

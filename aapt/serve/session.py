@@ -18,10 +18,12 @@ from ..streaming.actions import Branch, Walk
 from ..streaming.history import History
 from ..streaming.snapshot import Snapshot
 from . import protocol
-from .images import encode_frames
+from .images import FrameEncoder
 from .metrics import Metrics
-from .protocol import FrameHeader, Message
+from .protocol import FrameHeader
+from .saved import SavedWorld, write_saved
 from .scheduler import Scheduler
+from .sender import Send, Sender
 from .world import Lane, Made, World, clamped
 
 EARLY = 0.75  # shortest time between two steps of a stream, in periods
@@ -29,13 +31,13 @@ SMOOTHING = 0.2  # weight of the newest step in the mean time of a step
 LINES_PER_SLICE = 500
 LONG_REPLAY = 6  # steps from which on progress is told
 Job = Generator[None, None, None]
-Send = Callable[[Message | bytes, int], None]
 
 
 @dataclass(frozen=True)
 class Place:
     """The state of a visitor's world. An open one has its history. A closed one may have the
-    snapshot and the video frames of its last step, else it is replayed up to there."""
+    snapshot and the video frames of its last step, or a saved world on its way; else it is replayed
+    up to there."""
 
     walk: Walk
     branch: int
@@ -44,6 +46,7 @@ class Place:
     snapshot: Snapshot | None = None
     frames: np.ndarray | None = None
     history: History | None = None
+    saved: SavedWorld | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class Session:
 
     Args:
         world: The world, not yet open.
-        send: Takes a message and its lane, on the generator thread.
-        image_format: "jpeg" or "webp".
+        send: Takes a message, and the lane of frames, None for a message that must arrive; called
+            from the generator thread and that of the encoder.
+        image_format: "jpeg", "webp" or "h264".
     """
 
     def __init__(
@@ -78,9 +82,13 @@ class Session:
         send: Send,
         image_format: str,
     ):
-        self.world, self.scheduler, self.metrics, self.send = world, scheduler, metrics, send
-        self.image_format = image_format
+        self.world, self.scheduler, self.metrics = world, scheduler, metrics
         generator = world.generator
+        size = generator.height, generator.width
+        encoder = FrameEncoder(image_format, world.settings.quality, *size, generator.fps)
+        self._format = protocol.FORMATS.index(image_format)
+        self._sender = Sender(send, encoder)
+        self.send = self._sender.send
         self.period = generator.frames_per_step / generator.fps  # seconds per step
         self.touched = time.monotonic()  # when the visitor last did something
         self.ended: str | None = None  # why the server ended it
@@ -120,9 +128,11 @@ class Session:
             self.touched = time.monotonic()
             self.scheduler.wake()
 
-    def post(self, job: Job, seek: bool = False) -> None:
-        """Adds a job. A seek replaces earlier seeks that are not finished."""
-        self.touched = time.monotonic()
+    def post(self, job: Job, seek: bool = False, by_visitor: bool = True) -> None:
+        """Adds a job. A seek replaces earlier seeks that are not finished. Without `by_visitor` the
+        world counts as idle none the less."""
+        if by_visitor:
+            self.touched = time.monotonic()
         with self._lock:
             if self._closing:
                 return
@@ -147,9 +157,20 @@ class Session:
         if place.snapshot:
             made = world.resume(*at, place.prompt, place.snapshot, place.frames)
         else:
+            if place.saved:
+                self._take_saved(place.saved)
             made, _ = yield from self._telling(world.seek(*at))
             world.prompt = place.prompt
         self._opened(made, protocol.SEEK if place.step else protocol.FIRST)
+
+    def _take_saved(self, saved: SavedWorld) -> None:
+        """Keeps a saved world, from which the seek then starts; without one that fits the walk is
+        replayed."""
+        self.world.open()
+        try:
+            self.world.take(saved)
+        except ValueError as error:
+            self._refuse("upload", str(error))
 
     def reset(self, seed: int | None) -> Job:
         """Starts the walk again, with another seed if one is given."""
@@ -194,8 +215,7 @@ class Session:
                 prompt=self.world.prompt,
                 replayed=replayed,
                 ms=1e3 * (time.perf_counter() - started),
-            ),
-            0,
+            )
         )
         self._send_frames(self.world.lanes[0], made, protocol.SEEK)
         self._tell_tree()
@@ -210,7 +230,7 @@ class Session:
             given = self._inputs[0]
             self._inputs = [replace(given, held=control or given.held) for control in controls]
         branches = [lane.branch for lane in self.world.lanes]
-        self.send(protocol.SplitAnswer(branches=branches, branch=branches[0]), 0)
+        self.send(protocol.SplitAnswer(branches=branches, branch=branches[0]))
         for lane in self.world.lanes:
             self._send_frames(lane, made, protocol.SEEK)
         self._tell_tree()
@@ -220,7 +240,7 @@ class Session:
         """Ends a split."""
         self.world.join()
         self._turn = 0
-        self.send(protocol.SplitAnswer(branches=None, branch=self.world.lanes[0].branch), 0)
+        self.send(protocol.SplitAnswer(branches=None, branch=self.world.lanes[0].branch))
         return
         yield
 
@@ -239,17 +259,28 @@ class Session:
             lines.append(line)
             if len(lines) % LINES_PER_SLICE == 0:
                 yield
-        self.send(protocol.LogAnswer(lines=lines), 0)
+        self.send(protocol.LogAnswer(lines=lines))
+
+    def save(self) -> Job:
+        """Sends the latest snapshot on the way to the present step, if it is small enough."""
+        world = self.world
+        kept = world.history.nearest(*world.place())
+        if kept and kept.bytes <= world.settings.save_bytes:
+            header = FrameHeader(kept.branch, kept.step, count=1, kind=protocol.SAVED)
+            self.send(header.message([write_saved(kept, world.walk.digest)]))
+        return
+        yield
 
     def _close(self, closed: Callable[[Place], None]) -> Job:
         world, place = self.world, replace(self.place, history=None)
         self._playing = False
         lane = world.lanes[0] if world.lanes else None
-        if lane and lane.stream.steps == place.step and self.ended != "failed":
-            # No seek was under way: the stream is where the world stands.
+        if lane and not lane.seeking and self.ended != "failed":
             place = replace(place, snapshot=lane.stream.snapshot(), frames=lane.frames)
         world.close()
         self.scheduler.remove(self)
+        self._sender.close()
+        self.metrics.dropped.inc(self._sender.dropped)
         closed(place)
         return
         yield
@@ -304,7 +335,7 @@ class Session:
         with self._lock:
             if not self._closing:
                 self._jobs.clear()
-        self.send(protocol.Ended(reason=reason), 0)
+        self.send(protocol.Ended(reason=reason))
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -378,7 +409,7 @@ class Session:
             except StopIteration as stop:
                 return stop.value, total
             if total > LONG_REPLAY and done % LONG_REPLAY == 0:
-                self.send(protocol.Replaying(done=done, total=total), 0)
+                self.send(protocol.Replaying(done=done, total=total))
             yield
 
     # Messages.
@@ -387,21 +418,19 @@ class Session:
         world = self.world
         seed, prompt = world.walk.seed, world.prompt
         opened = protocol.Opened(branch=made.branch, step=made.step, seed=seed, prompt=prompt)
-        self.send(opened, 0)
+        self.send(opened)
         self._send_frames(world.lanes[0], made, flags)
         self._tell_tree()
 
     def _send_frames(
         self, lane: Lane, made: Made, flags: int, wait: float = 0.0, first_shown: int = 0
     ) -> None:
-        started = time.perf_counter()
-        images = encode_frames(made.frames, self.image_format, self.world.settings.quality)
         number = self.world.lanes.index(lane)
         sample = self._samples[number]
         header = FrameHeader(
             branch=lane.branch,
             step=made.step,
-            count=len(images),
+            count=len(made.frames),
             lane=number,
             flags=flags,
             input=sample.sequence,
@@ -410,11 +439,10 @@ class Session:
             wait_ms=1e3 * wait,
             model_ms=1e3 * made.model_seconds,
             pixels_ms=1e3 * made.pixel_seconds,
-            encode_ms=1e3 * (time.perf_counter() - started),
             first_shown=first_shown,
-            format=protocol.FORMATS.index(self.image_format),
+            format=self._format,
         )
-        self.send(header.message(images), header.lane)
+        self._sender.send_frames(header, made.frames)
 
     def _tell_tree(self) -> None:
         walk, history = self.world.walk, self.world.history
@@ -438,16 +466,15 @@ class Session:
                 bytes=history.bytes,
                 budget=history.budget,
                 replay_ms=1e3 * self._step_seconds,
-            ),
-            0,
+            )
         )
 
     def _tell_state(self) -> None:
         following = any(lane.script for lane in self.world.lanes)
         branch, step = self.world.place()
         state = protocol.State(playing=self._playing, following=following, branch=branch, step=step)
-        self.send(state, 0)
+        self.send(state)
 
     def _refuse(self, code: protocol.ErrorCode, message: str) -> None:
         line = " ".join(message.split())
-        self.send(protocol.Error(code=code, message=line, fatal=False), 0)
+        self.send(protocol.Error(code=code, message=line, fatal=False))

@@ -15,12 +15,14 @@ class Settings:
         idle_seconds: A world without input ends after these.
         keep_seconds: A world whose connection is lost can be resumed within these.
         upload_bytes, upload_pixels: Largest upload, and the largest image in it.
-        uploads: Uploads kept; the oldest goes first.
+        uploads: Uploads kept for each connection; the oldest goes first.
         message_bytes, messages_per_second: Largest message of a client, and its steady rate; bursts
             may have twice the messages of a second.
+        save_bytes: Largest snapshot that a client is given.
         steps: Most steps of a world.
         record_steps: Most steps of one recording.
         quality: Of JPEG and WebP, 1 to 100.
+        h264_above: Video of more rows is sent as H.264 to clients that take it.
         token: Visitors must give it, if there is one.
         hosts: Names by which the server may be called; empty for any.
         origins: Origins of other sites whose pages may connect.
@@ -34,12 +36,14 @@ class Settings:
     keep_seconds: float = 60.0
     upload_bytes: int = 16 << 20
     upload_pixels: int = 50_000_000
-    uploads: int = 32
+    uploads: int = 4
     message_bytes: int = 1 << 16
     messages_per_second: float = 240.0
+    save_bytes: int = 8 << 20
     steps: int = 50_000
     record_steps: int = 3_600
     quality: int = 88
+    h264_above: int = 480
     token: str | None = None
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()

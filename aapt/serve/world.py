@@ -17,6 +17,7 @@ from ..streaming.controls import FORWARD_RANGE, YAW_RANGE
 from ..streaming.generator import Stream, StreamingGenerator
 from ..streaming.history import History
 from ..streaming.snapshot import Snapshot
+from .saved import SavedWorld, load_saved
 from .settings import Settings
 
 
@@ -28,6 +29,7 @@ class Lane:
         script: Recorded controls still to be played, next one last.
         frames: The video frames of the last step.
         before: The state before the last step, while a redo may ask for it.
+        seeking: A seek is under way: the stream is not at branch and step.
     """
 
     stream: Stream
@@ -36,6 +38,7 @@ class Lane:
     frames: np.ndarray
     script: list[Control] = field(default_factory=list)
     before: Snapshot | None = None
+    seeking: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ class World:
         lane.branch, lane.step, lane.frames, self.prompt = branch, step, frames, prompt
         self._remember(lane)
         return Made(frames, branch, step)
+
+    def take(self, saved: SavedWorld) -> None:
+        """Keeps the snapshot of a saved world. ValueError if it is not of this walk."""
+        made = load_saved(saved, self.walk, self.lanes[0].stream.snapshot())
+        self.history.add(saved.branch, saved.step, made, saved.frames)
 
     def _remember(self, lane: Lane) -> None:
         self.history.add(lane.branch, lane.step, lane.stream.snapshot(), lane.frames)
@@ -144,25 +152,34 @@ class World:
         """Plays a stream up to a step from the nearest snapshot. Yields (steps replayed, steps to
         replay) before each step; the iterator's value is a `Made`. A split ends."""
         self.walk.check(branch, step)
-        nearest = self.history.nearest(branch, step)
-        if nearest is None or not self.lanes:
-            self.open()
-        else:
-            self._replace(self.lanes[:1])
-        lane, start = self.lanes[0], 0
-        if nearest:
-            lane.stream.restore(nearest.snapshot)
-            lane.frames, start = nearest.frames, nearest.step
-        path = self.walk.path(branch, step)
-        lane.before, lane.script = None, []
+        self._replace(self.lanes[:1])
+        start = self._start(branch, step)
+        lane, path = self.lanes[0], self.walk.path(branch, step)
+        lane.before, lane.script, lane.seeking = None, [], True
         for number in range(start, step):
             yield number - start, step - start
             lane.frames = make(lane.stream, path[number])
-        lane.branch, lane.step = branch, step
+        lane.branch, lane.step, lane.seeking = branch, step, False
         self.prompt = self.walk.prompt_at(branch, step)
         if start < step:
             self._remember(lane)
         return Made(lane.frames, branch, step)
+
+    def _start(self, branch: int, step: int) -> int:
+        """Moves the first lane to the nearest known step on the way to a step; returns it."""
+        if self.lanes:
+            lane = self.lanes[0]
+            if not lane.seeking and (lane.branch, lane.step) == (branch, step):
+                return step
+        nearest = self.history.nearest(branch, step)
+        if nearest is None or not self.lanes:
+            self.open()
+        if nearest is None:
+            return 0
+        lane = self.lanes[0]
+        lane.stream.restore(nearest.snapshot)
+        lane.frames = nearest.frames
+        return nearest.step
 
     def split(self, branch: int, step: int) -> Iterator[tuple[int, int]]:
         """Opens two lanes at a step, each with a branch of its own; yields as `seek` does."""

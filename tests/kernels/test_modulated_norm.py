@@ -73,9 +73,7 @@ def test_gradient_of_one_output_alone(backend, output):
     inputs = make_inputs(NAMES[1:], groups=2)
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     found = [
-        torch.autograd.grad(
-            results[output].square().sum(), leaves.values(), materialize_grads=True
-        )
+        torch.autograd.grad(results[output].square().sum(), leaves.values(), materialize_grads=True)
         for results in (run(**leaves), oracle(**leaves))
     ]
     torch.testing.assert_close(*found)
@@ -120,8 +118,8 @@ def test_norm_reads_the_rounded_residual(backend):
 
 
 def test_autocast(backend):
-    """The residual is float32, as a norm and an addition of PyTorch make it; what a product reads
-    next has autocast's dtype."""
+    """The residual is as wide as its widest term, the gate; what a product reads next has
+    autocast's dtype."""
     inputs = make_inputs(CALLS["gated update"], torch.float32, width=16)
     exact = run(**inputs)
     inputs |= {name: inputs[name].bfloat16() for name in ("x", "update")}
@@ -171,9 +169,7 @@ def test_it_is_a_torch_op(backend, call):
     dresidual = None if tensors[1] is None else incoming[1]
     if tensors[2] is None:  # without a gate the update's gradient is that of x
         tensors[1] = None
-    opcheck(
-        torch.ops.aapt.modulated_norm_backward.default, (incoming[0], dresidual, *tensors, EPS)
-    )
+    opcheck(torch.ops.aapt.modulated_norm_backward.default, (incoming[0], dresidual, *tensors, EPS))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

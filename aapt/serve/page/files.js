@@ -1,14 +1,4 @@
-// Files sent to the server or fetched from it: images, walks, recordings.
-
-/** Sends a file to the server; resolves to "upload:ID". Rejects with the server's words. */
-export async function upload(file) {
-  const answer = await fetch("upload", { method: "POST", body: file });
-  const body = await answer.json().catch(() => ({}));
-  if (!answer.ok) {
-    throw new Error(body.error ?? `upload: expected an image, got an error ${answer.status}`);
-  }
-  return `upload:${body.id}`;
-}
+// Files of the visitor: walks in links, recordings.
 
 /** The walk in the page's own link, as a file; null if there is none. */
 export async function sharedWalk() {
@@ -18,19 +8,10 @@ export async function sharedWalk() {
   return new Blob([await unpack(letters)], { type: "application/jsonl" });
 }
 
-/** Saves a recording of the steps `from` to `to`; rejects with the server's words. */
-export async function saveRecording(token, { branch, from, to }) {
-  const query = new URLSearchParams({ branch, from, to });
-  const answer = await fetch(`record/${token}.mp4?${query}`);
-  if (!answer.ok) {
-    const body = await answer.json().catch(() => ({}));
-    throw new Error(body.error ?? `record: expected a video, got an error ${answer.status}`);
-  }
-  const address = URL.createObjectURL(await answer.blob());
-  const link = Object.assign(document.createElement("a"), {
-    href: address, download: `aapt-${branch}-${from}-${to}.mp4`,
-  });
-  link.click();
+/** Saves bytes as a file of the visitor's. */
+export function saveFile(bytes, type, name) {
+  const address = URL.createObjectURL(new Blob([bytes], { type }));
+  Object.assign(document.createElement("a"), { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 

@@ -1,5 +1,7 @@
 // Keeps the encoded frames of past steps, so that scrubbing shows them at once.
 
+import { decodeImages } from "./decoding.js";
+
 const BUDGET_BYTES = 48 * 2 ** 20;
 
 /** Encoded images by branch and step; the oldest are forgotten beyond 48 MiB. */
@@ -19,7 +21,10 @@ export class FrameMemory {
   async last(branch, step) {
     const kept = this.#steps.get(`${branch}:${step}`);
     if (!kept) return null;
-    return createImageBitmap(new Blob([kept.images.at(-1)], { type: kept.type }));
+    const alone = kept.type !== "video/avc"; // images that no other one is needed for
+    const bitmaps = await decodeImages(alone ? kept.images.slice(-1) : kept.images, kept.type);
+    for (const bitmap of bitmaps.slice(0, -1)) bitmap.close();
+    return bitmaps.at(-1);
   }
 
   clear() {

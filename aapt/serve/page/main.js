@@ -1,7 +1,8 @@
 // Joins the page's elements to the player.
 
 import { Connection } from "./connection.js";
-import { saveRecording, sharedWalk } from "./files.js";
+import { decodableFormats } from "./decoding.js";
+import { saveFile, sharedWalk } from "./files.js";
 import { Hud } from "./hud.js";
 import { Input } from "./input.js";
 import { LANE_CONTROLS, Player } from "./player.js";
@@ -22,7 +23,7 @@ const secure = location.protocol === "https:" ? "wss:" : "ws:";
 const address = new URL(`ws${location.search}`, location.href);
 address.protocol = secure;
 
-const connection = new Connection(address, ["jpeg", "webp"]);
+const connection = new Connection(address, await decodableFormats());
 const stage = new Stage([$("lane0"), $("lane1")], () => {});
 let brokenLink = false;
 const walk = await sharedWalk().catch(() => {
@@ -39,6 +40,7 @@ const timeline = new Timeline($("timeline"), $("thumb"), player.branches, {
 const worlds = new WorldDialog($("world"), {
   onStart: (choice) => player.open(choice),
   onWalk: (file) => player.openWalk(file),
+  upload: (file) => connection.upload(file),
 });
 const sharing = new ShareDialog($("sharing"));
 const input = new Input($("stage"), $("stick"), {
@@ -168,7 +170,8 @@ async function record() {
   }
   view.say("Making the video from the walk's log");
   try {
-    await saveRecording(connection.token, steps);
+    const { branch, from, to } = steps;
+    saveFile(await player.fetchRecording(steps), "video/mp4", `aapt-${branch}-${from}-${to}.mp4`);
     view.say("Saved.");
   } catch (error) {
     view.say(error.message);

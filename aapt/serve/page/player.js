@@ -1,12 +1,12 @@
 // The state of a played world: what the server has said, what is asked of it, what is shown.
 
 import { Branches } from "./branches.js";
-import { upload } from "./files.js";
 import { FrameMemory } from "./frame_memory.js";
+import { RECORDING, SAVED } from "./protocol.js";
 import { Receipts } from "./receipts.js";
 
 const SEEK_QUIET_MS = 180; // a jump is asked for once the scrubbing rests
-const LOG_MS = 10_000; // how often a log is fetched, to rebuild the world on another server
+const LOG_MS = 10_000; // how often log and snapshot are fetched, to go on at another server
 const LOG_LINE_MS = 20; // added for each of its lines
 const TURN = 0.6, AHEAD = 0.7;
 
@@ -63,6 +63,8 @@ export class Player extends EventTarget {
   #sample = false; // the world asked for is the sample's
   #walk = null; // an action log to open in place of an image
   #log = null; // lines of the last fetched log
+  #saved = null; // the last snapshot, a Blob
+  #recorded = null; // {resolve, reject} of the recording under way
   #logWaiters = [];
 
   constructor(connection, stage, { walk }) {
@@ -73,6 +75,7 @@ export class Player extends EventTarget {
     stage.onPaint = (frame, now) => this.#painted(frame, now);
     connection.addEventListener("message", ({ detail }) => this.#heard(detail));
     connection.addEventListener("frames", ({ detail }) => this.#received(detail));
+    connection.addEventListener("file", ({ detail }) => this.#filed(detail));
     connection.addEventListener("lost", ({ detail }) => this.#lost(detail));
     if (walk) connection.token = null;
     this.#keepLog();
@@ -92,18 +95,24 @@ export class Player extends EventTarget {
     return (this.branches.get(this.future)?.to_step ?? this.head.step) - this.head.step;
   }
 
-  open({ image = "sample", prompt = null, seed = 0, log = null }) {
+  open({ image = "sample", prompt = null, seed = 0, log = null, saved = null }) {
     this.#leaveWorld();
     this.phase = "opening";
     this.#sample = image === "sample" && !log;
-    this.connection.send(log ? { type: "open", log } : { type: "open", image, prompt, seed });
+    const wish = log ? { log, saved } : { image, prompt, seed };
+    this.connection.send({ type: "open", ...wish });
     this.#changed();
   }
 
-  /** Uploads an action log and opens its world; says so if the server refuses it. */
-  async openWalk(walk) {
+  /**
+   * Uploads an action log, and the snapshot of a step on its way if there is one, and opens the
+   * log's world; says so if the server refuses it.
+   */
+  async openWalk(walk, snapshot = null) {
     try {
-      this.open({ log: await upload(walk) });
+      const log = await this.connection.upload(walk);
+      const saved = snapshot && await this.connection.upload(snapshot).catch(() => null);
+      this.open({ log, saved });
     } catch (error) {
       this.#refused(error.message);
     }
@@ -133,7 +142,7 @@ export class Player extends EventTarget {
     this.phase = "paused";
     this.following = false;
     this.connection.send({ type: "pause" });
-    this.connection.send({ type: "log" });
+    this.#fetchState();
     this.receipts.forgetPending();
     this.#changed();
   }
@@ -274,13 +283,26 @@ export class Player extends EventTarget {
     return to > from ? { branch, from, to } : null;
   }
 
-  /** Fetches the log now and then while the world is played. */
+  /** Fetches a video of steps as they were shown; resolves to the bytes of an MP4. */
+  fetchRecording({ branch, from, to }) {
+    this.connection.send({ type: "record", branch, first: from, last: to });
+    return new Promise((resolve, reject) => { this.#recorded = { resolve, reject }; });
+  }
+
+  /** Fetches what another server would need. */
+  #fetchState() {
+    this.connection.send({ type: "log" });
+    this.connection.send({ type: "save" });
+  }
+
+  /** Fetches the state now and then while the world is played. */
   #keepLog() {
-    if (this.playing) this.connection.send({ type: "log" });
+    if (this.playing) this.#fetchState();
     setTimeout(() => this.#keepLog(), LOG_MS + LOG_LINE_MS * (this.#log?.length ?? 0));
   }
 
   #leaveWorld() {
+    this.#saved = null;
     this.#opening = true;
     this.stage.cut();
     this.branches.clear();
@@ -350,10 +372,11 @@ export class Player extends EventTarget {
     this.#opening = true;
     this.phase = "opening";
     if (message.resumed) return;
-    // Another server does not know the token: it gets the world's log.
+    // Another server does not know the token: it gets the world's log and snapshot.
     const walk = this.#walk ?? (this.#log && new Blob([`${this.#log.join("\n")}\n`]));
+    const saved = this.#walk ? null : this.#saved;
     this.#walk = null;
-    if (walk) this.openWalk(walk);
+    if (walk) this.openWalk(walk, saved);
     else this.open({});
   }
 
@@ -418,7 +441,20 @@ export class Player extends EventTarget {
     for (const resolve of this.#logWaiters.splice(0)) resolve(lines);
   }
 
-  #failed({ message, fatal }) {
+  #filed({ kind, images: [bytes] }) {
+    if (kind === SAVED) this.#saved = new Blob([bytes]);
+    if (kind === RECORDING) {
+      this.#recorded?.resolve(bytes);
+      this.#recorded = null;
+    }
+  }
+
+  #failed({ code, message, fatal }) {
+    if (code === "record" && this.#recorded) {
+      this.#recorded.reject(new Error(message));
+      this.#recorded = null;
+      return;
+    }
     if (!fatal) {
       this.#scrubbing = false;
       this.progress = null;
@@ -445,6 +481,8 @@ export class Player extends EventTarget {
 
   #lost({ retryAt }) {
     this.#resumePlaying ||= this.playing;
+    this.#recorded?.reject(new Error("record: expected a video, but the connection was lost"));
+    this.#recorded = null;
     this.phase = "lost";
     this.retryAt = retryAt;
     this.stage.cut();

@@ -3,11 +3,14 @@
 export const PROTOCOL = 1;
 
 const HEADER_BYTES = 64;
-const FORMATS = ["image/jpeg", "image/webp"];
+const FORMATS = ["image/jpeg", "image/webp", "video/avc"];
+/** Kinds of messages: video frames, and files, which are the only image of theirs. */
+export const FRAMES = 0, RECORDING = 1, SAVED = 2;
+
 const FIRST = 1, REDO = 2, SEEK = 4;
 
 /**
- * Parses one message of frames: a 64-byte little-endian header, the images' lengths, the images.
+ * Parses one binary message: a 64-byte little-endian header, the images' lengths, the images.
  *
  * Throws an Error that names what was expected when the message is none of this protocol's.
  */
@@ -30,6 +33,7 @@ export function parseFrames(buffer) {
     start += length;
   }
   return {
+    kind: view.getUint8(5),
     lane: view.getUint8(6),
     first: Boolean(flags & FIRST),
     redo: Boolean(flags & REDO),

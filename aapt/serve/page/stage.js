@@ -1,5 +1,6 @@
 // Decodes the frames that arrive, paces them and paints them, in one lane or two.
 
+import { decodeImages } from "./decoding.js";
 import { Pacer } from "./pacer.js";
 
 const LARGEST = 320; // pixels to which small frames are enlarged by a cubic filter; the page's is linear
@@ -111,8 +112,7 @@ export class Stage {
 }
 
 async function decode(message) {
-  const bitmaps = await Promise.all(message.images.map(
-    (image) => createImageBitmap(new Blob([image], { type: message.type }))));
+  const bitmaps = await decodeImages(message.images, message.type);
   const { lane, branch, step, input, prompt } = message;
   return bitmaps.map((bitmap, index) => ({ lane, branch, step, index, input, prompt, bitmap }));
 }

@@ -1,19 +1,21 @@
 // The dialog that starts a world: a first image from the gallery, a file, the clipboard or a drop.
 
-import { upload } from "./files.js";
-
 const MOST_SEED = 2 ** 31; // a seed one can read aloud; the server takes larger ones
 
 export function randomSeed() {
   return Math.floor(Math.random() * MOST_SEED);
 }
 
-/** Calls `onStart({image, prompt, seed})`, and `onWalk(file)` for a shared walk. */
+/**
+ * Calls `onStart({image, prompt, seed})`, and `onWalk(file)` for a shared walk. `upload` sends a file
+ * and resolves to its id.
+ */
 export class WorldDialog {
   #choice = "sample";
 
-  constructor(dialog, { onStart, onWalk }) {
+  constructor(dialog, { onStart, onWalk, upload }) {
     this.dialog = dialog;
+    this.upload = upload;
     this.onStart = onStart;
     this.onWalk = onWalk;
     this.images = dialog.querySelector("#images");
@@ -85,7 +87,7 @@ export class WorldDialog {
     this.problem.hidden = true;
     tile.classList.add("busy");
     try {
-      this.#choice = await upload(file);
+      this.#choice = await this.upload(file);
       const image = document.createElement("canvas");
       const bitmap = await createImageBitmap(file);
       const width = 160, height = Math.round((width * bitmap.height) / bitmap.width);
@@ -110,7 +112,7 @@ export class WorldDialog {
     } else if (this.dialog.open) {
       await this.#take(file, this.images.querySelector(".own"));
     } else {
-      this.onStart({ image: await upload(file), prompt: null, seed: 0 });
+      this.onStart({ image: await this.upload(file), prompt: null, seed: 0 });
     }
   }
 

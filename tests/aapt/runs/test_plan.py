@@ -82,7 +82,7 @@ def saved_bytes(depth: int, checkpointed: bool) -> int:
 def test_bytes_of_activations_are_counted(checkpointed):
     """Four blocks, within 3 %, because modulations and log-sum-exps are left out.
 
-    Norms run in bfloat16 here, in float32 under CUDA's autocast.
+    Residuals are bfloat16 here, as gathered parameters are.
     """
     config = dataclasses.replace(CONFIG, width=128, head_dim=64, rope_axes=(24, 20, 20), depth=4)
     tokens = 6 * 4 * 6

@@ -64,7 +64,9 @@ class Running:
         self.play = app.state.server
         listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app, log_level="warning", ws_per_message_deflate=False, timeout_graceful_shutdown=5
+        )
         self.server = uvicorn.Server(config)
         started = threading.Event()
 
@@ -94,8 +96,9 @@ def serve(generator, checkpoint):
     """Starts servers with the given settings; they end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def start(**settings):
-            running = Running(generator, checkpoint, **settings)
+        def start(model=None, **settings):
+            loaded = StreamingGenerator.from_pretrained(model) if model else generator
+            running = Running(loaded, model or checkpoint, **settings)
             stack.callback(running.stop)
             return running
 

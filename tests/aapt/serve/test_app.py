@@ -12,6 +12,8 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 import httpx  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
 import websockets  # noqa: E402
 
 from aapt.serve.client import Client, Refused  # noqa: E402
@@ -38,12 +40,12 @@ def test_only_known_hosts_and_pages_of_this_server_are_served(serve, talk):
         refused = client.get("/schema", headers={"host": "rebound.example"})
         assert refused.status_code == 403 and "host: expected 127.0.0.1" in refused.text
         for origin, status in (
-            ("http://" + running.address, 200),
-            ("https://friend.example", 200),
+            ("http://" + running.address, 405),
+            ("https://friend.example", 405),
             ("https://evil.example", 403),
             ("null", 403),
         ):
-            answer = client.post("/upload", content=picture_bytes(), headers={"origin": origin})
+            answer = client.post("/schema", headers={"origin": origin})
             assert answer.status_code == status, origin
 
     async def connect(origin):
@@ -88,9 +90,7 @@ def test_uploads_open_worlds(serve, talk, generator):
         frames = []
         async with await Client.connect(running.url) as client:
             for data in (picture_bytes((48, 96)), file.getvalue()):
-                with web(running) as http:
-                    number = http.post("/upload", content=data).json()["id"]
-                await client.send("open", image="upload:" + number)
+                await client.send("open", image=await client.upload(data))
                 await client.text("opened")
                 frames.append((await client.frames()).images)
         return frames
@@ -125,26 +125,63 @@ def bomb(side):
     return b"".join(chunks)
 
 
-def test_the_server_refuses_large_uploads_and_bombs(serve):
-    running = serve(upload_bytes=50_000, upload_pixels=PIXELS)
-    with web(running) as client:
-        for data, status, words in (
-            (bytes(50_001), 413, "upload: expected at most 50000 bytes, got more"),
-            (bomb(60_000), 422, "image: expected"),
-            (bomb(200), 422, "image: expected at most 10000 pixels, got 200 x 200"),
-            (b'{"walk": 9}', 422, "walk: line 1: walk: expected 1, got 9"),
-        ):
-            answer = client.post("/upload", content=data)
-            assert answer.status_code == status
-            assert answer.json()["error"].startswith(words)
-    assert not running.play.uploads
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (bomb(60_000), "image: expected"),
+        (bomb(200), "image: expected at most 10000 pixels, got 200 x 200"),
+        (b'{"walk": 9}', "walk: line 1: walk: expected 1, got 9"),
+        (b"\xff" * 8 + b"{}", "snapshot: expected a safetensors file"),
+        (safetensors.torch.save({"latent": torch.zeros(1)}), "saved: expected model, branch"),
+        (b"", "image: expected"),
+    ],
+)
+def test_bombs_and_unknown_files_are_refused_and_the_world_goes_on(serve, talk, data, words):
+    running = serve(upload_pixels=PIXELS)
+
+    async def conversation():
+        async with await Client.connect(running.url) as client:
+            await client.send("open")
+            await client.text("opened")
+            with pytest.raises(ValueError, match=words) as error:
+                await client.upload(data)
+            assert "\n" not in str(error.value)
+            await client.send("play")
+            assert (await client.frames()).images
+
+    talk(conversation())
 
 
-def test_uploads_are_bounded_in_number(serve):
+def test_an_upload_too_large_ends_its_connection(serve, talk):
+    running = serve(upload_bytes=50_000)
+
+    async def conversation():
+        async with await Client.connect(running.url) as client:
+            await client.upload(bytes(50_001))
+
+    with pytest.raises(Refused, match="upload: expected at most 50000 bytes, got 50001"):
+        talk(conversation())
+
+
+def test_a_connection_keeps_its_latest_uploads(serve, talk):
     running = serve(uploads=2)
-    with web(running) as client:
-        numbers = [client.post("/upload", content=picture_bytes()).json()["id"] for _ in range(4)]
-    assert list(running.play.uploads) == numbers[2:]
+
+    async def conversation():
+        async with (
+            await Client.connect(running.url) as client,
+            await Client.connect(running.url) as other,
+        ):
+            numbers = [await client.upload(picture_bytes()) for _ in range(3)]
+            await other.send("open", image=numbers[2])
+            assert (await other.text("error"))["code"] == "upload"
+            await client.send("open", image=numbers[0])
+            assert (await client.text("error"))["message"] == (
+                "image: expected the id of an upload of an image"
+            )
+            await client.send("open", image=numbers[1])
+            await client.text("opened")
+
+    talk(conversation())
 
 
 def test_a_walk_of_another_model_is_refused(serve, talk):
@@ -157,9 +194,7 @@ def test_a_walk_of_another_model_is_refused(serve, talk):
             await client.send("log")
             lines = (await client.text("log"))["lines"]
             start = json.loads(lines[0]) | {"digest": "0" * 64, "model": "<other>"}
-            with web(running) as http:
-                number = http.post("/upload", content=json.dumps(start)).json()["id"]
-            await client.send("open", log="upload:" + number)
+            await client.send("open", log=await client.upload(json.dumps(start).encode()))
             return await client.text("error")
 
     error = talk(conversation())
@@ -173,8 +208,7 @@ def test_no_answer_has_a_path_of_the_machine(serve, checkpoint, talk):
     with web(running) as client:
         for path in (
             *("/schema", "/healthz", "/metrics", "/gallery/none", "/gallery/..%2f..%2fetc", "/x"),
-            *("/static/none.js", "/static/..%2f..%2fapp.py", "/record/x.mp4", "/log/x.jsonl"),
-            "/record/x.mp4?from=a",
+            *("/static/none.js", "/static/..%2f..%2fapp.py"),
         ):
             answer = client.get(path)
             assert secret not in answer.text and "aapt/serve" not in answer.text
@@ -239,6 +273,13 @@ def test_another_protocol_is_refused(serve, talk):
     assert error["message"] == "protocol: expected 1, got 2; reload the page"
     assert talk(hello(type="ping", time=0))["message"] == "hello: expected it as the first message"
 
+    async def upload_first():
+        async with websockets.connect(running.url) as socket:
+            await socket.send(b"GIF89a")
+            return json.loads(await socket.recv())
+
+    assert talk(upload_first())["message"] == "hello: expected it as the first message"
+
 
 def test_the_page_is_served_with_a_strict_policy(serve):
     with web(serve()) as client:
@@ -258,13 +299,11 @@ def test_a_recording_nobody_waits_for_ends(serve, talk):
             await client.send("play")
             while (await client.frames()).header.step < 300:
                 pass
-            token = client.welcome["token"]
-            async with httpx.AsyncClient() as http:
-                url = f"http://{running.address}/record/{token}.mp4"
-                with pytest.raises(httpx.ReadTimeout):
-                    await http.get(url, timeout=0.05)
-            while running.play.recording:
-                await asyncio.sleep(0.01)
+            await client.send("pause")
+            await client.send("record", branch=0, first=0, last=300)
+            await client.send("ping", time=0)
+            await client.text("pong")
+        while running.play.scheduler._order:
+            await asyncio.sleep(0.01)
 
     talk(conversation())
-    assert not running.play.recording

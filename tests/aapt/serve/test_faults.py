@@ -53,7 +53,13 @@ async def killed(running, seed):
 
 async def garbage(running):
     """Sends what is not of the protocol; each time one line comes back and the connection ends."""
-    for data in ("{", "[]", b"\x00\xff", '{"type":"input"}', json.dumps({"type": "x" * 1000})):
+    for data in (
+        "{",
+        "[]",
+        '{"type":"hello","protocol":1}',
+        '{"type":"input"}',
+        json.dumps({"type": "x" * 1000}),
+    ):
         client = await Client.connect(running.url)
         await opened(client)
         await client.send("play")
@@ -117,7 +123,7 @@ def test_eight_visitors_and_their_faults(serve, talk, generator):
             assert number not in made or made[number].images == encoded(frames)
         assert stream.differing == []
     play = running.play
-    assert play.line.taken == 0 and not play.scheduler._order and not play.recording
+    assert play.line.taken == 0 and not play.scheduler._order
     assert all(place.history is None for _, place in play.kept.values())
 
 
@@ -187,9 +193,11 @@ def test_two_hundred_opens_and_closes_leave_nothing(serve, talk):
     assert not running.play.scheduler._order and not running.play.scheduler._credit
 
 
-def test_a_long_walk_neither_grows_nor_slows(serve, talk):
+@pytest.mark.parametrize("name", ["small-world", "tiny-world"])
+def test_a_long_walk_neither_grows_nor_slows(serve, talk, name):
     """Memory and time of a step have no slope over five minutes' worth of steps."""
-    running = serve(history_mib=1)
+    bundled = name == "tiny-world"
+    running = serve(model=name if bundled else None, history_mib=16 if bundled else 1)
     count, part = 1800, 300  # five minutes at 24 fps, and the length of a sample
 
     async def conversation():

@@ -1,12 +1,11 @@
 """Worlds as a client plays them: the bits of a run alone, seeks, branches, splits, redo, resume."""
 
-import json
-import urllib.request
 from itertools import pairwise
 
 import av
 import numpy as np
 import pytest
+import safetensors.torch
 
 from aapt import Control
 
@@ -14,9 +13,10 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from aapt.serve.client import Client, Frames  # noqa: E402
 from aapt.serve.images import encode_frames  # noqa: E402
-from aapt.serve.protocol import FIRST, REDO, SEEK  # noqa: E402
+from aapt.serve.protocol import FIRST, FORMATS, RECORDING, REDO, SAVED, SEEK  # noqa: E402
 from aapt.serve.settings import Settings  # noqa: E402
 from aapt.streaming.actions import Replay, load_walk  # noqa: E402
+from aapt.streaming.snapshot_file import read_file  # noqa: E402
 
 QUALITY = Settings().quality
 
@@ -177,7 +177,9 @@ def test_errors_of_commands_leave_the_world_as_it_is(serve, talk):
             assert (await client.text("error"))["code"] == "not_open"
             await client.send("open", image="../secret")
             error = await client.text("error")
-            assert error["message"] == "image: expected sample, a name of the gallery or upload:ID"
+            assert error["message"] == (
+                "image: expected sample, a name of the gallery or the id of an upload"
+            )
             await opened(client)
             for message, words in (
                 (("seek", {"branch": 5, "step": 0}), "branch: expected a number below 1, got 5"),
@@ -383,26 +385,28 @@ def test_reset_starts_the_walk_again(serve, talk, generator):
     video(generator, walk)
 
 
-def fetch(running, path, data=None):
-    return urllib.request.urlopen(f"http://{running.address}{path}", data=data).read()
-
-
 def test_recordings_and_logs(serve, talk, generator, tmp_path):
-    running = serve(snapshot_seconds=0.1)
+    async def record(client, first, last):
+        await client.send("record", branch=0, first=first, last=last)
+        return (await client.file(RECORDING)).images[0]
 
     async def conversation():
-        import asyncio
-
-        async with await Client.connect(running.url) as client:
+        async with await Client.connect(serve(snapshot_seconds=0.1).url) as client:
             await opened(client)
             await client.input(forward=1.0)
             made = await step_to(client, 20)
-            token = client.welcome["token"]
-            whole = await asyncio.to_thread(fetch, running, f"/record/{token}.mp4")
-            part = await asyncio.to_thread(fetch, running, f"/record/{token}.mp4?from=16&to=18")
-            log = await asyncio.to_thread(fetch, running, f"/log/{token}.jsonl")
-            upload = await asyncio.to_thread(fetch, running, "/upload", log)
-            await client.send("open", log="upload:" + json.loads(upload)["id"])
+            whole = await record(client, 0, max(made))
+            part = await record(client, 16, 18)
+            for first, last, words in (
+                (0, 9999, "step: expected at most"),
+                (9, 8, "first: expected at most 3600 steps before 8, got 9"),
+            ):
+                await client.send("record", branch=0, first=first, last=last)
+                error = await client.text("error")
+                assert error["code"] == "record" and error["message"].startswith(words)
+            await client.send("log")
+            log = "\n".join((await client.text("log"))["lines"]).encode()
+            await client.send("open", log=await client.upload(log))
             assert (await client.text("opened"))["step"] == max(made)
             frames = await client.frames()
             assert frames.images == made[max(made)].images
@@ -424,3 +428,108 @@ def test_recordings_and_logs(serve, talk, generator, tmp_path):
     wrong = np.concatenate([alone[step] for step in (5, 6, 7)])
     for picture, expected, other in zip(small, right, wrong):
         assert np.abs(picture - expected).mean() < np.abs(picture - other).mean()
+
+
+async def saved_world(running):
+    """Plays on a server that goes; returns what its client was given, and the last frames."""
+    async with await Client.connect(running.url) as client:
+        await opened(client)
+        await client.input(yaw=0.5, forward=1.0)
+        made = await step_to(client, 30)
+        await client.send("log")
+        log = "\n".join((await client.text("log"))["lines"]).encode()
+        await client.send("save")
+        saved = await client.file(SAVED)
+    return log, saved, made[max(made)]
+
+
+async def go_on(client, log, file):
+    number = await client.upload(log)
+    await client.send("open", log=number, saved=await client.upload(file))
+    await client.text("opened")
+    return await client.frames()
+
+
+def test_another_server_goes_on_from_the_last_snapshot(serve, talk, generator):
+    async def conversation():
+        log, saved, last = await saved_world(serve(snapshot_seconds=0.2))
+        running = serve()
+        async with await Client.connect(running.url) as client:
+            frames = await go_on(client, log, saved.images[0])
+            assert frames.header.step == last.header.step and frames.images == last.images
+            tree = await client.text("tree")
+            assert {"branch": 0, "step": saved.header.step} in tree["snapshots"]
+            assert not any(text["type"] == "error" for text in client.texts)
+            made = await step_to(client, last.header.step + 4)
+            walk = await get_log(client)
+        return saved.header.step, made, walk
+
+    step, made, walk = talk(conversation())
+    assert 0 < step < max(made)
+    alone = video(generator, walk)  # compares the CRC of every step
+    assert made[max(made)].images == encoded(alone[max(made)])
+
+
+def falsified(file, change):
+    tensors, facts = read_file(file)
+    change(tensors, facts)
+    return safetensors.torch.save(tensors, facts)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t, f: t.pop("latent"), "snapshot: expected latent (1, "),
+        (lambda t, f: t.update(latent=t["latent"].double()), "snapshot: expected latent (1, "),
+        (lambda t, f: t["cache.step"].fill_(-1), "snapshot: expected cache.step below"),
+        (lambda t, f: t["cache.text_lens"].fill_(99), "snapshot: expected cache.text_lens up to"),
+        (lambda t, f: t["frames"].add_(1), "saved: expected the frames that the walk noted"),
+        (lambda t, f: f.update(step="999"), "step: expected at most"),
+        (lambda t, f: f.update(model="0" * 64), "saved: expected a world of "),
+        (lambda t, f: f.update(snapshot="{}"), "snapshot: expected seed, steps, prompt and"),
+    ],
+)
+def test_a_saved_world_that_does_not_fit_is_refused_and_the_log_replayed(
+    serve, talk, change, words
+):
+    async def conversation():
+        running = serve(snapshot_seconds=0.2)
+        log, saved, last = await saved_world(running)
+        async with await Client.connect(running.url) as client:
+            frames = await go_on(client, log, falsified(saved.images[0], change))
+            assert frames.images == last.images
+            errors = [text for text in client.texts if text["type"] == "error"]
+        return errors
+
+    (error,) = talk(conversation())
+    assert error["message"].startswith(words) and not error["fatal"]
+
+
+def test_tall_video_is_h264_whose_messages_stand_alone(serve, talk, generator):
+    async def conversation():
+        running = serve(h264_above=generator.height - 1)
+        async with await Client.connect(running.url, formats=("h264", "webp")) as client:
+            assert client.welcome["format"] == "h264"
+            first = await opened(client)
+            await client.input(forward=1.0)
+            made = await step_to(client, 12)
+            walk = await get_log(client)
+        async with await Client.connect(running.url, formats=("webp",)) as client:
+            assert client.welcome["format"] == "webp"
+        async with await Client.connect(serve().url, formats=("h264",)) as client:
+            assert client.welcome["format"] == "jpeg"
+        return first, made, walk
+
+    first, made, walk = talk(conversation())
+    assert len(first.images) == 1 and FORMATS[first.header.format] == "h264"
+    alone = video(generator, walk)
+    for step, frames in made.items():
+        decoder = av.CodecContext.create("h264", "r")
+        pictures = [p for image in frames.images for p in decoder.decode(av.Packet(image))]
+        pictures = [p.to_ndarray(format="rgb24") for p in (*pictures, *decoder.decode(None))]
+        assert len(pictures) == 4
+        # The random model's colours are noise, of which 4:2:0 keeps a part
+        shown = np.stack(pictures).astype(float).mean(-1)
+        right = np.abs(shown - alone[step].mean(-1)).mean()
+        wrong = np.abs(shown - alone[step][::-1].mean(-1)).mean()
+        assert right < wrong, step

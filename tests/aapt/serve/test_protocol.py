@@ -95,11 +95,11 @@ def test_the_schema_names_every_message_and_the_header():
     }
     assert types["client"] == {
         *("hello", "open", "input", "prompt", "play", "pause", "reset", "redo", "seek", "follow"),
-        *("split", "log", "ping"),
+        *("split", "log", "save", "record", "ping"),
     }
     assert types["server"] == {
         *("welcome", "queued", "replaying", "opened", "tree", "sought", "state", "split", "log"),
-        *("pong", "error", "ended"),
+        *("uploaded", "pong", "error", "ended"),
     }
     last = described["binary"]["header"][-1]
     assert last["offset"] + last["bytes"] == described["binary"]["header_bytes"] == 64

@@ -8,7 +8,7 @@ import urllib.request
 import numpy as np
 from PIL import Image
 
-from aapt.serve.protocol import read_frames
+from aapt.serve.protocol import FRAMES, read_frames
 
 QUIET = 120.0  # seconds without any progress after which a wait has failed
 SIZE = (128, 80)  # of the bundled model's frames
@@ -37,11 +37,17 @@ class Tab:
 
     def _listen(self, websocket):
         websocket.on("framereceived", self._received)
-        websocket.on("framesent", lambda payload: self.sent.append(json.loads(payload)))
+        websocket.on("framesent", self._sent)
+
+    def _sent(self, payload):
+        if isinstance(payload, str):
+            self.sent.append(json.loads(payload))
 
     def _received(self, payload):
         if isinstance(payload, bytes):
-            self.frames.append(read_frames(payload))
+            header, images = read_frames(payload)
+            if header.kind == FRAMES:
+                self.frames.append((header, images))
 
     @property
     def state(self):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from aapt import StreamingGenerator
 from aapt.serve.protocol import REDO
+from aapt.streaming.actions import Replay
 
 from ..conftest import HANGS, Running
 from .tab import decoded, page_end, turn, warmth
@@ -54,6 +55,50 @@ def test_a_dragged_stick_turns_and_lets_go(page):
     assert page.tab.is_hidden("#stick")
     page.wait(lambda: page.inputs()[-1]["yaw"] == 0)
     assert max(message["yaw"] for message in page.inputs()) == 1
+
+
+PAD = """() => {
+  const pad = {axes: [0, 0, 0, 0], buttons: Array.from({length: 16}, () => ({pressed: false}))};
+  window.pad = pad;
+  navigator.getGamepads = () => [null, pad];
+  dispatchEvent(new Event("gamepadconnected"));
+}"""
+
+
+def test_a_gamepad_steers_and_plays(page):
+    """A pad as the browser reports it: the left stick walks and turns, button 0 plays."""
+    page.tab.evaluate(PAD)
+    before = page.picture()
+    page.tab.evaluate("pad.axes[0] = 0.9")
+    page.wait_step(3)
+    assert turn(before, page.picture()) < 0
+    page.tab.evaluate("pad.axes[0] = 0.05; pad.axes[1] = -1")  # within the dead zone; ahead
+    page.wait(lambda: (page.inputs()[-1]["yaw"], page.inputs()[-1]["forward"]) == (0, 1))
+    page.tab.evaluate("pad.buttons[0].pressed = true")
+    page.wait_state("paused")
+    page.tab.evaluate("navigator.getGamepads = () => [null, null]; pad.buttons[0].pressed = false")
+    page.wait(lambda: page.inputs()[-1]["forward"] == 0)
+
+
+def test_tall_video_is_decoded_by_the_browser(open_page, tiny_world):
+    running = Running(tiny_world.play.generator, "tiny-world", h264_above=1)
+    try:
+        page = open_page(running).wait_state("ready")
+        module = "import('./static/decoding.js')"
+        if "h264" not in page.tab.evaluate(f"{module}.then((m) => m.decodableFormats())"):
+            pytest.skip("needs a browser with H.264")
+        page.hold("w", until=6)
+        page.pause()
+        header, _ = page.frames[-1]
+        assert header.format == 2
+        walk = next(iter(running.play.sessions.values())).place.walk
+        replay = Replay(tiny_world.play.generator, walk)
+        last = [replay.step(step)[-1] for step in walk.path(0, page.step)][-1]
+        assert np.abs(page.picture().astype(int) - last).mean() < 6
+        page.seek(page.step - 2)
+    finally:
+        page.context.close()
+        running.stop()
 
 
 def test_losing_the_focus_lets_the_keys_go(page):
