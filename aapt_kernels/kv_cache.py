@@ -148,22 +148,6 @@ class KVCache:
             return None, None
         return self.k_scale[layer], self.v_scale[layer]
 
-    def layer(self, index: int) -> "KVCache":
-        """Return a view of one layer, a cache of one layer on the memory and the counter of this
-        one; IndexError unless there is such a layer.
-
-        A compiled block that gets its view is the block of any layer: one graph serves all of them.
-        `advance`, `reset` and `load` belong to the whole cache.
-        """
-        self.check_layer(index)
-        view = copy.copy(self)
-        with torch.inference_mode(False), torch.no_grad():
-            for name in ("k", "v", "k_scale", "v_scale"):
-                tensor = getattr(self, name)
-                if tensor is not None:
-                    setattr(view, name, tensor[index : index + 1])
-        return view
-
     @property
     def ring_frames(self) -> int:
         """Slots of the ring: window and newest frame. A step appends at most as many frames."""

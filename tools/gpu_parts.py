@@ -160,6 +160,7 @@ PARTS = {
                     "benchmarks/bench_cached_attention.py",
                     "benchmarks/bench_kv_append.py",
                     "benchmarks/bench_qk_norm_rope.py",
+                    "benchmarks/bench_modulated_norm.py",
                     "benchmarks/bench_vae_decoder.py",
                 ),
             ),

@@ -352,13 +352,13 @@ def block_bytes(config: ModelConfig, tokens: int, norm: int = FLOAT) -> float:
     and after its norm, and the normed k (1).
 
     Args:
-        norm: Bytes per number in the input and the output of a norm: float32 under CUDA's autocast.
+        norm: Bytes per number in the input of a norm: float32 if modulation is.
     """
     numbers = 2 + 3 + 4 + 1 + 2 + 2 * config.mlp_hidden / config.width
     if config.block == "wan":
-        per_video, per_text = HALF * numbers + norm * 6 + FLOAT * 2, HALF * 3 + FLOAT * 2
+        per_video, per_text = HALF * numbers + norm * 3 + FLOAT * 2, HALF * 3 + FLOAT * 2
         return config.width * (per_video * tokens + per_text * config.text_tokens)
-    return (HALF * numbers + norm * 4) * config.width * (tokens + config.text_tokens)
+    return (HALF * numbers + norm * 2) * config.width * (tokens + config.text_tokens)
 
 
 def activation_bytes(config: ModelConfig, tokens: int, checkpointed: bool) -> float:

@@ -22,8 +22,8 @@ from . import cpu, ref
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Return gelu(x + bias), in the tanh form (docs/method.md#2).
 
-    x (..., L, D), the product without its bias; bias (D,). Computed in float32 (float64 for float64);
-    bias may have another dtype than x. Under autocast x is cast to its dtype. The gradient of the
+    x (..., L, D), the product without its bias; bias (D,), which may have another dtype. Computed
+    in float32, float64 for float64. Under autocast x is cast to its dtype. The gradient of the
     bias comes with that of x, so that the backward pass reads the widest activation of a block once
     less. Differentiable once; on the reference again.
 

@@ -1,5 +1,5 @@
-"""Bias and GELU for any GPU that Triton serves: one launch forward, and backward one with a sum over
-its programs."""
+"""Bias and GELU for any GPU that Triton serves: one launch forward, and backward one with a sum
+over its programs."""
 
 import torch
 import triton

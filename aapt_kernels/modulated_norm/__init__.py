@@ -40,7 +40,8 @@ def modulated_norm(
     another.
 
     Returns normed, or (x + gate * update, normed) with an update; both in the dtype of x. Under
-    autocast the sum is float32 and normed has autocast's dtype, for the product that reads it.
+    autocast the sum has the widest dtype of its terms, as PyTorch's own, and normed has autocast's
+    dtype, for the product that reads it.
     Differentiable once; on the reference again.
 
     Raises ValueError or TypeError if the arguments do not fit each other, and NotImplementedError
@@ -49,41 +50,42 @@ def modulated_norm(
     dtype = x.dtype
     if autocasts(x.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x = x if update is None else x.float()
-    tensors = {"x": x, "update": update, "gate": gate, "shift": shift, "scale": scale}
-    tensors |= {"weight": weight, "bias": bias}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    _check_arguments(**tensors)
-    check_no_tangent("modulated_norm", tensors)
+        for term in (update, gate):
+            x = x if term is None else x.to(torch.promote_types(x.dtype, term.dtype))
+    others = {"update": update, "gate": gate, "shift": shift, "scale": scale}
+    others |= {"weight": weight, "bias": bias}
+    others = {name: tensor for name, tensor in others.items() if tensor is not None}
+    _check_arguments(x, others)
+    check_no_tangent("modulated_norm", {"x": x, **others})
     residual, normed = ops.modulated_norm.default(
         x, update, gate, shift, scale, weight, bias, eps, dtype
     )
     return normed if update is None else (residual, normed)
 
 
-def _check_arguments(x, **others):
-    """Check the arguments, those that are None left out: ValueError or TypeError."""
-    batch, length, width = check_shape("x", x, ("batch", "length", "width"))
+def _check_arguments(x: Tensor, others: dict[str, Tensor]) -> None:
+    """Check x, and the others that are given: ValueError or TypeError."""
+    rows = batch, length, width = check_shape("x", x, ("batch", "length", "width"))
     if ("shift" in others) != ("scale" in others):
         given = "shift" if "shift" in others else "scale"
         raise ValueError(f"shift, scale: expected both or neither, got {given} only")
     if "gate" in others and "update" not in others:
         raise ValueError("gate: expected an update with it, got update=None")
-    groups = None
-    for name in ("gate", "shift", "scale"):
-        if name not in others:
-            continue
-        if groups is None:
-            groups = check_shape(name, others[name], (batch, "groups", width), "this x")[1]
-            if groups < 1 or length % groups != 0:
+    group_rows = None
+    for name, tensor in others.items():
+        if name == "update":
+            check_shape(name, tensor, rows, "this x")
+        elif name in ("weight", "bias"):
+            check_shape(name, tensor, (width,), "this x")
+        elif group_rows is not None:
+            check_shape(name, tensor, group_rows, "this x")
+        else:
+            group_rows = check_shape(name, tensor, (batch, "groups", width), "this x")
+            if group_rows[1] < 1 or length % group_rows[1] != 0:
                 raise ValueError(
                     f"{name}: expected a number of groups that divides the {length} tokens of x, "
-                    f"got {groups}"
+                    f"got {group_rows[1]}"
                 )
-        check_shape(name, others[name], (batch, groups, width), "this x")
-    expected = {"update": (batch, length, width), "weight": (width,), "bias": (width,)}
-    for name in expected.keys() & others.keys():
-        check_shape(name, others[name], expected[name], "this x")
     check_precision(x, others)
     tensors = {"x": x, **others}
     check_dense_rows(tensors)

@@ -8,21 +8,24 @@ from ..precision import dense, widen
 from .ref import by_group, group_count, like_inputs
 
 
+def by_token(x: Tensor, length: int) -> Tensor:
+    """Return modulation x (B, G, D) with a row per token, or one row for all of them."""
+    return x if x.shape[1] == 1 else x.repeat_interleave(length // x.shape[1], dim=1)
+
+
 def add(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
-    if gate is None:
-        return x + update
-    x, update = (by_group(y, gate.shape[1]) for y in (x, update))
-    return torch.addcmul(x, gate[:, :, None], update).flatten(1, 2)
+    return x + update if gate is None else torch.addcmul(x, by_token(gate, x.shape[1]), update)
 
 
 def norm(x, shift, scale, weight, bias, eps):
     width = x.shape[-1:]
     if scale is None:
         return F.layer_norm(x, width, weight, bias, eps)
+    scale = 1 + scale
     if weight is None and bias is None and scale.shape[:2] == (1, 1):
-        return F.layer_norm(x, width, (1 + scale).view(width), shift.reshape(width), eps)
-    normed = by_group(F.layer_norm(x, width, weight, bias, eps), scale.shape[1])
-    return torch.addcmul(shift[:, :, None], normed, (1 + scale)[:, :, None]).flatten(1, 2)
+        return F.layer_norm(x, width, scale[0, 0], shift[0, 0], eps)
+    normed = F.layer_norm(x, width, weight, bias, eps)
+    return torch.addcmul(by_token(shift, x.shape[1]), normed, by_token(scale, x.shape[1]))
 
 
 def forward(x, update, gate, shift, scale, weight, bias, eps, dtype):

@@ -165,8 +165,6 @@ def modulated_norm_backward_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < WIDTH
     at = tl.full((1,), 0, tl.int32) + group
-    g = load_rows(gate, batch, at, gate_batch_stride, gate_row_stride, column, inside, WIDE)
-    s = load_rows(scale, batch, at, scale_batch_stride, scale_row_stride, column, inside, WIDE)
     w, c = load_vector(weight, column, WIDTH, WIDE), load_vector(bias, column, WIDTH, WIDE)
     gate_sum = tl.zeros((ROWS, COLUMNS), WIDE)
     shift_sum = tl.zeros((ROWS, COLUMNS), WIDE)
@@ -183,14 +181,15 @@ def modulated_norm_backward_kernel(
         r = load_rows(
             residual, batch, token, residual_batch_stride, residual_row_stride, column, mask, WIDE
         )
-        u = load_rows(
-            update, batch, token, update_batch_stride, update_row_stride, column, mask, WIDE
-        )
         hat, inverse = normalise(r, mask, EPS, WIDTH)
         if scale is not None:
             shift_sum += d
             # NOTE: a bias makes the rows outside of the mask non-zero, but there d is zero
             scale_sum += d * affine(hat, w, c)
+            # Loaded for every row, from L1: kept in registers it would spill for a wide model
+            s = load_rows(
+                scale, batch, at, scale_batch_stride, scale_row_stride, column, inside, WIDE
+            )
             d = d * (1 + s)
         if bias is not None:
             bias_sum += d
@@ -203,6 +202,10 @@ def modulated_norm_backward_kernel(
             d += tl.load(dresidual + out, mask=mask, other=0).to(WIDE)
         tl.store(dx + out, d, mask=mask)
         if gate is not None:
+            g = load_rows(gate, batch, at, gate_batch_stride, gate_row_stride, column, inside, WIDE)
+            u = load_rows(
+                update, batch, token, update_batch_stride, update_row_stride, column, mask, WIDE
+            )
             tl.store(dupdate + out, g * d, mask=mask)
             gate_sum += tl.where(mask, d * u, 0)
     store_sum(gate_sums, program, gate_sum, column, WIDTH)

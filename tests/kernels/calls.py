@@ -8,16 +8,24 @@ from torch import Tensor
 from aapt_kernels import (
     FrameLayout,
     KVCache,
+    bias_gelu,
     block_causal_attention,
     cached_attention,
     causal_conv3d,
     kv_append,
+    modulated_norm,
     qk_norm_rope,
 )
 
 LAYOUT = FrameLayout(5, 3, 4, 2)
 LENGTH, TOKENS, HEADS = LAYOUT.query_length, 3, 2
-DIFFERENTIABLE = ("block_causal_attention", "qk_norm_rope", "causal_conv3d")
+DIFFERENTIABLE = (
+    "block_causal_attention",
+    "qk_norm_rope",
+    "causal_conv3d",
+    "modulated_norm",
+    "bias_gelu",
+)
 CACHED = ("kv_append", "cached_attention")
 
 Call = tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]
@@ -54,6 +62,19 @@ def make_call(op: str, dtype=torch.float32, head_dim=8, device="cpu", batch=1) -
 
         shape = (batch, LENGTH, HEADS, head_dim)
         return rotate, [normal(*shape), normal(*shape), normal(head_dim), normal(head_dim)]
+    if op == "modulated_norm":
+
+        def norm(x, shift, scale, weight):
+            return (modulated_norm(x, shift, scale, weight=weight),)
+
+        modulation = normal(batch, 2, 2, head_dim)
+        return norm, [normal(batch, 6, head_dim), *modulation.unbind(1), normal(head_dim)]
+    if op == "bias_gelu":
+
+        def activate(x, bias):
+            return (bias_gelu(x, bias),)
+
+        return activate, [normal(batch, 6, head_dim), normal(head_dim)]
     if op == "causal_conv3d":
 
         def convolve(x, weight, bias, norm_weight, residual):

@@ -17,7 +17,8 @@ SIZES = {
     "sim": (torch.bfloat16, 64),
 }
 NAMES = ["triton"] if interpreted() else ["reference", "cpu"] + ["sim"] * (not no_sim())
-MISSING = {("sim", "qk_norm_rope"), ("sim", "causal_conv3d")}  # or takes no float32
+# Or takes no float32
+MISSING = {("sim", op) for op in ("qk_norm_rope", "causal_conv3d", "modulated_norm", "bias_gelu")}
 ALL = [(name, op) for name in NAMES for op in (*DIFFERENTIABLE, *CACHED)]
 FORWARD = [pair for pair in ALL if pair not in MISSING]
 BACKWARD = [

@@ -118,8 +118,8 @@ def test_norm_reads_the_rounded_residual(backend):
 
 
 def test_autocast(backend):
-    """The residual is float32, as a norm and an addition of PyTorch make it; what a product reads
-    next has autocast's dtype."""
+    """The residual is as wide as its widest term, the gate; what a product reads next has
+    autocast's dtype."""
     inputs = make_inputs(CALLS["gated update"], torch.float32, width=16)
     exact = run(**inputs)
     inputs |= {name: inputs[name].bfloat16() for name in ("x", "update")}

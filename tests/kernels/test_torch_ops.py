@@ -306,3 +306,50 @@ def test_two_graphs_serve_every_layer_given_as_an_argument():
             block(torch.randn(1, 3, 48), cache, layer)
     assert graphs.frame_count <= 2
     assert cache.k.flatten(1).any(1).all()
+
+
+def test_an_integer_attribute_of_a_module_is_a_graph_each():
+    """A block that knows its layer is compiled once per layer, whatever reads the number: an
+    addition is enough. If this fails, docs/drop-in.md can recommend one form more."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+
+    class Block(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return x + self.layer
+
+    for layer in range(4):
+        block = Block(layer)
+        block.compile(backend=graphs, fullgraph=True)
+        block(torch.zeros(3))
+    assert graphs.frame_count == 4
+
+
+def test_two_graphs_serve_every_layer_kept_by_its_block_if_configured():
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    cache = KVCache(1, 12, 2, 8, text_tokens=0, tokens_per_frame=3, window_frames=2)
+    twin = cache.clone()
+
+    class Block(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, cache):
+            q, k, v = x.unflatten(-1, (3, 2, 8)).unbind(2)
+            q = kv_append(q, k, v, cache, self.layer, None, None, None, None)
+            return cached_attention(q, cache, self.layer).flatten(2)
+
+    with torch.no_grad(), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for layer in range(12):
+            block, x = Block(layer), torch.randn(1, 3, 48)
+            expected = block(x, twin)
+            block.compile(backend=graphs, fullgraph=True)
+            torch.testing.assert_close(block(x, cache), expected)
+    assert graphs.frame_count <= 2
+    assert torch.equal(cache.k, twin.k) and torch.equal(cache.v, twin.v)

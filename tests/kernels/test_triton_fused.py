@@ -28,7 +28,7 @@ def triton_backend():
 
 
 def differentiate(function, inputs, incoming, dtype=None):
-    """Return results and gradients, computed in `dtype` or, if it is None, in that of the inputs."""
+    """Return results and gradients in `dtype`, or if it is None in that of the inputs."""
     leaves = {
         name: (x if dtype is None else x.to(dtype)).detach().requires_grad_()
         for name, x in inputs.items()

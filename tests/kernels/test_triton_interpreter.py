@@ -17,6 +17,7 @@ pytest.importorskip("triton")
     "name",
     [
         "test_triton_kernels.py",
+        "test_triton_fused.py",
         "test_causal_conv3d_triton.py",
         "test_derivatives.py",
         "test_hidden.py",

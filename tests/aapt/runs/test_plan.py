@@ -88,7 +88,7 @@ def saved_bytes(config: ModelConfig, checkpointed: bool) -> int:
 def test_bytes_of_activations_are_counted(family, checkpointed):
     """Four blocks, within 3 %, because modulations and log-sum-exps are left out.
 
-    Norms run in bfloat16 here, in float32 under CUDA's autocast.
+    Residuals are bfloat16 here, as gathered parameters are.
     """
     two, four, six = (dataclasses.replace(FAMILIES[family], depth=depth) for depth in (2, 4, 6))
     tokens = 6 * 4 * 6

@@ -1,0 +1,77 @@
+"""Launches of a streaming step, counted: every operation but views is one kernel on a device."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aapt.model.layers import Residual
+from aapt.streaming.student import StudentRollout
+
+from ..helpers import PROMPTS, SIZE, controls, latents, tiny_model
+
+VIEWS = ("view", "_unsafe_view", "t", "unbind", "select", "alias", "detach", "unsqueeze", "slice")
+VIEWS += ("expand", "permute")
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operations that are no views, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def make_rollout():
+    model = tiny_model()
+    conditions = model.conditions(controls(1), PROMPTS, SIZE)
+    recycled = latents(1)
+    text = (conditions.text, conditions.text_lens)
+    with torch.no_grad():
+        return StudentRollout(model.transformer, *text, recycled), conditions.condition
+
+
+def test_nine_launches_per_block():
+    rollout, condition = make_rollout()
+    model, constants = rollout.model, rollout.constants
+    index = rollout.cache.step[None]
+    with torch.no_grad():
+        video = model.patchify(latents(1), rollout.last, condition, index)
+        rotation = model.positions(index, model.config.token_grid(*SIZE), constants.places)
+        updated = Residual(video, torch.randn_like(video), constants.modulation[0][2])
+        with Launches() as launches:
+            model.blocks[1].step(updated, constants.modulation[1], rotation, rollout.cache, 1)
+    attention = ["modulated_norm", "addmm", "kv_append", "cached_attention", "addmm"]
+    assert launches.names == [*attention, "modulated_norm", "mm", "bias_gelu", "addmm"]
+
+
+def test_a_step_computes_nothing_that_never_changes():
+    """Beside its blocks a step has the frame's tokens, its time in the rotation, and the end."""
+    rollout, condition = make_rollout()
+    depth, noise = rollout.model.config.depth, latents(1)
+    with torch.no_grad(), Launches() as launches:
+        rollout.infer(noise, rollout.last, condition)
+    for name in ("silu", "arange", "exp", "rsqrt", "layer_norm", "native_layer_norm", "gelu"):
+        assert name not in launches.names
+    assert launches.names.count("modulated_norm") == 2 * depth + 1
+    assert len(launches.names) - 9 * depth <= 17
+
+
+def test_a_prompt_keeps_the_addresses_of_constants():
+    """A captured step reads them. Their values follow the weights."""
+    rollout, condition = make_rollout()
+    before = [x.data_ptr() for x in rollout.constants.tensors()]
+    old = [x.clone() for x in rollout.constants.tensors()]
+    config = rollout.model.config
+    text = torch.randn(2, config.text_tokens, config.text_width, dtype=rollout.last.dtype)
+    with torch.no_grad():
+        rollout.model.out_modulation.bias.add_(1)
+        rollout.set_text(text, torch.ones(2, dtype=torch.int64))
+    assert [x.data_ptr() for x in rollout.constants.tensors()] == before
+    shift, scale = rollout.constants.out_modulation
+    changed = [not torch.equal(x, y) for x, y in zip(rollout.constants.tensors(), old, strict=True)]
+    assert sum(changed) == 2 and shift.isfinite().all() and scale.isfinite().all()
