@@ -215,7 +215,7 @@ def predict_parts(generator: StreamingGenerator, name: str) -> Breakdown:
             memory.rollout.set_text(text, lens)
         memory.phase = parts.phase
         with parts:
-            memory._run()
+            memory._run("steady")
     works = decoder_work(vae.config, generator.height, generator.width)
     seconds = parts.seconds | {
         "decode": sum(
