@@ -24,11 +24,13 @@ from aapt.evaluate.evaluation import cache_folder
 from aapt.evaluate.measure import MeasuredFrames, measure, timeline
 from aapt.evaluate.metrics import (
     correlation,
+    edge_energy,
     gain,
     palette,
     palette_distance,
     palette_error,
     psnr,
+    seam,
     sharpness,
     theme_kept,
 )
@@ -52,7 +54,7 @@ from aapt.streaming.generator import StreamingGenerator
 from aapt.vae import CausalVAE, tiny
 from aapt.vae.pixels import to_pixels
 
-HEIGHT, WIDTH = 32, 64
+HEIGHT, WIDTH, CELL = 32, 64, 8
 SMALL_PROBE = ProbeConfig(clips=6, held_out_clips=2, steps=2, batch=8)
 MODEL = ModelConfig(
     width=32,
@@ -116,6 +118,31 @@ def test_blur_lowers_sharpness_and_a_shift_does_not():
     blurred = F.avg_pool2d(flat, 3, 1, 1).permute(0, 2, 3, 1).to(torch.uint8).view_as(video)
     assert sharpness(blurred) < 0.5 * sharpness(video)
     assert sharpness(video.roll(1, dims=2)) == pytest.approx(sharpness(video))
+
+
+def test_seam_of_cells_of_known_steps():
+    """Columns step by 2 inside cells of four and by 6 across their borders, in one clip of two."""
+    steps = torch.tensor([0, 2, 2, 2, 6, 2, 2, 2, 6, 2, 2, 2])
+    rising = steps.cumsum(0).to(torch.uint8)[:, None].expand(12, 3)
+    video = torch.stack([rising, 2 * rising])[:, None, None].expand(2, 3, 5, 12, 3)
+    assert seam(video, 4) == pytest.approx(3)
+    assert seam(video, 3) == pytest.approx(2 / 3)  # both steps of 6 are inside
+    even = torch.arange(12, dtype=torch.uint8)[:, None].expand(1, 1, 5, 12, 3)
+    assert seam(even, 4) == 1
+    for cell, flat in ((12, even), (1, even), (4, torch.zeros_like(even))):
+        assert seam(flat, cell) is None
+
+
+def test_edge_energy_of_known_steps():
+    """A step between two of 41 columns is alone in its row's band of two pixels."""
+    video = torch.zeros(1, 2, 41, 41, 3, dtype=torch.uint8)
+    video[..., 20:, :] = 102
+    sharp = edge_energy(video)
+    assert sharp == pytest.approx(3 * 0.4**2 / 2)
+    video[..., 20, :] = 51  # now two steps of half the height
+    assert edge_energy(video) == pytest.approx(sharp / 2)
+    assert edge_energy(video.transpose(2, 3)) == pytest.approx(sharp / 2)
+    assert edge_energy(torch.full_like(video, 9)) == 0
 
 
 def test_psnr_of_a_known_error():
@@ -342,9 +369,10 @@ def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     truth = render_truth(starts, window.frames, HEIGHT, WIDTH).pixels
     generators = {checkpoint: StreamingGenerator.from_pretrained(checkpoint)}
     scenes = WorldScenes(starts, generators, SMALL_PROBE, tmp_path)
-    real = MeasuredFrames.of(truth[:, 1:])
+    real = MeasuredFrames.of(truth[:, 1:], CELL)
     found = measure(truth, real, None, scenes, window)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
+    assert found.edge_sharpness == 1.0 and found.seam == seam(truth[:, 1:], CELL)
     assert found.psnr is None and found.latent_deviation is None
     swapped = measure(truth.flip(0), real, None, scenes, window)
     assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
@@ -379,13 +407,16 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     pixels[:, 2:4] = pixels[:, 2:4].flip(0) // 2  # other themes, and darker
     latents = torch.tensor([[[0.1, 1.0], [0.2, 0.5], [0.3, 2.0]]]).expand(6, 3, 2)
     made, true = (
-        [MeasuredFrames.of(source[drift_frames(second)]) for second in seconds]
+        [MeasuredFrames.of(source[drift_frames(second)], CELL) for second in seconds]
         for source in (VideoFrames(frames, pixels), truth)
     )
     found, real = (timeline(source, true, seconds, latents) for source in (made, true))
     assert found.seconds == seconds and found.latent_deviation == [1.0, 0.5, 2.0]
     assert found.latent_offset == pytest.approx([0.1, 0.2, 0.3])
     assert found.sharpness[::2] == [1.0, 1.0] and found.sharpness[1] == pytest.approx(0.5, abs=0.05)
+    assert found.edge_sharpness[::2] == [1.0, 1.0]
+    assert found.edge_sharpness[1] == pytest.approx(0.25, abs=0.05)
+    assert found.seam[::2] == real.seam[::2]
     assert found.palette_error[::2] == [0.0, 0.0] and found.palette_error[1] > 0.1
     assert found.feature_distance[::2] == real.feature_distance[::2]
     assert found.feature_distance[1] > real.feature_distance[1] + 0.2
