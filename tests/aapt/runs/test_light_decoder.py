@@ -14,18 +14,21 @@ from torch import nn
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import CheckpointError, load_config, read_tensors, save_config, save_module
 from aapt.commands.app import main
+from aapt.data.tiny_world.rendered_clips import render_clips
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.pixel_clips import video_clips
 from aapt.evaluate.decoders import compare_decoders, flicker, ssim
 from aapt.lock import FolderInUse, folder_lock
-from aapt.runs.light_decoder import STAGE, run
+from aapt.runs.light_decoder import FIT_NOISE, STAGE, run
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.training.optimization import Schedule
 from aapt.training.perceptual import PerceptualDistance
 from aapt.training.recipes import LIGHT_RECIPES, vae_light, wan_light
-from aapt.vae import lighter, tiny
+from aapt.training.stages.light_decoder import light_vae_for
+from aapt.vae import lighter, tiny, tiny_light
 from aapt.vae.folder import LIGHT, ORIGINAL, load_vae
+from aapt.vae.pixels import to_video
 
 from ..data.videos.videos import grey, numbers, video
 from ..training.test_light_decoder import SHAPE, original_vae
@@ -181,6 +184,23 @@ def test_the_bundled_world_keeps_its_model_and_its_latents(tmp_path):
     assert stream.step(Control(forward=1.0)).shape == (4, 80, 128, 3)
     assert generator.sample_image().is_file()
     assert run(recipe, tmp_path, vae=made, **given) == made
+
+
+def test_the_bundled_decoder_starts_from_its_lapped_map(tmp_path):
+    """Without updates of its network it decodes as the map in closed form does, which stays."""
+    recipe = small_recipe(steps=1, shape=tiny_light(), schedule=Schedule(0.0))
+    recipe = replace(recipe, data=replace(recipe.data, height=32, width=32, video_clips=20))
+    made = load_vae(run(recipe, tmp_path, workers=1, report=lambda line: None))
+    assert made.config == tiny_light()
+    fitted = light_vae_for(load_vae("tiny-world", ORIGINAL), tiny_light())
+    clips = torch.stack([clip.video for clip in render_clips(recipe.data, 1, 20)])
+    fitted.fit_lapped(to_video(clips).split(1), FIT_NOISE)
+    latent = fitted.encode(to_video(clips[:1]))
+    difference = made.decode(latent) - fitted.decode(latent)
+    assert difference.abs().max() < 0.05  # of weights rounded to bfloat16
+    error = made.decode(latent) - to_video(clips[:1])
+    rounded = made.decoder.lapped.weight - fitted.decoder.lapped.weight
+    assert error.abs().mean() < 0.1 and rounded.abs().max() < 0.01
 
 
 def test_wan(movies, tmp_path):
@@ -364,6 +384,7 @@ def test_report(made, movies):
     both = report["decoders"]
     assert both["light"]["parameters"] < both["original"]["parameters"]
     for decoder in both.values():
+        assert decoder["seam"] > 0 and decoder["edge_sharpness"] > 0
         assert all(math.isfinite(value) for value in decoder.values())
     assert report["speedup"] > 0 and math.isfinite(report["agreement"])
 
