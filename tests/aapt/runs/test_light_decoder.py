@@ -14,7 +14,7 @@ from torch import nn
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import CheckpointError, load_config, read_tensors, save_config, save_module
 from aapt.commands.app import main
-from aapt.data.tiny_world.rendered_clips import render_clips
+from aapt.data.tiny_world.rendered_clips import sample_clip
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.pixel_clips import video_clips
 from aapt.evaluate.decoders import compare_decoders, flicker, ssim
@@ -189,11 +189,13 @@ def test_the_bundled_world_keeps_its_model_and_its_latents(tmp_path):
 def test_the_bundled_decoder_starts_from_its_lapped_map(tmp_path):
     """Without updates of its network it decodes as the map in closed form does, which stays."""
     recipe = small_recipe(steps=1, shape=tiny_light(), schedule=Schedule(0.0))
-    recipe = replace(recipe, data=replace(recipe.data, height=32, width=32, video_clips=20))
+    recipe = replace(recipe, data=replace(recipe.data, height=32, width=32, video_clips=10))
     made = load_vae(run(recipe, tmp_path, workers=1, report=lambda line: None))
     assert made.config == tiny_light()
     fitted = light_vae_for(load_vae("tiny-world", ORIGINAL), tiny_light())
-    clips = torch.stack([clip.video for clip in render_clips(recipe.data, 1, 20)])
+    size = {"latent_frames": 3, "height": 32, "width": 32}
+    seeds = range(recipe.data.first_seed, recipe.data.first_seed + 10)
+    clips = torch.stack([sample_clip(seed, **size).video for seed in seeds])
     fitted.fit_lapped(to_video(clips).split(1), FIT_NOISE)
     latent = fitted.encode(to_video(clips[:1]))
     difference = made.decode(latent) - fitted.decode(latent)
@@ -384,7 +386,7 @@ def test_report(made, movies):
     both = report["decoders"]
     assert both["light"]["parameters"] < both["original"]["parameters"]
     for decoder in both.values():
-        assert decoder["seam"] > 0 and decoder["edge_sharpness"] > 0
+        assert decoder.pop("edge_sharpness") is None  # the truth is grey
         assert all(math.isfinite(value) for value in decoder.values())
     assert report["speedup"] > 0 and math.isfinite(report["agreement"])
 
