@@ -164,7 +164,8 @@ class LinearSkip(nn.Module):
     """A linear map between a latent pixel and its patch of video, added to the network's output.
 
     `fit` makes it the best linear autoencoder of its size, so a small network starts from there and
-    learns only the rest. The first frame is repeated to fill its patch in time.
+    learns only the rest. The first frame is repeated to fill its patch in time. A lapped decoder
+    has a linear map of its own, and only the way to latents is used.
     """
 
     def __init__(self, config: VAEConfig):

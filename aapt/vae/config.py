@@ -40,6 +40,8 @@ class VAEConfig:
                 raise ValueError(
                     f"{name}: expected {scales} scales for {scales - 1} strides, got {value}"
                 )
+        if self.lapped and not self.linear_skip:
+            raise ValueError("lapped: expected False without linear_skip, got True")
         if self.upsample not in UPSAMPLES:
             raise ValueError(
                 f"upsample: expected one of {', '.join(UPSAMPLES)}, got {self.upsample!r}"
@@ -130,8 +132,10 @@ def tiny() -> VAEConfig:
 
 
 def tiny_light() -> VAEConfig:
-    """The decoder that the bundled world streams with: a linear map from overlapping windows of
-    latents shows no cells, and a network of half the work of `tiny` learns the rest."""
+    """The bundled world's decoder for streaming, with less than half the work of `tiny`.
+
+    A linear map from overlapping windows of latents shows few cells, and a network learns the rest.
+    """
     return replace(
         tiny(),
         decoder_channels=(24, 64, 96),

@@ -280,6 +280,14 @@ def test_weights_that_do_not_fit(folder, tmp_path):
             of(broken)
 
 
+def test_a_folder_from_before_lapped_decoders_loads(folder, tmp_path):
+    older = shutil.copytree(folder, tmp_path / "older")
+    config = load_config(older)
+    del config["vae"]["lapped"]
+    save_config(older, config)
+    assert load_vae(older).config == load_vae(folder).config
+
+
 def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)

@@ -117,6 +117,7 @@ def test_light_has_the_original_s_encoder_and_what_fits_of_its_decoder():
         ({"latent_channels": 8}, "latent_channels: expected 4, as the original has, got 8"),
         ({"encoder_blocks": (0, 0, 0)}, r"encoder_blocks: expected \(0, 1, 0\), as the original"),
         ({"strides": ((1, 2), (2, 1))}, r"strides: expected \(\(2, 2\), \(2, 1\)\)"),
+        ({"padding": "replicate"}, "padding: expected zeros, as the original has"),
         ({"norm_eps": 1e-3}, "norm_eps: expected 1e-06, as the original has, got 0.001"),
     ],
 )

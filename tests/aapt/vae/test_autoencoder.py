@@ -225,6 +225,11 @@ def test_a_lapped_map_is_the_least_squares_of_its_windows(noise):
     assert np.abs(found - expected).max() < 2e-3
 
 
+def test_a_lapped_map_needs_patches_to_fit():
+    with pytest.raises(ValueError, match="lapped: expected False without linear_skip, got True"):
+        replace(light(), lapped=True)
+
+
 def test_latents_are_normalised():
     vae = make_vae(shrunken(light()))
     video = torch.randn(1, 3, 5, 16, 16)
