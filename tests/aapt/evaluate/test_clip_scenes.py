@@ -238,7 +238,7 @@ def test_a_rollout_longer_than_its_clips(encoded, checkpoints, tmp_path):
     assert cells["PSNR dB"][3:] == ["-", "-", "-"] and "-" not in cells["PSNR dB"][1:3]
     assert cells["sharpness"][3] == "-" and "-" not in cells["sharpness"][4:]
     assert "as the autoencoder decodes them" in table.caption
-    assert len(plot_drift(report).axes) == 5  # no panel of obedience
+    assert len(plot_drift(report).axes) == 7  # no panel of obedience
     assert Image.open(out / "drift.png").width > 1000
 
     sheet = np.asarray(Image.open(out / "sheet.png").convert("L"))  # 0, 1 and 5 s, five times
