@@ -14,12 +14,13 @@ from torch import nn
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import CheckpointError, load_config, read_tensors, save_config, save_module
 from aapt.commands.app import main
+from aapt.data.clips import VideoClips
 from aapt.data.tiny_world.rendered_clips import sample_clip
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.pixel_clips import video_clips
 from aapt.evaluate.decoders import compare_decoders, flicker, ssim
 from aapt.lock import FolderInUse, folder_lock
-from aapt.runs.light_decoder import FIT_NOISE, STAGE, run
+from aapt.runs.light_decoder import FIT_NOISE, STAGE, new_light, run, train_light
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.training.optimization import Schedule
@@ -36,7 +37,7 @@ from ..training.test_light_decoder import SHAPE, original_vae
 
 def small_recipe(**changes):
     recipe = vae_light()
-    small = {"steps": 2, "video_frames": 5, "shape": None, **changes}
+    small = {"steps": 2, "video_frames": 5, "shape": None, "imitation": 1.0, **changes}
     return replace(
         recipe,
         data=replace(recipe.data, height=16, width=16, latent_frames=3, video_clips=2),
@@ -205,6 +206,30 @@ def test_the_bundled_decoder_starts_from_its_lapped_map(tmp_path):
     assert error.abs().mean() < 0.1 and rounded.abs().max() < 0.01
 
 
+def test_a_lapped_decoder_resumes_bit_for_bit(tmp_path, monkeypatch):
+    original = load_vae("tiny-world", ORIGINAL)
+    config = replace(vae_light().decoder, steps=3, video_frames=9)
+    clips = [sample_clip(seed, latent_frames=3, height=32, width=32).video for seed in range(10)]
+
+    def train(folder, options):
+        torch.manual_seed(0)
+        networks, data = (original, new_light(config, original)), VideoClips(clips, 10)
+        made = train_light(config, networks, data, folder, 0, Parallel.single(), options)
+        return made.state_dict()
+
+    whole = train(tmp_path / "whole" / STAGE, RunOptions(save_every=1, sample_every=None))
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("aapt.runs.light_decoder._sampler", lambda *_: stop)
+        train(tmp_path / "parts" / STAGE, RunOptions(save_every=1, sample_every=2))
+    parts = train(tmp_path / "parts" / STAGE, RunOptions(save_every=1, sample_every=None))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    assert len((tmp_path / "parts" / STAGE / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_wan(movies, tmp_path):
     """A folder with an autoencoder only gives a folder with an autoencoder only."""
     diffusers = pytest.importorskip("diffusers")
@@ -370,7 +395,7 @@ def test_a_perceptual_network_counts(folder, movies, network, tmp_path):
     make(folder, movies, tmp_path, recipe, perceptual=network)
     line = json.loads((tmp_path / STAGE / "metrics.jsonl").read_text())
     assert line["perceptual"] > 0
-    parts = ("reconstruction", "imitation", "flicker", "perceptual")
+    parts = ("reconstruction", "imitation", "seams", "flicker", "perceptual")
     assert line["loss"] == pytest.approx(sum(line[part] for part in parts))
 
 
