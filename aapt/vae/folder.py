@@ -37,8 +37,10 @@ def load_vae(
     part: LIGHT, the decoder that the checkpoint streams with, or ORIGINAL, the decoder that the
     light one was made from. A folder of diffusers' Wan has one decoder for both.
     device, dtype: Where the weights go, and their precision; None for float32. CheckpointError says
-    what was expected and what was found.
+    what was expected and what was found, ValueError for another part.
     """
+    if part not in (LIGHT, ORIGINAL):
+        raise ValueError(f"part: expected {LIGHT} or {ORIGINAL}, got {part}")
     folder = find_checkpoint(name)
     if (folder / WEIGHTS).is_file():
         return load_wan(folder).to(device, dtype)

@@ -313,6 +313,11 @@ def test_a_folder_from_before_lapped_decoders_loads(folder, tmp_path):
     assert load_vae(older).config == load_vae(folder).config
 
 
+def test_another_part_is_refused(folder):
+    with pytest.raises(ValueError, match="part: expected vae or original_vae, got original"):
+        load_vae(folder, "original")
+
+
 def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
