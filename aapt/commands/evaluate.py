@@ -135,7 +135,7 @@ def evaluate_vae(
     threads: Threads = None,
     as_json: Json = False,
 ):
-    """Compare a light decoder with the original one: PSNR, SSIM, flicker, sharpness, time.
+    """Compare a light decoder with the original one: PSNR, SSIM, flicker, sharpness, seam, time.
 
     Both decode the same latents of clips that neither has seen. To be timed they alternate, one
     latent frame after the other.
@@ -151,6 +151,7 @@ def evaluate_vae(
     from ..data.videos.buckets import Bucket
     from ..environment import environment
     from ..evaluate.decoders import compare_decoders
+    from ..evaluate.report import shown
     from ..media.figures import MissingLibrary
 
     if threads:
@@ -172,11 +173,14 @@ def evaluate_vae(
         (
             name,
             f"{r['psnr']:.2f} dB, SSIM {r['ssim']:.4f}, flicker {r['flicker']:.5f}, sharpness "
-            f"{r['sharpness']:.4f}, {r['step_ms']:.1f} ms, {r['parameters'] / 1e6:.2f} M",
+            f"{r['sharpness']:.4f}, seam {shown(r['seam'], '{:.2f}')}, edge sharpness "
+            f"{shown(r['edge_sharpness'], '{:.2f}')}, {r['step_ms']:.1f} ms, "
+            f"{r['parameters'] / 1e6:.2f} M",
         )
         for name, r in report["decoders"].items()
     ]
-    rows.append(("truth", f"sharpness {report['sharpness']:.4f}"))
+    seam = shown(report["seam"], "{:.2f}")
+    rows.append(("truth", f"sharpness {report['sharpness']:.4f}, seam {seam}"))
     rows.append(("agreement", f"{report['agreement']:.2f} dB"))
     rows.append(("speed", f"{report['speedup']:.2f} x, {report['threads']} threads"))
     table(rows)

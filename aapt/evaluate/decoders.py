@@ -43,11 +43,13 @@ def compare_decoders(
         flicker: Mean absolute difference between the change of a decoded pixel from one video frame
             to the next and the change of the true pixel, as a share of the full range.
         sharpness: Mean absolute difference of horizontal neighbours, as a share of the full range.
+        seam: `metrics.seam` across cells of one latent pixel; 1 without visible cells.
+        edge_sharpness: `metrics.edge_energy` over the truth's; 1 for outlines as steep.
         step_ms: Median time of one latent frame in a stream, batch 1.
 
-    `agreement` is the PSNR between the two decoders, and `sharpness` the truth's. `speedup` is the
-    median over steps of the original's time divided by the light decoder's. ValueError if the
-    checkpoint has one decoder alone.
+    `agreement` is the PSNR between the two decoders, and `sharpness` and `seam` the truth's.
+    `speedup` is the median over steps of the original's time divided by the light decoder's.
+    ValueError if the checkpoint has one decoder alone.
     """
     if ORIGINAL not in load_config(find_checkpoint(checkpoint)):
         raise ValueError(
@@ -66,6 +68,7 @@ def compare_decoders(
     else:
         truth = torch.stack(list(video_clips(videos, size, frames, clips, fps=FPS, report=log)))
     decoded, latent = _decode(vaes, truth)
+    cell = vaes["light"].config.space_factor
     step_ms, speedup = time_alternating(vaes, latent, steps)
     return {
         "checkpoint": str(checkpoint),
@@ -74,29 +77,34 @@ def compare_decoders(
         "size": str(size),
         "decoders": {
             name: {
-                **quality(video, truth),
+                **quality(video, truth, cell),
                 "step_ms": step_ms[name],
                 "parameters": sum(p.numel() for p in vaes[name].decoder.parameters()),
             }
             for name, video in decoded.items()
         },
         "sharpness": metrics.sharpness(truth),
+        "seam": metrics.seam(truth, cell),
         "agreement": metrics.psnr(decoded["light"], decoded["original"]),
         "speedup": speedup,
         "threads": torch.get_num_threads(),
     }
 
 
-def quality(video: Tensor, truth: Tensor) -> dict[str, float]:
+def quality(video: Tensor, truth: Tensor, cell: int) -> dict[str, float | None]:
     """Measure a decoded video against the truth, both uint8 (clips, F, H, W, 3).
 
-    The metrics are those of `compare_decoders`.
+    cell: width in pixels of a latent pixel. The metrics are those of `compare_decoders`; None if a
+    ratio has no denominator.
     """
+    steepest = metrics.edge_energy(truth)
     return {
         "psnr": metrics.psnr(video, truth),
         "ssim": ssim(video, truth),
         "flicker": flicker(video, truth),
         "sharpness": metrics.sharpness(video),
+        "seam": metrics.seam(video, cell),
+        "edge_sharpness": metrics.edge_energy(video) / steepest if steepest else None,
     }
 
 

@@ -19,6 +19,8 @@ PANELS = (
     ("latent_deviation", "latent deviation"),
     ("latent_offset", "latent offset (RMS of channel means)"),
     ("sharpness", "sharpness, relative to the truth"),
+    ("edge_sharpness", "edge sharpness, relative to the truth"),
+    ("seam", "seam of cells (1: none)"),
     ("palette_error", "palette error"),
     ("feature_distance", "feature distance, in real deviations"),
 )

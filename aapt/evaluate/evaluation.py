@@ -93,11 +93,11 @@ def evaluate(
     schedule = Schedule(steps, scenes.steps)
 
     out.mkdir(parents=True, exist_ok=True)
-    parts = PartTimes(log)
-    videos, statistics, timelines = _make_videos(generators, scenes, schedule, seed, parts)
+    parts, cell = PartTimes(log), generators[names[0]].vae.config.space_factor
+    videos, statistics, timelines = _make_videos(generators, scenes, schedule, seed, parts, cell)
     with parts("metrics"):
         measured = {
-            window.name: _measure_window(place, window, videos, statistics, scenes, networks)
+            window.name: _measure_window(place, window, videos, statistics, scenes, networks, cell)
             for place, window in enumerate(schedule.windows)
         }
     given = {"latents": latents, **files}
@@ -177,18 +177,20 @@ def _make_videos(
     schedule: Schedule,
     seed: int,
     parts: PartTimes,
+    cell: int,
 ) -> tuple[Videos, Statistics, dict[str, Timeline]]:
     """Make the truth and every checkpoint's rollout.
 
     Returns by source: the video frames that are measured, the statistics of latents in each window,
-    and the measurements of each second. The autoencoder has video frames alone.
+    and the measurements of each second. The autoencoder has video frames alone. cell: see
+    `MeasuredFrames`.
     """
     first = next(iter(generators.values()))
     videos, real = scenes.truth(first, schedule.true_frames, schedule.windows, parts)
     true_seconds = schedule.true_seconds
     # The truth has statistics of windows alone: their mean is taken for every second.
     mean = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(true_seconds), -1)
-    truth = _each_second(videos[TRUTH], true_seconds)
+    truth = _each_second(videos[TRUTH], true_seconds, cell)
     statistics, timelines = {TRUTH: real}, {TRUTH: timeline(truth, truth, true_seconds, mean)}
     seconds = schedule.drift_seconds
     for name, generator in generators.items():
@@ -198,12 +200,12 @@ def _make_videos(
             )
         statistics[name] = [made[:, window.first : window.last + 1] for window in schedule.windows]
         made = made[:, [STEPS_PER_SECOND * second for second in seconds]]
-        timelines[name] = timeline(_each_second(videos[name], seconds), truth, seconds, made)
+        timelines[name] = timeline(_each_second(videos[name], seconds, cell), truth, seconds, made)
     return videos, statistics, timelines
 
 
-def _each_second(video: VideoFrames, seconds: Sequence[int]) -> list[MeasuredFrames]:
-    return [MeasuredFrames.of(video[drift_frames(second)]) for second in seconds]
+def _each_second(video: VideoFrames, seconds: Sequence[int], cell: int) -> list[MeasuredFrames]:
+    return [MeasuredFrames.of(video[drift_frames(second)], cell) for second in seconds]
 
 
 def _measure_window(
@@ -213,13 +215,15 @@ def _measure_window(
     statistics: Statistics,
     scenes: Scenes,
     networks: Sequence[PretrainedDistance],
+    cell: int,
 ) -> dict[str, Measurement]:
     """Measure every source in the window with the number `place`.
 
-    If the truth ends before the window does, nothing is measured of the truth.
+    cell: see `MeasuredFrames`. If the truth ends before the window does, nothing is measured of the
+    truth.
     """
     truth = videos[TRUTH][shifted_inside(window.frames, scenes.steps)][:, 1:]
-    real = MeasuredFrames.of(truth)
+    real = MeasuredFrames.of(truth, cell)
     found = {}
     for name, video in videos.items():
         if name == TRUTH and window.last > scenes.steps:

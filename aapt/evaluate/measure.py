@@ -26,6 +26,8 @@ class Timeline:
     Attributes:
         latent_offset, latent_deviation: See `latent_statistics`.
         sharpness: Mean horizontal gradient, divided by the truth's at the same time.
+        edge_sharpness: `metrics.edge_energy`, divided by the truth's at the same time.
+        seam: See `metrics.seam`; 1 without visible cells.
         palette_error: Error of the colours of sky and ground against the truth at the same time, 0
             to 1; None after the end of the truth.
         feature_distance: From the truth of all seconds together, see `feature_distance`. For the
@@ -36,6 +38,8 @@ class Timeline:
     latent_offset: list[float]
     latent_deviation: list[float]
     sharpness: list[float | None]
+    edge_sharpness: list[float | None]
+    seam: list[float | None]
     palette_error: list[float | None]
     feature_distance: list[float]
 
@@ -60,7 +64,9 @@ def timeline(
         seconds=list(seconds),
         latent_offset=offset,
         latent_deviation=deviation,
-        sharpness=[one.sharpness_over(true) for one, true in zip(video, nearest, strict=True)],
+        sharpness=[_ratio(a.sharpness, b.sharpness) for a, b in zip(video, nearest, strict=True)],
+        edge_sharpness=[_ratio(a.edges, b.edges) for a, b in zip(video, nearest, strict=True)],
+        seam=[one.seam for one in video],
         palette_error=errors + [None] * after,
         feature_distance=[feature_distance(one.features, real) for one in video],
     )
@@ -79,7 +85,7 @@ def measure(
     The first video frame only serves to read the motion of the second; the truth comes without it.
     latents: `latent_statistics` (starts, T, 2) of the window; None if the source has no latents.
     """
-    found = MeasuredFrames.of(video[:, 1:])
+    found = MeasuredFrames.of(video[:, 1:], truth.cell)
     count = found.video.shape[1]
     distances = {n.kind: n(found.video, truth.video) for n in networks if count >= n.frames}
     paired = {}
@@ -90,7 +96,9 @@ def measure(
     return Measurement(
         latent_offset=None if latents is None else latents[..., 0].mean().item(),
         latent_deviation=None if latents is None else latents[..., 1].mean().item(),
-        sharpness=found.sharpness_over(truth),
+        sharpness=_ratio(found.sharpness, truth.sharpness),
+        edge_sharpness=_ratio(found.edges, truth.edges),
+        seam=found.seam,
         feature_distance=feature_distance(found.features, truth.features),
         **paired,
         **distances,
@@ -109,6 +117,8 @@ class Measurement:
         latent_offset, latent_deviation: Means of `latent_statistics`; the deviation of real latents
             is about 1.
         sharpness: Mean horizontal gradient, divided by the truth's.
+        edge_sharpness: `metrics.edge_energy`, divided by the truth's.
+        seam: See `metrics.seam`; 1 without visible cells.
         palette_error: Error of the colours of sky and ground against the truth, 0 to 1.
         theme_kept: Share of starts whose palette is nearest to their own theme.
         feature_distance: From the truth of the same window, see `features.feature_distance`.
@@ -121,6 +131,8 @@ class Measurement:
     latent_offset: float | None = None
     latent_deviation: float | None = None
     sharpness: float | None = None
+    edge_sharpness: float | None = None
+    seam: float | None = None
     palette_error: float | None = None
     theme_kept: float | None = None
     feature_distance: float | None = None
@@ -139,22 +151,35 @@ class MeasuredFrames:
 
     Attributes:
         video: uint8 (starts, F, H, W, 3).
-        sharpness, palette: See `metrics`.
+        cell: Width in pixels of a latent pixel.
+        sharpness, seam, palette: See `metrics`.
+        edges: See `metrics.edge_energy`.
         features: (starts * latent frames, D), of the last two video frames of each latent frame.
     """
 
     video: Tensor
+    cell: int
     sharpness: float
+    edges: float
+    seam: float | None
     palette: Tensor
     features: Tensor
 
     @classmethod
-    def of(cls, video: Tensor) -> MeasuredFrames:
+    def of(cls, video: Tensor, cell: int) -> MeasuredFrames:
         """Measure the video frames of whole latent frames, or the last two of one."""
         pairs = video.unflatten(1, (-1, min(FRAMES_PER_LATENT, video.shape[1])))[:, :, -2:]
-        features = torch.cat([describe(clips) for clips in pairs])
-        return cls(video, metrics.sharpness(video), metrics.palette(video), features)
+        return cls(
+            video,
+            cell,
+            sharpness=metrics.sharpness(video),
+            edges=metrics.edge_energy(video),
+            seam=metrics.seam(video, cell),
+            palette=metrics.palette(video),
+            features=torch.cat([describe(clips) for clips in pairs]),
+        )
 
-    def sharpness_over(self, truth: MeasuredFrames) -> float | None:
-        """Divide the sharpness by the truth's; None if the truth has none."""
-        return self.sharpness / truth.sharpness if truth.sharpness else None
+
+def _ratio(value: float, truth: float) -> float | None:
+    """Divide a measure by the truth's; None if the truth has none."""
+    return value / truth if truth else None

@@ -10,12 +10,46 @@ from torch import Tensor
 
 SKY_ROWS = 8  # the sky band is the top 1/8 of the image
 GROUND_ROWS = 4  # the ground band is the bottom 1/4
+CHUNK = 64  # video frames whose gradients are in memory at once
+EDGE_SHARE = 20  # the edge band is the steepest 1/20 of a video frame's pixels
 
 
 def sharpness(video: Tensor) -> float:
     """Compute the mean absolute difference of horizontal neighbours."""
     total = sum(clip.short().diff(dim=-2).abs().sum() for clip in video)
     return total.item() / 255 / video[..., 1:, :].numel()
+
+
+def seam(video: Tensor, cell: int) -> float | None:
+    """Compute the mean absolute difference of horizontal neighbours across borders of cells, over
+    that of neighbours inside a cell.
+
+    cell: width in pixels of a latent pixel. 1 without visible cells. None for a video narrower than
+    two cells or flat inside its cells, and for cells of one pixel.
+    """
+    totals = sum(clip.short().diff(dim=-2).abs().sum(dim=(0, 1, 3)) for clip in video)
+    across = torch.arange(1, len(totals) + 1) % cell == 0
+    if not across.any() or across.all() or not totals[~across].any():
+        return None
+    return (totals[across].double().mean() / totals[~across].double().mean()).item()
+
+
+def edge_energy(video: Tensor) -> float:
+    """Compute the gradient energy in the edge band of a video, its mean over video frames.
+
+    The energy of a pixel is the sum of its squared differences to the right neighbour and to the
+    lower one over the colours, as shares of the full range. The edge band of a frame is the
+    twentieth of its pixels with the most energy, at least one: outlines of objects, whatever their
+    place. Half the energy is a step spread over twice the pixels.
+    """
+    frames = video.flatten(0, 1)
+    count = max(1, (frames.shape[1] - 1) * (frames.shape[2] - 1) // EDGE_SHARE)
+    total = 0.0
+    for frame in frames.split(CHUNK):
+        right = frame.int().diff(dim=2)[:, :-1].square().sum(dim=-1)
+        below = frame.int().diff(dim=1)[:, :, :-1].square().sum(dim=-1)
+        total += (right + below).flatten(1).topk(count, sorted=False).values.sum().item()
+    return total / 255**2 / (count * len(frames))
 
 
 def psnr(video: Tensor, truth: Tensor) -> float:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 COLUMNS = (
     ("latent std", "latent_deviation", "{:.3f}"),
     ("sharpness", "sharpness", "{:.2f}"),
+    ("edge sharpness", "edge_sharpness", "{:.2f}"),
+    ("seam", "seam", "{:.2f}"),
     ("palette error", "palette_error", "{:.3f}"),
     ("theme kept", "theme_kept", "{:.0%}"),
     ("feature distance", "feature_distance", "{:.2f}"),
@@ -69,8 +71,8 @@ class Report:
         caption = f"truth: {self.truth}"
         if self.probe is not None:
             caption += (
-                f"; palette error: real places of one theme {_shown(self.same_theme, '{:.3f}')} "
-                f"apart, of two themes {_shown(self.other_theme, '{:.3f}')}; motion probe on "
+                f"; palette error: real places of one theme {shown(self.same_theme, '{:.3f}')} "
+                f"apart, of two themes {shown(self.other_theme, '{:.3f}')}; motion probe on "
                 f"held-out real clips: yaw {self.probe.yaw:.3f}, forward {self.probe.forward:.3f}"
             )
         paths = self.checkpoints.items()
@@ -84,13 +86,14 @@ class Report:
             table.add_column(heading, justify="right")
         for window, sources in self.windows.items():
             for place, (source, measurement) in enumerate(sources.items()):
-                cells = (_shown(getattr(measurement, field), form) for _, field, form in columns)
+                cells = (shown(getattr(measurement, field), form) for _, field, form in columns)
                 last = place == len(sources) - 1
                 table.add_row("" if place else window, source, *cells, end_section=last)
         return table
 
 
-def _shown(value: float | None, form: str) -> str:
+def shown(value: float | None, form: str) -> str:
+    """Format a value; a dash if there is none."""
     return "-" if value is None else form.format(value)
 
 

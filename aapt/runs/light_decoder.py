@@ -6,11 +6,12 @@ run(wan_light(), out, vae="Wan2.1/vae", videos=Path("videos/"))  # for an autoen
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..checkpoint import file_digest, load_module, save_module
 from ..clock import FRAMES_PER_LATENT
@@ -30,6 +31,8 @@ from .loop import RunOptions, claim, drop_states, locked, train
 from .parallel import Parallel
 
 STAGE = "light-decoder"
+FIT_CLIPS = 100  # enough for a lapped linear map
+FIT_NOISE = 0.06  # deviation of the noise on latents that the map expects
 SAMPLES = 3  # clips of a sheet
 SHOWN_FRAMES = 6  # video frames of each clip
 
@@ -96,13 +99,15 @@ def run(
             pixels = hashlib.sha256(data.videos.numpy()).hexdigest()
             if videos and (difference := claim_clips(out, pixels)):
                 raise ValueError(f"{difference}; train with changed videos in another folder")
-            stage = LightDecoderTraining(
-                recipe.decoder,
+            networks = (
                 original.to(parallel.device),
                 light.to(parallel.device),
                 distance and distance.to(parallel.device),
             )
-            light = train_light(stage, data, out / STAGE, recipe.seed, parallel, options)
+            folder = out / STAGE
+            light = train_light(
+                recipe.decoder, networks, data, folder, recipe.seed, parallel, options
+            )
             report(f"{STAGE}: {(time.perf_counter() - start) / 60:.1f} min")
         return with_light_decoder(source, light, original, out / recipe.name)
 
@@ -113,14 +118,24 @@ def new_light(config: LightDecoderConfig, original: CausalVAE) -> CausalVAE:
 
 
 def train_light(
-    stage: LightDecoderTraining,
+    config: LightDecoderConfig,
+    networks: Sequence[nn.Module | None],
     data: VideoClips,
     folder: Path,
     seed: int,
     parallel: Parallel,
     options: RunOptions,
 ) -> CausalVAE:
-    """Make all updates of the stage and save its result in `folder`."""
+    """Make all updates of the stage and save its result in `folder`.
+
+    networks: those of `LightDecoderTraining`. A lapped decoder starts from its map in closed form.
+    """
+    _, light, *_ = networks
+    if light.decoder.lapped is not None:
+        device = light.latent_mean.device
+        clips = (to_video(clip[None].to(device)) for clip in data.videos[:FIT_CLIPS])
+        light.fit_lapped(clips, FIT_NOISE)
+    stage = LightDecoderTraining(config, *networks)
     sets = {stage.config.clips: data}
     given = {"seed": seed, "parallel": parallel, "options": options}
     made = train(stage, sets, folder, **given, sample=_sampler(stage, data, folder))

@@ -37,7 +37,6 @@ from ..training.stages.adversarial import Adversarial, AdversarialConfig
 from ..training.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
 from ..training.stages.decoder import DecoderTraining, measure_latents
 from ..training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
-from ..training.stages.light_decoder import LightDecoderTraining
 from ..training.stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
@@ -290,10 +289,10 @@ class Run:
         """Train a light decoder for the autoencoder."""
         config, alone = self.recipe.light_decoder, Parallel.single(self.parallel.device)
         original = self.vae("decoder").to(alone.device)
-        stage = LightDecoderTraining(config, original, light_decoder.new_light(config, original))
+        networks = original, light_decoder.new_light(config, original)
         data = self.videos(self.recipe.data[config.clips].video_clips)
-        folder = self.out / light_decoder.STAGE
-        light_decoder.train_light(stage, data, folder, self.recipe.seed, alone, self.options)
+        folder, seed = self.out / light_decoder.STAGE, self.recipe.seed
+        light_decoder.train_light(config, networks, data, folder, seed, alone, self.options)
 
     def fit_encoder(self) -> CausalVAE:
         """Fit a linear encoder in closed form, and measure the scale of its latents."""

@@ -75,6 +75,17 @@ def reconstruction_loss(error: Tensor, squares: float, edges: float) -> Tensor:
     return error.abs().mean() + squares * error.square().mean() + edges * sharpness_loss(error)
 
 
+def seam_loss(error: Tensor, cell: int) -> Tensor:
+    """Mean absolute difference of an error video (B, 3, F, H, W) across borders of cells.
+
+    cell: height and width of a cell in pixels; the video has several cells each way. The loss is 0
+    if the video steps at borders as its target does.
+    """
+    across = torch.diff(error, dim=-1)[..., cell - 1 :: cell].abs().mean()
+    down = torch.diff(error, dim=-2)[..., cell - 1 :: cell, :].abs().mean()
+    return across + down
+
+
 def flicker_loss(error: Tensor) -> Tensor:
     """Mean absolute change of an error video (B, 3, F, H, W) from each video frame to the next.
 

@@ -81,11 +81,12 @@ def update(
 ) -> float:
     """Clip the gradients, take a step and clear the gradients. Returns the norm before clipping.
 
-    The norm is of the whole gradients, also if they are sharded. RuntimeError on every rank, before
-    a parameter has moved, if the norm is not finite.
+    A group of parameters with a `scale` has that share of the learning rate. The norm is of the
+    whole gradients, also if they are sharded. RuntimeError on every rank, before a parameter has
+    moved, if the norm is not finite.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("scale", 1.0)
     limit = math.inf if max_norm is None else max_norm
     norm = nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True)
     optimizer.step()

@@ -4,7 +4,10 @@ Encoding or decoding a clip in chunks equals doing it whole: a stream is only th
 convolutions (`layers.py`).
 """
 
+from collections.abc import Iterable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import shortcuts
@@ -30,6 +33,7 @@ from .memory import MemoryDecoder
 from .pixels import to_bytes
 
 VIDEO_CHANNELS = 3
+LAPPED_KERNEL = (2, 3, 3)  # a latent frame and the one before, 3 x 3 latent pixels of each
 LAST = torch.channels_last_3d
 
 
@@ -77,13 +81,23 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent to video, a whole clip or any chunk of it."""
+    """Latent to video, a whole clip or any chunk of it.
+
+    With `lapped`, a linear map from windows of `LAPPED_KERNEL` latent pixels is added to the
+    network's output. Windows of neighbours overlap, so the map shows fewer borders of cells than a
+    linear map of single latent pixels. `CausalVAE.fit_lapped` makes it the best one in closed form.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, padding = config.decoder_channels, config.padding
         self.patch_size = config.patch_size
+        self.time, self.space = config.time_factor, config.space_factor
         width, latent = channels[-1], config.latent_channels
+        self.lapped = None
+        if config.lapped:
+            patch = VIDEO_CHANNELS * self.time * self.space**2
+            self.lapped = CausalConv3d(latent, patch, LAPPED_KERNEL, padding=padding)
         self.projection = None
         if config.latent_projection:
             self.projection = CausalConv3d(latent, latent, (1, 1, 1))
@@ -114,6 +128,12 @@ class Decoder(nn.Module):
         for layer in reversed([*front, *self.layers, self.conv_out]):
             needs.append(None if last is None else layer.needs(needs[-1]))
         stream, x = States(state, state_out), latent
+        rough = None
+        if self.lapped is not None:
+            needed = None if last is None else self.lapped.needs(last // self.time)
+            rough = self.lapped(last_frames(latent, needed), stream)
+            rough = unfold_channels(rough, self.time, self.space)
+            rough = rough[:, :, self.time - 1 :] if stream.starts else last_frames(rough, last)
         for conv in front:
             x = conv(last_frames(x, needs.pop()), stream)
         followers = [*self.layers[1:], self.conv_out]
@@ -121,8 +141,11 @@ class Decoder(nn.Module):
             # A norm made ahead would cover all frames
             then = norm_of(follower) if last is None else None
             x = layer(last_frames(x, needs.pop()), stream, then)
-        x = self.conv_out(last_frames(x, needs.pop()), stream, pixels=pixels)
-        return unfold_channels(last_frames(x, last), 1, self.patch_size), tuple(stream.new_states)
+        x = self.conv_out(last_frames(x, needs.pop()), stream, pixels=pixels and rough is None)
+        video = unfold_channels(last_frames(x, last), 1, self.patch_size)
+        if rough is not None:
+            video = to_bytes(video + rough) if pixels else video + rough
+        return video, tuple(stream.new_states)
 
 
 def _encoder_scales(config: VAEConfig) -> list[nn.Module]:
@@ -167,7 +190,8 @@ class LinearSkip(nn.Module):
     """A linear map between a latent pixel and its patch of video, added to the network's output.
 
     `fit` makes it the best linear autoencoder of its size, so a small network starts from there and
-    learns only the rest. The first frame is repeated to fill its patch in time.
+    learns only the rest. The first frame is repeated to fill its patch in time. A lapped decoder
+    has a linear map of its own, and only the way to latents is used.
     """
 
     def __init__(self, config: VAEConfig):
@@ -250,6 +274,36 @@ class CausalVAE(nn.Module):
     def encodes(self) -> bool:
         """False for a decoder alone."""
         return self.encoder is not None or self.linear is not None
+
+    @torch.no_grad()
+    def fit_lapped(self, videos: Iterable[Tensor], noise: float) -> None:
+        """Sets the decoder's lapped map to the one of least squared error on `videos`, each
+        (B, 3, 1 + 4n, H, W), with its network silent.
+
+        noise: deviation of white noise on the latents, in their deviations, which the map expects.
+        """
+        lapped, products, targets, count = self.decoder.lapped, 0, 0, 0
+        kt, kh, kw = LAPPED_KERNEL
+        margins = (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0)
+        for video in videos:
+            latent = self.encode(video) * self.latent_std + self.latent_mean
+            windows = F.pad(latent, margins, "replicate")
+            for axis, size in enumerate(LAPPED_KERNEL, start=2):
+                windows = windows.unfold(axis, size, 1)
+            windows = windows.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)
+            windows = torch.cat([windows, windows.new_ones(len(windows), 1)], dim=1)
+            patches = self.linear.patches(video).permute(0, 2, 3, 4, 1).flatten(0, 3)
+            products = products + (windows.T @ windows).double()
+            targets = targets + (windows.T @ patches).double()
+            count += len(windows)
+        power = (noise * self.latent_std.flatten().double()).square()
+        power = power.repeat_interleave(kt * kh * kw)
+        products += count * torch.cat([power, power.new_zeros(1)]).diag()
+        solved = torch.linalg.solve(products, targets).T.float()
+        lapped.weight.copy_(solved[:, :-1].view_as(lapped.weight))
+        lapped.bias.copy_(solved[:, -1])
+        nn.init.zeros_(self.decoder.conv_out.weight)
+        nn.init.zeros_(self.decoder.conv_out.bias)
 
     def encode(self, video: Tensor) -> Tensor:
         """Encodes a whole clip; its first video frame alone makes the first latent frame."""
@@ -335,7 +389,7 @@ class CausalVAE(nn.Module):
         if self.config.decoder == "residual":
             latent = latent * self.latent_std + self.latent_mean
         latent = latent.contiguous(memory_format=LAST)
-        if self.linear is None:
+        if self.linear is None or self.config.lapped:
             return self.decoder(latent, state, pixels, state_out, frames)
         video, new_state = self.decoder(latent, state, state_out=state_out, last=frames)
         video = video + self.linear.to_video(last_frames(latent, last), starts=state is None)

@@ -35,7 +35,8 @@ def decoder_work(
     config: VAEConfig, height: int, width: int, element_bytes: int = 2, pixels: bool = True
 ) -> list[Work]:
     """Work of the decoder for a video of `height` x `width`, in the order it runs. With `pixels`
-    the last convolution writes uint8. The linear skip is left out."""
+    the last convolution writes uint8, unless a lapped map is added after it. The linear skip is
+    left out."""
     with torch.device("meta"):
         decoder = CausalVAE(config).decoder
     names = {module: name for name, module in decoder.named_modules()}
@@ -43,9 +44,12 @@ def decoder_work(
     works = []
 
     def add(call: Call) -> None:
-        out_bytes = 1 if pixels and call.conv is decoder.conv_out else element_bytes
+        last = call.conv is decoder.conv_out and decoder.lapped is None
+        out_bytes = 1 if pixels and last else element_bytes
         works.append(_conv_work(names[call.conv], call, element_bytes, out_bytes))
 
+    if decoder.lapped is not None:
+        add(Call(decoder.lapped, *size))
     if decoder.projection is not None:
         add(Call(decoder.projection, *size))
     add(Call(decoder.conv_in, *size))
@@ -70,7 +74,8 @@ def flops_per_latent_frame(config: VAEConfig, height: int, width: int) -> tuple[
     decode = total(decoder_work(config, height, width)).flops
     if vae.linear is not None:
         encode += _flops(Call(vae.linear.encode, *latent))
-        decode += _flops(Call(vae.linear.decode, *latent))
+        if vae.decoder.lapped is None:  # which stands in for the linear map back
+            decode += _flops(Call(vae.linear.decode, *latent))
     if vae.encoder is not None:
         size = (config.time_factor, height // config.patch_size, width // config.patch_size)
         encode += _flops(Call(vae.encoder.conv_in, *size))

@@ -40,8 +40,10 @@ def load_vae(
     light one was made from. A folder of diffusers' Wan, or a file (`load_wan`), has one decoder for
     both.
     device, dtype: Where the weights go, and their precision; None for float32. CheckpointError says
-    what was expected and what was found.
+    what was expected and what was found, ValueError for another part.
     """
+    if part not in (LIGHT, ORIGINAL):
+        raise ValueError(f"part: expected {LIGHT} or {ORIGINAL}, got {part}")
     if is_foreign(name):
         return load_foreign(name).to(device, dtype)
     folder = find_checkpoint(name)
@@ -76,7 +78,7 @@ def with_decoder(vae: CausalVAE, decoder: CausalVAE) -> CausalVAE:
                 f"decoder: expected {name} {getattr(ours, name)}, as the autoencoder has it, "
                 f"got {getattr(other, name)}; pass a decoder for its latents"
             )
-    taken = ("decoder", "decoder_channels", "decoder_blocks", "latent_projection")
+    taken = ("decoder", "decoder_channels", "decoder_blocks", "latent_projection", "lapped")
     config = replace(
         ours, **{name: getattr(other, name) for name in taken}, decoder_strides=other.upscales
     )

@@ -24,10 +24,13 @@ from ..losses import (
     generator_loss,
     reconstruction_loss,
     reconstruction_psnr,
+    seam_loss,
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen
 
-LIGHTER = {"decoder_channels", "decoder_blocks", "latent_projection"}  # fields that may differ
+LAPPED_RATE = 0.1  # learning rate of a lapped map, as a share of the network's
+# Fields that may differ from the original's, because no encoder reads them
+LIGHTER = {"decoder_channels", "decoder_blocks", "latent_projection", "lapped"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class LightDecoderConfig:
         squares, edges: Weights of the squared error and the edge error, beside the absolute error.
         imitation: Weight of the error against the original decoder, beside the error against the
             clip.
+        seams: Weight of the error's steps across borders of cells of one latent pixel.
         flicker: Weight of the change of the error from each video frame to the next.
         perceptual: Weight of a `PerceptualDistance` to the clip, if a network is given.
         adversary: An adversarial loss; None for none.
@@ -77,6 +81,7 @@ class LightDecoderConfig:
     squares: float = 1.0
     edges: float = 0.5
     imitation: float = 1.0
+    seams: float = 0.0
     flicker: float = 1.0
     perceptual: float = 1.0
     adversary: PatchAdversary | None = None
@@ -92,8 +97,9 @@ def light_vae_for(original: CausalVAE, shape: VAEConfig) -> CausalVAE:
     ValueError if `shape` has another encoder.
     """
     given, expected = asdict(shape), asdict(original.config)
+    free = LIGHTER if original.encoder else LIGHTER | {"padding"}
     for name, value in expected.items():
-        if name not in LIGHTER and given[name] != value:
+        if name not in free and given[name] != value:
             raise ValueError(f"{name}: expected {value}, as the original has, got {given[name]}")
     light = CausalVAE(shape)
     weights, theirs = light.state_dict(), original.state_dict()
@@ -117,7 +123,12 @@ class LightDecoderTraining:
         self.perceptual = perceptual
         self.steps = config.steps
         decoder = light.decoder.requires_grad_(True)
-        optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
+        parts = dict(decoder.named_parameters())
+        groups = [{"params": [p for name, p in parts.items() if not name.startswith("lapped.")]}]
+        if decoder.lapped is not None:
+            # It starts at its best, and its weights are small next to Adam's steps
+            groups.append({"params": list(decoder.lapped.parameters()), "scale": LAPPED_RATE})
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         average = MovingAverage(decoder, config.average, from_scratch=True)
         self.trained = {"decoder": Trained(decoder, optimizer, average)}
         self.discriminator = None
@@ -139,15 +150,16 @@ class LightDecoderTraining:
             latent = self.original.encode(video)
             noise = random.normal(*latent.shape[1:])
             latent = latent + per_clip(config.latent_noise * random.uniform()) * noise
-            target = self.original.decode(latent).float()
+            target = self.original.decode(latent).float() if config.imitation else None
         with mixed_precision(video.device):
             decoded = self.light.decode(latent).float()
 
         losses = self.losses(decoded, video, target)
         metrics = {
             "psnr": reconstruction_psnr(decoded.detach(), video),
-            "original_psnr": reconstruction_psnr(target, video),
         }
+        if target is not None:
+            metrics["original_psnr"] = reconstruction_psnr(target, video)
         if self.discriminator:
             metrics |= self.train_discriminator(video, decoded.detach(), random, share)
             if step >= config.adversary.warmup:
@@ -156,14 +168,18 @@ class LightDecoderTraining:
         (share * loss).backward()
         return {"loss": loss.item(), **{n: x.item() for n, x in losses.items()}, **metrics}
 
-    def losses(self, decoded: Tensor, video: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The weighted losses. `target` is the original decoder's video of the same latents."""
+    def losses(self, decoded: Tensor, video: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """The weighted losses. `target` is the original decoder's video of the same latents; None
+        without imitation."""
         config, error = self.config, decoded - video
         weights = config.squares, config.edges
         losses = {"reconstruction": reconstruction_loss(error, *weights)}
         if config.imitation:
             loss = reconstruction_loss(decoded - target, *weights)
             losses["imitation"] = config.imitation * loss
+        if config.seams:
+            cell = self.light.config.space_factor
+            losses["seams"] = config.seams * seam_loss(error, cell)
         if config.flicker:
             losses["flicker"] = config.flicker * flicker_loss(error)
         if self.perceptual and config.perceptual:

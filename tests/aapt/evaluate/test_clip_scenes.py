@@ -20,7 +20,7 @@ from aapt.evaluate import Measurement, evaluate
 from aapt.evaluate.clip_scenes import ClipScenes
 from aapt.evaluate.drift_plot import plot_drift
 from aapt.evaluate.measure import MeasuredFrames, measure
-from aapt.evaluate.metrics import sharpness
+from aapt.evaluate.metrics import edge_energy, seam, sharpness
 from aapt.evaluate.scenes import roll_out_scenes
 from aapt.evaluate.windows import WINDOWS
 from aapt.model.conditioning import camera_rays
@@ -169,7 +169,7 @@ def test_after_the_clip_its_last_frames_are_the_truth(encoded, checkpoints):
     random = torch.Generator().manual_seed(0)
     real = torch.randint(0, 256, (2, 32, HEIGHT, WIDTH, 3), generator=random, dtype=torch.uint8)
     dim = torch.cat([real[:, :1], real], dim=1) // 2
-    truth, (within, beyond, *_) = MeasuredFrames.of(real), WINDOWS
+    truth, (within, beyond, *_) = MeasuredFrames.of(real, 8), WINDOWS
     found = measure(dim, truth, None, scenes, within)
     error = ((real - dim[:, 1:]).double() ** 2).mean().item()
     assert found.psnr == pytest.approx(10 * math.log10(255**2 / error))
@@ -178,7 +178,11 @@ def test_after_the_clip_its_last_frames_are_the_truth(encoded, checkpoints):
     ratio = sharpness(dim[:, 1:]) / sharpness(real)
     assert ratio < 0.6 and later.sharpness == found.sharpness == pytest.approx(ratio)
     assert later.feature_distance == found.feature_distance > 0.5
-    others = {f.name for f in fields(Measurement)} - {"sharpness", "feature_distance"}
+    steepness = edge_energy(dim[:, 1:]) / edge_energy(real)
+    assert later.edge_sharpness == found.edge_sharpness == pytest.approx(steepness)
+    assert later.seam == seam(dim[:, 1:], 8)
+    whole = {"sharpness", "edge_sharpness", "seam", "feature_distance"}
+    others = {f.name for f in fields(Measurement)} - whole
     assert {name for name in others if getattr(later, name) is not None} == set()
 
 
@@ -234,7 +238,7 @@ def test_a_rollout_longer_than_its_clips(encoded, checkpoints, tmp_path):
     assert cells["PSNR dB"][3:] == ["-", "-", "-"] and "-" not in cells["PSNR dB"][1:3]
     assert cells["sharpness"][3] == "-" and "-" not in cells["sharpness"][4:]
     assert "as the autoencoder decodes them" in table.caption
-    assert len(plot_drift(report).axes) == 5  # no panel of obedience
+    assert len(plot_drift(report).axes) == 7  # no panel of obedience
     assert Image.open(out / "drift.png").width > 1000
 
     sheet = np.asarray(Image.open(out / "sheet.png").convert("L"))  # 0, 1 and 5 s, five times

@@ -1,4 +1,4 @@
-"""Metrics on videos with known answers, the motion probe, and a whole evaluation in small."""
+"""The motion probe, measurements of videos, and a whole evaluation in small."""
 
 import json
 import math
@@ -10,28 +10,17 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from aapt.checkpoint import CheckpointError, save_config, save_module
 from aapt.commands.app import main
-from aapt.data.tiny_world.rendered_clips import sample_clip
 from aapt.data.tiny_world.themes import THEMES
 from aapt.data.tiny_world.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
 from aapt.evaluate import evaluate
 from aapt.evaluate.drift_plot import plot_drift
 from aapt.evaluate.evaluation import cache_folder
 from aapt.evaluate.measure import MeasuredFrames, measure, timeline
-from aapt.evaluate.metrics import (
-    correlation,
-    gain,
-    palette,
-    palette_distance,
-    palette_error,
-    psnr,
-    sharpness,
-    theme_kept,
-)
+from aapt.evaluate.metrics import seam
 from aapt.evaluate.motion_probe import (
     MotionProbe,
     ProbeConfig,
@@ -44,7 +33,7 @@ from aapt.evaluate.motion_probe import (
 from aapt.evaluate.scenes import roll_out_scenes
 from aapt.evaluate.video_frames import VideoFrames, latent_statistics
 from aapt.evaluate.windows import WINDOWS, drift_frames, shifted_inside
-from aapt.evaluate.world_scenes import WorldScenes, held_out_starts, render_truth, theme_frames
+from aapt.evaluate.world_scenes import WorldScenes, held_out_starts, render_truth
 from aapt.media.contact_sheet import contact_sheet
 from aapt.model.config import CameraConfig, ModelConfig, SamplingConfig
 from aapt.model.world_model import WorldModel
@@ -52,7 +41,9 @@ from aapt.streaming.generator import StreamingGenerator
 from aapt.vae import CausalVAE, tiny
 from aapt.vae.pixels import to_pixels
 
-HEIGHT, WIDTH = 32, 64
+from .test_metrics import HEIGHT, WIDTH, noise, plain
+
+CELL = 8
 SMALL_PROBE = ProbeConfig(clips=6, held_out_clips=2, steps=2, batch=8)
 MODEL = ModelConfig(
     width=32,
@@ -67,20 +58,6 @@ MODEL = ModelConfig(
     sink_distance="clamped",
     output_clamp=4.0,
 )
-
-
-def plain(sky, ground, starts=1, frames=2):
-    """Make videos of two colours, the sky above the middle."""
-    video = torch.empty(starts, frames, HEIGHT, WIDTH, 3, dtype=torch.uint8)
-    video[:, :, : HEIGHT // 2] = torch.tensor(sky, dtype=torch.uint8)
-    video[:, :, HEIGHT // 2 :] = torch.tensor(ground, dtype=torch.uint8)
-    return video
-
-
-def noise(starts=2, frames=3):
-    random = torch.Generator().manual_seed(0)
-    shape = (starts, frames, HEIGHT, WIDTH, 3)
-    return torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -99,74 +76,6 @@ def save_checkpoint(folder, height=HEIGHT, yaw_step=YAW_STEP, seed=0):
     parts = {"model": asdict(config), "camera": asdict(camera), "vae": asdict(tiny())}
     save_config(folder, facts | parts)
     return folder
-
-
-# Metrics.
-
-
-def test_sharpness_of_stripes_is_their_mean_step():
-    video = torch.zeros(1, 2, 4, 5, 3, dtype=torch.uint8)
-    video[..., 2:, :] = 51  # one step of 0.2 between five columns
-    assert sharpness(video) == pytest.approx(0.2 / 4)
-
-
-def test_blur_lowers_sharpness_and_a_shift_does_not():
-    video = noise()
-    flat = video.flatten(0, 1).permute(0, 3, 1, 2).float()
-    blurred = F.avg_pool2d(flat, 3, 1, 1).permute(0, 2, 3, 1).to(torch.uint8).view_as(video)
-    assert sharpness(blurred) < 0.5 * sharpness(video)
-    assert sharpness(video.roll(1, dims=2)) == pytest.approx(sharpness(video))
-
-
-def test_psnr_of_a_known_error():
-    video = torch.full((2, 3, 4, 4, 3), 100, dtype=torch.uint8)
-    assert psnr(video, video) == math.inf
-    assert psnr(video + 51, video) == pytest.approx(20 * math.log10(5))
-    assert psnr(noise(), noise().roll(1, dims=3)) < 10  # as bad as independent noise
-    with pytest.raises(ValueError, match="one shape, got .* and "):
-        psnr(video, video[:1])
-
-
-def test_swapping_sky_and_ground_gives_their_difference_as_palette_error():
-    day = palette(plain((0, 51, 102), (255, 204, 153)))
-    swapped = palette(plain((255, 204, 153), (0, 51, 102)))
-    assert day[0].tolist() == pytest.approx([0, 0.2, 0.4, 1, 0.8, 0.6])
-    assert palette_error(day, day) == 0
-    assert palette_error(day, swapped) == pytest.approx((1 + 0.6 + 0.2) / 3)
-
-
-def test_chance_palette_errors_come_from_pairs_of_starts():
-    palettes = torch.tensor([0.0, 0.1, 0.5])[:, None].expand(3, 6)
-    themes = torch.tensor([0, 0, 1])
-    assert palette_distance(palettes, themes, same_theme=True) == pytest.approx(0.1)
-    assert palette_distance(palettes, themes, same_theme=False) == pytest.approx(0.45)
-    assert palette_distance(palettes[1:], themes[1:], same_theme=True) is None
-
-
-def test_theme_kept_counts_the_nearest_references():
-    references = torch.tensor([0.0, 0.5, 1.0])[:, None].expand(3, 6)
-    palettes = torch.tensor([0.1, 0.6, 0.4, 0.9])[:, None].expand(4, 6)
-    assert theme_kept(palettes, references, torch.tensor([0, 1, 2, 2])) == 0.75
-
-
-def test_real_clips_keep_their_theme():
-    themes = torch.arange(len(THEMES))
-    clips = [sample_clip(40 + t, 3, theme=t, height=HEIGHT, width=WIDTH).video for t in range(6)]
-    references = palette(theme_frames(HEIGHT, WIDTH))
-    assert theme_kept(palette(torch.stack(clips)), references, themes) == 1.0
-
-
-def test_correlation_and_gain_against_numpy():
-    commanded = torch.linspace(-1, 1, 40).view(2, 20)
-    realised = 0.5 * commanded + 0.3 + 0.1 * torch.sin(37 * commanded)
-    expected = np.corrcoef(realised.flatten(), commanded.flatten())[0, 1]
-    slope = np.polyfit(commanded.flatten().double(), realised.flatten().double(), 1)[0]
-    assert correlation(realised, commanded) == pytest.approx(expected, abs=1e-6)
-    assert gain(realised, commanded) == pytest.approx(slope, abs=1e-6)
-    assert correlation(-realised, commanded) == pytest.approx(-expected, abs=1e-6)
-    still = torch.zeros(2, 20)
-    assert correlation(realised, still) is None and gain(realised, still) is None
-    assert correlation(still, commanded) is None and gain(still, commanded) == 0
 
 
 # The motion probe.
@@ -342,9 +251,10 @@ def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     truth = render_truth(starts, window.frames, HEIGHT, WIDTH).pixels
     generators = {checkpoint: StreamingGenerator.from_pretrained(checkpoint)}
     scenes = WorldScenes(starts, generators, SMALL_PROBE, tmp_path)
-    real = MeasuredFrames.of(truth[:, 1:])
+    real = MeasuredFrames.of(truth[:, 1:], CELL)
     found = measure(truth, real, None, scenes, window)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
+    assert found.edge_sharpness == 1.0 and found.seam == seam(truth[:, 1:], CELL)
     assert found.psnr is None and found.latent_deviation is None
     swapped = measure(truth.flip(0), real, None, scenes, window)
     assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
@@ -379,13 +289,16 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     pixels[:, 2:4] = pixels[:, 2:4].flip(0) // 2  # other themes, and darker
     latents = torch.tensor([[[0.1, 1.0], [0.2, 0.5], [0.3, 2.0]]]).expand(6, 3, 2)
     made, true = (
-        [MeasuredFrames.of(source[drift_frames(second)]) for second in seconds]
+        [MeasuredFrames.of(source[drift_frames(second)], CELL) for second in seconds]
         for source in (VideoFrames(frames, pixels), truth)
     )
     found, real = (timeline(source, true, seconds, latents) for source in (made, true))
     assert found.seconds == seconds and found.latent_deviation == [1.0, 0.5, 2.0]
     assert found.latent_offset == pytest.approx([0.1, 0.2, 0.3])
     assert found.sharpness[::2] == [1.0, 1.0] and found.sharpness[1] == pytest.approx(0.5, abs=0.05)
+    assert found.edge_sharpness[::2] == [1.0, 1.0]
+    assert found.edge_sharpness[1] == pytest.approx(0.25, abs=0.05)
+    assert found.seam[::2] == real.seam[::2]
     assert found.palette_error[::2] == [0.0, 0.0] and found.palette_error[1] > 0.1
     assert found.feature_distance[::2] == real.feature_distance[::2]
     assert found.feature_distance[1] > real.feature_distance[1] + 0.2

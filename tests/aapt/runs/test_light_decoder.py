@@ -14,18 +14,22 @@ from torch import nn
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import CheckpointError, load_config, read_tensors, save_config, save_module
 from aapt.commands.app import main
+from aapt.data.clips import VideoClips
+from aapt.data.tiny_world.rendered_clips import sample_clip
 from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.pixel_clips import video_clips
 from aapt.evaluate.decoders import compare_decoders, flicker, ssim
 from aapt.lock import FolderInUse, folder_lock
-from aapt.runs.light_decoder import STAGE, run
+from aapt.runs.light_decoder import FIT_NOISE, STAGE, new_light, run, train_light
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.training.optimization import Schedule
 from aapt.training.perceptual import PerceptualDistance
 from aapt.training.recipes import LIGHT_RECIPES, vae_light, wan_light
-from aapt.vae import lighter, tiny
+from aapt.training.stages.light_decoder import light_vae_for
+from aapt.vae import lighter, tiny, tiny_light
 from aapt.vae.folder import LIGHT, ORIGINAL, load_vae
+from aapt.vae.pixels import to_video
 
 from ..data.videos.videos import grey, numbers, video
 from ..training.test_light_decoder import SHAPE, original_vae
@@ -33,7 +37,7 @@ from ..training.test_light_decoder import SHAPE, original_vae
 
 def small_recipe(**changes):
     recipe = vae_light()
-    small = {"steps": 2, "video_frames": 5, "shape": None, **changes}
+    small = {"steps": 2, "video_frames": 5, "shape": None, "imitation": 1.0, **changes}
     return replace(
         recipe,
         data=replace(recipe.data, height=16, width=16, latent_frames=3, video_clips=2),
@@ -183,6 +187,49 @@ def test_the_bundled_world_keeps_its_model_and_its_latents(tmp_path):
     assert run(recipe, tmp_path, vae=made, **given) == made
 
 
+def test_the_bundled_decoder_starts_from_its_lapped_map(tmp_path):
+    """Without updates of its network it decodes as the map in closed form does, which stays."""
+    recipe = small_recipe(steps=1, shape=tiny_light(), schedule=Schedule(0.0))
+    recipe = replace(recipe, data=replace(recipe.data, height=32, width=32, video_clips=10))
+    made = load_vae(run(recipe, tmp_path, workers=1, report=lambda line: None))
+    assert made.config == tiny_light()
+    fitted = light_vae_for(load_vae("tiny-world", ORIGINAL), tiny_light())
+    size = {"latent_frames": 3, "height": 32, "width": 32}
+    seeds = range(recipe.data.first_seed, recipe.data.first_seed + 10)
+    clips = torch.stack([sample_clip(seed, **size).video for seed in seeds])
+    fitted.fit_lapped(to_video(clips).split(1), FIT_NOISE)
+    latent = fitted.encode(to_video(clips[:1]))
+    difference = made.decode(latent) - fitted.decode(latent)
+    assert difference.abs().max() < 0.05  # of weights rounded to bfloat16
+    error = made.decode(latent) - to_video(clips[:1])
+    rounded = made.decoder.lapped.weight - fitted.decoder.lapped.weight
+    assert error.abs().mean() < 0.1 and rounded.abs().max() < 0.01
+
+
+def test_a_lapped_decoder_resumes_bit_for_bit(tmp_path, monkeypatch):
+    original = load_vae("tiny-world", ORIGINAL)
+    config = replace(vae_light().decoder, steps=3, video_frames=9)
+    clips = [sample_clip(seed, latent_frames=3, height=32, width=32).video for seed in range(10)]
+
+    def train(folder, options):
+        torch.manual_seed(0)
+        networks, data = (original, new_light(config, original)), VideoClips(clips, 10)
+        made = train_light(config, networks, data, folder, 0, Parallel.single(), options)
+        return made.state_dict()
+
+    whole = train(tmp_path / "whole" / STAGE, RunOptions(save_every=1, sample_every=None))
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("aapt.runs.light_decoder._sampler", lambda *_: stop)
+        train(tmp_path / "parts" / STAGE, RunOptions(save_every=1, sample_every=2))
+    parts = train(tmp_path / "parts" / STAGE, RunOptions(save_every=1, sample_every=None))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    assert len((tmp_path / "parts" / STAGE / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_wan(movies, tmp_path):
     """A folder with an autoencoder only gives a folder with an autoencoder only."""
     diffusers = pytest.importorskip("diffusers")
@@ -256,6 +303,19 @@ def test_weights_that_do_not_fit(folder, tmp_path):
     for of in (load_vae, StreamingGenerator.from_pretrained):
         with pytest.raises(CheckpointError, match="broken: expected a checkpoint folder or one of"):
             of(broken)
+
+
+def test_a_folder_from_before_lapped_decoders_loads(folder, tmp_path):
+    older = shutil.copytree(folder, tmp_path / "older")
+    config = load_config(older)
+    del config["vae"]["lapped"]
+    save_config(older, config)
+    assert load_vae(older).config == load_vae(folder).config
+
+
+def test_another_part_is_refused(folder):
+    with pytest.raises(ValueError, match="part: expected vae or original_vae, got original"):
+        load_vae(folder, "original")
 
 
 def test_a_run_is_of_one_autoencoder(made, folder, movies, tmp_path):
@@ -340,7 +400,7 @@ def test_a_perceptual_network_counts(folder, movies, network, tmp_path):
     make(folder, movies, tmp_path, recipe, perceptual=network)
     line = json.loads((tmp_path / STAGE / "metrics.jsonl").read_text())
     assert line["perceptual"] > 0
-    parts = ("reconstruction", "imitation", "flicker", "perceptual")
+    parts = ("reconstruction", "imitation", "seams", "flicker", "perceptual")
     assert line["loss"] == pytest.approx(sum(line[part] for part in parts))
 
 
@@ -364,6 +424,7 @@ def test_report(made, movies):
     both = report["decoders"]
     assert both["light"]["parameters"] < both["original"]["parameters"]
     for decoder in both.values():
+        assert decoder.pop("edge_sharpness") is None  # the truth is grey
         assert all(math.isfinite(value) for value in decoder.values())
     assert report["speedup"] > 0 and math.isfinite(report["agreement"])
 

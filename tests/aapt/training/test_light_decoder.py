@@ -117,6 +117,7 @@ def test_light_has_the_original_s_encoder_and_what_fits_of_its_decoder():
         ({"latent_channels": 8}, "latent_channels: expected 4, as the original has, got 8"),
         ({"encoder_blocks": (0, 0, 0)}, r"encoder_blocks: expected \(0, 1, 0\), as the original"),
         ({"strides": ((1, 2), (2, 1))}, r"strides: expected \(\(2, 2\), \(2, 1\)\)"),
+        ({"padding": "replicate"}, "padding: expected zeros, as the original has"),
         ({"norm_eps": 1e-3}, "norm_eps: expected 1e-06, as the original has, got 0.001"),
     ],
 )
@@ -128,9 +129,9 @@ def test_a_shape_of_another_encoder(change, message):
 def test_losses_have_the_weights_of_the_recipe():
     """The reference sums the definitions in float64, for videos with known errors."""
     made = stage(lambda video, target: (video - target).square().sum(), imitation=3.0, flicker=5.0)
-    made.config = replace(made.config, perceptual=7.0, squares=0.5, edges=0.25)
+    made.config = replace(made.config, perceptual=7.0, squares=0.5, edges=0.25, seams=11.0)
     torch.manual_seed(3)
-    decoded, video, target = torch.randn(3, 2, 3, 5, 8, 8)
+    decoded, video, target = torch.randn(3, 2, 3, 5, 16, 16)
 
     def reconstruction(error):
         across = (error[..., 1:] - error[..., :-1]).abs().mean()
@@ -139,9 +140,16 @@ def test_losses_have_the_weights_of_the_recipe():
 
     error = decoded.double() - video.double()
     moved = (decoded[:, :, 1:] - decoded[:, :, :-1]) - (video[:, :, 1:] - video[:, :, :-1])
+    cell = made.light.config.space_factor
+    borders = range(cell, 16, cell)
+    steps = sum(
+        torch.stack([(error[..., x] - error[..., x - 1]).abs().mean() for x in borders]).mean()
+        for error in (error, error.transpose(3, 4))
+    )
     expected = {
         "reconstruction": reconstruction(error),
         "imitation": 3 * reconstruction(decoded.double() - target.double()),
+        "seams": 11 * steps,
         "flicker": 5 * moved.double().abs().mean(),
         "perceptual": 7 * (error**2).sum(),
     }

@@ -60,6 +60,16 @@ def test_update_sets_every_groups_rate():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
+def test_a_group_with_a_scale_moves_by_its_share():
+    first, second = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "scale": 0.25}])
+    for rate, moved in ((0.8, 0.8), (0.4, 1.2)):
+        (first + second).backward()
+        update(optimizer, rate, [first, second], None)
+        assert first.item() == pytest.approx(-moved)
+        assert second.item() == pytest.approx(-moved / 4)
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_update_refuses_gradients_that_are_not_finite(bad, max_norm):

@@ -1,7 +1,9 @@
 """The autoencoder: shapes, streaming equal to the whole clip, published sizes."""
 
 from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from aapt.vae import (
     light,
     original,
     tiny,
+    tiny_light,
     total,
     wan,
     wan22,
@@ -36,6 +39,7 @@ CONFIGS = {
     "replicate": replace(shrunken(light()), padding="replicate"),
     "wan": wan(6),
     "wan22": wan22(6, 8),
+    "lapped": replace(tiny_light(), decoder_channels=(8, 8, 16)),
 }
 
 
@@ -230,7 +234,7 @@ def test_first_step_gives_one_frame_and_later_steps_four():
     assert video.shape == (1, 3, 4, 80, 128)
 
 
-@pytest.mark.parametrize("name", ["tiny", "light"])
+@pytest.mark.parametrize("name", ["tiny", "light", "lapped"])
 def test_pixels_are_the_video_in_bytes(name):
     vae = make_vae(CONFIGS[name])
     latent = torch.randn(1, 16, 2, 3, 4)
@@ -239,6 +243,43 @@ def test_pixels_are_the_video_in_bytes(name):
     levels = (video * 127.5 + 127.5).clamp(0, 255)
     assert bytes_.dtype == torch.uint8 and (bytes_ - levels).abs().max() <= 0.5 + 1e-3
     assert all(torch.equal(a, b) for a, b in zip(state, state_too, strict=True))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_lapped_map_is_the_least_squares_of_its_windows(noise):
+    """Against numpy on windows gathered one by one, with noise as further rows of no target."""
+    vae = make_vae(replace(tiny_light(), latent_channels=2, decoder_channels=(4, 4, 4)))
+    videos = torch.rand(3, 1, 3, 13, 32, 40).cumsum(3) / 8 - 1
+    vae.fit_lapped(videos, noise)
+    frames, height, width, latents = 4, 4, 5, [vae.encode(video)[0].numpy() for video in videos]
+    std, mean = (x.numpy()[:, 0, 0, 0] for x in (vae.latent_std, vae.latent_mean))
+    windows, targets = [], []
+    for latent, video in zip(latents, videos):
+        padded = torch.cat([video[0][:, :1].expand(-1, 3, -1, -1), video[0]], dim=1).numpy()
+        for t, i, j in product(range(frames), range(height), range(width)):
+            around = product((t - 1, t), (i - 1, i, i + 1), (j - 1, j, j + 1))
+            inside = [
+                (max(a, 0), np.clip(b, 0, height - 1), np.clip(c, 0, width - 1))
+                for a, b, c in around
+            ]
+            windows.append([*(latent[:, a, b, c] * std + mean for a, b, c in inside), [1.0]])
+            patch = padded[:, 4 * t : 4 * t + 4, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8]
+            targets.append(patch.flatten())
+    rows = np.array([np.concatenate(window) for window in windows], np.float64)
+    unsure = np.diag(np.append(np.tile(std, 18), 0)) * noise * len(rows) ** 0.5
+    solved = np.linalg.lstsq(
+        np.concatenate([rows, unsure]),
+        np.concatenate([targets, np.zeros((37, len(targets[0])))]),
+    )[0]
+    expected = (rows @ solved).reshape(3, frames, height, width, 3, 4, 8, 8)
+    expected = expected.transpose(0, 4, 1, 5, 2, 6, 3, 7).reshape(3, 3, 16, 32, 40)[:, :, 3:]
+    found = torch.cat([vae.decode(vae.encode(video)) for video in videos]).numpy()
+    assert np.abs(found - expected).max() < 2e-3
+
+
+def test_a_lapped_map_needs_patches_to_fit():
+    with pytest.raises(ValueError, match="lapped: expected False without linear_skip, got True"):
+        replace(light(), lapped=True)
 
 
 def test_latents_are_normalised():
