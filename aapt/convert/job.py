@@ -1,5 +1,6 @@
 """Conversion of a Wan transformer of another project into a checkpoint of ours."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from .kinds import KINDS, Kind
 from .lora import LowRank, find_lora
 from .names import wan_name
 from .tensor_files import StoredTensor, find_tensors
-from .wan_layout import Made, layout, model_config, recycling
+from .wan_layout import HEAD_DIM, Made, layout, model_config, recycling
 from .writer import Pending, write_pending
 
 PREFIX = "transformer."  # of our transformer's names in a checkpoint
@@ -57,6 +58,7 @@ def convert(
     file = out / "model.safetensors"
     if any(file.exists() and file.samefile(tensor.path) for tensor in weights.values()):
         raise ValueError(f"out: expected another file than the source, got {file} for both")
+    _check_heads(source)
     adapted = find_lora(lora, weights, preset.lora_alpha) if lora else {}
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     config = model_config(shapes, preset, str(source))
@@ -97,6 +99,18 @@ def _kind(name: str) -> Kind:
     if name not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {name!r}")
     return KINDS[name]
+
+
+def _check_heads(source: Path) -> None:
+    """Raise CheckpointError if a diffusers folder says that heads are not as wide as Wan's, which
+    no tensor says."""
+    for path in (source / "config.json", source / "transformer" / "config.json"):
+        try:
+            width = json.loads(path.read_text()).get("attention_head_dim", HEAD_DIM)
+        except (OSError, ValueError, AttributeError):  # not a folder with a configuration
+            continue
+        if width != HEAD_DIM:
+            raise CheckpointError(f"{path}: attention_head_dim: expected {HEAD_DIM}, got {width}")
 
 
 def _by_wan_name(source: Path, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -178,6 +178,22 @@ def test_a_width_that_heads_do_not_divide_is_an_error(tmp_path):
     refuse(weights, tmp_path, words)
 
 
+def test_heads_of_another_width_are_an_error(tmp_path):
+    """Only the configuration of a diffusers folder says so."""
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    save_file(random_weights(), folder / MODEL)
+    (folder.parent / "model_index.json").write_text("{}")
+    config = folder / "config.json"
+    config.write_text('{"attention_head_dim": 64}')
+    for source in (folder, folder.parent):
+        with pytest.raises(CheckpointError) as error:
+            convert(source, tmp_path / "out", "wan2.1-t2v")
+        assert str(error.value) == f"{config}: attention_head_dim: expected 128, got 64"
+    config.write_text('{"attention_head_dim": 128}')
+    convert(folder, tmp_path / "out", "wan2.1-t2v")
+
+
 def test_a_file_without_a_known_entry_is_an_error(tmp_path):
     known = "generator, generator_ema, model"
     words = "{file}: expected tensors, alone or in one of %s, got %s; pass --entry NAME"
