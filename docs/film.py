@@ -1,0 +1,106 @@
+"""Films the page for README: `python docs/film.py` writes docs/play.gif.
+
+The bundled world is played in Chromium without a window: a walk, a rewind, a branch, another
+prompt, two futures. Screenshots are slow, so the world is played at a tenth of its pace and the film
+is shown at its own. Needs the extras serve and browser, and chromium.
+"""
+
+import asyncio
+import io
+import shutil
+import socket
+import threading
+from pathlib import Path
+
+import uvicorn
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from aapt import StreamingGenerator
+from aapt.serve.app import create_app
+from aapt.serve.settings import Settings
+
+OUT = Path(__file__).parent / "play.gif"
+SIZE = {"width": 648, "height": 601}
+SLOWER = 10
+MODEL = "tiny-world"
+COLOURS = 128
+
+
+class Film:
+    """Screenshots of a page, one for every two video frames."""
+
+    def __init__(self, tab: Page, fps: int):
+        self.tab, self.interval = tab, 2 * SLOWER / fps  # seconds
+        self.images: list[Image.Image] = []
+
+    def roll(self, seconds: float) -> None:
+        """Films for some seconds of the film."""
+        for _ in range(round(seconds * SLOWER / self.interval)):
+            began = self.tab.evaluate("performance.now()")
+            self.images.append(Image.open(io.BytesIO(self.tab.screenshot())).convert("RGB"))
+            spent = self.tab.evaluate("performance.now()") - began
+            self.tab.wait_for_timeout(max(0.0, 1e3 * self.interval - spent))
+
+    def hold(self, *keys: str, seconds: float) -> None:
+        """Films while keys are held."""
+        for key in keys:
+            self.tab.keyboard.down(key)
+        self.roll(seconds)
+        for key in keys:
+            self.tab.keyboard.up(key)
+
+    def save(self, out: Path) -> None:
+        """Writes the film as a GIF."""
+        palette = [image.quantize(COLOURS, dither=Image.Dither.NONE) for image in self.images]
+        pace = round(1e3 * self.interval / SLOWER)
+        palette[0].save(out, save_all=True, append_images=palette[1:], duration=pace, loop=0)
+
+
+def act(film: Film) -> None:
+    """What is played."""
+    tab = film.tab
+    film.roll(0.4)
+    film.hold("w", seconds=2.0)
+    film.hold("w", "d", seconds=1.2)
+    film.hold("w", seconds=0.8)
+    tab.keyboard.press(" ")
+    for _ in range(2):  # back in time
+        tab.keyboard.press("z")
+        film.roll(0.4)
+    film.hold("w", "a", seconds=1.5)  # a branch
+    tab.click("text=snowy peaks in winter")
+    film.hold("w", seconds=2.5)
+    tab.keyboard.press("x")  # two futures: the first half follows keys, the second a control
+    film.hold("w", seconds=2.0)
+    tab.keyboard.press("x")
+    film.roll(0.4)
+
+
+def main() -> None:
+    generator = StreamingGenerator.from_pretrained(MODEL)
+    fps = generator.fps
+    generator.fps = max(1, fps // SLOWER)
+    app = create_app(generator, MODEL, Settings())
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    serving = threading.Thread(target=asyncio.run, args=(server.serve([listener]),))
+    serving.start()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        tab = browser.new_page(viewport=SIZE, color_scheme="dark")
+        tab.goto(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        tab.wait_for_selector("body[data-state=ready]")
+        film = Film(tab, fps)
+        act(film)
+        browser.close()
+    server.should_exit = True
+    serving.join()
+    film.save(OUT)
+    print(f"{OUT.name}: {len(film.images)} frames, {OUT.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
