@@ -1,8 +1,8 @@
 """Films the page for README: `python docs/film.py` writes docs/play.gif.
 
 The bundled world is played in Chromium without a window: a walk, a rewind, a branch, another
-prompt, two futures. Screenshots are slow, so the world is played at a tenth of its pace and the film
-is shown at its own. Needs the extras serve and browser, and chromium.
+prompt, two futures. Screenshots are slow, so the world is played at a tenth of its pace, and the
+film is shown at its own. Needs the extras serve and browser, and chromium.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import io
 import shutil
 import socket
 import threading
+import time
 from pathlib import Path
 
 import uvicorn
@@ -18,11 +19,24 @@ from playwright.sync_api import Page, sync_playwright
 
 from aapt import StreamingGenerator
 from aapt.serve.app import create_app
+from aapt.serve.session import Session
 from aapt.serve.settings import Settings
 
 OUT = Path(__file__).parent / "play.gif"
-SIZE = {"width": 648, "height": 601}
+SIZE = {"width": 1000, "height": 920}
+SHOWN = (650, 598)
 SLOWER = 10
+# The page's own clock runs slower too, so that it paces, counts and tells times as ever
+CLOCK = f"""
+const now = performance.now.bind(performance);
+performance.now = () => now() / {SLOWER};
+const frame = requestAnimationFrame;
+window.requestAnimationFrame = (call) => frame((time) => call(time / {SLOWER}));
+const stamp = Object.getOwnPropertyDescriptor(Event.prototype, "timeStamp").get;
+Object.defineProperty(Event.prototype, "timeStamp", {{
+  get() {{ return stamp.call(this) / {SLOWER}; }},
+}});
+"""
 MODEL = "tiny-world"
 COLOURS = 128
 
@@ -37,10 +51,11 @@ class Film:
     def roll(self, seconds: float) -> None:
         """Films for some seconds of the film."""
         for _ in range(round(seconds * SLOWER / self.interval)):
-            began = self.tab.evaluate("performance.now()")
-            self.images.append(Image.open(io.BytesIO(self.tab.screenshot())).convert("RGB"))
-            spent = self.tab.evaluate("performance.now()") - began
-            self.tab.wait_for_timeout(max(0.0, 1e3 * self.interval - spent))
+            began = time.monotonic()
+            image = Image.open(io.BytesIO(self.tab.screenshot())).convert("RGB")
+            self.images.append(image.resize(SHOWN, Image.Resampling.LANCZOS))
+            rest = self.interval - (time.monotonic() - began)
+            self.tab.wait_for_timeout(max(0.0, 1e3 * rest))
 
     def hold(self, *keys: str, seconds: float) -> None:
         """Films while keys are held."""
@@ -61,27 +76,33 @@ def act(film: Film) -> None:
     """What is played."""
     tab = film.tab
     film.roll(0.4)
-    film.hold("w", seconds=2.0)
-    film.hold("w", "d", seconds=1.2)
-    film.hold("w", seconds=0.8)
+    film.hold("w", seconds=1.6)
+    film.hold("w", "d", seconds=0.8)
+    film.hold("w", "a", seconds=1.2)
     tab.keyboard.press(" ")
     for _ in range(2):  # back in time
         tab.keyboard.press("z")
         film.roll(0.4)
-    film.hold("w", "a", seconds=1.5)  # a branch
+    film.hold("a", seconds=1.2)  # a branch
     tab.click("text=snowy peaks in winter")
-    film.hold("w", seconds=2.5)
+    film.hold("w", "d", seconds=1.2)
+    film.hold("a", seconds=1.6)
     tab.keyboard.press("x")  # two futures: the first half follows keys, the second a control
-    film.hold("w", seconds=2.0)
+    film.hold("a", seconds=1.8)
     tab.keyboard.press("x")
     film.roll(0.4)
 
 
 def main() -> None:
     generator = StreamingGenerator.from_pretrained(MODEL)
-    fps = generator.fps
-    generator.fps = max(1, fps // SLOWER)
     app = create_app(generator, MODEL, Settings())
+    begin = Session.__init__
+
+    def begin_slower(session: Session, *arguments) -> None:
+        begin(session, *arguments)
+        session.period *= SLOWER
+
+    Session.__init__ = begin_slower
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     serving = threading.Thread(target=asyncio.run, args=(server.serve([listener]),))
@@ -91,9 +112,10 @@ def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         tab = browser.new_page(viewport=SIZE, color_scheme="dark")
+        tab.add_init_script(CLOCK)
         tab.goto(f"http://127.0.0.1:{listener.getsockname()[1]}/")
         tab.wait_for_selector("body[data-state=ready]")
-        film = Film(tab, fps)
+        film = Film(tab, generator.fps)
         act(film)
         browser.close()
     server.should_exit = True
