@@ -69,7 +69,7 @@ class Grow(nn.Module):
 class MemoryDecoder(nn.Module):
     """Latent to video, a whole clip or any chunk of it; see `autoencoder.Decoder`."""
 
-    projection = None
+    projection = lapped = None  # parts of `autoencoder.Decoder` that this decoder has not
 
     def __init__(self, config: VAEConfig):
         super().__init__()
