@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 
 BFLOAT16 = (8, 0)  # compute capability from which a CUDA device multiplies bfloat16
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -45,7 +44,7 @@ def _no_cuda(device: torch.device) -> str | None:
 def usable_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     """Return the precision of networks on a device.
 
-    None stands for bfloat16 on a CUDA device that multiplies it, and for float32 elsewhere.
+    None means bfloat16 on a CUDA device that multiplies it, and float32 elsewhere.
     TypeError for a dtype that networks do not have; ValueError, with the mend, for one that the
     device does not multiply.
     """
@@ -62,11 +61,6 @@ def usable_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype
             "not multiply bfloat16, got bfloat16"
         )
     return dtype
-
-
-def move(network: nn.Module, device: str | torch.device) -> None:
-    """Move a network to a device, in place. ValueError as `usable_device`."""
-    network.to(usable_device(device))
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:

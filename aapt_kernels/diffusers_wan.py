@@ -80,7 +80,7 @@ class patch:  # noqa: N801  read as a verb, like use_backend
 
 
 class WanProcessor:
-    """What diffusers calls for everything between the input and the output of a WanAttention."""
+    """Computes everything between the input and the output of a diffusers WanAttention."""
 
     # diffusers writes its context parallelism here: refused below, because tokens of other ranks
     # would be missing

@@ -93,9 +93,14 @@ def make_stubs(folder: Path) -> None:
         )
 
 
+def tag_of(machine: str) -> str:
+    """Returns the platform tag of a compiled wheel."""
+    return f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
+
+
 def repair(wheel: Path, machine: str, folder: Path) -> Path:
     """Gives a wheel the tag that its symbols deserve; PyTorch's libraries stay outside."""
-    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
+    tag = tag_of(machine)
     excluded = [f"--exclude={library}" for library in TORCH]
     run(
         *(sys.executable, "-m", "auditwheel", "repair", "--plat", tag, *excluded),
@@ -122,8 +127,8 @@ def check(wheel: Path, kind: str) -> None:
             if not wheel.name.endswith("-py3-none-any.whl"):
                 raise WheelError(f"{wheel.name}: expected the tag py3-none-any")
             return
-        if f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{kind}" not in tag:
-            raise WheelError(f"{wheel.name}: expected manylinux_2_34_{kind} in its tag")
+        if tag_of(kind) not in tag:
+            raise WheelError(f"{wheel.name}: expected {tag_of(kind)} in its tag")
         with tempfile.TemporaryDirectory() as folder:
             check_library(Path(archive.extract(libraries[0], folder)), kind)
 

@@ -17,7 +17,7 @@ def convert(
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for the checkpoint.")
     ],
     kind: Annotated[
-        str, typer.Option(metavar="KIND", help="What the weights are, one of the kinds below.")
+        str, typer.Option(metavar="KIND", help="What the weights are, one of the kinds above.")
     ],
     lora: Annotated[
         Path | None,
@@ -58,7 +58,7 @@ def convert(
 ):
     """Convert a Wan transformer of another project into a checkpoint.
 
-    Nothing is downloaded. A diffusers pipeline's folder stands for its transformer. Sizes are read
+    Nothing is downloaded. A diffusers pipeline's folder is read for its transformer. Sizes come
     from the tensors; chunks, steps and windows, which no file holds, come from the kind. Tensors
     are converted one at a time and keep their precision. The last line is the weights' licence.
 
@@ -68,16 +68,16 @@ def convert(
       causal-forcing-framewise-1step  causal-forcing-chunkwise
       one-forcing  self-forcing  causvid  longlive-1.3b
 
-    
+    \b
     Kinds to start training from:
       wan2.1-t2v  wan2.2-ti2v-5b
       causal-forcing-framewise-diffusion  causal-forcing-chunkwise-diffusion
 
     \b
     Examples:
-      aapt convert cf/causal-forcing++/framewise-1step.pt --kind causal-forcing-framewise-1step \
+      aapt convert cf/causal-forcing++/framewise-1step.pt --kind causal-forcing-framewise-1step \\
         --vae Wan2.1/vae --text Wan2.1 --out cf-1step
-      aapt convert ll/longlive_base.pt --kind longlive-1.3b --lora ll/lora.pt --vae Wan2.1/vae \
+      aapt convert ll/longlive_base.pt --kind longlive-1.3b --lora ll/lora.pt --vae Wan2.1/vae \\
         --text Wan2.1 --out longlive
       aapt convert Wan2.1/transformer --kind wan2.1-t2v --recycle zero --out wan-start
     """

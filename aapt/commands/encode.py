@@ -21,9 +21,12 @@ from .shared import (
     check_seconds,
     ctrl_c,
     load,
+    named_dtype,
     say,
     table,
 )
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 def encode(
@@ -85,7 +88,7 @@ def encode(
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="The VAE's precision: float32 or bfloat16.",
+            help=f"The VAE's precision: {' or '.join(PRECISIONS)}.",
             show_default="bfloat16 on CUDA, else float32",
         ),
     ] = None,
@@ -124,7 +127,7 @@ def encode(
     Examples:
       aapt encode videos/ --out latents/
       aapt encode shards/ --bucket 736x416 --bucket 416x736 --model mine/ --out latents/
-      aapt encode videos/ --bucket 736x416+1280x720+640x352 --model Wan2.1/vae --seconds 15 \
+      aapt encode videos/ --bucket 736x416+1280x720+640x352 --model Wan2.1/vae --seconds 15 \\
         --device cuda --out latents/
       aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
       aapt encode videos/ --model Wan2.1/vae --text Wan2.1 --bucket 832x480 --out latents/
@@ -135,7 +138,7 @@ def encode(
     from ..data.videos.clip_reader import CutConfig
     from ..data.videos.parts import Part
     from ..data.videos.shard_folder import JOURNAL
-    from ..device import move, usable_device
+    from ..device import usable_device, usable_dtype
     from ..model.umt5 import UMT5Weights
 
     with bad_input():
@@ -165,9 +168,10 @@ def encode(
         rank = _rank()
         if rank and device == "cuda":
             device = f"cuda:{rank.local}"
-        move(vae, device)
+        place = usable_device(device)
+        vae.to(place)
         part = Part.parse(shard) if shard else rank and Part(rank.number, rank.count)
-        precision = _precision(dtype, device)
+        precision = usable_dtype(named_dtype(dtype, PRECISIONS), place)
         options = {"shard_clips": shard_clips, "workers": workers, "report": say}
         options |= {"dtype": precision, "part": part}
         if text is not None:
@@ -205,17 +209,6 @@ def _rank() -> Rank | None:
     if count == 1:
         return None
     return Rank(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def _precision(name: str | None, device: str):
-    """Return the dtype of a name. ValueError unless it is one of two."""
-    import torch
-
-    default = "bfloat16" if device.startswith("cuda") else "float32"
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if (name or default) not in dtypes:
-        raise ValueError(f"dtype: expected float32 or bfloat16, got {name!r}")
-    return dtypes[name or default]
 
 
 def _autoencoder(model: str):

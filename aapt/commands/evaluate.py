@@ -76,7 +76,7 @@ def evaluate(
     A model that does not move as the bundled world does is measured on clips of `aapt encode`, of
     its size and its autoencoder. Clips give the first frames, captions and motion, which is
     repeated when a clip ends; the truth is the clip as the autoencoder decodes it. After a clip's
-    end, its last frames stand for the truth, and frames are not compared one by one. Themes and
+    end, its last frames serve as the truth, and frames are not compared one by one. Themes and
     controls are left out.
 
     A diffusion checkpoint is rolled out with the steps and the guidance of its config.json.

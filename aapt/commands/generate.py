@@ -86,7 +86,8 @@ def generate(
         typer.Option(metavar="FILE", help="Make the video of an action log of aapt serve."),
     ] = None,
     branch: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Of the log.", show_default="the last")
+        int | None,
+        typer.Option(metavar="N", min=0, help="Branch of the log.", show_default="the last"),
     ] = None,
     original: Annotated[
         bool, typer.Option("--original", help="With --replay: decode with the original decoder.")

@@ -35,7 +35,9 @@ def serve(
     host: Annotated[
         str, typer.Option(metavar="NAME", help="Where to listen; 0.0.0.0 for every network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535)] = 8000,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on.")
+    ] = 8000,
     sessions: Annotated[
         int, typer.Option(metavar="N", min=1, help="Worlds at once; other visitors wait.")
     ] = 4,
@@ -43,7 +45,7 @@ def serve(
     dtype: Dtype = None,
     size: Size = None,
     history: Annotated[
-        int, typer.Option(metavar="MIB", min=0, help="Snapshots of each world.")
+        int, typer.Option(metavar="MIB", min=0, help="Memory for the snapshots of each world.")
     ] = 256,
     gallery: Annotated[
         Path | None,

@@ -177,23 +177,30 @@ def check_out_folder(folder: Path) -> None:
         raise ValueError(f"out: expected a folder that can be written, got {folder}: {problem}")
 
 
+def named_dtype(name: str | None, names: tuple[str, ...] = DTYPES):
+    """Return the torch dtype that --dtype names, None if it is not given; ValueError unless it is
+    one of `names`."""
+    if name is None:
+        return None
+    if name not in names:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, got {name}")
+    import torch
+
+    return getattr(torch, name)
+
+
 def placement(device: str | None, dtype: str | None, size: str | None) -> dict[str, Any]:
     """Return the options --device, --dtype and --size as `StreamingGenerator.from_pretrained` takes
-    them; ValueError, by the option's name, for one that says nothing."""
+    them; ValueError, by the option's name, for a value that means nothing."""
     if device == "meta":
         raise ValueError("device: expected cpu, cuda or cuda:N, got meta")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    precision = named_dtype(dtype)
     match = None if size is None else re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
     if size is not None and match is None:
         raise ValueError(f"size: expected WIDTHxHEIGHT such as 128x80, got {size}")
-    if dtype is not None:
-        import torch
-
-        dtype = getattr(torch, dtype)
     return {
         "device": device,
-        "dtype": dtype,
+        "dtype": precision,
         "size": match and (int(match[2]), int(match[1])),
     }
 

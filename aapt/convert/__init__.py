@@ -1,1 +1,1 @@
-"""Other people's checkpoints to ours: names, layouts, kinds, and a streamed conversion."""
+"""Checkpoints of other projects to ours: names, layouts, kinds, and a streamed conversion."""

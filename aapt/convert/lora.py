@@ -20,7 +20,7 @@ ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up",
 
 @dataclass(frozen=True)
 class LowRank:
-    """What one layer's weight W becomes: W + alpha / rank * up @ down."""
+    """An adaptation of one layer's weight W: W + alpha / rank * up @ down."""
 
     down: StoredTensor  # (rank, inputs)
     up: StoredTensor  # (outputs, rank)

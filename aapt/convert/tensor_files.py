@@ -63,7 +63,7 @@ def find_tensors(source: Path, entries: Sequence[str]) -> dict[str, StoredTensor
     """Find the tensors of a file or folder, by their names there.
 
     source: a safetensors file, an index of shards, a file of `torch.save`, or a folder with one of
-    them; a diffusers pipeline's folder stands for its `transformer`. entries: names under which a
+    them; from a diffusers pipeline's folder the `transformer` is read. entries: names under which a
     file of `torch.save` may keep a network beside others, the wanted one first.
 
     CheckpointError says what was expected and what was found.

@@ -174,11 +174,12 @@ def joined(k: Tensor, v: Tensor) -> Tensor:
 
 
 def _widened(make: Callable[..., Tensor], channels: int, random: bool, weight: Tensor) -> Tensor:
-    """Return patch columns with as many channels again behind the first ones of each pixel."""
+    """Return patch columns with twice the channels; the new ones follow the old ones of each
+    pixel."""
     given = make(weight).unflatten(1, (-1, channels))
     new = torch.zeros_like(given)
     if random and not given.is_meta:
-        bound = (2 * given[0].numel()) ** -0.5  # as a linear layer of so many inputs begins
+        bound = (2 * given[0].numel()) ** -0.5  # as a linear layer with that many inputs begins
         new.uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
     return torch.cat([given, new], dim=-1).flatten(1)
 

@@ -24,6 +24,7 @@ from .layers import (
     Upsample,
     active,
     fold_pixels,
+    frames_needed,
     last_frames,
     middle,
     norm_of,
@@ -124,9 +125,7 @@ class Decoder(nn.Module):
         """Decodes a chunk. last: video frames to return, None for all; of the others only what
         these and the next state need is computed."""
         front = [self.conv_in] if self.projection is None else [self.projection, self.conv_in]
-        needs = [last]  # input frames of each layer, from the last layer to the first
-        for layer in reversed([*front, *self.layers, self.conv_out]):
-            needs.append(None if last is None else layer.needs(needs[-1]))
+        needs = frames_needed([*front, *self.layers, self.conv_out], last)
         stream, x = States(state, state_out), latent
         rough = None
         if self.lapped is not None:

@@ -10,6 +10,7 @@ then space as "nearest".
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -360,6 +361,18 @@ def last_frames(x: Tensor, count: int | None) -> Tensor:
     if count is None or count >= x.shape[2]:
         return x
     return x[:, :, -count:].contiguous(memory_format=memory_format_of(x))
+
+
+def frames_needed(layers: Sequence[nn.Module], last: int | None) -> list[int | None]:
+    """Returns the last input frames of every layer that `last` frames of the final output need.
+
+    They are in the order of `pop`: those of the first layer come last; `last` itself is in front.
+    None, for all frames, stays None.
+    """
+    needs = [last]
+    for layer in reversed(layers):
+        needs.append(None if last is None else layer.needs(needs[-1]))
+    return needs
 
 
 def unfold_channels(x: Tensor, time: int, space: int) -> Tensor:

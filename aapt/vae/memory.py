@@ -17,6 +17,7 @@ from .layers import (
     CausalConv3d,
     DecoderState,
     States,
+    frames_needed,
     last_frames,
     unfold_channels,
 )
@@ -68,7 +69,7 @@ class Grow(nn.Module):
 class MemoryDecoder(nn.Module):
     """Latent to video, a whole clip or any chunk of it; see `autoencoder.Decoder`."""
 
-    projection = None
+    projection = lapped = None  # parts of `autoencoder.Decoder` that this decoder has not
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -92,9 +93,7 @@ class MemoryDecoder(nn.Module):
         last: int | None = None,
     ) -> tuple[Tensor, DecoderState]:
         """Decodes a chunk, see `autoencoder.Decoder.forward`."""
-        needs = [last]  # input frames of each layer, from the last layer to the first
-        for layer in reversed([self.conv_in, *self.layers, self.conv_out]):
-            needs.append(None if last is None else layer.needs(needs[-1]))
+        needs = frames_needed([self.conv_in, *self.layers, self.conv_out], last)
         stream = States(state, state_out)
         x = torch.tanh(last_frames(latent, needs.pop()) / CLAMP) * CLAMP
         x = F.relu(self.conv_in(x, stream))

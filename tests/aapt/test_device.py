@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
-from aapt.device import move, usable_device, usable_dtype
+from aapt.device import usable_device, usable_dtype
 
 CUDA = torch.device("cuda", 0)
 
@@ -20,8 +19,6 @@ def test_the_cpu_is_always_usable():
 def test_a_name_of_no_device_is_said(name):
     with pytest.raises(ValueError, match=f"^device: expected cpu, cuda or cuda:N, got {name}$"):
         usable_device(name)
-    with pytest.raises(ValueError, match="^device: expected cpu, cuda or cuda:N"):
-        move(nn.Linear(1, 1), name)
 
 
 def test_each_reason_why_there_is_no_cuda_device(monkeypatch):

@@ -1,6 +1,7 @@
 """The package in the layout of the `kernels` library: loaded beside the installed one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,12 @@ from pathlib import Path
 import hub
 import pytest
 
-LOAD = """
-import sys
-from pathlib import Path
-import kernels, torch, aapt_kernels
+PAGE = Path(__file__).parents[2] / "docs" / "packages.md"
+# After the page's block, which loads the variant as `aapt_kernels`
+COMPARE = """
+hub = aapt_kernels
+import torch, aapt_kernels
 
-hub = kernels.get_local_kernel(Path(sys.argv[1]), backend="cpu")
 assert hub is not aapt_kernels and hub.FrameLayout is not aapt_kernels.FrameLayout
 torch.manual_seed(0)
 q, k, v = torch.randn(3, 1, 3 + 5 * 4, 2, 16).unbind()
@@ -32,9 +33,10 @@ print(torch.ops.aapt_hub_0_1_0.block_causal_attention)
 
 def test_the_variant_for_cpus_is_loaded_by_kernels_and_runs(tmp_path):
     pytest.importorskip("kernels", reason="needs the package kernels")
-    hub.write_hub(tmp_path / "hub", [])
+    (load,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    hub.write_hub(tmp_path / "build" / "hub", [])
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path / "hub"], capture_output=True, text=True
+        [sys.executable, "-c", load + COMPARE], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "aapt_hub_0_1_0.block_causal_attention" in done.stdout

@@ -359,10 +359,15 @@ def test_missing_option_points_to_help(capsys):
 def test_help_is_quick_and_has_examples(capsys):
     assert run() == 0
     assert "generate" in capsys.readouterr().out
-    for command in (["generate"], ["info"], ["bench", "stream"], ["train"], ["eval"], ["plot"]):
+    names = ("generate", "serve", "info", "train", "encode", "convert", "plot", "eval", "eval-vae")
+    for command in [*([name] for name in names), ["bench", "stream"], ["bench", "play"]]:
         assert run(*command, "--help") == 0
         said = capsys.readouterr().out
         assert f"Examples:\n    aapt {' '.join(command)}" in said
+        examples = said.partition("Examples:\n")[2].partition("\n\n")[0].splitlines()
+        for line, after in zip(examples, examples[1:]):
+            assert line.endswith("\\") == after.startswith(" " * 6)
+            assert "  " not in line.strip()  # a continuation joined to its line
     code = (
         "import sys; from aapt.commands.app import main; main(['--help']); "
         "sys.exit('torch' in sys.modules)"

@@ -183,7 +183,7 @@ def test_torchrun_gives_every_rank_its_part(videos, vae, tmp_path, monkeypatch, 
     monkeypatch.delenv("WORLD_SIZE")
     for options, message in [
         (["--shard", "2/2"], "shard: expected I/N with I from 0 to N - 1, got 2/2"),
-        (["--dtype", "int8"], "dtype: expected float32 or bfloat16, got 'int8'"),
+        (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, got int8"),
         (["--shard", "0/3"], "shard: expected parts as in "),
     ]:
         assert main([*given, *options]) == 2
