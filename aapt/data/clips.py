@@ -24,11 +24,13 @@ class ClipBatch:
             are relative to the video frame before, or channels (B, C, T, H, W); None for clips
             without motion.
         prompts: One per clip.
+        windows: The number of each clip in its set, and the latent frame its window begins with.
     """
 
     latents: Tensor
     motion: Tensor | None
     prompts: Sequence[str]
+    windows: Sequence[tuple[int, int]]
 
     @property
     def targets(self) -> Tensor:
@@ -53,7 +55,7 @@ class Clips(Protocol):
     def latent_frames(self) -> int:
         """Latent frames of the longest clips, without the first frame."""
 
-    def part(self, random: ClipRandom, frames: int) -> "Clips":
+    def part(self, random: ClipRandom, frames: int) -> "ClipsOfOneSize":
         """The clips for an update that needs `frames` latent frames after the first.
 
         These clips have one size and one length, and every rank draws from the same part.
@@ -67,6 +69,19 @@ class Clips(Protocol):
         Latent frame 0 of a clip covers one video frame, every other latent frame covers four. A
         stream starts from a frame of the first kind, so half of the windows start with frame 0;
         with "never" no window does (`docs/method.md#8`, segments).
+        """
+
+
+class ClipsOfOneSize(Clips, Protocol):
+    """A set whose clips have one size and one length."""
+
+    def __len__(self) -> int:
+        """Number of clips."""
+
+    def motion(self, numbers: Sequence[int]) -> Tensor:
+        """Read the whole motion of clips by their numbers, laid out as `ClipBatch.motion`.
+
+        Only for clips with motion. The tensor is on the CPU.
         """
 
 
@@ -114,7 +129,11 @@ class LatentClips:
             torch.stack(latents).to(random.device, torch.float32),
             torch.stack(controls).to(random.device),
             [self.phrasings[c][choice] for c, choice in zip(clips, choices)],
+            list(zip(clips, starts)),
         )
+
+    def motion(self, numbers: Sequence[int]) -> Tensor:
+        return self.controls[list(numbers)]
 
 
 def window_starts(

@@ -17,7 +17,8 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +137,25 @@ class LatentShards:
             self._window(clip, start, frames, choice)
             for clip, start, choice in zip(clips, starts, choices)
         ]
-        return self._batch(windows, random.device)
+        return self._batch(windows, list(zip(clips, starts)), random.device)
+
+    def motion(self, numbers: Sequence[int]) -> Tensor:
+        return torch.stack([self._whole_motion(number) for number in numbers])
 
     def whole(self, clips: Sequence[int]) -> ClipBatch:
         """Whole clips by their numbers, each with its first caption."""
         windows = [self._window(clip, 0, self.latent_frames, 0.0) for clip in clips]
-        return self._batch(windows, torch.device("cpu"))
+        return self._batch(windows, [(clip, 0) for clip in clips], torch.device("cpu"))
 
     @staticmethod
     def _batch(
-        windows: Sequence[tuple[Tensor, Tensor | None, str]], device: torch.device
+        windows: Sequence[tuple[Tensor, Tensor | None, str]],
+        places: Sequence[tuple[int, int]],
+        device: torch.device,
     ) -> ClipBatch:
         latents, motion, prompts = zip(*windows)
         moved = None if motion[0] is None else torch.stack(motion).to(device)
-        return ClipBatch(torch.stack(latents).to(device), moved, prompts)
+        return ClipBatch(torch.stack(latents).to(device), moved, prompts, places)
 
     def _window(
         self, clip: int, start: int, frames: int, choice: float
@@ -158,23 +164,40 @@ class LatentShards:
 
         choice: number in [0, 1) that picks one of the clip's captions.
         """
+        with self._shard_of(clip) as (shard, place, facts):
+            latents = shard.get_slice("latents")[place, :, start : start + frames + 1].float()
+            motion = self._read_motion(shard, place, start, frames)
+            captions = facts["captions"]
+            return latents, motion, captions[int(choice * len(captions))]
+
+    def _whole_motion(self, clip: int) -> Tensor:
+        with self._shard_of(clip) as (shard, place, _):
+            return self._read_motion(shard, place, 0, self.latent_frames)
+
+    def _read_motion(self, shard, place: int, start: int, frames: int) -> Tensor | None:
+        if self.encoding["motion"] == "camera":
+            poses = shard.get_slice("poses")[place, start : start + frames]
+            lens = shard.get_slice("lens")[place]
+            size = shard.get_slice("latents").get_shape()[-2:]
+            return through_lens(poses, lens, self.camera, *size)
+        if self.encoding["motion"] == "pose":
+            return shard.get_slice("skeletons")[place, :, start : start + frames].float()
+        return None
+
+    @contextmanager
+    def _shard_of(self, clip: int) -> Iterator[tuple]:
+        """The open shard of a clip, the clip's place in it, and the facts recorded of the clip.
+
+        What fails inside is a DataError.
+        """
         number = bisect.bisect_right(self.ends, clip)
-        clip -= self.ends[number - 1] if number else 0
+        place = clip - (self.ends[number - 1] if number else 0)
         path = self.folder / self.shards[number]["file"]
         try:
             shard, clips = self._open(path)
-            latents = shard.get_slice("latents")[clip, :, start : start + frames + 1].float()
-            motion = None
-            if self.encoding["motion"] == "camera":
-                poses = shard.get_slice("poses")[clip, start : start + frames]
-                lens = shard.get_slice("lens")[clip]
-                motion = through_lens(poses, lens, self.camera, *latents.shape[-2:])
-            elif self.encoding["motion"] == "pose":
-                motion = shard.get_slice("skeletons")[clip, :, start : start + frames].float()
-            captions = clips[clip]["captions"]
+            yield shard, place, clips[place]
         except (SafetensorError, OSError, LookupError, ValueError) as error:
             raise DataError(f"{path}: expected a whole shard of clips: {error}") from None
-        return latents, motion, captions[int(choice * len(captions))]
 
     @staticmethod
     def _read_shard(path: Path):

@@ -13,7 +13,7 @@ from .monitor import plain_number
 
 
 class RecordedSets:
-    """Sets of clips that record in `drawn` every batch drawn from them. One serves one update.
+    """Sets of clips that record in `drawn` all that is read from them. One serves one update.
 
     >>> recorded = RecordedSets(sets)
     >>> metrics = stage.accumulate(recorded, random, step)
@@ -40,6 +40,14 @@ class RecordedClips:
         batch = self.clips.sample(*args, **kwargs)
         self.drawn.append(batch)
         return batch
+
+    def motion(self, *args, **kwargs):
+        motion = self.clips.motion(*args, **kwargs)
+        self.drawn.append(motion)
+        return motion
+
+    def __len__(self) -> int:
+        return len(self.clips)
 
 
 def save_inputs(

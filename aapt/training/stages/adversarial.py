@@ -15,6 +15,7 @@ from ...model.world_model import Conditions, WorldModel
 from ...streaming.student import Segment, StudentRollout, frames_of
 from ..corruption import Corruption
 from ..forcing import parallel_pass, teacher_forced_logits
+from ..later_motion import LaterMotion
 from ..losses import (
     approximate_penalty,
     channel_weighted_error,
@@ -42,7 +43,7 @@ class AdversarialConfig:
         overlap_frames: Frames at the start of a later segment that are known from the segment
             before. They carry no loss.
         whole_clips: True if clips are as long as the rollout, which follows their motion to the
-            end. Otherwise later segments take the motion of other clips (docs/method.md#10).
+            end. Otherwise later segments continue it as `LaterMotion` does (docs/method.md#8).
         lead_segments: Greatest number of segments that are rolled out, without a loss, before the
             first segment with one; drawn for each update from 0 to this. Late failures can so be
             learnt from cheaply (ours).
@@ -234,15 +235,18 @@ class Adversarial:
         with precision, torch.no_grad():
             channels, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
             rollout = StudentRollout(model.transformer, text, text_lens, batch.recycled[:, :, :1])
+        later = None
+        if channels is not None and not config.whole_clips:
+            later = LaterMotion(clips, batch, config.overlap_frames, model.camera)
         history = batch.recycled[:, :, :1]
         metrics: dict[str, float] = {}
         for index in range(lead + config.segments):
             known, new = (config.overlap_frames, further) if index else (0, length)
             learnt = index >= lead
             place = slice(rollout.frames, rollout.frames + new)
-            if index and channels is not None and not config.whole_clips:
-                walk = model.channels(clips.sample(random, new, "never").motion, batch.size)
-                channels = torch.cat([channels, walk], dim=2)
+            if index and later:
+                made = model.channels(later.next(new, random), batch.size)
+                channels = torch.cat([channels, made], dim=2)
             start = rollout.last
             if config.corruption and learnt:
                 start = config.corruption(start, index == 0, random)

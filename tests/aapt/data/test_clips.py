@@ -46,6 +46,14 @@ def test_a_control_drives_the_latent_after_it(first_frame):
     assert batch.size == (2, 2)
 
 
+def test_a_window_names_its_clip_and_its_first_frame():
+    data = numbered()
+    batch = data.sample(draws(64), 5)
+    places = torch.tensor(batch.windows)
+    assert torch.equal(100.0 * places[:, 0] + places[:, 1], batch.latents[:, 0, 0, 0, 0])
+    assert torch.equal(data.motion([2, 0])[:, :, 0], data.controls[[2, 0], :, 0])
+
+
 def test_prompts_are_phrasings_of_their_clip():
     batch = numbered().sample(draws(64), 5)
     clip = (batch.latents[:, 0, 0, 0, 0] // 100).int().tolist()

@@ -114,6 +114,18 @@ def test_poses_belong_to_the_latent_after_and_have_the_models_lens(tmp_path):
         LatentShards(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["camera", "pose"])
+def test_whole_motion_by_number_has_the_window_in_it(tmp_path, kind):
+    """In the order asked for, across shards, through the same lens."""
+    data = LatentShards(folder_of(tmp_path, kind), camera=CAMERA if kind == "camera" else None)
+    batch = data.sample(draws(20), 3)
+    whole = data.motion([clip for clip, _ in batch.windows])
+    time = 1 if kind == "camera" else 2
+    assert whole.shape[time] == 6
+    for motion, window, (_, start) in zip(whole, batch.motion, batch.windows, strict=True):
+        torch.testing.assert_close(motion.narrow(time - 1, start, 3), window)
+
+
 def test_a_turn_is_seen_through_the_lens_of_its_clip(tmp_path):
     motion = LatentShards(folder_of(tmp_path, "camera"), camera=CAMERA).sample(draws(1), 2).motion
     rays = camera_rays(motion, CAMERA, 4, 6)

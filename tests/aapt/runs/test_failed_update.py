@@ -36,6 +36,17 @@ def test_all_that_an_update_drew_is_kept(tmp_path):
     assert facts["metrics"] == {"loss": "nan", "gradient": 2.0}
 
 
+def test_motion_that_an_update_read_is_kept_too(tmp_path):
+    """Also from the part of a set that serves the update."""
+    recorded = RecordedSets({"a": clips()})
+    part = recorded["a"].part(draws(2), 3)
+    assert len(part) == len(clips())
+    motion = part.motion([1, 0])
+    save_inputs(tmp_path / "a", recorded.drawn, seed=0, step=0, metrics={})
+    tensors, _ = read(tmp_path / "a")
+    assert torch.equal(tensors["0.batch"], motion)
+
+
 def test_recorded_sets_draw_the_same_batches():
     plain, recorded = clips(), RecordedSets({"a": clips()})
     plain.latents.copy_(recorded.sets["a"].latents)

@@ -32,7 +32,7 @@ def vae():
 
 def batch(frames=3, **changes):
     parts = {"latents": latents(1 + frames).float(), "motion": controls(frames).float()}
-    return ClipBatch(**parts | {"prompts": PROMPTS} | changes)
+    return ClipBatch(**parts | {"prompts": PROMPTS, "windows": [(0, 0), (1, 0)]} | changes)
 
 
 def model(**changes):

@@ -256,8 +256,8 @@ def test_mean_colours_alone_pull_too():
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-5)
 
 
-def test_later_segments_borrow_the_motion_of_other_clips(made_segments):
-    """If clips end with the first segment, later motion is newly drawn (docs/method.md#10)."""
+def test_later_segments_of_short_clips_have_motion_of_their_own(made_segments):
+    """If clips end with the first segment, later motion continues it (docs/method.md#8)."""
     stage = adversarial_stage(
         counting_model(*[1.0] * 4), batch=8, segments=2, overlap_frames=1, whole_clips=False
     )
