@@ -10,7 +10,7 @@ from aapt.streaming.batch import step_together
 from .test_generator import HEIGHT, WIDTH, build
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-PROMPTS = ("ab", "cd", "a longer prompt")
+PROMPTS = ("ab", "cd", "efg")
 TOLERANCE = 1e-4  # of latents, in float32
 STEPS = 7  # past the wrap of the ring
 
@@ -52,7 +52,7 @@ def test_streams_at_different_steps_agree_with_each_alone(generator, count, reca
     )
     for step in range(STEPS):
         if step == 4:  # one stream changes its prompt, and its past where it recaches
-            batched[0].prompt = alone[0].prompt = "another"
+            batched[0].prompt = alone[0].prompt = "xyz"
         controls = [control(number, step) for number in range(count)]
         frames = [pixels() for pixels in step_together(batched, controls)]
         for mine, stream, given in zip(frames, alone, controls, strict=True):
