@@ -74,7 +74,8 @@ def serve(
 
     Only this machine can connect unless --host says otherwise; then visitors also need a token,
     which is part of the address that is printed. Browsers hide gamepads from pages of other hosts
-    without --tls.
+    without --tls. With --batch, worlds that are due at once share a pass: pixels are near those of
+    a world alone, not bit for bit, and the action log says so. On CUDA it runs without a graph.
 
     \b
     Examples:
