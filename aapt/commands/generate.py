@@ -205,17 +205,25 @@ def _replay(
     played = _play(stream, writer, path, len(path))
     stream.close()
     if not original:
-        say(f"{log}: {_compared(stream.differing, len(played.step_seconds))}")
+        say(f"{log}: {_compared(stream.differing, stream.shared, len(played.step_seconds))}")
     _finish(played)
 
 
-def _compared(differing: list[int], steps: int) -> str:
-    if not differing:
-        return f"{steps} steps, each bit for bit as it was played"
-    return (
-        f"step {differing[0]} differs from what was played, the first of {len(differing)}: "
-        "it was made with another build, device, precision or number of threads"
-    )
+def _compared(differing: list[int], shared: int | None, steps: int) -> str:
+    compared, said = steps if shared is None else shared - 1, []
+    if differing:
+        said.append(
+            f"step {differing[0]} differs from what was played, the first of {len(differing)}: "
+            "it was made with another build, device, precision or number of threads"
+        )
+    elif compared or shared is None:
+        said.append(f"{compared} steps, each bit for bit as it was played")
+    if shared is not None:
+        said.append(
+            f"steps {shared} to {steps} are near what was played and not compared, because step "
+            f"{shared} was made in one pass with other streams (aapt serve --batch)"
+        )
+    return "; ".join(said)
 
 
 def _open(generator, first_frame, prompt: str, seed: int):

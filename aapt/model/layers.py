@@ -1,6 +1,7 @@
 """The transformer block: two streams, joint attention, adaLN-single modulation
 (docs/method.md#2)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,57 @@ class Residual(NamedTuple):
     def sum(self) -> Tensor:
         """Returns x + gate * update."""
         return self.x if self.update is None else torch.addcmul(self.x, self.gate, self.update)
+
+
+class CacheStep(NamedTuple):
+    """A cache, and the rotation of the frames that a step appends to it."""
+
+    cache: KVCache
+    rotation: Rotation
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+    ) -> Tensor:
+        """Norms and rotates q and k, appends k and v to a layer, and returns the attended values;
+        all tensors are (B, L, heads, head_dim)."""
+        cache, rotation = self
+        appended = kv_append(
+            q,
+            k,
+            v,
+            cache,
+            layer,
+            q_norm,
+            k_norm,
+            rotation.cos,
+            rotation.sin,
+            eps=NORM_EPS,
+            cos_sink=rotation.cos_sink,
+            sin_sink=rotation.sin_sink,
+        )
+        q, q_sink = appended if isinstance(appended, tuple) else (appended, None)
+        return cached_attention(q, cache, layer, q_sink=q_sink)
+
+
+def attend_to_caches(
+    qkv: Sequence[Tensor],
+    caches: Sequence[CacheStep],
+    layer: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> Tensor:
+    """Runs `CacheStep.attend` on the q, k and v of B clips, against one cache of B clips or
+    B caches of one clip each."""
+    if len(caches) == 1:
+        return caches[0].attend(*qkv, layer, q_norm, k_norm)
+    clips = zip(caches, *(x.split(1) for x in qkv), strict=True)
+    return torch.cat([cache.attend(*clip, layer, q_norm, k_norm) for cache, *clip in clips])
 
 
 class StreamWeights(nn.Module):
@@ -188,32 +240,17 @@ class Block(nn.Module):
         self,
         video: Residual,
         modulation: tuple[Tensor, ...],
-        rotation: Rotation,
-        cache: KVCache,
+        caches: Sequence[CacheStep],
         layer: int,
     ) -> Residual:
-        """Runs one new frame (B, tokens, width) against the cache and appends it there.
+        """Runs the frames of one step (B, tokens, width) against the caches and appends them there,
+        see `attend_to_caches`.
 
         The MLP's update is left to the first norm of the next block, so that a block takes nine
         launches.
         """
         x, normed = video.norm(*modulation[:2])
-        qkv = self.context.to_heads(self.video.project(normed), len(rotation.cos))
-        q, k, v = qkv.unbind(2)
-        appended = kv_append(
-            q,
-            k,
-            v,
-            cache,
-            layer,
-            self.video.q_norm,
-            self.video.k_norm,
-            rotation.cos,
-            rotation.sin,
-            eps=NORM_EPS,
-            cos_sink=rotation.cos_sink,
-            sin_sink=rotation.sin_sink,
-        )
-        q, q_sink = appended if isinstance(appended, tuple) else (appended, None)
-        attended = cached_attention(q, cache, layer, q_sink=q_sink)
+        qkv = self.context.to_heads(self.video.project(normed), len(caches[0].rotation.cos))
+        norms = self.video.q_norm, self.video.k_norm
+        attended = attend_to_caches(qkv.unbind(2), caches, layer, *norms)
         return self.video.mix(x, self.context.to_tokens(attended), modulation)

@@ -17,7 +17,7 @@ from aapt_kernels import FrameLayout, KVCache
 
 from .config import ModelConfig
 from .flow import to_clean
-from .layers import Residual
+from .layers import CacheStep, Residual
 from .rope import RotaryPositions, Rotation
 from .ulysses import Ulysses
 
@@ -40,6 +40,15 @@ class StepConstants(NamedTuple):
         """Copies the values of `other` to the addresses that a captured step reads."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs)
+
+    def expand(self, clips: int) -> "StepConstants":
+        """Returns the constants of one clip as those of several at its time, in its memory."""
+
+        def each(modulation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(x.expand(clips, -1, -1) for x in modulation)
+
+        blocks = [each(modulation) for modulation in self.modulation]
+        return StepConstants(blocks, each(self.out_modulation), self.places)
 
 
 class TimeEmbedding(nn.Module):
@@ -114,13 +123,13 @@ class VideoTransformer(nn.Module):
     ) -> Tensor:
         """Embeds latents as tokens (B, T rows columns, width), or this rank's shard of them.
 
-        frames: the indices (T,) of the frames. recycled: ignored by a model without channels for
-        it.
+        frames: the indices (T,) of the frames, or (B, T). recycled: ignored by a model without
+        channels for it.
         """
         if not self.config.recycled_channels:
             recycled = None
         elif not self.config.recycle:
-            recycled = recycled * (frames == 0)[:, None, None]
+            recycled = recycled * (frames == 0)[..., None, :, None, None]
         stacked = torch.cat([part for part in (x, recycled, condition) if part is not None], dim=1)
         if stacked.shape[1] != self.config.input_channels:
             raise ValueError(
@@ -272,7 +281,7 @@ class VideoTransformer(nn.Module):
         recycled: Tensor | None,
         condition: Tensor | None,
         t: Tensor,
-        cache: KVCache,
+        cache: KVCache | Sequence[KVCache],
         constants: StepConstants | None = None,
         advance: bool = True,
     ) -> Tensor:
@@ -280,20 +289,29 @@ class VideoTransformer(nn.Module):
         (docs/method.md#5, #15).
 
         x, recycled, condition: n frames each, (B, C, n, H, W), which see each other; n is at most
-        `window_frames` + 1. constants: `step_constants` of t and this size, computed here unless
-        given. Without `advance` the next call makes the frames of this step again. Returns the raw
-        output.
+        `window_frames` + 1. cache: of all B clips, or B caches of one clip each, whose streams may
+        be at different steps and have different prompts. constants: `step_constants` of t and
+        this size, computed here unless given. Without `advance` the next call makes the frames of
+        this step again. Returns the raw output.
         """
         if constants is None:
             constants = self.step_constants(t, x.shape[-2:])
         grid, frames = self.config.token_grid(*x.shape[-2:]), x.shape[2]
-        indices = cache.step + torch.arange(frames, device=cache.step.device)
-        rotation = self.positions(indices, grid, cache.step + frames - 1, constants.places)
-        video = Residual(self.patchify(x, recycled, condition, indices))
+        caches = [cache] if isinstance(cache, KVCache) else cache
+        offsets = torch.arange(frames, device=caches[0].step.device)
+        indices = [each.step + offsets for each in caches]
+        rotations = (
+            self.positions(index, grid, each.step + frames - 1, constants.places)
+            for each, index in zip(caches, indices, strict=True)
+        )
+        steps = list(map(CacheStep, caches, rotations))
+        numbers = indices[0] if len(indices) == 1 else torch.stack(indices)
+        video = Residual(self.patchify(x, recycled, condition, numbers))
         for layer, block in enumerate(self.blocks):
-            video = block.step(video, constants.modulation[layer], rotation, cache, layer)
+            video = block.step(video, constants.modulation[layer], steps, layer)
         if advance:
-            cache.advance(frames)
+            for each in caches:
+                each.advance(frames)
         return self.unpatchify(video, constants.out_modulation, x.shape[2:])
 
 

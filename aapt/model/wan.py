@@ -14,13 +14,11 @@ from aapt_kernels import (
     FrameLayout,
     KVCache,
     block_causal_attention,
-    cached_attention,
-    kv_append,
     qk_norm_rope,
 )
 
 from .config import ModelConfig
-from .layers import NORM_EPS, Residual, StreamWeights
+from .layers import NORM_EPS, CacheStep, Residual, StreamWeights, attend_to_caches
 from .rope import Rotation
 from .transformer import KeysValues, TimeEmbedding, VideoTransformer
 from .ulysses import Ulysses
@@ -161,32 +159,20 @@ class WanBlock(nn.Module):
         self,
         video: Residual,
         modulation: tuple[Tensor, ...],
-        rotation: Rotation,
-        cache: TextBesideCache,
+        caches: Sequence[CacheStep],
         layer: int,
     ) -> Residual:
-        """Runs the frames of one step (B, tokens, width) against the cache and appends them there.
+        """Runs the frames of one step (B, tokens, width) against the caches, of type
+        `TextBesideCache`, and appends them there, see `attend_to_caches`.
 
         The MLP's update is left to the first norm of the next block.
         """
         x, normed = video.norm(*modulation[:2])
-        q, k, v, *norms = self._project(normed, len(rotation.cos))
-        appended = kv_append(
-            q,
-            k,
-            v,
-            cache,
-            layer,
-            *norms,
-            rotation.cos,
-            rotation.sin,
-            eps=NORM_EPS,
-            cos_sink=rotation.cos_sink,
-            sin_sink=rotation.sin_sink,
-        )
-        q, q_sink = appended if isinstance(appended, tuple) else (appended, None)
-        attended = cached_attention(q, cache, layer, q_sink=q_sink)
-        return self._mix(x, attended, modulation, *cache.words[:, layer])
+        *qkv, q_norm, k_norm = self._project(normed, len(caches[0].rotation.cos))
+        attended = attend_to_caches(qkv, caches, layer, q_norm, k_norm)
+        words = [cache.words[:, layer] for cache, _ in caches]
+        text = words[0] if len(words) == 1 else torch.cat(words, dim=1)
+        return self._mix(x, attended, modulation, *text)
 
     def _project(self, normed: Tensor, tokens: int) -> tuple[Tensor | None, ...]:
         """Projects normed tokens to q, k and v (B, tokens, heads of this rank, head_dim); also

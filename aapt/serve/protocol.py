@@ -228,6 +228,12 @@ class Welcome(Message):
     token: str
     resumed: bool
     capacity: int
+    batch: Annotated[
+        bool,
+        Field(
+            description="worlds due at once share a pass: near the bits of a run alone, not same"
+        ),
+    ] = False
     limits: Limits
 
 

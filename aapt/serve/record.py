@@ -45,6 +45,9 @@ class Recording:
     def due(self) -> float | None:
         return None if self.over else 0.0
 
+    def is_step(self) -> bool:
+        return False
+
     def run(self) -> None:
         try:
             next(self._work)

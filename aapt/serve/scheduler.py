@@ -4,6 +4,8 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 QUANTUM = 0.005  # seconds granted per round
@@ -16,11 +18,24 @@ class Flow(Protocol):
     def due(self) -> float | None:
         """When the next slice may start, in seconds of `time.perf_counter`; None for no slice."""
 
+    def is_step(self) -> bool:
+        """True if the next slice is a step, which flows can make together."""
+
     def run(self) -> None:
         """Does one slice: at most one step of a stream."""
 
     def fail(self, error: Exception) -> None:
         """Ends the flow, because a slice raised."""
+
+
+@contextmanager
+def failing(flow: Flow) -> Iterator[None]:
+    """Ends a flow if what is inside raises."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("a slice failed")
+        flow.fail(error)
 
 
 class Scheduler:
@@ -31,12 +46,17 @@ class Scheduler:
     longer is paid for in the next rounds. So flows that always wait get equal time, whatever their
     slices cost.
 
+    Args:
+        together: Runs a slice of each of several flows at once. With it, all flows whose step is
+            due join the flow whose turn it is, and the time is divided equally among them.
+
     Attributes:
         idle_seconds: Time in which no flow was due.
     """
 
-    def __init__(self):
+    def __init__(self, together: Callable[[Sequence[Flow]], None] | None = None):
         self.idle_seconds = 0.0
+        self._together = together
         self._order: deque[Flow] = deque()
         self._credit: dict[Flow, float] = {}
         self._changed = threading.Condition()
@@ -81,32 +101,41 @@ class Scheduler:
             pass
 
     def run_slice(self) -> bool:
-        """Waits for the flow whose turn it is and runs a slice of it; False after `stop`."""
-        flow = self._wait()
-        if flow is None:
+        """Waits for the flow whose turn it is and runs a slice of it, and of the flows that join;
+        False after `stop`."""
+        flows = self._wait()
+        if not flows:
             return False
         started = time.perf_counter()
-        try:
-            flow.run()
-        except Exception as error:
-            log.exception("a slice failed")
-            flow.fail(error)
+        if len(flows) > 1:
+            self._together(flows)
+        else:
+            with failing(flows[0]):
+                flows[0].run()
         with self._changed:
-            if flow in self._credit:
-                self._credit[flow] -= time.perf_counter() - started
+            share = (time.perf_counter() - started) / len(flows)
+            for flow in flows:
+                if flow in self._credit:
+                    self._credit[flow] -= share
         return True
 
-    def _wait(self) -> Flow | None:
-        """Waits for the next flow to run; None to stop."""
+    def _wait(self) -> list[Flow]:
+        """Waits for the next flow to run; returns it and those that join, none to stop."""
         with self._changed:
             while not self._stopping:
                 now = time.perf_counter()
                 due = {flow: at for flow in self._order if (at := flow.due()) is not None}
                 if ready := {flow for flow, at in due.items() if at <= now}:
-                    return self._next(ready)
+                    return self._joined(self._next(ready), ready)
                 self._changed.wait(min(due.values()) - now if due else None)
                 self.idle_seconds += time.perf_counter() - now
-        return None
+        return []
+
+    def _joined(self, flow: Flow, ready: set[Flow]) -> list[Flow]:
+        if self._together is None or not flow.is_step():
+            return [flow]
+        others = (other for other in self._order if other in ready and other is not flow)
+        return [flow, *(other for other in others if other.is_step())]
 
     def _next(self, ready: set[Flow]) -> Flow:
         for flow in self._order:

@@ -17,6 +17,7 @@ from ..streaming.actions import Walk, load_walk, model_digest
 from ..streaming.controls import FORWARD_RANGE, YAW_RANGE
 from ..streaming.generator import StreamingGenerator
 from . import protocol
+from .batch import run_together
 from .images import encode_png, read_upload
 from .line import Line
 from .metrics import Metrics
@@ -65,11 +66,16 @@ class PlayServer:
                 "model: expected one that a camera or its prompt drives, got one driven by "
                 "condition channels, which StreamingGenerator's streams take"
             )
+        if settings.batch and generator.few_step:
+            raise ValueError(
+                "batch: expected a model of one pass per frame, got a few-step model; leave it away"
+            )
         folder = find_checkpoint(name)
         self.generator, self.settings = generator, settings
         self.name, self.version, self.digest = folder.name, package_version(), model_digest(folder)
         self.gallery = read_gallery(folder, generator, settings.gallery)
-        self.scheduler, self.metrics = Scheduler(), Metrics()
+        self.scheduler = Scheduler(run_together if settings.batch else None)
+        self.metrics = Metrics()
         self.line = Line(settings.sessions, self._count)
         self.sessions: dict[str, Session] = {}
         self.kept: OrderedDict[str, tuple[float, Place]] = OrderedDict()
@@ -180,6 +186,7 @@ class PlayServer:
             token=token,
             resumed=resumed,
             capacity=settings.sessions,
+            batch=settings.batch,
             limits=protocol.Limits(**{name: getattr(settings, name) for name in names}),
         )
 

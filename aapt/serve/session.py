@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..model.conditioning import Control
-from ..streaming.actions import Branch, Walk
+from ..streaming.actions import Branch, Step, Walk
 from ..streaming.history import History
 from ..streaming.snapshot import Snapshot
 from . import protocol
@@ -24,7 +24,7 @@ from .protocol import FrameHeader
 from .saved import SavedWorld, write_saved
 from .scheduler import Scheduler
 from .sender import Send, Sender
-from .world import Lane, Made, World, clamped
+from .world import Lane, Made, Pass, World, clamped
 
 EARLY = 0.75  # shortest time between two steps of a stream, in periods
 SMOOTHING = 0.2  # weight of the newest step in the mean time of a step
@@ -62,6 +62,15 @@ class Sample:
     @property
     def control(self) -> Control:
         return Control(self.taps.yaw or self.held.yaw, self.taps.forward or self.held.forward)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A step of a lane that has begun, and when, in seconds of `time.perf_counter`."""
+
+    lane: Lane
+    step: Step
+    started: float
 
 
 class Session:
@@ -292,6 +301,10 @@ class Session:
             return 0.0
         return self._due if self._playing else None
 
+    def is_step(self) -> bool:
+        """True if the next slice is a step, neither a job nor a step made again."""
+        return self._playing and not self._jobs and not self._wants_again
+
     def run(self) -> None:
         """Does one slice: a part of a job, a step made again, or a step."""
         with self._lock:
@@ -301,8 +314,12 @@ class Session:
             self._run_job(entry)
         elif again:
             self._step_again()
-        elif self._playing:
-            self._step()
+        elif self._playing and (turn := self.begin()):
+            self.finish(turn, self.world.submit(turn.lane, turn.step))
+        self.settle()
+
+    def settle(self) -> None:
+        """Publishes where the world stands, at the end of a slice."""
         world = self.world
         if world.lanes:
             self.place = Place(world.walk, *world.place(), world.prompt, history=world.history)
@@ -337,18 +354,25 @@ class Session:
                 self._jobs.clear()
         self.send(protocol.Ended(reason=reason))
 
-    def _step(self) -> None:
+    def begin(self) -> Turn | None:
+        """Begins a step: samples the visitor's input. None at the limit of steps, which ends the
+        session."""
         started = time.perf_counter()
         world, lane = self.world, self.world.lanes[self._turn]
         if world.walk.steps >= world.settings.steps:
             self.end("limit")
-            return
+            return None
         with self._lock:
             sample = self._samples[self._turn] = self._inputs[self._turn]
             self._inputs[self._turn] = replace(sample, taps=Control())
+        return Turn(lane, world.begin(lane, world.control(lane, sample.control)), started)
+
+    def finish(self, turn: Turn, submitted: Pass) -> None:
+        """Ends a step whose pass was submitted: sends its video frames."""
+        world, lane, started = self.world, turn.lane, turn.started
         followed = bool(lane.script)
         branches = len(world.walk.branches)
-        made = world.step(lane, world.control(lane, sample.control))
+        made = world.finish(lane, turn.step, submitted)
         took = time.perf_counter() - started
         self._step_seconds += (SMOOTHING if self._step_seconds else 1.0) * (
             took - self._step_seconds

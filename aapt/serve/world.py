@@ -6,7 +6,7 @@ after each of them, so that other worlds have their turn.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +50,23 @@ class Made:
     step: int
     model_seconds: float = 0.0
     pixel_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of the model that has been submitted.
+
+    Attributes:
+        pixels: Waits for the video frames of one stream.
+        started, submitted: When it began and when it was submitted, in seconds of
+            `time.perf_counter`.
+        streams: Streams that share it.
+    """
+
+    pixels: Callable[[], np.ndarray]
+    started: float
+    submitted: float
+    streams: int = 1
 
 
 class World:
@@ -112,15 +129,17 @@ class World:
             return None
         return lane.script[-1] if lane.script else given
 
-    def step(self, lane: Lane, control: Control | None) -> Made:
-        """Makes a lane's next step."""
+    def begin(self, lane: Lane, control: Control | None) -> Step:
+        """Returns a lane's next step, which a pass makes and `finish` ends."""
         yaw, forward = (control.yaw, control.forward) if control else (None, None)
         lane.before = lane.stream.snapshot() if self.redo else None
-        step = Step(yaw, forward, self.prompt)
-        seconds = self._make(lane, step)
-        lane.branch = self.walk.append(
-            lane.branch, lane.step, step._replace(crc=frames_crc(lane.frames))
-        )
+        return Step(yaw, forward, self.prompt)
+
+    def finish(self, lane: Lane, step: Step, made: Pass) -> Made:
+        """Ends a lane's next step: waits for its video frames and writes it to the walk."""
+        seconds = self._take(lane, made)
+        step = step._replace(crc=frames_crc(lane.frames), together=made.streams)
+        lane.branch = self.walk.append(lane.branch, lane.step, step)
         lane.step += 1
         if lane.script:
             lane.script.pop()
@@ -129,13 +148,18 @@ class World:
         return Made(lane.frames, lane.branch, lane.step, *seconds)
 
     @staticmethod
-    def _make(lane: Lane, step: Step) -> tuple[float, float]:
-        """Makes a step; returns the seconds until it was submitted, and then for its pixels."""
+    def submit(lane: Lane, step: Step) -> Pass:
+        """Starts a pass for one lane alone."""
         started = time.perf_counter()
         pixels = submit(lane.stream, step)
-        submitted = time.perf_counter()
-        lane.frames = pixels()
-        return submitted - started, time.perf_counter() - submitted
+        return Pass(pixels, started, time.perf_counter())
+
+    @staticmethod
+    def _take(lane: Lane, made: Pass) -> tuple[float, float]:
+        """Waits for a lane's video frames; returns the seconds until their pass was submitted, and
+        then for the pixels."""
+        lane.frames = made.pixels()
+        return made.submitted - made.started, time.perf_counter() - made.submitted
 
     def again(self, lane: Lane, control: Control, shown: int) -> Made:
         """Makes a lane's last step again under another control; `shown` of its frames were
@@ -145,7 +169,7 @@ class World:
         lane.stream.restore(lane.before)
         redone = (*earlier.redone, Redone(earlier.yaw, earlier.forward, shown))
         step = Step(control.yaw, control.forward, self.prompt, redone=redone)
-        seconds = self._make(lane, step)
+        seconds = self._take(lane, self.submit(lane, step))
         steps[-1] = step._replace(crc=frames_crc(lane.frames))
         if (lane.branch, lane.step) in self.history:
             self._remember(lane)

@@ -8,12 +8,14 @@ The first line names what the walk starts from; each later line is one step or o
     {"step": 2, "yaw": 0.5, "forward": 1.0, "prompt": "neon city at night", "crc": 910386502}
     {"branch": 1, "parent": 0, "from": 1}
     {"step": 2, "yaw": -1.0, "forward": 0.0, "crc": 3158046101, "redone": [[0.0, 1.0, 2]]}
+    {"step": 3, "yaw": -1.0, "forward": 0.0, "crc": 1264088719, "together": 3}
 
 The first frame is null in a walk that starts from its prompt alone. Steps follow the branch line
 above them, and branch 0 needs no line. `prompt` is written where it changes. `redone` lists earlier
 passes of that step as [yaw, forward, video frames shown]: they were made again when the control
 changed. `crc` is the CRC-32 of the step's video frames: a replay tells with it where another build
-or device first makes other bits.
+or device first makes other bits. `together` is the number of streams that the step's pass was for,
+1 unless written: bits of a shared pass, and of the steps after, are not those of a stream alone.
 """
 
 import base64
@@ -49,14 +51,16 @@ class Redone(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step: its control, the prompt in force, the CRC-32 of its video frames, and earlier
-    passes. yaw and forward are None for a model that its prompt alone drives."""
+    """One step: its control, the prompt in force, the CRC-32 of its video frames, earlier passes,
+    and the number of streams in its pass. yaw and forward are None for a model that its prompt
+    alone drives."""
 
     yaw: float | None
     forward: float | None
     prompt: str
     crc: int | None = None
     redone: tuple[Redone, ...] = ()
+    together: int = 1
 
     @property
     def control(self) -> Control | None:
@@ -193,6 +197,8 @@ def _step_line(number: int, step: Step, before: str) -> dict[str, Any]:
         line["crc"] = step.crc
     if step.redone:
         line["redone"] = [list(earlier) for earlier in step.redone]
+    if step.together > 1:
+        line["together"] = step.together
     return line
 
 
@@ -306,7 +312,10 @@ def _read_step(walk: Walk, branch: int, line: dict[str, Any]) -> None:
     redone = [_read_redone(earlier) for earlier in _get(line, "redone", list, [])]
     prompt = _get(line, "prompt", str, walk.prompt_at(branch, end))
     crc = _get(line, "crc", int, None)
-    walk.append(branch, end, Step(yaw, forward, prompt, crc, tuple(redone)))
+    together = _get(line, "together", int, 1)
+    if together < 1:
+        raise ValueError(f"together: expected at least 1, got {together}")
+    walk.append(branch, end, Step(yaw, forward, prompt, crc, tuple(redone), together))
 
 
 def model_digest(folder: Path) -> str:
@@ -321,11 +330,16 @@ def frames_crc(frames: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(frames))
 
 
+def take_prompt(stream: "Stream", step: Step) -> None:
+    """Gives a stream the prompt of its next step."""
+    if stream.prompt != step.prompt:
+        stream.prompt = step.prompt
+
+
 def submit(stream: "Stream", step: Step) -> Callable[[], np.ndarray]:
     """Starts one step of a walk; returns the call that waits for its video frames, see
     `Stream.submit`. Earlier passes of the step are not made again: they change no later frame."""
-    if stream.prompt != step.prompt:
-        stream.prompt = step.prompt
+    take_prompt(stream, step)
     return stream.submit(step.control)
 
 
@@ -359,18 +373,23 @@ class Replay:
         first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3); (0, H, W, 3) in a
             walk from its prompt alone.
         differing: Numbers of the steps whose video frames have another CRC-32.
+        shared: Number of the first step whose pass was shared with other streams, None before one.
+            CRC-32 are compared up to there: this stream, which is alone, makes near pixels after.
     """
 
     def __init__(self, generator: "StreamingGenerator", walk: Walk):
         self.generator = generator
         self.differing: list[int] = []
+        self.shared: int | None = None
         self._stream = generator.open(walk.first_frame, walk.prompt, walk.seed)
         self.first_frame = self._stream.first_frame
 
     def step(self, step: Step) -> np.ndarray:
         """Makes the next step of a path, uint8 (frames, H, W, 3)."""
         frames, shown = make_as_seen(self._stream, step)
-        if step.crc not in (None, frames_crc(frames)):
+        if self.shared is None and step.together > 1:
+            self.shared = self._stream.steps
+        if self.shared is None and step.crc not in (None, frames_crc(frames)):
             self.differing.append(self._stream.steps)
         return shown
 

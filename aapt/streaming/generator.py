@@ -399,16 +399,28 @@ class Stream:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """One change of the stream by one thread. What fails inside leaves the stream closed."""
+        with self._held(), self._halfway():
+            yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The hold of one thread on a whole stream. RuntimeError for another thread, and for a
+        stream that is closed or half way."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("stream: expected one thread at a time, got a second one")
         try:
             if self._trouble:
                 raise RuntimeError(f"stream: {self._trouble}")
-            self._trouble = "a step failed half way; restore a snapshot or open a new stream"
             yield
-            self._trouble = None
         finally:
             self._lock.release()
+
+    @contextmanager
+    def _halfway(self) -> Iterator[None]:
+        """A part of a change that leaves the stream closed if it fails."""
+        self._trouble = "a step failed half way; restore a snapshot or open a new stream"
+        yield
+        self._trouble = None
 
     @torch.inference_mode()
     def snapshot(self) -> Snapshot:

@@ -153,14 +153,23 @@ class StreamMemory:
     def _run(self, name: str) -> Tensor:
         """The tensor operations of one step. Returns its pixels, uint8 (1, 3, F, H, W)."""
         chunk = self.chunks[name]
+        self._draw(chunk)
+        with self.phase("generate"):
+            chunk.latent.copy_(self._generate(name))
+        return self._decode(name)
+
+    def _draw(self, chunk: Chunk) -> None:
+        """Makes the condition and the noise of the next step."""
         with self.phase("condition"):
             if self.control is not None:
                 rays = control_rays(self.control, self.model.camera, *self.size)
                 self.condition.copy_(rays)
         with self.phase("noise"):
             chunk.drawn.copy_(chunk.noise(self.step))
-        with self.phase("generate"):
-            chunk.latent.copy_(self._generate(name))
+
+    def _decode(self, name: str) -> Tensor:
+        """Ends a step whose latents are made. Returns its pixels, uint8 (1, 3, F, H, W)."""
+        chunk = self.chunks[name]
         self.step.add_(1)
         with self.phase("decode"):
             chunk.encoded.copy_(chunk.latent)
@@ -188,16 +197,47 @@ class StreamMemory:
         On a CUDA device the next step may be enqueued before the pixels of this one are taken;
         those of the step before must have been.
         """
+        self._take(control)
+        name, before = self._kind(first), self._before()
+        return self._end(name, before, self._runs[name]())
+
+    @torch.no_grad()
+    def prepare(self, control: Control | Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the inputs of the next step of a model of one pass, for a pass that streams
+        share: noise, recycled latent frame and condition channels, (1, C, 1, h, w) each.
+
+        The stream is as it was until `finish`; another call replaces this one.
+        """
+        self._take(control)
+        chunk = self.chunks["steady"]
+        self._draw(chunk)
+        return chunk.drawn[0], self.latent, self.condition
+
+    @torch.no_grad()
+    def finish(self, latent: Tensor) -> Callable[[], np.ndarray]:
+        """Ends a step with the latent frame (1, C, 1, h, w) of a shared pass, which has appended to
+        the cache. Returns a call as `advance` does."""
+        before = self._before()
+        self.rollout.cache.advance()
+        self.latent.copy_(latent)
+        return self._end("steady", before, self._decode("steady"))
+
+    def _take(self, control: Control | Tensor | None) -> None:
+        """Enqueues the copy of a step's control to where the step reads it."""
         if self.control is not None:
             self._staged.reverse()  # the other one may still be on its way
             self._staged[0][0, 0, 0], self._staged[0][0, 0, 1] = control.yaw, control.forward
             self.control.copy_(self._staged[0], non_blocking=True)
         elif self.condition is not None:
             self.condition.copy_(control[None, :, None], non_blocking=True)
-        name, past = self._kind(first), self.rollout.past
-        chunk = self.chunks[name]
-        before = self.latent.clone() if past is not None else None
-        made = self._runs[name]()
+
+    def _before(self) -> Tensor | None:
+        """The latents before a step, if `recache` needs them."""
+        return None if self.rollout.past is None else self.latent.clone()
+
+    def _end(self, name: str, before: Tensor | None, made: Tensor) -> Callable[[], np.ndarray]:
+        """Starts to read the pixels of a step, and records its inputs for `recache`."""
+        chunk, past = self.chunks[name], self.rollout.past
         with self.phase("copy"):
             pixels = self._reader.read(made)
         self.decoder.frames += chunk.latent.shape[2]

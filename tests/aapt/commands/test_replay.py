@@ -88,6 +88,20 @@ def test_a_replay_names_the_first_step_that_differs(played, tmp_path, capfd):
     )
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_replay_does_not_compare_shared_passes(played, tmp_path, capfd, first):
+    folder, log, videos = played
+    lines = log.read_text().splitlines()
+    lines[first] = json.dumps(json.loads(lines[first]) | {"crc": 1, "together": 2})
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("\n".join(lines))
+    assert replay((folder, changed, videos), tmp_path / "out", "--branch", "0") == 0
+    said = capfd.readouterr().err
+    assert f"steps {first} to 3 are near what was played and not compared" in said
+    assert ("1 steps, each bit for bit" in said) == (first == 2)
+    assert "differs" not in said
+
+
 def test_the_original_decoder_shows_the_same_walk(played, tmp_path, capfd):
     assert replay(played, tmp_path / "out", "--original") == 0
     video = read(tmp_path / "out")

@@ -15,7 +15,7 @@ from aapt.streaming.student import StudentRollout
 from aapt.training.forcing import parallel_pass
 from aapt.training.recipes import aapt_8b
 
-from ..helpers import CONFIG, PROMPTS, SIZE, controls, latents, tiny_model
+from ..helpers import CONFIG, PROMPTS, SIZE, controls, latents, tiny_model, wan_transformer
 
 
 def run_parallel(model, x, recycled, conditions, t=None):
@@ -278,3 +278,43 @@ def test_bad_input_is_named():
         dataclasses.replace(CONFIG, width=30)
     with pytest.raises(ValueError, match="rope_axes: expected three even numbers"):
         ModelConfig(**{**dataclasses.asdict(CONFIG), "rope_axes": (4, 4, 4)})
+
+
+@pytest.mark.parametrize("family", ["mmdit", "mmdit without recycling", "wan"])
+def test_caches_at_different_steps_share_a_pass(family):
+    """A step against caches of one clip each is each clip's step alone."""
+    if family == "wan":
+        net = wan_transformer()
+    else:
+        net = tiny_model(recycle=family == "mmdit").transformer
+    config, generator = net.config, torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def clip():
+        channels = config.latent_channels, config.latent_channels, config.condition_channels
+        x, recycled, condition = (random(1, each, 1, *SIZE) for each in channels)
+        return x, recycled, condition if config.condition_channels else None
+
+    time = torch.ones(1, dtype=torch.float64)
+    caches = [net.new_cache(1, SIZE, dtype=torch.float64) for _ in range(3)]
+    with torch.no_grad():
+        for number, cache in enumerate(caches):
+            lens = torch.tensor([number + 2])
+            text = random(1, config.text_tokens, config.text_width)
+            for layer, pair in enumerate(net.encode_text(text, lens, time)):
+                cache.write_text(layer, *pair, lens)
+            for _ in range(2 * number):
+                net.step(*clip(), time, cache)
+        alone = [cache.clone() for cache in caches]
+        for _ in range(5):
+            clips = [clip() for _ in caches]
+            expected = [net.step(*each, time, cache) for each, cache in zip(clips, alone)]
+            parts = (None if part[0] is None else torch.cat(part) for part in zip(*clips))
+            constants = net.step_constants(time, SIZE).expand(3)
+            made = net.step(*parts, time.expand(3), caches, constants)
+            torch.testing.assert_close(made, torch.cat(expected), rtol=1e-9, atol=1e-10)
+    for ours, theirs in zip(caches, alone):
+        for tensor, other in zip(ours.tensors().values(), theirs.tensors().values()):
+            torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-10)

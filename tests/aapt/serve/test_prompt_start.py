@@ -13,6 +13,8 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from aapt.serve.client import Client  # noqa: E402
 from aapt.serve.protocol import FIRST, SEEK  # noqa: E402
+from aapt.serve.server import PlayServer  # noqa: E402
+from aapt.serve.settings import Settings  # noqa: E402
 
 from ..streaming.few_step_generator import FORMS, SAMPLING, build  # noqa: E402
 from ..streaming.test_generator import HEIGHT, VAE, WIDTH  # noqa: E402
@@ -39,6 +41,11 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generator(checkpoint):
     return StreamingGenerator.from_pretrained(checkpoint)
+
+
+def test_chunks_are_not_made_in_a_batch(generator, checkpoint):
+    with pytest.raises(ValueError, match="batch: expected a model of one pass per frame, got a"):
+        PlayServer(generator, str(checkpoint), Settings(batch=True))
 
 
 def test_a_world_begins_blank_and_plays_its_prompt(serve, talk, generator):

@@ -76,6 +76,54 @@ def test_a_flow_that_never_waits_is_served_at_once(clock):
     assert stream.spent / clock.now > 0.03 / (0.167 + 0.08)
 
 
+class Joining(Slices):
+    """A flow whose slices several flows can make at once, at the cost of one."""
+
+    joined = 0  # slices made with others
+
+    def is_step(self):
+        return True
+
+    @staticmethod
+    def together(flows):
+        for flow in flows:
+            flow.late = max(flow.late, flow.clock.now - flow.next)
+            flow.next = flow.clock.now + flow.cost + flow.period
+            flow.spent += flow.cost / len(flows)
+            flow.joined += 1
+        flows[0].clock.now += flows[0].cost
+
+
+class Apart(Slices):
+    """A flow of a scheduler with joint slices whose own are never among them."""
+
+    def is_step(self):
+        return False
+
+
+def test_flows_that_join_share_their_time_fairly(clock):
+    scheduler = Scheduler(Joining.together)
+    joining, apart = [Joining(clock, 0.03) for _ in range(3)], Apart(clock, 0.1)
+    for flow in (joining[0], apart, *joining[1:]):
+        scheduler.add(flow)
+    run(scheduler, clock, 60.0)
+    share = clock.now / 4
+    for flow in (*joining, apart):
+        assert abs(flow.spent - share) < 0.1 * share
+    assert joining[0].joined > 0.9 * 3 * share / 0.03  # each slice was for all three
+
+
+def test_a_flow_that_is_not_due_does_not_join(clock):
+    scheduler = Scheduler(Joining.together)
+    flows = [Joining(clock, 0.01, period=0.1), Joining(clock, 0.01, period=0.1)]
+    flows[1].next = 0.05
+    for flow in flows:
+        scheduler.add(flow)
+    run(scheduler, clock, 10.0)
+    assert [flow.joined for flow in flows] == [0, 0]
+    assert all(flow.spent > 0.8 for flow in flows)
+
+
 class Steps(Slices):
     """A flow on the real clock that fails in a given slice."""
 

@@ -65,7 +65,7 @@ def test_a_path_is_that_of_the_parents_up_to_the_branch(walk):
 
 
 def test_lines_hold_the_whole_walk(walk, tmp_path):
-    walk.branches[3].steps[1] = Step(0.5, 1.0, "gh", 17, (Redone(0.0, 1.0, 2),))
+    walk.branches[3].steps[1] = Step(0.5, 1.0, "gh", 17, (Redone(0.0, 1.0, 2),), together=3)
     file = tmp_path / "walk.jsonl"
     file.write_text("\n".join(walk.lines("0.1.0")))
     again = read_walk(file)
@@ -127,6 +127,18 @@ def test_a_replay_names_the_steps_that_differ(generator, walk):
     assert stream.differing == [5, 6, 7, 8]
 
 
+def test_a_replay_compares_up_to_the_first_shared_pass(generator, walk):
+    play(generator, walk)
+    steps = walk.branches[0].steps
+    steps[1] = steps[1]._replace(crc=1)
+    steps[4] = steps[4]._replace(crc=1, together=2)
+    steps[6] = steps[6]._replace(crc=1)
+    stream = Replay(generator, load_walk(walk.lines("0.1.0")))
+    for step in walk.path(0, 8):
+        stream.step(step)
+    assert (stream.differing, stream.shared) == ([2], 5)
+
+
 def test_a_step_made_again_is_replayed_as_it_was_shown(generator, walk):
     stream = generator.open(walk.first_frame, "ab", seed=3)
     before = stream.snapshot()
@@ -165,6 +177,7 @@ def broken(walk, number, changes):
         (2, {"crc": "x"}, "line 3: crc: expected int, got 'x'"),
         (2, {"redone": [[0.0]]}, r"line 3: redone: expected \[yaw, forward, frames\]"),
         (2, {"redone": 3}, "line 3: redone: expected list, got 3"),
+        (2, {"together": 0}, "line 3: together: expected at least 1, got 0"),
         (9, {"branch": 4}, "line 10: branch: expected 1, got 4"),
         (9, {"parent": 1}, "line 10: branch: expected a number below 1, got 1"),
         (9, {"from": 9}, "line 10: step: expected at most 8 in branch 0, got 9"),
