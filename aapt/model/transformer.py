@@ -298,12 +298,11 @@ class VideoTransformer(nn.Module):
             constants = self.step_constants(t, x.shape[-2:])
         grid, frames = self.config.token_grid(*x.shape[-2:]), x.shape[2]
         caches = [cache] if isinstance(cache, KVCache) else cache
-        offsets = torch.arange(frames, device=caches[0].step.device)
-        indices = [each.step + offsets for each in caches]
-        rotations = (
-            self.positions(index, grid, each.step + frames - 1, constants.places)
-            for each, index in zip(caches, indices, strict=True)
-        )
+        indices = [each.step[None] for each in caches]
+        if frames > 1:
+            offsets = torch.arange(frames, device=caches[0].step.device)
+            indices = [index + offsets for index in indices]
+        rotations = (self.positions(index, grid, index[-1:], constants.places) for index in indices)
         steps = list(map(CacheStep, caches, rotations))
         numbers = indices[0] if len(indices) == 1 else torch.stack(indices)
         video = Residual(self.patchify(x, recycled, condition, numbers))

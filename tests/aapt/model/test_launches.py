@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aapt.model.layers import Residual
+from aapt.model.layers import CacheStep, Residual
 from aapt.streaming.student import StudentRollout
 
 from ..helpers import PROMPTS, SIZE, controls, latents, tiny_model
@@ -42,9 +42,10 @@ def test_nine_launches_per_block():
     with torch.no_grad():
         video = model.patchify(latents(1), rollout.last, condition, index)
         rotation = model.positions(index, model.config.token_grid(*SIZE), constants.places)
+        caches = [CacheStep(rollout.cache, rotation)]
         updated = Residual(video, torch.randn_like(video), constants.modulation[0][2])
         with Launches() as launches:
-            model.blocks[1].step(updated, constants.modulation[1], rotation, rollout.cache, 1)
+            model.blocks[1].step(updated, constants.modulation[1], caches, 1)
     attention = ["modulated_norm", "addmm", "kv_append", "cached_attention", "addmm"]
     assert launches.names == [*attention, "modulated_norm", "mm", "bias_gelu", "addmm"]
 
