@@ -1,5 +1,5 @@
-// The namespace of `torch.ops` that this library's kernels are in: that of the package (AAPT_NAMESPACE,
-// aapt unless given) with _sm90 or _sim behind it.
+// The namespace of `torch.ops` that this library's kernels are in: that of the package
+// (AAPT_NAMESPACE, aapt unless given) with _sm90 or _sim behind it.
 #pragma once
 
 #ifndef AAPT_NAMESPACE

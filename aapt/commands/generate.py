@@ -192,9 +192,11 @@ def _replay(
             )
         branch = len(walk.branches) - 1 if branch is None else branch
         walk.check(branch, 0)
-    height, width, _ = walk.first_frame.shape
-    decoder = ORIGINAL if original else LIGHT
-    generator = load(model, *place, f"{width}x{height}", decoder=decoder)
+    size = None
+    if walk.first_frame is not None:
+        height, width, _ = walk.first_frame.shape
+        size = f"{width}x{height}"
+    generator = load(model, *place, size, decoder=ORIGINAL if original else LIGHT)
     path = walk.path(branch, walk.branches[branch].end)
     with bad_input():
         stream = Replay(generator, walk)

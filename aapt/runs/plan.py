@@ -356,7 +356,8 @@ def block_bytes(config: ModelConfig, tokens: int, norm: int = FLOAT) -> float:
     """
     numbers = 2 + 3 + 4 + 1 + 2 + 2 * config.mlp_hidden / config.width
     if config.block == "wan":
-        per_video, per_text = HALF * numbers + norm * 3 + FLOAT * 2, HALF * 3 + FLOAT * 2
+        per_video = HALF * (numbers + 1) + norm * 3 + FLOAT * 2
+        per_text = HALF * 3 + FLOAT * 2
         return config.width * (per_video * tokens + per_text * config.text_tokens)
     return (HALF * numbers + norm * 2) * config.width * (tokens + config.text_tokens)
 

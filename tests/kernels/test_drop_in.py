@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from aapt_kernels import FrameLayout, patch
+from aapt_kernels import FrameLayout, KVCache, cached_attention, kv_append, patch
 from aapt_kernels.block_causal_attention.cases import LAYOUTS
 from aapt_kernels.testing import assert_error_ratio
 
@@ -457,6 +457,23 @@ def test_cross_attention():
     ours = run(after)
     pair = ours["text_keys_values"](layer, text)
     torch.testing.assert_close(ours["cross_attention"](layer, x, *pair), expected)
+
+
+def test_blocks_that_are_given_their_number_share_two_graphs():
+    (block,) = recipe("Under FSDP2 and torch.compile")
+    Block = run(block, torch=torch, kv_append=kv_append, cached_attention=cached_attention)["Block"]
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    cache = KVCache(1, 6, 2, 8, text_tokens=0, tokens_per_frame=3, window_frames=2)
+    twin = cache.clone()
+    with torch.no_grad():
+        for layer in range(6):
+            block, (q, k, v) = Block(), torch.randn(3, 1, 3, 2, 8)
+            expected = block(q, k, v, twin, layer)
+            block.compile(backend=graphs, fullgraph=True)
+            torch.testing.assert_close(block(q, k, v, cache, layer), expected)
+    assert graphs.frame_count <= 2
+    assert torch.equal(cache.k, twin.k) and torch.equal(cache.v, twin.v)
 
 
 def test_every_block_of_the_page_runs_here():

@@ -76,9 +76,9 @@ def test_a_time_goes_to_the_part_of_its_operation(stream):
     assert set(seconds_of("aapt::causal_conv3d")) == {"decode"}
     linear = seconds_of("aten::linear")
     assert linear["products"] == 3 * 4  # qkv, out, up, down
-    assert linear["patchify"] >= 3 and set(linear) == {"products", "patchify"}
+    assert linear["patchify"] >= 2 and set(linear) == {"products", "patchify"}
     assert set(seconds_of("aten::log")) == {"noise"}
-    assert set(seconds_of("aten::gelu")) == {"fused"}
+    assert seconds_of("aapt::bias_gelu") == {"fused": 3}
 
 
 def test_views_and_empty_memory_are_no_kernels():

@@ -64,7 +64,7 @@ def test_models_and_folders_that_do_not_fit(pipeline_folder, tmp_path):  # noqa:
         frames(silent, "a")
     silent.read_text(pipeline_folder)
     assert frames(silent, "a").dtype == np.uint8
-    with pytest.raises(ValueError, match="device: cannot use dsp"):
+    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got dsp"):
         silent.read_text(pipeline_folder, "dsp")
     (tmp_path / "lost").mkdir()
     folder = checkpoint(tmp_path / "lost", "gone")
