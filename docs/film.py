@@ -1,8 +1,8 @@
 """Films the page for README: `python docs/film.py` writes docs/play.gif.
 
 The bundled world is played in Chromium without a window: a walk, a rewind, a branch, another
-prompt, two futures. Screenshots are slow, so the world is played at a tenth of its pace, and the
-film is shown at its own. Needs the extras serve and browser, and chromium.
+prompt, two futures. Screenshots are slow, so the world is played 24 times slower, and the film is
+shown at its own pace. Needs the extras serve and browser, and chromium.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from aapt.serve.settings import Settings
 OUT = Path(__file__).parent / "play.gif"
 SIZE = {"width": 1000, "height": 920}
 SHOWN = (650, 598)
-SLOWER = 10
+SLOWER = 24
 # The page's own clock runs slower too, so that it paces, counts and tells times as ever
 CLOCK = f"""
 const now = performance.now.bind(performance);
@@ -75,6 +75,7 @@ class Film:
 def act(film: Film) -> None:
     """What is played."""
     tab = film.tab
+    tab.keyboard.press("h")  # the figures would be those of the slow pace
     film.roll(0.4)
     film.hold("w", seconds=1.6)
     film.hold("w", "d", seconds=0.8)
