@@ -79,7 +79,9 @@ def make_stubs(folder: Path) -> None:
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder),
         *("--platform", "manylinux2014_aarch64", "--only-binary=:all:", f"{name}=={version}.*"),
     )
-    toolkit = Path(shutil.which("nvcc")).resolve().parents[1]
+    # The nvcc on PATH may be a script; what it would do names the toolkit's folder.
+    plan = run("nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", folder / "none.o")
+    toolkit = Path(re.search(r"TOP=(\S+)", plan).group(1)).resolve()
     (folder / "include").symlink_to(toolkit / "include")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -154,9 +156,11 @@ def check_library(library: Path, machine: str) -> None:
 
 def run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
     """Runs a command and returns what it prints. WheelError, with its last lines, if it fails."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+        last = "\n".join(done.stdout.splitlines()[-40:])
         raise WheelError(f"{Path(command[0]).name}: failed\n{last}")
     return done.stdout
 

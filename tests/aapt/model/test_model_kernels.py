@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import aapt.model.layers
-import aapt.model.wan
 from aapt.model.config import FewStepConfig
 from aapt.model.mmdit import MMDiT
 from aapt.streaming.few_step import FewStepRollout
@@ -35,9 +34,8 @@ def simulated(monkeypatch):
 
         return run
 
-    for module in (aapt.model.layers, aapt.model.wan):
-        for name in ("kv_append", "cached_attention"):
-            monkeypatch.setattr(module, name, simulate(getattr(module, name)))
+    for name in ("kv_append", "cached_attention"):
+        monkeypatch.setattr(aapt.model.layers, name, simulate(getattr(aapt.model.layers, name)))
     return calls
 
 
