@@ -38,5 +38,6 @@ def test_the_documented_log_is_read(picture):
     start = next(Walk("a", "b", picture, "c", 0).lines("0"))
     pixels = re.search(r'"first_frame": "([^"]*)"', start)[1]
     walk = load_walk(log.replace("<PNG>", pixels).splitlines())
-    assert [(b.parent, b.start, b.end) for b in walk.branches] == [(None, 0, 2), (0, 1, 2)]
-    assert walk.branches[1].steps[0].redone[0].shown == 2
+    assert [(b.parent, b.start, b.end) for b in walk.branches] == [(None, 0, 2), (0, 1, 3)]
+    again, shared = walk.branches[1].steps
+    assert again.redone[0].shown == 2 and shared.together == 3
