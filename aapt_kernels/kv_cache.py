@@ -232,21 +232,17 @@ class KVCache:
         """
         twin = copy.copy(self)
         with torch.inference_mode(False), torch.no_grad():
-            for name in self._state:
-                setattr(twin, name, getattr(self, name).clone())
+            for name, tensor in self.tensors().items():
+                setattr(twin, name, tensor.clone())
         twin.workspace = None
         return twin
-
-    @property
-    def _state(self) -> tuple[str, ...]:
-        """Names of the tensors that make up the state."""
-        names = ("k", "v", "step", "text_lens")
-        return names if self.k_scale is None else (*names, "k_scale", "v_scale")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the state by name, not copied: k, v, step, text_lens, and for a
         float8 cache k_scale and v_scale."""
-        return {name: getattr(self, name) for name in self._state}
+        names = ("k", "v", "step", "text_lens")
+        names = names if self.k_scale is None else (*names, "k_scale", "v_scale")
+        return {name: getattr(self, name) for name in names}
 
     def check_twin(self, other: "KVCache") -> None:
         """Raise ValueError unless the other cache has the sizes, dtypes and device of this one."""
@@ -261,13 +257,14 @@ class KVCache:
         """Copy the state of a cache of the same shape, scales included, into the memory of this
         one, so that a captured step stays valid. ValueError as `check_twin`."""
         self.check_twin(other)
-        for name in self._state:
-            getattr(self, name).copy_(getattr(other, name))
+        theirs = other.tensors()
+        for name, ours in self.tensors().items():
+            ours.copy_(theirs[name])
 
     @property
     def bytes(self) -> int:
         """Memory of the state: keys, values, scales and counters, without `workspace`."""
-        return sum(getattr(self, name).nbytes for name in self._state)
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def past_frames(self) -> int:

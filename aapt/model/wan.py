@@ -38,9 +38,9 @@ class TextBesideCache(KVCache):
         with torch.inference_mode(False), torch.no_grad():
             self.words = torch.zeros((2, layers, batch, *words), **like)
 
-    @property
-    def _state(self) -> tuple[str, ...]:
-        return (*super()._state, "words")
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the state by name, not copied: those of `KVCache`, and words."""
+        return super().tensors() | {"words": self.words}
 
     def check_twin(self, other: KVCache) -> None:
         """Raise ValueError unless the other cache has the sizes, dtypes and device of this one."""
