@@ -76,9 +76,7 @@ class StreamMemory:
             self._staged = [torch.zeros(1, 1, 2, pin_memory=on_gpu) for _ in range(2)]
             self.step = torch.zeros((), dtype=torch.int64, device=device)
             self.chunks = self._new_chunks(vae)
-            # Until `start` there is no prompt, and an encoder of text may be large
-            text = like.new_zeros((1, config.text_tokens, config.text_width))
-            self.rollout = self._new_rollout(text, torch.ones(1, dtype=torch.int64, device=device))
+            self.rollout = self._new_rollout()
             self.picture = vae.latent_mean.new_zeros((1, config.latent_channels, 1, *size))
             self.decoder = DecoderStates(vae, self.picture)
             pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -92,8 +90,9 @@ class StreamMemory:
         """Returns the kinds of steps by name."""
         return {"steady": Chunk(self.model, vae, self.size, 1, 1)}
 
-    def _new_rollout(self, text: Tensor, text_lens: Tensor) -> StudentRollout | FewStepRollout:
-        return StudentRollout(self.model.transformer, text, text_lens, self.latent)
+    def _new_rollout(self) -> StudentRollout | FewStepRollout:
+        """Returns the rollout, without a prompt until `start`."""
+        return StudentRollout(self.model.transformer, None, None, self.latent)
 
     @property
     def latent(self) -> Tensor:
@@ -185,7 +184,7 @@ class StreamMemory:
         return "steady"
 
     def _inputs(self, chunk: Chunk, before: Tensor, condition: Tensor | None) -> tuple:
-        """What `recache` needs of the step just made, after the latents `before`."""
+        """Returns the inputs of the last step for `recache`. before: the latents before it."""
         return chunk.drawn[0].clone(), before, condition
 
     @torch.no_grad()
@@ -296,15 +295,18 @@ class FewStepMemory(StreamMemory):
         }
         return {name: Chunk(self.model, vae, self.size, *each) for name, each in sizes.items()}
 
-    def _new_rollout(self, text: Tensor, text_lens: Tensor) -> FewStepRollout:
-        transformer = self.model.transformer
-        return FewStepRollout(transformer, text, text_lens, self.size, self.sampling)
+    def _new_rollout(self) -> FewStepRollout:
+        config, latent = self.model.config, self.latent
+        # The rollout takes batch and dtype from a text; an encoder of text may be large
+        text = latent.new_zeros((1, config.text_tokens, config.text_width))
+        lens = torch.ones(1, dtype=torch.int64, device=latent.device)
+        return FewStepRollout(self.model.transformer, text, lens, self.size, self.sampling)
 
     @torch.no_grad()
     def start(
         self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
     ) -> np.ndarray:
-        """As `StreamMemory.start`; the first frame is recorded for `recache` too."""
+        """Begins a stream, see `StreamMemory.start`; records the first frame for `recache` too."""
         if self.condition is not None:
             self.condition.zero_()  # nothing drives a picture
         pixels = super().start(latent, text, seed, recache)

@@ -63,7 +63,8 @@ class StudentRollout:
     """A batch of streams, rolled out step by step or segment by segment.
 
     Args:
-        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,).
+        text, text_lens: Embeddings of the prompts, (B, text_tokens, text_width), and lengths (B,);
+            None for a cache without text, until `set_text`.
         first: The user's frame (B, C, 1, H, W), which the first step recycles; each later step
             recycles the last output.
         recache: New prompts also change the past.
@@ -73,8 +74,8 @@ class StudentRollout:
     def __init__(
         self,
         model: VideoTransformer,
-        text: Tensor,
-        text_lens: Tensor,
+        text: Tensor | None,
+        text_lens: Tensor | None,
         first: Tensor,
         recache: bool = False,
     ):
@@ -84,7 +85,12 @@ class StudentRollout:
         self.cache, self.constants = None, None
         self.frames = 0  # in the count of the cache
         self.past = self.new_past() if recache else None
-        self.set_text(text, text_lens)
+        if text is None:
+            size = first.shape[-2:]
+            self.cache = model.new_cache(len(first), size, dtype=first.dtype)
+            self.constants = model.step_constants(self.time, size)
+        else:
+            self.set_text(text, text_lens)
 
     def new_past(self) -> Past:
         """Returns an empty memory of the inputs of the steps that the cache remembers."""
