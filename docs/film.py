@@ -73,7 +73,7 @@ class Film:
 
 
 def act(film: Film) -> None:
-    """What is played."""
+    """Plays the scenes of the film."""
     tab = film.tab
     tab.keyboard.press("h")  # the figures would be those of the slow pace
     film.roll(0.4)

@@ -143,7 +143,7 @@ def test_a_picture_is_chunk_zero_at_time_zero():
 
 @pytest.mark.parametrize(("chunk", "first"), [(1, None), (3, 1)])
 def test_rollouts_of_a_batch_are_those_of_each_stream(chunk, first):
-    """As `aapt eval` makes them: frame 0 is given, stream i draws from seed and i alone."""
+    """`aapt eval` gives frame 0, and stream i draws its noise from the seed and i alone."""
     model = WorldModel(dataclasses.replace(WAN, chunk=chunk, first_chunk=first), None)
     model.transformer = wan_transformer(chunk=chunk, first_chunk=first)
     given, text = torch.randn(2, CONFIG.latent_channels, 1, *SIZE).double(), prompts()

@@ -165,7 +165,7 @@ def test_a_prompt_changes_the_future_and_with_recache_the_past(generator):
 
 
 def test_replays_equal_eager_steps(monkeypatch, picture):
-    """As captured graphs: the opening, the step after a picture, and the steady one."""
+    """Each kind of step is one graph: opening, after a picture, steady."""
     videos = []
     for replayed in (False, True):
         if replayed:
@@ -209,7 +209,7 @@ def test_no_limit_of_frames(frame_wise):
     with frame_wise.open(None, "ab") as stream:
         stream.step()
         cache = stream._memory.rollout.cache
-        cache.step.fill_(100_000)  # as if so many frames had been made
+        cache.step.fill_(100_000)  # a stream after 100,000 frames
         assert play(stream, 2).shape == (8, HEIGHT, WIDTH, 3)
         assert int(cache.step) == 100_002
 

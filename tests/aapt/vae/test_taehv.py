@@ -151,7 +151,7 @@ def test_decoders_for_other_latents_are_refused(shape, path):
 
 
 def test_work_of_a_decoder():
-    """By hand: 2 operations per weight and output pixel of every convolution."""
+    """A convolution does 2 operations per weight and output pixel."""
     works = decoder_work(taehv(), 64, 64)
     flops = 2 * 64 * 9 * 16 * 256  # the first convolution, on 8x8
     for width, size, frames in ((256, 8, 1), (128, 16, 1), (64, 32, 2)):
