@@ -14,9 +14,9 @@ from PIL import Image
 
 from aapt.evaluate.speed import bench_stream
 from aapt.model.mmdit import MMDiT
+from aapt.model.presets import aapt_8b
 from aapt.streaming.generator import StreamingGenerator
 from aapt.streaming.student import StudentRollout
-from aapt.training.recipes import aapt_8b
 
 VIDEO_FRAMES = 4  # per step
 PHASES = (  # the operator that a device time belongs to, by the first name that is part of its own

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench_methods import bench_methods
 from .shared import (
     MODEL,
     Device,
@@ -22,14 +23,14 @@ from .shared import (
     Threads,
     bad_input,
     environment_rows,
-    load,
     missing_extra,
-    placement,
     prompt_of,
     table,
 )
+from .sized import load_to_predict, load_to_time
 
 bench = typer.Typer(help="Measure speed on this machine.")
+bench.command("methods")(bench_methods)
 
 
 @bench.command("stream")
@@ -62,6 +63,7 @@ def bench_stream(
     --breakdown divides a step into condition, noise, patchify, products, attention, fused
     (everything else in the blocks), decode and copy; what is left is the host between operations.
     --predict needs no GPU and times nothing. --graph needs cuda-python (pip install 'aapt[cuda]').
+    aapt-8b, aapt-2b and aapt-small are models of random weights.
 
     \b
     Examples:
@@ -69,20 +71,22 @@ def bench_stream(
       aapt bench stream --threads 2 --steps 240 --json > result.json
       aapt bench stream --model runs/mine/mine --device cuda --size 736x416
       aapt bench stream --breakdown
-      aapt bench stream --predict h100 --size 736x416
+      aapt bench stream --model aapt-2b --predict h100
       aapt bench stream --device cuda --graph step.dot
     """
+    import numpy as np
     import torch
 
     from ..environment import environment
     from ..evaluate import breakdown as parts
     from ..evaluate import speed
     from ..media.image import fit_image, load_image
+    from ..model.presets import PRESETS
 
     if threads:
         torch.set_num_threads(threads)
     if predict:
-        generator = _load_to_predict(model, size, device=device, dtype=dtype, graph=graph)
+        generator = load_to_predict(model, size, device=device, dtype=dtype, graph=graph)
         with bad_input():
             predicted = parts.predict_parts(generator, predict).as_json()
         shown = f"{model}: {generator.width} x {generator.height}, bfloat16"
@@ -92,10 +96,12 @@ def bench_stream(
             table([("model", shown), *breakdown_rows(predicted)])
         return
     started = time.perf_counter()
-    generator = load(model, device, dtype, size)
+    generator = load_to_time(model, device, dtype, size)
     load_seconds = time.perf_counter() - started
     first_frame = None
-    if not generator.few_step:
+    if model in PRESETS:
+        first_frame = np.zeros((generator.height, generator.width, 3), np.uint8)
+    elif not generator.few_step:
         with bad_input():
             image = load_image(generator.sample_image())
         first_frame, _ = fit_image(image, generator.height, generator.width)
@@ -161,19 +167,6 @@ def breakdown_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("  text", f"{found['text']:.3f} ms for each prompt, in no step"),
     ]
     return rows
-
-
-def _load_to_predict(model: str, size: str | None, **given):
-    """Load a model without its weights; InputError for what a prediction does not take."""
-    import torch
-
-    from ..streaming.generator import StreamingGenerator
-
-    with bad_input():
-        for name in (name for name, value in given.items() if value):
-            raise ValueError(f"{name}: expected none with --predict, which runs on no device")
-        size = placement(None, None, size)["size"]
-        return StreamingGenerator.from_pretrained(model, "meta", torch.bfloat16, size)
 
 
 @bench.command("play")

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..streaming.generator import Stream, StreamingGenerator
 from ..streaming.memory import StreamMemory
-from ..vae.cost import decoder_work
+from ..vae.cost import Work, decoder_work
 
 LINEAR = "aten::linear"  # whole, because inference mode does not take it apart
 PRODUCTS = (LINEAR, "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
@@ -202,9 +202,7 @@ def predict_parts(generator: StreamingGenerator, name: str) -> Breakdown:
     generator: on the meta device, in the precision of the GPU; name: of GPUS. ValueError for
     another.
     """
-    if name not in GPUS:
-        raise ValueError(f"predict: expected one of {', '.join(GPUS)}, got {name}")
-    gpu, model, vae = GPUS[name], generator.model, generator.vae
+    gpu, model, vae = gpu_named(name), generator.model, generator.vae
     memory = StreamMemory(model, vae, generator.latent_size)
     of_text, parts = (Parts(model.transformer, predicted_on(gpu)) for _ in range(2))
     config = model.config
@@ -218,9 +216,7 @@ def predict_parts(generator: StreamingGenerator, name: str) -> Breakdown:
             memory._run("steady")
     works = decoder_work(vae.config, generator.height, generator.width)
     seconds = parts.seconds | {
-        "decode": sum(
-            max(work.folded_flops / gpu.convolutions, work.bytes / gpu.memory) for work in works
-        ),
+        "decode": decode_seconds(works, gpu),
         "copy": 3 * generator.frames_per_step * generator.height * generator.width / gpu.link,
     }
     idle = gpu.gap * (parts.kernels + len(works))
@@ -229,6 +225,18 @@ def predict_parts(generator: StreamingGenerator, name: str) -> Breakdown:
     return _breakdown(
         f"predicted for {name}", seconds, step, idle, changed, generator, parts.kernels
     )
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return a GPU of GPUS. ValueError for another."""
+    if name not in GPUS:
+        raise ValueError(f"predict: expected one of {', '.join(GPUS)}, got {name}")
+    return GPUS[name]
+
+
+def decode_seconds(works: list[Work], gpu: Gpu) -> float:
+    """Return the predicted seconds of a decoder's kernels, without the gaps between them."""
+    return sum(max(work.folded_flops / gpu.convolutions, work.bytes / gpu.memory) for work in works)
 
 
 def predicted_on(gpu: Gpu) -> Callable[..., tuple[Any, float]]:

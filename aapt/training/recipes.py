@@ -7,6 +7,7 @@ from ..data.tiny_world.rendered_clips import ProceduralData
 from ..data.tiny_world.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
 from ..model.conditioning import MEASURED_FIELD_OF_VIEW
 from ..model.config import CameraConfig, ModelConfig
+from ..model.presets import aapt_8b
 from ..vae import VAEConfig, tiny, tiny_light
 from .corruption import Corruption
 from .curriculum import Curriculum, Phase, Source, constant
@@ -63,25 +64,6 @@ class LightRecipe:
     vae: str | None
     data: ProceduralData
     decoder: LightDecoderConfig
-
-
-def aapt_8b() -> ModelConfig:
-    """The paper's generator (docs/method.md#1 and #2).
-
-    It sees N = 30 past frames at 736x416, N = 15 at 1280x720.
-    """
-    return ModelConfig(
-        width=3072,
-        heads=24,
-        head_dim=128,
-        depth=36,
-        text_width=4096,
-        text_tokens=512,
-        window_frames=30,
-        reference_grid=(26, 46),
-        rope_axes=(16, 56, 56),
-        grid_windows=((45, 80, 15),),
-    )
 
 
 def paper_8b() -> Recipe:

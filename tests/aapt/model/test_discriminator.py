@@ -8,8 +8,8 @@ from torch import nn
 
 from aapt.device import mixed_precision
 from aapt.model.discriminator import Discriminator
+from aapt.model.presets import aapt_8b
 from aapt.model.world_model import WorldModel
-from aapt.training.recipes import aapt_8b
 
 from ..helpers import CONFIG, PROMPTS, SIZE, controls, latents, tiny_model
 from ..runs.counting import adversarial_stage, model, train

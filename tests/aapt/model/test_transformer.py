@@ -10,10 +10,10 @@ import aapt.model.layers
 from aapt.model.config import ModelConfig
 from aapt.model.layers import Residual
 from aapt.model.mmdit import MMDiT
+from aapt.model.presets import aapt_8b
 from aapt.model.transformer import clean, velocity
 from aapt.streaming.student import StudentRollout
 from aapt.training.forcing import parallel_pass
-from aapt.training.recipes import aapt_8b
 
 from ..helpers import CONFIG, PROMPTS, SIZE, controls, latents, tiny_model, wan_transformer
 

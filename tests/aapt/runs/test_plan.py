@@ -12,12 +12,13 @@ from aapt.commands.app import main
 from aapt.model.config import ModelConfig
 from aapt.model.discriminator import Discriminator
 from aapt.model.mmdit import MMDiT
+from aapt.model.presets import aapt_8b
 from aapt.model.wan import WanTransformer
 from aapt.model.world_model import TRANSFORMERS, WorldModel
 from aapt.runs import plan
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
-from aapt.training.recipes import aapt_8b, paper_8b, tiny_world
+from aapt.training.recipes import paper_8b, tiny_world
 from aapt.training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from aapt_kernels import FrameLayout
 

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from aapt.model.presets import aapt_8b
 from aapt.runs import plan
-from aapt.training.recipes import aapt_8b, paper_8b
+from aapt.training.recipes import paper_8b
 
 from ..helpers import CONFIG
 
