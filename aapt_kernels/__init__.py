@@ -19,7 +19,8 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
     out = cached_attention(q, cache, layer)
     cache.advance()                                           # after the last layer
 
-`modulated_norm` and `bias_gelu` are what a block does between its products, in one launch each.
+`modulated_norm` and `bias_gelu` are what a block does between its products, in one launch each;
+`quantise_rows` makes the input of a product in 8 bits.
 `causal_conv3d` is the VAE's convolution. Each function is a real torch op, `torch.ops.aapt.<name>`,
 that compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends`
 lists the choice. `patch` gives a diffusers Wan pipeline this attention.
@@ -37,6 +38,7 @@ from .kv_cache import KVCache
 from .layout import FrameLayout
 from .modulated_norm import modulated_norm
 from .qk_norm_rope import qk_norm_rope
+from .quantise_rows import quantise_rows
 
 _library.load()
 
@@ -52,5 +54,6 @@ __all__ = [
     "modulated_norm",
     "patch",
     "qk_norm_rope",
+    "quantise_rows",
     "use_backend",
 ]

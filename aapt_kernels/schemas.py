@@ -48,6 +48,9 @@ BIAS_GELU = (
     "bias_gelu_backward(Tensor dout, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
 )
 
+# x (rows, width); values like x in e4m3, scales (groups, rows).
+QUANTISE_ROWS = ("quantise_rows(Tensor x) -> (Tensor values, Tensor scales)",)
+
 # One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter. The scales,
 # (heads,) float32, are those of a cache of another dtype than q.
 CACHE = (
@@ -75,7 +78,7 @@ CAUSAL_CONV3D = (
 library = torch.library.Library(NAMESPACE, "DEF")
 for schemas in (
     *(BLOCK_CAUSAL_ATTENTION, QK_NORM_ROPE, MODULATED_NORM, BIAS_GELU, CACHE),
-    CAUSAL_CONV3D,
+    *(QUANTISE_ROWS, CAUSAL_CONV3D),
 ):
     for schema in schemas:
         library.define(schema)

@@ -19,6 +19,7 @@ from triton_gate import compile_ahead, launch_signature  # noqa: E402
 
 from aapt_kernels.bias_gelu import triton_kernels as gelu  # noqa: E402
 from aapt_kernels.modulated_norm import triton_kernels as norm  # noqa: E402
+from aapt_kernels.quantise_rows import triton_kernels as quantise  # noqa: E402
 
 # Shared memory that one block can have, in bytes, by compute capability
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -93,3 +94,13 @@ def test_bias_gelu(kernel, capability):
     compiled = build(kernel, pointers(kernel, "*bf16"), constants, capability)
     assert compiled.count("LDG") == compiled.count("LDG.E.128") + 1  # the bias, 8 bytes a thread
     assert compiled.count("STG.E.128") >= 1
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("width", [1792, 12288])
+def test_quantise_rows(width, capability):
+    types = {"x": "*bf16", "values": "*u8", "scales": "*fp32"}
+    constants = quantise.tiling(width)
+    compiled = build(quantise.quantise_rows_kernel, types, constants, capability)
+    assert compiled.count("LDG") == compiled.count("LDG.E.128") > 0
+    assert compiled.count("STG.E.128") > 0

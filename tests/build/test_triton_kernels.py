@@ -265,5 +265,5 @@ def test_every_kernel_of_the_package_is_here():
     folder = Path(attention.__file__).parents[1]
     found = {path.parent.name for path in folder.glob("*/triton_kernels.py")}
     ops = ("block_causal_attention", "cached_attention", "causal_conv3d")
-    fused = ("modulated_norm", "bias_gelu")  # in test_triton_fused.py
+    fused = ("modulated_norm", "bias_gelu", "quantise_rows")  # in test_triton_fused.py
     assert found == {*ops, *fused, "kv_append", "qk_norm_rope"}

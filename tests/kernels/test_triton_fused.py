@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from aapt_kernels import bias_gelu, modulated_norm, use_backend
+from aapt_kernels import bias_gelu, modulated_norm, quantise_rows, use_backend
 from aapt_kernels.backend import interpreted
 from aapt_kernels.testing import assert_error_ratio
 
 from .test_modulated_norm import CALLS, EPS, NAMES, make_inputs, oracle, run
+from .test_quantise_rows import CODES, nearest
+from .test_quantise_rows import oracle as quantise_oracle
 
 pytest.importorskip("triton")
 if not (interpreted() or torch.cuda.is_available()):
@@ -124,3 +126,24 @@ def test_they_are_torch_ops():
     arguments = (*tensors, EPS, torch.float32)
     opcheck(torch.ops.aapt.modulated_norm.default, arguments, test_utils=CHECKS)
     opcheck(torch.ops.aapt.bias_gelu.default, (tensors[0], tensors[-1]), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(33, 300), (1, 7), (0, 128)])
+def test_quantise_rows_is_bit_equal(dtype, shape):
+    x = (torch.randn(shape) * torch.logspace(-4, 3, shape[0])[:, None]).to(dtype)
+    expected, scales = quantise_oracle(x)
+    found = quantise_rows(x.to(DEVICE))
+    assert torch.equal(found[0].double().cpu(), expected) and torch.equal(found[1].cpu(), scales)
+
+
+def test_quantise_rows_keeps_nan_infinity_and_every_tie():
+    middles = (CODES[1:] + CODES[:-1]) / 2
+    x = torch.cat([CODES[:-1], middles, -CODES[:-1], -middles]).float().view(-1, 126)
+    x = torch.cat([x, torch.full((len(x), 2), 448.0)], dim=1).repeat(1, 2)
+    x[0, 0], x[1, 130] = float("nan"), float("-inf")
+    values, scales = (each.cpu() for each in quantise_rows(x.to(DEVICE)))
+    assert scales[0, 0].isnan() and values[0, :128].float().isnan().all()
+    assert scales[1, 1].isinf() and values[1, 130].float().isnan()
+    assert torch.equal(values[2:].double(), nearest(x[2:]))
+    opcheck(torch.ops.aapt.quantise_rows.default, (x[2:].to(DEVICE),), test_utils=CHECKS[:2])
