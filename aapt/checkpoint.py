@@ -111,6 +111,15 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_digest(path: Path, expected: str) -> None:
+    """Raise CheckpointError unless a file has the SHA-256 `expected`."""
+    if (found := file_digest(path)) != expected:
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {expected}, as config.json says, got {found}; "
+            "copy or make the file again"
+        )
+
+
 def load_config(folder: Path) -> dict[str, Any]:
     """Read `config.json` without its version. CheckpointError if it is missing or does not fit."""
     path = folder / "config.json"

@@ -19,6 +19,7 @@ from .evaluate import evaluate, evaluate_vae
 from .generate import generate
 from .info import info
 from .plot import plot
+from .quantise import quantise
 from .serve import serve
 from .shared import InputError, Interrupted, OutputError, reason, say
 from .streams import discard_unwritten, open_closed_streams
@@ -121,7 +122,7 @@ def options(
     """Hold the options of `aapt` itself."""
 
 
-for command in (generate, serve, info, train, encode, convert, plot):
+for command in (generate, serve, info, train, encode, convert, quantise, plot):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-vae")(evaluate_vae)

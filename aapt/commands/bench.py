@@ -27,7 +27,7 @@ from .shared import (
     prompt_of,
     table,
 )
-from .sized import load_to_predict, load_to_time
+from .sized import Fp8, load_to_predict, load_to_time
 
 bench = typer.Typer(help="Measure speed on this machine.")
 bench.command("methods")(bench_methods)
@@ -49,6 +49,7 @@ def bench_stream(
             metavar="GPU", help="Only predict the parts of a step on h100 or h200, in bfloat16."
         ),
     ] = None,
+    fp8: Fp8 = False,
     graph: Annotated[
         Path | None,
         typer.Option(metavar="FILE.dot", help="On a GPU: also write the captured step."),
@@ -62,8 +63,8 @@ def bench_stream(
 
     --breakdown divides a step into condition, noise, patchify, products, attention, fused
     (everything else in the blocks), decode and copy; what is left is the host between operations.
-    --predict needs no GPU and times nothing. --graph needs cuda-python (pip install 'aapt[cuda]').
-    aapt-8b, aapt-2b and aapt-small are models of random weights.
+    --predict needs no GPU, times nothing, and says what each line assumes. --graph needs
+    cuda-python (pip install 'aapt[cuda]'). aapt-8b, aapt-2b and aapt-small have random weights.
 
     \b
     Examples:
@@ -72,6 +73,7 @@ def bench_stream(
       aapt bench stream --model runs/mine/mine --device cuda --size 736x416
       aapt bench stream --breakdown
       aapt bench stream --model aapt-2b --predict h100
+      aapt bench stream --model aapt-8b --size 1280x720 --predict h100 --fp8
       aapt bench stream --device cuda --graph step.dot
     """
     import numpy as np
@@ -86,17 +88,18 @@ def bench_stream(
     if threads:
         torch.set_num_threads(threads)
     if predict:
-        generator = load_to_predict(model, size, device=device, dtype=dtype, graph=graph)
+        generator = load_to_predict(model, size, fp8, device=device, dtype=dtype, graph=graph)
         with bad_input():
-            predicted = parts.predict_parts(generator, predict).as_json()
-        shown = f"{model}: {generator.width} x {generator.height}, bfloat16"
+            predicted = parts.predict_parts(generator, predict, fp8).as_json()
+        precision = "bfloat16 with linear layers and attention in e4m3" if fp8 else "bfloat16"
+        shown = f"{model}: {generator.width} x {generator.height}, {precision}"
         if as_json:
             print(json.dumps({"model": shown, "breakdown": predicted}, indent=2))
         else:
             table([("model", shown), *breakdown_rows(predicted)])
         return
     started = time.perf_counter()
-    generator = load_to_time(model, device, dtype, size)
+    generator = load_to_time(model, device, dtype, size, fp8)
     load_seconds = time.perf_counter() - started
     first_frame = None
     if model in PRESETS:
@@ -156,17 +159,25 @@ def breakdown_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             words += f", {value / blocks:.3f} ms for each of {blocks} blocks"
         if name == "copy" and predicted:
             words = f"{value:.3f} ms beside the next step"
-        rows.append((f"  {name}", words))
+        rows.append((f"  {name}", words + _assumed(found, name)))
     why = "between kernels" if predicted else "the host between operations"
     if found["idle"] < 0:
         why = "the steps that were taken apart were slower"
     rows += [
-        ("  idle", f"{found['idle']:.3f} ms, {found['idle'] / step:.0%}: {why}"),
+        (
+            "  idle",
+            f"{found['idle']:.3f} ms, {found['idle'] / step:.0%}: {why}{_assumed(found, 'idle')}",
+        ),
         ("  sum", f"{found['sum_of_parts']:.3f} ms of a step of {step:.3f} ms"),
         ("  kernels", f"{found['kernels']} besides the decoder's"),
         ("  text", f"{found['text']:.3f} ms for each prompt, in no step"),
     ]
     return rows
+
+
+def _assumed(found: dict[str, Any], name: str) -> str:
+    """Return what a predicted part takes for granted, as the end of its row."""
+    return f"; assumed {found['assumptions'][name]}" if name in found["assumptions"] else ""
 
 
 @bench.command("play")

@@ -17,7 +17,7 @@ from .shared import (
     environment_rows,
     table,
 )
-from .sized import load_to_predict, load_to_time
+from .sized import Fp8, load_to_predict, load_to_time
 
 
 def bench_methods(
@@ -26,6 +26,7 @@ def bench_methods(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    fp8: Fp8 = False,
     predict: Annotated[
         str | None,
         typer.Option(metavar="GPU", help="Only predict for h100 or h200, in bfloat16."),
@@ -59,19 +60,20 @@ def bench_methods(
     if threads:
         torch.set_num_threads(threads)
     if predict:
-        generator = load_to_predict(model, size, device=device, dtype=dtype)
+        generator = load_to_predict(model, size, fp8, device=device, dtype=dtype)
     else:
-        generator = load_to_time(model, device, dtype, size)
+        generator = load_to_time(model, device, dtype, size, fp8)
     with bad_input():
         decoders = generator, _original(model, generator)
         if predict:
-            found = predict_methods(*decoders, predict)
+            found = predict_methods(*decoders, predict, fp8)
         else:
             found = measure_methods(*decoders, rounds)
     facts = {
         "model": model,
         "width": generator.width,
         "height": generator.height,
+        "fp8": fp8,
         **found,
         "published": [dataclasses.asdict(each) for each in PUBLISHED],
         **environment(),
@@ -98,7 +100,11 @@ def _original(model: str, generator):
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of a table: methods, decoders, published figures."""
     rows = [
-        ("model", f"{facts['model']}: {facts['width']} x {facts['height']}"),
+        (
+            "model",
+            f"{facts['model']}: {facts['width']} x {facts['height']}"
+            + (", linear layers in e4m3" if facts["fp8"] else ""),
+        ),
         ("times", f"{facts['how']}; a latent frame is four video frames"),
         ("not counted", facts["not_counted"]),
     ]

@@ -138,7 +138,9 @@ def _model_facts(name: str, generator) -> dict[str, Any]:
     return {
         "name": name,
         "parameters": {
-            part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()
+            part: sum(p.numel() for p in module.parameters())
+            + sum(b.numel() for b in module.buffers() if b.itemsize == 1)  # weights in 8 bits
+            for part, module in parts.items()
         },
         "height": generator.height,
         "width": generator.width,

@@ -1,27 +1,46 @@
 """Models that commands measure or predict: checkpoints, and presets with random weights."""
 
+from typing import Annotated
+
+import typer
+
 from .shared import bad_input, load, placement
 
+Fp8 = Annotated[
+    bool,
+    typer.Option(
+        "--fp8",
+        help="Round linear layers to 8 bits first; with --predict attention too.",
+    ),
+]
 
-def load_to_time(model: str, device: str | None, dtype: str | None, size: str | None):
-    """Load a checkpoint as `load` does, or build a preset with random weights."""
+
+def load_to_time(model: str, device: str | None, dtype: str | None, size: str | None, fp8: bool):
+    """Load a checkpoint as `load` does, or build a preset with random weights; `fp8` rounds the
+    linear layers of their blocks."""
     from ..evaluate.random_weights import random_generator
+    from ..model.float8 import quantise_blocks
     from ..model.presets import PRESETS
 
-    if model not in PRESETS:
-        return load(model, device, dtype, size)
-    with bad_input():
-        return random_generator(model, **placement(device, dtype, size))
+    if model in PRESETS:
+        with bad_input():
+            generator = random_generator(model, **placement(device, dtype, size))
+    else:
+        generator = load(model, device, dtype, size)
+    if fp8:
+        quantise_blocks(generator.model.transformer)
+    return generator
 
 
-def load_to_predict(model: str, size: str | None, **given):
-    """Load a checkpoint or a preset without its weights, in bfloat16.
+def load_to_predict(model: str, size: str | None, fp8: bool, **given):
+    """Load a checkpoint or a preset without its weights, in bfloat16, with `fp8` in 8 bits.
 
     given: options that a prediction does not take; InputError for one with a value.
     """
     import torch
 
     from ..evaluate.random_weights import random_generator
+    from ..model.float8 import quantise_blocks
     from ..model.presets import PRESETS
     from ..streaming.generator import StreamingGenerator
 
@@ -30,4 +49,7 @@ def load_to_predict(model: str, size: str | None, **given):
             raise ValueError(f"{name}: expected none with --predict, which runs on no device")
         size = placement(None, None, size)["size"]
         make = random_generator if model in PRESETS else StreamingGenerator.from_pretrained
-        return make(model, "meta", torch.bfloat16, size)
+        generator = make(model, "meta", torch.bfloat16, size)
+    if fp8:
+        quantise_blocks(generator.model.transformer)
+    return generator

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..checkpoint import replacing
 from .tensor_files import DTYPES
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Foreign files in e4m3 are not read, because each keeps its scales elsewhere
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ and takes the larger of arithmetic and memory traffic.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from ..streaming.memory import StreamMemory
 from ..vae.cost import Work, decoder_work
 
 LINEAR = "aten::linear"  # whole, because inference mode does not take it apart
-PRODUCTS = (LINEAR, "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
+SCALED = "aten::_scaled_mm_v2"  # in 8 bits
+PRODUCTS = (LINEAR, "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", SCALED)
 ATTENTION, APPEND = "aapt::cached_attention", "aapt::kv_append"
 WITHOUT_KERNEL = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::lift_fresh")
 GENERATE = "generate"
@@ -45,6 +46,8 @@ class Gpu:
     attention: float
     convolutions: float
     memory: float
+    float8_products: float = 1200e12
+    float8_attention: float = 1000e12
     link: float = 25e9
     gap: float = 2e-6
 
@@ -69,6 +72,7 @@ class Breakdown:
         text: A change of the prompt, which no step contains.
         blocks: Blocks of the transformer, whose sums `products`, `attention` and `fused` are.
         kernels: Operations that compute, in a step without its decoder.
+        assumptions: Predicted, what each part, "idle" and "text" are computed from, by their names.
     """
 
     how: str
@@ -78,6 +82,7 @@ class Breakdown:
     text: float
     blocks: int
     kernels: int
+    assumptions: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, and the sum of the parts."""
@@ -99,7 +104,7 @@ class Parts(TorchDispatchMode):
         self._phase, self._inside = "", False
         self._owners = {
             parameter.untyped_storage()._cdata: name
-            for name, parameter in transformer.named_parameters()
+            for name, parameter in transformer.state_dict(keep_vars=True).items()
         }
 
     @contextmanager
@@ -196,13 +201,15 @@ def measure_parts(stream: Stream, control: Any, steps: int) -> Breakdown:
     )
 
 
-def predict_parts(generator: StreamingGenerator, name: str) -> Breakdown:
+def predict_parts(
+    generator: StreamingGenerator, name: str, float8_attention: bool = False
+) -> Breakdown:
     """Predict the parts of a step on a GPU, full ring, from the operations that the model runs.
 
-    generator: on the meta device, in the precision of the GPU; name: of GPUS. ValueError for
-    another.
+    generator: on the meta device, in the precision of the GPU; name: of GPUS. float8_attention:
+    attention at the rate of e4m3, whatever the cache has. ValueError for another GPU.
     """
-    gpu, model, vae = gpu_named(name), generator.model, generator.vae
+    gpu, model, vae = gpu_named(name, float8_attention), generator.model, generator.vae
     memory = StreamMemory(model, vae, generator.latent_size)
     of_text, parts = (Parts(model.transformer, predicted_on(gpu)) for _ in range(2))
     config = model.config
@@ -222,16 +229,42 @@ def predict_parts(generator: StreamingGenerator, name: str) -> Breakdown:
     idle = gpu.gap * (parts.kernels + len(works))
     step = sum(seconds.values()) - seconds["copy"] + idle
     changed = sum(of_text.seconds.values()) + gpu.gap * of_text.kernels
-    return _breakdown(
+    predicted = _breakdown(
         f"predicted for {name}", seconds, step, idle, changed, generator, parts.kernels
     )
+    scaled = any(x.dtype == torch.float8_e4m3fn for x in model.transformer.buffers())
+    return replace(predicted, assumptions=assumptions(gpu, scaled, float8_attention))
 
 
-def gpu_named(name: str) -> Gpu:
-    """Return a GPU of GPUS. ValueError for another."""
+def gpu_named(name: str, float8_attention: bool = False) -> Gpu:
+    """Return a GPU of GPUS, on request with attention at the rate of e4m3. ValueError for
+    another."""
     if name not in GPUS:
         raise ValueError(f"predict: expected one of {', '.join(GPUS)}, got {name}")
-    return GPUS[name]
+    gpu = GPUS[name]
+    return replace(gpu, attention=gpu.float8_attention) if float8_attention else gpu
+
+
+def assumptions(gpu: Gpu, float8_products: bool, float8_attention: bool) -> dict[str, str]:
+    """Return what a prediction takes for granted, by part."""
+    moved = f"each tensor moved once at {gpu.memory / 1e12:.1f} TB/s"
+    rate, attention = gpu.products, "the BF16 kernel of sm_90a, simulated only"
+    if float8_products:
+        rate = gpu.float8_products
+    if float8_attention:
+        attention = "an FP8 kernel, scores and values in e4m3"
+    return {
+        **dict.fromkeys(("condition", "noise", "patchify"), moved),
+        "products": f"{rate / 1e12:.0f} TFLOP/s in "
+        + ("e4m3 through cuBLASLt, scales of 128" if float8_products else "BF16 through cuBLASLt"),
+        "attention": f"{gpu.attention / 1e12:.0f} TFLOP/s by {attention}",
+        "fused": moved + (", rounding to e4m3 in launches of its own" * float8_products),
+        "decode": f"{gpu.convolutions / 1e12:.0f} TFLOP/s with folded upsampling, or "
+        f"{gpu.memory / 1e12:.1f} TB/s",
+        "copy": f"{gpu.link / 1e9:.0f} GB/s",
+        "idle": f"{1e6 * gpu.gap:.0f} us between two kernels of a graph",
+        "text": "as the parts above",
+    }
 
 
 def decode_seconds(works: list[Work], gpu: Gpu) -> float:
@@ -254,6 +287,8 @@ def predicted_on(gpu: Gpu) -> Callable[..., tuple[Any, float]]:
         if function._schema.name == ATTENTION:
             q, keys = args[0], args[1]
             arithmetic = 4 * q.numel() * keys.shape[1] / gpu.attention
+        elif function._schema.name == SCALED:
+            arithmetic = 2 * args[0].numel() * args[1].shape[1] / gpu.float8_products
         elif function._schema.name == LINEAR:
             arithmetic = 2 * args[0].numel() * len(args[1]) / gpu.products
         elif (count := flop_registry.get(function._overloadpacket)) is not None:

@@ -256,13 +256,14 @@ def _decode(vae: CausalVAE, size: Sequence[int]) -> Callable[[], Tensor]:
 
 
 def predict_methods(
-    generator: StreamingGenerator, original: CausalVAE, name: str
+    generator: StreamingGenerator, original: CausalVAE, name: str, float8_attention: bool = False
 ) -> dict[str, Any]:
-    """Predict METHODS and both decoders on a GPU, see `predict_parts` for the way and the errors.
+    """Predict METHODS and both decoders on a GPU, see `predict_parts` for the way, the arguments
+    and the errors.
 
     generator, original: on the meta device, in the precision of the GPU.
     """
-    gpu, seconds = gpu_named(name), []
+    gpu, seconds = gpu_named(name, float8_attention), []
     with torch.inference_mode():
         made = networks(generator)
         for method in METHODS:

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import find_checkpoint, load_config, load_meta_module, reading_config, tuples
+from ..checkpoint import (
+    check_digest,
+    find_checkpoint,
+    load_config,
+    load_meta_module,
+    reading_config,
+    tuples,
+)
 from ..clock import FPS
 from ..device import usable_device, usable_dtype
 from ..model.conditioning import Control
@@ -23,6 +30,7 @@ from ..model.config import (
     SamplingConfig,
     sampling_config,
 )
+from ..model.float8 import quantise_blocks
 from ..model.umt5 import UMT5TextEncoder, UMT5Weights
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
@@ -117,7 +125,8 @@ class StreamingGenerator:
     ) -> "StreamingGenerator":
         """Loads a bundled model by name, or a checkpoint folder.
 
-        Weights go from the file to the device one tensor at a time.
+        Weights go from the file to the device one tensor at a time. Those in 8 bits, of `aapt
+        quantise`, stay so, after their file's digest was checked.
 
         Args:
             device: Where the networks run; None for the CPU.
@@ -142,7 +151,12 @@ class StreamingGenerator:
                     ModelConfig(**tuples(config["model"])),
                     CameraConfig(**camera) if camera else None,
                 )
-            load_meta_module(folder / "model.safetensors", model, device, dtype)
+            weights = folder / "model.safetensors"
+            if quantised := config.get("quantised"):
+                quantise_blocks(model.transformer)
+                if device.type != "meta":
+                    check_digest(weights, quantised["sha256"])
+            load_meta_module(weights, model, device, dtype)
             picture = {key: config[key] for key in ("height", "width", "fps", "prompts")}
             if sample := config.get("sample"):
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])

@@ -47,6 +47,7 @@ MAY_IMPORT = {
 }
 IMPORT_KERNELS = {
     "aapt/commands/info.py",  # only asks which backends there are
+    "aapt/model/float8.py",
     "aapt/model/layers.py",
     "aapt/model/mmdit.py",  # only makes the cache
     "aapt/model/transformer.py",  # only hands layout and cache to its layers
@@ -139,7 +140,7 @@ def test_operators_import_no_other_operator():
             found |= {(owner, other) for other in used}
     across = {("kv_append", "qk_norm_rope")}  # which it fuses
     across |= {("diffusers_wan.py", op) for op in ("block_causal_attention", "qk_norm_rope")}
-    assert len(operators) == 7
+    assert len(operators) == 8
     assert found == across | {("__init__.py", operator) for operator in operators}
 
 

@@ -359,7 +359,8 @@ def test_missing_option_points_to_help(capsys):
 def test_help_is_quick_and_has_examples(capsys):
     assert run() == 0
     assert "generate" in capsys.readouterr().out
-    names = ("generate", "serve", "info", "train", "encode", "convert", "plot", "eval", "eval-vae")
+    names = ("generate", "serve", "info", "train", "encode", "convert", "quantise", "plot")
+    names += ("eval", "eval-vae")
     parts = ("stream", "methods", "play")
     for command in [*([name] for name in names), *(["bench", part] for part in parts)]:
         assert run(*command, "--help") == 0
@@ -540,28 +541,6 @@ def test_bench_stream_shows_the_parts_of_a_step(tiny_world, capsys):
     assert run("bench", "stream", "--predict", "h200", "--json") == 0
     found = json.loads(capsys.readouterr().out)["breakdown"]
     assert found["how"] == "predicted for h200" and found["step"] > found["parts"]["products"]
-
-
-def test_bench_stream_takes_presets(capsys):
-    assert run("bench", "stream", "--model", "aapt-2b", "--predict", "h100") == 0
-    assert "aapt-2b: 1280 x 720, bfloat16" in capsys.readouterr().out
-    assert run("bench", "stream", "--model", "aapt-small", "--size", "32x32", "--steps", 1) == 0
-    assert "aapt-small: 32 x 32, float32 on cpu" in capsys.readouterr().out
-
-
-def test_bench_methods(tiny_world, capsys):
-    assert run("bench", "methods", "--model", "tiny-world", "--rounds", 1) == 0
-    table = capsys.readouterr().out
-    assert "tiny-world: 128 x 80\n" in table and "measured on cpu, 1 rounds" in table
-    assert "OmniDreams" in table and "Left out or not said:" in table
-    assert run("bench", "methods", "--predict", "h200", "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["model"] == "aapt-small" and facts["how"] == "predicted for h200"
-    ratios = {row["name"]: row["ratio"] for row in facts["methods"]}
-    assert ratios["AAPT"] == 1 < ratios["one-step diffusion forcing"] < 2.2
-    assert facts["published"][0]["source"] == "arXiv 2506.09350, Table 4"
-    assert run("bench", "methods", "--predict", "h200", "--device", "cuda") == 2
-    assert "device: expected none with --predict" in capsys.readouterr().err
 
 
 def test_bench_stream_says_what_a_prediction_and_a_graph_need(tiny_world, tmp_path, capsys):

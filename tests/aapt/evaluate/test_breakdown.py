@@ -18,12 +18,23 @@ from aapt.evaluate.breakdown import (
     predicted_on,
     timed,
 )
+from aapt.evaluate.random_weights import random_generator
+from aapt.model.float8 import quantise_blocks
 from aapt.vae.cost import decoder_work
 
 from ..streaming.test_generator import HEIGHT, WIDTH, build
 
 OPS = torch.ops.aten
-ROUND = Gpu(products=1e6, attention=1e6, convolutions=1e6, memory=1e9, link=1e6, gap=0.0)
+ROUND = Gpu(
+    products=1e6,
+    attention=1e6,
+    convolutions=1e6,
+    memory=1e9,
+    float8_products=2e6,
+    float8_attention=3e6,
+    link=1e6,
+    gap=0.0,
+)
 
 
 @pytest.fixture
@@ -126,6 +137,26 @@ def test_a_prediction_follows_the_model(on_paper, monkeypatch):
     assert gaps.idle == 1e3 * (found.kernels + len(works))
     assert gaps.step == pytest.approx(beside + gaps.idle)
     assert found.text > 0 and found.kernels > 3 * 10
+
+
+def test_products_in_8_bits_are_predicted_as_they_run(monkeypatch):
+    """Four more launches per block, which read 2 bytes and write 1 and a scale for 128."""
+    monkeypatch.setitem(GPUS, "round", ROUND)
+    generator = random_generator("aapt-small", "meta", torch.bfloat16)
+    config, tokens = generator.model.config, 160
+    plain = predict_parts(generator, "round")
+    quantise_blocks(generator.model.transformer)
+    found = predict_parts(generator, "round", float8_attention=True)
+    products = 2 * tokens * config.depth * 12 * config.width**2
+    assert plain.parts["products"] == pytest.approx(1e3 * products / ROUND.products)
+    assert found.parts["products"] == pytest.approx(1e3 * products / ROUND.float8_products)
+    ratio = ROUND.attention / ROUND.float8_attention
+    assert found.parts["attention"] == pytest.approx(ratio * plain.parts["attention"])
+    assert found.kernels == plain.kernels + 4 * config.depth
+    moved = config.depth * tokens * 7 * config.width * (2 + 1 + 4 / 128)
+    assert found.parts["fused"] - plain.parts["fused"] == pytest.approx(1e3 * moved / ROUND.memory)
+    assert set(found.assumptions) == {*PARTS, "idle", "text"} == set(plain.assumptions)
+    assert "BF16" in plain.assumptions["products"] and "e4m3" in found.assumptions["products"]
 
 
 def test_other_devices_and_gpus_are_refused(stream, on_paper):

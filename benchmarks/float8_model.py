@@ -1,0 +1,68 @@
+"""Where a linear layer in 8 bits is faster than in BF16, its rounding included (predicted).
+
+    python -m benchmarks.float8_model
+
+Rates are those of `aapt bench stream --predict`: the larger of arithmetic and of moving each tensor
+once. Rounding the input is a launch of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from aapt.evaluate.breakdown import GPUS, Gpu
+
+LAYERS = {"qkv": (3, 1), "out": (1, 1), "up": (4, 1), "down": (1, 4)}  # outputs, inputs: in widths
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product of `rows` tokens: (rows, inputs) x (inputs, outputs)."""
+
+    rows: int
+    outputs: int
+    inputs: int
+
+    def seconds(self, gpu: Gpu) -> float:
+        """In BF16."""
+        return self._product(gpu.products, gpu.memory, 2)
+
+    def float8_seconds(self, gpu: Gpu) -> float:
+        """In e4m3, with the launch that rounds the input."""
+        rounding = self.rows * self.inputs * (2 + 1 + 4 / 128) / gpu.memory + gpu.gap
+        return self._product(gpu.float8_products, gpu.memory, 1) + rounding
+
+    def _product(self, rate: float, memory: float, size: int) -> float:
+        """size: bytes of a weight or input; the result is BF16."""
+        moved = size * self.inputs * (self.rows + self.outputs) + 2 * self.rows * self.outputs
+        return max(2 * self.rows * self.outputs * self.inputs / rate, moved / memory)
+
+
+MODELS = {  # tokens of a step, width
+    "aapt-8b, 1280x720": (3600, 3072),
+    "aapt-8b, 736x416": (1196, 3072),
+    "aapt-8b, 1280x720 on 8 GPUs": (450, 3072),
+    "aapt-2b, 1280x720": (3600, 2048),
+    "aapt-2b, 736x416": (1196, 2048),
+    "Wan 1.3B, 832x480": (1560, 1536),
+    "tiny-world": (40, 192),
+}
+
+
+def rows(gpu: Gpu) -> Iterator[tuple[str, str, float, float]]:
+    """Yield model, layer, and microseconds of one layer in BF16 and in e4m3."""
+    for model, (tokens, width) in MODELS.items():
+        for layer, (outputs, inputs) in LAYERS.items():
+            shape = Shape(tokens, outputs * width, inputs * width)
+            yield model, layer, 1e6 * shape.seconds(gpu), 1e6 * shape.float8_seconds(gpu)
+
+
+def main() -> None:
+    for name, gpu in GPUS.items():
+        print(f"{name}, microseconds: BF16, e4m3 with rounding, ratio")
+        for model, layer, plain, rounded in rows(gpu):
+            ratio = plain / rounded
+            print(f"  {model:<28} {layer:<5} {plain:8.1f} {rounded:8.1f} {ratio:6.2f}")
+
+
+if __name__ == "__main__":
+    main()

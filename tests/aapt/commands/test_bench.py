@@ -1,0 +1,51 @@
+"""`aapt bench` with presets, in 8 bits, and of methods; `aapt quantise`."""
+
+import json
+
+from .test_commands import run
+
+
+def test_bench_stream_takes_presets(capsys):
+    assert run("bench", "stream", "--model", "aapt-2b", "--predict", "h100") == 0
+    assert "aapt-2b: 1280 x 720, bfloat16" in capsys.readouterr().out
+    assert run("bench", "stream", "--model", "aapt-small", "--size", "32x32", "--steps", 1) == 0
+    assert "aapt-small: 32 x 32, float32 on cpu" in capsys.readouterr().out
+
+
+def test_quantise_and_its_bench(tmp_path, capsys):
+    out = tmp_path / "tiny-fp8"
+    assert run("quantise", "--out", out) == 0
+    table = capsys.readouterr().out
+    assert "rounded      45 layers, 5.0 M weights\n" in table and "worst layer" in table
+    assert run("info", "--model", out) == 0
+    assert "model 5.70 M" in capsys.readouterr().out
+    assert run("bench", "stream", "--model", out, "--steps", 1) == 0
+    assert run("bench", "stream", "--steps", 1, "--fp8") == 0
+    capsys.readouterr()
+    assert run("quantise", out, "--out", tmp_path / "again") == 2
+    assert "source: expected a checkpoint in its own precision" in capsys.readouterr().err
+
+
+def test_bench_says_what_a_prediction_assumes(capsys):
+    options = ("--model", "aapt-8b", "--size", "1280x720", "--breakdown", "--predict", "h100")
+    assert run("bench", "stream", *options, "--fp8") == 0
+    table = capsys.readouterr().out
+    assert "1280 x 720, bfloat16 with linear layers and attention in e4m3\n" in table
+    assert "; assumed 1200 TFLOP/s in e4m3 through cuBLASLt, scales of 128\n" in table
+    assert "; assumed 1000 TFLOP/s by an FP8 kernel" in table
+    assert "rounding to e4m3 in launches of its own\n" in table
+
+
+def test_bench_methods(capsys):
+    assert run("bench", "methods", "--model", "tiny-world", "--rounds", 1) == 0
+    table = capsys.readouterr().out
+    assert "tiny-world: 128 x 80\n" in table and "measured on cpu, 1 rounds" in table
+    assert "OmniDreams" in table and "Left out or not said:" in table
+    assert run("bench", "methods", "--predict", "h200", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"] == "aapt-small" and facts["how"] == "predicted for h200"
+    ratios = {row["name"]: row["ratio"] for row in facts["methods"]}
+    assert ratios["AAPT"] == 1 < ratios["one-step diffusion forcing"] < 2.2
+    assert facts["published"][0]["source"] == "arXiv 2506.09350, Table 4"
+    assert run("bench", "methods", "--predict", "h200", "--device", "cuda") == 2
+    assert "device: expected none with --predict" in capsys.readouterr().err
