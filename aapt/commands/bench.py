@@ -13,6 +13,7 @@ import typer
 
 from .bench_methods import bench_methods
 from .shared import (
+    MAX_GPUS,
     MODEL,
     Device,
     Dtype,
@@ -27,7 +28,7 @@ from .shared import (
     prompt_of,
     table,
 )
-from .sized import Fp8, load_to_predict, load_to_time
+from .sized import Fp8, load_to_predict, load_to_time, ranks_of_torchrun
 
 bench = typer.Typer(help="Measure speed on this machine.")
 bench.command("methods")(bench_methods)
@@ -50,6 +51,15 @@ def bench_stream(
         ),
     ] = None,
     fp8: Fp8 = False,
+    context: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=MAX_GPUS,
+            help="GPUs that share each frame, under torchrun; with --predict on paper.",
+        ),
+    ] = 1,
     graph: Annotated[
         Path | None,
         typer.Option(metavar="FILE.dot", help="On a GPU: also write the captured step."),
@@ -75,6 +85,8 @@ def bench_stream(
       aapt bench stream --model aapt-2b --predict h100
       aapt bench stream --model aapt-8b --size 1280x720 --predict h100 --fp8
       aapt bench stream --device cuda --graph step.dot
+      torchrun --nproc-per-node 8 -m aapt bench stream --model aapt-8b --size 1280x720 \\
+        --context 8
     """
     import numpy as np
     import torch
@@ -90,17 +102,25 @@ def bench_stream(
     if predict:
         generator = load_to_predict(model, size, fp8, device=device, dtype=dtype, graph=graph)
         with bad_input():
-            predicted = parts.predict_parts(generator, predict, fp8).as_json()
+            predicted = parts.predict_parts(generator, predict, fp8, context).as_json()
         precision = "bfloat16 with linear layers and attention in e4m3" if fp8 else "bfloat16"
+        precision += f", {context} GPUs" if context > 1 else ""
         shown = f"{model}: {generator.width} x {generator.height}, {precision}"
         if as_json:
             print(json.dumps({"model": shown, "breakdown": predicted}, indent=2))
         else:
             table([("model", shown), *breakdown_rows(predicted)])
         return
+    parallel = None
+    if context > 1:
+        parallel = ranks_of_torchrun(context, device=device, breakdown=breakdown, graph=graph)
+        device = str(parallel.device)
     started = time.perf_counter()
     generator = load_to_time(model, device, dtype, size, fp8)
     load_seconds = time.perf_counter() - started
+    if parallel:
+        with bad_input():
+            generator.share_tokens(parallel.context)
     first_frame = None
     if model in PRESETS:
         first_frame = np.zeros((generator.height, generator.width, 3), np.uint8)
@@ -120,7 +140,13 @@ def bench_stream(
                     stream.step(control)
                 extras["breakdown"] = parts.measure_parts(stream, control, steps).as_json()
     result = speed.bench_stream(generator, first_frame, prompt, steps)
-    facts = {"model": model, "load_seconds": load_seconds, **result, **extras, **environment()}
+    if parallel:
+        parallel.wait()
+        parallel.close()
+        if not parallel.main:
+            return
+    facts = {"model": model, "context": context, "load_seconds": load_seconds}
+    facts |= {**result, **extras, **environment()}
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -129,7 +155,7 @@ def bench_stream(
         (
             "model",
             f"{model}: {result['width']} x {result['height']}, {result['dtype']} on "
-            f"{result['device']}",
+            f"{result['device']}" + (f" and {context - 1} others" if context > 1 else ""),
         ),
         ("first frames", f"{first['cold']:.0f} ms cold, {first['warm']:.0f} ms warm"),
         ("step", f"p50 {step['p50']:.1f} ms, p99 {step['p99']:.1f} ms, max {step['max']:.1f} ms"),

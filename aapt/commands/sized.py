@@ -1,5 +1,6 @@
 """Models that commands measure or predict: checkpoints, and presets with random weights."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -53,3 +54,23 @@ def load_to_predict(model: str, size: str | None, fp8: bool, **given):
     if fp8:
         quantise_blocks(generator.model.transformer)
     return generator
+
+
+def ranks_of_torchrun(context: int, **given):
+    """Join the ranks that torchrun has started, `context` to a frame.
+
+    given: options that a rank does not take, because it has a GPU of its own and prints one figure.
+    InputError for one with a value, and for another number of ranks.
+    """
+    from ..runs.parallel import Parallel
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    with bad_input():
+        for name in (name for name, value in given.items() if value):
+            raise ValueError(f"{name}: expected none with --context, got one; leave it away")
+        if world % context:
+            raise ValueError(
+                f"context: expected a divisor of the {world} ranks, got {context}; start with "
+                f"torchrun --nproc-per-node {context} -m aapt bench stream --context {context}"
+            )
+        return Parallel.from_environment(context)

@@ -6,7 +6,7 @@ and takes the larger of arithmetic and memory traffic.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..model.ulysses import Ulysses
 from ..streaming.generator import Stream, StreamingGenerator
 from ..streaming.memory import StreamMemory
 from ..vae.cost import Work, decoder_work
@@ -36,7 +37,8 @@ PARTS = ("condition", "noise", "patchify", "products", "attention", "fused", "de
 @dataclass(frozen=True)
 class Gpu:
     """Rates that a kernel of a step reaches, per second; `gap`: seconds between two kernels of a
-    graph; `link`: bytes per second to the host.
+    graph; `link`: bytes per second to the host; `peers`: bytes per second that one GPU sends to the
+    others of its machine, `exchange`: seconds before the first arrive.
 
     Nothing here was measured on a step: benchmarks/decoder_model.py, schedule_model.py and
     training_model.py say where the numbers come from.
@@ -50,6 +52,8 @@ class Gpu:
     float8_attention: float = 1000e12
     link: float = 25e9
     gap: float = 2e-6
+    peers: float = 300e9
+    exchange: float = 20e-6
 
 
 GPUS = {
@@ -87,6 +91,27 @@ class Breakdown:
     def as_json(self) -> dict[str, Any]:
         """Return the fields, and the sum of the parts."""
         return asdict(self) | {"sum_of_parts": sum(self.parts.values())}
+
+
+class PaperRanks(Ulysses):
+    """The first of `size` ranks that share a clip, alone: exchanges are counted, nothing is sent.
+
+    For tensors on the meta device.
+
+    Attributes:
+        sent: Bytes that this rank has sent to others.
+        exchanges: Number of exchanges.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.sent, self.exchanges = size, 0, 0
+
+    def _exchange(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])  # as when it is sent
+        self.sent += flat.nbytes - pieces[self.rank].nbytes
+        self.exchanges += 1
+        return [flat.new_empty(shape) for shape in shapes]
 
 
 class Parts(TorchDispatchMode):
@@ -202,14 +227,18 @@ def measure_parts(stream: Stream, control: Any, steps: int) -> Breakdown:
 
 
 def predict_parts(
-    generator: StreamingGenerator, name: str, float8_attention: bool = False
+    generator: StreamingGenerator, name: str, float8_attention: bool = False, ranks: int = 1
 ) -> Breakdown:
     """Predict the parts of a step on a GPU, full ring, from the operations that the model runs.
 
     generator: on the meta device, in the precision of the GPU; name: of GPUS. float8_attention:
-    attention at the rate of e4m3, whatever the cache has. ValueError for another GPU.
+    attention at the rate of e4m3, whatever the cache has. ranks: GPUs that share the tokens from
+    now on; a part "exchange" is then added. ValueError for another GPU, and for ranks that do not
+    divide the heads.
     """
     gpu, model, vae = gpu_named(name, float8_attention), generator.model, generator.vae
+    paper = PaperRanks(ranks)
+    generator.share_tokens(paper)
     memory = StreamMemory(model, vae, generator.latent_size)
     of_text, parts = (Parts(model.transformer, predicted_on(gpu)) for _ in range(2))
     config = model.config
@@ -219,6 +248,7 @@ def predict_parts(
         with of_text, of_text.phase(GENERATE):
             memory.rollout.set_text(text, lens)
         memory.phase = parts.phase
+        paper.sent = paper.exchanges = 0
         with parts:
             memory._run("steady")
     works = decoder_work(vae.config, generator.height, generator.width)
@@ -226,6 +256,8 @@ def predict_parts(
         "decode": decode_seconds(works, gpu),
         "copy": 3 * generator.frames_per_step * generator.height * generator.width / gpu.link,
     }
+    if ranks > 1:
+        seconds["exchange"] = paper.sent / gpu.peers + paper.exchanges * gpu.exchange
     idle = gpu.gap * (parts.kernels + len(works))
     step = sum(seconds.values()) - seconds["copy"] + idle
     changed = sum(of_text.seconds.values()) + gpu.gap * of_text.kernels
@@ -233,7 +265,13 @@ def predict_parts(
         f"predicted for {name}", seconds, step, idle, changed, generator, parts.kernels
     )
     scaled = any(x.dtype == torch.float8_e4m3fn for x in model.transformer.buffers())
-    return replace(predicted, assumptions=assumptions(gpu, scaled, float8_attention))
+    assumed = assumptions(gpu, scaled, float8_attention)
+    if ranks > 1:
+        assumed["exchange"] = (
+            f"{paper.exchanges} exchanges that hide behind nothing, {gpu.peers / 1e9:.0f} GB/s to "
+            f"{ranks - 1} others after {1e6 * gpu.exchange:.0f} us"
+        )
+    return replace(predicted, assumptions=assumed)
 
 
 def gpu_named(name: str, float8_attention: bool = False) -> Gpu:

@@ -30,9 +30,11 @@ def random_generator(
     with torch.device("meta"):
         model = WorldModel(PRESETS[name](), None).to(dtype)
     model.to_empty(device=device)  # whole in the wanted precision, as 8 B weights have to be
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(std=DEVIATION)
+    if device.type != "meta":
+        numbers = torch.Generator(device).manual_seed(0)  # equal on ranks that share a stream
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.normal_(std=DEVIATION, generator=numbers)
     height, width = size or SIZES[name]
     return StreamingGenerator(
         model, random_vae(_light(name), device, dtype), height=height, width=width

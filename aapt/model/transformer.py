@@ -314,6 +314,22 @@ class VideoTransformer(nn.Module):
         return self.unpatchify(video, constants.out_modulation, x.shape[2:])
 
 
+def share_tokens(model: nn.Module, context: Ulysses) -> None:
+    """Splits the tokens of every transformer in `model` over ranks, for training and streaming.
+
+    Caches made before have other heads. ValueError unless the number of ranks divides the heads.
+    """
+    for module in model.modules():
+        if isinstance(module, VideoTransformer) and module.config.heads % context.size:
+            raise ValueError(
+                f"context: expected a divisor of the model's {module.config.heads} heads, "
+                f"got {context.size}"
+            )
+    for module in model.modules():
+        if isinstance(getattr(module, "context", None), Ulysses):
+            module.context = context
+
+
 def velocity(config: ModelConfig, output: Tensor, x_t: Tensor, recycled: Tensor | None) -> Tensor:
     """Returns v = e - x_0 from the network's output (docs/method.md#2, `residual_head`: #12)."""
     return x_t - recycled - output if config.residual_head else output

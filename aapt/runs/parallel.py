@@ -35,7 +35,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from ..model.transformer import VideoTransformer
+from ..model.transformer import VideoTransformer, share_tokens
 from ..model.ulysses import Ulysses
 
 # Methods called besides `forward`, for which parameters must be gathered too.
@@ -123,15 +123,7 @@ class Parallel:
 
         It serves training and streaming. ValueError unless the size of the group divides the heads.
         """
-        for module in model.modules():
-            if isinstance(module, VideoTransformer) and module.config.heads % self.context.size:
-                raise ValueError(
-                    f"context: expected a divisor of the model's {module.config.heads} heads, "
-                    f"got {self.context.size}"
-                )
-        for module in model.modules():
-            if isinstance(getattr(module, "context", None), Ulysses):
-                module.context = self.context
+        share_tokens(model, self.context)
 
     def shard(self, model: nn.Module, keep_gathered: bool = False) -> None:
         """Shard a model's parameters over all ranks, and its tokens over the context group.

@@ -31,6 +31,8 @@ from ..model.config import (
     sampling_config,
 )
 from ..model.float8 import quantise_blocks
+from ..model.transformer import share_tokens
+from ..model.ulysses import Ulysses
 from ..model.umt5 import UMT5TextEncoder, UMT5Weights
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
@@ -168,6 +170,18 @@ class StreamingGenerator:
         if "text" in config:
             generator.read_text(folder / config["text"], text_device)
         return generator
+
+    def share_tokens(self, context: Ulysses) -> None:
+        """Shares the transformer's work on every frame among the ranks of a group
+        (docs/method.md#11).
+
+        Every rank has all weights, and opens and steps the streams that the others do, with equal
+        images, prompts, seeds and controls. Each returns all frames, since each decodes for itself.
+        Streams that were opened before are no longer stepped. ValueError unless the number of ranks
+        divides the heads.
+        """
+        share_tokens(self.model, context)
+        self._idle.clear()
 
     def read_text(self, source: str | Path, text_device: torch.device | str | None = None) -> None:
         """Reads prompts with the UMT5 of a folder (`aapt.model.umt5`) from now on.

@@ -1,7 +1,10 @@
 """`aapt bench` with presets, in 8 bits, and of methods; `aapt quantise`."""
 
 import json
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
+from ..runs import ranks
 from .test_commands import run
 
 
@@ -49,3 +52,34 @@ def test_bench_methods(capsys):
     assert facts["published"][0]["source"] == "arXiv 2506.09350, Table 4"
     assert run("bench", "methods", "--predict", "h200", "--device", "cuda") == 2
     assert "device: expected none with --predict" in capsys.readouterr().err
+
+
+def bench_on_a_rank(context: int) -> tuple[int, str, str]:
+    """Return the exit code of a small stream over `context` ranks, and what it printed."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        options = ("--model", "aapt-small", "--size", "32x32", "--steps", 1, "--json")
+        code = run("bench", "stream", *options, "--context", context)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_bench_stream_over_two_ranks():
+    (code, printed, _), other = ranks.run(2, bench_on_a_rank, 2)
+    assert code == 0 and other == (0, "", "")
+    facts = json.loads(printed)
+    assert facts["context"] == 2 and facts["steps"] == 1 and facts["fps"] > 0
+
+
+def test_ranks_have_to_be_started(capsys):
+    assert run("bench", "stream", "--context", 2) == 2
+    assert capsys.readouterr().err == (
+        "aapt: context: expected a divisor of the 1 ranks, got 2; start with torchrun "
+        "--nproc-per-node 2 -m aapt bench stream --context 2\n"
+    )
+    assert run("bench", "stream", "--context", 2, "--breakdown") == 2
+    assert "breakdown: expected none with --context" in capsys.readouterr().err
+    assert run("bench", "stream", "--predict", "h100", "--context", 2) == 2  # it has 3 heads
+    assert "context: expected a divisor of the model's 3 heads, got 2" in capsys.readouterr().err
+    options = ("--model", "aapt-8b", "--size", "1280x720", "--predict", "h100", "--context", 8)
+    assert run("bench", "stream", *options) == 0
+    table = capsys.readouterr().out
+    assert "bfloat16, 8 GPUs\n" in table and "assumed 73 exchanges that hide behind" in table

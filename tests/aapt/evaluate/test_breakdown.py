@@ -159,6 +159,25 @@ def test_products_in_8_bits_are_predicted_as_they_run(monkeypatch):
     assert "BF16" in plain.assumptions["products"] and "e4m3" in found.assumptions["products"]
 
 
+def test_ranks_divide_products_and_attention_and_exchange_the_rest(monkeypatch):
+    """Two GPUs: half the tokens in products, half the heads in attention, two exchanges a block."""
+    monkeypatch.setitem(GPUS, "round", ROUND)
+    one, two = (
+        predict_parts(random_generator("aapt-small", "meta", torch.bfloat16), "round", ranks=ranks)
+        for ranks in (1, 2)
+    )
+    for part in ("products", "attention"):
+        assert two.parts[part] == pytest.approx(one.parts[part] / 2), part
+    assert two.parts["decode"] == one.parts["decode"] and "exchange" not in one.parts
+    # Of a rank's 80 tokens: q, k and v, then what was attended to; last 64 numbers of all tokens
+    sent = 4 * 2 * 80 * (3 * 128 + 128) + 2 * 80 * 64
+    expected = sent / ROUND.peers + (2 * 4 + 1) * ROUND.exchange
+    assert two.parts["exchange"] == pytest.approx(1e3 * expected)
+    assert "9 exchanges" in two.assumptions["exchange"]
+    with pytest.raises(ValueError, match="^context: expected a divisor of the model's 2 heads, "):
+        predict_parts(random_generator("aapt-small", "meta", torch.bfloat16), "round", ranks=3)
+
+
 def test_other_devices_and_gpus_are_refused(stream, on_paper):
     with pytest.raises(ValueError, match="^predict: expected one of h100, h200, got h300$"):
         predict_parts(on_paper, "h300")
