@@ -20,12 +20,16 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
 
 def merge(parts: list[Part]) -> Part:
     """Merge parts that saw disjoint keys into one attention."""
-    if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([lse for _, lse in parts])
-    weights = lses.softmax(0)[..., None]
-    out = sum(weight * out for weight, (out, _) in zip(weights, parts, strict=True))
-    return out, lses.logsumexp(0)
+    (out, lse), *others = parts
+    if not others:
+        return out, lse
+    for _, other in others:
+        lse = torch.logaddexp(lse, other)
+    weights = [(each - lse).exp_()[..., None] for _, each in parts]
+    out = out * weights[0]
+    for (other, _), weight in zip(others, weights[1:], strict=True):
+        out.addcmul_(other, weight)
+    return out, lse
 
 
 def attend(q, k, v, intervals, q_sink, sink, scale) -> Part:
