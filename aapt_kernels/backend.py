@@ -194,6 +194,11 @@ def kernels_of(device: torch.device):
     return getattr(torch.ops, SM90["sim"]) if device.type == "cpu" and _forced == "sim" else None
 
 
+def may_run_kernels(device: torch.device) -> bool:
+    """Return whether calls on tensors of this device may reach a hand-written or Triton kernel."""
+    return device.type != "cpu" or _forced in ("sim", "triton")
+
+
 def obstacle(op: str, name: str, device: torch.device | str) -> str | None:
     """Return why this backend cannot run this op on this device, None if it can."""
     device = torch.device(device)

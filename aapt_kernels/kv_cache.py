@@ -20,7 +20,7 @@ import copy
 import torch
 from torch import Tensor
 
-from .backend import deferred, kernels_of, obstacle
+from .backend import deferred, kernels_of, may_run_kernels, obstacle
 from .checks import FLOATS, check_dense_rows, check_device, check_dtype, check_integer, check_shape
 from .precision import as_bits, dequantise, quantise
 
@@ -131,8 +131,10 @@ class KVCache:
             return make(self.k[0], *sizes)
 
     def ready_workspace(self) -> Tensor | None:
-        """Return `workspace`, made now if a clone has none yet."""
-        if self.workspace is None and not torch.compiler.is_compiling():
+        """Return `workspace`, made now if a clone has none yet and a kernel may ask for it."""
+        if self.workspace is not None or not may_run_kernels(self.k.device):
+            return self.workspace
+        if not torch.compiler.is_compiling():
             self.workspace = self._new_workspace()
         return self.workspace
 

@@ -7,29 +7,8 @@ q_sink takes three calls, whose results are merged by their log-sum-exp.
 import torch
 from torch import Tensor
 
+from ..flash import Part, flash, merge
 from ..precision import dense, dequantise
-
-Part = tuple[Tensor, Tensor]  # out (B, H, L, D), lse (B, H, L)
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
-    """Attend with q, k and v (B, L, H, D)."""
-    return FLASH(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-
-
-def merge(parts: list[Part]) -> Part:
-    """Merge parts that saw disjoint keys into one attention."""
-    (out, lse), *others = parts
-    if not others:
-        return out, lse
-    for _, other in others:
-        lse = torch.logaddexp(lse, other)
-    weights = [(each - lse).exp_()[..., None] for _, each in parts]
-    out = out * weights[0]
-    for (other, _), weight in zip(others, weights[1:], strict=True):
-        out.addcmul_(other, weight)
-    return out, lse
 
 
 def attend(q, k, v, intervals, q_sink, sink, scale) -> Part:
