@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from ..placement import named_dtype
 from .shared import (
     MAX_THREADS,
     MODEL,
@@ -21,7 +22,6 @@ from .shared import (
     check_seconds,
     ctrl_c,
     load,
-    named_dtype,
     say,
     table,
 )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..placement import placement
 from .shared import (
     Device,
     Dtype,
@@ -19,7 +20,6 @@ from .shared import (
     check_inputs,
     check_out_folder,
     check_seconds,
-    placement,
     printed_at_once,
     reason,
     say,

@@ -484,14 +484,11 @@ class Stream:
     def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
         """Runs each part of the steps made inside in the context `phase(name)`.
 
-        Parts are condition, noise, generate, decode and copy; on a CUDA device, where a step is
-        one graph, copy alone.
+        Parts are condition, noise, generate, decode and copy. On a CUDA device the operations of
+        these steps are launched one by one, not as a graph.
         """
-        before, self._memory.phase = self._memory.phase, phase
-        try:
+        with self._memory.watched(phase):
             yield
-        finally:
-            self._memory.phase = before
 
     def __enter__(self) -> "Stream":
         return self

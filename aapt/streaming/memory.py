@@ -1,7 +1,7 @@
 """The tensors of one stream at fixed addresses, and its step captured over them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -115,6 +115,17 @@ class StreamMemory:
         past = self.rollout.past.bytes if self.rollout.past else 0
         tensors += self.rollout.constants_bytes
         return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
+
+    @contextmanager
+    def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
+        """Runs the steps made inside without a graph, each part in the context `phase(name)`."""
+        before = self.phase, self._runs
+        self.phase = phase
+        self._runs = {name: partial(self._run, name) for name in self.chunks}
+        try:
+            yield
+        finally:
+            self.phase, self._runs = before
 
     @torch.no_grad()
     def start(
@@ -301,6 +312,17 @@ class FewStepMemory(StreamMemory):
         text = latent.new_zeros((1, config.text_tokens, config.text_width))
         lens = torch.ones(1, dtype=torch.int64, device=latent.device)
         return FewStepRollout(self.model.transformer, text, lens, self.size, self.sampling)
+
+    @contextmanager
+    def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
+        """Runs the steps made inside without a graph, each part in the context `phase(name)`."""
+        before = self.phase, self._runs
+        self.phase = phase
+        self._runs = {name: partial(self._run, name) for name in self.chunks}
+        try:
+            yield
+        finally:
+            self.phase, self._runs = before
 
     @torch.no_grad()
     def start(
