@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..model.config import FewStepConfig, SamplingConfig
 
 
-def shifted(steps: tuple[int, ...], shift: float) -> tuple[float, ...]:
+def shifted(steps: tuple[float, ...], shift: float) -> tuple[float, ...]:
     """Return the times of steps in thousandths, u = step / 1000, under a timestep shift:
     shift u / (1 + (shift - 1) u), which their configurations call warped."""
     units = [step / 1000 for step in steps]
@@ -13,6 +13,7 @@ def shifted(steps: tuple[int, ...], shift: float) -> tuple[float, ...]:
 
 
 FOUR_STEPS = shifted((1000, 750, 500, 250), 5.0)
+FOUR_STEPS_UNIPC = shifted((999, 749.25, 499.5, 249.75), 5.0)  # Wan's UniPC begins at 999
 APACHE = "Apache-2.0"
 NON_COMMERCIAL = "CC-BY-NC-SA-4.0: no commercial use, and what is made from them stays so"
 
@@ -132,5 +133,18 @@ KINDS = {
         window_frames=8,  # 12 frames with the sink and the newest one
         sink_frames=3,
         lora_alpha=256,
+    ),
+    "longlive-2-5b": Kind(
+        "Efficient-Large-Model/LongLive-2.0-5B model_bf16.pt",
+        "github.com/NVlabs/LongLive at 7860ad9, configs/inference.yaml",
+        APACHE,
+        FewStepConfig(FOUR_STEPS_UNIPC, solver="unipc"),
+        chunk=8,
+        window_frames=23,  # 32 frames with the sink and the newest one
+        sink_frames=8,
+        height=704,
+        width=1280,
+        fps=24,
+        lora_alpha=128,
     ),
 }

@@ -9,24 +9,28 @@ import torch
 from torch import Tensor
 
 from ..model.config import FewStepConfig, ModelConfig
-from ..model.flow import interpolate
 from ..model.transformer import StepConstants, VideoTransformer, clean
+from .solvers import NewNoise, UniPC
 from .student import Past
+
+SOLVERS = {"noise": NewNoise, "unipc": UniPC}
 
 
 class Moment(NamedTuple):
-    """A time of a schedule, (B,) float64, and the constants of every pass at that time."""
+    """A time of a schedule, (B,) float64, the time that the network is told, and the constants of
+    every pass at that time."""
 
     time: Tensor
+    told: Tensor
     constants: StepConstants
 
 
 class FewStepRollout:
     """A batch of streams of latents of `size` = (height, width), rolled out chunk after chunk.
 
-    A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, which
-    is mixed with new noise for the next time, and writes its keys and values over those of the pass
-    before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
+    A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, from
+    which the solver makes the chunk at the next time, and writes its keys and values over those of
+    the pass before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
 
     Args:
         text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,).
@@ -53,7 +57,9 @@ class FewStepRollout:
 
         def at(time: float) -> Moment:
             t = torch.full((len(text),), time, dtype=torch.float64, device=like.device)
-            return Moment(t, model.step_constants(t, size))
+            # The published sampler of UniPC cuts the network's time to whole thousandths
+            told = (1000 * t).floor() / 1000 if sampling.solver == "unipc" else t
+            return Moment(t, told, model.step_constants(told, size))
 
         self.times = [at(time) for time in sampling.times]
         self.opening_times = [at(time) for time in sampling.opening_times]
@@ -85,7 +91,7 @@ class FewStepRollout:
         are then counted from the start of that window, see `StudentRollout.set_text`.
         """
         for moment in self._moments():  # weights may be others than those of the stream before
-            moment.constants.copy_(self.model.step_constants(moment.time, self.size))
+            moment.constants.copy_(self.model.step_constants(moment.told, self.size))
         for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.time)):
             self.cache.write_text(layer, *pair)
         if self.past:
@@ -103,19 +109,19 @@ class FewStepRollout:
     @torch.no_grad()
     def append(self, latent: Tensor, condition: Tensor | None) -> None:
         """The tensor operations of `give`, which a CUDA graph can hold."""
-        time, constants = self.start
-        self.model.step(latent, None, condition, time, self.cache, constants)
+        _, told, constants = self.start
+        self.model.step(latent, None, condition, told, self.cache, constants)
 
     @torch.no_grad()
     def step(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), one draw for each
-        time: of `opening_times` for the first chunk that is made, then of `times`. ValueError for
-        another number of draws."""
+        """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), in passes at
+        `opening_times` for the first chunk that is made, then at `times`. ValueError unless there
+        are `FewStepConfig.draws`."""
         opening = self.chunks == 0
-        draws = len(self.opening_times if opening else self.times)
+        draws = self.sampling.draws(opening)
         if len(noise) != draws:
             raise ValueError(
-                f"noise: expected {draws} draws, one for each time of this chunk, got {len(noise)}"
+                f"noise: expected {draws} draws, as this chunk takes them, got {len(noise)}"
             )
         latent = self.infer(noise, condition, opening)
         if self.past is not None:
@@ -127,24 +133,26 @@ class FewStepRollout:
     def infer(self, noise: Tensor, condition: Tensor | None, opening: bool) -> Tensor:
         """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
         next chunk is returned."""
-        times = self.opening_times if opening else self.times
-        model, last, x = self.model, len(times) - 1, noise[0]
-        for index, (time, constants) in enumerate(times):
+        sampling, model, x = self.sampling, self.model, noise[0]
+        times = sampling.opening_times if opening else sampling.times
+        moments = self.opening_times if opening else self.times
+        solver, last = SOLVERS[sampling.solver](times, noise), len(times) - 1
+        for index, (time, told, constants) in enumerate(moments):
             stays = index == last and self.refresh is None
-            output = model.step(x, None, condition, time, self.cache, constants, advance=stays)
+            output = model.step(x, None, condition, told, self.cache, constants, advance=stays)
             latent = clean(model.config, output, x, None, time)
             if index < last:
-                x = interpolate(latent, noise[index + 1], times[index + 1].time).to(noise.dtype)
+                x = solver.next(latent).to(noise.dtype)
         latent = latent.to(noise.dtype)
         if self.refresh is not None:
-            time, constants = self.refresh
-            model.step(latent, None, condition, time, self.cache, constants)
+            _, told, constants = self.refresh
+            model.step(latent, None, condition, told, self.cache, constants)
         return latent
 
     def inputs(self, latent: Tensor, condition: Tensor | None, given: bool = False) -> tuple:
         """Returns the inputs of the pass whose keys and values stay: over a clean chunk that was
         made, or `given`."""
-        return latent, None, condition, (self.start if given else self.refresh).time
+        return latent, None, condition, (self.start if given else self.refresh).told
 
     def _moments(self) -> list[Moment]:
         moments = [*self.times, *self.opening_times, self.start]

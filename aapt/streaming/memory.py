@@ -287,11 +287,11 @@ class FewStepMemory(StreamMemory):
         super().__init__(model, vae, size)
 
     def _new_chunks(self, vae: CausalVAE) -> dict[str, Chunk]:
-        config, draws = self.model.config, len(self.sampling.opening_times)
+        config, draws = self.model.config, self.sampling.draws
         sizes = {
-            "steady": (len(self.sampling.times), config.chunk),
-            "opening": (draws, config.opening_frames),
-            "second": (draws, config.chunk),
+            "steady": (draws(opening=False), config.chunk),
+            "opening": (draws(opening=True), config.opening_frames),
+            "second": (draws(opening=True), config.chunk),
         }
         return {name: Chunk(self.model, vae, self.size, *each) for name, each in sizes.items()}
 

@@ -74,8 +74,8 @@ def _roll_out_chunks(
     rollout.give(first)
     yield first
     for number, start in enumerate(range(1, steps + 1, config.chunk)):
-        times = sampling.times if number else sampling.opening_times
-        shape = (len(times), 1, first.shape[1], config.chunk, *first.shape[-2:])
+        draws = sampling.draws(opening=number == 0)
+        shape = (draws, 1, first.shape[1], config.chunk, *first.shape[-2:])
         streams = range(seed << 20, (seed << 20) + len(first))
         noise = torch.cat([Noise(i, shape, first.device)(number) for i in streams], dim=1)
         latent = rollout.step(noise.to(first), condition(start))

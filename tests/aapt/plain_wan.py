@@ -15,6 +15,8 @@ from torch import Tensor
 
 from aapt.model.wan import WanTransformer
 
+from .plain_unipc import told, unipc
+
 
 def float_of(x: Tensor) -> Tensor:
     """Wan computes norms and modulation in float32 at least."""
@@ -134,6 +136,17 @@ class PlainWan:
         """Ends a step: its frames are part of the past."""
         for known, pairs in zip(self.keys, made, strict=True):
             known.extend(pairs)
+
+    def unipc_chunk(self, noise: Tensor, times: list[float]) -> Tensor:
+        """Makes a chunk from noise (B, C, n, H, W) with UniPC, refreshed at time 0."""
+
+        def estimate(x: Tensor, time: float) -> Tensor:
+            t = torch.full((len(x),), told(time), dtype=torch.float64)
+            return x - time * self.run(x, t)[0]
+
+        clean = unipc(estimate, noise, times)
+        self.keep(self.run(clean, torch.zeros(len(clean), dtype=torch.float64))[1])
+        return clean
 
     def chunk(
         self, noise: Tensor, times: list[float], refresh: float | None, *channels: Tensor

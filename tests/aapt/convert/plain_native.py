@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..plain_unipc import told, unipc
+
 HEAD_DIM, AXES = 128, (44, 42, 42)
 
 
@@ -141,6 +143,14 @@ class PlainNativeWan:
             clean = x - time * self.run(x, time)[0]
             if index + 1 < len(times):
                 x = (1 - times[index + 1]) * clean + times[index + 1] * noise[index + 1]
+        return self.keep(clean, refresh)
+
+    def unipc_chunk(self, noise: Tensor, times: tuple[float, ...], refresh: float) -> Tensor:
+        """Makes a chunk from noise (B, C, n, H, W) with UniPC, and keeps its refreshed keys."""
+        clean = unipc(lambda x, time: x - time * self.run(x, told(time))[0], noise, times)
+        return self.keep(clean, refresh)
+
+    def keep(self, clean: Tensor, refresh: float) -> Tensor:
         for known, pairs in zip(self.keys, self.run(clean, refresh)[1], strict=True):
             known.extend(pairs)
         return clean

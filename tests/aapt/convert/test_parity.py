@@ -42,11 +42,12 @@ def prompts() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def noises(kind: str, chunks: int) -> list[Tensor]:
-    """One draw for each time of each chunk."""
+    """The draws of each chunk: one for each time, or one alone for UniPC."""
     preset = KINDS[kind]
     times = [preset.sampling.opening_times, *[preset.sampling.times] * (chunks - 1)]
+    draws = [1 if preset.sampling.solver == "unipc" else len(each) for each in times]
     shape = (2, 4, preset.chunk, *SIZE)
-    return [torch.randn(len(each), *shape, dtype=torch.float64) for each in times]
+    return [torch.randn(count, *shape, dtype=torch.float64) for count in draws]
 
 
 def latents(
@@ -63,7 +64,10 @@ def plain_latents(
     plain = PlainNativeWan(weights, padded, preset.window_frames, preset.sink_frames)
     for index, noise in enumerate(drawn):
         times = preset.sampling.times if index else preset.sampling.opening_times
-        made.append(plain.chunk(noise, times, preset.sampling.refresh))
+        if preset.sampling.solver == "unipc":
+            made.append(plain.unipc_chunk(noise[0], times, preset.sampling.refresh))
+        else:
+            made.append(plain.chunk(noise, times, preset.sampling.refresh))
     return torch.cat(made, dim=2)
 
 
