@@ -214,8 +214,8 @@ class FewStepConfig:
         return self.times if self.first_times is None else self.first_times
 
     def draws(self, opening: bool) -> int:
-        """Returns the draws of noise for a chunk, `opening` the first one: one for each time, or one
-        alone for "unipc"."""
+        """Returns the number of draws of noise for a chunk: one for each time, or one in all for
+        "unipc". opening: True for the first chunk."""
         if self.solver == "unipc":
             return 1
         return len(self.opening_times if opening else self.times)

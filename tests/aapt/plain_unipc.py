@@ -17,15 +17,13 @@ def unipc(
     estimate: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], order: int = 2
 ) -> Tensor:
     """The clean x, from x at times[0]. estimate: of the clean x, from x at a time."""
-    data: list[Tensor] = []
-    for index, time in enumerate(times):
-        data.append(estimate(x, time))
-        if index == len(times) - 1:
-            return data[-1]  # a step of order 1 to time 0
-        if index:
-            x = move(last, times, data, index - 1, min(order, index), known=True)
-        last = x
-        x = move(x, times, data, index, min(order, index + 1), known=False)
+    data, corrected = [estimate(x, times[0])], x
+    for index in range(1, len(times)):
+        rank = min(order, index)
+        x = move(corrected, times, data, index - 1, rank, known=False)
+        data.append(estimate(x, times[index]))
+        corrected = move(corrected, times, data, index - 1, rank, known=True)
+    return data[-1]  # a step of order 1 to time 0
 
 
 def move(
