@@ -183,6 +183,8 @@ class FewStepConfig:
         first_times: Times for the first chunk of a stream; `times` unless given.
         refresh: Time of one more pass, over the clean chunk, whose keys and values stay in the
             cache; None if those of the last pass stay.
+        guidance: w of v = v_negative + w (v_prompt - v_negative); 1 for none. With guidance every
+            pass is over twice the batch, with the prompt and with `negative_prompt`.
     """
 
     times: tuple[float, ...]
@@ -190,10 +192,14 @@ class FewStepConfig:
     refresh: float | None = 0.0
     kind: Literal["few-step"] = "few-step"
     solver: Literal["noise", "unipc"] = "noise"
+    guidance: float = 1.0
+    negative_prompt: str = ""
 
     def __post_init__(self):
         if self.kind != "few-step":
             raise ValueError(f"kind: expected 'few-step', got {self.kind!r}")
+        if not self.guidance >= 0:
+            raise ValueError(f"guidance: expected 0 or more, got {self.guidance}")
         if self.solver not in ("noise", "unipc"):
             raise ValueError(f"solver: expected 'noise' or 'unipc', got {self.solver!r}")
         for name in ("times", "first_times"):
@@ -221,9 +227,14 @@ class FewStepConfig:
         return len(self.opening_times if opening else self.times)
 
     @property
+    def negatives(self) -> tuple[str, ...]:
+        """The prompts that follow the prompt of a clip in the batch: one with guidance."""
+        return () if self.guidance == 1 else (self.negative_prompt,)
+
+    @property
     def passes(self) -> int:
         """Forward passes (NFE) per chunk after the first."""
-        return len(self.times) + (self.refresh is not None)
+        return (1 + len(self.negatives)) * (len(self.times) + (self.refresh is not None))
 
 
 def sampling_config(given: Mapping[str, Any]) -> SamplingConfig | FewStepConfig:

@@ -17,8 +17,8 @@ SOLVERS = {"noise": NewNoise, "unipc": UniPC}
 
 
 class Moment(NamedTuple):
-    """A time of a schedule, (B,) float64, the time that the network is told, and the constants of
-    every pass at that time."""
+    """A time of a schedule, (B,) float64, the time that the network is told, for each row of its
+    batch, and the constants of every pass at that time."""
 
     time: Tensor
     told: Tensor
@@ -26,18 +26,21 @@ class Moment(NamedTuple):
 
 
 class FewStepRollout:
-    """A batch of streams of latents of `size` = (height, width), rolled out chunk after chunk.
+    """A batch of B streams of latents of `size` = (height, width), rolled out chunk after chunk.
 
     A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, from
     which the solver makes the chunk at the next time, and writes its keys and values over those of
     the pass before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
+    With guidance the network's batch and the cache have 2 B rows: a stream's own, and those under
+    the negative prompt.
 
     Args:
-        text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,).
+        text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,). With
+            guidance the B negative prompts follow.
         recache: New prompts also change the past.
 
-    ValueError for a model whose text keys depend on the time, for one with recycled channels, and
-    for `recache` without a refresh pass.
+    ValueError for a model whose text keys depend on the time, for one with recycled channels, for
+    prompts without their negative ones, and for `recache` without a refresh pass.
     """
 
     @torch.no_grad()
@@ -51,6 +54,12 @@ class FewStepRollout:
         recache: bool = False,
     ):
         check_few_step(model.config)
+        self.branches = 1 + len(sampling.negatives)
+        if len(text) % self.branches:
+            raise ValueError(
+                "text: expected as many negative prompts as prompts for guidance, got "
+                f"{len(text)} in all"
+            )
         self.model, self.sampling, self.size = model, sampling, size
         like = model.video_in.weight
         self.cache = model.new_cache(len(text), size, dtype=like.dtype)
@@ -59,7 +68,7 @@ class FewStepRollout:
             t = torch.full((len(text),), time, dtype=torch.float64, device=like.device)
             # The published sampler of UniPC cuts the network's time to whole thousandths
             told = (1000 * t).floor() / 1000 if sampling.solver == "unipc" else t
-            return Moment(t, told, model.step_constants(told, size))
+            return Moment(t[: len(t) // self.branches], told, model.step_constants(told, size))
 
         self.times = [at(time) for time in sampling.times]
         self.opening_times = [at(time) for time in sampling.opening_times]
@@ -92,7 +101,7 @@ class FewStepRollout:
         """
         for moment in self._moments():  # weights may be others than those of the stream before
             moment.constants.copy_(self.model.step_constants(moment.told, self.size))
-        for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.time)):
+        for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.told)):
             self.cache.write_text(layer, *pair)
         if self.past:
             self.cache.reset()
@@ -110,7 +119,8 @@ class FewStepRollout:
     def append(self, latent: Tensor, condition: Tensor | None) -> None:
         """The tensor operations of `give`, which a CUDA graph can hold."""
         _, told, constants = self.start
-        self.model.step(latent, None, condition, told, self.cache, constants)
+        given = self._rows(latent), None, self._rows(condition)
+        self.model.step(*given, told, self.cache, constants)
 
     @torch.no_grad()
     def step(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -134,25 +144,35 @@ class FewStepRollout:
         """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
         next chunk is returned."""
         sampling, model, x = self.sampling, self.model, noise[0]
+        driven = self._rows(condition)
         times = sampling.opening_times if opening else sampling.times
         moments = self.opening_times if opening else self.times
         solver, last = SOLVERS[sampling.solver](times, noise), len(times) - 1
         for index, (time, told, constants) in enumerate(moments):
             stays = index == last and self.refresh is None
-            output = model.step(x, None, condition, told, self.cache, constants, advance=stays)
-            latent = clean(model.config, output, x, None, time)
+            given = self._rows(x), None, driven, told
+            output = model.step(*given, self.cache, constants, advance=stays)
+            v, *negative = output.chunk(self.branches)
+            if negative:
+                v = negative[0] + sampling.guidance * (v - negative[0])
+            latent = clean(model.config, v, x, None, time)
             if index < last:
                 x = solver.next(latent).to(noise.dtype)
         latent = latent.to(noise.dtype)
         if self.refresh is not None:
             _, told, constants = self.refresh
-            model.step(latent, None, condition, told, self.cache, constants)
+            model.step(self._rows(latent), None, driven, told, self.cache, constants)
         return latent
+
+    def _rows(self, x: Tensor | None) -> Tensor | None:
+        """Returns x (B, ...) for every row of the network's batch."""
+        return x if x is None or self.branches == 1 else x.repeat(self.branches, 1, 1, 1, 1)
 
     def inputs(self, latent: Tensor, condition: Tensor | None, given: bool = False) -> tuple:
         """Returns the inputs of the pass whose keys and values stay: over a clean chunk that was
         made, or `given`."""
-        return latent, None, condition, (self.start if given else self.refresh).told
+        told = (self.start if given else self.refresh).told
+        return self._rows(latent), None, self._rows(condition), told
 
     def _moments(self) -> list[Moment]:
         moments = [*self.times, *self.opening_times, self.start]

@@ -90,7 +90,8 @@ class StreamingGenerator:
             check_few_step(config)
         elif config.chunk > 1:
             raise ValueError(
-                f"chunk: expected 1 in a model without few-step sampling, got {config.chunk}"
+                "chunk: expected 1 without few-step sampling, where each frame is made from the "
+                f"one before, got {config.chunk}; pass a FewStepConfig as sampling"
             )
 
     def _resize(self, height: int, width: int) -> None:
@@ -357,7 +358,8 @@ class Stream:
         encoder = self.generator.model.text_encoder
         if said := encoder.cut(prompt):
             warnings.warn(said, stacklevel=3)
-        return encoder([prompt])
+        negatives = self.generator.sampling.negatives if self.generator.few_step else ()
+        return encoder([prompt, *negatives])
 
     @property
     def prompt(self) -> str:

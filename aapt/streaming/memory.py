@@ -298,8 +298,9 @@ class FewStepMemory(StreamMemory):
     def _new_rollout(self) -> FewStepRollout:
         config, latent = self.model.config, self.latent
         # The rollout takes batch and dtype from a text; an encoder of text may be large
-        text = latent.new_zeros((1, config.text_tokens, config.text_width))
-        lens = torch.ones(1, dtype=torch.int64, device=latent.device)
+        rows = 1 + len(self.sampling.negatives)
+        text = latent.new_zeros((rows, config.text_tokens, config.text_width))
+        lens = torch.ones(rows, dtype=torch.int64, device=latent.device)
         return FewStepRollout(self.model.transformer, text, lens, self.size, self.sampling)
 
     @torch.no_grad()

@@ -70,6 +70,9 @@ def _roll_out_chunks(
             "first: expected a model that a picture can start, got one whose first chunk has "
             f"{config.opening_frames} frames"
         )
+    if sampling.negatives:
+        negatives = model.text_encoder(sampling.negatives * len(first))
+        text = tuple(map(torch.cat, zip(text, negatives, strict=True)))
     rollout = FewStepRollout(model.transformer, *text, first.shape[-2:], sampling)
     rollout.give(first)
     yield first
