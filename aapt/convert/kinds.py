@@ -150,9 +150,9 @@ KINDS = {
     ),
     "longlive-2-5b": Kind(
         "Efficient-Large-Model/LongLive-2.0-5B model_bf16.pt",
-        "github.com/NVlabs/LongLive at 7860ad9, configs/inference.yaml",
+        "github.com/NVlabs/LongLive at 7860ad9, configs/inference.yaml, inference_i2v.yaml",
         APACHE,
-        FewStepConfig(unipc_times(4, 5.0), solver="unipc"),
+        FewStepConfig(unipc_times(4, 5.0), solver="unipc", picture_in_chunk=True),
         chunk=8,
         window_frames=23,  # 32 frames with the sink and the newest one
         sink_frames=8,

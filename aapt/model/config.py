@@ -185,6 +185,8 @@ class FewStepConfig:
             cache; None if those of the last pass stay.
         guidance: w of v = v_negative + w (v_prompt - v_negative); 1 for none. With guidance every
             pass is over twice the batch, with the prompt and with `negative_prompt`.
+        picture_in_chunk: True if a picture is the first frame of the first chunk, at time 0 in
+            each of its passes; else a picture comes before the first chunk.
     """
 
     times: tuple[float, ...]
@@ -194,6 +196,7 @@ class FewStepConfig:
     solver: Literal["noise", "unipc"] = "noise"
     guidance: float = 1.0
     negative_prompt: str = ""
+    picture_in_chunk: bool = False
 
     def __post_init__(self):
         if self.kind != "few-step":

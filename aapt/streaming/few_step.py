@@ -17,8 +17,8 @@ SOLVERS = {"noise": NewNoise, "unipc": UniPC}
 
 
 class Moment(NamedTuple):
-    """A time of a schedule, (B,) float64, the time that the network is told, for each row of its
-    batch, and the constants of every pass at that time."""
+    """A time of a schedule, (B,) or (B, n) float64, the time that the network is told, for each row
+    of its batch, and the constants of every pass at that time."""
 
     time: Tensor
     told: Tensor
@@ -53,7 +53,7 @@ class FewStepRollout:
         sampling: FewStepConfig,
         recache: bool = False,
     ):
-        check_few_step(model.config)
+        check_few_step(model.config, sampling)
         self.branches = 1 + len(sampling.negatives)
         if len(text) % self.branches:
             raise ValueError(
@@ -64,8 +64,10 @@ class FewStepRollout:
         like = model.video_in.weight
         self.cache = model.new_cache(len(text), size, dtype=like.dtype)
 
-        def at(time: float) -> Moment:
-            t = torch.full((len(text),), time, dtype=torch.float64, device=like.device)
+        def at(time: float, *frames: int) -> Moment:
+            t = torch.full((len(text), *frames), time, dtype=torch.float64, device=like.device)
+            if frames:
+                t[:, 0] = 0  # the picture
             # The published sampler of UniPC cuts the network's time to whole thousandths
             told = (1000 * t).floor() / 1000 if sampling.solver == "unipc" else t
             return Moment(t[: len(t) // self.branches], told, model.step_constants(told, size))
@@ -73,6 +75,10 @@ class FewStepRollout:
         self.times = [at(time) for time in sampling.times]
         self.opening_times = [at(time) for time in sampling.opening_times]
         self.refresh = None if sampling.refresh is None else at(sampling.refresh)
+        self.picture_times = []
+        if sampling.picture_in_chunk:
+            frames = model.config.opening_frames
+            self.picture_times = [at(time, frames) for time in sampling.opening_times]
         self.start = at(0.0)
         self.chunks = 0  # made so far, without given ones
         self.past = self.new_past() if recache else None
@@ -123,33 +129,52 @@ class FewStepRollout:
         self.model.step(*given, told, self.cache, constants)
 
     @torch.no_grad()
-    def step(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    def step(
+        self, noise: Tensor, condition: Tensor | None = None, picture: Tensor | None = None
+    ) -> Tensor:
         """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), in passes at
-        `opening_times` for the first chunk that is made, then at `times`. ValueError unless there
-        are `FewStepConfig.draws`."""
+        `opening_times` for the first chunk that is made, then at `times`. picture: (B, C, 1, H, W),
+        the first frame of the first chunk (`FewStepConfig.picture_in_chunk`).
+
+        ValueError unless there are `FewStepConfig.draws`, and for a picture elsewhere.
+        """
         opening = self.chunks == 0
+        if picture is not None and not (opening and self.picture_times):
+            raise ValueError(
+                "picture: expected None after the first chunk, and in a model whose pictures come "
+                "before it, got a picture; `give` it"
+            )
         draws = self.sampling.draws(opening)
         if len(noise) != draws:
             raise ValueError(
                 f"noise: expected {draws} draws, as this chunk takes them, got {len(noise)}"
             )
-        latent = self.infer(noise, condition, opening)
+        latent = self.infer(noise, condition, opening, picture)
         if self.past is not None:
             self.past.append(self.inputs(latent, condition))
         self.chunks += 1
         return latent
 
     @torch.no_grad()
-    def infer(self, noise: Tensor, condition: Tensor | None, opening: bool) -> Tensor:
+    def infer(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        opening: bool,
+        picture: Tensor | None = None,
+    ) -> Tensor:
         """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
         next chunk is returned."""
         sampling, model, x = self.sampling, self.model, noise[0]
         driven = self._rows(condition)
         times = sampling.opening_times if opening else sampling.times
         moments = self.opening_times if opening else self.times
+        moments = moments if picture is None else self.picture_times
         solver, last = SOLVERS[sampling.solver](times, noise), len(times) - 1
         for index, (time, told, constants) in enumerate(moments):
             stays = index == last and self.refresh is None
+            if picture is not None:
+                x = torch.cat([picture, x[:, :, 1:]], dim=2)
             given = self._rows(x), None, driven, told
             output = model.step(*given, self.cache, constants, advance=stays)
             v, *negative = output.chunk(self.branches)
@@ -175,7 +200,7 @@ class FewStepRollout:
         return self._rows(latent), None, self._rows(condition), told
 
     def _moments(self) -> list[Moment]:
-        moments = [*self.times, *self.opening_times, self.start]
+        moments = [*self.times, *self.opening_times, *self.picture_times, self.start]
         return moments if self.refresh is None else [*moments, self.refresh]
 
     @property
@@ -184,8 +209,9 @@ class FewStepRollout:
         return sum(x.nbytes for each in self._moments() for x in each.constants.tensors())
 
 
-def check_few_step(config: ModelConfig) -> None:
-    """ValueError unless a model of this configuration can make a chunk in several passes."""
+def check_few_step(config: ModelConfig, sampling: FewStepConfig) -> None:
+    """ValueError unless a model of this configuration can make a chunk in several passes, with
+    frames after the picture in the first one."""
     if config.block != "wan":
         raise ValueError(
             "sampling: expected a model of block 'wan' for few steps, because text keys must be "
@@ -194,4 +220,9 @@ def check_few_step(config: ModelConfig) -> None:
     if config.recycled_channels:
         raise ValueError(
             "sampling: expected a model without recycled channels for few steps, got recycle=True"
+        )
+    if sampling.picture_in_chunk and config.opening_frames == 1:
+        raise ValueError(
+            "picture_in_chunk: expected False for a first chunk of one frame, which a picture "
+            "fills, got True"
         )

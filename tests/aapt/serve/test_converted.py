@@ -64,9 +64,13 @@ def test_text_to_video(serve, talk, converted):
     assert (prompts[0], prompts[-1]) == ("a fox in snow", "the sea")
 
 
-def test_a_picture_first(serve, talk, converted):
-    """An upload begins the world; the prompt alone is on offer as well."""
-    model = converted("causal-forcing-framewise-1step")
+@pytest.mark.parametrize(
+    ("kind", "counts"), [("causal-forcing-framewise-1step", [4, 4]), ("longlive-2-5b", [28, 32])]
+)
+def test_a_picture_first(serve, talk, converted, kind, counts):
+    """An upload begins the world, before the first chunk or in it; the prompt alone is on offer as
+    well. Each step's video frames are those of its chunk."""
+    model = converted(kind)
     running = serve(model, snapshot_seconds=0.1)
     generator = StreamingGenerator.from_pretrained(model)
     picture = np.random.default_rng(0).integers(0, 256, (HEIGHT, COLUMNS, 3), dtype=np.uint8)
@@ -77,12 +81,12 @@ def test_a_picture_first(serve, talk, converted):
         async with await Client.connect(running.url) as client:
             assert [start["name"] for start in client.welcome["gallery"]] == ["prompt"]
             first = await opened(client, image=await client.upload(file.getvalue()), prompt="a fox")
-            return first, await step_to(client, 3), await get_log(client)
+            return first, await step_to(client, 2), await get_log(client)
 
     first, made, walk = talk(conversation())
     assert np.array_equal(walk.first_frame, picture)
     with generator.open(picture, "a fox", 3) as stream:
         assert first.images == encoded(stream.first_frame) and first.header.count == 1
     alone = video(generator, walk)
-    assert {len(frames) for frames in alone.values()} == {4}
+    assert [len(alone[step]) for step in sorted(alone)][:2] == counts
     assert all(message.images == encoded(alone[step]) for step, message in made.items())
