@@ -49,7 +49,8 @@ class Residual(NamedTuple):
         """Returns x + gate * update."""
         if self.update is None:
             return self.x
-        groups = (self.gate.shape[1], -1)
+        count = self.gate.shape[1]
+        groups = (count, self.x.shape[1] // count)
         x, update = self.x.unflatten(1, groups), self.update.unflatten(1, groups)
         return torch.addcmul(x, self.gate[:, :, None], update).flatten(1, 2)
 

@@ -203,7 +203,8 @@ class StreamingGenerator:
 
     @property
     def frames_per_step(self) -> int:
-        """Video frames per step; the first step of a stream without a picture makes fewer."""
+        """Video frames per step; the first step of a stream makes fewer without a picture, and with
+        one that is part of its chunk."""
         return self.vae.config.time_factor * self.model.config.chunk
 
     def video_frames(self, steps: int, picture: bool) -> int:
