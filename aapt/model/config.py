@@ -177,21 +177,34 @@ class FewStepConfig:
     """Sampling of a few-step model: one pass at each of `times` per chunk (docs/method.md#15).
 
     Attributes:
-        times: Times of the passes in (0, 1], falling. Between two passes the estimate of the clean
-            chunk is mixed with new noise.
+        times: Times of the passes in (0, 1], falling; for "unipc" below 1.
+        solver: How a chunk gets from one time to the next: "noise" mixes the estimate of the clean
+            chunk with new noise, "unipc" follows the probability flow without any.
         first_times: Times for the first chunk of a stream; `times` unless given.
         refresh: Time of one more pass, over the clean chunk, whose keys and values stay in the
             cache; None if those of the last pass stay.
+        guidance: w of v = v_negative + w (v_prompt - v_negative); 1 for none. With guidance every
+            pass is over twice the batch, with the prompt and with `negative_prompt`.
+        picture_in_chunk: True if a picture is the first frame of the first chunk, at time 0 in
+            each of its passes; else a picture comes before the first chunk.
     """
 
     times: tuple[float, ...]
     first_times: tuple[float, ...] | None = None
     refresh: float | None = 0.0
     kind: Literal["few-step"] = "few-step"
+    solver: Literal["noise", "unipc"] = "noise"
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    picture_in_chunk: bool = False
 
     def __post_init__(self):
         if self.kind != "few-step":
             raise ValueError(f"kind: expected 'few-step', got {self.kind!r}")
+        if not self.guidance >= 0:
+            raise ValueError(f"guidance: expected 0 or more, got {self.guidance}")
+        if self.solver not in ("noise", "unipc"):
+            raise ValueError(f"solver: expected 'noise' or 'unipc', got {self.solver!r}")
         for name in ("times", "first_times"):
             times = getattr(self, name)
             if name == "first_times" and times is None:
@@ -199,6 +212,8 @@ class FewStepConfig:
             falling = list(times) == sorted(set(times), reverse=True)
             if not times or not falling or times[0] > 1 or not times[-1] > 0:
                 raise ValueError(f"{name}: expected falling times in (0, 1], got {times}")
+            if self.solver == "unipc" and times[0] == 1:
+                raise ValueError(f"{name}: expected times below 1 for 'unipc', got {times}")
         if self.refresh is not None and not 0 <= self.refresh <= 1:
             raise ValueError(f"refresh: expected a time in [0, 1] or None, got {self.refresh}")
 
@@ -207,10 +222,22 @@ class FewStepConfig:
         """Times for the first chunk."""
         return self.times if self.first_times is None else self.first_times
 
+    def draws(self, opening: bool) -> int:
+        """Returns the number of draws of noise for a chunk: one for each time, or one in all for
+        "unipc". opening: True for the first chunk."""
+        if self.solver == "unipc":
+            return 1
+        return len(self.opening_times if opening else self.times)
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """The prompts that follow the prompt of a clip in the batch: one with guidance."""
+        return () if self.guidance == 1 else (self.negative_prompt,)
+
     @property
     def passes(self) -> int:
         """Forward passes (NFE) per chunk after the first."""
-        return len(self.times) + (self.refresh is not None)
+        return (1 + len(self.negatives)) * (len(self.times) + (self.refresh is not None))
 
 
 def sampling_config(given: Mapping[str, Any]) -> SamplingConfig | FewStepConfig:

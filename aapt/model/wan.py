@@ -249,8 +249,9 @@ class WanTransformer(VideoTransformer):
         return time, self.video_modulation(F.silu(time)).unflatten(-1, (6, -1)), None
 
     def output_modulation(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns shift and scale, (B, 1, width), of the last norm."""
-        shift, scale = (self.out_table + time[:, None]).unsqueeze(2).unbind(1)
+        """Returns shift and scale, (B, 1 or frames, width), of the last norm."""
+        per_frame = time if time.dim() == 3 else time[:, None]
+        shift, scale = (self.out_table + per_frame[:, :, None]).unbind(2)
         return shift, scale
 
     def output_parameters(self) -> Iterator[nn.Parameter]:

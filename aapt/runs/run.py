@@ -422,17 +422,15 @@ class Run:
     def export(self, stage: str, folder: Path | None = None) -> Path:
         """Write the checkpoint of a stage, in bfloat16, for StreamingGenerator to load.
 
-        Its images have the size on which positions are counted (docs/method.md#4). The checkpoint
-        of a diffusion stage says how it is sampled. Returns `folder`, which has the recipe's name
-        unless it is given.
+        Its images have the size of `export_size`. The checkpoint of a diffusion stage says how it
+        is sampled. Returns `folder`, which has the recipe's name unless it is given.
         """
         recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
         sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
-        pixels = model.patch * VAEConfig(**vaes[LIGHT]).space_factor
-        height, width = (pixels * tokens for tokens in model.reference_grid)
+        height, width = self.export_size(stage, VAEConfig(**vaes[LIGHT]).space_factor)
         prompt = self.export_sample(stage, folder, height, width)
         save_config(
             folder,
@@ -463,6 +461,16 @@ class Run:
             return False
         results = filter(Path.is_file, map(self.result, stage_names(self.recipe)))
         return config.stat().st_mtime >= max(result.stat().st_mtime for result in results)
+
+    def export_size(self, stage: str, space_factor: int) -> tuple[int, int]:
+        """Return the height and width in pixels on which positions are counted (docs/method.md#4);
+        of a model without a reference grid, those of clips that the stage learns from."""
+        model = self.recipe.model
+        if model.reference_grid is None:
+            height, width = self.sample_clips(stage)[0].size
+        else:
+            height, width = (model.patch * tokens for tokens in model.reference_grid)
+        return height * space_factor, width * space_factor
 
     def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
         """Write an image to start from, of the checkpoint's size, and return its prompt.

@@ -119,6 +119,16 @@ def test_an_exported_stage_says_how_it_is_sampled(trained, tmp_path):
     assert StreamingGenerator.from_pretrained(folder).sampling is None
 
 
+def test_a_model_without_a_reference_grid_is_exported_at_the_size_of_its_clips(trained, tmp_path):
+    recipe = small_recipe()
+    model = dataclasses.replace(recipe.model, reference_grid=None)
+    made = Run(dataclasses.replace(recipe, model=model), trained[0]).export("final", tmp_path)
+    generator = StreamingGenerator.from_pretrained(made)
+    assert (generator.height, generator.width) == (48, 64)
+    assert generator.model.config.reference_grid is None
+    assert Image.open(generator.sample_image()).size == (64, 48)
+
+
 def test_the_sheet_of_a_diffusion_stage_is_sampled_like_its_checkpoint(trained):
     made = Run(small_recipe(), trained[0])
     config = made.recipe.stages["diffusion"]
