@@ -401,8 +401,8 @@ def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
         (
             ["huge"],
             2,
-            "aapt: recipe: expected one of tiny-world, paper-8b, paper-8b-camera, paper-8b-pose, "
-            "vae-light, wan-light, got 'huge'",
+            "aapt: recipe: expected one of tiny-world, paper-8b, paper-8b-640, paper-8b-camera, "
+            "paper-8b-pose, vae-light, wan-light, got 'huge'",
         ),
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (
