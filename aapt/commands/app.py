@@ -15,7 +15,7 @@ from .. import __version__
 from .bench import bench
 from .convert import convert
 from .encode import encode
-from .evaluate import evaluate, evaluate_vae
+from .evaluate import compare, evaluate, evaluate_vae
 from .generate import generate
 from .info import info
 from .plot import plot
@@ -121,7 +121,7 @@ def options(
     """Hold the options of `aapt` itself."""
 
 
-for command in (generate, serve, info, train, encode, convert, plot):
+for command in (generate, serve, info, train, encode, convert, plot, compare):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-vae")(evaluate_vae)

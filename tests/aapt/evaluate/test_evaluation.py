@@ -359,6 +359,7 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
     assert saved["same_theme"] is None and saved["other_theme"] > 0.05
     assert list(saved["timelines"]) == ["truth", *names]
     assert saved["timelines"][names[1]]["seconds"] == [1, 2]
+    assert set(saved["timelines"][names[1]].pop("drift")) > {"sharpness", "palette_error"}
     assert {len(values) for values in saved["timelines"][names[1]].values()} == {2}
     table = report.table()
     assert table.row_count == 5
