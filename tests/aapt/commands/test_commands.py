@@ -360,7 +360,7 @@ def test_help_is_quick_and_has_examples(capsys):
     assert run() == 0
     assert "generate" in capsys.readouterr().out
     names = ("generate", "serve", "info", "train", "encode", "convert", "plot", "compare", "eval")
-    names = [*names, "eval-vae"]
+    names = [*names, "eval-vae", "vbench"]
     for command in [*([name] for name in names), ["bench", "stream"], ["bench", "play"]]:
         assert run(*command, "--help") == 0
         said = capsys.readouterr().out
