@@ -111,7 +111,7 @@ def evaluate(
         print(report.as_json())
         return
     with printed_at_once():
-        Console(width=None if sys.stdout.isatty() else 200).print(report.table())
+        Console(width=None if sys.stdout.isatty() else 240).print(report.table())
 
 
 def compare(
@@ -171,7 +171,7 @@ def compare(
         print(json.dumps(asdict(found), indent=2))
         return
     with printed_at_once():
-        Console(width=None if sys.stdout.isatty() else 200).print(found.table())
+        Console(width=None if sys.stdout.isatty() else 240).print(found.table())
 
 
 def evaluate_vae(
