@@ -139,8 +139,8 @@ def train(
       aapt train tiny-world
       aapt train tiny-world --stage adversarial --out runs/second
       aapt train tiny-world --sample-every 100 && aapt plot runs/tiny-world/diffusion --out d.png
-      aapt train --plan paper-8b --gpus 8
-      torchrun --nproc-per-node 8 -m aapt train paper-8b --checkpoint-blocks --context 8 \\
+      aapt train --plan paper-8b --gpus 256
+      torchrun --nproc-per-node 8 -m aapt train paper-8b-640 --checkpoint-blocks --context 8 \\
         --clips-at-once 1 --latents clips/ --weights b.safetensors
       aapt train vae-light && aapt eval-vae runs/vae-light/vae-light
       aapt train wan-light --vae Wan2.1/vae --videos videos/ --perceptual vgg16.pt

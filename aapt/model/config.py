@@ -1,5 +1,6 @@
 """Configurations of models: frozen dataclasses with everything that builds a network."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ class ModelConfig:
     """A causal video transformer (docs/method.md#2 to 4, #15).
 
     Sizes are in tokens, latent pixels or latent frames. `window_frames` is N of docs/method.md#3;
-    `grid_windows` replaces it for the token grids it lists.
+    `grid_windows` replaces it for grids with as many tokens as a grid it lists.
 
     `block` names the family: "mmdit" joins text and frames in one attention; "wan" gives text a
     cross-attention of its own. A step makes `chunk` frames, the first step `first_chunk`, all of
@@ -61,8 +62,8 @@ class ModelConfig:
             )
         if not _are_grid_windows(self.grid_windows):
             raise ValueError(
-                "grid_windows: expected a tuple of (rows, columns, window_frames), each grid once, "
-                f"got {self.grid_windows!r}"
+                "grid_windows: expected a tuple of (rows, columns, window_frames), each number of "
+                f"tokens once, got {self.grid_windows!r}"
             )
         shortest = min(self.window_frames, *(frames for _, _, frames in self.grid_windows), 1 << 62)
         if max(self.chunk, self.opening_frames) > shortest + 1:
@@ -117,15 +118,17 @@ class ModelConfig:
         return height // self.patch, width // self.patch
 
     def window(self, grid: tuple[int, int]) -> int:
-        """Returns N of docs/method.md#3 for frames of `grid` = (rows, columns) of tokens."""
+        """Returns N of docs/method.md#3 for frames of `grid` = (rows, columns) of tokens. A grid
+        on its side has the same N, because N is chosen for memory."""
+        tokens = math.prod(grid)
         for rows, columns, frames in self.grid_windows:
-            if (rows, columns) == grid:
+            if rows * columns == tokens:
                 return frames
         return self.window_frames
 
 
 def _are_grid_windows(windows: object) -> bool:
-    """Checks that all are (rows, columns, N), and each grid appears once."""
+    """Checks that all are (rows, columns, N), and each number of tokens appears once."""
     if not isinstance(windows, tuple):
         return False
     for entry in windows:
@@ -134,7 +137,7 @@ def _are_grid_windows(windows: object) -> bool:
         rows, columns, frames = entry
         if rows < 1 or columns < 1 or frames < 0:
             return False
-    return len({entry[:2] for entry in windows}) == len(windows)
+    return len({rows * columns for rows, columns, _ in windows}) == len(windows)
 
 
 @dataclass(frozen=True)

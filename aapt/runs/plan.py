@@ -225,11 +225,14 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
             label = f"{index}/{len(phases)}" if len(phases) > 1 else ""
             yield Workload(name, label, size, frames, phase.batch)
     else:
+        if isinstance(config, AdversarialConfig):
+            sources = [(latent_size(recipe, s.clips), s.frames) for s in config.sources]
+        else:
+            sources = [(latent_size(recipe, config.clips), config.segment_frames)]
         yield Workload(
             name,
             "",
-            latent_size(recipe, config.clips),
-            config.segment_frames,
+            *max(sources, key=lambda source: math.prod(source[0]) * source[1]),
             config.batch,
             config.segments,
             getattr(config, "overlap_frames", 0),
@@ -272,7 +275,8 @@ def _plan(
         if adversarial:
             copies = stage.config.copies
             bytes_ += copies * activation_bytes(config, local, checkpointed)
-            bytes_ += copies * tapped_bytes(config, local)
+            heads = 2 if stage.config.judgement == "both" else 1  # of frames, of the clip
+            bytes_ += copies * heads * tapped_bytes(config, local)
             running *= copies
         return bytes_ + running
 

@@ -51,6 +51,7 @@ SAMPLE_IMAGE = BUNDLED / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
 FIT_CLIPS = 60  # enough for a linear map
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
+RAW = "raw.safetensors"  # the last weights of a stage whose result is their average
 SAMPLES = 3  # clips of a sheet
 DIFFUSION_SAMPLES = (0, 1, 2, 4, 6)  # latent frames
 
@@ -175,7 +176,7 @@ class Run:
             config = self.recipe.stages[name]
             starts = {config.start, getattr(config, "discriminator_start", None)}
             for before in starts - {None, *stages}:
-                if not self.result(before).is_file():
+                if not (self.result(before).is_file() and self.start(before).is_file()):
                     raise ValueError(
                         f"stage {name}: expected the result of {before} in {self.out}, got none; "
                         f"train {before} first"
@@ -215,6 +216,11 @@ class Run:
         """The file that a finished stage leaves."""
         return self.out / stage / "weights.safetensors"
 
+    def start(self, stage: str) -> Path:
+        """The file with which a later stage starts."""
+        averaged = getattr(self.recipe.stages[stage], "average", None) is not None
+        return self.out / stage / RAW if averaged and self.recipe.raw_starts else self.result(stage)
+
     def vae(self, stage: str) -> CausalVAE:
         """Load the autoencoder that `stage` made."""
         if stage == light_decoder.STAGE:
@@ -246,11 +252,17 @@ class Run:
             model.text_encoder.source = self.stored_text
         return model
 
-    def model(self, stage: str | None) -> WorldModel:
-        """Make a model with the weights of `stage`; for None, with those of the run's start."""
+    def model(self, stage: str) -> WorldModel:
+        """Make a model with the weights that are the result of `stage`."""
+        model = self.world(self.recipe.model)
+        load_module(self.result(stage), model)
+        return model
+
+    def starting_model(self, stage: str | None) -> WorldModel:
+        """Make a model to train on after `stage`; for None, with the weights of the run's start."""
         model = self.world(self.recipe.model)
         if stage is not None:
-            load_module(self.result(stage), model)
+            load_module(self.start(stage), model)
         elif self.inputs.weights is not None:
             model.load_start(self.inputs.weights)
         return model
@@ -276,8 +288,8 @@ class Run:
             alone = Parallel.single(self.parallel.device)
             decoder = DecoderTraining(config, self.vae("encoder").to(alone.device))
             given = {"seed": self.recipe.seed, "parallel": alone}
-            made = train(decoder, {config.clips: data}, folder, **given, options=self.options)
-            save_module(self.result(stage), made)
+            train(decoder, {config.clips: data}, folder, **given, options=self.options)
+            save_module(self.result(stage), decoder.export())
             drop_states(folder)
         elif stage == light_decoder.STAGE:
             self.train_light_decoder()
@@ -312,10 +324,12 @@ class Run:
         parallel, folder = self.parallel, self.out / name
         stage = self.stage(self.recipe.stages[name])
         given = {"seed": self.recipe.seed, "parallel": parallel, "options": self.options}
-        made = train(stage, self.sets, folder, **given, sample=self.sampler(name, stage))
+        train(stage, self.sets, folder, **given, sample=self.sampler(name, stage))
         if isinstance(stage, Adversarial):
             self.save(folder / DISCRIMINATOR, stage.discriminator)
-        self.save(self.result(name), made)
+        if (raw := self.start(name)) != self.result(name):
+            self.save(raw, stage.model)
+        self.save(self.result(name), stage.export())
         drop_states(folder)
 
     def save(self, path: Path, network: nn.Module) -> None:
@@ -347,22 +361,26 @@ class Run:
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
         """Make the discriminator with the weights that an adversarial stage starts from.
 
-        They are an adversarial stage's discriminator, or a diffusion model under new logit heads.
+        They are an adversarial stage's discriminator, or under new logit heads another stage's
+        model or the run's start.
         """
         model, start = self.recipe.model, config.discriminator_start
         if not config.discriminator_recycled:
             model = replace(model, recycle=False, residual_head=False)
         world = self.world(model)
         discriminator = Discriminator(world, config.judgement, config.pooling)
-        if isinstance(self.recipe.stages[start], AdversarialConfig):
+        if start is None:
+            if self.inputs.weights is not None:
+                world.load_start(self.inputs.weights)
+        elif isinstance(self.recipe.stages[start], AdversarialConfig):
             load_module(self.out / start / DISCRIMINATOR, discriminator)
         else:
-            load_module(self.result(start), discriminator.world)
+            load_module(self.start(start), world)
         return discriminator
 
     def network(self, start: str | None, rolls_out: bool = False) -> WorldModel:
-        """Make a generator with the weights of `start` and place it on the device."""
-        model = self.model(start)
+        """Make a generator that starts after the stage `start`, and place it on the device."""
+        model = self.starting_model(start)
         self.place(model, model, rolls_out)
         return model
 

@@ -34,6 +34,8 @@ class Recipe:
         light_decoder: Training of a cheaper decoder for it, with which the checkpoint streams; None
             for none.
         scaled_camera: Scale the camera's rays and pace to the encoded clips of the run.
+        raw_starts: A stage starts from the last weights of the stage before, and the average is
+            only exported; False to start from the average.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Recipe:
     decoder: DecoderConfig | None = None
     light_decoder: LightDecoderConfig | None = None
     scaled_camera: bool = False
+    raw_starts: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def aapt_8b() -> ModelConfig:
 
 
 def paper_8b() -> Recipe:
-    """The paper's training (docs/method.md#6, #7 and #8). A second has six frames.
+    """The paper's training in version 2 (docs/method.md#6, #7 and #8). A second has six frames.
 
     Numbers that the paper does not give are ours (docs/method.md#12).
     """
@@ -100,11 +103,12 @@ def paper_8b() -> Recipe:
     )
     distillation = Curriculum((replace(adaptation.phases[-1], steps=5_000),))
     adversarial = AdversarialConfig(
-        clips="640x352",
+        clips=(
+            Source("736x416", frames=10 * 6, shortest=5 * 6),
+            Source("1280x720", frames=5 * 6),  # as long as in stages 1 and 2
+        ),
         steps=500,
         batch=256,
-        segment_frames=10 * 6,
-        shortest_segment=5 * 6,
         generator_schedule=Schedule(3e-6),
         discriminator_schedule=Schedule(3e-6),
         average=0.995,
@@ -115,6 +119,7 @@ def paper_8b() -> Recipe:
         discriminator_start="adversarial",
         segments=2,  # up to 10 + 9 = 19 s
         overlap_frames=6,
+        overlap_loss=True,
         batch=64,
         generator_schedule=Schedule(1e-5),
         discriminator_schedule=Schedule(1e-5),
@@ -125,6 +130,7 @@ def paper_8b() -> Recipe:
         model=aapt_8b(),
         camera=None,
         data={},
+        raw_starts=True,
         stages={
             "diffusion": DiffusionConfig(adaptation, **adam),
             "consistency": ConsistencyConfig(distillation, **adam),
@@ -136,6 +142,16 @@ def paper_8b() -> Recipe:
             ),
         },
     )
+
+
+def paper_8b_640() -> Recipe:
+    """The training of the paper's NeurIPS supplement: `paper_8b` with stage 3 at 640x352 alone."""
+    base, clips = paper_8b(), (Source("640x352", frames=10 * 6, shortest=5 * 6),)
+    stages = {
+        name: replace(stage, clips=clips) if isinstance(stage, AdversarialConfig) else stage
+        for name, stage in base.stages.items()
+    }
+    return replace(base, name="paper-8b-640", stages=stages)
 
 
 def paper_8b_camera() -> Recipe:
@@ -203,6 +219,8 @@ def tiny_world() -> Recipe:
         segment_frames=8,
         segments=4,
         whole_clips=True,
+        first_frame="half",
+        perturb_known=False,
         generator_schedule=Schedule(5e-5, warmup=20),
         discriminator_schedule=Schedule(2e-4),
         start="long-regression",
@@ -367,6 +385,7 @@ def wan_light() -> LightRecipe:
 RECIPES = {
     "tiny-world": tiny_world,
     "paper-8b": paper_8b,
+    "paper-8b-640": paper_8b_640,
     "paper-8b-camera": paper_8b_camera,
     "paper-8b-pose": paper_8b_pose,
 }

@@ -359,7 +359,8 @@ def test_missing_option_points_to_help(capsys):
 def test_help_is_quick_and_has_examples(capsys):
     assert run() == 0
     assert "generate" in capsys.readouterr().out
-    names = ("generate", "serve", "info", "train", "encode", "convert", "plot", "eval", "eval-vae")
+    names = ("generate", "serve", "info", "train", "encode", "convert", "plot", "compare", "eval")
+    names = [*names, "eval-vae", "vbench"]
     for command in [*([name] for name in names), ["bench", "stream"], ["bench", "play"]]:
         assert run(*command, "--help") == 0
         said = capsys.readouterr().out
@@ -401,8 +402,8 @@ def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
         (
             ["huge"],
             2,
-            "aapt: recipe: expected one of tiny-world, paper-8b, paper-8b-camera, paper-8b-pose, "
-            "vae-light, wan-light, got 'huge'",
+            "aapt: recipe: expected one of tiny-world, paper-8b, paper-8b-640, paper-8b-camera, "
+            "paper-8b-pose, vae-light, wan-light, got 'huge'",
         ),
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (

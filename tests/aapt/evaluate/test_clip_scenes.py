@@ -181,7 +181,7 @@ def test_after_the_clip_its_last_frames_are_the_truth(encoded, checkpoints):
     steepness = edge_energy(dim[:, 1:]) / edge_energy(real)
     assert later.edge_sharpness == found.edge_sharpness == pytest.approx(steepness)
     assert later.seam == seam(dim[:, 1:], 8)
-    whole = {"sharpness", "edge_sharpness", "seam", "feature_distance"}
+    whole = {"sharpness", "edge_sharpness", "seam", "flicker", "feature_distance"}
     others = {f.name for f in fields(Measurement)} - whole
     assert {name for name in others if getattr(later, name) is not None} == set()
 

@@ -255,6 +255,8 @@ def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     found = measure(truth, real, None, scenes, window)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
     assert found.edge_sharpness == 1.0 and found.seam == seam(truth[:, 1:], CELL)
+    assert found.flicker == pytest.approx(1.0, abs=0.1)  # steps do not show in real video
+    assert found.yaw_response in range(0, 28, 4) and found.forward_response in range(0, 28, 4)
     assert found.psnr is None and found.latent_deviation is None
     swapped = measure(truth.flip(0), real, None, scenes, window)
     assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
@@ -302,6 +304,10 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     assert found.palette_error[::2] == [0.0, 0.0] and found.palette_error[1] > 0.1
     assert found.feature_distance[::2] == real.feature_distance[::2]
     assert found.feature_distance[1] > real.feature_distance[1] + 0.2
+    assert found.drift["latent_deviation"] == pytest.approx(60 * 0.5)
+    assert found.drift["latent_offset"] == pytest.approx(60 * 0.1)
+    assert found.drift["sharpness"] == pytest.approx(0)
+    assert set(found.drift) == set(asdict(found)) - {"seconds", "drift"}
 
     longer = timeline(made, true[:1], seconds, latents)
     assert longer.palette_error == [0.0, None, None] and longer.feature_distance[0] == 0
@@ -353,6 +359,7 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
     assert saved["same_theme"] is None and saved["other_theme"] > 0.05
     assert list(saved["timelines"]) == ["truth", *names]
     assert saved["timelines"][names[1]]["seconds"] == [1, 2]
+    assert set(saved["timelines"][names[1]].pop("drift")) > {"sharpness", "palette_error"}
     assert {len(values) for values in saved["timelines"][names[1]].values()} == {2}
     table = report.table()
     assert table.row_count == 5
