@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aapt_kernels import KVCache
-
 from ..model.config import FewStepConfig, ModelConfig
-from ..model.transformer import StepConstants, VideoTransformer, clean
+from ..model.transformer import KVCache, StepConstants, VideoTransformer, clean
 from .solvers import NewNoise, UniPC
 from .student import Past
 

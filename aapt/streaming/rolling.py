@@ -4,10 +4,8 @@
 import torch
 from torch import Tensor
 
-from aapt_kernels import KVCache
-
 from ..model.flow import interpolate
-from ..model.transformer import clean
+from ..model.transformer import KVCache, clean
 from .few_step import FewStepRollout, Moment
 from .student import Past
 

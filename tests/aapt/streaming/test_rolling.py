@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from aapt.convert.job import convert
+from aapt.convert.kinds import KINDS
 from aapt.model.config import FewStepConfig
 from aapt.streaming.rolling import RollingRollout
+from aapt.streaming.snapshot_file import load_snapshot, read_file, write_snapshot
 
+from ..convert.plain_native import random_weights
 from ..helpers import CONFIG, SIZE, WAN, wan_transformer
 from ..plain_wan import PlainWan
 from .few_step_generator import build
@@ -68,8 +72,13 @@ class PlainRolling(PlainWan):
         return latent
 
 
-# chunk, sink, window, sampling; the first is Causal-Forcing's
-PLANS = [(3, 3, 17, FOUR), (1, 1, 5, TWO), (2, 2, 3, TWO), (2, 2, 8, FOUR)]
+ROLLING = ("causal-forcing-longvideo", "rolling-forcing")
+KIND_PLANS = [
+    (kind.chunk, kind.sink_frames, kind.window_frames, kind.sampling)
+    for kind in map(KINDS.get, ROLLING)
+]
+# chunk, sink, window, sampling
+PLANS = [*KIND_PLANS, (1, 1, 5, TWO), (2, 2, 3, TWO), (2, 2, 8, FOUR)]
 
 
 def noise(sampling, chunk, opening):
@@ -91,6 +100,16 @@ def test_a_rollout_equals_the_published_one(chunk, sink, window, sampling):
         expected = plain.step(drawn, sampling)
         torch.testing.assert_close(rollout.step(drawn), expected, rtol=0, atol=1e-6)
     assert int(rollout.cache.step) == int(rollout.cache.seen.step) == len(plain.keys[0])
+
+
+@pytest.mark.parametrize(("kind", "plan"), list(zip(ROLLING, KIND_PLANS, strict=True)))
+def test_a_conversion_keeps_what_was_compared(kind, plan, tmp_path):
+    torch.save({"generator_ema": random_weights()}, tmp_path / "w.pt")
+    written = convert(tmp_path / "w.pt", tmp_path / "out", kind)
+    model = written["model"]
+    sizes = (model["chunk"], model["sink_frames"], model["window_frames"])
+    assert (*sizes, FewStepConfig(**written["sampling"])) == plan
+    assert model["sink_distance"] == "clamped" and written["sampling"]["rolling"]
 
 
 @torch.no_grad()
@@ -126,6 +145,9 @@ def test_streams():
     other = generator.open(None, "ab", seed=2)
     assert np.array_equal(other.step(), first)
     assert snapshot.bytes > snapshot.cache.bytes > sum(x.bytes for x in snapshot.cache.parts)
+    tensors, facts = read_file(write_snapshot(snapshot, {}, {}))
+    other.restore(load_snapshot(other.snapshot(), tensors, facts))
+    assert all(np.array_equal(other.step(), each) for each in frames)
     stream.close()
     again = generator.open(None, "ab", seed=2)  # in the memory of the closed one
     assert np.array_equal(again.step(), first)
