@@ -68,8 +68,9 @@ def convert(
     Kinds that make video:
       causal-forcing-framewise        causal-forcing-framewise-2step
       causal-forcing-framewise-1step  causal-forcing-chunkwise
-      one-forcing  self-forcing  causvid  longlive-1.3b  longlive-2-5b
       causal-forcing-framewise-diffusion  causal-forcing-chunkwise-diffusion
+      causal-forcing-longvideo  rolling-forcing
+      one-forcing  self-forcing  causvid  longlive-1.3b  longlive-2-5b
 
     \b
     Kinds to start training from:
@@ -144,5 +145,6 @@ def _sampling(sampling: dict[str, Any] | None) -> str:
     solver = " of UniPC" if sampling["solver"] == "unipc" else ""
     refresh = "" if sampling["refresh"] is None else f", and one at {sampling['refresh']:g}"
     opening = "" if first is None else f"; {len(first)} in the first chunk"
+    opening += "; several chunks in a pass" if sampling["rolling"] else ""
     guidance = "" if sampling["guidance"] == 1 else f"; guidance {sampling['guidance']:g}"
     return f"{passes}{solver} at {listed}{refresh}{opening}{guidance}"

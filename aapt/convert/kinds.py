@@ -1,6 +1,7 @@
 """Kinds of checkpoints: everything about a model that its tensors do not say."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..model.config import FewStepConfig, SamplingConfig
 
@@ -26,6 +27,7 @@ NEGATIVE_PROMPT = (
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 APACHE = "Apache-2.0"
+ACADEMIC = "License Terms of RollingForcing: academic use alone, no commercial or production use"
 NON_COMMERCIAL = "CC-BY-NC-SA-4.0: no commercial use, and what is made from them stays so"
 
 
@@ -35,7 +37,8 @@ class Kind:
 
     weights: the public repository and its files. source: where the values below were read. licence:
     of the weights. sampling: a `SamplingConfig` for weights that only start training. chunk,
-    window_frames, sink_frames: see `ModelConfig`; frames are latent. entries: see `find_tensors`.
+    window_frames, sink_frames, sink_distance: see `ModelConfig`; frames are latent. entries: see
+    `find_tensors`.
     lora_alpha: of a low-rank adaptation without one of its own, its rank unless given.
     """
 
@@ -46,6 +49,7 @@ class Kind:
     chunk: int = 1
     window_frames: int = 20  # with the newest one the 21 frames that Wan 2.1 is trained on
     sink_frames: int = 0
+    sink_distance: Literal["absolute", "clamped"] = "absolute"
     entries: tuple[str, ...] = ("generator", "generator_ema", "model")
     height: int = 480
     width: int = 832
@@ -116,6 +120,28 @@ KINDS = {
         APACHE,
         DIFFUSION_UNIPC,
         chunk=3,
+    ),
+    "causal-forcing-longvideo": Kind(
+        "zhuhz22/Causal-Forcing chunkwise/longvideo.pt",
+        "github.com/thu-ml/Causal-Forcing at 1fc7bbc, long_video/configs/rolling_forcing_dmd.yaml",
+        APACHE,
+        FewStepConfig(FOUR_STEPS, rolling=True),
+        chunk=3,
+        window_frames=17,  # 21 frames with the sink and the newest one
+        sink_frames=3,
+        sink_distance="clamped",
+        entries=AVERAGED_FIRST,
+    ),
+    "rolling-forcing": Kind(
+        "TencentARC/RollingForcing checkpoints/rolling_forcing_dmd.pt",
+        "github.com/TencentARC/RollingForcing at a1477d0, configs/rolling_forcing_dmd.yaml",
+        ACADEMIC,
+        FewStepConfig(shifted((1000, 800, 600, 400, 200), 5.0), rolling=True),
+        chunk=3,
+        window_frames=17,
+        sink_frames=3,
+        sink_distance="clamped",
+        entries=AVERAGED_FIRST,
     ),
     "one-forcing": Kind(
         "JiaqiFeng/OneForcing checkpoints/one_forcing.pt",

@@ -188,6 +188,8 @@ class FewStepConfig:
             cache; None if those of the last pass stay.
         guidance: w of v = v_negative + w (v_prompt - v_negative); 1 for none. With guidance every
             pass is over twice the batch, with the prompt and with `negative_prompt`.
+        rolling: True if each pass is over as many chunks as there are times, the oldest at the last
+            time, and finishes one of them.
         picture_in_chunk: True if a picture is the first frame of the first chunk, at time 0 in
             each of its passes; else a picture comes before the first chunk.
     """
@@ -200,6 +202,7 @@ class FewStepConfig:
     guidance: float = 1.0
     negative_prompt: str = ""
     picture_in_chunk: bool = False
+    rolling: bool = False
 
     def __post_init__(self):
         if self.kind != "few-step":
@@ -219,18 +222,32 @@ class FewStepConfig:
                 raise ValueError(f"{name}: expected times below 1 for 'unipc', got {times}")
         if self.refresh is not None and not 0 <= self.refresh <= 1:
             raise ValueError(f"refresh: expected a time in [0, 1] or None, got {self.refresh}")
+        others = (self.first_times, self.solver, self.guidance, self.picture_in_chunk)
+        if self.rolling and (self.refresh is None or others != (None, "noise", 1, False)):
+            raise ValueError(
+                "rolling: expected False with settings besides times and refresh, or without a "
+                "refresh, got True"
+            )
 
     @property
     def opening_times(self) -> tuple[float, ...]:
         """Times for the first chunk."""
         return self.times if self.first_times is None else self.first_times
 
+    def takes_picture(self, config: ModelConfig) -> bool:
+        """Returns True if a stream of such a model may begin with a picture."""
+        return self.picture_in_chunk or (config.opening_frames == 1 and not self.rolling)
+
     def draws(self, opening: bool) -> int:
         """Returns the number of draws of noise for a chunk: one for each time, or one in all for
-        "unipc". opening: True for the first chunk."""
-        if self.solver == "unipc":
+        "unipc" and for a later rolling chunk. opening: True for the first chunk."""
+        if self.solver == "unipc" or (self.rolling and not opening):
             return 1
         return len(self.opening_times if opening else self.times)
+
+    def noise_frames(self, frames: int) -> int:
+        """Returns the frames of a draw of noise for a chunk of `frames`."""
+        return len(self.times) * frames if self.rolling else frames
 
     @property
     def negatives(self) -> tuple[str, ...]:
@@ -240,6 +257,8 @@ class FewStepConfig:
     @property
     def passes(self) -> int:
         """Forward passes (NFE) per chunk after the first."""
+        if self.rolling:
+            return 2
         return (1 + len(self.negatives)) * (len(self.times) + (self.refresh is not None))
 
 

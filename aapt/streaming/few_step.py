@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.config import FewStepConfig, ModelConfig
-from ..model.transformer import StepConstants, VideoTransformer, clean
+from ..model.transformer import KVCache, StepConstants, VideoTransformer, clean
 from .solvers import NewNoise, UniPC
 from .student import Past
 
@@ -62,27 +62,36 @@ class FewStepRollout:
             )
         self.model, self.sampling, self.size = model, sampling, size
         like = model.video_in.weight
-        self.cache = model.new_cache(len(text), size, dtype=like.dtype)
+        self.cache = self._new_cache(len(text), like.dtype)
 
-        def at(time: float, *frames: int) -> Moment:
-            t = torch.full((len(text), *frames), time, dtype=torch.float64, device=like.device)
-            if frames:
-                t[:, 0] = 0  # the picture
+        def at(times: tuple[float, ...]) -> Moment:
+            t = torch.tensor(times, dtype=torch.float64, device=like.device).repeat(len(text), 1)
+            t = t[:, 0] if len(times) == 1 else t
             # The published sampler of UniPC cuts the network's time to whole thousandths
             told = (1000 * t).floor() / 1000 if sampling.solver == "unipc" else t
             return Moment(t[: len(t) // self.branches], told, model.step_constants(told, size))
 
-        self.times = [at(time) for time in sampling.times]
-        self.opening_times = [at(time) for time in sampling.opening_times]
-        self.refresh = None if sampling.refresh is None else at(sampling.refresh)
+        self.times = [at(times) for times in self._passes(sampling.times)]
+        self.opening_times = [at(times) for times in self._passes(sampling.opening_times)]
+        self.refresh = None if sampling.refresh is None else at((sampling.refresh,))
         self.picture_times = []
         if sampling.picture_in_chunk:
-            frames = model.config.opening_frames
-            self.picture_times = [at(time, frames) for time in sampling.opening_times]
-        self.start = at(0.0)
+            others = model.config.opening_frames - 1
+            self.picture_times = [at((0.0, *[t] * others)) for t in sampling.opening_times]
+        self.start = at((0.0,))
         self.chunks = 0  # made so far, without given ones
         self.past = self.new_past() if recache else None
         self.set_text(text, text_lens)
+
+    def _new_cache(self, rows: int, dtype: torch.dtype) -> KVCache:
+        return self.model.new_cache(rows, self.size, dtype=dtype)
+
+    def _caches(self) -> tuple[KVCache, ...]:
+        return (self.cache,)
+
+    def _passes(self, times: tuple[float, ...]) -> list[tuple[float, ...]]:
+        """Returns the times of the frames of each pass, one alone where all frames have it."""
+        return [(time,) for time in times]
 
     def new_past(self) -> Past:
         """Returns an empty memory of the chunks that the cache remembers. ValueError without a
@@ -108,7 +117,8 @@ class FewStepRollout:
         for moment in self._moments():  # weights may be others than those of the stream before
             moment.constants.copy_(self.model.step_constants(moment.told, self.size))
         for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.told)):
-            self.cache.write_text(layer, *pair)
+            for cache in self._caches():
+                cache.write_text(layer, *pair)
         if self.past:
             self.cache.reset()
             for inputs in self.past:
@@ -220,6 +230,11 @@ def check_few_step(config: ModelConfig, sampling: FewStepConfig) -> None:
     if config.recycled_channels:
         raise ValueError(
             "sampling: expected a model without recycled channels for few steps, got recycle=True"
+        )
+    if sampling.rolling and config.condition_channels:
+        raise ValueError(
+            "rolling: expected False in a model with conditions, which a step takes for one chunk, "
+            "got True"
         )
     if sampling.picture_in_chunk and config.opening_frames == 1:
         raise ValueError(

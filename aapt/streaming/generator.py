@@ -194,8 +194,10 @@ class StreamingGenerator:
     @property
     def takes_picture(self) -> bool:
         """True if a stream may begin with a picture: the first step makes one latent frame, which
-        a picture can replace, or takes a picture as the first of its frames."""
-        return self.model.config.opening_frames == 1 or self._picture_in_chunk
+        a picture can replace, or takes a picture as the first of its frames. A rolling model takes
+        none."""
+        config = self.model.config
+        return self.sampling.takes_picture(config) if self.few_step else config.opening_frames == 1
 
     @property
     def _picture_in_chunk(self) -> bool:

@@ -16,6 +16,7 @@ from ..vae.stream import Captured, DecoderStates, capture
 from .few_step import FewStepRollout
 from .noise import Noise
 from .pixel_reader import PixelReader
+from .rolling import RollingRollout
 from .snapshot import Snapshot
 from .student import StudentRollout
 
@@ -26,12 +27,14 @@ except ImportError:  # only a profiler misses it
 
 
 class Chunk:
-    """The noise and the latents of a step that makes `frames` frames from `draws` draws of noise,
-    the first `given` of which are a picture that the decoder has seen.
+    """The noise and the latents of a step that makes `frames` frames from `draws` draws of noise.
+
+    A draw has `noise_frames` frames, as many as the step unless given. The first `given` frames of
+    the step are a picture that the decoder has seen.
 
     Attributes:
         latent: The frames of the last step, (1, C, frames, h, w), in the model's precision.
-        drawn: The noise of the last step, (draws, 1, C, frames, h, w).
+        drawn: The noise of the last step, (draws, 1, C, noise_frames, h, w).
         encoded: The frames of `latent` after the given ones, in the precision of the autoencoder.
     """
 
@@ -43,11 +46,12 @@ class Chunk:
         draws: int,
         frames: int,
         given: int = 0,
+        noise_frames: int | None = None,
     ):
         like, self.given = model.transformer.video_in.weight, given
-        shape = (1, model.config.latent_channels, frames, *size)
-        self.latent = like.new_zeros(shape)
-        self.drawn = like.new_zeros((draws, *shape))
+        channels = model.config.latent_channels
+        self.latent = like.new_zeros((1, channels, frames, *size))
+        self.drawn = like.new_zeros((draws, 1, channels, noise_frames or frames, *size))
         self.encoded = vae.latent_mean.new_zeros(self.made.shape)
         self.noise = Noise(0, self.drawn.shape, like.device)
 
@@ -318,7 +322,11 @@ class FewStepMemory(StreamMemory):
             "opening": opening,
             "second": second,
         }
-        return {name: Chunk(self.model, vae, self.size, *each) for name, each in sizes.items()}
+        return {name: self._new_chunk(vae, *each) for name, each in sizes.items()}
+
+    def _new_chunk(self, vae: CausalVAE, draws: int, frames: int, given: int = 0) -> Chunk:
+        noise_frames = self.sampling.noise_frames(frames)
+        return Chunk(self.model, vae, self.size, draws, frames, given, noise_frames)
 
     def _new_rollout(self) -> FewStepRollout:
         config, latent = self.model.config, self.latent
@@ -326,7 +334,8 @@ class FewStepMemory(StreamMemory):
         rows = 1 + len(self.sampling.negatives)
         text = latent.new_zeros((rows, config.text_tokens, config.text_width))
         lens = torch.ones(rows, dtype=torch.int64, device=latent.device)
-        return FewStepRollout(self.model.transformer, text, lens, self.size, self.sampling)
+        kind = RollingRollout if self.sampling.rolling else FewStepRollout
+        return kind(self.model.transformer, text, lens, self.size, self.sampling)
 
     @contextmanager
     def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:

@@ -65,7 +65,7 @@ def _roll_out_chunks(
     """Yields the frames of a few-step model as `roll_out` does; frame 0 is its first chunk, or the
     first frame of that. ValueError for a model that takes no picture."""
     config, joined = model.config, sampling.picture_in_chunk
-    if config.opening_frames != 1 and not joined:
+    if not sampling.takes_picture(config):
         raise ValueError(
             "first: expected a model that a picture can start, got one whose first chunk has "
             f"{config.opening_frames} frames"

@@ -55,6 +55,10 @@ def test_the_table_ends_with_the_licence(source, capsys):
             "causal-forcing-chunkwise-diffusion",
             "50 passes of UniPC at 0.9998 to 0.09251, and one at 0; guidance 3",
         ),
+        (
+            "causal-forcing-longvideo",
+            "passes at 1, 0.9375, 0.8333, 0.625, and one at 0; several chunks in a pass",
+        ),
     ):
         assert run(source, "--kind", kind, "--out", kind) == 0
         assert f"sampling                {words}" in capsys.readouterr().out
