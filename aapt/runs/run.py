@@ -19,7 +19,7 @@ from ..checkpoint import (
     save_module,
     save_tensors,
 )
-from ..clock import FPS, SHEET_SECONDS, STEPS_PER_SECOND
+from ..clock import FPS, FRAMES_PER_LATENT, SHEET_SECONDS
 from ..data.clips import ClipBatch, Clips, VideoClips
 from ..data.randomness import ClipRandom
 from ..data.stored_text import StoredText
@@ -42,7 +42,7 @@ from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from ..vae.pixels import to_pixels, to_video
 from . import light_decoder
-from .inputs import ANY_SET, Inputs
+from .inputs import ANY_SET, Inputs, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
 from .samples import sample_sheet
@@ -135,8 +135,15 @@ class Run:
         if difference := claim(self.out, asdict(self.recipe)):
             return difference
         unfinished = self.unfinished(stages)
-        starts = any(self.recipe.stages[name].start is None for name in unfinished)
+        starts = {name for stage in unfinished for name in self.starts(self.recipe.stages[stage])}
         return self.inputs.claim(self.out, self.encoded_sets(unfinished), starts)
+
+    def starts(self, config: StageConfig) -> set[str]:
+        """The weights of the run's start that a stage needs, as `Inputs` calls them."""
+        needed = {"weights"} if config.start is None else set()
+        if getattr(config, "discriminator_start", "") is None:
+            needed.add("discriminator_weights" if self.inputs.discriminator_weights else "weights")
+        return needed
 
     def cut_captions(self, stages: Sequence[str]) -> list[str]:
         """Lines for the user, one per set with captions that are longer than the model reads."""
@@ -165,6 +172,15 @@ class Run:
         encoded = self.encoded_sets(self.recipe.stages)
         if self.recipe.model.text_encoder == "umt5":
             self.check_text()
+        self.inputs.check_weights(self.recipe.model)
+        needed = {
+            weights for stage in self.recipe.stages.values() for weights in self.starts(stage)
+        }
+        if self.inputs.discriminator_weights and "discriminator_weights" not in needed:
+            raise ValueError(
+                f"discriminator_weights: expected none for {self.recipe.name}, whose discriminator "
+                f"starts from a stage, got {self.inputs.discriminator_weights}"
+            )
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
@@ -181,6 +197,13 @@ class Run:
                         f"stage {name}: expected the result of {before} in {self.out}, got none; "
                         f"train {before} first"
                     )
+            if self.recipe.model.block == "wan" and not getattr(
+                config, "discriminator_recycled", True
+            ):
+                raise ValueError(
+                    f"stages.{name}.discriminator_recycled: expected true for Wan's block, which "
+                    "starts from weights with the recycled channels, got false"
+                )
             for batch in config.batches:
                 self.parallel.clips(batch)
             for clips, needed in config.needs.items():
@@ -264,7 +287,7 @@ class Run:
         if stage is not None:
             load_module(self.start(stage), model)
         elif self.inputs.weights is not None:
-            model.load_start(self.inputs.weights)
+            model.load_start(weights_file(self.inputs.weights), self.recipe.new_channels)
         return model
 
     # Stages: the work that makes each result.
@@ -370,8 +393,8 @@ class Run:
         world = self.world(model)
         discriminator = Discriminator(world, config.judgement, config.pooling)
         if start is None:
-            if self.inputs.weights is not None:
-                world.load_start(self.inputs.weights)
+            if given := self.inputs.discriminator_weights or self.inputs.weights:
+                world.load_start(weights_file(given), self.recipe.new_channels)
         elif isinstance(self.recipe.stages[start], AdversarialConfig):
             load_module(self.out / start / DISCRIMINATOR, discriminator)
         else:
@@ -408,18 +431,24 @@ class Run:
         """
         parallel, config = self.parallel, self.recipe.stages[name]
         batch, vae = self.sample_clips(name)
-        sampling, frames = None, [STEPS_PER_SECOND * second for second in SHEET_SECONDS]
+        fps = self.fps(name)
+        sampling, frames = None, [fps * second // FRAMES_PER_LATENT for second in SHEET_SECONDS]
         if isinstance(config, DiffusionConfig):
             sampling, frames = config.sampling, DIFFUSION_SAMPLES
 
         def sample(done: int) -> None:
             with mixed_precision(parallel.device):
-                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling)
+                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling, fps=fps)
             parallel.reshard(stage.model)
             if parallel.main:
                 sheet.save(self.out / name / f"samples-{done}.png")
 
         return sample
+
+    def fps(self, stage: str) -> int:
+        """Video frames per second of the clips that a stage learns from."""
+        name = next(iter(self.recipe.stages[stage].needs))
+        return FPS if name in self.recipe.data else self.inputs.fps(name)
 
     def sample_clips(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
         """A few whole clips that a stage learns from, always the same, and their autoencoder.
@@ -441,7 +470,8 @@ class Run:
         """Write the checkpoint of a stage, in bfloat16, for StreamingGenerator to load.
 
         Its images have the size of `export_size`. The checkpoint of a diffusion stage says how it
-        is sampled. Returns `folder`, which has the recipe's name unless it is given.
+        is sampled. One that began with another checkpoint's weights keeps that one's origin and
+        text encoder. Returns `folder`, which has the recipe's name unless it is given.
         """
         recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
         sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
@@ -458,12 +488,13 @@ class Run:
                 "sampling": sampling,
                 "height": height,
                 "width": width,
-                "fps": FPS,
+                "fps": self.fps(stage),
                 "prompts": [theme.prompts[0] for theme in THEMES] if recipe.data else [],
                 "sample": {"image": SAMPLE_IMAGE.name, "prompt": prompt},
                 "model": asdict(model),
                 "camera": recipe.camera and asdict(recipe.camera),
                 **vaes,
+                **((read_record(self.out).get("weights") or {}).get("checkpoint", {})),
             },
         )
         return folder
