@@ -8,7 +8,7 @@ first, and by SHA-256 if these differ.
 import copy
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..checkpoint import (
 from ..data.clips import Clips
 from ..data.latent_shards import LatentShards, Mixture, ray_deviation, read_index
 from ..model.config import CameraConfig, ModelConfig
+from ..training.recipes import Recipe, StageConfig
 from ..vae import CausalVAE
 from ..vae.folder import load_vae
 
@@ -111,9 +112,32 @@ class Inputs:
             raise ValueError(f"{name}: expected clips of one rate, got {sorted(rates)} fps")
         return rates.pop()
 
-    def check_weights(self, model: ModelConfig) -> None:
-        """Check that weights given as checkpoints are of a model like this one, input channels
-        aside. ValueError names every field that differs, and how a recipe takes its value."""
+    def starts(self, stages: Iterable[StageConfig]) -> set[str]:
+        """Return which weights of the run's start stages need: "weights", and
+        "discriminator_weights" of a discriminator that starts from no stage."""
+        needed = set()
+        for config in stages:
+            if getattr(config, "discriminator_start", "") is None:
+                needed.add("discriminator_weights")
+                needed |= set() if self.discriminator_weights else {"weights"}
+            if config.start is None:
+                needed.add("weights")
+        return needed
+
+    def check_weights(self, recipe: Recipe) -> None:
+        """Check that weights given as checkpoints are of the recipe's model, input channels aside.
+
+        ValueError names every field that differs, and how a recipe takes its value. ValueError also
+        for a discriminator's weights that no stage starts from.
+        """
+        if self.discriminator_weights and "discriminator_weights" not in self.starts(
+            recipe.stages.values()
+        ):
+            raise ValueError(
+                f"discriminator_weights: expected none for {recipe.name}, whose discriminator "
+                f"starts from a stage, got {self.discriminator_weights}; leave them away"
+            )
+        model = recipe.model
         for name in ("weights", "discriminator_weights"):
             folder = getattr(self, name)
             if folder is None or not folder.is_dir():
@@ -265,13 +289,13 @@ def weights_file(path: Path) -> Path:
 
 
 def _weights(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The record of weights: of their file and, from a checkpoint, what one made from them needs:
-    the folder of its text encoder, and where the weights are from."""
+    """The record of weights: of their file and, if it is a checkpoint's, where the weights are from
+    and the folder of the text encoder, which a checkpoint that is trained from them keeps."""
     record = _file(weights_file(path), recorded)
     if not path.is_dir():
         return record
     config = load_config(path)
-    kept = {key: config[key] for key in ("converted",) if key in config}
+    kept = {"converted": config["converted"]} if "converted" in config else {}
     if "text" in config:
         kept["text"] = str((path / config["text"]).resolve())
     return record | {"checkpoint": kept}

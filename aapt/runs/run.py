@@ -135,15 +135,8 @@ class Run:
         if difference := claim(self.out, asdict(self.recipe)):
             return difference
         unfinished = self.unfinished(stages)
-        starts = {name for stage in unfinished for name in self.starts(self.recipe.stages[stage])}
+        starts = self.inputs.starts(self.recipe.stages[name] for name in unfinished)
         return self.inputs.claim(self.out, self.encoded_sets(unfinished), starts)
-
-    def starts(self, config: StageConfig) -> set[str]:
-        """The weights of the run's start that a stage needs, as `Inputs` calls them."""
-        needed = {"weights"} if config.start is None else set()
-        if getattr(config, "discriminator_start", "") is None:
-            needed.add("discriminator_weights" if self.inputs.discriminator_weights else "weights")
-        return needed
 
     def cut_captions(self, stages: Sequence[str]) -> list[str]:
         """Lines for the user, one per set with captions that are longer than the model reads."""
@@ -167,27 +160,19 @@ class Run:
 
         ValueError for a missing result of an earlier stage, for clips that are missing or too
         short, for clips with another kind of motion than the model is conditioned on, for latents
-        of several autoencoders, and for batches that the ranks cannot share.
+        of several autoencoders or rates, and for batches that the ranks cannot share.
         """
         encoded = self.encoded_sets(self.recipe.stages)
         if self.recipe.model.text_encoder == "umt5":
             self.check_text()
-        self.inputs.check_weights(self.recipe.model)
-        needed = {
-            weights for stage in self.recipe.stages.values() for weights in self.starts(stage)
-        }
-        if self.inputs.discriminator_weights and "discriminator_weights" not in needed:
-            raise ValueError(
-                f"discriminator_weights: expected none for {self.recipe.name}, whose discriminator "
-                f"starts from a stage, got {self.inputs.discriminator_weights}"
-            )
+        self.inputs.check_weights(self.recipe)
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
                     f"latents: expected clips of {', '.join(encoded) or 'no set'}, which "
                     f"{self.recipe.name} does not make itself, got {name or 'a folder'}"
                 )
-        digests = {}
+        digests, rates = {}, {}
         for name in self.unfinished(stages):
             config = self.recipe.stages[name]
             starts = {config.start, getattr(config, "discriminator_start", None)}
@@ -197,13 +182,6 @@ class Run:
                         f"stage {name}: expected the result of {before} in {self.out}, got none; "
                         f"train {before} first"
                     )
-            if self.recipe.model.block == "wan" and not getattr(
-                config, "discriminator_recycled", True
-            ):
-                raise ValueError(
-                    f"stages.{name}.discriminator_recycled: expected true for Wan's block, which "
-                    "starts from weights with the recycled channels, got false"
-                )
             for batch in config.batches:
                 self.parallel.clips(batch)
             for clips, needed in config.needs.items():
@@ -211,6 +189,7 @@ class Run:
                     model = self.recipe.model
                     given = model.condition_channels, self.recipe.camera
                     digests[clips] = self.inputs.check(clips, *given)
+                    rates[clips] = self.inputs.fps(clips)
                 made = self.recipe.data.get(clips)
                 has = made.latent_frames - 1 if made else self.sets[clips].latent_frames
                 if has < needed:
@@ -222,6 +201,11 @@ class Run:
             raise ValueError(
                 f"latents: expected those of one autoencoder for {', '.join(digests)}, "
                 f"got {len(set(digests.values()))}"
+            )
+        if len(set(rates.values())) > 1:
+            raise ValueError(
+                f"latents: expected those of one rate for {', '.join(rates)}, "
+                f"got {sorted(set(rates.values()))} fps"
             )
 
     def check_text(self) -> None:

@@ -57,6 +57,14 @@ class Recipe:
     new_channels: Literal["random", "zero"] = "random"
     space_factor: int = 8
 
+    def __post_init__(self):
+        for name, stage in self.stages.items():
+            if self.model.block == "wan" and not getattr(stage, "discriminator_recycled", True):
+                raise ValueError(
+                    f"stages.{name}.discriminator_recycled: expected true for Wan's block, whose "
+                    "input has no channels to leave empty, got false"
+                )
+
 
 @dataclass(frozen=True)
 class LightRecipe:

@@ -92,16 +92,16 @@ def test_a_checkpoint_of_another_model_is_named_with_every_difference(converted)
     recipe = changed(wan_1_3b(), {"model": {**SMALL["model"], **given}})
     inputs = Inputs({}, converted)
     with pytest.raises(ValueError) as raised:
-        inputs.check_weights(recipe.model)
+        inputs.check_weights(recipe)
     assert str(raised.value) == (
         "weights: expected a model of width 256, heads 2, depth 4, as the recipe has it, got width "
         f"128, heads 1, depth 3 in {converted}; change the recipe with --set model.FIELD=VALUE"
     )
-    inputs.check_weights(changed(wan_1_3b(), SMALL).model)
-    Inputs({}, converted / "model.safetensors").check_weights(recipe.model)  # a file says nothing
-    other = Inputs({}, None, converted)
+    inputs.check_weights(changed(wan_1_3b(), SMALL))
+    Inputs({}, converted / "model.safetensors").check_weights(recipe)  # a file says nothing
+    short = changed(wan_1_3b_one_step(), {"model": {**SMALL["model"], **given}})
     with pytest.raises(ValueError, match="^discriminator_weights: expected a model of width 256"):
-        other.check_weights(recipe.model)
+        Inputs({}, None, converted).check_weights(short)
 
 
 def test_the_discriminator_has_weights_of_its_own_or_the_generators(
@@ -116,8 +116,11 @@ def test_the_discriminator_has_weights_of_its_own_or_the_generators(
     for given, expected in ((tmp_path / "diffusion", "diffusion"), (None, "wan")):
         run = Run(recipe, tmp_path / "run", inputs=Inputs({}, converted, given))
         stage = recipe.stages["adversarial"]
-        assert run.starts(stage) == ({"discriminator_weights"} if given else {"weights"})
-        assert run.starts(recipe.stages["regression"]) == {"weights"}
+        assert run.inputs.starts([stage]) == {"discriminator_weights"} | (
+            set() if given else {"weights"}
+        )
+        assert run.inputs.starts([recipe.stages["regression"]]) == {"weights"}
+        assert run.inputs.starts([recipe.stages["extension"]]) == set()
         trunk = run.discriminator(stage).world.state_dict()
         file = tmp_path / expected / "model.safetensors"
         name = "transformer.blocks.1.cross.q.weight"

@@ -126,6 +126,10 @@ STAGES = "diffusion, consistency, regression, adversarial, extension"
             r"stages\.adversarial\.overlap_frames: expected 0 to less than a segment, got 20$",
         ),
         (
+            "[stages.adversarial]\ndiscriminator_recycled = false",
+            r"stages\.adversarial\.discriminator_recycled: expected true for Wan's block, .*false$",
+        ),
+        (
             "[stages.adversarial]\naverage = 'no'",
             r"stages\.adversarial\.average: expected a number or \"none\", got 'no'$",
         ),
