@@ -198,7 +198,8 @@ def test_the_short_cut_starts_both_networks_from_their_weights(place):
 def test_a_file_leaves_a_stage_out_and_adds_one(place):
     recorded = json.loads((place / "runs/foxes/recipe.json").read_text())
     assert list(recorded["stages"])[-2:] == ["adversarial", "second"]
-    assert recorded["stages"]["second"]["judgement"] == "clip"
+    judged = [recorded["stages"][name]["judgement"] for name in ("adversarial", "second")]
+    assert judged == ["clip", "both"]
     assert load_config(place / "runs/foxes/foxes")["stage"] == "second"
 
 

@@ -125,7 +125,7 @@ def test_the_discriminator_has_weights_of_its_own_or_the_generators(
         file = tmp_path / expected / "model.safetensors"
         name = "transformer.blocks.1.cross.q.weight"
         assert torch.equal(trunk[name], read_tensors(file)[name].float())
-    assert run.model(None).state_dict()[name].equal(trunk[name])
+    assert run.starting_model(None).state_dict()[name].equal(trunk[name])
 
 
 def test_weights_that_no_discriminator_takes(converted, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ STAGES = "diffusion, consistency, regression, adversarial, extension"
         ("[stages]\nregression = 1", r'stages\.regression: expected a table or "none", got 1$'),
         (
             "[stages.adversarial]\njudgement = 'all'",
-            r"stages\.adversarial\.judgement: expected 'frame' or 'clip', got 'all'$",
+            r"stages\.adversarial\.judgement: expected 'frame' or 'clip' or 'both', got 'all'$",
         ),
         (
             "[stages.adversarial]\noverlap_frames = 20",
