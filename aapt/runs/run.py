@@ -19,7 +19,7 @@ from ..checkpoint import (
     save_module,
     save_tensors,
 )
-from ..clock import FPS, SHEET_SECONDS, STEPS_PER_SECOND
+from ..clock import FPS, FRAMES_PER_LATENT, SHEET_SECONDS
 from ..data.clips import ClipBatch, Clips, VideoClips
 from ..data.randomness import ClipRandom
 from ..data.stored_text import StoredText
@@ -42,7 +42,7 @@ from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from ..vae.pixels import to_pixels, to_video
 from . import light_decoder
-from .inputs import ANY_SET, Inputs
+from .inputs import ANY_SET, Inputs, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
 from .samples import sample_sheet
@@ -135,7 +135,7 @@ class Run:
         if difference := claim(self.out, asdict(self.recipe)):
             return difference
         unfinished = self.unfinished(stages)
-        starts = any(self.recipe.stages[name].start is None for name in unfinished)
+        starts = self.inputs.starts(self.recipe.stages[name] for name in unfinished)
         return self.inputs.claim(self.out, self.encoded_sets(unfinished), starts)
 
     def cut_captions(self, stages: Sequence[str]) -> list[str]:
@@ -160,18 +160,19 @@ class Run:
 
         ValueError for a missing result of an earlier stage, for clips that are missing or too
         short, for clips with another kind of motion than the model is conditioned on, for latents
-        of several autoencoders, and for batches that the ranks cannot share.
+        of several autoencoders or rates, and for batches that the ranks cannot share.
         """
         encoded = self.encoded_sets(self.recipe.stages)
         if self.recipe.model.text_encoder == "umt5":
             self.check_text()
+        self.inputs.check_weights(self.recipe)
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
                     f"latents: expected clips of {', '.join(encoded) or 'no set'}, which "
                     f"{self.recipe.name} does not make itself, got {name or 'a folder'}"
                 )
-        digests = {}
+        digests, rates = {}, {}
         for name in self.unfinished(stages):
             config = self.recipe.stages[name]
             starts = {config.start, getattr(config, "discriminator_start", None)}
@@ -188,6 +189,7 @@ class Run:
                     model = self.recipe.model
                     given = model.condition_channels, self.recipe.camera
                     digests[clips] = self.inputs.check(clips, *given)
+                    rates[clips] = self.inputs.fps(clips)
                 made = self.recipe.data.get(clips)
                 has = made.latent_frames - 1 if made else self.sets[clips].latent_frames
                 if has < needed:
@@ -199,6 +201,11 @@ class Run:
             raise ValueError(
                 f"latents: expected those of one autoencoder for {', '.join(digests)}, "
                 f"got {len(set(digests.values()))}"
+            )
+        if len(set(rates.values())) > 1:
+            raise ValueError(
+                f"latents: expected those of one rate for {', '.join(rates)}, "
+                f"got {sorted(set(rates.values()))} fps"
             )
 
     def check_text(self) -> None:
@@ -264,7 +271,7 @@ class Run:
         if stage is not None:
             load_module(self.start(stage), model)
         elif self.inputs.weights is not None:
-            model.load_start(self.inputs.weights)
+            model.load_start(weights_file(self.inputs.weights), self.recipe.new_channels)
         return model
 
     # Stages: the work that makes each result.
@@ -370,8 +377,8 @@ class Run:
         world = self.world(model)
         discriminator = Discriminator(world, config.judgement, config.pooling)
         if start is None:
-            if self.inputs.weights is not None:
-                world.load_start(self.inputs.weights)
+            if given := self.inputs.discriminator_weights or self.inputs.weights:
+                world.load_start(weights_file(given), self.recipe.new_channels)
         elif isinstance(self.recipe.stages[start], AdversarialConfig):
             load_module(self.out / start / DISCRIMINATOR, discriminator)
         else:
@@ -408,18 +415,24 @@ class Run:
         """
         parallel, config = self.parallel, self.recipe.stages[name]
         batch, vae = self.sample_clips(name)
-        sampling, frames = None, [STEPS_PER_SECOND * second for second in SHEET_SECONDS]
+        fps = self.fps(name)
+        sampling, frames = None, [fps * second // FRAMES_PER_LATENT for second in SHEET_SECONDS]
         if isinstance(config, DiffusionConfig):
             sampling, frames = config.sampling, DIFFUSION_SAMPLES
 
         def sample(done: int) -> None:
             with mixed_precision(parallel.device):
-                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling)
+                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling, fps=fps)
             parallel.reshard(stage.model)
             if parallel.main:
                 sheet.save(self.out / name / f"samples-{done}.png")
 
         return sample
+
+    def fps(self, stage: str) -> int:
+        """Video frames per second of the clips that a stage learns from."""
+        name = next(iter(self.recipe.stages[stage].needs))
+        return FPS if name in self.recipe.data else self.inputs.fps(name)
 
     def sample_clips(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
         """A few whole clips that a stage learns from, always the same, and their autoencoder.
@@ -441,7 +454,8 @@ class Run:
         """Write the checkpoint of a stage, in bfloat16, for StreamingGenerator to load.
 
         Its images have the size of `export_size`. The checkpoint of a diffusion stage says how it
-        is sampled. Returns `folder`, which has the recipe's name unless it is given.
+        is sampled. One that began with another checkpoint's weights keeps that one's origin and
+        text encoder. Returns `folder`, which has the recipe's name unless it is given.
         """
         recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
         sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
@@ -458,12 +472,13 @@ class Run:
                 "sampling": sampling,
                 "height": height,
                 "width": width,
-                "fps": FPS,
+                "fps": self.fps(stage),
                 "prompts": [theme.prompts[0] for theme in THEMES] if recipe.data else [],
                 "sample": {"image": SAMPLE_IMAGE.name, "prompt": prompt},
                 "model": asdict(model),
                 "camera": recipe.camera and asdict(recipe.camera),
                 **vaes,
+                **((read_record(self.out).get("weights") or {}).get("checkpoint", {})),
             },
         )
         return folder

@@ -24,6 +24,7 @@ def sample_sheet(
     *,
     seed: int = 0,
     sampling: SamplingConfig | None = None,
+    fps: int = FPS,
 ) -> Image.Image:
     """Roll the generator out from the first frames of a batch and draw it under the real clips.
 
@@ -35,6 +36,7 @@ def sample_sheet(
         sampling: How a diffusion model makes a frame; None for a generator of one pass. A diffusion
             model is sampled without caches, because training leaves no memory for them: the work
             grows with the square of the last frame.
+        fps: Video frames per second, for the labels of columns.
     """
     wanted = sorted(set(frames))
     if not wanted or wanted[0] < 0:
@@ -51,7 +53,7 @@ def sample_sheet(
         truth[:, : len(known)] = _last_frames(
             vae, latents[:, :, : known[-1] + 1].split(1, 2), known
         )
-    seconds = [frame * vae.config.time_factor / FPS for frame in wanted]
+    seconds = [frame * vae.config.time_factor / fps for frame in wanted]
     groups = [[(f"{i}\ntruth", truth[i]), ("model", model_video[i])] for i in range(len(latents))]
     scale = max(1, SHOWN_ROWS // truth.shape[2])
     return contact_sheet(groups, [f"{second:.3g} s" for second in seconds], scale)

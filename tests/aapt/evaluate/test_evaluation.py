@@ -32,7 +32,7 @@ from aapt.evaluate.motion_probe import (
 )
 from aapt.evaluate.scenes import roll_out_scenes
 from aapt.evaluate.video_frames import VideoFrames, latent_statistics
-from aapt.evaluate.windows import WINDOWS, drift_frames, shifted_inside
+from aapt.evaluate.windows import WINDOWS, Schedule, drift_frames, shifted_inside
 from aapt.evaluate.world_scenes import WorldScenes, held_out_starts, render_truth
 from aapt.media.contact_sheet import contact_sheet
 from aapt.model.config import CameraConfig, ModelConfig, SamplingConfig
@@ -279,6 +279,22 @@ def test_frames_after_the_end_are_replaced_by_the_last_ones():
     assert shifted_inside((47, 48), steps=2) == [7, 8]
     assert shifted_inside(range(4, 13), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert shifted_inside(range(40, 61), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("fps", "steps"), [(24, ["1-8", "25-36", "175-186", "331-360"]), (16, ["1-5", "17-24"])]
+)
+def test_windows_are_the_same_seconds_at_every_rate(fps, steps):
+    schedule = Schedule(360 if fps == 24 else 24, 24, fps)
+    assert [f"{window.first}-{window.last}" for window in schedule.windows] == steps
+    for window in schedule.windows:
+        begin, end = (float(part) for part in window.name[:-2].split("-"))
+        assert window.middle == pytest.approx((begin + end) / 2, abs=0.05)
+        assert window.frames[-1] / fps == pytest.approx(end, abs=0.1)
+    assert drift_frames(2, fps) == (2 * fps - 1, 2 * fps)
+    assert set(drift_frames(2, fps)) <= set(schedule.frames)
+    assert schedule.drift_seconds[-1] == len(schedule.drift_seconds) == (60 if fps == 24 else 6)
+    assert schedule.sheet_seconds == ([0, 1, 5, 10, 30, 60] if fps == 24 else [0, 1, 5])
 
 
 def test_a_timeline_finds_the_second_that_is_wrong():

@@ -372,6 +372,17 @@ def test_the_command_from_videos_to_a_checkpoint(latents, tmp_path, monkeypatch,
     assert StreamingGenerator.from_pretrained(run / "small").driven_by == "prompt"
 
 
+def test_clips_of_another_rate(latents, tmp_path):
+    """The frames of a second, and the checkpoint's, are those of --fps."""
+    out, videos = tmp_path / "latents", str(latents.parent / "videos")
+    given = ["encode", videos, "--model", str(latents), "--bucket", "48x32+96x64+32x16"]
+    assert main([*given, "--fps", "12", "--seconds", str(8 / 12), "--out", str(out)]) == 0
+    encoding = json.loads((out / "index.json").read_text())["encoding"]
+    assert (encoding["fps"], encoding["latent_frames"]) == (12, 2)
+    options = RunOptions(sample_every=None)
+    assert StreamingGenerator.from_pretrained(train(tmp_path, out, options=options)).fps == 12
+
+
 def exploring(**changes) -> Recipe:
     """A recipe like stage 1 of `paper-8b-camera`."""
     camera = CameraConfig(1.0, 0.02, 1.0, 1.0, 1.0)
