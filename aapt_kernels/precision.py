@@ -22,19 +22,34 @@ def widen(*arguments) -> list:
 
 
 def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return x (B, L, H, D) as a cache of `dtype` stores it: x / scale (H,), rounded and limited to
-    the largest finite value, because a conversion to float8 turns what is larger into NaN."""
+    """Return x (B, L, H, D) as a cache of `dtype` stores it: x times the reciprocal of scale (H,),
+    rounded and limited to the largest finite value, because a conversion to float8 turns what is
+    larger into NaN."""
     if scale is None:
         return x
     limit = torch.finfo(dtype).max
-    return (x.to(wide(x.dtype)) / scale[:, None]).clamp(-limit, limit).to(dtype)
+    inverse = scale[:, None].to(wide(x.dtype)).reciprocal()
+    return (x.to(inverse.dtype) * inverse).clamp(-limit, limit).to(dtype)
 
 
 def dequantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the values in `dtype` that `quantise` has stored as x (B, L, H, D)."""
+    """Return the values in `dtype`, contiguous, that `quantise` has stored as x (B, L, H, D)."""
     if scale is None:
         return x
-    return (x.to(wide(dtype)) * scale[:, None]).to(dtype)
+    return dense(x.to(wide(dtype)) * scale[:, None], dtype)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Return x (..., D) times the Hadamard matrix of order D, a power of two, over sqrt(D). The
+    matrix is symmetric and orthogonal: its own inverse, and no product of two rows changes."""
+    size = x.shape[-1]
+    y = x.to(wide(x.dtype))
+    step = 1
+    while step < size:
+        a, b = y.unflatten(-1, (-1, 2, step)).unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        step *= 2
+    return (y * size**-0.5).to(x.dtype)
 
 
 def as_bits(x: Tensor) -> Tensor:
