@@ -49,6 +49,7 @@ class Experiment:
         starts: worlds per evaluation.
         seconds: length of each video.
         windows: windows of the evaluation that the page shows.
+        timed: True to measure passes and time per frame; always with `samplings`.
     """
 
     question: str
@@ -59,6 +60,7 @@ class Experiment:
     starts: int = 16
     seconds: float = 60.0
     windows: tuple[str, ...] = ("4-6 s", "55-60 s")
+    timed: bool = False
 
 
 def plain(**changes) -> AdversarialConfig:
@@ -276,6 +278,23 @@ def as_written() -> Experiment:
     )
 
 
+def diffusion_forcing(recycle: bool = False) -> Experiment:
+    """Trains from random weights. Both sides have Wan's block, as few-step models do."""
+    recipe = tiny_world()
+    model = replace(recipe.model, block="wan", recycle=recycle, residual_head=False)
+    forcing = "teacher" if recycle else "diffusion"
+    stages = {
+        name: replace(recipe.stages[name], forcing=forcing) for name in ("diffusion", "consistency")
+    }
+    return Experiment(
+        "What does one-step diffusion forcing cost and reach beside recycled frames? (paper, "
+        f"Figure 2) Forcing: {forcing}.",
+        stages,
+        replace(recipe, model=model, stages={}),
+        timed=True,
+    )
+
+
 def one_thing(
     question: str, beside: tuple[str, ...] = ("regression",), **changes: Mapping
 ) -> Experiment:
@@ -360,6 +379,8 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
         always={"first_frame": "always"},
     ),
     "five-minutes": five_minutes,
+    "diffusion-forcing": diffusion_forcing,
+    "recycled-frames": partial(diffusion_forcing, recycle=True),
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"
@@ -448,7 +469,7 @@ def _measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Resu
         with counted(out, "evaluation"):
             say = partial(print, flush=True)
             evaluate(list(folders.values()), report.parent, **settings, log=say)
-    if experiment.samplings and not speeds.is_file():
+    if (experiment.samplings or experiment.timed) and not speeds.is_file():
         write_json(speeds, {name: speed(folder) for name, folder in folders.items()})
     return Result(json.loads(report.read_text()), read(out / MINUTES), read(speeds))
 
@@ -517,7 +538,7 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
             found = [result.report["windows"][window][source] for result in results.values()]
             cells = (spread([each[field] for each in found], form) for _, field, form in COLUMNS)
             lines += [f"| {source} | " + " | ".join(cells) + " |"]
-    if experiment.samplings:
+    if experiment.samplings or experiment.timed:
         lines += ["", "## Cost per latent frame, one stream without its decoder", ""]
         lines += heading(("forward passes", "CPU ms"))
         for source in sources:

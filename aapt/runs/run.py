@@ -419,6 +419,8 @@ class Run:
         sampling, frames = None, [fps * second // FRAMES_PER_LATENT for second in SHEET_SECONDS]
         if isinstance(config, DiffusionConfig):
             sampling, frames = config.sampling, DIFFUSION_SAMPLES
+        elif isinstance(config, ConsistencyConfig):
+            sampling = config.sampling
 
         def sample(done: int) -> None:
             with mixed_precision(parallel.device):
@@ -458,7 +460,7 @@ class Run:
         text encoder. Returns `folder`, which has the recipe's name unless it is given.
         """
         recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
-        sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
+        sampling = getattr(config, "sampling", None)
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
@@ -469,7 +471,7 @@ class Run:
             {
                 "name": recipe.name,
                 "stage": stage,
-                "sampling": sampling,
+                "sampling": sampling and asdict(sampling),
                 "height": height,
                 "width": width,
                 "fps": self.fps(stage),

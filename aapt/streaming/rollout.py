@@ -75,7 +75,8 @@ def _roll_out_chunks(
         text = tuple(map(torch.cat, zip(text, negatives, strict=True)))
     rollout = FewStepRollout(model.transformer, *text, first.shape[-2:], sampling)
     if not joined:
-        rollout.give(first)
+        driven = first.new_zeros(len(first), config.condition_channels, 1, *first.shape[-2:])
+        rollout.give(first, driven if config.condition_channels else None)  # nothing drives it
     yield first
     made, number = 0, 0
     while made < steps:

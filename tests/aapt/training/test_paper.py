@@ -53,6 +53,7 @@ DIFFUSION = {
         )
     },
     "start": None,
+    "forcing": "teacher",
     "shift": 24,
     "caption_dropout": 0.1,
     "muon": False,
@@ -64,6 +65,7 @@ CONSISTENCY = {
     **ADAM,
     "curriculum": {"phases": (phase(5_000, 32, *LAST_SOURCES),)},
     "start": "diffusion",
+    "forcing": "teacher",
     "shift": 24,
     "times": 32,
     "distance": "pseudo_huber",
