@@ -34,8 +34,8 @@ def sample_sheet(
 
     Args:
         sampling: How a diffusion or few-step model makes a frame; None for a generator of one pass.
-            A diffusion model is sampled without caches, because training leaves no memory for them: the work
-            grows with the square of the last frame.
+            A diffusion model is sampled without caches, because training leaves no memory for them:
+            the work grows with the square of the last frame.
         fps: Video frames per second, for the labels of columns.
     """
     wanted = sorted(set(frames))
