@@ -156,6 +156,9 @@ def choose(op: str, tensor: Tensor, *rest) -> str:
     """Return the backend that runs `op` on these arguments, or raise BackendError; without `rest`,
     on some arguments of which `tensor` is the first."""
     device = tensor.device
+    if _forced == "auto" and device.type == "cpu" and "cpu" in _implementations[op]:
+        if "cpu" not in _limits[op]:  # a step on a CPU makes forty calls, and asks nothing more
+            return "cpu"
     reasons = []
     for name in PREFERENCE.get(device.type, ()) if _forced == "auto" else (_forced,):
         reason = obstacle(op, name, device) or limit_of(op, name)(tensor, *rest)
@@ -189,6 +192,11 @@ def kernels_of(device: torch.device):
     if device.type == "cuda" and not no_sm90(device):
         return getattr(torch.ops, SM90["cuda"])
     return getattr(torch.ops, SM90["sim"]) if device.type == "cpu" and _forced == "sim" else None
+
+
+def may_run_kernels(device: torch.device) -> bool:
+    """Return whether calls on tensors of this device may reach a hand-written or Triton kernel."""
+    return device.type != "cpu" or _forced in ("sim", "triton")
 
 
 def obstacle(op: str, name: str, device: torch.device | str) -> str | None:

@@ -38,6 +38,8 @@ def check_shape(
     size.
     """
     shape = tensor.shape
+    if shape == expected:
+        return shape
     fits = len(shape) == len(expected)
     for have, want in zip(shape, expected, strict=False):
         if not isinstance(want, str) and have != want:
@@ -163,6 +165,20 @@ def cache_limit(q: Tensor, k_cache: Tensor | None) -> str | None:
     if k_cache is None or k_cache.dtype == q.dtype:
         return None
     return f"k_cache: expected a cache of the dtype of q, {q.dtype}, got {k_cache.dtype}"
+
+
+def transposed_limit(name: str, tensor: Tensor | None) -> str | None:
+    """Return why the sm_90a kernels do not take these values of a float8 cache (batch, capacity,
+    heads, head_dim), None if they do or there are none."""
+    if tensor is None:
+        return None
+    batch, token, *rest = tensor.stride()
+    if token == 1 and not any(x % ALIGNMENT for x in (tensor.data_ptr(), batch, *rest)):
+        return None
+    return (
+        f"{name}: expected the tokens of a column side by side, on {ALIGNMENT}-byte boundaries, "
+        f"got strides {tuple(tensor.stride())} at byte {tensor.data_ptr() % ALIGNMENT}"
+    )
 
 
 def scale_limit(scale: float | None) -> str | None:

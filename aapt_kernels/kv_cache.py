@@ -20,16 +20,18 @@ import copy
 import torch
 from torch import Tensor
 
-from .backend import deferred, kernels_of, obstacle
+from .backend import deferred, kernels_of, may_run_kernels, obstacle
 from .checks import FLOATS, check_dense_rows, check_device, check_dtype, check_integer, check_shape
-from .precision import as_bits, dequantise, quantise
+from .precision import as_bits, dequantise, hadamard, quantise
 
 QUANTISED = (torch.float8_e4m3fn,)
+KEY_GROUP = 16  # keys of a float8 cache in 16 bytes
 
 
 class KVCache:
     """Keys and values of every layer: k and v (layers, batch, capacity, heads, head_dim), views
-    of a head-major buffer.
+    of a head-major buffer. A float8 cache stores v with the keys of a column side by side, as FP8
+    products need, in rows of a multiple of 16 bytes.
 
     capacity: `[text | sink | ring of window_frames + 1]`, in tokens. step: () int64 on the device,
     number of frames that the finished steps have appended, so the index of the frame now being
@@ -43,7 +45,10 @@ class KVCache:
     returns, and of q: that of k and v, or for float8_e4m3fn any of the others, bfloat16 unless
     given. k_scale, v_scale: of a float8 cache, (layers, heads) float32, 1 until the caller writes
     others into them, before the first key; a cache stores k / k_scale and v / v_scale. None for any
-    other dtype.
+    other dtype. use_hadamard: of a float8 cache whose head_dim is a power of two, False unless
+    given. The cache then stores keys times the Hadamard matrix over sqrt(head_dim), and `kv_append`
+    returns queries times this matrix. Scores stay as they are, and large channels are spread over
+    all of a head.
 
     workspace: memory that the kernels of cached_attention reuse in every call, int32 for sm_90a,
     float32 for Triton; None where neither runs or none is needed, and in a clone before its first
@@ -56,6 +61,7 @@ class KVCache:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     workspace: Tensor | None = None
+    use_hadamard: bool = False
     _compute_dtype: torch.dtype | None = None
 
     def __init__(
@@ -71,6 +77,7 @@ class KVCache:
         sink_frames: int = 1,
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
+        use_hadamard: bool = False,
         device: torch.device | str = "cpu",
     ):
         sizes = {}
@@ -91,12 +98,19 @@ class KVCache:
         self.window_frames = sizes["window_frames"]
         self.sink_frames = sizes["sink_frames"]
         self._choose_dtypes(dtype, compute_dtype)
+        self._choose_hadamard(use_hadamard, dtype, head_dim)
         # Head-major in memory, because every attention reads the keys of one head in one piece
-        shape = (layers, batch, heads, self.capacity, head_dim)
+        outer = (layers, batch, heads)
+        options = dict(dtype=dtype, device=device)
         # A tensor of inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
-            self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
-            self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+            if dtype in QUANTISED:
+                keys = -(-self.capacity // KEY_GROUP) * KEY_GROUP
+                k = torch.zeros(*outer, keys, head_dim, **options)
+                v = torch.zeros(*outer, head_dim, keys, **options).transpose(3, 4)
+            else:
+                k, v = (torch.zeros(*outer, self.capacity, head_dim, **options) for _ in range(2))
+            self.k, self.v = (x[:, :, :, : self.capacity].transpose(2, 3) for x in (k, v))
             self.step = torch.zeros((), dtype=torch.int64, device=device)
             self.text_lens = torch.zeros(batch, dtype=torch.int64, device=device)
             if dtype in QUANTISED:
@@ -117,6 +131,16 @@ class KVCache:
             )
         self._compute_dtype = compute_dtype
 
+    def _choose_hadamard(self, use_hadamard: bool, dtype: torch.dtype, head_dim: int) -> None:
+        if use_hadamard and dtype not in QUANTISED:
+            raise ValueError(f"use_hadamard: expected False for a cache of {dtype}, got True")
+        if use_hadamard and head_dim & (head_dim - 1):
+            raise ValueError(
+                f"use_hadamard: expected False for a head_dim of {head_dim}, which is no power of "
+                f"two, got True"
+            )
+        self.use_hadamard = bool(use_hadamard)
+
     def _new_workspace(self) -> Tensor | None:
         sizes = (self.tokens_per_frame, self.window_frames)
         kernels = kernels_of(self.k.device)
@@ -131,8 +155,10 @@ class KVCache:
             return make(self.k[0], *sizes)
 
     def ready_workspace(self) -> Tensor | None:
-        """Return `workspace`, made now if a clone has none yet."""
-        if self.workspace is None and not torch.compiler.is_compiling():
+        """Return `workspace`, made now if a clone has none yet and a kernel may ask for it."""
+        if self.workspace is not None or not may_run_kernels(self.k.device):
+            return self.workspace
+        if not torch.compiler.is_compiling():
             self.workspace = self._new_workspace()
         return self.workspace
 
@@ -147,6 +173,12 @@ class KVCache:
         if self.k_scale is None:
             return None, None
         return self.k_scale[layer], self.v_scale[layer]
+
+    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of `compute_dtype` as the memory keeps them."""
+        k_scale, v_scale = self.scales(layer)
+        k = hadamard(k) if self.use_hadamard else k
+        return quantise(k, k_scale, self.k.dtype), quantise(v, v_scale, self.v.dtype)
 
     @property
     def ring_frames(self) -> int:
@@ -171,7 +203,7 @@ class KVCache:
         layers. Text is stored at the end of its slot, next to the frames, so that a frame sees one
         piece of memory. The rest of the slot is zero: padding, NaN included, is forgotten. Frames
         already in the cache stay as they were made. A float8 cache stores k / k_scale and
-        v / v_scale.
+        v / v_scale, k times the Hadamard matrix with `use_hadamard`.
 
         Raises IndexError, ValueError or TypeError if an argument does not fit the cache.
         """
@@ -197,13 +229,10 @@ class KVCache:
             shift = length - self.text_lens[:, None]  # rows of padding, moved to the front
             row = torch.arange(length, device=k.device) - shift
             source = row.clamp(min=0)[..., None, None].expand_as(k)
-            k_scale, v_scale = self.scales(layer)
-            for cached, text, scale in ((self.k, k, k_scale), (self.v, v, v_scale)):
+            texts = (x.gather(1, source).masked_fill_(row[..., None, None] < 0, 0) for x in (k, v))
+            for cached, text in zip((self.k, self.v), self._stored(layer, *texts), strict=True):
                 cached[layer, :, : self.text_tokens - length].zero_()
-                text = text.gather(1, source).masked_fill_(row[..., None, None] < 0, 0)
-                cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(
-                    quantise(text, scale, cached.dtype)
-                )
+                cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(text)
 
     def advance(self, frames: int = 1) -> None:
         """Finish a step: the frames that every layer has appended are now part of the past.
@@ -233,7 +262,7 @@ class KVCache:
         twin = copy.copy(self)
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in self.tensors().items():
-                setattr(twin, name, tensor.clone())
+                setattr(twin, name, copy.deepcopy(tensor))  # with the strides of a float8 cache
         twin.workspace = None
         return twin
 
@@ -245,9 +274,13 @@ class KVCache:
         return {name: getattr(self, name) for name in names}
 
     def check_twin(self, other: "KVCache") -> None:
-        """Raise ValueError unless the other cache has the sizes, dtypes and device of this one."""
+        """Raise ValueError unless the other cache has the sizes, dtypes, use of the Hadamard matrix
+        and device of this one."""
         forms = [
-            (cache.integers, *cache.k.shape, cache.k.dtype, cache.compute_dtype, cache.k.device)
+            (
+                *(cache.integers, *cache.k.shape, cache.k.dtype, cache.compute_dtype),
+                *(cache.use_hadamard, cache.k.device),
+            )
             for cache in (self, other)
         ]
         if forms[0] != forms[1]:
@@ -295,7 +328,8 @@ class KVCache:
             return dequantise(taken, scale, self.compute_dtype)
 
         k_scale, v_scale = self.scales(layer)
-        return take(self.k, k_scale), take(self.v, v_scale)
+        k, v = take(self.k, k_scale), take(self.v, v_scale)
+        return hadamard(k) if self.use_hadamard else k, v
 
     def load_prefix(self, layer: int, k: Tensor, v: Tensor, step: int) -> None:
         """Fill one layer with the frames before frame `step` that were made elsewhere, in place of
@@ -324,13 +358,11 @@ class KVCache:
             ]
         )
         with torch.no_grad():
-            for cached, given, scale in zip(
-                (self.k, self.v), (k, v), self.scales(layer), strict=True
-            ):
+            for cached, given in zip((self.k, self.v), self._stored(layer, k, v), strict=True):
                 slots = as_bits(cached)[layer, :, self.text_tokens :]
                 slots = slots.unflatten(1, (-1, self.tokens_per_frame)).zero_()
-                frames = as_bits(quantise(given, scale, cached.dtype))
-                slots.index_copy_(1, index, frames.unflatten(1, (-1, self.tokens_per_frame)))
+                frames = as_bits(given).unflatten(1, (-1, self.tokens_per_frame))
+                slots.index_copy_(1, index, frames)
             self.step.fill_(step)
 
     def check_layer(self, layer: int) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+NARROW = (torch.bfloat16, torch.float16)  # dtypes of arguments that an op computes in float32
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that an op computes in for inputs of `dtype`."""
@@ -10,27 +12,44 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def widen(*arguments) -> list:
-    """Return the arguments of an op, every floating-point tensor in the dtype it computes in."""
+    """Return the arguments of an op, every floating-point tensor in the dtype it computes in.
+
+    Most are so already, and are not converted, because `to` takes a microsecond to do nothing.
+    """
     return [
-        x.to(wide(x.dtype)) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in arguments
+        x.to(torch.float32) if isinstance(x, Tensor) and x.dtype in NARROW else x for x in arguments
     ]
 
 
 def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return x (B, L, H, D) as a cache of `dtype` stores it: x / scale (H,), rounded and limited to
-    the largest finite value, because a conversion to float8 turns what is larger into NaN."""
+    """Return x (B, L, H, D) as a cache of `dtype` stores it: x times the reciprocal of scale (H,),
+    rounded and limited to the largest finite value, because a conversion to float8 turns what is
+    larger into NaN."""
     if scale is None:
         return x
     limit = torch.finfo(dtype).max
-    return (x.to(wide(x.dtype)) / scale[:, None]).clamp(-limit, limit).to(dtype)
+    inverse = scale[:, None].to(wide(x.dtype)).reciprocal()
+    return (x.to(inverse.dtype) * inverse).clamp(-limit, limit).to(dtype)
 
 
 def dequantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the values in `dtype` that `quantise` has stored as x (B, L, H, D)."""
+    """Return the values in `dtype`, contiguous, that `quantise` has stored as x (B, L, H, D)."""
     if scale is None:
         return x
-    return (x.to(wide(dtype)) * scale[:, None]).to(dtype)
+    return dense(x.to(wide(dtype)) * scale[:, None], dtype)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Return x (..., D) times the Hadamard matrix of order D, a power of two, over sqrt(D). The
+    matrix is symmetric and orthogonal: its own inverse, and no product of two rows changes."""
+    size = x.shape[-1]
+    y = x.to(wide(x.dtype))
+    step = 1
+    while step < size:
+        a, b = y.unflatten(-1, (-1, 2, step)).unbind(-2)
+        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        step *= 2
+    return (y * size**-0.5).to(x.dtype)
 
 
 def as_bits(x: Tensor) -> Tensor:
@@ -40,7 +59,7 @@ def as_bits(x: Tensor) -> Tensor:
 
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x contiguous in this dtype: x itself if it is so already."""
-    return x.to(dtype).contiguous()
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def autocasts(device: torch.device) -> bool:

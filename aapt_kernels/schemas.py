@@ -52,13 +52,13 @@ BIAS_GELU = (
 QUANTISE_ROWS = ("quantise_rows(Tensor x) -> (Tensor values, Tensor scales)",)
 
 # One layer's cache (batch, capacity, heads, head_dim); `step` is KVCache's counter. The scales,
-# (heads,) float32, are those of a cache of another dtype than q.
+# (heads,) float32, are those of a cache of another dtype than q, and so is use_hadamard.
 CACHE = (
     "kv_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "Tensor? cos_sink, Tensor? sin_sink, float eps, SymInt text_tokens, SymInt tokens_per_frame, "
-    "SymInt window_frames, SymInt sink_frames, Tensor? k_scale, Tensor? v_scale) "
-    "-> (Tensor q, Tensor q_sink)",
+    "SymInt window_frames, SymInt sink_frames, Tensor? k_scale, Tensor? v_scale, "
+    "bool use_hadamard) -> (Tensor q, Tensor q_sink)",
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
     "Tensor? q_sink, SymInt text_tokens, SymInt tokens_per_frame, SymInt window_frames, "
     "SymInt sink_frames, float scale, Tensor? k_scale, Tensor? v_scale, Tensor(a!)? workspace) "

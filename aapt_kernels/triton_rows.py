@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_tiles import dot
+
 TILE = 1024  # elements of one half per program of four warps: 16 bytes of BF16 per thread
 COUNTS = ["rows", "length"]  # differ between calls, and get no kernel of their own for some values
 
@@ -154,6 +156,21 @@ def rotate(low, high, cos, sin):
 
 
 @triton.jit
+def multiply_hadamard(low, high, dtype: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return the halves of rows, rounded to `dtype`, times the Hadamard matrix over
+    sqrt(HEAD_DIM), a power of two from 32 to 512."""
+    index = tl.arange(0, HEAD_DIM // 2)
+    parity = index[:, None] & index[None, :]
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    signs = (1.0 - 2.0 * (parity & 1)).to(dtype)
+    low, high = dot(low.to(dtype), signs), dot(high.to(dtype), signs)
+    ROOT: tl.constexpr = HEAD_DIM**-0.5
+    return (low + high) * ROOT, (low - high) * ROOT
+
+
+@triton.jit
 def store_queries(
     low,
     high,
@@ -174,14 +191,21 @@ def store_queries(
     WIDTH: tl.constexpr,
     ACROSS: tl.constexpr,
     WIDE: tl.constexpr,
+    HADAMARD: tl.constexpr = False,
 ):
-    """Store queries, normalised and rotated, and once more rotated for the pinned frame."""
+    """Store queries, normalised and rotated, and once more rotated for the pinned frame; HADAMARD:
+    both multiplied by the Hadamard matrix."""
+    dtype: tl.constexpr = low.dtype
     low, high = normalise(low, high, weight, head, heads, EPS, HEAD_DIM, WIDTH, ACROSS, WIDE)
     rotated_low, rotated_high = rotate(low, high, cos, sin)
+    if HADAMARD:
+        rotated_low, rotated_high = multiply_hadamard(rotated_low, rotated_high, dtype, HEAD_DIM)
     store_halves(q_out, out, rotated_low, rotated_high, active, HEAD_DIM, WIDTH)
     if cos_sink is not None:
         cos, sin = load_angles(cos_sink, sin_sink, token, active, HEAD_DIM, WIDTH, WIDE)
         low, high = rotate(low, high, cos, sin)
+        if HADAMARD:
+            low, high = multiply_hadamard(low, high, dtype, HEAD_DIM)
         store_halves(q_sink_out, out, low, high, active, HEAD_DIM, WIDTH)
 
 

@@ -3,7 +3,8 @@
 The kernels are the simulator's own (tests/sim/kernels), built as shared libraries of C functions
 with nvcc for a chip and with g++ for the simulator. Small integers make every product and every sum
 exact, so a difference from float64 is a difference of meaning (swizzle, descriptor, fragment
-layout) and never of rounding. Chip and simulator therefore need not run on one machine.
+layout) and never of rounding. The rounding of FP8 sums has cases of its own, against
+`tensor_core_model`. Chip and simulator therefore need not run on one machine.
 """
 
 import ctypes
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from .tensor_core_model import ADDITIONS, promoted
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "tests" / "sim" / "kernels"
@@ -163,7 +166,27 @@ def test_fp8_pipeline(check_bits):
     b_scale = 2.0 ** torch.randint(-2, 3, (k // 128,))
     scaled = a.double().unflatten(1, (-1, 128)) * (a_scale * b_scale)[:, :, None]
     expected = scaled.flatten(1) @ b.double().t()
-    check_bits("run_gemm_e4m3", (a, b, a_scale, b_scale), expected, m, n, k)
+    check_bits("run_gemm_e4m3", (a, b, a_scale, b_scale), expected, m, n, k, 1)
+
+
+@pytest.mark.parametrize(("first", "other", "total"), ADDITIONS)
+def test_fp8_adder(check_bits, first, other, total):
+    """What 31 products of 13 or 14 bits below the first add to it: `tensor_core_model`."""
+    a, b = torch.full((64, 32), 2.0**-6), torch.full((8, 32), other)
+    a[:, 5] = b[:, 5] = first
+    a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    check_bits("run_multiply_registers", (8, 1, a, b), torch.full((64, 8), total))
+
+
+@pytest.mark.parametrize("interval", [1, 8])
+def test_fp8_promotion(check_bits, interval):
+    """Positive values, promoted to float32 every `interval` blocks of 128 along K."""
+    m, n, k = 64, 128, 1024
+    a, b = (torch.rand(rows, k).add(0.5).to(torch.float8_e4m3fn) for rows in (m, n))
+    scales = torch.ones(m, k // 128), torch.ones(k // 128)
+    expected = promoted(a.double().numpy(), b.double().numpy(), 128 * interval)
+    sizes = (m, n, k, interval)
+    check_bits("run_gemm_e4m3", (a, b, *scales), torch.from_numpy(expected), *sizes)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -8,6 +8,8 @@ Run with `pytest benchmarks/bench_kv_append.py [--device cuda]`.
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from aapt_kernels import kv_append, qk_norm_rope
 
 from .compositions import append, in_dtype, make_tables
@@ -37,3 +39,31 @@ def test_kv_append(against, mode, device, shape, dtype):
     ceilings = {"a copy of as many bytes": plain_copy(moved, device)}
     work = Work(bytes=moved)
     against(ours, rivals, rounds=20, iterations=10, work=work, ceilings=ceilings)
+
+
+def test_kv_append_float8(against, mode, device, shape, dtype):
+    """A cache of E4M3: keys times the Hadamard matrix, values transposed, in the same launch."""
+    caches = [
+        shape.make_cache(torch.float8_e4m3fn, device, compute_dtype=dtype, use_hadamard=use)
+        for use in (True, False)
+    ]
+    projected = replace(shape, heads=3 * shape.heads).make_frame(dtype, device)
+    q, k, v = projected.chunk(3, dim=2)
+    weight, cos, sin = make_tables(shape, device)
+
+    def append_to(cache):
+        return kv_append(q, k, v, cache, 0, weight, weight, cos, sin)
+
+    # Read: q, k, v; written: q, and k and v of one byte
+    moved = q.numel() * (4 * q.element_size() + 2) + 2 * cos.numel() * cos.element_size()
+    ours = partial(append_to, caches[0])
+
+    def without():
+        append_to(caches[1])  # returns other queries, which are not compared
+
+    rivals = {"without the Hadamard matrix": without}
+    ceilings = {}
+    if mode != "cpu":
+        rivals |= other_backends("kv_append", q, ours)
+        ceilings["a copy of as many bytes"] = plain_copy(moved, device)
+    against(ours, rivals, rounds=20, iterations=10, work=Work(bytes=moved), ceilings=ceilings)

@@ -186,7 +186,7 @@ def table() -> str:
         + " |",
         "|---|---|",
     ]
-    for groups, note in ((2, ""), (3, " (not built)")):
+    for groups, note in ((2, ""), (3, " (built)")):
         busy = ", ".join(f"{narrow_busy(groups, x):.3f}" for x in STRETCHES)
         rows.append(f"| {groups}{note} | {busy} |")
     wide = BackwardTile(80)

@@ -29,6 +29,7 @@ from aapt.streaming.generator import StreamingGenerator
 from aapt.streaming.rollout import roll_out
 from aapt.training.corruption import Corruption
 from aapt.training.curriculum import constant
+from aapt.training.optimization import Schedule
 from aapt.training.recipes import Recipe, StageConfig, tiny_world
 from aapt.training.stages.adversarial import AdversarialConfig
 
@@ -46,6 +47,9 @@ class Experiment:
         beside: names of stages of `recipe` to measure too.
         samplings: settings, by name, to sample the recipe's diffusion stage with and measure too.
         starts: worlds per evaluation.
+        seconds: length of each video.
+        windows: windows of the evaluation that the page shows.
+        timed: True to measure passes and time per frame; always with `samplings`.
     """
 
     question: str
@@ -54,6 +58,9 @@ class Experiment:
     beside: tuple[str, ...] = ()
     samplings: Mapping[str, SamplingConfig] = field(default_factory=dict)
     starts: int = 16
+    seconds: float = 60.0
+    windows: tuple[str, ...] = ("4-6 s", "55-60 s")
+    timed: bool = False
 
 
 def plain(**changes) -> AdversarialConfig:
@@ -220,6 +227,100 @@ def baselines() -> Experiment:
     )
 
 
+def without_discriminator() -> Experiment:
+    """The last stage, and the same stage with a discriminator that the generator does not hear."""
+    recipe = tiny_world()
+    final = recipe.stages["final"]
+    return Experiment(
+        "Does the adversarial loss of the last stage do anything that its errors against the real "
+        "clip, of latents and of rows, do not do alone?",
+        {
+            "final": final,
+            "errors-alone": replace(final, adversarial=0.0),
+            "adversarial-alone": replace(final, regression=0.0, rows=0.0),
+        },
+        recipe,
+        beside=("further-adversarial",),
+    )
+
+
+def as_written() -> Experiment:
+    """Trains from random weights: the clamps, the residual head and the corruption of `tiny_world`
+    are off from the first stage on. Rates and updates suit a small model."""
+    recipe = tiny_world()
+    model = replace(recipe.model, output_clamp=None, residual_head=False, sink_distance="absolute")
+    first = AdversarialConfig(
+        clips="clips",
+        steps=100,
+        batch=4,
+        segment_frames=10,
+        shortest_segment=5,
+        generator_schedule=Schedule(5e-5),
+        discriminator_schedule=Schedule(2e-4),
+        start="consistency",
+        average=0.98,
+    )
+    extension = replace(
+        first,
+        steps=60,
+        segments=2,
+        overlap_frames=1,
+        overlap_loss=True,
+        start="first",
+        discriminator_start="first",
+    )
+    further = replace(extension, segments=6, start="second", discriminator_start="second")
+    stages = {name: recipe.stages[name] for name in ("diffusion", "consistency")}
+    return Experiment(
+        "What does the paper's stage 3 make of a small model, every switch as the paper has it?",
+        {**stages, "first": first, "second": extension, "third": further},
+        replace(recipe, model=model, stages={}, raw_starts=True),
+    )
+
+
+def diffusion_forcing(recycle: bool = False) -> Experiment:
+    """Trains from random weights. Both sides have Wan's block, as few-step models do."""
+    recipe = tiny_world()
+    model = replace(recipe.model, block="wan", recycle=recycle, residual_head=False)
+    forcing = "teacher" if recycle else "diffusion"
+    stages = {
+        name: replace(recipe.stages[name], forcing=forcing) for name in ("diffusion", "consistency")
+    }
+    return Experiment(
+        "What does one-step diffusion forcing cost and reach beside recycled frames? (paper, "
+        f"Figure 2) Forcing: {forcing}.",
+        stages,
+        replace(recipe, model=model, stages={}),
+        timed=True,
+    )
+
+
+def one_thing(
+    question: str, beside: tuple[str, ...] = ("regression",), **changes: Mapping
+) -> Experiment:
+    """The base of `stage_three`, and variants that each change some of its fields."""
+    variants = {name.replace("_", "-"): plain(**fields) for name, fields in changes.items()}
+    return Experiment(
+        f"{question} Every line below `base` changes one thing of it.",
+        {"base": plain(), **variants},
+        tiny_world(),
+        beside=beside,
+    )
+
+
+def five_minutes() -> Experiment:
+    """Trains nothing."""
+    return Experiment(
+        "Do five minutes hold, the controls included?",
+        {},
+        tiny_world(),
+        beside=("regression", "further-adversarial", "final"),
+        starts=6,
+        seconds=300.0,
+        windows=("4-6 s", "55-60 s", "175-180 s", "295-300 s"),
+    )
+
+
 EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "adversarial": partial(
         against_regression,
@@ -243,6 +344,43 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "stage-three-unclamped": stage_three_unclamped,
     "many-segments": many_segments,
     "colours": colours,
+    "without-discriminator": without_discriminator,
+    "as-written": as_written,
+    "heads": partial(
+        one_thing,
+        "What do logits per frame, per clip and both keep?",
+        per_clip={"judgement": "clip"},
+        both={"judgement": "both"},
+    ),
+    "losses": partial(
+        one_thing,
+        "Is the relativistic loss better than the non-saturating one?",
+        non_saturating={"loss": "non-saturating"},
+    ),
+    "penalties": partial(
+        one_thing,
+        "What do the penalties do, and do noised frames replace them?",
+        real_alone={"penalized": "real"},
+        none={"penalized": "none"},
+        noised={"penalized": "none", "noised": True},
+        known_too={"perturb_known": True},
+    ),
+    "discriminator-starts": partial(
+        one_thing,
+        "Which weights should the discriminator start from: diffusion, consistency or random ones?",
+        from_consistency={"discriminator_start": "consistency"},
+        from_random={"discriminator_start": None},
+    ),
+    "readings": partial(
+        one_thing,
+        "Do two readings of the paper matter: a token-frame for the first frame, windows that "
+        "always start with their clip?",
+        all_frames={"discriminator_layout": "all"},
+        always={"first_frame": "always"},
+    ),
+    "five-minutes": five_minutes,
+    "diffusion-forcing": diffusion_forcing,
+    "recycled-frames": partial(diffusion_forcing, recycle=True),
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"
@@ -254,7 +392,6 @@ LEGEND = (
     "commanded turn."
 )
 SHEET_WIDTH = 960
-WINDOWS = ("4-6 s", "55-60 s")
 COLUMNS = (
     ("latent deviation", "latent_deviation", "{:.2f}"),
     ("sharpness", "sharpness", "{:.2f}"),
@@ -328,11 +465,11 @@ def _measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Resu
     folders = export(experiment, run)
     report, speeds = out / "evaluation" / "report.json", out / "speeds.json"
     if not report.is_file():
-        settings = {"starts": experiment.starts, "seed": seed}
+        settings = {"starts": experiment.starts, "seconds": experiment.seconds, "seed": seed}
         with counted(out, "evaluation"):
             say = partial(print, flush=True)
             evaluate(list(folders.values()), report.parent, **settings, log=say)
-    if experiment.samplings and not speeds.is_file():
+    if (experiment.samplings or experiment.timed) and not speeds.is_file():
         write_json(speeds, {name: speed(folder) for name, folder in folders.items()})
     return Result(json.loads(report.read_text()), read(out / MINUTES), read(speeds))
 
@@ -395,13 +532,13 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
         shown = ", ".join(f"{part} {spread(minutes, '{:.1f}')}" for part, minutes in taken.items())
         lines += ["", f"CPU minutes ({machine['cpu']}, threads: {machine['threads']}): {shown}."]
     sources = (*experiment.beside, *experiment.variants, *experiment.samplings)
-    for window in WINDOWS:
+    for window in experiment.windows:
         lines += ["", f"## {window}", "", *heading(title for title, _, _ in COLUMNS)]
         for source in sources:
             found = [result.report["windows"][window][source] for result in results.values()]
             cells = (spread([each[field] for each in found], form) for _, field, form in COLUMNS)
             lines += [f"| {source} | " + " | ".join(cells) + " |"]
-    if experiment.samplings:
+    if experiment.samplings or experiment.timed:
         lines += ["", "## Cost per latent frame, one stream without its decoder", ""]
         lines += heading(("forward passes", "CPU ms"))
         for source in sources:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.schedule_model
 
-The work of all query tiles is laid end to end, in steps of 128 queries x 128 keys, and cut into
+The work of all query tiles is laid end to end, in steps of one query tile x 128 keys, and cut into
 equal shares, one per CTA (csrc/cached_attention/schedule.h). *Wave efficiency* is useful work,
 exact queries x exact keys, over what all multiprocessors could do until the last of them is done:
 padding, idle multiprocessors and uneven shares count against it. *Overheads* adds what a piece of a
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .l2_model import count_misses
-from .loop_model import forward_rates
+from .loop_model import STRETCHES, forward_rates, narrow_busy
 
 MULTIPROCESSORS = 132
-TILE = 128  # queries of a tile, keys of a step
-NARROW = 64  # a last tile of at most as many queries costs half its steps
+TILE = 128  # keys of a step
+BLOCK = 64  # queries of a warpgroup; a last tile of at most as many is narrow
 
 PEAK_FLOPS = 989e12  # dense BF16, H100 and H200
 PEAK_BYTES = 4.8e12  # per second, H200
@@ -32,13 +32,20 @@ PIECE_SECONDS = 1e-6  # prologue and epilogue of a piece: assumed
 @dataclass(frozen=True)
 class Shape:
     """One frame's queries against the cache. `intervals`: lengths of the visible intervals of
-    keys, one where the text slot is full, else text and frames."""
+    keys, one where the text slot is full, else text and frames. `warpgroups`: those that share a
+    query tile, 64 rows each; the kernel has 2 at head_dim 128, 3 at head_dim 64."""
 
     queries: int
     intervals: tuple[int, ...]
     heads: int
     head_dim: int = 128
     batch: int = 1
+    warpgroups: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Queries of a whole tile."""
+        return BLOCK * self.warpgroups
 
     @property
     def keys(self) -> int:
@@ -51,9 +58,9 @@ class Shape:
     @property
     def tile_steps(self) -> list[int]:
         """Steps of every query tile of one head, the narrow one last."""
-        wide = (self.queries + TILE - NARROW - 1) // TILE
-        narrow = self.queries > wide * TILE
-        return [self.key_tiles] * wide + [(self.key_tiles + 1) // 2] * narrow
+        wide = (self.queries + self.rows - BLOCK - 1) // self.rows
+        narrow = self.queries > wide * self.rows
+        return [self.key_tiles] * wide + [-(-self.key_tiles // self.warpgroups)] * narrow
 
     @property
     def flops(self) -> int:
@@ -77,19 +84,28 @@ class Piece:
     narrow: bool
     rotation: int = 0  # steps by which the order of its keys is turned
 
+    def key_tiles(self, shape: Shape) -> int:
+        """How many key tiles it reads."""
+        if not self.narrow:
+            return self.steps
+        end = min((self.first + self.steps) * shape.warpgroups, shape.key_tiles)
+        return end - self.first * shape.warpgroups
+
     def keys(self, shape: Shape, step: int) -> tuple[tuple[int, int], ...]:
-        """The (head, key tile) that its step reads, both of them if it is narrow."""
+        """The (head, key tile) that its step reads: one for each warpgroup if it is narrow."""
         head = self.tile // len(shape.tile_steps)
         at = self.first + (step + self.rotation) % self.steps
         if not self.narrow:
             return ((head, at),)
-        return tuple((head, tile) for tile in (2 * at, 2 * at + 1) if tile < shape.key_tiles)
+        first = shape.warpgroups * at
+        tiles = range(first, min(first + shape.warpgroups, shape.key_tiles))
+        return tuple((head, tile) for tile in tiles)
 
 
 def pieces(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> list[list[Piece]]:
     """The pieces of every CTA, in the order in which it does them: from the last to the first."""
     head = shape.tile_steps
-    has_narrow = len(head) * TILE - shape.queries >= TILE - NARROW
+    has_narrow = len(head) * shape.rows - shape.queries >= shape.rows - BLOCK
     tiles = head * (shape.batch * shape.heads)
     total = sum(tiles)
     ctas = min(multiprocessors, total)
@@ -135,7 +151,7 @@ def key_reads(shape: Shape, shares: list[list[Piece]]) -> Iterator[list[tuple[in
 class Prediction:
     """Efficiencies are of 1, times in seconds."""
 
-    naive: float  # wave efficiency of one CTA per tile of 128 queries
+    naive: float  # wave efficiency of one CTA per query tile
     stream_k: float
     most_pieces: int  # of one CTA
     fixup_bytes: int
@@ -164,19 +180,27 @@ class Prediction:
         return TARGET_FLOPS * self.at_target / (left * self.stream_k)
 
 
+def useful_steps(shape: Shape) -> float:
+    """Steps that the exact queries and keys would fill."""
+    return shape.batch * shape.heads * shape.queries * shape.keys / (shape.rows * TILE)
+
+
+def wave_efficiency(shape: Shape, shares: list[list[Piece]], multiprocessors: int) -> float:
+    longest = max(sum(piece.steps for piece in share) for share in shares)
+    return useful_steps(shape) / (multiprocessors * longest)
+
+
 def predict(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> Prediction:
-    useful = shape.batch * shape.heads * shape.queries * shape.keys / TILE**2  # steps
-    tiles = shape.batch * shape.heads * -(-shape.queries // TILE)
+    tiles = shape.batch * shape.heads * -(-shape.queries // shape.rows)
     waves = -(-tiles // multiprocessors)
     shares = pieces(shape, multiprocessors)
-    longest = max(sum(piece.steps for piece in share) for share in shares)
     most_pieces = max(map(len, shares))
-    fixup = sum(fixup_bytes(piece, shape.head_dim) for share in shares for piece in share)
+    fixup = sum(fixup_bytes(piece, shape) for share in shares for piece in share)
     tile_bytes = 2 * 2 * TILE * shape.head_dim  # of keys and values, BF16
     meeting = MEETING_SECONDS + 2 * fixup / L2_BYTES if fixup else 0.0  # written, then read
     return Prediction(
-        naive=useful / (multiprocessors * waves * shape.key_tiles),
-        stream_k=useful / (multiprocessors * longest),
+        naive=useful_steps(shape) / (multiprocessors * waves * shape.key_tiles),
+        stream_k=wave_efficiency(shape, shares, multiprocessors),
         most_pieces=most_pieces,
         fixup_bytes=fixup,
         overhead=most_pieces * PIECE_SECONDS + meeting,
@@ -187,11 +211,11 @@ def predict(shape: Shape, multiprocessors: int = MULTIPROCESSORS) -> Prediction:
     )
 
 
-def fixup_bytes(piece: Piece, head_dim: int) -> int:
-    """A part of a tile leaves float32 sums: of 64 rows per warpgroup, whose two share the rows of
-    a narrow tile."""
-    warpgroups = 1 if piece.narrow else 2
-    return 0 if piece.whole else warpgroups * 64 * head_dim * 4
+def fixup_bytes(piece: Piece, shape: Shape) -> int:
+    """A part of a tile leaves float32 sums: of 64 rows per warpgroup, which all share the rows of a
+    narrow tile."""
+    warpgroups = 1 if piece.narrow else shape.warpgroups
+    return 0 if piece.whole else warpgroups * BLOCK * shape.head_dim * 4
 
 
 def shapes() -> list[Shape]:
@@ -225,7 +249,30 @@ def table() -> str:
             f"| {model.device_bytes / model.at_target / 1e12:.2f} "
             f"| {' to '.join(f'{rate / 1e12:.0f}' for rate in model.rates)} | {gap} |"
         )
-    return "\n".join(rows)
+    return "\n".join([*rows, "", *narrow_heads()])
+
+
+def narrow_heads() -> list[str]:
+    """Lines of a table of head_dim 64: what a third warpgroup gains."""
+    rows = [
+        "| head_dim 64, queries x keys x heads | stream-K with 2 / 3 warpgroups |"
+        " times tensor cores busy, softmax " + ", ".join(f"x {x}" for x in STRETCHES) + " | gain |",
+        "|---|---|---|---|",
+    ]
+    for shape in shapes():
+        pair = {
+            groups: wave_efficiency(dealt, pieces(dealt), MULTIPROCESSORS)
+            for groups in (2, 3)
+            for dealt in [replace(shape, head_dim=64, warpgroups=groups)]
+        }
+        busy = [[pair[groups] * narrow_busy(groups, x) for groups in pair] for x in STRETCHES]
+        rows.append(
+            f"| {shape.queries} x {shape.keys} x {shape.heads} "
+            f"| {pair[2]:.3f} / {pair[3]:.3f} "
+            f"| {', '.join(f'{two:.3f} / {three:.3f}' for two, three in busy)} "
+            f"| {', '.join(f'{100 * (three / two - 1):+.0f} %' for two, three in busy)} |"
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ class Shape:
             self, tokens=self.tokens % 128 or 8, frames=3, heads=min(self.heads, 2), text=16
         )
 
-    def make_cache(self, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """Full of normal numbers, after several turns of the ring."""
+    def make_cache(self, dtype: torch.dtype, device: torch.device, **options) -> KVCache:
+        """Full of normal numbers, after several turns of the ring. options: more of KVCache's."""
         cache = KVCache(
             1,
             1,
@@ -45,9 +45,10 @@ class Shape:
             window_frames=self.frames - 2,
             dtype=dtype,
             device=device,
+            **options,
         )
-        cache.k.normal_()
-        cache.v.normal_()
+        for x in (cache.k, cache.v):
+            x.copy_(torch.randn(x.shape, device=device))
         cache.step.fill_(3 * self.frames + 1)
         cache.text_lens.fill_(self.text)
         return cache

@@ -19,7 +19,8 @@ from .loop_model import backward_rates, forward_rates
 from .shapes import TRAINING_CUDA, TrainingShape
 
 MULTIPROCESSORS = 132
-TILE = 128  # query rows of the forward; keys
+TILE = 128  # keys
+DQ_ROWS = 128  # query rows of the kernel for dq alone
 PAIRS_TOGETHER = 24  # (batch, head) pairs that take turns
 
 PEAK_FLOPS = 989e12  # dense BF16, H100 and H200
@@ -40,6 +41,11 @@ class Tile:
     reads: tuple[int, ...] = ()  # first rows of the other operand's tiles
 
 
+def rows_of_forward(shape: TrainingShape) -> int:
+    """Rows of a query tile in the forward kernel."""
+    return 192 if shape.head_dim == 64 else 128
+
+
 def rows_of_backward(shape: TrainingShape) -> int:
     """Rows of a query tile in the backward kernel of keys."""
     return 128 if shape.head_dim == 64 else 80
@@ -54,13 +60,14 @@ def row_view(layout: FrameLayout, row: int) -> tuple[int, int, int]:
     return sink[1], *window
 
 
-def query_tiles(shape: TrainingShape, pinned: bool = False) -> list[Tile]:
-    """The work of the forward, in order of rows. pinned: with q_sink."""
+def query_tiles(shape: TrainingShape, rows: int, pinned: bool = False) -> list[Tile]:
+    """The work of the forward, or of the kernel for dq, in tiles of `rows` query rows, in order.
+    pinned: with q_sink."""
     layout = shape.layout
     text, length = layout.text_tokens, layout.query_length
     return [
-        _query_tile(layout, first, min(first + TILE, length) - 1, text, pinned)
-        for first in range(0, length, TILE)
+        _query_tile(layout, first, min(first + rows, length) - 1, text, pinned)
+        for first in range(0, length, rows)
     ]
 
 
@@ -205,15 +212,15 @@ class Prediction:
 
 
 def predict(shape: TrainingShape) -> Prediction:
-    queries, keys = query_tiles(shape)[::-1], key_tiles(shape)
-    rows = rows_of_backward(shape)
-    forward = schedule(shape, queries, TILE, 2, FORWARD_FLOPS)
+    query_rows, rows = rows_of_forward(shape), rows_of_backward(shape)
+    queries, keys = query_tiles(shape, query_rows)[::-1], key_tiles(shape)
+    forward = schedule(shape, queries, query_rows, 2, FORWARD_FLOPS)
     backward = schedule(shape, keys, rows, 5, BACKWARD_FLOPS)
     copy = COPY_RATE * PEAK_BYTES
     statistics = shape.bytes(2, 0) / copy  # out and dout
     convert = shape.bytes(2 + 2 + 1, 0) / copy  # float32 sums cleared and read, dq written
     of_keys = schedule(shape, keys, rows, 4, BACKWARD_FLOPS)
-    of_queries = schedule(shape, queries, TILE, 3, BACKWARD_FLOPS)
+    of_queries = schedule(shape, query_tiles(shape, DQ_ROWS)[::-1], DQ_ROWS, 3, BACKWARD_FLOPS)
     added = backward.tiles * shape.batch * shape.heads * rows * shape.head_dim * 4
     return Prediction(
         forward,

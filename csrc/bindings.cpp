@@ -23,8 +23,8 @@ constexpr const char* KV_APPEND =
     "kv_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor step, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, "
     "Tensor? cos_sink, Tensor? sin_sink, float eps, SymInt text_tokens, SymInt tokens_per_frame, "
-    "SymInt window_frames, SymInt sink_frames, Tensor? k_scale, Tensor? v_scale) "
-    "-> (Tensor q, Tensor q_sink)";
+    "SymInt window_frames, SymInt sink_frames, Tensor? k_scale, Tensor? v_scale, "
+    "bool use_hadamard) -> (Tensor q, Tensor q_sink)";
 constexpr const char* CACHED_ATTENTION =
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor step, Tensor text_lens, "
     "Tensor? q_sink, SymInt text_tokens, SymInt tokens_per_frame, SymInt window_frames, "

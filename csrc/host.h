@@ -92,15 +92,24 @@ inline bool is_row_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kRowAlignment == 0;
 }
 
-// Checks a BF16 (batch, length, heads, head_dim) tensor: shaped like q except for its length, with
-// rows on 16-byte boundaries. Returns its strides.
-inline Strides check_rows(const char* name, const Tensor& tensor, const Tensor& q, int64_t length) {
+// Checks that a tensor is shaped like q except for its length, has this dtype, and is on the device
+// of q.
+inline void check_like(const char* name, const Tensor& tensor, const Tensor& q, int64_t length,
+                       ScalarType dtype) {
   STD_TORCH_CHECK(on_device_of(q, tensor), name, ": expected a tensor on the device of q");
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, ": expected bfloat16");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected ",
+                  dtype == ScalarType::BFloat16 ? "bfloat16" : "float8_e4m3fn");
   STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == q.size(0) && tensor.size(1) == length &&
                       tensor.size(2) == q.size(2) && tensor.size(3) == q.size(3),
                   name, ": expected (", q.size(0), ", ", length, ", ", q.size(2), ", ", q.size(3),
                   ")");
+}
+
+// Checks a (batch, length, heads, head_dim) tensor with `check_like`, and that its rows begin on
+// 16-byte boundaries. Returns its strides.
+inline Strides check_rows(const char* name, const Tensor& tensor, const Tensor& q, int64_t length,
+                          ScalarType dtype = ScalarType::BFloat16) {
+  check_like(name, tensor, q, length, dtype);
   const Strides strides{tensor.stride(0), tensor.stride(1), tensor.stride(2)};
   const int64_t unit = kRowAlignment / tensor.element_size();
   STD_TORCH_CHECK(tensor.stride(3) == 1 && is_row_aligned(tensor) && strides.batch % unit == 0 &&

@@ -11,6 +11,7 @@ CACHED = "tests/kernels/test_cached_attention_sm90.py"
 TRAINING = "tests/kernels/test_block_causal_attention_sm90.py"
 CONV = "tests/kernels/test_causal_conv3d_sm90.py"
 APPEND = "tests/kernels/test_kv_append_sm90.py"
+APPEND_E4M3 = "tests/kernels/test_kv_append_e4m3.py"
 TRITON = "tests/kernels/test_triton_kernels.py"
 TRITON_CONV = "tests/kernels/test_causal_conv3d_triton.py"
 GRAPHS = "tests/aapt/vae/test_stream.py::test_graphs_on_a_device"
@@ -70,6 +71,7 @@ FIRST = (
     quick(
         "one case per kernel",
         f"{APPEND}::test_writes_the_frame_and_nothing_else[cuda-2-7-3-128-weight_dtype0-",
+        f"{APPEND_E4M3}::test_writes_the_frame_and_nothing_else[cuda-2-7-3-128-False-True]",
         f"{APPEND}::test_a_captured_step_follows_the_counter",
         f"{CACHED}::test_frame_lengths[cuda-129-128]",
         f"{CACHED}::test_pinned_rotation[cuda-1-128]",
@@ -115,7 +117,7 @@ FIRST = (
     quick("the bundled model", f"{BENCH_STREAM}::test_bundled_model", seconds=45),
     quick(
         "the other quick tests",
-        *(CACHED, CONV, APPEND, TRAINING),
+        *(CACHED, CONV, APPEND, APPEND_E4M3, TRAINING),
         seconds=150,
         options=("-m", "not slow"),
         turns=True,

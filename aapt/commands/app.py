@@ -15,7 +15,7 @@ from .. import __version__
 from .bench import bench
 from .convert import convert
 from .encode import encode
-from .evaluate import evaluate, evaluate_vae
+from .evaluate import compare, evaluate, evaluate_vae
 from .generate import generate
 from .info import info
 from .plot import plot
@@ -24,6 +24,7 @@ from .serve import serve
 from .shared import InputError, Interrupted, OutputError, reason, say
 from .streams import discard_unwritten, open_closed_streams
 from .train import train
+from .vbench import vbench
 
 UsageError = typer.BadParameter.__base__  # wherever this version of typer keeps it
 COMPLETION = "_AAPT_COMPLETE"  # set by the shell's script, which `--show-completion` prints
@@ -122,7 +123,8 @@ def options(
     """Hold the options of `aapt` itself."""
 
 
-for command in (generate, serve, info, train, encode, convert, quantise, plot):
+commands = (generate, serve, info, train, encode, convert, quantise, plot, compare, vbench)
+for command in commands:
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("eval-vae")(evaluate_vae)

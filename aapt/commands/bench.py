@@ -42,7 +42,7 @@ def bench_stream(
     dtype: Dtype = None,
     size: Size = None,
     breakdown: Annotated[
-        bool, typer.Option("--breakdown", help="On a CPU: also time the parts of a step.")
+        bool, typer.Option("--breakdown", help="Also time the parts of a step.")
     ] = False,
     predict: Annotated[
         str | None,
@@ -72,7 +72,8 @@ def bench_stream(
     Decoding to pixels is timed, encoding to a file is not. 12 untimed steps come first.
 
     --breakdown divides a step into condition, noise, patchify, products, attention, fused
-    (everything else in the blocks), decode and copy; what is left is the host between operations.
+    (everything else in the blocks), decode and copy. On a GPU these are times of kernels, of a step
+    without its graph in a profiler, beside the whole step as one graph.
     --predict needs no GPU, times nothing, and says what each line assumes. --graph needs
     cuda-python (pip install 'aapt[cuda]'). aapt-8b, aapt-2b and aapt-small have random weights.
 
@@ -82,6 +83,7 @@ def bench_stream(
       aapt bench stream --threads 2 --steps 240 --json > result.json
       aapt bench stream --model runs/mine/mine --device cuda --size 736x416
       aapt bench stream --breakdown
+      aapt bench stream --device cuda --breakdown
       aapt bench stream --model aapt-2b --predict h100
       aapt bench stream --model aapt-8b --size 1280x720 --predict h100 --fp8
       aapt bench stream --device cuda --graph step.dot
@@ -186,7 +188,8 @@ def breakdown_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         if name == "copy" and predicted:
             words = f"{value:.3f} ms beside the next step"
         rows.append((f"  {name}", words + _assumed(found, name)))
-    why = "between kernels" if predicted else "the host between operations"
+    on_cpu = found["how"] == "measured on cpu"
+    why = "the host between operations" if on_cpu else "between kernels"
     if found["idle"] < 0:
         why = "the steps that were taken apart were slower"
     rows += [

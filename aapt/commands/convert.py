@@ -8,6 +8,8 @@ import typer
 
 from .shared import InputError, Json, OutputError, check_inputs, check_out_folder, reason, table
 
+LISTED_TIMES = 8  # of sampling; of more than these the table says the ends
+
 
 def convert(
     source: Annotated[
@@ -66,12 +68,13 @@ def convert(
     Kinds that make video:
       causal-forcing-framewise        causal-forcing-framewise-2step
       causal-forcing-framewise-1step  causal-forcing-chunkwise
-      one-forcing  self-forcing  causvid  longlive-1.3b
+      causal-forcing-framewise-diffusion  causal-forcing-chunkwise-diffusion
+      causal-forcing-longvideo  rolling-forcing
+      one-forcing  self-forcing  causvid  longlive-1.3b  longlive-2-5b
 
     \b
     Kinds to start training from:
       wan2.1-t2v  wan2.2-ti2v-5b
-      causal-forcing-framewise-diffusion  causal-forcing-chunkwise-diffusion
 
     \b
     Examples:
@@ -137,6 +140,11 @@ def _sampling(sampling: dict[str, Any] | None) -> str:
     times, first = sampling["times"], sampling["first_times"]
     passes = "a pass" if len(times) == 1 else "passes"
     listed = ", ".join(f"{time:.4g}" for time in times)
+    if len(times) > LISTED_TIMES:
+        passes, listed = f"{len(times)} passes", f"{times[0]:.4g} to {times[-1]:.4g}"
+    solver = " of UniPC" if sampling["solver"] == "unipc" else ""
     refresh = "" if sampling["refresh"] is None else f", and one at {sampling['refresh']:g}"
     opening = "" if first is None else f"; {len(first)} in the first chunk"
-    return f"{passes} at {listed}{refresh}{opening}"
+    opening += "; several chunks in a pass" if sampling["rolling"] else ""
+    guidance = "" if sampling["guidance"] == 1 else f"; guidance {sampling['guidance']:g}"
+    return f"{passes}{solver} at {listed}{refresh}{opening}{guidance}"

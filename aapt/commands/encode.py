@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from ..placement import named_dtype
 from .shared import (
     MAX_THREADS,
     MODEL,
@@ -20,13 +21,12 @@ from .shared import (
     check_out_folder,
     check_seconds,
     ctrl_c,
-    load,
-    named_dtype,
     say,
     table,
 )
 
 PRECISIONS = ("float32", "bfloat16")
+MAX_FPS = 240
 
 
 def encode(
@@ -64,6 +64,16 @@ def encode(
     motion: Annotated[
         str, typer.Option(metavar="KIND", help="Motion read beside a video: none, camera or pose.")
     ] = "none",
+    fps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=MAX_FPS,
+            help="Video frames per second of clips.",
+            show_default="the model's; 24 for a VAE alone",
+        ),
+    ] = None,
     max_move: Annotated[
         float,
         typer.Option(metavar="X", min=0, help="Drop clips whose camera moves further in a frame."),
@@ -119,8 +129,8 @@ def encode(
 
     Beside NAME.mp4 (or any container that FFmpeg reads) stands its caption: NAME.txt, or NAME.json
     with "caption" or "captions". Camera motion is read from NAME.camera.txt (RealEstate10K), pose
-    motion from NAME.keypoints.json (COCO-WholeBody). Clips have 1 + 4 * round(seconds * 24 / 4)
-    frames at 24 fps. A video that cannot be used is skipped and counted, and FOLDER/videos.jsonl
+    motion from NAME.keypoints.json (COCO-WholeBody). Clips have 1 + 4 * round(seconds * fps / 4)
+    frames. A video that cannot be used is skipped and counted, and FOLDER/videos.jsonl
     says why. After an interruption the same command resumes and makes the same bytes.
 
     \b
@@ -130,7 +140,7 @@ def encode(
       aapt encode videos/ --bucket 736x416+1280x720+640x352 --model Wan2.1/vae --seconds 15 \\
         --device cuda --out latents/
       aapt encode realestate/ --motion camera --stride 2.5 --device cuda --out latents/
-      aapt encode videos/ --model Wan2.1/vae --text Wan2.1 --bucket 832x480 --out latents/
+      aapt encode videos/ --model Wan2.1/vae --text Wan2.1 --bucket 832x480 --fps 16 --out latents/
       torchrun --nproc-per-node 8 -m aapt encode videos/ --device cuda --out latents/
     """
     from ..data.videos import encode as job
@@ -144,7 +154,8 @@ def encode(
     with bad_input():
         check_inputs(videos=videos)
         check_out_folder(out)
-        vae, size, fps, patch = _autoencoder(model)
+        vae, size, usual, patch = _autoencoder(model)
+        fps = fps or usual
         if size is None and not bucket:
             raise ValueError(
                 f"bucket: expected one or more, got none; {model} is a VAE alone, pass --bucket WxH"
@@ -218,13 +229,18 @@ def _autoencoder(model: str):
     For a VAE that stands alone, the size is None, and the paper's numbers take the place of the
     model's.
     """
-    from ..checkpoint import find_checkpoint, load_config
+    from ..checkpoint import find_checkpoint, load_config, reading_config, tuples
     from ..clock import FPS
     from ..model.config import ModelConfig
     from ..vae.folder import is_foreign, load_vae
 
-    if is_foreign(model) or "model" not in load_config(find_checkpoint(model)):
-        return load_vae(model), None, FPS, ModelConfig.patch
-    generator = load(model)
-    size = f"{generator.width}x{generator.height}"
-    return generator.vae, size, generator.fps, generator.model.config.patch
+    vae = load_vae(model)
+    if is_foreign(model):
+        return vae, None, FPS, ModelConfig.patch
+    folder = find_checkpoint(model)
+    config = load_config(folder)
+    if "model" not in config:
+        return vae, None, FPS, ModelConfig.patch
+    with reading_config(folder):
+        patch = ModelConfig(**tuples(config["model"])).patch
+        return vae, f"{config['width']}x{config['height']}", config["fps"], patch

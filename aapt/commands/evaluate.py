@@ -1,13 +1,15 @@
-"""`aapt eval` and `aapt eval-vae`: measure a model, or its decoders."""
+"""`aapt eval`, `aapt compare` and `aapt eval-vae`: measure a model, several, or its decoders."""
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from ..placement import placement
 from .shared import (
     Device,
     Dtype,
@@ -19,7 +21,6 @@ from .shared import (
     check_inputs,
     check_out_folder,
     check_seconds,
-    placement,
     printed_at_once,
     reason,
     say,
@@ -110,7 +111,67 @@ def evaluate(
         print(report.as_json())
         return
     with printed_at_once():
-        Console(width=None if sys.stdout.isatty() else 200).print(report.table())
+        Console(width=None if sys.stdout.isatty() else 240).print(report.table())
+
+
+def compare(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Two or more checkpoint folders or bundled models.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for all reports.")
+    ],
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N", min=0, max=MAX_SEED, help="May be repeated.", show_default="0 1 2"
+        ),
+    ] = None,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Encoded clips to start from.", show_default="held-out worlds"
+        ),
+    ] = None,
+    starts: Annotated[int, typer.Option(metavar="N", help="Worlds or clips per seed.")] = 16,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    size: Size = None,
+    as_json: Json = False,
+):
+    """Compare checkpoints with the first one, over several seeds, with 95 % confidence intervals.
+
+    Each seed is one `aapt eval` of all checkpoints, in a folder of its own. The same command
+    resumes: a report that is there is not made again. A star marks a measure that differs from the
+    first checkpoint's: seed by seed, because checkpoints of one seed share worlds, walks and noise.
+    One measure in twenty gets a star by chance.
+
+    \b
+    Examples:
+      aapt compare tiny-world runs/tiny-world/tiny-world --out compared
+      aapt compare tiny-world runs/a/a runs/b/b --seed 0 --seed 1 --seed 2 --seed 3 --out four
+    """
+    from ..evaluate.compare import compare
+    from ..media.figures import MissingLibrary
+
+    settings = dict(latents=latents, starts=starts, seconds=seconds)
+    with bad_input():
+        settings |= placement(device, dtype, size)
+        check_seconds("seconds", seconds)
+        check_inputs(latents=latents)
+        check_out_folder(out)
+        try:
+            found = compare(checkpoints, out, seed or (0, 1, 2), **settings, log=say)
+        except MissingLibrary as error:
+            raise OutputError(str(error)) from None
+        except OSError as error:
+            raise OutputError(reason(error)) from None
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    with printed_at_once():
+        Console(width=None if sys.stdout.isatty() else 240).print(found.table())
 
 
 def evaluate_vae(

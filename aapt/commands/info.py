@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+from ..placement import placement
 from .shared import (
     MODEL,
     Device,
@@ -14,7 +15,6 @@ from .shared import (
     bad_input,
     environment_rows,
     load,
-    placement,
     table,
 )
 

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ..placement import DTYPES, placement
+
 MODEL = "tiny-world"
 RESUMES = "the same command resumes"
 MAX_SEED = 2**63 - 1
 MAX_SECONDS = 10_000_000  # four months of video
 MAX_THREADS = 4096
 MAX_GPUS = 1_000_000
-DTYPES = ("float32", "bfloat16", "float16")
 Model = Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A bundled model or a checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Device = Annotated[
@@ -175,34 +175,6 @@ def check_out_folder(folder: Path) -> None:
         break
     if problem:
         raise ValueError(f"out: expected a folder that can be written, got {folder}: {problem}")
-
-
-def named_dtype(name: str | None, names: tuple[str, ...] = DTYPES):
-    """Return the torch dtype that --dtype names, None if it is not given; ValueError unless it is
-    one of `names`."""
-    if name is None:
-        return None
-    if name not in names:
-        raise ValueError(f"dtype: expected one of {', '.join(names)}, got {name}")
-    import torch
-
-    return getattr(torch, name)
-
-
-def placement(device: str | None, dtype: str | None, size: str | None) -> dict[str, Any]:
-    """Return the options --device, --dtype and --size as `StreamingGenerator.from_pretrained` takes
-    them; ValueError, by the option's name, for a value that means nothing."""
-    if device == "meta":
-        raise ValueError("device: expected cpu, cuda or cuda:N, got meta")
-    precision = named_dtype(dtype)
-    match = None if size is None else re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
-    if size is not None and match is None:
-        raise ValueError(f"size: expected WIDTHxHEIGHT such as 128x80, got {size}")
-    return {
-        "device": device,
-        "dtype": precision,
-        "size": match and (int(match[2]), int(match[1])),
-    }
 
 
 def load(

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .shared import bad_input, load, placement
+from ..placement import placement
+from .shared import bad_input, load
 
 Fp8 = Annotated[
     bool,

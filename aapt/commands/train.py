@@ -1,5 +1,6 @@
 """`aapt train`: train a model by a recipe."""
 
+import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,21 @@ from .shared import (
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A named recipe, such as tiny-world.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A named recipe, such as tiny-world, or a TOML file.")
+    ],
     stage: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Only this stage; may be repeated.", show_default="all"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a number of the recipe, as in a file; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -50,7 +62,17 @@ def train(
     weights: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Weights of the first stage.", show_default="random weights"
+            metavar="FILE|FOLDER",
+            help="Weights of the first stage: a file, or a folder of `aapt convert`.",
+            show_default="random weights",
+        ),
+    ] = None,
+    discriminator_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="Weights of the first discriminator, for wan-1.3b-one-step.",
+            show_default="--weights",
         ),
     ] = None,
     vae: Annotated[
@@ -131,6 +153,9 @@ def train(
     printed is the checkpoint's folder, for --model. inputs.json records --latents and --weights; a
     run cannot be resumed with others.
 
+    A recipe of your own is a file, NAME.toml, with `base`, the recipe that it changes, and a table
+    for each part that differs, such as [stages.adversarial]. --set changes one number more.
+
     The recipes vae-light and wan-light train a light decoder for an existing autoencoder. Their
     checkpoint is that of --vae with the new decoder.
 
@@ -139,8 +164,9 @@ def train(
       aapt train tiny-world
       aapt train tiny-world --stage adversarial --out runs/second
       aapt train tiny-world --sample-every 100 && aapt plot runs/tiny-world/diffusion --out d.png
-      aapt train --plan paper-8b --gpus 8
-      torchrun --nproc-per-node 8 -m aapt train paper-8b --checkpoint-blocks --context 8 \\
+      aapt train --plan paper-8b --gpus 256
+      aapt train foxes.toml --set stages.adversarial.steps=800 --latents clips/ --weights wan-start
+      torchrun --nproc-per-node 8 -m aapt train paper-8b-640 --checkpoint-blocks --context 8 \\
         --clips-at-once 1 --latents clips/ --weights b.safetensors
       aapt train vae-light && aapt eval-vae runs/vae-light/vae-light
       aapt train wan-light --vae Wan2.1/vae --videos videos/ --perceptual vgg16.pt
@@ -151,19 +177,19 @@ def train(
     from ..runs.inputs import Inputs
     from ..runs.loop import RunOptions, TrainingError
     from ..runs.parallel import Parallel
-    from ..training.recipes import LIGHT_RECIPES, RECIPES
+    from ..training.recipe_file import load_recipe
+    from ..training.recipes import LightRecipe
 
     for_light = {"vae": vae, "videos": videos, "perceptual": perceptual}
     for_worlds = {"stage": stage, "latents": latents, "weights": weights, "plan": plan}
-    folder = out or Path("runs") / recipe
+    for_worlds["discriminator_weights"] = discriminator_weights
     with bad_input():
-        known = RECIPES | LIGHT_RECIPES
-        if recipe not in known:
-            raise ValueError(f"recipe: expected one of {', '.join(known)}, got {recipe!r}")
-        for name, value in (for_worlds if recipe in LIGHT_RECIPES else for_light).items():
+        made = load_recipe(recipe, settings or ())
+        light = isinstance(made, LightRecipe)
+        for name, value in (for_worlds if light else for_light).items():
             if value:
-                raise ValueError(f"{name}: expected none for the recipe {recipe}, got {value}")
-        names = run.stage_names(RECIPES[recipe]()) if recipe in RECIPES else []
+                raise ValueError(f"{name}: expected none for the recipe {made.name}, got {value}")
+        names = [] if light else run.stage_names(made)
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
@@ -173,17 +199,21 @@ def train(
             from ..runs.plan import print_plans
 
             with printed_at_once():
-                return print_plans(RECIPES[recipe](), gpus or [8, 256], context)
-        folders = folders_by_set(latents or (), recipe)
+                words = shlex.join([recipe, *(f"--set={setting}" for setting in settings or ())])
+                return print_plans(made, gpus or [8, 256], context, words)
+        folder = out or Path("runs") / made.name
+        folders = folders_by_set(latents or (), () if light else made.stages.values())
         for path in (path for paths in folders.values() for path in paths):
             check_inputs(latents=path)
-        check_inputs(weights=weights, vae=vae, videos=videos, perceptual=perceptual)
+        check_inputs(weights=weights, discriminator_weights=discriminator_weights)
+        check_inputs(vae=vae, videos=videos, perceptual=perceptual)
         check_out_folder(folder)
     options = RunOptions(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
-    if recipe in LIGHT_RECIPES:
-        make = partial(light_decoder.run, LIGHT_RECIPES[recipe](), folder, **for_light)
+    if light:
+        make = partial(light_decoder.run, made, folder, **for_light)
     else:
-        make = partial(run.run, RECIPES[recipe](), folder, stage, inputs=Inputs(folders, weights))
+        inputs = Inputs(folders, weights, discriminator_weights)
+        make = partial(run.run, made, folder, stage, inputs=inputs)
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)
@@ -211,12 +241,10 @@ def train(
             parallel.close()
 
 
-def folders_by_set(latents: Iterable[str], recipe: str) -> dict[str, list[Path]]:
-    """Sort what --latents was given by set; a path may hold "=" itself."""
+def folders_by_set(latents: Iterable[str], stages: Iterable) -> dict[str, list[Path]]:
+    """Sort what --latents was given by set of the stages; a path may hold "=" itself."""
     from ..runs.inputs import ANY_SET
-    from ..training.recipes import RECIPES
 
-    stages = RECIPES[recipe]().stages.values() if recipe in RECIPES else ()
     sets = {name for stage in stages for name in stage.needs}
     folders: dict[str, list[Path]] = {}
     for given in latents:

@@ -1,19 +1,33 @@
 """Kinds of checkpoints: everything about a model that its tensors do not say."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..model.config import FewStepConfig, SamplingConfig
 
 
-def shifted(steps: tuple[int, ...], shift: float) -> tuple[float, ...]:
+def shifted(steps: tuple[float, ...], shift: float) -> tuple[float, ...]:
     """Return the times of steps in thousandths, u = step / 1000, under a timestep shift:
     shift u / (1 + (shift - 1) u), which their configurations call warped."""
     units = [step / 1000 for step in steps]
     return tuple(shift * unit / (1 + (shift - 1) * unit) for unit in units)
 
 
+def unipc_times(count: int, shift: float) -> tuple[float, ...]:
+    """Return the times of Wan's UniPC: `count` equal steps that begin at 999, shifted."""
+    return shifted(tuple(999 * (1 - k / count) for k in range(count)), shift)
+
+
 FOUR_STEPS = shifted((1000, 750, 500, 250), 5.0)
+# Wan's own: bright colours, overexposed, static, blurred details, subtitles, paintings, ugly, ...
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，"
+    "整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 APACHE = "Apache-2.0"
+ACADEMIC = "License Terms of RollingForcing: academic use alone, no commercial or production use"
 NON_COMMERCIAL = "CC-BY-NC-SA-4.0: no commercial use, and what is made from them stays so"
 
 
@@ -23,7 +37,8 @@ class Kind:
 
     weights: the public repository and its files. source: where the values below were read. licence:
     of the weights. sampling: a `SamplingConfig` for weights that only start training. chunk,
-    window_frames, sink_frames: see `ModelConfig`; frames are latent. entries: see `find_tensors`.
+    window_frames, sink_frames, sink_distance: see `ModelConfig`; frames are latent. entries: see
+    `find_tensors`.
     lora_alpha: of a low-rank adaptation without one of its own, its rank unless given.
     """
 
@@ -34,6 +49,7 @@ class Kind:
     chunk: int = 1
     window_frames: int = 20  # with the newest one the 21 frames that Wan 2.1 is trained on
     sink_frames: int = 0
+    sink_distance: Literal["absolute", "clamped"] = "absolute"
     entries: tuple[str, ...] = ("generator", "generator_ema", "model")
     height: int = 480
     width: int = 832
@@ -41,6 +57,9 @@ class Kind:
     lora_alpha: float | None = None
 
 
+DIFFUSION_UNIPC = FewStepConfig(
+    unipc_times(50, 5.0), solver="unipc", guidance=3.0, negative_prompt=NEGATIVE_PROMPT
+)
 AVERAGED_FIRST = ("generator_ema", "generator", "model")
 CAUSAL_FORCING = "github.com/thu-ml/Causal-Forcing at 1fc7bbc, configs/"
 
@@ -91,16 +110,38 @@ KINDS = {
     ),
     "causal-forcing-framewise-diffusion": Kind(
         "zhuhz22/Causal-Forcing framewise/ar_diffusion.pt",
-        CAUSAL_FORCING + "ar_diffusion_tf_framewise.yaml",
+        CAUSAL_FORCING + "ar_diffusion_tf_framewise.yaml; 50 steps of UniPC in its pipeline",
         APACHE,
-        SamplingConfig(steps=50, shift=5.0, guidance=3.0),
+        DIFFUSION_UNIPC,
     ),
     "causal-forcing-chunkwise-diffusion": Kind(
         "zhuhz22/Causal-Forcing chunkwise/ar_diffusion.pt",
-        CAUSAL_FORCING + "ar_diffusion_tf_chunkwise.yaml",
+        CAUSAL_FORCING + "ar_diffusion_tf_chunkwise.yaml; 50 steps of UniPC in its pipeline",
         APACHE,
-        SamplingConfig(steps=50, shift=5.0, guidance=3.0),
+        DIFFUSION_UNIPC,
         chunk=3,
+    ),
+    "causal-forcing-longvideo": Kind(
+        "zhuhz22/Causal-Forcing chunkwise/longvideo.pt",
+        "github.com/thu-ml/Causal-Forcing at 1fc7bbc, long_video/configs/rolling_forcing_dmd.yaml",
+        APACHE,
+        FewStepConfig(FOUR_STEPS, rolling=True),
+        chunk=3,
+        window_frames=17,  # 21 frames with the sink and the newest one
+        sink_frames=3,
+        sink_distance="clamped",
+        entries=AVERAGED_FIRST,
+    ),
+    "rolling-forcing": Kind(
+        "TencentARC/RollingForcing checkpoints/rolling_forcing_dmd.pt",
+        "github.com/TencentARC/RollingForcing at a1477d0, configs/rolling_forcing_dmd.yaml",
+        ACADEMIC,
+        FewStepConfig(shifted((1000, 800, 600, 400, 200), 5.0), rolling=True),
+        chunk=3,
+        window_frames=17,
+        sink_frames=3,
+        sink_distance="clamped",
+        entries=AVERAGED_FIRST,
     ),
     "one-forcing": Kind(
         "JiaqiFeng/OneForcing checkpoints/one_forcing.pt",
@@ -132,5 +173,18 @@ KINDS = {
         window_frames=8,  # 12 frames with the sink and the newest one
         sink_frames=3,
         lora_alpha=256,
+    ),
+    "longlive-2-5b": Kind(
+        "Efficient-Large-Model/LongLive-2.0-5B model_bf16.pt",
+        "github.com/NVlabs/LongLive at 7860ad9, configs/inference.yaml, inference_i2v.yaml",
+        APACHE,
+        FewStepConfig(unipc_times(4, 5.0), solver="unipc", picture_in_chunk=True),
+        chunk=8,
+        window_frames=23,  # 32 frames with the sink and the newest one
+        sink_frames=8,
+        height=704,
+        width=1280,
+        fps=24,
+        lora_alpha=128,
     ),
 }

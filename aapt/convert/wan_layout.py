@@ -83,6 +83,7 @@ def model_config(shapes: Mapping[str, Sequence[int]], kind: Kind, source: str) -
         chunk=kind.chunk,
         window_frames=kind.window_frames,
         sink_frames=kind.sink_frames,
+        sink_distance=kind.sink_distance,
     )
 
 

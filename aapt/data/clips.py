@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..vae.pixels import to_video
 from .randomness import ClipRandom
 
-FirstFrame = Literal["half", "never"]
+FirstFrame = Literal["always", "half", "never"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class Clips(Protocol):
         """Draw one window of 1 + `frames` latent frames per clip of `random`, on its device.
 
         Latent frame 0 of a clip covers one video frame, every other latent frame covers four. A
-        stream starts from a frame of the first kind, so half of the windows start with frame 0;
-        with "never" no window does (`docs/method.md#8`, segments).
+        stream starts from a frame of the first kind. With "always" every window starts with frame
+        0; with "half" half of them do, and the others anywhere; with "never" none does
+        (`docs/method.md#8`, segments).
         """
 
 
@@ -144,10 +145,14 @@ def window_starts(
     length: latent frames of a clip. frames: latent frames of a window after its first. ValueError
     if a window does not fit.
     """
+    if first_frame not in get_args(FirstFrame):
+        raise ValueError(f"first_frame: expected 'always', 'half' or 'never', got {first_frame!r}")
     earliest = 1 if first_frame == "never" else 0
     places = length - frames - earliest
     if places < 1:
         raise ValueError(f"frames: expected at most {length - 1 - earliest}, got {frames}")
+    if first_frame == "always":
+        return [0] * len(random)
     starts = [earliest + place for place in random.integers(places)]
     if first_frame == "half":
         starts = [start * coin for start, coin in zip(starts, random.integers(2))]

@@ -1,19 +1,23 @@
-"""The parts of a stream's step: measured on a CPU, predicted for a GPU.
+"""The parts of a stream's step: measured on a CPU or a GPU, or predicted for a GPU.
 
-Both see the operations of a step one by one and give each to a part. On a CPU an operation costs
-the time that it takes. A prediction runs the step on the meta device, where nothing is computed,
-and takes the larger of arithmetic and memory traffic.
+All see the operations of a step one by one and give each to a part. On a CPU an operation costs the
+time that it takes. On a GPU it costs the time of the kernels that it launches, which a profiler
+tells; a graph would hide which kernel is whose, so the step runs without one. A prediction runs the
+step on the meta device, where nothing is computed, and takes the larger of arithmetic and memory
+traffic.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import DeviceType, profile, record_function, supported_activities
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -29,6 +33,8 @@ PRODUCTS = (LINEAR, "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", SCA
 ATTENTION, APPEND = "aapt::cached_attention", "aapt::kv_append"
 WITHOUT_KERNEL = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::lift_fresh")
 GENERATE = "generate"
+RANGE = "aapt part: "  # of a profile, before the name of a part
+PROFILED_STEPS = 10  # at most: a profile of a step takes longer than the step
 # Of one step, in the order of their first operation. "fused" is norm, rotation, append, modulation,
 # gates and activations, whether one kernel does them or several.
 PARTS = ("condition", "noise", "patchify", "products", "attention", "fused", "decode", "copy")
@@ -67,12 +73,13 @@ class Breakdown:
     """Milliseconds of a step.
 
     Attributes:
-        how: "measured on cpu", or "predicted for" a GPU.
+        how: "measured on cpu", "measured on cuda", or "predicted for" a GPU.
         parts: By the names of PARTS.
         step: The whole step. Measured on its own; predicted, the parts that nothing overlaps, and
             `idle`.
-        idle: Measured, the step without its parts: the host between operations, below zero if the
-            watched steps were slower. Predicted, the gaps between kernels.
+        idle: Measured, the step without its parts: on a CPU the host between operations, below zero
+            if the watched steps were slower; on a GPU the gaps between kernels and the wait for the
+            pixels. Predicted, the gaps between kernels.
         text: A change of the prompt, which no step contains.
         blocks: Blocks of the transformer, whose sums `products`, `attention` and `fused` are.
         kernels: Operations that compute, in a step without its decoder.
@@ -118,12 +125,17 @@ class Parts(TorchDispatchMode):
     """Give the cost of every operation to a part of the step.
 
     cost: a function of an operation and its arguments that runs it; returns the result and the
-    seconds.
+    seconds. label: returns a context in which an operation of a part runs.
     """
 
-    def __init__(self, transformer: nn.Module, cost: Callable[..., tuple[Any, float]]):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        cost: Callable[..., tuple[Any, float]],
+        label: Callable[[str], AbstractContextManager] = nullcontext,
+    ):
         super().__init__()
-        self.cost = cost
+        self.cost, self.label = cost, label
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.kernels = 0
         self._phase, self._inside = "", False
@@ -143,10 +155,11 @@ class Parts(TorchDispatchMode):
         self._phase = ""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out, seconds = self.cost(function, *args, **(kwargs or {}))
-        if self._phase in ("", "copy"):
-            return out
         part = self._phase if self._phase != GENERATE else self._part(function, args)
+        with self.label(part) if part else nullcontext():
+            out, seconds = self.cost(function, *args, **(kwargs or {}))
+        if part in ("", "copy"):
+            return out
         self.seconds[part] += seconds
         if has_kernel(function) and self._phase != "decode":
             self.kernels += 1
@@ -189,34 +202,75 @@ def timed(function, *args, **kwargs) -> tuple[Any, float]:
     return out, time.perf_counter() - begun
 
 
-def measure_parts(stream: Stream, control: Any, steps: int) -> Breakdown:
-    """Time the parts of a warm stream's step on a CPU.
+def timed_step(stream: Stream, control: Any) -> Parts:
+    """Make one step on the CPU and time its operations."""
+    parts = Parts(stream.generator.model.transformer, timed)
+    with stream.watched(parts.phase), parts:
+        stream.step(control)
+    return parts
 
-    Steps whose operations are timed alternate with steps that are timed as a whole, `steps` of
-    each; figures are medians. ValueError on another device, where a step is one graph.
+
+def untimed(function, *args, **kwargs) -> tuple[Any, float]:
+    """Run an operation whose seconds a profile will tell."""
+    return function(*args, **kwargs), 0.0
+
+
+def profiled_step(stream: Stream, control: Any) -> Parts:
+    """Make one step without a graph, in a profiler; count the kernels of each operation."""
+    parts = Parts(
+        stream.generator.model.transformer, untimed, lambda name: record_function(RANGE + name)
+    )
+    activities = supported_activities()
+    with profile(activities=activities) as found, stream.watched(parts.phase), parts:
+        stream.step(control)
+    parts.seconds = dict.fromkeys(PARTS, 0.0)  # the host's time of the copy is none of the device
+    for event in found.events():
+        if event.name.startswith(RANGE) and event.device_type == DeviceType.CPU:
+            parts.seconds[event.name.removeprefix(RANGE)] += kernel_microseconds(event) / 1e6
+    return parts
+
+
+def kernel_microseconds(event: FunctionEvent) -> float:
+    """Return the device time of what an event of a profile and the events in it have launched.
+
+    The device's twin of a range, which spans its kernels and the gaps between them, is left out.
+    """
+    own = 0.0 if event.is_user_annotation else sum(kernel.duration for kernel in event.kernels)
+    return own + sum(kernel_microseconds(child) for child in event.cpu_children)
+
+
+def measure_parts(stream: Stream, control: Any, steps: int) -> Breakdown:
+    """Time the parts of a warm stream's step; figures are medians.
+
+    Whole steps, `steps` of them, are timed as a stream makes them, until their pixels are there. On
+    a CPU they alternate with as many steps whose operations are timed. On a CUDA device, where a
+    whole step is one graph, at most PROFILED_STEPS steps without a graph come last, because a
+    profiler may slow down what follows. ValueError on another device.
     """
     generator = stream.generator
-    if generator.device.type != "cpu":
-        raise ValueError(
-            f"breakdown: expected a model on the CPU, got {generator.device}, where a step is one "
-            "graph; predict it, or profile it with its NVTX ranges"
-        )
+    on = generator.device.type
+    if on not in ("cpu", "cuda"):
+        raise ValueError(f"breakdown: expected a model on the CPU or a CUDA device, got {on}")
+
+    def seconds_of(action: Callable[[], Any]) -> float:
+        begun = time.perf_counter()
+        action()
+        if on == "cuda":
+            torch.cuda.synchronize(generator.device)
+        return time.perf_counter() - begun
+
     watched, whole = [], []
     for _ in range(steps):
-        parts = Parts(generator.model.transformer, timed)
-        with stream.watched(parts.phase), parts:
-            stream.step(control)
-        watched.append(parts)
-        begun = time.perf_counter()
-        stream.step(control)
-        whole.append(time.perf_counter() - begun)
-    begun = time.perf_counter()
-    stream.prompt = stream.prompt
-    text = time.perf_counter() - begun
+        if on == "cpu":
+            watched.append(timed_step(stream, control))
+        whole.append(seconds_of(lambda: stream.step(control)))
+    text = seconds_of(lambda: setattr(stream, "prompt", stream.prompt))
+    if on == "cuda":
+        watched = [profiled_step(stream, control) for _ in range(min(steps, PROFILED_STEPS))]
     seconds = {name: float(np.median([parts.seconds[name] for parts in watched])) for name in PARTS}
     step = float(np.median(whole))
     return _breakdown(
-        "measured on cpu",
+        f"measured on {on}",
         seconds,
         step,
         step - sum(seconds.values()),

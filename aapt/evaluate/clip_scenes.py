@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..clock import FPS, FRAMES_PER_LATENT, STEPS_PER_SECOND
+from ..clock import FRAMES_PER_LATENT
 from ..data.latent_shards import LatentShards, read_index
 from ..data.videos.buckets import Bucket
 from ..streaming.generator import StreamingGenerator
@@ -15,7 +15,7 @@ from ..streaming.rollout import starting_over
 from ..vae.folder import ORIGINAL, load_vae, vae_digest
 from .scenes import TRUTH, Timed
 from .video_frames import VideoFrames, decode_chosen, latent_statistics
-from .windows import WINDOWS, Window
+from .windows import Window, windows_at
 
 MOTIONS = {"camera": ("camera",), "channels": ("pose",), "prompt": ("none", "pose")}
 
@@ -48,10 +48,11 @@ class ClipScenes:
         for checkpoint, generator in generators.items():
             _check_fit(folder, index, checkpoint, generator)
         self.folder, self.bucket = folder, _bucket(generator)
-        clips = self._open(generator)
-        if clips.latent_frames < WINDOWS[0].last:
+        clips, self.fps = self._open(generator), generator.fps
+        shortest = windows_at(self.fps)[0].last
+        if clips.latent_frames < shortest:
             raise ValueError(
-                f"{folder}: expected clips of at least {WINDOWS[0].last} latent frames after the "
+                f"{folder}: expected clips of at least {shortest} latent frames after the "
                 f"first, got {clips.latent_frames}"
             )
         if not 1 <= count <= len(clips):
@@ -98,7 +99,7 @@ class ClipScenes:
         return {}
 
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
-        seconds = self.steps / STEPS_PER_SECOND
+        seconds = self.steps * FRAMES_PER_LATENT / self.fps
         return {
             "truth": f"{len(self.numbers)} clips of {self.folder}, {seconds:.2f} s each, as the "
             "autoencoder decodes them"
@@ -131,15 +132,19 @@ def _check_fit(
             f"{checkpoint}: expected {generator.vae.config.latent_channels} condition channels, "
             f"the channels of a skeleton's latents, got {channels}"
         )
-    for name, fps, frames in (
-        (folder, encoding["fps"], encoding["frames_per_latent"]),
-        (checkpoint, generator.fps, generator.frames_per_step),
+    for name, frames in (
+        (folder, encoding["frames_per_latent"]),
+        (checkpoint, generator.frames_per_step),
     ):
-        if (fps, frames) != (FPS, FRAMES_PER_LATENT):
+        if frames != FRAMES_PER_LATENT:
             raise ValueError(
-                f"{name}: expected {FPS} frames per second and {FRAMES_PER_LATENT} per latent "
-                f"frame, got {fps} and {frames}"
+                f"{name}: expected {FRAMES_PER_LATENT} frames per latent frame, got {frames}"
             )
+    if encoding["fps"] != generator.fps:
+        raise ValueError(
+            f"{folder}: expected {generator.fps} frames per second, as {checkpoint} has, "
+            f"got {encoding['fps']}"
+        )
     vaes = generator.vae, load_vae(checkpoint, ORIGINAL)
     known = sorted({vae_digest(vae) for vae in vaes})
     if encoding["vae"] not in known:

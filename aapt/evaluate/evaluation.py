@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import replacing
-from ..clock import FPS, FRAMES_PER_LATENT, STEPS_PER_SECOND
+from ..clock import FRAMES_PER_LATENT
 from ..environment import environment
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..media.figures import new_figure, path_labels, save_figure
@@ -26,7 +26,7 @@ from .pretrained import PretrainedDistance
 from .report import Report
 from .scenes import AUTOENCODER, TRUTH, Scenes, roll_out_scenes
 from .video_frames import VideoFrames
-from .windows import WINDOWS, Schedule, Window, drift_frames, shifted_inside
+from .windows import Schedule, Window, drift_frames, shifted_inside, windows_at
 from .world_scenes import WorldScenes, held_out_starts
 
 Videos = dict[str, VideoFrames]  # by source
@@ -73,7 +73,6 @@ def evaluate(
     Raises ValueError for settings or checkpoints that do not fit, OSError if `out` cannot be
     written.
     """
-    steps = _steps(seconds)
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
     load = StreamingGenerator.from_pretrained
     loaded = {folder: load(folder, device, dtype, size) for folder in checkpoints}
@@ -81,6 +80,8 @@ def evaluate(
     sizes = {(g.height, g.width) for g in generators.values()}
     if len(sizes) > 1:
         raise ValueError(f"checkpoints: expected one image size, got {sizes}")
+    fps = _rate(generators.values())
+    steps = _steps(seconds, fps)
     scenes: Scenes
     if latents is None:
         walks = held_out_starts(starts, steps, seed)
@@ -90,7 +91,7 @@ def evaluate(
     files = {"fid": fid, "fvd": fvd}
     networks = [PretrainedDistance(kind, path) for kind, path in files.items() if path]
     new_figure(1, 1)  # a missing library is said before the work, not after it
-    schedule = Schedule(steps, scenes.steps)
+    schedule = Schedule(steps, scenes.steps, fps)
 
     out.mkdir(parents=True, exist_ok=True)
     parts, cell = PartTimes(log), generators[names[0]].vae.config.space_factor
@@ -113,7 +114,7 @@ def evaluate(
         **scenes.report_fields(videos[TRUTH], schedule.windows[-1]),
     )
     shown = {name: videos[name] for name in (*generators, TRUTH)}
-    _write(report, _sheet(scenes, shown, schedule.sheet_seconds), out)
+    _write(report, _sheet(scenes, shown, schedule), out)
     return report
 
 
@@ -160,13 +161,21 @@ class PartTimes:
         self.log(f"{part}: {self.seconds[part]:.1f} s")
 
 
-def _steps(seconds: float) -> int:
+def _rate(generators: Iterable[StreamingGenerator]) -> int:
+    """Return the video frames per second of all checkpoints. ValueError if they differ."""
+    rates = {generator.fps for generator in generators}
+    if len(rates) > 1:
+        raise ValueError(f"checkpoints: expected one rate, got {sorted(rates)} fps")
+    return rates.pop()
+
+
+def _steps(seconds: float, fps: int) -> int:
     """Return the latent frames of a rollout; ValueError if it is too short for the first window."""
-    shortest = WINDOWS[0].last
-    frames = seconds * FPS
+    shortest = windows_at(fps)[0].last
+    frames = seconds * fps
     steps = round(frames / FRAMES_PER_LATENT) if math.isfinite(frames) else 0
     if steps < shortest:
-        needed = shortest * FRAMES_PER_LATENT / FPS
+        needed = shortest * FRAMES_PER_LATENT / fps
         raise ValueError(f"seconds: expected at least {needed:.2f}, got {seconds}")
     return steps
 
@@ -190,7 +199,8 @@ def _make_videos(
     true_seconds = schedule.true_seconds
     # The truth has statistics of windows alone: their mean is taken for every second.
     mean = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(true_seconds), -1)
-    truth = _each_second(videos[TRUTH], true_seconds, cell)
+    fps = schedule.fps
+    truth = _each_second(videos[TRUTH], true_seconds, cell, fps)
     statistics, timelines = {TRUTH: real}, {TRUTH: timeline(truth, truth, true_seconds, mean)}
     seconds = schedule.drift_seconds
     for name, generator in generators.items():
@@ -199,13 +209,16 @@ def _make_videos(
                 generator, scenes, schedule.steps, schedule.frames, seed
             )
         statistics[name] = [made[:, window.first : window.last + 1] for window in schedule.windows]
-        made = made[:, [STEPS_PER_SECOND * second for second in seconds]]
-        timelines[name] = timeline(_each_second(videos[name], seconds, cell), truth, seconds, made)
+        made = made[:, [fps * second // FRAMES_PER_LATENT for second in seconds]]
+        shown = _each_second(videos[name], seconds, cell, fps)
+        timelines[name] = timeline(shown, truth, seconds, made)
     return videos, statistics, timelines
 
 
-def _each_second(video: VideoFrames, seconds: Sequence[int], cell: int) -> list[MeasuredFrames]:
-    return [MeasuredFrames.of(video[drift_frames(second)], cell) for second in seconds]
+def _each_second(
+    video: VideoFrames, seconds: Sequence[int], cell: int, fps: int
+) -> list[MeasuredFrames]:
+    return [MeasuredFrames.of(video[drift_frames(second, fps)], cell) for second in seconds]
 
 
 def _measure_window(
@@ -245,13 +258,14 @@ def _write(report: Report, sheet: Image.Image, out: Path) -> None:
         sheet.save(path, "png")
 
 
-def _sheet(scenes: Scenes, videos: Videos, seconds: Sequence[int]) -> Image.Image:
-    """Draw every start at some seconds; black after the end of the truth."""
+def _sheet(scenes: Scenes, videos: Videos, schedule: Schedule) -> Image.Image:
+    """Draw every start at the sheet's seconds; black after the end of the truth."""
+    seconds, fps = schedule.sheet_seconds, schedule.fps
 
     def shown(video: VideoFrames) -> Tensor:
         pixels = video.pixels.new_zeros(len(video.pixels), len(seconds), *video.pixels.shape[2:])
-        kept = [place for place, second in enumerate(seconds) if FPS * second in video.numbers]
-        pixels[:, kept] = video[[FPS * seconds[place] for place in kept]]
+        kept = [place for place, second in enumerate(seconds) if fps * second in video.numbers]
+        pixels[:, kept] = video[[fps * seconds[place] for place in kept]]
         return pixels
 
     rows = {name: shown(video) for name, video in videos.items()}

@@ -32,6 +32,7 @@ class Timeline:
             to 1; None after the end of the truth.
         feature_distance: From the truth of all seconds together, see `feature_distance`. For the
             truth itself it is the distance by chance of one second's few videos from all.
+        drift: Slope of each of the others over the seconds, per minute, see `metrics.slope`.
     """
 
     seconds: list[int]
@@ -42,6 +43,7 @@ class Timeline:
     seam: list[float | None]
     palette_error: list[float | None]
     feature_distance: list[float]
+    drift: dict[str, float | None]
 
 
 def timeline(
@@ -60,16 +62,19 @@ def timeline(
     after = len(video) - len(truth)
     nearest = [*truth, *[truth[-1]] * after]
     errors = [metrics.palette_error(a.palette, b.palette) for a, b in zip(video, truth)]
-    return Timeline(
-        seconds=list(seconds),
-        latent_offset=offset,
-        latent_deviation=deviation,
-        sharpness=[_ratio(a.sharpness, b.sharpness) for a, b in zip(video, nearest, strict=True)],
-        edge_sharpness=[_ratio(a.edges, b.edges) for a, b in zip(video, nearest, strict=True)],
-        seam=[one.seam for one in video],
-        palette_error=errors + [None] * after,
-        feature_distance=[feature_distance(one.features, real) for one in video],
-    )
+    lines = {
+        "latent_offset": offset,
+        "latent_deviation": deviation,
+        "sharpness": [
+            _ratio(a.sharpness, b.sharpness) for a, b in zip(video, nearest, strict=True)
+        ],
+        "edge_sharpness": [_ratio(a.edges, b.edges) for a, b in zip(video, nearest, strict=True)],
+        "seam": [one.seam for one in video],
+        "palette_error": errors + [None] * after,
+        "feature_distance": [feature_distance(one.features, real) for one in video],
+    }
+    drift = {name: metrics.slope(seconds, line) for name, line in lines.items()}
+    return Timeline(list(seconds), **lines, drift=drift)
 
 
 def measure(
@@ -99,6 +104,7 @@ def measure(
         sharpness=_ratio(found.sharpness, truth.sharpness),
         edge_sharpness=_ratio(found.edges, truth.edges),
         seam=found.seam,
+        flicker=metrics.flicker(found.video, FRAMES_PER_LATENT),
         feature_distance=feature_distance(found.features, truth.features),
         **paired,
         **distances,
@@ -119,12 +125,14 @@ class Measurement:
         sharpness: Mean horizontal gradient, divided by the truth's.
         edge_sharpness: `metrics.edge_energy`, divided by the truth's.
         seam: See `metrics.seam`; 1 without visible cells.
+        flicker: See `metrics.flicker`, over steps of one latent frame; 1 if steps do not show.
         palette_error: Error of the colours of sky and ground against the truth, 0 to 1.
         theme_kept: Share of starts whose palette is nearest to their own theme.
         feature_distance: From the truth of the same window, see `features.feature_distance`.
         psnr: Against the truth, in dB. After the first second it shows chance and theme only.
         yaw_correlation, forward_correlation: Between commanded and realised motion.
         yaw_gain, forward_gain: Realised divided by commanded motion.
+        yaw_response, forward_response: See `metrics.response_steps`, in video frames.
         fid, fvd: From the truth of the same window, if a network was given.
     """
 
@@ -133,6 +141,7 @@ class Measurement:
     sharpness: float | None = None
     edge_sharpness: float | None = None
     seam: float | None = None
+    flicker: float | None = None
     palette_error: float | None = None
     theme_kept: float | None = None
     feature_distance: float | None = None
@@ -141,6 +150,8 @@ class Measurement:
     forward_correlation: float | None = None
     yaw_gain: float | None = None
     forward_gain: float | None = None
+    yaw_response: int | None = None
+    forward_response: int | None = None
     fid: float | None = None
     fvd: float | None = None
 

@@ -49,7 +49,7 @@ class Network:
 
         def at(time: float) -> Moment:
             t = torch.full((1,), time, dtype=torch.float64, device=like.device)
-            return Moment(t, model.step_constants(t, size))
+            return Moment(t, t, model.step_constants(t, size))
 
         self.noise, self.clean = frames(config.latent_channels), frames(config.latent_channels)
         self.condition = frames(config.condition_channels) if config.condition_channels else None
@@ -59,10 +59,10 @@ class Network:
     @torch.no_grad()
     def run(self, x: Tensor, moment: Moment, advance: bool) -> Tensor:
         """Run one pass over frames (1, C, n, h, w); returns the clean estimate."""
-        frames, (time, constants) = x.shape[2], moment
+        frames, (time, told, constants) = x.shape[2], moment
         recycled = self.clean[:, :, :frames]
         driven = None if self.condition is None else self.condition[:, :, :frames]
-        output = self.model.step(x, recycled, driven, time, self.cache, constants, advance)
+        output = self.model.step(x, recycled, driven, told, self.cache, constants, advance)
         return clean(self.model.config, output, x, recycled, time).to(x.dtype)
 
     def denoise(self, frames: int, steps: int) -> Tensor:
@@ -102,7 +102,9 @@ def paired(first: Moment, second: Moment) -> Moment:
     one, other = first.constants, second.constants
     blocks = [both(*pair) for pair in zip(one.modulation, other.modulation, strict=True)]
     out = both(one.out_modulation, other.out_modulation)
-    return Moment(second.time, StepConstants(blocks, out, one.places))
+    times = torch.stack([first.time, second.time], dim=1)
+    # A step that is given constants asks for one time per clip, and does not use it
+    return Moment(times, second.told, StepConstants(blocks, out, one.places))
 
 
 def refreshed(network: Network, frames: int, steps: int) -> Tensor:

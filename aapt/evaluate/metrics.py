@@ -4,6 +4,7 @@ Colours and errors are shares of the full range, 0 to 1.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,21 @@ def seam(video: Tensor, cell: int) -> float | None:
     if not across.any() or across.all() or not totals[~across].any():
         return None
     return (totals[across].double().mean() / totals[~across].double().mean()).item()
+
+
+def flicker(video: Tensor, step: int) -> float | None:
+    """Compute the mean absolute change between consecutive video frames from one step to the next,
+    over the changes inside a step.
+
+    step: video frames of a step; the video begins with a step's first. 1 if steps do not show. None
+    for a video of one step, of steps of one video frame, or without a change inside its steps.
+    """
+    sums = [clip.short().diff(dim=0).abs().sum(dim=(1, 2, 3)) for clip in video]
+    changes = torch.stack(sums).double()
+    across = torch.arange(1, changes.shape[1] + 1) % step == 0
+    if not across.any() or across.all() or not changes[:, ~across].any():
+        return None
+    return (changes[:, across].mean() / changes[:, ~across].mean()).item()
 
 
 def edge_energy(video: Tensor) -> float:
@@ -101,6 +117,34 @@ def correlation(realised: Tensor, commanded: Tensor) -> float | None:
     a, b = (x.double().flatten() - x.double().mean() for x in (realised, commanded))
     scale = a.norm() * b.norm()
     return (a @ b / scale).item() if scale > 0 else None
+
+
+def response_steps(realised: Tensor, commanded: Tensor, most: int = 6) -> int | None:
+    """Compute the number of steps, 0 to `most`, after which realised motion follows the command
+    best: the lag with the greatest correlation.
+
+    Both are (starts, T). A motion in the step of its command has lag 0. None if one of the two
+    never varies, or T is not more than `most` + 1.
+    """
+    _same_shape(realised, commanded)
+    steps = realised.shape[1]
+    if steps < most + 2:
+        return None
+    # All lags are compared over the same commands, or a short lag would see more of them.
+    heard = commanded[:, : steps - most]
+    found = [correlation(realised[:, lag : steps - most + lag], heard) for lag in range(most + 1)]
+    known = [value for value in found if value is not None]
+    return found.index(max(known)) if known else None
+
+
+def slope(seconds: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """Compute the least-squares slope of values over seconds, per minute; None for fewer than two
+    known values."""
+    known = [(s, v) for s, v in zip(seconds, values, strict=True) if v is not None]
+    if len(known) < 2:
+        return None
+    at, found = torch.tensor(known, dtype=torch.float64).T
+    return 60 * gain(found, at)
 
 
 def gain(realised: Tensor, commanded: Tensor) -> float | None:

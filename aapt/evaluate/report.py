@@ -16,6 +16,7 @@ COLUMNS = (
     ("sharpness", "sharpness", "{:.2f}"),
     ("edge sharpness", "edge_sharpness", "{:.2f}"),
     ("seam", "seam", "{:.2f}"),
+    ("flicker", "flicker", "{:.2f}"),
     ("palette error", "palette_error", "{:.3f}"),
     ("theme kept", "theme_kept", "{:.0%}"),
     ("feature distance", "feature_distance", "{:.2f}"),
@@ -24,6 +25,8 @@ COLUMNS = (
     ("forward corr", "forward_correlation", "{:.3f}"),
     ("yaw gain", "yaw_gain", "{:.2f}"),
     ("forward gain", "forward_gain", "{:.2f}"),
+    ("yaw response", "yaw_response", "{:.0f}"),
+    ("forward response", "forward_response", "{:.0f}"),
     ("FID", "fid", "{:.1f}"),
     ("FVD", "fvd", "{:.1f}"),
 )

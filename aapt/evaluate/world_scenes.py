@@ -174,12 +174,19 @@ class WorldScenes:
         motion = torch.stack([probe.estimate(clip) for clip in video])
         controls = self.controls[:, window.first - 1 : window.last]
         yaw, forward = ((motion[..., axis], controls[..., axis]) for axis in (0, 1))
+        steps = {
+            name: metrics.response_steps(*way) for name, way in (("yaw", yaw), ("forward", forward))
+        }
         return {
             "theme_kept": metrics.theme_kept(palettes, self.references, self.themes),
             "yaw_correlation": metrics.correlation(*yaw),
             "forward_correlation": metrics.correlation(*forward),
             "yaw_gain": metrics.gain(*yaw),
             "forward_gain": metrics.gain(*forward),
+            **{
+                f"{name}_response": None if lag is None else FRAMES_PER_LATENT * lag
+                for name, lag in steps.items()
+            },
         }
 
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """Configurations of models: frozen dataclasses with everything that builds a network."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ class ModelConfig:
     """A causal video transformer (docs/method.md#2 to 4, #15).
 
     Sizes are in tokens, latent pixels or latent frames. `window_frames` is N of docs/method.md#3;
-    `grid_windows` replaces it for the token grids it lists.
+    `grid_windows` replaces it for grids with as many tokens as a grid it lists.
 
     `block` names the family: "mmdit" joins text and frames in one attention; "wan" gives text a
     cross-attention of its own. A step makes `chunk` frames, the first step `first_chunk`, all of
@@ -61,8 +62,8 @@ class ModelConfig:
             )
         if not _are_grid_windows(self.grid_windows):
             raise ValueError(
-                "grid_windows: expected a tuple of (rows, columns, window_frames), each grid once, "
-                f"got {self.grid_windows!r}"
+                "grid_windows: expected a tuple of (rows, columns, window_frames), each number of "
+                f"tokens once, got {self.grid_windows!r}"
             )
         shortest = min(self.window_frames, *(frames for _, _, frames in self.grid_windows), 1 << 62)
         if max(self.chunk, self.opening_frames) > shortest + 1:
@@ -117,15 +118,17 @@ class ModelConfig:
         return height // self.patch, width // self.patch
 
     def window(self, grid: tuple[int, int]) -> int:
-        """Returns N of docs/method.md#3 for frames of `grid` = (rows, columns) of tokens."""
+        """Returns N of docs/method.md#3 for frames of `grid` = (rows, columns) of tokens. A grid
+        on its side has the same N, because N is chosen for memory."""
+        tokens = math.prod(grid)
         for rows, columns, frames in self.grid_windows:
-            if (rows, columns) == grid:
+            if rows * columns == tokens:
                 return frames
         return self.window_frames
 
 
 def _are_grid_windows(windows: object) -> bool:
-    """Checks that all are (rows, columns, N), and each grid appears once."""
+    """Checks that all are (rows, columns, N), and each number of tokens appears once."""
     if not isinstance(windows, tuple):
         return False
     for entry in windows:
@@ -134,7 +137,7 @@ def _are_grid_windows(windows: object) -> bool:
         rows, columns, frames = entry
         if rows < 1 or columns < 1 or frames < 0:
             return False
-    return len({entry[:2] for entry in windows}) == len(windows)
+    return len({rows * columns for rows, columns, _ in windows}) == len(windows)
 
 
 @dataclass(frozen=True)
@@ -177,21 +180,37 @@ class FewStepConfig:
     """Sampling of a few-step model: one pass at each of `times` per chunk (docs/method.md#15).
 
     Attributes:
-        times: Times of the passes in (0, 1], falling. Between two passes the estimate of the clean
-            chunk is mixed with new noise.
+        times: Times of the passes in (0, 1], falling; for "unipc" below 1.
+        solver: How a chunk gets from one time to the next: "noise" mixes the estimate of the clean
+            chunk with new noise, "unipc" follows the probability flow without any.
         first_times: Times for the first chunk of a stream; `times` unless given.
         refresh: Time of one more pass, over the clean chunk, whose keys and values stay in the
             cache; None if those of the last pass stay.
+        guidance: w of v = v_negative + w (v_prompt - v_negative); 1 for none. With guidance every
+            pass is over twice the batch, with the prompt and with `negative_prompt`.
+        rolling: True if each pass is over as many chunks as there are times, the oldest at the last
+            time, and finishes one of them.
+        picture_in_chunk: True if a picture is the first frame of the first chunk, at time 0 in
+            each of its passes; else a picture comes before the first chunk.
     """
 
     times: tuple[float, ...]
     first_times: tuple[float, ...] | None = None
     refresh: float | None = 0.0
     kind: Literal["few-step"] = "few-step"
+    solver: Literal["noise", "unipc"] = "noise"
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    picture_in_chunk: bool = False
+    rolling: bool = False
 
     def __post_init__(self):
         if self.kind != "few-step":
             raise ValueError(f"kind: expected 'few-step', got {self.kind!r}")
+        if not self.guidance >= 0:
+            raise ValueError(f"guidance: expected 0 or more, got {self.guidance}")
+        if self.solver not in ("noise", "unipc"):
+            raise ValueError(f"solver: expected 'noise' or 'unipc', got {self.solver!r}")
         for name in ("times", "first_times"):
             times = getattr(self, name)
             if name == "first_times" and times is None:
@@ -199,18 +218,48 @@ class FewStepConfig:
             falling = list(times) == sorted(set(times), reverse=True)
             if not times or not falling or times[0] > 1 or not times[-1] > 0:
                 raise ValueError(f"{name}: expected falling times in (0, 1], got {times}")
+            if self.solver == "unipc" and times[0] == 1:
+                raise ValueError(f"{name}: expected times below 1 for 'unipc', got {times}")
         if self.refresh is not None and not 0 <= self.refresh <= 1:
             raise ValueError(f"refresh: expected a time in [0, 1] or None, got {self.refresh}")
+        others = (self.first_times, self.solver, self.guidance, self.picture_in_chunk)
+        if self.rolling and (self.refresh is None or others != (None, "noise", 1, False)):
+            raise ValueError(
+                "rolling: expected False with settings besides times and refresh, or without a "
+                "refresh, got True"
+            )
 
     @property
     def opening_times(self) -> tuple[float, ...]:
         """Times for the first chunk."""
         return self.times if self.first_times is None else self.first_times
 
+    def takes_picture(self, config: ModelConfig) -> bool:
+        """Returns True if a stream of such a model may begin with a picture."""
+        return self.picture_in_chunk or (config.opening_frames == 1 and not self.rolling)
+
+    def draws(self, opening: bool) -> int:
+        """Returns the number of draws of noise for a chunk: one for each time, or one in all for
+        "unipc" and for a later rolling chunk. opening: True for the first chunk."""
+        if self.solver == "unipc" or (self.rolling and not opening):
+            return 1
+        return len(self.opening_times if opening else self.times)
+
+    def noise_frames(self, frames: int) -> int:
+        """Returns the frames of a draw of noise for a chunk of `frames`."""
+        return len(self.times) * frames if self.rolling else frames
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """The prompts that follow the prompt of a clip in the batch: one with guidance."""
+        return () if self.guidance == 1 else (self.negative_prompt,)
+
     @property
     def passes(self) -> int:
         """Forward passes (NFE) per chunk after the first."""
-        return len(self.times) + (self.refresh is not None)
+        if self.rolling:
+            return 2
+        return (1 + len(self.negatives)) * (len(self.times) + (self.refresh is not None))
 
 
 def sampling_config(given: Mapping[str, Any]) -> SamplingConfig | FewStepConfig:

@@ -12,7 +12,7 @@ from .ulysses import Ulysses
 from .world_model import WorldModel
 
 TAP_FRACTIONS = (4 / 9, 13 / 18, 1.0)
-Judgement = Literal["frame", "clip"]
+Judgement = Literal["frame", "clip", "both"]
 Pooling = Literal["query", "average"]
 
 
@@ -45,7 +45,8 @@ class Discriminator(nn.Module):
     Args:
         world: The backbone, with the weights of stage 1; it is taken over, not copied.
         judgement: "frame" is causal with one logit per frame (paper); with "clip" every frame sees
-            all others and the clip has one logit (docs/method.md#12).
+            all others and the clip has one logit; "both" is causal, and heads of its own give the
+            clip's logit from the tokens of all frames (docs/method.md#12).
         pooling: A learned "query" (paper), or the "average" of all tokens.
     """
 
@@ -53,8 +54,8 @@ class Discriminator(nn.Module):
         self, world: WorldModel, judgement: Judgement = "frame", pooling: Pooling = "query"
     ):
         super().__init__()
-        if judgement not in ("frame", "clip"):
-            raise ValueError(f"judgement: expected 'frame' or 'clip', got {judgement!r}")
+        if judgement not in ("frame", "clip", "both"):
+            raise ValueError(f"judgement: expected 'frame', 'clip' or 'both', got {judgement!r}")
         if pooling not in ("query", "average"):
             raise ValueError(f"pooling: expected 'query' or 'average', got {pooling!r}")
         self.world = world
@@ -64,12 +65,17 @@ class Discriminator(nn.Module):
         if min(self.taps) < 0 or len(set(self.taps)) < len(self.taps):
             raise ValueError(f"depth: expected enough blocks for three heads, got {config.depth}")
         self.heads = nn.ModuleList(LogitHead(config) for _ in self.taps)
-        if pooling == "average":
-            for head in self.heads:  # a zero query weighs all keys the same
-                nn.init.zeros_(head.query).requires_grad_(False)
         joined = len(self.taps) * config.width
         self.norm = nn.LayerNorm(joined)
         self.logit = nn.Linear(joined, 1)
+        if judgement == "both":
+            self.clip_heads = nn.ModuleList(LogitHead(config) for _ in self.taps)
+            self.clip_norm = nn.LayerNorm(joined)
+            self.clip_logit = nn.Linear(joined, 1)
+        if pooling == "average":
+            for head in self.modules():
+                if isinstance(head, LogitHead):  # a zero query weighs all keys the same
+                    nn.init.zeros_(head.query).requires_grad_(False)
         # The velocity head is not used; frozen, it costs no optimizer state.
         for parameter in self.backbone.output_parameters():
             parameter.requires_grad_(False)
@@ -90,8 +96,8 @@ class Discriminator(nn.Module):
         prefix: KeysValues | None = None,
         start_frame: int = 0,
     ) -> Tensor:
-        """Returns logits (B, T), or (B, 1) of whole clips, for frames x (B, C, T, H, W), each after
-        its frame of `previous` (B, C, T, H, W)."""
+        """Returns logits (B, T), or (B, 1) of whole clips, or (B, T + 1) with the clip's last, for
+        frames x (B, C, T, H, W), each after its frame of `previous` (B, C, T, H, W)."""
         _, _, tapped = self.backbone.features(
             x,
             previous,
@@ -102,14 +108,28 @@ class Discriminator(nn.Module):
             prefix=prefix,
             start_frame=start_frame,
             taps=self.taps,
-            causal=self.judgement == "frame",
+            causal=self.judgement != "clip",
         )
         rows, columns = self.backbone.config.token_grid(*x.shape[-2:])
         frame, frames = rows * columns, x.shape[2]
-        sets = (frames, frame) if self.judgement == "frame" else (1, frames * frame)
-        pooled = [head(tokens, *sets) for head, tokens in zip(self.heads, tapped, strict=True)]
-        # The penalty multiplies differences of logits by lambda; half precision would round them
-        # away.
-        with torch.autocast(x.device.type, enabled=False):
-            joined = torch.cat(pooled, dim=-1).to(self.logit.weight.dtype)
-            return self.logit(self.norm(joined)).squeeze(-1)
+        sets = (1, frames * frame) if self.judgement == "clip" else (frames, frame)
+        logits = _logits(self.heads, self.norm, self.logit, tapped, sets)
+        if self.judgement == "both":
+            layers = self.clip_heads, self.clip_norm, self.clip_logit
+            logits = torch.cat([logits, _logits(*layers, tapped, (1, frames * frame))], dim=1)
+        return logits
+
+
+def _logits(
+    heads: nn.ModuleList,
+    norm: nn.LayerNorm,
+    logit: nn.Linear,
+    tapped: list[Tensor],
+    sets: tuple[int, int],
+) -> Tensor:
+    """Returns logits (B, sets[0]), each from sets[1] consecutive tokens."""
+    pooled = [head(tokens, *sets) for head, tokens in zip(heads, tapped, strict=True)]
+    # The penalty multiplies differences of logits by lambda; half precision would round them away.
+    with torch.autocast(tapped[0].device.type, enabled=False):
+        joined = torch.cat(pooled, dim=-1).to(logit.weight.dtype)
+        return logit(norm(joined)).squeeze(-1)

@@ -16,8 +16,8 @@ def schedule(steps: int, factor: float) -> Tensor:
 
 
 def per_clip(t: Tensor) -> Tensor:
-    """Times (B,) as (B, 1, 1, 1, 1), to multiply latents (B, C, T, H, W)."""
-    return t[:, None, None, None, None]
+    """Times (B,), or (B, T) of frames, in a shape that multiplies latents (B, C, T, H, W)."""
+    return t.view(len(t), 1, -1, 1, 1)
 
 
 def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ NORM_EPS = 1e-6
 class Residual(NamedTuple):
     """The residual stream x (B, L, width) and an update that is not added yet.
 
-    The next norm adds gate * update, (B, 1, width) and (B, L, width), in its own launch.
+    The next norm adds gate * update in its own launch. gate: (B, 1, width), or (B, frames, width)
+    where each frame has a time of its own.
     """
 
     x: Tensor
@@ -46,7 +47,12 @@ class Residual(NamedTuple):
 
     def sum(self) -> Tensor:
         """Returns x + gate * update."""
-        return self.x if self.update is None else torch.addcmul(self.x, self.gate, self.update)
+        if self.update is None:
+            return self.x
+        count = self.gate.shape[1]
+        groups = (count, self.x.shape[1] // count)
+        x, update = self.x.unflatten(1, groups), self.update.unflatten(1, groups)
+        return torch.addcmul(x, self.gate[:, :, None], update).flatten(1, 2)
 
 
 class CacheStep(NamedTuple):
@@ -125,8 +131,10 @@ class StreamWeights(nn.Module):
             self.mlp_down = nn.Linear(hidden, width)
 
     def modulation(self, shared: Tensor) -> tuple[Tensor, ...]:
-        """Splits the shared (B, 6, width) into six (B, 1, width): shift, scale, gate, twice."""
-        return (shared + self.modulation_bias).unsqueeze(2).unbind(1)
+        """Splits the shared (B, 6, width) into six (B, 1, width): shift, scale, gate, twice. One
+        for each frame, (B, frames, 6, width), into six (B, frames, width)."""
+        per_frame = shared if shared.dim() == 4 else shared[:, None]
+        return (per_frame + self.modulation_bias).unbind(2)
 
     def project(self, normed: Tensor) -> Tensor:
         """Projects normed tokens to q, k and v: (B, L, 3, heads, head_dim)."""

@@ -28,8 +28,8 @@ KeysValues = list[tuple[Tensor, Tensor]]  # per block, each (B, L, heads, head_d
 class StepConstants(NamedTuple):
     """The inputs of a step that never change while a stream runs: time and size are fixed."""
 
-    modulation: list[tuple[Tensor, ...]]  # per block, six (B, 1, width)
-    out_modulation: tuple[Tensor, Tensor]  # shift and scale of the last norm, (B, 1, width)
+    modulation: list[tuple[Tensor, ...]]  # per block, six (B, 1 or n, width)
+    out_modulation: tuple[Tensor, Tensor]  # shift and scale of the last norm, (B, 1 or n, width)
     places: tuple[Tensor, Tensor]  # cosines and sines of rows and columns, of one frame's tokens
 
     def tensors(self) -> Iterator[Tensor]:
@@ -52,7 +52,7 @@ class StepConstants(NamedTuple):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t in [0, 1], then an MLP: (B,) -> (B, width).
+    """Sinusoids of t in [0, 1], then an MLP: (B,) -> (B, width), (B, T) -> (B, T, width).
 
     The sinusoids are computed in float64, because 1000 t in half precision is wrong by whole units.
     """
@@ -65,7 +65,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
         exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
-        angles = 1000 * t.double()[:, None] * 10_000**-exponent
+        angles = 1000 * t.double()[..., None] * 10_000**-exponent
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.up.weight.dtype)
         return self.down(F.silu(self.up(waves)))
 
@@ -98,7 +98,7 @@ class VideoTransformer(nn.Module):
 
     def modulations(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the time embedding (B, width), and the shared modulation (B, 6, width) of video
-        and of text, None for text without any."""
+        and of text, None for text without any. With t (B, T), those of video are (B, T, ...)."""
         raise NotImplementedError
 
     def output_modulation(self, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,12 +175,12 @@ class VideoTransformer(nn.Module):
         `taps`. If ranks share a clip, tokens are this rank's shard.
 
         x, recycled: (B, C, T, H, W); condition: (B, condition_channels, T, H, W); text:
-        (B, text_tokens, text_width); text_lens: (B,); t: (B,), one time per clip. If the frames
-        continue a sequence at token-frame `start_frame` > 0, `prefix` holds each block's keys and
-        values of [sink | past]. Without `causal` every frame sees all others.
+        (B, text_tokens, text_width); text_lens: (B,); t: one time per clip (B,), or per frame
+        (B, T). If the frames continue a sequence at token-frame `start_frame` > 0, `prefix` holds
+        each block's keys and values of [sink | past]. Without `causal` every frame sees all others.
 
         ValueError where chunks do not divide the frames, the sink or the window and its own chunk:
-        such a model runs in steps alone.
+        such a model runs in steps alone. Also for times per frame that this model cannot take.
         """
         frames = x.shape[2]
         grid = self.config.token_grid(*x.shape[-2:])
@@ -208,6 +208,7 @@ class VideoTransformer(nn.Module):
                 window_frames=None,
             )
             rotation = Rotation(rotation.cos, rotation.sin)
+        self._check_times(t, frames)
         time, *modulation = self.modulations(t)
         video = self.patchify(x, recycled, condition, indices)
         tapped = []
@@ -221,6 +222,17 @@ class VideoTransformer(nn.Module):
             if index in taps:
                 tapped.append(video)
         return video, time, tapped
+
+    def _check_times(self, t: Tensor, frames: int) -> None:
+        """ValueError for times of single frames, unless there is one for each frame, text has no
+        time, and every rank has whole frames."""
+        if t.dim() == 1:
+            return
+        if self.JOINT_TEXT or self.context.size > 1 or t.shape[1] != frames:
+            raise ValueError(
+                "t: expected one time per clip (B,), or with block 'wan' on one rank one per frame "
+                f"(B, {frames}), got {tuple(t.shape)}"
+            )
 
     def _layout(
         self, text: int, grid: tuple[int, int], start: int, frames: int, before: int | None
@@ -264,7 +276,8 @@ class VideoTransformer(nn.Module):
         return self.unpatchify(Residual(video), self.output_modulation(time), x.shape[2:])
 
     def step_constants(self, t: Tensor, size: Sequence[int]) -> StepConstants:
-        """Computes what every step at time t (B,) needs, for latents of `size` = (height, width).
+        """Computes what every step at time t, (B,) or (B, n), needs, for latents of `size` =
+        (height, width).
 
         Weights must not change between this call and a step that takes its result.
         """
@@ -290,10 +303,11 @@ class VideoTransformer(nn.Module):
 
         x, recycled, condition: n frames each, (B, C, n, H, W), which see each other; n is at most
         `window_frames` + 1. cache: of all B clips, or B caches of one clip each, whose streams may
-        be at different steps and have different prompts. constants: `step_constants` of t and
-        this size, computed here unless given. Without `advance` the next call makes the frames of
-        this step again. Returns the raw output.
+        be at different steps and have different prompts. t: one time per clip (B,), or per frame
+        (B, n). constants: `step_constants` of t and this size, computed here unless given. Without
+        `advance` the next call makes the frames of this step again. Returns the raw output.
         """
+        self._check_times(t, x.shape[2])
         if constants is None:
             constants = self.step_constants(t, x.shape[-2:])
         grid, frames = self.config.token_grid(*x.shape[-2:]), x.shape[2]

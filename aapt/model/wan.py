@@ -249,8 +249,9 @@ class WanTransformer(VideoTransformer):
         return time, self.video_modulation(F.silu(time)).unflatten(-1, (6, -1)), None
 
     def output_modulation(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns shift and scale, (B, 1, width), of the last norm."""
-        shift, scale = (self.out_table + time[:, None]).unsqueeze(2).unbind(1)
+        """Returns shift and scale, (B, 1 or frames, width), of the last norm."""
+        per_frame = time if time.dim() == 3 else time[:, None]
+        shift, scale = (self.out_table + per_frame[:, :, None]).unbind(2)
         return shift, scale
 
     def output_parameters(self) -> Iterator[nn.Parameter]:
@@ -263,9 +264,13 @@ class WanTransformer(VideoTransformer):
         words = self.embed_text(text, text_lens)
         return [block.encode_text(words) for block in self.blocks]
 
-    def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> TextBesideCache:
-        """Returns an empty cache for latents of `size` = (height, width)."""
+    def new_cache(
+        self, batch: int, size: Sequence[int], *, dtype: torch.dtype, pinned: bool = True
+    ) -> TextBesideCache:
+        """Returns an empty cache for latents of `size` = (height, width). Without `pinned` its
+        window has the frames of the sink as well, and nothing stays visible for good."""
         config, grid = self.config, self.config.token_grid(*size)
+        sink, window = config.sink_frames, config.window(grid)
         return TextBesideCache(
             batch,
             config.depth,
@@ -273,8 +278,8 @@ class WanTransformer(VideoTransformer):
             config.head_dim,
             words=(config.text_tokens, config.heads, config.head_dim),
             tokens_per_frame=grid[0] * grid[1],
-            window_frames=config.window(grid),
-            sink_frames=config.sink_frames,
+            window_frames=window if pinned else sink + window,
+            sink_frames=sink if pinned else 0,
             dtype=dtype,
             device=self.video_in.weight.device,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -45,19 +45,22 @@ class WorldModel(nn.Module):
         sizes = config.text_tokens, config.text_width
         self.text_encoder = text_encoder(config.text_encoder, *sizes)
 
-    def load_start(self, path: Path) -> None:
+    def load_start(self, path: Path, new_channels: Literal["random", "zero"] = "random") -> None:
         """Fills the model with weights to start training from.
 
-        The weights may be those of a model with fewer condition channels: the new channels keep
-        their random initialisation (docs/method.md#10). CheckpointError as in `load_module`.
+        The weights may be those of a model with fewer input channels: of the noise alone, or of
+        noise, recycled frame and fewer conditions. Columns of the other channels keep their random
+        initialisation (docs/method.md#10), or are zero. CheckpointError as in `load_module`.
         """
-        name, area = "transformer.video_in.weight", self.config.patch**2
+        name, config = "transformer.video_in.weight", self.config
         tensors, whole = read_tensors(path), self.state_dict()[name].clone()
-        given = tensors.get(name, whole)
+        area, given = config.patch**2, tensors.get(name, whole)
         if given.dim() == 2 and given.shape[0] == len(whole) and given.shape[1] % area == 0:
             channels = given.shape[1] // area  # of a pixel: noise, recycled frame, conditions
-            least = self.config.input_channels - self.config.condition_channels
-            if least <= channels < self.config.input_channels:
+            least = config.input_channels - config.condition_channels
+            if channels == config.latent_channels or least <= channels < config.input_channels:
+                if new_channels == "zero":
+                    whole.zero_()
                 whole.unflatten(1, (area, -1))[..., :channels] = given.unflatten(1, (area, -1))
                 tensors[name] = whole
         fill_module(path, tensors, self)

@@ -8,20 +8,33 @@ first, and by SHA-256 if these differ.
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CheckpointError, file_digest, write_json
+from ..checkpoint import (
+    CheckpointError,
+    file_digest,
+    load_config,
+    reading_config,
+    tuples,
+    write_json,
+)
 from ..data.clips import Clips
 from ..data.latent_shards import LatentShards, Mixture, ray_deviation, read_index
-from ..model.config import CameraConfig
+from ..model.config import CameraConfig, ModelConfig
+from ..training.recipes import Recipe, StageConfig
 from ..vae import CausalVAE
 from ..vae.folder import load_vae
 
 ANY_SET = ""
 INPUTS = "inputs.json"
+# What the weights of a checkpoint must share with the model that starts from them.
+SHARED = (
+    *("block", "width", "heads", "head_dim", "depth", "mlp_hidden", "text_width", "text_encoder"),
+    *("latent_channels", "patch", "rope_axes", "rope_theta"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,15 @@ class Inputs:
     Attributes:
         latents: Folders of `aapt encode` by the name of a set. Folders under ANY_SET serve every
             other set that is the name of one of their buckets.
-        weights: A safetensors file for the first stage; None for random weights.
+        weights: Weights of the first stage, a safetensors file or a checkpoint's folder; None for
+            random weights.
+        discriminator_weights: Weights of the first discriminator, for stages that start no other
+            way; None for `weights`.
     """
 
     latents: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     weights: Path | None = None
+    discriminator_weights: Path | None = None
 
     def buckets(self, name: str) -> list[tuple[Path, str]]:
         """Find the clips of a set: folders, and a bucket in each. ValueError if there are none."""
@@ -88,6 +105,56 @@ class Inputs:
             raise ValueError(f"{name}: expected latents of one autoencoder, got {len(digests)}")
         return digests.pop()
 
+    def fps(self, name: str) -> int:
+        """Return the video frames per second of a set's clips. ValueError if they differ."""
+        rates = {read_index(folder)["encoding"]["fps"] for folder, _ in self.buckets(name)}
+        if len(rates) > 1:
+            raise ValueError(f"{name}: expected clips of one rate, got {sorted(rates)} fps")
+        return rates.pop()
+
+    def starts(self, stages: Iterable[StageConfig]) -> set[str]:
+        """Return which weights of the run's start stages need: "weights", and
+        "discriminator_weights" of a discriminator that starts from no stage."""
+        needed = set()
+        for config in stages:
+            if getattr(config, "discriminator_start", "") is None:
+                needed.add("discriminator_weights")
+                needed |= set() if self.discriminator_weights else {"weights"}
+            if config.start is None:
+                needed.add("weights")
+        return needed
+
+    def check_weights(self, recipe: Recipe) -> None:
+        """Check that weights given as checkpoints are of the recipe's model, input channels aside.
+
+        ValueError names every field that differs, and how a recipe takes its value. ValueError also
+        for a discriminator's weights that no stage starts from.
+        """
+        if self.discriminator_weights and "discriminator_weights" not in self.starts(
+            recipe.stages.values()
+        ):
+            raise ValueError(
+                f"discriminator_weights: expected none for {recipe.name}, whose discriminator "
+                f"starts from a stage, got {self.discriminator_weights}; leave them away"
+            )
+        model = recipe.model
+        for name in ("weights", "discriminator_weights"):
+            folder = getattr(self, name)
+            if folder is None or not folder.is_dir():
+                continue
+            with reading_config(folder):
+                given = ModelConfig(**tuples(load_config(folder)["model"]))
+            differ = [key for key in SHARED if getattr(given, key) != getattr(model, key)]
+            if differ:
+                ours, theirs = (
+                    ", ".join(f"{key} {getattr(each, key)}" for key in differ)
+                    for each in (model, given)
+                )
+                raise ValueError(
+                    f"{name}: expected a model of {ours}, as the recipe has it, got {theirs} in "
+                    f"{folder}; change the recipe with --set model.FIELD=VALUE"
+                )
+
     def camera(self, camera: CameraConfig, sets: Sequence[str]) -> CameraConfig:
         """Scale a camera to the clips of `sets`, whatever their unit of length.
 
@@ -124,11 +191,12 @@ class Inputs:
         """Load the autoencoder that decodes the latents of a set."""
         return load_vae(self.buckets(name)[0][0])
 
-    def claim(self, folder: Path, sets: Sequence[str], starts: bool) -> str | None:
+    def claim(self, folder: Path, sets: Sequence[str], starts: Collection[str]) -> str | None:
         """Record in a run's folder the inputs of stages that draw from `sets`.
 
-        The weights are recorded only if one of the stages starts from them (`starts`). Returns how
-        an input differs from the recorded one, None if none does.
+        starts: the weights that one of the stages starts from, "weights" or
+        "discriminator_weights"; others are not recorded. Returns how an input differs from the
+        recorded one, None if none does.
         """
         record = read_record(folder)
         before = copy.deepcopy(record)
@@ -146,15 +214,15 @@ class Inputs:
                         return changed
                 old["stamp"] = part["stamp"]
             record["latents"][name] = recorded
-        if starts:
-            recorded = record.get("weights")
-            weights = self.weights and _file(self.weights, recorded)
-            if "weights" in record and _contents([recorded]) != _contents([weights]):
+        for name in sorted(starts):
+            recorded, path = record.get(name), getattr(self, name)
+            weights = path and _weights(path, recorded)
+            if name in record and _contents([recorded]) != _contents([weights]):
                 return (
-                    f"{folder / INPUTS}: weights: expected {_names([recorded])} as before, "
+                    f"{folder / INPUTS}: {name}: expected {_names([recorded])} as before, "
                     f"got {_names([weights])}"
                 )
-            record["weights"] = weights
+            record[name] = weights
         if record != before:
             write_json(folder / INPUTS, record)
         return None
@@ -213,6 +281,24 @@ def _file(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     if recorded and record.items() <= recorded.items():
         return dict(recorded)
     return record | {"sha256": file_digest(path)}
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file of weights: of a checkpoint's folder, or the path itself."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def _weights(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The record of weights: of their file and, if it is a checkpoint's, where the weights are from
+    and the folder of the text encoder, which a checkpoint that is trained from them keeps."""
+    record = _file(weights_file(path), recorded)
+    if not path.is_dir():
+        return record
+    config = load_config(path)
+    kept = {"converted": config["converted"]} if "converted" in config else {}
+    if "text" in config:
+        kept["text"] = str((path / config["text"]).resolve())
+    return record | {"checkpoint": kept}
 
 
 def _contents(parts: Sequence[Mapping[str, Any] | None]) -> list[tuple[str | None, str]]:

@@ -138,7 +138,8 @@ def train_light(
     stage = LightDecoderTraining(config, *networks)
     sets = {stage.config.clips: data}
     given = {"seed": seed, "parallel": parallel, "options": options}
-    made = train(stage, sets, folder, **given, sample=_sampler(stage, data, folder))
+    train(stage, sets, folder, **given, sample=_sampler(stage, data, folder))
+    made = stage.export()
     save_module(folder / "weights.safetensors", made)
     drop_states(folder)
     return made

@@ -9,8 +9,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from ..checkpoint import write_json
 from ..data.randomness import ClipRandom
 from ..lock import FolderInUse, folder_lock
@@ -57,7 +55,7 @@ def train(
     parallel: Parallel,
     options: RunOptions,
     sample: Callable[[int], None] | None = None,
-) -> nn.Module:
+) -> None:
     """Make all updates of a stage, resuming from the newest state in its folder.
 
     Every rank calls it. Each update adds a line to `metrics.jsonl`. After an exception or a kill at
@@ -68,8 +66,8 @@ def train(
         sets: Clips by the name of their set.
         sample: Called with the number of finished updates, to draw a sheet of samples.
 
-    Returns the network that the stage exports. Raises TrainingError if an update fails or one of
-    its metrics or gradients is not finite. The folder then holds the inputs of the update.
+    TrainingError if an update fails or one of its metrics or gradients is not finite. The folder
+    then holds the inputs of the update.
     """
     name = folder.name
     seed = seed << 32 | zlib.crc32(name.encode())  # no two stages draw the same numbers
@@ -87,7 +85,6 @@ def train(
                 save_training_state(folder / STATES, done, stage.trained, parallel)
             if sample and options.sample_every and done % options.sample_every == 0:
                 _sample(sample, name, done)
-    return stage.export()
 
 
 def _update(

@@ -29,7 +29,6 @@ from ..training.stages.rollout_regression import RolloutRegression, RolloutRegre
 
 GIB = 2**30
 NODE = 8  # GPUs of a machine
-SPACE_FACTOR = 8  # pixels per latent pixel of encoded clips (docs/method.md#1)
 FLOAT, HALF = 4, 2  # bytes: parameters, gradients and states; gathered blocks, activations
 STATES = {torch.optim.AdamW: 2, torch.optim.RMSprop: 1, torch.optim.Muon: 1}  # per parameter
 TRANSIENT = 1.5  # memory of a running block with its gradients, relative to its saved tensors
@@ -168,15 +167,17 @@ def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100)
     return plans
 
 
-def commands(recipe: Recipe, plans: Sequence[Plan]) -> Iterator[str]:
+def commands(recipe: Recipe, plans: Sequence[Plan], words: str | None = None) -> Iterator[str]:
     """Command lines that train as planned, without the options for inputs.
 
-    Consecutive stages with the same options share a command.
+    Consecutive stages with the same options share a command. words: what names the recipe in them;
+    its name unless given.
     """
     gpus = plans[0].gpus
     each = max(size for size in range(1, NODE + 1) if gpus % size == 0)
     machines = f"--nnodes {gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST "
-    run = f"torchrun {machines * (gpus > each)}--nproc-per-node {each} -m aapt train {recipe.name}"
+    machines = machines * (gpus > each) + f"--nproc-per-node {each}"
+    run = f"torchrun {machines} -m aapt train {words or recipe.name}"
     for given, same in itertools.groupby(recipe.stages, lambda stage: options(stage, plans)):
         group = list(same)
         stages = "".join(f" --stage {stage}" for stage in group)
@@ -225,11 +226,14 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
             label = f"{index}/{len(phases)}" if len(phases) > 1 else ""
             yield Workload(name, label, size, frames, phase.batch)
     else:
+        if isinstance(config, AdversarialConfig):
+            sources = [(latent_size(recipe, s.clips), s.frames) for s in config.sources]
+        else:
+            sources = [(latent_size(recipe, config.clips), config.segment_frames)]
         yield Workload(
             name,
             "",
-            latent_size(recipe, config.clips),
-            config.segment_frames,
+            *max(sources, key=lambda source: math.prod(source[0]) * source[1]),
             config.batch,
             config.segments,
             getattr(config, "overlap_frames", 0),
@@ -244,7 +248,7 @@ def latent_size(recipe: Recipe, clips: str) -> tuple[int, int]:
         data, factor = recipe.data[clips], recipe.vae.space_factor
         return data.height // factor, data.width // factor
     width, height = map(int, clips.split("x"))
-    return height // SPACE_FACTOR, width // SPACE_FACTOR
+    return height // recipe.space_factor, width // recipe.space_factor
 
 
 def _plan(
@@ -272,7 +276,8 @@ def _plan(
         if adversarial:
             copies = stage.config.copies
             bytes_ += copies * activation_bytes(config, local, checkpointed)
-            bytes_ += copies * tapped_bytes(config, local)
+            heads = 2 if stage.config.judgement == "both" else 1  # of frames, of the clip
+            bytes_ += copies * heads * tapped_bytes(config, local)
             running *= copies
         return bytes_ + running
 
@@ -450,7 +455,9 @@ def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, sta
     return 4 * config.depth * config.width * pairs
 
 
-def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None) -> None:
+def print_plans(
+    recipe: Recipe, gpus: Iterable[int], context: int | None = None, words: str | None = None
+) -> None:
     """Print a table for each number of GPUs, with a column per phase, and the commands to train."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     for count in gpus:
@@ -476,7 +483,7 @@ def print_plans(recipe: Recipe, gpus: Iterable[int], context: int | None = None)
             table.add_row(f"GiB per GPU: {name}{guess}", *cells)
         table.add_row("GiB per GPU: total *", *(f"{each.total / GIB:.1f}" for each in plans))
         console.print(table)
-        console.print("\n".join(commands(recipe, plans)), soft_wrap=True, highlight=False)
+        console.print("\n".join(commands(recipe, plans, words)), soft_wrap=True, highlight=False)
         console.print()
     console.print(
         f"* estimates: with checkpointed blocks; seconds at {H100.sustained:.0%} of "

@@ -19,7 +19,7 @@ from ..checkpoint import (
     save_module,
     save_tensors,
 )
-from ..clock import FPS, SHEET_SECONDS, STEPS_PER_SECOND
+from ..clock import FPS, FRAMES_PER_LATENT, SHEET_SECONDS
 from ..data.clips import ClipBatch, Clips, VideoClips
 from ..data.randomness import ClipRandom
 from ..data.stored_text import StoredText
@@ -42,7 +42,7 @@ from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
 from ..vae.pixels import to_pixels, to_video
 from . import light_decoder
-from .inputs import ANY_SET, Inputs
+from .inputs import ANY_SET, Inputs, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
 from .samples import sample_sheet
@@ -51,6 +51,7 @@ SAMPLE_IMAGE = BUNDLED / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
 FIT_CLIPS = 60  # enough for a linear map
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
+RAW = "raw.safetensors"  # the last weights of a stage whose result is their average
 SAMPLES = 3  # clips of a sheet
 DIFFUSION_SAMPLES = (0, 1, 2, 4, 6)  # latent frames
 
@@ -134,7 +135,7 @@ class Run:
         if difference := claim(self.out, asdict(self.recipe)):
             return difference
         unfinished = self.unfinished(stages)
-        starts = any(self.recipe.stages[name].start is None for name in unfinished)
+        starts = self.inputs.starts(self.recipe.stages[name] for name in unfinished)
         return self.inputs.claim(self.out, self.encoded_sets(unfinished), starts)
 
     def cut_captions(self, stages: Sequence[str]) -> list[str]:
@@ -159,23 +160,24 @@ class Run:
 
         ValueError for a missing result of an earlier stage, for clips that are missing or too
         short, for clips with another kind of motion than the model is conditioned on, for latents
-        of several autoencoders, and for batches that the ranks cannot share.
+        of several autoencoders or rates, and for batches that the ranks cannot share.
         """
         encoded = self.encoded_sets(self.recipe.stages)
         if self.recipe.model.text_encoder == "umt5":
             self.check_text()
+        self.inputs.check_weights(self.recipe)
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
                     f"latents: expected clips of {', '.join(encoded) or 'no set'}, which "
                     f"{self.recipe.name} does not make itself, got {name or 'a folder'}"
                 )
-        digests = {}
+        digests, rates = {}, {}
         for name in self.unfinished(stages):
             config = self.recipe.stages[name]
             starts = {config.start, getattr(config, "discriminator_start", None)}
             for before in starts - {None, *stages}:
-                if not self.result(before).is_file():
+                if not (self.result(before).is_file() and self.start(before).is_file()):
                     raise ValueError(
                         f"stage {name}: expected the result of {before} in {self.out}, got none; "
                         f"train {before} first"
@@ -187,6 +189,7 @@ class Run:
                     model = self.recipe.model
                     given = model.condition_channels, self.recipe.camera
                     digests[clips] = self.inputs.check(clips, *given)
+                    rates[clips] = self.inputs.fps(clips)
                 made = self.recipe.data.get(clips)
                 has = made.latent_frames - 1 if made else self.sets[clips].latent_frames
                 if has < needed:
@@ -198,6 +201,11 @@ class Run:
             raise ValueError(
                 f"latents: expected those of one autoencoder for {', '.join(digests)}, "
                 f"got {len(set(digests.values()))}"
+            )
+        if len(set(rates.values())) > 1:
+            raise ValueError(
+                f"latents: expected those of one rate for {', '.join(rates)}, "
+                f"got {sorted(set(rates.values()))} fps"
             )
 
     def check_text(self) -> None:
@@ -214,6 +222,11 @@ class Run:
     def result(self, stage: str) -> Path:
         """The file that a finished stage leaves."""
         return self.out / stage / "weights.safetensors"
+
+    def start(self, stage: str) -> Path:
+        """The file with which a later stage starts."""
+        averaged = getattr(self.recipe.stages[stage], "average", None) is not None
+        return self.out / stage / RAW if averaged and self.recipe.raw_starts else self.result(stage)
 
     def vae(self, stage: str) -> CausalVAE:
         """Load the autoencoder that `stage` made."""
@@ -246,13 +259,19 @@ class Run:
             model.text_encoder.source = self.stored_text
         return model
 
-    def model(self, stage: str | None) -> WorldModel:
-        """Make a model with the weights of `stage`; for None, with those of the run's start."""
+    def model(self, stage: str) -> WorldModel:
+        """Make a model with the weights that are the result of `stage`."""
+        model = self.world(self.recipe.model)
+        load_module(self.result(stage), model)
+        return model
+
+    def starting_model(self, stage: str | None) -> WorldModel:
+        """Make a model to train on after `stage`; for None, with the weights of the run's start."""
         model = self.world(self.recipe.model)
         if stage is not None:
-            load_module(self.result(stage), model)
+            load_module(self.start(stage), model)
         elif self.inputs.weights is not None:
-            model.load_start(self.inputs.weights)
+            model.load_start(weights_file(self.inputs.weights), self.recipe.new_channels)
         return model
 
     # Stages: the work that makes each result.
@@ -276,8 +295,8 @@ class Run:
             alone = Parallel.single(self.parallel.device)
             decoder = DecoderTraining(config, self.vae("encoder").to(alone.device))
             given = {"seed": self.recipe.seed, "parallel": alone}
-            made = train(decoder, {config.clips: data}, folder, **given, options=self.options)
-            save_module(self.result(stage), made)
+            train(decoder, {config.clips: data}, folder, **given, options=self.options)
+            save_module(self.result(stage), decoder.export())
             drop_states(folder)
         elif stage == light_decoder.STAGE:
             self.train_light_decoder()
@@ -312,10 +331,12 @@ class Run:
         parallel, folder = self.parallel, self.out / name
         stage = self.stage(self.recipe.stages[name])
         given = {"seed": self.recipe.seed, "parallel": parallel, "options": self.options}
-        made = train(stage, self.sets, folder, **given, sample=self.sampler(name, stage))
+        train(stage, self.sets, folder, **given, sample=self.sampler(name, stage))
         if isinstance(stage, Adversarial):
             self.save(folder / DISCRIMINATOR, stage.discriminator)
-        self.save(self.result(name), made)
+        if (raw := self.start(name)) != self.result(name):
+            self.save(raw, stage.model)
+        self.save(self.result(name), stage.export())
         drop_states(folder)
 
     def save(self, path: Path, network: nn.Module) -> None:
@@ -347,22 +368,26 @@ class Run:
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
         """Make the discriminator with the weights that an adversarial stage starts from.
 
-        They are an adversarial stage's discriminator, or a diffusion model under new logit heads.
+        They are an adversarial stage's discriminator, or under new logit heads another stage's
+        model or the run's start.
         """
         model, start = self.recipe.model, config.discriminator_start
         if not config.discriminator_recycled:
             model = replace(model, recycle=False, residual_head=False)
         world = self.world(model)
         discriminator = Discriminator(world, config.judgement, config.pooling)
-        if isinstance(self.recipe.stages[start], AdversarialConfig):
+        if start is None:
+            if given := self.inputs.discriminator_weights or self.inputs.weights:
+                world.load_start(weights_file(given), self.recipe.new_channels)
+        elif isinstance(self.recipe.stages[start], AdversarialConfig):
             load_module(self.out / start / DISCRIMINATOR, discriminator)
         else:
-            load_module(self.result(start), discriminator.world)
+            load_module(self.start(start), world)
         return discriminator
 
     def network(self, start: str | None, rolls_out: bool = False) -> WorldModel:
-        """Make a generator with the weights of `start` and place it on the device."""
-        model = self.model(start)
+        """Make a generator that starts after the stage `start`, and place it on the device."""
+        model = self.starting_model(start)
         self.place(model, model, rolls_out)
         return model
 
@@ -390,18 +415,26 @@ class Run:
         """
         parallel, config = self.parallel, self.recipe.stages[name]
         batch, vae = self.sample_clips(name)
-        sampling, frames = None, [STEPS_PER_SECOND * second for second in SHEET_SECONDS]
+        fps = self.fps(name)
+        sampling, frames = None, [fps * second // FRAMES_PER_LATENT for second in SHEET_SECONDS]
         if isinstance(config, DiffusionConfig):
             sampling, frames = config.sampling, DIFFUSION_SAMPLES
+        elif isinstance(config, ConsistencyConfig):
+            sampling = config.sampling
 
         def sample(done: int) -> None:
             with mixed_precision(parallel.device):
-                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling)
+                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling, fps=fps)
             parallel.reshard(stage.model)
             if parallel.main:
                 sheet.save(self.out / name / f"samples-{done}.png")
 
         return sample
+
+    def fps(self, stage: str) -> int:
+        """Video frames per second of the clips that a stage learns from."""
+        name = next(iter(self.recipe.stages[stage].needs))
+        return FPS if name in self.recipe.data else self.inputs.fps(name)
 
     def sample_clips(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
         """A few whole clips that a stage learns from, always the same, and their autoencoder.
@@ -422,32 +455,32 @@ class Run:
     def export(self, stage: str, folder: Path | None = None) -> Path:
         """Write the checkpoint of a stage, in bfloat16, for StreamingGenerator to load.
 
-        Its images have the size on which positions are counted (docs/method.md#4). The checkpoint
-        of a diffusion stage says how it is sampled. Returns `folder`, which has the recipe's name
-        unless it is given.
+        Its images have the size of `export_size`. The checkpoint of a diffusion stage says how it
+        is sampled. One that began with another checkpoint's weights keeps that one's origin and
+        text encoder. Returns `folder`, which has the recipe's name unless it is given.
         """
         recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
-        sampling = asdict(config.sampling) if isinstance(config, DiffusionConfig) else None
+        sampling = getattr(config, "sampling", None)
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
-        pixels = model.patch * VAEConfig(**vaes[LIGHT]).space_factor
-        height, width = (pixels * tokens for tokens in model.reference_grid)
+        height, width = self.export_size(stage, VAEConfig(**vaes[LIGHT]).space_factor)
         prompt = self.export_sample(stage, folder, height, width)
         save_config(
             folder,
             {
                 "name": recipe.name,
                 "stage": stage,
-                "sampling": sampling,
+                "sampling": sampling and asdict(sampling),
                 "height": height,
                 "width": width,
-                "fps": FPS,
+                "fps": self.fps(stage),
                 "prompts": [theme.prompts[0] for theme in THEMES] if recipe.data else [],
                 "sample": {"image": SAMPLE_IMAGE.name, "prompt": prompt},
                 "model": asdict(model),
                 "camera": recipe.camera and asdict(recipe.camera),
                 **vaes,
+                **((read_record(self.out).get("weights") or {}).get("checkpoint", {})),
             },
         )
         return folder
@@ -463,6 +496,16 @@ class Run:
             return False
         results = filter(Path.is_file, map(self.result, stage_names(self.recipe)))
         return config.stat().st_mtime >= max(result.stat().st_mtime for result in results)
+
+    def export_size(self, stage: str, space_factor: int) -> tuple[int, int]:
+        """Return the height and width in pixels on which positions are counted (docs/method.md#4);
+        of a model without a reference grid, those of clips that the stage learns from."""
+        model = self.recipe.model
+        if model.reference_grid is None:
+            height, width = self.sample_clips(stage)[0].size
+        else:
+            height, width = (model.patch * tokens for tokens in model.reference_grid)
+        return height * space_factor, width * space_factor
 
     def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
         """Write an image to start from, of the checkpoint's size, and return its prompt.

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..clock import FPS
 from ..data.clips import ClipBatch
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
-from ..model.config import SamplingConfig
+from ..model.config import FewStepConfig, SamplingConfig
 from ..model.world_model import WorldModel
 from ..streaming.rollout import decode_frames, roll_out, starting_over
 from ..vae import CausalVAE
@@ -23,7 +23,8 @@ def sample_sheet(
     frames: Sequence[int],
     *,
     seed: int = 0,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | FewStepConfig | None = None,
+    fps: int = FPS,
 ) -> Image.Image:
     """Roll the generator out from the first frames of a batch and draw it under the real clips.
 
@@ -32,9 +33,10 @@ def sample_sheet(
     is blank. The same batch and seed give the same noise, so that sheets can be compared.
 
     Args:
-        sampling: How a diffusion model makes a frame; None for a generator of one pass. A diffusion
-            model is sampled without caches, because training leaves no memory for them: the work
-            grows with the square of the last frame.
+        sampling: How a diffusion or few-step model makes a frame; None for a generator of one pass.
+            A diffusion model is sampled without caches, because training leaves no memory for them:
+            the work grows with the square of the last frame.
+        fps: Video frames per second, for the labels of columns.
     """
     wanted = sorted(set(frames))
     if not wanted or wanted[0] < 0:
@@ -51,7 +53,7 @@ def sample_sheet(
         truth[:, : len(known)] = _last_frames(
             vae, latents[:, :, : known[-1] + 1].split(1, 2), known
         )
-    seconds = [frame * vae.config.time_factor / FPS for frame in wanted]
+    seconds = [frame * vae.config.time_factor / fps for frame in wanted]
     groups = [[(f"{i}\ntruth", truth[i]), ("model", model_video[i])] for i in range(len(latents))]
     scale = max(1, SHOWN_ROWS // truth.shape[2])
     return contact_sheet(groups, [f"{second:.3g} s" for second in seconds], scale)

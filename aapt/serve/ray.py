@@ -12,37 +12,32 @@ from ray import serve
 
 from ..streaming.generator import StreamingGenerator
 from .app import create_app
-from .settings import Settings
+from .settings import Deployment
 
 DRAIN_SECONDS = 600.0
 
 
 def build(environment: dict[str, str]) -> serve.Application:
-    """Makes the deployment from environment variables: AAPT_MODEL, AAPT_DEVICE, AAPT_SESSIONS
-    (worlds per replica), AAPT_REPLICAS (at most), AAPT_TOKEN."""
-    name = environment.get("AAPT_MODEL", "tiny-world")
-    device = environment.get("AAPT_DEVICE", "cpu")
-    replicas = int(environment.get("AAPT_REPLICAS", "2"))
-    settings = Settings(
-        sessions=int(environment.get("AAPT_SESSIONS", "4")),
-        token=environment.get("AAPT_TOKEN"),
-    )
+    """Makes the deployment from environment variables, see `Deployment.from_environment`."""
+    wanted = Deployment.from_environment(environment)
+    settings = wanted.settings
 
     def application() -> FastAPI:
-        return create_app(StreamingGenerator.from_pretrained(name, device), name, settings)
+        generator = StreamingGenerator.from_pretrained(wanted.model, **wanted.placement)
+        return create_app(generator, wanted.model, settings)
 
     deployment = serve.deployment(
         serve.ingress(application)(),
         name="play",
         autoscaling_config={
             "min_replicas": 1,
-            "initial_replicas": replicas,
-            "max_replicas": replicas,
+            "initial_replicas": wanted.replicas,
+            "max_replicas": wanted.replicas,
             "target_ongoing_requests": settings.sessions,
         },
         max_ongoing_requests=4 * settings.sessions,  # visitors in line, and HTTP beside them
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": int(device.startswith("cuda"))},
+        ray_actor_options={"num_cpus": 1, "num_gpus": wanted.gpus},
     )
     return deployment.bind()
 

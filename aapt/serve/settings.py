@@ -1,7 +1,11 @@
-"""Settings of a server: limits of its visitors, and the address at which it listens."""
+"""Settings of a server: limits of its visitors, and of a deployment of many servers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..placement import placement
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,54 @@ class Settings:
             least = 0 if name == "history_mib" else 1
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One server per replica of Ray Serve.
+
+    Attributes:
+        model: A bundled model or a checkpoint folder.
+        placement: Device, dtype and size, as `StreamingGenerator.from_pretrained` takes them.
+        replicas: The most replicas.
+        settings: Those of each replica.
+    """
+
+    model: str
+    placement: dict[str, Any]
+    replicas: int
+    settings: Settings
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a replica."""
+        return int(self.placement["device"].startswith("cuda"))
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Deployment":
+        """Reads environment variables: AAPT_REPLICAS, and as options of `aapt serve` AAPT_MODEL,
+        AAPT_DEVICE, AAPT_DTYPE, AAPT_SIZE, AAPT_SESSIONS (worlds per replica), AAPT_BATCH (0 or 1)
+        and AAPT_TOKEN. ValueError, by the variable's name, for a value that means nothing."""
+
+        def count(name: str, default: str) -> int:
+            text = environment.get(name, default)
+            if not text.isdecimal() or not int(text):
+                raise ValueError(f"{name}: expected a number of at least 1, got {text}")
+            return int(text)
+
+        device = environment.get("AAPT_DEVICE", "cpu")
+        try:
+            placed = placement(device, environment.get("AAPT_DTYPE"), environment.get("AAPT_SIZE"))
+        except ValueError as error:
+            name, _, reason = str(error).partition(":")
+            raise ValueError(f"AAPT_{name.upper()}:{reason}") from None
+        batch = environment.get("AAPT_BATCH", "0")
+        if batch not in ("0", "1"):
+            raise ValueError(f"AAPT_BATCH: expected 0 or 1, got {batch}")
+        settings = Settings(
+            sessions=count("AAPT_SESSIONS", "4"),
+            token=environment.get("AAPT_TOKEN"),
+            batch=batch == "1",
+        )
+        model = environment.get("AAPT_MODEL", "tiny-world")
+        return cls(model, placed, count("AAPT_REPLICAS", "2"), settings)

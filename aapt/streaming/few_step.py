@@ -9,31 +9,38 @@ import torch
 from torch import Tensor
 
 from ..model.config import FewStepConfig, ModelConfig
-from ..model.flow import interpolate
-from ..model.transformer import StepConstants, VideoTransformer, clean
+from ..model.transformer import KVCache, StepConstants, VideoTransformer, clean
+from .solvers import NewNoise, UniPC
 from .student import Past
+
+SOLVERS = {"noise": NewNoise, "unipc": UniPC}
 
 
 class Moment(NamedTuple):
-    """A time of a schedule, (B,) float64, and the constants of every pass at that time."""
+    """A time of a schedule, (B,) or (B, n) float64, the time that the network is told, for each row
+    of its batch, and the constants of every pass at that time."""
 
     time: Tensor
+    told: Tensor
     constants: StepConstants
 
 
 class FewStepRollout:
-    """A batch of streams of latents of `size` = (height, width), rolled out chunk after chunk.
+    """A batch of B streams of latents of `size` = (height, width), rolled out chunk after chunk.
 
-    A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, which
-    is mixed with new noise for the next time, and writes its keys and values over those of the pass
-    before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
+    A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, from
+    which the solver makes the chunk at the next time, and writes its keys and values over those of
+    the pass before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
+    With guidance the network's batch and the cache have 2 B rows: a stream's own, and those under
+    the negative prompt.
 
     Args:
-        text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,).
+        text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,). With
+            guidance the B negative prompts follow.
         recache: New prompts also change the past.
 
-    ValueError for a model whose text keys depend on the time, for one with recycled channels, and
-    for `recache` without a refresh pass.
+    ValueError for a model whose text keys depend on the time, for one with recycled channels, for
+    prompts without their negative ones, and for `recache` without a refresh pass.
     """
 
     @torch.no_grad()
@@ -46,22 +53,45 @@ class FewStepRollout:
         sampling: FewStepConfig,
         recache: bool = False,
     ):
-        check_few_step(model.config)
+        check_few_step(model.config, sampling)
+        self.branches = 1 + len(sampling.negatives)
+        if len(text) % self.branches:
+            raise ValueError(
+                "text: expected as many negative prompts as prompts for guidance, got "
+                f"{len(text)} in all"
+            )
         self.model, self.sampling, self.size = model, sampling, size
         like = model.video_in.weight
-        self.cache = model.new_cache(len(text), size, dtype=like.dtype)
+        self.cache = self._new_cache(len(text), like.dtype)
 
-        def at(time: float) -> Moment:
-            t = torch.full((len(text),), time, dtype=torch.float64, device=like.device)
-            return Moment(t, model.step_constants(t, size))
+        def at(times: tuple[float, ...]) -> Moment:
+            t = torch.tensor(times, dtype=torch.float64, device=like.device).repeat(len(text), 1)
+            t = t[:, 0] if len(times) == 1 else t
+            # The published sampler of UniPC cuts the network's time to whole thousandths
+            told = (1000 * t).floor() / 1000 if sampling.solver == "unipc" else t
+            return Moment(t[: len(t) // self.branches], told, model.step_constants(told, size))
 
-        self.times = [at(time) for time in sampling.times]
-        self.opening_times = [at(time) for time in sampling.opening_times]
-        self.refresh = None if sampling.refresh is None else at(sampling.refresh)
-        self.start = at(0.0)
+        self.times = [at(times) for times in self._passes(sampling.times)]
+        self.opening_times = [at(times) for times in self._passes(sampling.opening_times)]
+        self.refresh = None if sampling.refresh is None else at((sampling.refresh,))
+        self.picture_times = []
+        if sampling.picture_in_chunk:
+            others = model.config.opening_frames - 1
+            self.picture_times = [at((0.0, *[t] * others)) for t in sampling.opening_times]
+        self.start = at((0.0,))
         self.chunks = 0  # made so far, without given ones
         self.past = self.new_past() if recache else None
         self.set_text(text, text_lens)
+
+    def _new_cache(self, rows: int, dtype: torch.dtype) -> KVCache:
+        return self.model.new_cache(rows, self.size, dtype=dtype)
+
+    def _caches(self) -> tuple[KVCache, ...]:
+        return (self.cache,)
+
+    def _passes(self, times: tuple[float, ...]) -> list[tuple[float, ...]]:
+        """Returns the times of the frames of each pass, one alone where all frames have it."""
+        return [(time,) for time in times]
 
     def new_past(self) -> Past:
         """Returns an empty memory of the chunks that the cache remembers. ValueError without a
@@ -85,9 +115,10 @@ class FewStepRollout:
         are then counted from the start of that window, see `StudentRollout.set_text`.
         """
         for moment in self._moments():  # weights may be others than those of the stream before
-            moment.constants.copy_(self.model.step_constants(moment.time, self.size))
-        for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.time)):
-            self.cache.write_text(layer, *pair)
+            moment.constants.copy_(self.model.step_constants(moment.told, self.size))
+        for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.told)):
+            for cache in self._caches():
+                cache.write_text(layer, *pair)
         if self.past:
             self.cache.reset()
             for inputs in self.past:
@@ -103,51 +134,83 @@ class FewStepRollout:
     @torch.no_grad()
     def append(self, latent: Tensor, condition: Tensor | None) -> None:
         """The tensor operations of `give`, which a CUDA graph can hold."""
-        time, constants = self.start
-        self.model.step(latent, None, condition, time, self.cache, constants)
+        _, told, constants = self.start
+        given = self._rows(latent), None, self._rows(condition)
+        self.model.step(*given, told, self.cache, constants)
 
     @torch.no_grad()
-    def step(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), one draw for each
-        time: of `opening_times` for the first chunk that is made, then of `times`. ValueError for
-        another number of draws."""
+    def step(
+        self, noise: Tensor, condition: Tensor | None = None, picture: Tensor | None = None
+    ) -> Tensor:
+        """Makes the next chunk (B, C, n, H, W) from noise (draws, B, C, n, H, W), in passes at
+        `opening_times` for the first chunk that is made, then at `times`. picture: (B, C, 1, H, W),
+        the first frame of the first chunk (`FewStepConfig.picture_in_chunk`).
+
+        ValueError unless there are `FewStepConfig.draws`, and for a picture elsewhere.
+        """
         opening = self.chunks == 0
-        draws = len(self.opening_times if opening else self.times)
+        if picture is not None and not (opening and self.picture_times):
+            raise ValueError(
+                "picture: expected None after the first chunk, and in a model whose pictures come "
+                "before it, got a picture; `give` it"
+            )
+        draws = self.sampling.draws(opening)
         if len(noise) != draws:
             raise ValueError(
-                f"noise: expected {draws} draws, one for each time of this chunk, got {len(noise)}"
+                f"noise: expected {draws} draws, as this chunk takes them, got {len(noise)}"
             )
-        latent = self.infer(noise, condition, opening)
+        latent = self.infer(noise, condition, opening, picture)
         if self.past is not None:
             self.past.append(self.inputs(latent, condition))
         self.chunks += 1
         return latent
 
     @torch.no_grad()
-    def infer(self, noise: Tensor, condition: Tensor | None, opening: bool) -> Tensor:
+    def infer(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        opening: bool,
+        picture: Tensor | None = None,
+    ) -> Tensor:
         """The tensor operations of a step, which a CUDA graph can hold: the cache advances, and the
         next chunk is returned."""
-        times = self.opening_times if opening else self.times
-        model, last, x = self.model, len(times) - 1, noise[0]
-        for index, (time, constants) in enumerate(times):
+        sampling, model, x = self.sampling, self.model, noise[0]
+        driven = self._rows(condition)
+        times = sampling.opening_times if opening else sampling.times
+        moments = self.opening_times if opening else self.times
+        moments = moments if picture is None else self.picture_times
+        solver, last = SOLVERS[sampling.solver](times, noise), len(times) - 1
+        for index, (time, told, constants) in enumerate(moments):
             stays = index == last and self.refresh is None
-            output = model.step(x, None, condition, time, self.cache, constants, advance=stays)
-            latent = clean(model.config, output, x, None, time)
+            if picture is not None:
+                x = torch.cat([picture, x[:, :, 1:]], dim=2)
+            given = self._rows(x), None, driven, told
+            output = model.step(*given, self.cache, constants, advance=stays)
+            v, *negative = output.chunk(self.branches)
+            if negative:
+                v = negative[0] + sampling.guidance * (v - negative[0])
+            latent = clean(model.config, v, x, None, time)
             if index < last:
-                x = interpolate(latent, noise[index + 1], times[index + 1].time).to(noise.dtype)
+                x = solver.next(latent).to(noise.dtype)
         latent = latent.to(noise.dtype)
         if self.refresh is not None:
-            time, constants = self.refresh
-            model.step(latent, None, condition, time, self.cache, constants)
+            _, told, constants = self.refresh
+            model.step(self._rows(latent), None, driven, told, self.cache, constants)
         return latent
+
+    def _rows(self, x: Tensor | None) -> Tensor | None:
+        """Returns x (B, ...) for every row of the network's batch."""
+        return x if x is None or self.branches == 1 else x.repeat(self.branches, 1, 1, 1, 1)
 
     def inputs(self, latent: Tensor, condition: Tensor | None, given: bool = False) -> tuple:
         """Returns the inputs of the pass whose keys and values stay: over a clean chunk that was
         made, or `given`."""
-        return latent, None, condition, (self.start if given else self.refresh).time
+        told = (self.start if given else self.refresh).told
+        return self._rows(latent), None, self._rows(condition), told
 
     def _moments(self) -> list[Moment]:
-        moments = [*self.times, *self.opening_times, self.start]
+        moments = [*self.times, *self.opening_times, *self.picture_times, self.start]
         return moments if self.refresh is None else [*moments, self.refresh]
 
     @property
@@ -156,8 +219,9 @@ class FewStepRollout:
         return sum(x.nbytes for each in self._moments() for x in each.constants.tensors())
 
 
-def check_few_step(config: ModelConfig) -> None:
-    """ValueError unless a model of this configuration can make a chunk in several passes."""
+def check_few_step(config: ModelConfig, sampling: FewStepConfig) -> None:
+    """ValueError unless a model of this configuration can make a chunk in several passes, with
+    frames after the picture in the first one."""
     if config.block != "wan":
         raise ValueError(
             "sampling: expected a model of block 'wan' for few steps, because text keys must be "
@@ -166,4 +230,14 @@ def check_few_step(config: ModelConfig) -> None:
     if config.recycled_channels:
         raise ValueError(
             "sampling: expected a model without recycled channels for few steps, got recycle=True"
+        )
+    if sampling.rolling and config.condition_channels:
+        raise ValueError(
+            "rolling: expected False in a model with conditions, which a step takes for one chunk, "
+            "got True"
+        )
+    if sampling.picture_in_chunk and config.opening_frames == 1:
+        raise ValueError(
+            "picture_in_chunk: expected False for a first chunk of one frame, which a picture "
+            "fills, got True"
         )

@@ -97,10 +97,11 @@ class StreamingGenerator:
                 f"got {config.chunk} after {config.opening_frames}"
             )
         if self.few_step:
-            check_few_step(config)
+            check_few_step(config, self.sampling)
         elif config.chunk > 1:
             raise ValueError(
-                f"chunk: expected 1 in a model without few-step sampling, got {config.chunk}"
+                "chunk: expected 1 without few-step sampling, where each frame is made from the "
+                f"one before, got {config.chunk}; pass a FewStepConfig as sampling"
             )
 
     def _resize(self, height: int, width: int) -> None:
@@ -221,21 +222,31 @@ class StreamingGenerator:
     @property
     def takes_picture(self) -> bool:
         """True if a stream may begin with a picture: the first step makes one latent frame, which
-        a picture can replace."""
-        return self.model.config.opening_frames == 1
+        a picture can replace, or takes a picture as the first of its frames. A rolling model takes
+        none."""
+        config = self.model.config
+        return self.sampling.takes_picture(config) if self.few_step else config.opening_frames == 1
+
+    @property
+    def _picture_in_chunk(self) -> bool:
+        return self.few_step and self.sampling.picture_in_chunk
 
     @property
     def frames_per_step(self) -> int:
-        """Video frames per step; the first step of a stream without a picture makes fewer."""
+        """Video frames per step; the first step of a stream makes fewer without a picture, and with
+        one that is part of its chunk."""
         return self.vae.config.time_factor * self.model.config.chunk
 
     def video_frames(self, steps: int, picture: bool) -> int:
         """Returns the video frames of a stream after a number of steps, with those of its
         picture."""
         config, factor = self.model.config, self.vae.config.time_factor
-        opening = 1 if picture else config.opening_frames
-        later = steps if picture else steps - 1
-        return 1 + factor * (opening - 1 + later * config.chunk) if picture or steps else 0
+        if not steps:
+            return int(picture)
+        alone = picture and not self._picture_in_chunk
+        opening = 1 if alone else config.opening_frames
+        later = steps if alone else steps - 1
+        return 1 + factor * (opening - 1 + later * config.chunk)
 
     @property
     def device(self) -> torch.device:
@@ -385,7 +396,8 @@ class Stream:
         encoder = self.generator.model.text_encoder
         if said := encoder.cut(prompt):
             warnings.warn(said, stacklevel=3)
-        return encoder([prompt])
+        negatives = self.generator.sampling.negatives if self.generator.few_step else ()
+        return encoder([prompt, *negatives])
 
     @property
     def prompt(self) -> str:
@@ -404,7 +416,8 @@ class Stream:
     def step(self, control: Control | Tensor | None = None) -> np.ndarray:
         """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3). A
         few-step model makes a chunk of n latent frames in its passes: uint8 (4 n, H, W, 3), or
-        (1 + 4 (n - 1), H, W, 3) if it is the first of the video.
+        (1 + 4 (n - 1), H, W, 3) if it is the first of the video; without the picture if that is the
+        first frame of the chunk.
 
         control: see `StreamingGenerator.check_control`. ValueError for another one, which changes
         nothing.
@@ -512,14 +525,11 @@ class Stream:
     def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
         """Runs each part of the steps made inside in the context `phase(name)`.
 
-        Parts are condition, noise, generate, decode and copy; on a CUDA device, where a step is
-        one graph, copy alone.
+        Parts are condition, noise, generate, decode and copy. On a CUDA device the operations of
+        these steps are launched one by one, not as a graph.
         """
-        before, self._memory.phase = self._memory.phase, phase
-        try:
+        with self._memory.watched(phase):
             yield
-        finally:
-            self._memory.phase = before
 
     def __enter__(self) -> "Stream":
         return self

@@ -1,7 +1,7 @@
 """The tensors of one stream at fixed addresses, and its step captured over them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..vae.stream import Captured, DecoderStates, capture
 from .few_step import FewStepRollout
 from .noise import Noise
 from .pixel_reader import PixelReader
+from .rolling import RollingRollout
 from .snapshot import Snapshot
 from .student import StudentRollout
 
@@ -28,21 +29,36 @@ except ImportError:  # only a profiler misses it
 class Chunk:
     """The noise and the latents of a step that makes `frames` frames from `draws` draws of noise.
 
+    A draw has `noise_frames` frames, as many as the step unless given. The first `given` frames of
+    the step are a picture that the decoder has seen.
+
     Attributes:
         latent: The frames of the last step, (1, C, frames, h, w), in the model's precision.
-        drawn: The noise of the last step, (draws, 1, C, frames, h, w).
-        encoded: `latent` in the precision of the autoencoder.
+        drawn: The noise of the last step, (draws, 1, C, noise_frames, h, w).
+        encoded: The frames of `latent` after the given ones, in the precision of the autoencoder.
     """
 
     def __init__(
-        self, model: WorldModel, vae: CausalVAE, size: Sequence[int], draws: int, frames: int
+        self,
+        model: WorldModel,
+        vae: CausalVAE,
+        size: Sequence[int],
+        draws: int,
+        frames: int,
+        given: int = 0,
+        noise_frames: int | None = None,
     ):
-        like = model.transformer.video_in.weight
-        shape = (1, model.config.latent_channels, frames, *size)
-        self.latent = like.new_zeros(shape)
-        self.drawn = like.new_zeros((draws, *shape))
-        self.encoded = vae.latent_mean.new_zeros(shape)
+        like, self.given = model.transformer.video_in.weight, given
+        channels = model.config.latent_channels
+        self.latent = like.new_zeros((1, channels, frames, *size))
+        self.drawn = like.new_zeros((draws, 1, channels, noise_frames or frames, *size))
+        self.encoded = vae.latent_mean.new_zeros(self.made.shape)
         self.noise = Noise(0, self.drawn.shape, like.device)
+
+    @property
+    def made(self) -> Tensor:
+        """The frames of `latent` after the given ones."""
+        return self.latent[:, :, self.given :]
 
     @property
     def bytes(self) -> int:
@@ -116,6 +132,17 @@ class StreamMemory:
         tensors += self.rollout.constants_bytes
         return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
 
+    @contextmanager
+    def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
+        """Runs the steps made inside without a graph, each part in the context `phase(name)`."""
+        before = self.phase, self._runs
+        self.phase = phase
+        self._runs = {name: partial(self._run, name) for name in self.chunks}
+        try:
+            yield
+        finally:
+            self.phase, self._runs = before
+
     @torch.no_grad()
     def start(
         self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
@@ -171,7 +198,7 @@ class StreamMemory:
         chunk = self.chunks[name]
         self.step.add_(1)
         with self.phase("decode"):
-            chunk.encoded.copy_(chunk.latent)
+            chunk.encoded.copy_(chunk.made)
             decode = self.decoder.first if name == "opening" else self.decoder.next
             return decode(chunk.encoded)
 
@@ -239,7 +266,7 @@ class StreamMemory:
         chunk, past = self.chunks[name], self.rollout.past
         with self.phase("copy"):
             pixels = self._reader.read(made)
-        self.decoder.frames += chunk.latent.shape[2]
+        self.decoder.frames += chunk.made.shape[2]
         if past is not None:
             condition = None if self.condition is None else self.condition.clone()
             past.append(self._inputs(chunk, before, condition))
@@ -278,7 +305,7 @@ class StreamMemory:
 
 class FewStepMemory(StreamMemory):
     """`StreamMemory` of a few-step model, with three graphs: of the first chunk ("opening"), of the
-    first chunk after a picture ("second"), and of every other ("steady")."""
+    first chunk after a picture or with it ("second"), and of every other ("steady")."""
 
     def __init__(
         self, model: WorldModel, vae: CausalVAE, size: tuple[int, int], sampling: FewStepConfig
@@ -287,42 +314,67 @@ class FewStepMemory(StreamMemory):
         super().__init__(model, vae, size)
 
     def _new_chunks(self, vae: CausalVAE) -> dict[str, Chunk]:
-        config, draws = self.model.config, len(self.sampling.opening_times)
+        config, draws = self.model.config, self.sampling.draws
+        opening = (draws(opening=True), config.opening_frames)
+        second = (*opening, 1) if self.sampling.picture_in_chunk else (opening[0], config.chunk)
         sizes = {
-            "steady": (len(self.sampling.times), config.chunk),
-            "opening": (draws, config.opening_frames),
-            "second": (draws, config.chunk),
+            "steady": (draws(opening=False), config.chunk),
+            "opening": opening,
+            "second": second,
         }
-        return {name: Chunk(self.model, vae, self.size, *each) for name, each in sizes.items()}
+        return {name: self._new_chunk(vae, *each) for name, each in sizes.items()}
+
+    def _new_chunk(self, vae: CausalVAE, draws: int, frames: int, given: int = 0) -> Chunk:
+        noise_frames = self.sampling.noise_frames(frames)
+        return Chunk(self.model, vae, self.size, draws, frames, given, noise_frames)
 
     def _new_rollout(self) -> FewStepRollout:
         config, latent = self.model.config, self.latent
         # The rollout takes batch and dtype from a text; an encoder of text may be large
-        text = latent.new_zeros((1, config.text_tokens, config.text_width))
-        lens = torch.ones(1, dtype=torch.int64, device=latent.device)
-        return FewStepRollout(self.model.transformer, text, lens, self.size, self.sampling)
+        rows = 1 + len(self.sampling.negatives)
+        text = latent.new_zeros((rows, config.text_tokens, config.text_width))
+        lens = torch.ones(rows, dtype=torch.int64, device=latent.device)
+        kind = RollingRollout if self.sampling.rolling else FewStepRollout
+        return kind(self.model.transformer, text, lens, self.size, self.sampling)
+
+    @contextmanager
+    def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
+        """Runs the steps made inside without a graph, each part in the context `phase(name)`."""
+        before = self.phase, self._runs
+        self.phase = phase
+        self._runs = {name: partial(self._run, name) for name in self.chunks}
+        try:
+            yield
+        finally:
+            self.phase, self._runs = before
 
     @torch.no_grad()
     def start(
         self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
     ) -> np.ndarray:
-        """Begins a stream, see `StreamMemory.start`; records the first frame for `recache` too."""
+        """Begins a stream, see `StreamMemory.start`; records the first frame for `recache` too, if
+        it is a chunk of its own."""
         if self.condition is not None:
             self.condition.zero_()  # nothing drives a picture
         pixels = super().start(latent, text, seed, recache)
-        if latent is not None and self.rollout.past is not None:
+        alone = latent is not None and not self.sampling.picture_in_chunk
+        if alone and self.rollout.past is not None:
             condition = None if self.condition is None else self.condition.clone()
             clean = self.picture.to(self.latent.dtype, copy=True)
             self.rollout.past.append(self.rollout.inputs(clean, condition, given=True))
         return pixels
 
     def _show_picture(self) -> Tensor:
-        self.rollout.append(self.picture.to(self.latent.dtype), self.condition)
+        if self.sampling.picture_in_chunk:
+            self.latent[:, :, :1].copy_(self.picture)  # where a snapshot holds it
+        else:
+            self.rollout.append(self.picture.to(self.latent.dtype), self.condition)
         return self.decoder.first(self.picture)
 
     def _generate(self, name: str) -> Tensor:
-        opening = name != "steady"
-        return self.rollout.infer(self.chunks[name].drawn, self.condition, opening)
+        drawn, opening = self.chunks[name].drawn, name != "steady"
+        picture = self.latent[:, :, :1] if self.chunks[name].given else None
+        return self.rollout.infer(drawn, self.condition, opening, picture)
 
     def _kind(self, first: bool) -> str:
         if not first:

@@ -62,24 +62,34 @@ def _roll_out_chunks(
     seed: int,
     sampling: FewStepConfig,
 ) -> Iterator[Tensor]:
-    """Yields the frames of a few-step model as `roll_out` does; frame 0 is its first chunk.
-    ValueError for a model whose first chunk has several frames."""
-    config = model.config
-    if config.opening_frames != 1:
+    """Yields the frames of a few-step model as `roll_out` does; frame 0 is its first chunk, or the
+    first frame of that. ValueError for a model that takes no picture."""
+    config, joined = model.config, sampling.picture_in_chunk
+    if not sampling.takes_picture(config):
         raise ValueError(
             "first: expected a model that a picture can start, got one whose first chunk has "
             f"{config.opening_frames} frames"
         )
+    if sampling.negatives:
+        negatives = model.text_encoder(sampling.negatives * len(first))
+        text = tuple(map(torch.cat, zip(text, negatives, strict=True)))
     rollout = FewStepRollout(model.transformer, *text, first.shape[-2:], sampling)
-    rollout.give(first)
+    if not joined:
+        driven = first.new_zeros(len(first), config.condition_channels, 1, *first.shape[-2:])
+        rollout.give(first, driven if config.condition_channels else None)  # nothing drives it
     yield first
-    for number, start in enumerate(range(1, steps + 1, config.chunk)):
-        times = sampling.times if number else sampling.opening_times
-        shape = (len(times), 1, first.shape[1], config.chunk, *first.shape[-2:])
+    made, number = 0, 0
+    while made < steps:
+        picture = first if joined and number == 0 else None
+        frames = config.chunk if picture is None else config.opening_frames
+        draws = sampling.draws(opening=number == 0)
+        shape = (draws, 1, first.shape[1], frames, *first.shape[-2:])
         streams = range(seed << 20, (seed << 20) + len(first))
         noise = torch.cat([Noise(i, shape, first.device)(number) for i in streams], dim=1)
-        latent = rollout.step(noise.to(first), condition(start))
-        yield from latent.split(1, dim=2)[: steps + 1 - start]
+        latents = rollout.step(noise.to(first), condition(made + 1), picture).split(1, dim=2)
+        new = latents[0 if picture is None else 1 :][: steps - made]
+        yield from new
+        made, number = made + len(new), number + 1
 
 
 def starting_over(channels: Tensor | None) -> Callable[[int], Tensor | None]:

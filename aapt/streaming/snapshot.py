@@ -19,7 +19,7 @@ class Snapshot:
         seed, steps: The seed of the noise and the steps made with it; noise has no other state.
         prompt: The prompt in force.
         latent: The last frame (1, C, 1, h, w), which the next step recycles; in a few-step model
-            the last chunk after the first.
+            the last chunk after the first, or before any step the picture that begins it.
         cache: Text, first frame and window of every layer.
         past: The inputs of the remembered steps, in a stream opened with `recache`.
         decoder: The states of the decoder's convolutions.

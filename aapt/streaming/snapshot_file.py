@@ -84,7 +84,8 @@ def load_snapshot(like: Snapshot, tensors: dict[str, Tensor], facts: dict[str, s
                     f"snapshot: expected {name} {tuple(ours.shape)} {ours.dtype}, got {given}"
                 )
             ours.copy_(theirs)
-    _check_counters(made.cache)
+    for part in getattr(made.cache, "parts", (made.cache,)):
+        _check_counters(part)
     return made
 
 

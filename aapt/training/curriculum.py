@@ -1,9 +1,9 @@
 """A curriculum as data: sets of clips, lengths, batches and updates (docs/method.md#6)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..data.clips import ClipBatch, Clips
+from ..data.clips import ClipBatch, Clips, FirstFrame
 from ..data.randomness import ClipRandom
 
 
@@ -17,12 +17,20 @@ class Source:
         shortest: Least number of these frames, drawn for each update from this to `frames`; None
             for always `frames`.
         weight: Relative frequency among the sources of a phase.
+        first_frame: Share of windows that start with frame 0 of a clip, see `Clips.sample`.
     """
 
     clips: str
     frames: int
     shortest: int | None = None
     weight: float = 1.0
+    first_frame: FirstFrame = "always"
+
+    def length(self, random: ClipRandom) -> int:
+        """Draw the frames of an update's windows after the first, alike on all ranks."""
+        if self.shortest is None:
+            return self.frames
+        return int(random.shared.integers(self.shortest, self.frames + 1))
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,15 @@ class Phase:
 
     def sample(self, sets: Mapping[str, Clips], random: ClipRandom) -> ClipBatch:
         """Draw the clips of an update."""
-        weights = [source.weight for source in self.sources]
-        total = sum(weights)
-        chosen = random.shared.choice(len(weights), p=[weight / total for weight in weights])
-        source = self.sources[chosen]
-        frames = source.frames
-        if source.shortest is not None:
-            frames = int(random.shared.integers(source.shortest, source.frames + 1))
-        return sets[source.clips].sample(random, frames)
+        source = draw_source(self.sources, random)
+        return sets[source.clips].sample(random, source.length(random), source.first_frame)
+
+
+def draw_source(sources: Sequence[Source], random: ClipRandom) -> Source:
+    """Draw the source of an update's clips, by weight and alike on all ranks."""
+    total = sum(source.weight for source in sources)
+    chances = [source.weight / total for source in sources]
+    return sources[random.shared.choice(len(sources), p=chances)]
 
 
 @dataclass(frozen=True)
@@ -85,5 +94,6 @@ class Curriculum:
 
 
 def constant(clips: str, frames: int, batch: int, steps: int) -> Curriculum:
-    """Make a curriculum of a single phase with a single source."""
-    return Curriculum((Phase(steps, batch, (Source(clips, frames),)),))
+    """Make a curriculum of a single phase with a single source, half of whose windows start
+    anywhere in their clips."""
+    return Curriculum((Phase(steps, batch, (Source(clips, frames, first_frame="half"),)),))

@@ -1,12 +1,69 @@
-"""The passes of both ways of forcing: student forcing and teacher forcing (docs/method.md#8)."""
+"""The passes of all ways of forcing: student forcing, teacher forcing (docs/method.md#8), diffusion
+forcing (#12)."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.clips import ClipBatch
+from ..model.config import ModelConfig
 from ..model.discriminator import Discriminator
 from ..model.transformer import VideoTransformer, clean
 from ..model.world_model import Conditions
 from ..streaming.student import Segment, frames_of
+
+Forcing = Literal["teacher", "diffusion"]
+
+
+class DenoisingForcing:
+    """What a stage that denoises shows the model, frame by frame.
+
+    Under "teacher" forcing a clip has one time, and each frame is denoised beside the clean frame
+    before it, which is recycled. Under "diffusion" forcing (arXiv 2407.01392) no frame is recycled
+    and each has a time of its own, so that a frame is denoised after noisy ones; frame 0, the
+    user's, is clean. One step of such a model then takes two frames of work: the new frame, and the
+    frame before as it has become.
+
+    ValueError for another kind, and for a model with recycled channels under diffusion forcing.
+    """
+
+    def __init__(self, kind: Forcing, config: ModelConfig):
+        if kind not in get_args(Forcing):
+            raise ValueError(f"forcing: expected 'teacher' or 'diffusion', got {kind!r}")
+        if kind == "diffusion" and (config.block != "wan" or config.recycled_channels):
+            raise ValueError(
+                "forcing: expected 'teacher' unless the model is of block 'wan' without recycled "
+                "channels, got 'diffusion'"
+            )
+        self.apart = kind == "diffusion"  # frames have times of their own
+
+    def frames(self, batch: ClipBatch) -> tuple[Tensor, Tensor | None]:
+        """Returns the clean frames to noise and the recycled frames, (B, C, T, H, W) each."""
+        return (batch.latents, None) if self.apart else (batch.targets, batch.recycled)
+
+    def draw(self, frames: int, draw: Callable[[], Tensor]) -> Tensor:
+        """Draw (B,) numbers, or (B, frames) of which those of frame 0 are 0."""
+        if not self.apart:
+            return draw()
+        drawn = torch.stack([draw() for _ in range(frames)], dim=1)
+        drawn[:, 0] = 0
+        return drawn
+
+    def conditions(self, conditions: Conditions) -> Conditions:
+        """Add the condition of frame 0, which nothing drives, if it is among the frames."""
+        channels = conditions.condition
+        if self.apart and channels is not None:
+            channels = F.pad(channels, (0, 0, 0, 0, 1, 0))
+        return conditions._replace(condition=channels)
+
+    def learnt(self, losses: Tensor) -> Tensor:
+        """Select the frames with a loss from (..., T) or (B, C, T, H, W) of all frames."""
+        if not self.apart:
+            return losses
+        return losses[:, 1:] if losses.dim() == 2 else losses[:, :, 1:]
 
 
 def teacher_forced_logits(

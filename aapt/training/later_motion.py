@@ -37,13 +37,13 @@ class LaterMotion:
     def next(self, frames: int, random: ClipRandom) -> Tensor:
         """Returns the motion of the next `frames` latent frames, laid out as `ClipBatch.motion`."""
         if self.camera:
-            numbers = zip(*(random.integers(len(self.clips)) for _ in range(CANDIDATES)))
-            numbers = [number for of_clip in numbers for number in of_clip]
+            drawn = [random.integers(len(self.clips)) for _ in range(CANDIDATES)]
+            numbers, chosen = torch.tensor(drawn).T.unique(return_inverse=True)
             # Only what continues a window that the discriminator could be shown as real: a clip's
             # first rows differ from others, because no window of a later segment begins there.
-            seen = self.clips.motion(numbers)[:, max(0, self.overlap - 1) :]
-            pool = seen.to(random.device).unflatten(0, (-1, CANDIDATES))
-            made = continued(self.past, pool, frames, self.camera, random)
+            pool = self.clips.motion(numbers.tolist())[:, max(0, self.overlap - 1) :]
+            pool, chosen = pool.to(random.device), chosen.to(random.device)
+            made = continued(self.past, pool, chosen, frames, self.camera, random)
             self.past = torch.cat([self.past, made], dim=1)[:, -2:]
         else:
             own = self.clips.motion(self.numbers)
@@ -61,7 +61,12 @@ class LaterMotion:
 
 
 def continued(
-    past: Tensor, pool: Tensor, frames: int, camera: CameraConfig, random: ClipRandom
+    past: Tensor,
+    pool: Tensor,
+    candidates: Tensor,
+    frames: int,
+    camera: CameraConfig,
+    random: ClipRandom,
 ) -> Tensor:
     """Continue trajectories by `frames` latent frames of the trajectories most like their ends.
 
@@ -72,14 +77,15 @@ def continued(
 
     Args:
         past: Controls (B, T, 2) or poses (B, T, frames, 4, 4).
-        pool: Trajectories to choose from, (B, K, L, ...), with L > `frames`.
+        pool: Trajectories to choose from, (clips, L, ...), with L > `frames`.
+        candidates: Places in the pool of the trajectories that each may continue by, (B, K).
 
     Returns (B, frames, ...).
     """
-    clips, _, length = pool.shape[:3]
+    length = pool.shape[1]
     remembered = min(2, past.shape[1], length - frames)  # latent frames that are compared
     ends = _rays(past[:, -remembered:], camera)
-    rays = _rays(pool.flatten(0, 1), camera).unflatten(0, pool.shape[:2])
+    rays = _rays(pool, camera)[candidates]
     rays = rays[:, :, : length - frames].unfold(2, remembered, 1).movedim(-1, 3)
     # (B, K, places, video frames, numbers): the rays that lead to each place
     rays, ends = rays.flatten(3, 4), ends.flatten(1, 2)[:, None, None]
@@ -91,13 +97,12 @@ def continued(
     # A steady motion is alike at many places: the first of them would always be a young one.
     unlike = (unlike + 1e-4 * random.uniform(*unlike.shape[1:])).flatten(1)
     chosen = unlike.argmin(dim=1)
-    candidates, places = chosen // rays.shape[2], chosen % rays.shape[2] + remembered
+    likest = candidates.gather(1, (chosen // rays.shape[2])[:, None])[:, 0]
+    places = chosen % rays.shape[2] + remembered
     made = []
-    for clip, candidate, place in zip(range(clips), candidates.tolist(), places.tolist()):
-        trajectory = pool[clip, candidate]
-        made.append(
-            trajectory[place : place + frames] + _last(past[clip]) - _last(trajectory[:place])
-        )
+    for before, number, place in zip(past, likest.tolist(), places.tolist(), strict=True):
+        trajectory = pool[number]
+        made.append(trajectory[place : place + frames] + _last(before) - _last(trajectory[:place]))
     return torch.stack(made)
 
 

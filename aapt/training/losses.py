@@ -1,8 +1,12 @@
 """The losses of all stages, as pure functions (docs/method.md#6, #7, #8, #9 and #12)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GanLoss = Literal["relativistic", "non-saturating"]
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
@@ -21,14 +25,18 @@ def frame_error(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean(dim=(1, 3, 4))
 
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Relativistic loss softplus(D(fake) - D(real)), mean over all logits."""
+def discriminator_loss(real: Tensor, fake: Tensor, kind: GanLoss = "relativistic") -> Tensor:
+    """Relativistic loss softplus(D(fake) - D(real)), or non-saturating loss softplus(D(fake)) +
+    softplus(-D(real)), mean over all logits."""
+    if kind == "non-saturating":
+        return F.softplus(fake).mean() + F.softplus(-real).mean()
     return F.softplus(fake - real).mean()
 
 
-def generator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Relativistic loss softplus(D(real) - D(fake)), mean over all logits."""
-    return F.softplus(real - fake).mean()
+def generator_loss(real: Tensor, fake: Tensor, kind: GanLoss = "relativistic") -> Tensor:
+    """Relativistic loss softplus(D(real) - D(fake)), or non-saturating loss softplus(-D(fake)),
+    mean over all logits."""
+    return F.softplus(-fake if kind == "non-saturating" else real - fake).mean()
 
 
 def approximate_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:

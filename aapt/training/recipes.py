@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..data.tiny_world.rendered_clips import ProceduralData
 from ..data.tiny_world.world import FIELD_OF_VIEW, FORWARD_STEP, YAW_STEP
@@ -35,6 +36,12 @@ class Recipe:
         light_decoder: Training of a cheaper decoder for it, with which the checkpoint streams; None
             for none.
         scaled_camera: Scale the camera's rays and pace to the encoded clips of the run.
+        raw_starts: A stage starts from the last weights of the stage before, and the average is
+            only exported; False to start from the average.
+        new_channels: Columns of the patch embedding for input channels that the weights of the
+            start do not have: "random" as a new layer's (docs/method.md#10), or "zero", with which
+            the model computes at first what it computed without them.
+        space_factor: Pixels per latent pixel of encoded clips.
     """
 
     name: str
@@ -47,6 +54,17 @@ class Recipe:
     decoder: DecoderConfig | None = None
     light_decoder: LightDecoderConfig | None = None
     scaled_camera: bool = False
+    raw_starts: bool = False
+    new_channels: Literal["random", "zero"] = "random"
+    space_factor: int = 8
+
+    def __post_init__(self):
+        for name, stage in self.stages.items():
+            if self.model.block == "wan" and not getattr(stage, "discriminator_recycled", True):
+                raise ValueError(
+                    f"stages.{name}.discriminator_recycled: expected true for Wan's block, whose "
+                    "input has no channels to leave empty, got false"
+                )
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class LightRecipe:
 
 
 def paper_8b() -> Recipe:
-    """The paper's training (docs/method.md#6, #7 and #8). A second has six frames.
+    """The paper's training in version 2 (docs/method.md#6, #7 and #8). A second has six frames.
 
     Numbers that the paper does not give are ours (docs/method.md#12).
     """
@@ -82,11 +100,12 @@ def paper_8b() -> Recipe:
     )
     distillation = Curriculum((replace(adaptation.phases[-1], steps=5_000),))
     adversarial = AdversarialConfig(
-        clips="640x352",
+        clips=(
+            Source("736x416", frames=10 * 6, shortest=5 * 6),
+            Source("1280x720", frames=5 * 6),  # as long as in stages 1 and 2
+        ),
         steps=500,
         batch=256,
-        segment_frames=10 * 6,
-        shortest_segment=5 * 6,
         generator_schedule=Schedule(3e-6),
         discriminator_schedule=Schedule(3e-6),
         average=0.995,
@@ -97,6 +116,7 @@ def paper_8b() -> Recipe:
         discriminator_start="adversarial",
         segments=2,  # up to 10 + 9 = 19 s
         overlap_frames=6,
+        overlap_loss=True,
         batch=64,
         generator_schedule=Schedule(1e-5),
         discriminator_schedule=Schedule(1e-5),
@@ -107,6 +127,7 @@ def paper_8b() -> Recipe:
         model=aapt_8b(),
         camera=None,
         data={},
+        raw_starts=True,
         stages={
             "diffusion": DiffusionConfig(adaptation, **adam),
             "consistency": ConsistencyConfig(distillation, **adam),
@@ -118,6 +139,16 @@ def paper_8b() -> Recipe:
             ),
         },
     )
+
+
+def paper_8b_640() -> Recipe:
+    """The training of the paper's NeurIPS supplement: `paper_8b` with stage 3 at 640x352 alone."""
+    base, clips = paper_8b(), (Source("640x352", frames=10 * 6, shortest=5 * 6),)
+    stages = {
+        name: replace(stage, clips=clips) if isinstance(stage, AdversarialConfig) else stage
+        for name, stage in base.stages.items()
+    }
+    return replace(base, name="paper-8b-640", stages=stages)
 
 
 def paper_8b_camera() -> Recipe:
@@ -185,6 +216,8 @@ def tiny_world() -> Recipe:
         segment_frames=8,
         segments=4,
         whole_clips=True,
+        first_frame="half",
+        perturb_known=False,
         generator_schedule=Schedule(5e-5, warmup=20),
         discriminator_schedule=Schedule(2e-4),
         start="long-regression",
@@ -346,10 +379,149 @@ def wan_light() -> LightRecipe:
     )
 
 
+def wan_model(**changes) -> ModelConfig:
+    """The shape of Wan 2.1's 1.3 B, as `aapt convert --recycle` makes it (docs/method.md#15).
+
+    Frame 0, 19 past frames and the newest one are the 21 that Wan is trained on.
+    """
+    shape = ModelConfig(
+        block="wan",
+        width=1536,
+        heads=12,
+        head_dim=128,
+        depth=30,
+        mlp_width=8960,
+        text_width=4096,
+        text_tokens=512,
+        text_encoder="umt5",
+        window_frames=19,
+        sink_distance="clamped",
+        reference_grid=None,
+        rope_axes=(44, 42, 42),
+    )
+    return replace(shape, **changes)
+
+
+def wan_1_3b() -> Recipe:
+    """Post-training of Wan 2.1's 1.3 B: clips of 5 s at 832x480 and 16 fps. Untried at full size.
+
+    Numbers of updates follow those that others report (docs/post-training.md#evidence). The
+    regression before the adversarial stage is theirs, too; the paper has none.
+    """
+    clips = "832x480"
+    adam = {"schedule": Schedule(1e-5, warmup=100), "shift": 5.0, "max_norm": 1.0}
+    adversarial = AdversarialConfig(
+        clips=clips,
+        steps=500,
+        batch=64,
+        segment_frames=20,
+        start="regression",
+        generator_schedule=Schedule(3e-6),
+        discriminator_schedule=Schedule(3e-6),
+        average=0.99,
+    )
+    return Recipe(
+        name="wan-1.3b",
+        seed=0,
+        model=wan_model(),
+        camera=None,
+        data={},
+        new_channels="zero",
+        stages={
+            "diffusion": DiffusionConfig(
+                constant(clips, frames=20, batch=64, steps=3000),
+                sampling_steps=50,
+                guidance=5.0,
+                **adam,
+            ),
+            "consistency": ConsistencyConfig(
+                constant(clips, frames=20, batch=64, steps=1000), **adam
+            ),
+            "regression": RolloutRegressionConfig(
+                clips=clips,
+                steps=500,
+                batch=64,
+                segment_frames=20,
+                segments=1,
+                schedule=Schedule(1e-5, warmup=50),
+                average=0.99,
+            ),
+            "adversarial": adversarial,
+            # two segments of 19 frames that share 4: real clips of the second start at frame 1
+            "extension": replace(
+                adversarial,
+                steps=300,
+                segment_frames=19,
+                segments=2,
+                overlap_frames=4,
+                start="adversarial",
+                discriminator_start="adversarial",
+            ),
+        },
+    )
+
+
+def wan_1_3b_camera() -> Recipe:
+    """`wan_1_3b` driven by a camera, on clips with camera motion, as `paper_8b_camera`."""
+    base, camera = wan_1_3b(), paper_8b_camera().camera
+    return replace(
+        base,
+        name="wan-1.3b-camera",
+        model=wan_model(condition_channels=camera.channels),
+        camera=camera,
+        scaled_camera=True,
+        new_channels="random",
+    )
+
+
+def wan_1_3b_one_step() -> Recipe:
+    """The short cut from a causal model of one step, without the stages that make such a model.
+
+    The discriminator starts from a causal diffusion model, or from the generator's weights.
+    """
+    base = wan_1_3b()
+    regression, adversarial, extension = (
+        base.stages[name] for name in ("regression", "adversarial", "extension")
+    )
+    return replace(
+        base,
+        name="wan-1.3b-one-step",
+        stages={
+            "regression": replace(regression, start=None),
+            "adversarial": replace(adversarial, discriminator_start=None),
+            "extension": extension,
+        },
+    )
+
+
+def wan_5b() -> Recipe:
+    """Post-training of Wan 2.2's 5 B: clips of 5 s at 1280x704 and 24 fps. Untried at full size.
+
+    Frame 0, 29 past frames and the newest one are the 31 that it is trained on.
+    """
+    base, clips = wan_1_3b(), "1280x704"
+    shape = wan_model(width=3072, heads=24, mlp_width=14336, latent_channels=48, window_frames=29)
+    stages = {}
+    for name, stage in base.stages.items():
+        if isinstance(stage, (DiffusionConfig, ConsistencyConfig)):
+            steps = stage.curriculum.steps
+            curriculum = constant(clips, frames=30, batch=64, steps=steps)
+            stages[name] = replace(stage, curriculum=curriculum)
+        else:
+            frames = stage.segment_frames + 10
+            stages[name] = replace(stage, clips=clips, segment_frames=frames)
+    return replace(base, name="wan-5b", model=shape, stages=stages, space_factor=16)
+
+
 RECIPES = {
     "tiny-world": tiny_world,
     "paper-8b": paper_8b,
+    "paper-8b-640": paper_8b_640,
     "paper-8b-camera": paper_8b_camera,
     "paper-8b-pose": paper_8b_pose,
+    "wan-1.3b": wan_1_3b,
+    "wan-1.3b-camera": wan_1_3b_camera,
+    "wan-1.3b-one-step": wan_1_3b_one_step,
+    "wan-5b": wan_5b,
 }
 LIGHT_RECIPES = {"vae-light": vae_light, "wan-light": wan_light}

@@ -1,12 +1,14 @@
-"""Fast CPU implementation: tiles of query rows attend to the keys they see, gathered by interval.
+"""Fast CPU implementation: query rows attend to the keys they see, gathered by interval.
+
+Forward, PyTorch's own flash attention runs once per frame, and once more for a sink with queries of
+its own. Backward, which that attention has for a lone frame that sees every key alone, runs in
+tiles.
 
 A tile is a chunk of (batch, head) pairs times the rows of one frame, or of several if a frame is
-small. All its keys fit one softmax, so nothing is merged; the backward recomputes the
-probabilities. Half precision is computed in float32: the products are bound by memory at these
-sizes, and the scores keep their accuracy. Every large temporary is scratch that all tiles share,
-because fresh pages cost more than the arithmetic.
-
-A lone frame that sees every key, such as a whole clip, goes to PyTorch's own attention in one call.
+small. All its keys fit one softmax, whose probabilities are computed anew. Half precision is
+computed in float32: the products are bound by memory at these sizes, and the scores keep their
+accuracy. Every large temporary is scratch that all tiles share, because fresh pages cost more than
+the arithmetic.
 
 Rows of several frames share keys that only some of them see. A weight of zero hides the others, but
 not NaN and infinity: if the inputs hold any, every frame gets a tile of its own.
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..flash import FLASH_BACKWARD, flash, merge, without_float16
 from ..layout import FrameLayout, Interval
 from ..precision import dense, wide
 
@@ -198,10 +201,6 @@ class Problem:
         return s
 
 
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
 def is_dense(q: Tensor, q_sink: Tensor | None, layout: FrameLayout) -> bool:
     """Return whether the query is one frame that sees every key, the sink as any other."""
     if layout.text_tokens or layout.frames != 1 or q_sink is not None or q.numel() == 0:
@@ -210,15 +209,10 @@ def is_dense(q: Tensor, q_sink: Tensor | None, layout: FrameLayout) -> bool:
     return seen == layout.key_length
 
 
-def head_major(*tensors: Tensor) -> list[Tensor]:
-    """Return (B, L, H, D) as views (B, H, L, D), as PyTorch's attention takes them; float16 as
-    float32, because PyTorch's attention is several times slower in float16."""
-    return [(x.float() if x.dtype == torch.float16 else x).transpose(1, 2) for x in tensors]
-
-
 def dense_backward(dout, q, k, v, out, lse, layout, scale, prefix_grad) -> list[Tensor]:
     """Return dq, dk and dv of one frame that sees every key."""
-    gradients = flash_backward(*head_major(dout, q, k, v, out), lse, 0.0, False, scale=scale)
+    tensors = (x.transpose(1, 2) for x in without_float16(dout, q, k, v, out))
+    gradients = FLASH_BACKWARD(*tensors, lse, 0.0, False, scale=scale)
     dq, dk, dv = (dense(x.transpose(1, 2), q.dtype) for x in gradients)
     if not prefix_grad:
         for x in (dk, dv):
@@ -226,28 +220,61 @@ def dense_backward(dout, q, k, v, out, lse, layout, scale, prefix_grad) -> list[
     return [dq, dk, dv]
 
 
+def clips_of_one_text(text_lens: Tensor | None, batch: int, text: int) -> list[tuple[slice, int]]:
+    """Return slices of the batch whose clips have one length of text, and that length."""
+    lens = [text] * batch if text_lens is None else text_lens.clamp(0, text).tolist()
+    if len(set(lens)) <= 1:
+        return [(slice(0, batch), lens[0])] if batch else []
+    return [(slice(clip, clip + 1), length) for clip, length in enumerate(lens)]
+
+
+def queries_of(layout: FrameLayout) -> Iterator[tuple[slice, Interval, Interval]]:
+    """Yield the rows of text, then of each frame, with the sink and the window that they see."""
+    text, tokens = layout.text_tokens, layout.tokens_per_frame
+    if text:
+        yield slice(0, text), (0, 0), (0, 0)
+    for frame in range(layout.frames):
+        _, sink, window = layout.intervals(frame)
+        start = text + frame * tokens
+        yield slice(start, start + tokens), sink, window
+
+
+def take(x: Tensor, intervals: list[Interval]) -> Tensor:
+    """Return the tokens of intervals of x (B, L, H, D) side by side: a view of neighbours."""
+    joined = intervals[:1]
+    for start, end in intervals[1:]:
+        if start == joined[-1][1]:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    parts = [x[:, start:end] for start, end in joined]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def forward(q, k, v, text_lens, q_sink, *arguments):
     *integers, scale, _ = arguments
-    if is_dense(q, q_sink, FrameLayout(*integers)):
-        out, lse = flash(*head_major(q, k, v), scale=scale)
-        return dense(out.transpose(1, 2), q.dtype), lse.contiguous()
-    problem = Problem(q, k, v, text_lens, q_sink, arguments)
-    out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[:2])
-    for tile in problem.tiles():
-        rows = slice(*tile.rows)
-        for pairs in problem.chunks(tile):
-            s = problem.scores(pairs, tile, problem.gather("k", problem.k, pairs, tile))
-            largest = s.amax(-1)
-            p = problem.softmax_(s, pairs, tile)
-            # The largest probability is exp(largest - lse)
-            lse[pairs, rows] = torch.sub(largest, p.amax(-1).log_())
-            part = problem.scratch.take("out", p.shape[0], p.shape[1], problem.head_dim)
-            values = problem.gather("v", problem.v, pairs, tile)
-            out[pairs, rows] = torch.bmm(p, values, out=part)
-    if text_lens is not None:
-        empty = problem.no_text[..., 0].expand(-1, problem.layout.text_tokens)
-        lse[:, : problem.layout.text_tokens].masked_fill_(empty, -torch.inf)
-    return problem.token_major(out, q.dtype), lse.unflatten(0, (problem.batch, problem.heads))
+    layout, text = FrameLayout(*integers), integers[0]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((len(q), q.shape[2], q.shape[1]), dtype=wide(q.dtype))
+    q, k, v, q_sink = without_float16(q, k, v, q_sink)
+    for clips, length in clips_of_one_text(text_lens, len(q), text):
+        keys, values = k[clips], v[clips]
+        for rows, sink, window in queries_of(layout):
+            calls = [(q[clips, rows], [(0, length), sink, window])]
+            if q_sink is not None and rows.start >= text:
+                turned = q_sink[clips, rows.start - text : rows.stop - text]
+                calls = [(calls[0][0], [(0, length), window]), (turned, [sink])]
+            parts = []
+            for query, intervals in calls:
+                seen = [(start, end) for start, end in intervals if end > start]
+                if seen and query.numel():
+                    parts.append(flash(query, take(keys, seen), take(values, seen), scale))
+            if parts:
+                part, lse[clips, :, rows] = merge(parts)
+                out[clips, rows] = part.transpose(1, 2)
+            else:  # text that has no text to see
+                out[clips, rows], lse[clips, :, rows] = 0, -torch.inf
+    return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):

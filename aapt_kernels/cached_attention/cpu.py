@@ -7,25 +7,8 @@ q_sink takes three calls, whose results are merged by their log-sum-exp.
 import torch
 from torch import Tensor
 
+from ..flash import Part, flash, merge
 from ..precision import dense, dequantise
-
-Part = tuple[Tensor, Tensor]  # out (B, H, L, D), lse (B, H, L)
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
-    """Attend with q, k and v (B, L, H, D)."""
-    return FLASH(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-
-
-def merge(parts: list[Part]) -> Part:
-    """Merge parts that saw disjoint keys into one attention."""
-    if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([lse for _, lse in parts])
-    weights = lses.softmax(0)[..., None]
-    out = sum(weight * out for weight, (out, _) in zip(weights, parts, strict=True))
-    return out, lses.logsumexp(0)
 
 
 def attend(q, k, v, intervals, q_sink, sink, scale) -> Part:

@@ -4,8 +4,14 @@ import torch
 from torch import Tensor
 
 from ..backend import deferred, for_simulator, implement, register_fake
-from ..checks import cache_limit, check_no_grad, check_no_tangent, sm90_limit
-from ..kv_cache import KVCache
+from ..checks import (
+    cache_limit,
+    check_no_grad,
+    check_no_tangent,
+    sm90_limit,
+    transposed_limit,
+)
+from ..kv_cache import QUANTISED, KVCache
 from ..precision import follow_autocast
 from ..qk_norm_rope import check_arguments
 from ..schemas import ops
@@ -33,8 +39,10 @@ def kv_append(
     q, k, v (B, n * tokens_per_frame, H, D) with n from 1 to window_frames + 1, in the cache's
     `compute_dtype`, to which autocast casts them; cos and sin (n * tokens_per_frame, D / 2). A
     float8 cache stores k / k_scale and v / v_scale, limited to the largest finite value. Returns
-    the rotated q, or (q, q_sink) if cos_sink and sin_sink are given. Call it once per layer and
-    step, before `cached_attention`; a second call in a step writes the frames anew.
+    the rotated q, or (q, q_sink) if cos_sink and sin_sink are given, in the dtype of q. With
+    `cache.use_hadamard`, k and what is returned are multiplied by the Hadamard matrix of a head.
+    Call it once per layer and step, before `cached_attention`; a second call in a step writes the
+    frames anew.
 
     Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
     requires grad, because writing in place has no gradient, and NotImplementedError in forward-mode
@@ -67,6 +75,7 @@ def kv_append(
         eps,
         *cache.integers,
         *cache.scales(layer),
+        cache.use_hadamard,
     )
     return q if cos_sink is None else (q, q_sink)
 
@@ -81,9 +90,11 @@ def _sm90_limit(q, k=None, v=None, k_cache=None, v_cache=None, step=None, *rest)
     """`sm90_limit`; weights of one dtype, bfloat16 or float32, and tables of float32."""
     names = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink")
     rest = {name: x for name, x in zip(names, rest, strict=False) if x is not None}
-    reason = cache_limit(q, k_cache) or sm90_limit(
-        q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, **rest
-    )
+    tensors = dict(k=k, v=v, k_cache=k_cache, **rest)
+    if k_cache is not None and k_cache.dtype in QUANTISED:
+        reason = sm90_limit(q, **tensors) or transposed_limit("v_cache", v_cache)
+    else:
+        reason = cache_limit(q, k_cache) or sm90_limit(q, v_cache=v_cache, **tensors)
     first = next(iter(rest.values()), None)
     for name, tensor in {} if reason else rest.items():
         dtype = torch.float32

@@ -1,16 +1,18 @@
 """CPU implementation: the counter is in reach, so each frame is copied to a slice."""
 
-from ..precision import quantise
+from ..precision import hadamard, quantise
 from ..qk_norm_rope import cpu as norm_rope
 
 
 def forward(q, k, v, k_cache, v_cache, step, *arguments):
-    arguments, geometry, scales = arguments[:-6], arguments[-6:-2], arguments[-2:]
-    text_tokens, tokens_per_frame, window_frames, sink_frames = geometry
+    *arguments, k_scale, v_scale, use_hadamard = arguments
+    *arguments, text_tokens, tokens_per_frame, window_frames, sink_frames = arguments
     q, k, q_sink = norm_rope.forward(q, k, *arguments)
+    if use_hadamard:
+        q, k, q_sink = (hadamard(x) if x.numel() else x for x in (q, k, q_sink))
     k, v = (
         quantise(x, scale, cached.dtype)
-        for x, scale, cached in zip((k, v), scales, (k_cache, v_cache), strict=True)
+        for x, scale, cached in zip((k, v), (k_scale, v_scale), (k_cache, v_cache), strict=True)
     )
     first = int(step)
     for frame in range(q.shape[1] // tokens_per_frame):

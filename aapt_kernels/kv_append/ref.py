@@ -6,19 +6,21 @@ device.
 
 import torch
 
-from ..precision import as_bits, quantise
+from ..precision import as_bits, hadamard, quantise
 from ..qk_norm_rope import ref as norm_rope
 
 
 def forward(q, k, v, k_cache, v_cache, step, *arguments):
-    arguments, geometry, scales = arguments[:-6], arguments[-6:-2], arguments[-2:]
-    text_tokens, tokens_per_frame, window_frames, sink_frames = geometry
+    *arguments, k_scale, v_scale, use_hadamard = arguments
+    *arguments, text_tokens, tokens_per_frame, window_frames, sink_frames = arguments
     q, k, q_sink = norm_rope.reference_forward(q, k, *arguments)
+    if use_hadamard:
+        q, k, q_sink = (hadamard(x) if x.numel() else x for x in (q, k, q_sink))
     token = torch.arange(q.shape[1], device=q.device)
     frame = step + torch.div(token, tokens_per_frame, rounding_mode="floor")
     in_ring = sink_frames + (frame - sink_frames) % (window_frames + 1)
     slot = torch.where(frame < sink_frames, frame, in_ring)
     index = text_tokens + slot * tokens_per_frame + token % tokens_per_frame
-    for cached, x, scale in zip((k_cache, v_cache), (k, v), scales, strict=True):
+    for cached, x, scale in zip((k_cache, v_cache), (k, v), (k_scale, v_scale), strict=True):
         as_bits(cached).index_copy_(1, index, as_bits(quantise(x, scale, cached.dtype)))
     return q, q_sink

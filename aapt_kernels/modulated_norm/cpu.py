@@ -23,7 +23,7 @@ def norm(x, shift, scale, weight, bias, eps):
         return F.layer_norm(x, width, weight, bias, eps)
     scale = 1 + scale
     if weight is None and bias is None and scale.shape[:2] == (1, 1):
-        return F.layer_norm(x, width, scale[0, 0], shift[0, 0], eps)
+        return F.layer_norm(x, width, scale.view(width), shift.reshape(width), eps)
     normed = F.layer_norm(x, width, weight, bias, eps)
     return torch.addcmul(by_token(shift, x.shape[1]), normed, by_token(scale, x.shape[1]))
 

@@ -1,7 +1,8 @@
-// Code that the attention kernels share: one warpgroup fetches (the producer), kConsumers multiply.
+// Code that the attention kernels share: one warpgroup fetches (the producer), two or three
+// multiply (the consumers).
 //
-// A kernel's configuration C gives kHeadDim, kKeyTile, kStages, kRepair and Shared, the struct of
-// its shared memory:
+// A kernel's configuration C gives kHeadDim, kConsumers, kKeyTile, kStages, kRepair and Shared, the
+// struct of its shared memory:
 //   q, out                               blocks of kQueryBlock rows: out has one per consumer
 //   k, v                                 rings of kStages tiles
 //   q_full, q_empty                      barriers of q
@@ -18,12 +19,22 @@
 
 namespace aapt {
 
-// Named barriers, one per consumer; 0 is __syncthreads, and a kernel's own begin at kOwnBarriers.
-enum ConsumerBarrier { kTurn = 1, kGroup = kTurn + kConsumers, kOwnBarriers = kGroup + kConsumers };
+constexpr int kMostConsumers = 3;
 
-// Consumers alternate: one's softmax runs while the tensor cores multiply for the other.
-HOPPER_DEVICE void take_turn(int group) { hopper::bar_sync(kTurn + group, 128 * kConsumers); }
-HOPPER_DEVICE void pass_turn(int group) { hopper::bar_arrive(kTurn + 1 - group, 128 * kConsumers); }
+// Named barriers, one per consumer; 0 is __syncthreads, and a kernel's own begin at kOwnBarriers.
+enum ConsumerBarrier {
+  kTurn = 1,
+  kGroup = kTurn + kMostConsumers,
+  kOwnBarriers = kGroup + kMostConsumers
+};
+
+// Consumers alternate: one's softmax runs while the tensor cores multiply for the others. A barrier
+// is one consumer's turn, passed by the consumer before it.
+HOPPER_DEVICE void take_turn(int group) { hopper::bar_sync(kTurn + group, 2 * 128); }
+template <class C>
+HOPPER_DEVICE void pass_turn(int group) {
+  hopper::bar_arrive(kTurn + (group == C::kConsumers - 1 ? 0 : group + 1), 2 * 128);
+}
 
 HOPPER_DEVICE void sync_group(int group) { hopper::bar_sync(kGroup + group, 128); }
 
@@ -50,12 +61,12 @@ HOPPER_DEVICE void init_barriers(typename C::Shared& shared) {
   using namespace hopper;
   if (threadIdx.x == 0) {
     mbar_init(&shared.q_full, 1);
-    mbar_init(&shared.q_empty, 4 * kConsumers);
+    mbar_init(&shared.q_empty, 4 * C::kConsumers);
     for (int i = 0; i < C::kStages; ++i) {
       mbar_init(&shared.k_full[i], 1);
       mbar_init(&shared.v_full[i], 1);
-      mbar_init(&shared.k_empty[i], 4 * kConsumers);
-      mbar_init(&shared.v_empty[i], 4 * kConsumers);
+      mbar_init(&shared.k_empty[i], 4 * C::kConsumers);
+      mbar_init(&shared.v_empty[i], 4 * C::kConsumers);
       mbar_init(&shared.raw[i], C::kRepair == Repair::BOTH ? 2 : 1);
     }
     fence_barrier_init();
@@ -164,6 +175,30 @@ class KeyRing {
   uint32_t before_ = 0;        // tiles before this item, or fetched
   uint32_t raw_parities_ = 0;  // bit s: of the next raw tile in stage s
 };
+
+// What the fetching warpgroup does. visit_keys(visit) calls visit(tile, head, batch, is_raw) for
+// the key tiles of this CTA, in the order of the consumers; is_raw: the tile needs repair.
+//
+// Two threads fetch, so that keys arrive while queries wait for their buffer. The branches exclude
+// each other, or the compiler would keep what they share in registers that they lack.
+template <class C, class TensorMaps, class VisitKeys, class FetchQueries>
+HOPPER_DEVICE void produce(typename C::Shared& shared, const TensorMaps& maps,
+                           const VisitKeys& visit_keys, const FetchQueries& fetch_queries) {
+  hopper::setmaxnreg_dec<C::kProducerRegisters>();
+  const int warp = hopper::shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
+  KeyRing<C> ring(shared);
+  if (warp == 0) {
+    if (!hopper::elect_one()) return;
+    visit_keys([&](const auto& tile, int head, int batch, bool is_raw) {
+      ring.fetch(maps, tile.row, head, batch, is_raw);
+    });
+  } else if (warp == 1) {
+    if (hopper::elect_one()) fetch_queries();
+  } else if (warp == 2) {
+    visit_keys(
+        [&](const auto& tile, int, int, bool is_raw) { ring.repair(tile.visible(), is_raw); });
+  }
+}
 
 // Writes the log-sum-exps of this thread's two rows, the first of which is `row`, to lse[row]; rows
 // from `rows` on are not stored.

@@ -40,6 +40,7 @@ template <int kHeadDim_, bool kAddsQueries_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kAddsQueries = kAddsQueries_;
+  static constexpr int kConsumers = kBackwardConsumers;
   static constexpr int kPanels = kHeadDim / kPanel, kStages = 2;
   using Sums = QuerySums<kHeadDim>;
   static constexpr int kRows = Sums::kRows;
@@ -118,7 +119,7 @@ HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps
       continue;
     }
     mbar_arrive_expect_tx(&shared.keys_full, sizeof(shared.k) + sizeof(shared.v));
-    for (int block = 0; block < kConsumers; ++block) {
+    for (int block = 0; block < C::kConsumers; ++block) {
       for (int panel = 0; panel < C::kPanels; ++panel) {
         const int row = work.keys.row + 64 * block;
         tma_load_4d(shared.k[block][panel], &maps.k, &shared.keys_full, panel * kPanel, row,
@@ -300,7 +301,7 @@ class Consumer {
         wgmma_commit();
       }
       if constexpr (C::kAddsQueries) {
-        bar_sync(kScores, 128 * kConsumers);  // all scores of this tile are shared
+        bar_sync(kScores, 128 * C::kConsumers);  // all scores of this tile are shared
         reg_fence(dq);
         wgmma_fence();
         const int row_panel = C::Sums::row(group_) / C::Sums::kRowPanel;
@@ -477,15 +478,15 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
     prefetch(maps.q, maps.k, maps.v, maps.dout);
     mbar_init(&shared.work_full, 1);
     mbar_init(&shared.keys_full, 1);
-    mbar_init(&shared.keys_empty, 4 * kConsumers + (C::kAddsQueries ? 3 : 2));
-    mbar_init(&shared.dq_full, 4 * kConsumers);
+    mbar_init(&shared.keys_empty, 4 * C::kConsumers + (C::kAddsQueries ? 3 : 2));
+    mbar_init(&shared.dq_full, 4 * C::kConsumers);
     mbar_init(&shared.dq_empty, 1);
     for (int i = 0; i < C::kStages; ++i) {
       mbar_init(&shared.q_full[i], 1);
       mbar_init(&shared.dout_full[i], 1);
       mbar_init(&shared.raw[i], 2);
-      mbar_init(&shared.q_empty[i], 4 * kConsumers);
-      mbar_init(&shared.dout_empty[i], 4 * kConsumers);
+      mbar_init(&shared.q_empty[i], 4 * C::kConsumers);
+      mbar_init(&shared.dout_empty[i], 4 * C::kConsumers);
     }
     fence_barrier_init();
   }

@@ -22,7 +22,7 @@ template <int kHeadDim_, int kStages_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_, kStages = kStages_, kKeyTile = block_causal::kKeyTile;
   static constexpr Repair kRepair = Repair::BOTH;
-  static constexpr int kPanels = kHeadDim / kPanel;
+  static constexpr int kConsumers = kBackwardConsumers, kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Within 65536: 128 x (56 + 2 x 224)
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
@@ -54,10 +54,10 @@ struct Work {
   int count;
 
   HOPPER_DEVICE Work(const Params& params, const Item& item)
-      : row((query_tiles(params) - 1 - item.rank / queries(params)) * kQueryTile),
+      : row((query_tiles(params) - 1 - item.rank / queries(params)) * kDqTile),
         of_sink(item.rank % queries(params) == 1),
         keys(params.mask, params.pinned_rotation, item.batch, row,
-             smaller(row + kQueryTile, params.mask.query_rows) - 1) {
+             smaller(row + kDqTile, params.mask.query_rows) - 1) {
     count = params.pinned_rotation ? keys.tiles_with(of_sink) : keys.tiles();
   }
 
@@ -66,7 +66,7 @@ struct Work {
   }
 
   HOPPER_DEVICE static int query_tiles(const Params& params) {
-    return (params.mask.query_rows + kQueryTile - 1) / kQueryTile;
+    return (params.mask.query_rows + kDqTile - 1) / kDqTile;
   }
   HOPPER_DEVICE static int queries(const Params& params) { return params.pinned_rotation ? 2 : 1; }
   HOPPER_DEVICE static Schedule schedule(const Params& params) {
@@ -84,7 +84,7 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
     const Work work(params, item);
     mbar_wait(&shared.q_empty, n % 2 ^ 1);
     mbar_arrive_expect_tx(&shared.q_full, sizeof(shared.q) + sizeof(shared.dout));
-    for (int block = 0; block < kConsumers; ++block) {
+    for (int block = 0; block < C::kConsumers; ++block) {
       const int row = work.row + block * kQueryBlock;
       for (int panel = 0; panel < C::kPanels; ++panel) {
         if (work.of_sink) {  // q_sink has no text: rows before it give zeros
@@ -101,31 +101,16 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
   }
 }
 
-template <class C>
-HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps,
-                              const Params& params) {
+// Calls visit(tile, head, batch, is_raw) for every key tile of this CTA, in order.
+template <class Visit>
+HOPPER_DEVICE void visit_keys(const Params& params, const Visit& visit) {
   Schedule schedule = Work::schedule(params);
   Item item;
-  KeyRing<C> ring(shared);
   while (schedule.next(item)) {
     const Work work(params, item);
     for (int i = 0; i < work.count; ++i) {
       const KeyTile tile = work.tile(params, i);
-      ring.fetch(maps, tile.row, item.head, item.batch, !tile.clean);
-    }
-  }
-}
-
-template <class C>
-HOPPER_DEVICE void repair_keys(typename C::Shared& shared, const Params& params) {
-  Schedule schedule = Work::schedule(params);
-  Item item;
-  KeyRing<C> ring(shared);
-  while (schedule.next(item)) {
-    const Work work(params, item);
-    for (int i = 0; i < work.count; ++i) {
-      const KeyTile tile = work.tile(params, i);
-      ring.repair(tile.visible(), !tile.clean);
+      visit(tile, item.head, item.batch, !tile.clean);
     }
   }
 }
@@ -241,11 +226,9 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
-    setmaxnreg_dec<C::kProducerRegisters>();
-    const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
-    if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
-    if (warp == 2) repair_keys<C>(shared, params);
+    produce<C>(
+        shared, maps, [&](const auto& visit) { visit_keys(params, visit); },
+        [&] { fetch_queries<C>(shared, maps, params); });
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, backward, group - 1).run();

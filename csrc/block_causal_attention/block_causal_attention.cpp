@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     return (count + tile - 1) / tile * tile;
   };
   const int64_t tile_rows = backward_query_tile(static_cast<int>(head_dim));
-  const int64_t padded_rows = round_up(round_up(rows, tile_rows), kQueryTile);
+  const int64_t padded_rows = round_up(round_up(rows, tile_rows), kDqTile);
   Tensor stats = torch::stable::new_empty(q, {2, pairs, padded_rows}, ScalarType::Float);
   Backward backward{};
   backward.dlse = dlse ? statistic("dlse", *dlse) : nullptr;

@@ -1,8 +1,9 @@
 // Block-causal attention forward on sm_90a, for training (docs/method.md#3).
 //
-// As in cached_attention, one warpgroup fetches (TMA) and two multiply (wgmma), 64 query rows each.
-// The two alternate: the softmax of one runs during the products of the other. Text and frames are
-// rows of one sequence, cut into tiles of 128; `mask.h` says which keys each tile sees.
+// As in cached_attention, one warpgroup fetches (TMA) and two multiply (wgmma), three at head_dim
+// 64, 64 query rows each. They alternate: the softmax of one runs during the products of the
+// others. Text and frames are rows of one sequence, cut into tiles of 128 or 192; `mask.h` says
+// which keys each tile sees.
 
 #include "attention/consumer.cuh"
 #include "attention/maps.cuh"
@@ -23,10 +24,13 @@ template <int kHeadDim_, int kStages_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_, kStages = kStages_, kKeyTile = block_causal::kKeyTile;
   static constexpr Repair kRepair = Repair::VALUES;
+  static constexpr int kConsumers = query_consumers(kHeadDim);
+  static constexpr int kQueryTile = query_tile(kHeadDim);
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (40 + 2 x 232)
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  // Within 65536: 128 x (40 + 2 x 232) or 128 x (32 + 3 x 160)
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   using QueryBlock = uint16_t[kPanels][kQueryBlock * kPanel];
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
@@ -47,43 +51,47 @@ struct TensorMaps {
   TensorMap q, q_sink, k, v, out;
 };
 
+template <class C>
 HOPPER_DEVICE int query_tiles(const Params& params) {
-  return (params.mask.query_rows + kQueryTile - 1) / kQueryTile;
+  return (params.mask.query_rows + C::kQueryTile - 1) / C::kQueryTile;
 }
 
 // Later rows see more: the last tile is the longest.
+template <class C>
 HOPPER_DEVICE int first_row(const Params& params, const Item& item) {
-  return (query_tiles(params) - 1 - item.rank) * kQueryTile;
+  return (query_tiles<C>(params) - 1 - item.rank) * C::kQueryTile;
 }
 
+template <class C>
 HOPPER_DEVICE Schedule schedule_of(const Params& params) {
-  return Schedule(query_tiles(params), params.batch, params.heads, blockIdx.x, gridDim.x);
+  return Schedule(query_tiles<C>(params), params.batch, params.heads, blockIdx.x, gridDim.x);
 }
 
+template <class C>
 HOPPER_DEVICE VisibleKeys visible_keys(const Params& params, const Item& item) {
-  const int first = first_row(params, item);
-  const int last = smaller(first + kQueryTile, params.mask.query_rows) - 1;
+  const int first = first_row<C>(params, item);
+  const int last = smaller(first + C::kQueryTile, params.mask.query_rows) - 1;
   return VisibleKeys(params.mask, params.pinned_rotation, item.batch, first, last);
 }
 
 template <class C>
 HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& maps,
                                  const Params& params) {
-  Schedule schedule = schedule_of(params);
+  Schedule schedule = schedule_of<C>(params);
   Item item;
   for (uint32_t n = 0; schedule.next(item); ++n) {
-    const bool sink = params.pinned_rotation && visible_keys(params, item).sink_tiles() > 0;
-    const uint32_t bytes = kConsumers * sizeof(typename C::QueryBlock);
+    const bool sink = params.pinned_rotation && visible_keys<C>(params, item).sink_tiles() > 0;
+    const uint32_t bytes = C::kConsumers * sizeof(typename C::QueryBlock);
     mbar_wait(&shared.q_empty, n % 2 ^ 1);
     mbar_arrive_expect_tx(&shared.q_full, sink ? 2 * bytes : bytes);
-    for (int block = 0; block < kConsumers; ++block) {
-      const int row = first_row(params, item) + block * kQueryBlock;
+    for (int block = 0; block < C::kConsumers; ++block) {
+      const int row = first_row<C>(params, item) + block * kQueryBlock;
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row, item.head,
                     item.batch, CacheHint::EVICT_FIRST);
         if (!sink) continue;
         // q_sink has no text: rows before it, which see no sink, give zeros
-        tma_load_4d(shared.q[kConsumers + block][panel], &maps.q_sink, &shared.q_full,
+        tma_load_4d(shared.q[C::kConsumers + block][panel], &maps.q_sink, &shared.q_full,
                     panel * kPanel, row - params.mask.text_tokens, item.head, item.batch,
                     CacheHint::EVICT_FIRST);
       }
@@ -91,38 +99,22 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
   }
 }
 
-template <class C>
-HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps,
-                              const Params& params) {
-  Schedule schedule = schedule_of(params);
+// Calls visit(tile, head, batch, is_raw) for every key tile of this CTA, in order.
+template <class C, class Visit>
+HOPPER_DEVICE void visit_keys(const Params& params, const Visit& visit) {
+  Schedule schedule = schedule_of<C>(params);
   Item item;
-  KeyRing<C> ring(shared);
   while (schedule.next(item)) {
-    const VisibleKeys keys = visible_keys(params, item);
+    const VisibleKeys keys = visible_keys<C>(params, item);
     const int count = keys.tiles();
     for (int i = 0; i < count; ++i) {
       const KeyTile tile = keys.tile(i);
-      ring.fetch(maps, tile.row, item.head, item.batch, !tile.clean);
+      visit(tile, item.head, item.batch, !tile.clean);
     }
   }
 }
 
-template <class C>
-HOPPER_DEVICE void repair_keys(typename C::Shared& shared, const Params& params) {
-  Schedule schedule = schedule_of(params);
-  Item item;
-  KeyRing<C> ring(shared);
-  while (schedule.next(item)) {
-    const VisibleKeys keys = visible_keys(params, item);
-    const int count = keys.tiles();
-    for (int i = 0; i < count; ++i) {
-      const KeyTile tile = keys.tile(i);
-      ring.repair(tile.visible(), !tile.clean);
-    }
-  }
-}
-
-// One of the two warpgroups that multiply.
+// One of the warpgroups that multiply.
 template <class C>
 class Consumer {
  public:
@@ -131,13 +123,13 @@ class Consumer {
       : shared_(shared), maps_(maps), params_(params), group_(group), ring_(shared) {}
 
   HOPPER_DEVICE void run() {
-    Schedule schedule = schedule_of(params_);
+    Schedule schedule = schedule_of<C>(params_);
     Item item;
-    if (group_ == 1) pass_turn(group_);  // the other consumer begins
+    if (group_ == C::kConsumers - 1) pass_turn<C>(group_);  // the first consumer begins
     for (uint32_t n = 0; schedule.next(item); ++n) {
       mbar_wait(&shared_.q_full, n % 2);
-      const VisibleKeys keys = visible_keys(params_, item);
-      const int row = first_row(params_, item) + group_ * kQueryBlock;
+      const VisibleKeys keys = visible_keys<C>(params_, item);
+      const int row = first_row<C>(params_, item) + group_ * kQueryBlock;
       const int count = keys.tiles();
       attend(keys, count, row);
       ring_.finish_item(count);
@@ -189,7 +181,7 @@ class Consumer {
       wgmma_fence();
       multiply_pv<C::kHeadDim, kKeyTile>(out_, p, ring_.values(i - 1));
       wgmma_commit();
-      pass_turn(group_);
+      pass_turn<C>(group_);
       wgmma_wait<1>();
       reg_fence(scores);
       release_factors(i, count);
@@ -246,7 +238,7 @@ class Consumer {
   }
 
   HOPPER_DEVICE uint32_t queries(bool in_sink) const {
-    return smem_u32(shared_.q[in_sink ? kConsumers + group_ : group_]);
+    return smem_u32(shared_.q[in_sink ? C::kConsumers + group_ : group_]);
   }
 
   typename C::Shared& shared_;
@@ -269,12 +261,9 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
-    setmaxnreg_dec<C::kProducerRegisters>();
-    // Two threads fetch, so that keys arrive while queries wait for their buffer
-    const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
-    if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
-    if (warp == 2) repair_keys<C>(shared, params);
+    produce<C>(
+        shared, maps, [&](const auto& visit) { visit_keys<C>(params, visit); },
+        [&] { fetch_queries<C>(shared, maps, params); });
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();

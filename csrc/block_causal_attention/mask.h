@@ -62,11 +62,13 @@ class VisibleKeys {
                             int last_row) {
     const int text_tokens = mask.text_tokens;
     keys_.text = {0, text_length(mask, batch)};
-    first_ = RowView(mask, first_row);
-    last_ = RowView(mask, last_row);
+    const RowView first(mask, first_row), last(mask, last_row);
     const int oldest = RowView(mask, larger(first_row, text_tokens)).window.begin;
-    keys_.sink = {text_tokens, last_.sink_end};
-    keys_.rest = {smaller(larger(oldest, last_.sink_end), last_.window.end), last_.window.end};
+    keys_.sink = {text_tokens, last.sink_end};
+    keys_.rest = {smaller(larger(oldest, last.sink_end), last.window.end), last.window.end};
+    // If the window has left the sink, it has left the sink for all later rows too
+    head_end_ = last.window.begin == last.sink_end ? first.head_end() : first.sink_end;
+    window_ = {last.window.begin, first.window.end};
     if (pinned_rotation) return;
     // One query for all keys: neighbouring intervals become one
     const int begin = keys_.text.end == text_tokens ? 0 : text_tokens;
@@ -94,16 +96,15 @@ class VisibleKeys {
   HOPPER_DEVICE KeyTile tile(int index) const {
     const auto [row, end, in_sink] = keys_.tile(index);
     const int row_end = row + kKeyTile;
-    // If the window has left the sink, it has left the sink for all later rows too
-    const int head_end = last_.window.begin == last_.sink_end ? first_.head_end() : first_.sink_end;
-    const bool seen =
-        row_end <= head_end || (row >= last_.window.begin && row_end <= first_.window.end);
+    const bool seen = row_end <= head_end_ || (row >= window_.begin && row_end <= window_.end);
     return {row, end, in_sink && !plain_sink_, seen && row_end <= end};
   }
 
  private:
   KeyIntervals<kKeyTile> keys_;
-  RowView first_, last_;
+  // Every row sees the keys before head_end_, except padding of the text, and those of window_
+  int head_end_;
+  Interval window_;
   bool plain_sink_ = false;
 };
 

@@ -78,6 +78,10 @@ struct BackwardBuffers {
   RowBuffer dout;
 };
 
+// Warpgroups that multiply in the backward: its fragments leave no registers for a third.
+constexpr int kBackwardConsumers = 2;
+constexpr int kDqTile = kBackwardConsumers * kQueryBlock;  // rows of the kernel for dq alone
+
 // Rows of a query tile of the backward: its scores and head_dim share the registers. Shared memory
 // bounds the rate: the more rows, the fewer bytes per row.
 constexpr int backward_query_tile(int head_dim) { return head_dim == 64 ? 128 : 80; }

@@ -15,7 +15,7 @@ struct QuerySums {
   static constexpr int kRows = backward_query_tile(kHeadDim);
   static constexpr int kHalfRows = kHeadDim == 64 ? kRows / 2 : kRows;
   static constexpr int kHalf = kHalfRows * kPanel;  // floats
-  static constexpr int kTile = kConsumers * kHalf;
+  static constexpr int kTile = kBackwardConsumers * kHalf;
   static constexpr int kRowPanel = 16;  // see multiply_transposed
 
   // The first row and column of a warpgroup's half in its tile.

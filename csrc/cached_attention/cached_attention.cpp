@@ -17,11 +17,13 @@ struct Workspace {
 
   Workspace(const Tensor& k_cache, int64_t tokens_per_frame, int64_t ring_frames) {
     const int64_t ctas = multiprocessors(k_cache.get_device_index());
-    const int64_t tiles = (ring_frames * tokens_per_frame + kQueryTile - 1) / kQueryTile;
-    const int64_t blocks = k_cache.size(0) * k_cache.size(2) * tiles * kConsumers;
+    const int head_dim = static_cast<int>(k_cache.size(3));
+    const int64_t tile = query_tile(head_dim);
+    const int64_t tiles = (ring_frames * tokens_per_frame + tile - 1) / tile;
+    const int64_t blocks = k_cache.size(0) * k_cache.size(2) * tiles * query_consumers(head_dim);
     arrivals = (blocks + 31) / 32 * 32;  // the parts begin on a boundary of 128 bytes
-    outs = ctas * kPartialsPerCta * kQueryBlock * k_cache.size(3);
-    stats = ctas * kPartialsPerCta * 2 * kQueryBlock;
+    outs = ctas * partials_per_cta(head_dim) * kQueryBlock * head_dim;
+    stats = ctas * partials_per_cta(head_dim) * 2 * kQueryBlock;
   }
   int64_t words() const { return arrivals + outs + stats; }
 };
@@ -52,7 +54,8 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   const int64_t ring_frames = window_frames + 1;
   const int64_t capacity = text_tokens + (sink_frames + ring_frames) * tokens_per_frame;
   check_frames(tokens, tokens_per_frame, ring_frames);
-  const int64_t tiles = (tokens + kQueryTile - 1) / kQueryTile;
+  const int64_t tile = query_tile(static_cast<int>(head_dim));
+  const int64_t tiles = (tokens + tile - 1) / tile;
   // Work is counted in steps of one query tile and 64 keys or more, with 32 bits
   STD_TORCH_CHECK(batch * heads * tiles * (capacity / 64 + 3) < std::numeric_limits<int32_t>::max(),
                   "q, k_cache: expected less than 2^31 tiles of work");

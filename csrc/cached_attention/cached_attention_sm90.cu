@@ -3,9 +3,9 @@
 //
 // Compute-bound: 4 head_dim FLOPs per query and key, but 4 head_dim bytes per key for all 1196
 // queries. So the tensor cores must never wait. One warpgroup fetches (TMA) and two multiply
-// (wgmma). The two alternate: the softmax of one runs during the products of the other. Within a
-// warpgroup, the scores of the next key tile are computed together with the values of the current
-// one. `schedule.h` keeps every SM busy to the end.
+// (wgmma), three at head_dim 64. They alternate: the softmax of one runs during the products of the
+// others. Within a warpgroup, the scores of the next key tile are computed together with the values
+// of the current one. `schedule.h` keeps every SM busy to the end.
 
 #include "attention/consumer.cuh"
 #include "attention/maps.cuh"
@@ -26,17 +26,20 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_, kKeyTile = kKeyTile_, kStages = kStages_;
   static constexpr bool kSinkQuery = kSinkQuery_;
   static constexpr Repair kRepair = Repair::END;  // a step's rows all see the same keys
+  static constexpr int kConsumers = query_consumers(kHeadDim);
+  static constexpr int kQueryTile = query_tile(kHeadDim);
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // Within 65536: 128 x (40 + 2 x 232). With 24, the fetching threads spill.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  // Within 65536: 128 x (40 + 2 x 232) or 128 x (32 + 3 x 160)
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   using QueryBlock = uint16_t[kPanels][kQueryBlock * kPanel];
   using KeyBlock = uint16_t[kPanels][kKeyTile * kPanel];
 
   struct Shared {
     alignas(1024) QueryBlock q[kSinkQuery ? 2 * kConsumers : kConsumers];  // q, then q_sink
-    alignas(1024) QueryBlock out[kConsumers];  // or sums for the other warpgroup
+    alignas(1024) QueryBlock out[kConsumers];  // or sums for another warpgroup
     alignas(1024) KeyBlock k[kStages];
     alignas(1024) KeyBlock v[kStages];
     float4 stats[Part<kHeadDim>::kStats];
@@ -56,20 +59,20 @@ struct TensorMaps {
 template <class C>
 HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& maps,
                                  const CachedAttentionParams& params) {
-  Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
+  Schedule<C::kKeyTile, C::kConsumers> schedule(params, blockIdx.x, gridDim.x);
   Piece piece;
   for (uint32_t n = 0; schedule.next(piece); ++n) {
-    const int blocks = piece.narrow ? 1 : kConsumers;
+    const int blocks = piece.narrow ? 1 : C::kConsumers;
     const uint32_t bytes = blocks * sizeof(typename C::QueryBlock);
     mbar_wait(&shared.q_empty, n % 2 ^ 1);
     mbar_arrive_expect_tx(&shared.q_full, C::kSinkQuery ? 2 * bytes : bytes);
     for (int block = 0; block < blocks; ++block) {
-      const int row = piece.tile * kQueryTile + block * kQueryBlock;
+      const int row = piece.tile * C::kQueryTile + block * kQueryBlock;
       for (int panel = 0; panel < C::kPanels; ++panel) {
         tma_load_4d(shared.q[block][panel], &maps.q, &shared.q_full, panel * kPanel, row,
                     piece.head, piece.batch, CacheHint::EVICT_FIRST);
         if constexpr (C::kSinkQuery) {
-          tma_load_4d(shared.q[kConsumers + block][panel], &maps.q_sink, &shared.q_full,
+          tma_load_4d(shared.q[C::kConsumers + block][panel], &maps.q_sink, &shared.q_full,
                       panel * kPanel, row, piece.head, piece.batch, CacheHint::EVICT_FIRST);
         }
       }
@@ -77,36 +80,21 @@ HOPPER_DEVICE void fetch_queries(typename C::Shared& shared, const TensorMaps& m
   }
 }
 
-template <class C>
-HOPPER_DEVICE void fetch_keys(typename C::Shared& shared, const TensorMaps& maps,
-                              const CachedAttentionParams& params) {
-  Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
+// Calls visit(tile, head, batch, is_raw) for every key tile of this CTA's share, in order.
+template <class C, class Visit>
+HOPPER_DEVICE void visit_keys(const CachedAttentionParams& params, const Visit& visit) {
+  Schedule<C::kKeyTile, C::kConsumers> schedule(params, blockIdx.x, gridDim.x);
   Piece piece;
-  KeyRing<C> ring(shared);
   while (schedule.next(piece)) {
     const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
     for (int i = 0; i < piece.count; ++i) {
       const auto tile = keys.tile(piece.tile_at(i));
-      ring.fetch(maps, tile.row, piece.head, piece.batch, tile.visible() < C::kKeyTile);
+      visit(tile, piece.head, piece.batch, tile.visible() < C::kKeyTile);
     }
   }
 }
 
-template <class C>
-HOPPER_DEVICE void repair_keys(typename C::Shared& shared, const CachedAttentionParams& params) {
-  Schedule<C::kKeyTile> schedule(params, blockIdx.x, gridDim.x);
-  Piece piece;
-  KeyRing<C> ring(shared);
-  while (schedule.next(piece)) {
-    const VisibleKeys<C::kKeyTile> keys(params, piece.batch);
-    for (int i = 0; i < piece.count; ++i) {
-      const int visible = keys.tile(piece.tile_at(i)).visible();
-      ring.repair(visible, visible < C::kKeyTile);
-    }
-  }
-}
-
-// One of the two warpgroups that multiply.
+// One of the warpgroups that multiply.
 template <class C>
 class Consumer {
  public:
@@ -115,9 +103,9 @@ class Consumer {
       : shared_(shared), maps_(maps), params_(params), group_(group), ring_(shared) {}
 
   HOPPER_DEVICE void run() {
-    Schedule<C::kKeyTile> schedule(params_, blockIdx.x, gridDim.x);
+    Schedule<C::kKeyTile, C::kConsumers> schedule(params_, blockIdx.x, gridDim.x);
     Piece piece;
-    if (group_ == 1) pass_turn(group_);  // the other consumer begins
+    if (group_ == C::kConsumers - 1) pass_turn<C>(group_);  // the first consumer begins
     for (uint32_t n = 0; schedule.next(piece); ++n) {
       mbar_wait(&shared_.q_full, n % 2);
       attend(piece);
@@ -129,11 +117,12 @@ class Consumer {
   }
 
  private:
-  // Goes through the key tiles of a piece: all, or every other one if the tile is narrow.
+  // Goes through the key tiles of a piece: all, or if the tile is narrow this consumer's share, one
+  // in kConsumers.
   HOPPER_DEVICE void attend(const Piece& piece) {
     const VisibleKeys<C::kKeyTile> keys(params_, piece.batch);
-    const int stride = piece.narrow ? 2 : 1, first = piece.narrow ? group_ : 0;
-    // Both consumers take equally many turns, even if one has a tile less
+    const int stride = piece.narrow ? C::kConsumers : 1, first = piece.narrow ? group_ : 0;
+    // All consumers take equally many turns, even if one has a tile less
     const int turns = (piece.count + stride - 1) / stride;
     float scores[C::kKeyTile / 2], rescale[2];
     uint32_t p[C::kKeyTile / kMmaDepth][4];
@@ -142,7 +131,7 @@ class Consumer {
     HOPPER_UNROLL
     for (int i = 0; i < C::kHeadDim / 2; ++i) out_[i] = 0.0f;
 
-    if (piece.narrow && group_ == 1) skip(0);
+    skip(0, first < piece.count ? first : piece.count);
     if (first >= piece.count) release(&shared_.q_empty);
     auto tile = keys.tile(piece.tile_at(first));
     if (first < piece.count) {
@@ -161,12 +150,12 @@ class Consumer {
     }
     for (int turn = 1; turn < turns; ++turn) {
       const int i = first + turn * stride, before = i - stride;
-      if (i >= piece.count) {  // the other has one tile more
+      if (i >= piece.count) {  // another has one tile more
         take_turn(group_);
-        pass_turn(group_);
+        pass_turn<C>(group_);
         break;
       }
-      if (piece.narrow) skip(i - 1);
+      skip(before + 1, i);
       ring_.wait_values(before);
       tile = keys.tile(piece.tile_at(i));
       ring_.wait_keys(i);
@@ -179,7 +168,7 @@ class Consumer {
       wgmma_fence();
       multiply_pv<C::kHeadDim, C::kKeyTile>(out_, p, ring_.values(before));
       wgmma_commit();
-      pass_turn(group_);
+      pass_turn<C>(group_);
       wgmma_wait<1>();
       reg_fence(scores);
       release_factors(i, i + stride >= piece.count);
@@ -202,7 +191,7 @@ class Consumer {
       wgmma_wait<0>();
       reg_fence(out_);
       ring_.release_values(last);
-      if (piece.narrow && last + 1 < piece.count) skip(last + 1);
+      if (piece.narrow) skip(last + 1, piece.count);
     }
     softmax_.reduce();
   }
@@ -217,14 +206,17 @@ class Consumer {
   // Adds up the parts of the query block and stores it.
   HOPPER_DEVICE void finish(const Piece& piece, const Interval& sharers) {
     if (piece.narrow) {
-      finish_stores();  // of both: the memory is free
-      bar_sync(kMerge, 128 * kConsumers);
+      finish_stores();  // of all: the memory is free
+      bar_sync(kMerge, 128 * C::kConsumers);
       const Part<C::kHeadDim> part(reinterpret_cast<float4*>(shared_.out), shared_.stats);
-      if (group_ == 1) part.write(out_, softmax_);
-      bar_sync(kMerge, 128 * kConsumers);
-      if (group_ == 0) add_part<C::kHeadDim>(out_, softmax_, part, params_.scale_log2);
-      bar_sync(kMerge, 128 * kConsumers);
-      if (group_ == 1) return;
+      HOPPER_UNROLL_BY(1)
+      for (int other = 1; other < C::kConsumers; ++other) {
+        if (group_ == other) part.write(out_, softmax_);
+        bar_sync(kMerge, 128 * C::kConsumers);
+        if (group_ == 0) add_part<C::kHeadDim>(out_, softmax_, part, params_.scale_log2);
+        bar_sync(kMerge, 128 * C::kConsumers);
+      }
+      if (group_ != 0) return;
     }
     bool complete = piece.whole;
     if (!complete) {
@@ -246,9 +238,9 @@ class Consumer {
     sync_group(group_);  // cumulative: the leader releases what all have written
     if (leads_group()) {
       shared_.arrived[group_] =
-          atomic_add_acq_rel(params_.arrivals + tile * kConsumers + group_, 1);
+          atomic_add_acq_rel(params_.arrivals + tile * C::kConsumers + group_, 1);
       if (shared_.arrived[group_] + 1 == parts) {
-        params_.arrivals[tile * kConsumers + group_] = 0;
+        params_.arrivals[tile * C::kConsumers + group_] = 0;
       }
     }
     sync_group(group_);
@@ -256,7 +248,7 @@ class Consumer {
   }
 
   HOPPER_DEVICE void store(const Piece& piece) {
-    const int first = piece.tile * kQueryTile + group_ * kQueryBlock;
+    const int first = piece.tile * C::kQueryTile + group_ * kQueryBlock;
     const int64_t head = static_cast<int64_t>(piece.batch) * params_.heads + piece.head;
     // Every row sees its own frame: no sum is zero
     const float inverse[2] = {1.0f / softmax_.sum[0], 1.0f / softmax_.sum[1]};
@@ -266,18 +258,22 @@ class Consumer {
     store_rows<C>(shared_, maps_.out, out_, group_, first, piece.head, piece.batch);
   }
 
-  // Releases a tile of the other consumer once it has been fetched, so that parities stay in step.
-  // All lanes must have waited for the tile before one lets it be refilled.
-  HOPPER_DEVICE void skip(int i) {
-    ring_.wait_keys(i);
-    ring_.wait_values(i);
-    warp_sync();
-    ring_.release_keys(i);
-    ring_.release_values(i);
+  // Releases tiles of the other consumers once they have been fetched, so that parities stay in
+  // step. All lanes must have waited for a tile before one lets it be refilled.
+  HOPPER_DEVICE void skip(int begin, int end) {
+    HOPPER_UNROLL_BY(1)
+    for (int i = begin; i < end; ++i) {
+      ring_.wait_keys(i);
+      ring_.wait_values(i);
+      warp_sync();
+      ring_.release_keys(i);
+      ring_.release_values(i);
+    }
   }
+
   HOPPER_DEVICE uint32_t queries(const Piece& piece, bool in_sink) const {
     const int block = piece.narrow ? 0 : group_;
-    return smem_u32(shared_.q[C::kSinkQuery && in_sink ? kConsumers + block : block]);
+    return smem_u32(shared_.q[C::kSinkQuery && in_sink ? C::kConsumers + block : block]);
   }
 
   typename C::Shared& shared_;
@@ -300,12 +296,9 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(C::kThreads, 1)
 
   const int group = shfl_idx(static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
-    setmaxnreg_dec<C::kProducerRegisters>();
-    // Two threads fetch, so that keys arrive while queries wait for their buffer
-    const int warp = shfl_idx(static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0 && elect_one()) fetch_keys<C>(shared, maps, params);
-    if (warp == 1 && elect_one()) fetch_queries<C>(shared, maps, params);
-    if (warp == 2) repair_keys<C>(shared, params);
+    produce<C>(
+        shared, maps, [&](const auto& visit) { visit_keys<C>(params, visit); },
+        [&] { fetch_queries<C>(shared, maps, params); });
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
     Consumer<C>(shared, maps, params, group - 1).run();

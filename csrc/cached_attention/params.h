@@ -9,7 +9,7 @@ namespace aapt {
 
 struct CachedAttentionParams {
   int batch, heads, tokens, head_dim;  // of the query: (batch, tokens, heads, head_dim)
-  int query_tiles;                     // of 128 rows, per head
+  int query_tiles;                     // of query_tile(head_dim) rows, per head
   int text_tokens, tokens_per_frame, sink_frames, ring_frames;
   int frames;            // of the query, at most ring_frames
   bool pinned_rotation;  // the sink frames have a query of their own, q_sink
@@ -33,7 +33,7 @@ struct CachedAttentionBuffers {
   RowBuffer q, q_sink, k, v, out;  // q_sink.data is null without one
 };
 
-constexpr int kPartialsPerCta = 2 * kConsumers;
+constexpr int partials_per_cta(int head_dim) { return 2 * query_consumers(head_dim); }
 
 // Enqueues the kernel on `ctas` CTAs. Returns null or an error message.
 const char* launch_cached_attention_sm90(const CachedAttentionParams& params,

@@ -13,6 +13,7 @@ namespace aapt {
 // each thread, and so on.
 template <int kHeadDim>
 struct Part {
+  static constexpr int kConsumers = query_consumers(kHeadDim);
   static constexpr int kSums = kHeadDim / 8;      // float4 per thread
   static constexpr int kStats = kQueryBlock / 2;  // float4 per part: two rows of a quad
 

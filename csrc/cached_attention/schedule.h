@@ -11,8 +11,9 @@
 // Thus the CTAs of a head read the same keys at about the same time, and the L2 cache serves all
 // but the first (benchmarks/schedule_model.py counts the bytes).
 //
-// One step is 128 queries against one tile of keys. A last tile of at most 64 queries is *narrow*:
-// its two warpgroups take alternate key tiles for the same rows, which halves its cost.
+// One step is one tile of queries, 64 per warpgroup, against one tile of keys. A last tile of at
+// most 64 queries is *narrow*: its warpgroups share the key tiles in turn for these rows, so that
+// it costs a half of its steps, or a third.
 #pragma once
 
 #include "attention/intervals.h"
@@ -64,7 +65,7 @@ struct Piece {
   }
 };
 
-template <int kKeyTile>
+template <int kKeyTile, int kConsumers>
 class Schedule {
  public:
   HOPPER_DEVICE Schedule(const CachedAttentionParams& params, int cta, int ctas) : params_(params) {
@@ -92,13 +93,13 @@ class Schedule {
     const int wide = wide_tiles();
     piece.tile = rest / keys < wide ? rest / keys : wide;
     piece.narrow = piece.tile == wide;
-    piece.steps = piece.narrow ? (keys + 1) / 2 : keys;
+    piece.steps = piece.narrow ? narrow_steps(keys) : keys;
     rest -= piece.tile * keys;
     piece.steps_begin = end_ - 1 - rest;
 
     const int begin = piece.steps_begin > begin_ ? piece.steps_begin : begin_;
     const int steps = end_ - begin;
-    const int tiles_per_step = piece.narrow ? 2 : 1;
+    const int tiles_per_step = piece.narrow ? kConsumers : 1;
     piece.first = (begin - piece.steps_begin) * tiles_per_step;
     piece.count = steps * tiles_per_step;
     if (piece.first + piece.count > keys) piece.count = keys - piece.first;
@@ -125,12 +126,14 @@ class Schedule {
   }
 
   HOPPER_DEVICE int wide_tiles() const {
-    return (params_.tokens + kQueryTile - kQueryBlock - 1) / kQueryTile;
+    return (params_.tokens + (kConsumers - 1) * kQueryBlock - 1) / (kConsumers * kQueryBlock);
   }
+
+  HOPPER_DEVICE static int narrow_steps(int keys) { return (keys + kConsumers - 1) / kConsumers; }
 
   HOPPER_DEVICE int steps_per_head(int keys) const {
     const bool narrow = params_.query_tiles > wide_tiles();
-    return wide_tiles() * keys + (narrow ? (keys + 1) / 2 : 0);
+    return wide_tiles() * keys + (narrow ? narrow_steps(keys) : 0);
   }
 
   HOPPER_DEVICE int share_begin(int cta) const {

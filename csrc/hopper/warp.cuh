@@ -115,6 +115,16 @@ HOPPER_DEVICE uint32_t pack_bf16(float low, float high) {
   return pair;
 }
 
+// Four E4M3 values, the first in the low byte; what is beyond 448 becomes 448, NaN stays NaN.
+HOPPER_DEVICE uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  uint32_t four;
+  asm("{.reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1; "
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3; mov.b32 %0, {low, high};}"
+      : "=r"(four)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return four;
+}
+
 // a b + c of two pairs of BF16 values, each rounded once.
 HOPPER_DEVICE uint32_t multiply_add_bf16(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t sum;

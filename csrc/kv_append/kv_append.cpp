@@ -26,6 +26,28 @@ const void* check_weight(const char* name, const std::optional<Tensor>& weight, 
                          : check_dense(name, *weight, q, dtype, {q.size(2), q.size(3)});
 }
 
+const float* check_scale(const char* name, const Tensor& scale, const Tensor& q) {
+  STD_TORCH_CHECK(on_device_of(q, scale) && scale.scalar_type() == ScalarType::Float &&
+                      scale.is_contiguous() && scale.dim() == 1 && scale.size(0) == q.size(2),
+                  name, ": expected contiguous float32 (", q.size(2), ",) on the device of q");
+  return static_cast<const float*>(device_pointer(scale));
+}
+
+// Checks values with the tokens of a column side by side, in rows on 16-byte boundaries, and sets
+// their address and strides.
+void take_transposed(const Tensor& v_cache, const Tensor& q, int64_t capacity,
+                     KvAppendParams& params) {
+  check_like("v_cache", v_cache, q, capacity, ScalarType::Float8_e4m3fn);
+  STD_TORCH_CHECK(
+      v_cache.stride(1) == 1 && is_row_aligned(v_cache) && v_cache.stride(0) % kRowAlignment == 0 &&
+          v_cache.stride(2) % kRowAlignment == 0 && v_cache.stride(3) % kRowAlignment == 0,
+      "v_cache: expected the tokens of a column side by side, and columns on 16-byte "
+      "boundaries");
+  params.v_cache_strides = {v_cache.stride(0), 1, v_cache.stride(2)};
+  params.v_cache_column_stride = v_cache.stride(3);
+  params.v_cache = device_pointer(v_cache);
+}
+
 std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
                                      Tensor step, std::optional<Tensor> q_weight,
                                      std::optional<Tensor> k_weight, std::optional<Tensor> cos,
@@ -33,7 +55,8 @@ std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cach
                                      std::optional<Tensor> sin_sink, double eps,
                                      int64_t text_tokens, int64_t tokens_per_frame,
                                      int64_t window_frames, int64_t sink_frames,
-                                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
+                                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
+                                     bool use_hadamard) {
   STD_TORCH_CHECK(q.dim() == 4 && (q.size(3) == 64 || q.size(3) == 128),
                   "q: expected (batch, tokens, heads, 64 or 128) for the sm_90a kernel");
   STD_TORCH_CHECK(q.numel() / q.size(3) <= std::numeric_limits<int32_t>::max() / 2,
@@ -44,8 +67,8 @@ std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cach
       cos.has_value() == sin.has_value() && cos_sink.has_value() == sin_sink.has_value(),
       "kv_append: expected cos with sin and cos_sink with sin_sink");
 
-  STD_TORCH_CHECK(!k_scale && !v_scale,
-                  "kv_append: expected no scales with a cache of bfloat16, got some");
+  STD_TORCH_CHECK(k_scale.has_value() == v_scale.has_value() && (k_scale || !use_hadamard),
+                  "kv_append: expected k_scale with v_scale, and use_hadamard only with both");
 
   const int64_t tokens = q.size(1), ring_frames = window_frames + 1;
   const int64_t capacity = text_tokens + (sink_frames + ring_frames) * tokens_per_frame;
@@ -58,13 +81,21 @@ std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cach
   params.q_strides = check_rows("q", q, q, tokens);
   params.k_strides = check_rows("k", k, q, tokens);
   params.v_strides = check_rows("v", v, q, tokens);
-  params.k_cache_strides = check_rows("k_cache", k_cache, q, capacity);
-  params.v_cache_strides = check_rows("v_cache", v_cache, q, capacity);
+  params.k_cache_strides = check_rows("k_cache", k_cache, q, capacity,
+                                      k_scale ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16);
   params.q = device_pointer(q);
   params.k = device_pointer(k);
   params.v = device_pointer(v);
   params.k_cache = device_pointer(k_cache);
-  params.v_cache = device_pointer(v_cache);
+  if (k_scale) {
+    take_transposed(v_cache, q, capacity, params);
+    params.k_scale = check_scale("k_scale", *k_scale, q);
+    params.v_scale = check_scale("v_scale", *v_scale, q);
+    params.use_hadamard = use_hadamard;
+  } else {
+    params.v_cache_strides = check_rows("v_cache", v_cache, q, capacity);
+    params.v_cache = device_pointer(v_cache);
+  }
   if (const auto& like = q_weight ? q_weight : k_weight) {
     // One of them decides for both: dtype, and whether the norm is per head.
     params.q_weight = check_weight("q_weight", q_weight, q, *like);

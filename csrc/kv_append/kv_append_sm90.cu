@@ -1,156 +1,31 @@
 // One launch per layer and step: RMSNorm of q and k, rotary embedding, and the write of k and v
 // into the cache slots that the device-side step counter names (docs/method.md#4,
-// docs/method.md#5).
+// docs/method.md#5). For a cache of E4M3 also the product with a Hadamard matrix, the rounding and
+// the transposition of v (docs/method.md#16).
 //
-// Memory-bound: every row is read once and written once, 16 bytes per access. A row (one token, one
-// head) belongs to head_dim / 16 neighbouring lanes; a lane holds 8 elements of the row's first
-// half and the 8 of the second half that rotate with them, so rotation needs no exchange, and the
-// norm of a head only a short butterfly. For a norm across heads, a block takes a whole token
-// instead.
+// Memory-bound: every row is read once and written once, 16 bytes per access. For a norm across
+// heads, a block takes a whole token.
 
 #include <algorithm>
 
 #include "hopper/hopper.cuh"
 #include "kv_append/params.h"
+#include "kv_append/rows.cuh"
+#include "kv_append/values.cuh"
 
 namespace aapt {
 namespace {
 
-using namespace hopper;
-
-constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 4;  // 64 registers, no spill; 8 would leave 32
 constexpr int kWarps = kThreads / 32;
-constexpr int kVector = 8;  // BF16 elements in 16 bytes
 
-template <int kHeadDim>
-constexpr int kLanes = kHeadDim / (2 * kVector);
-
-// The two halves of a row that one lane holds, raw or in float32.
-struct RawPair {
-  uint4 low, high;
+template <int kHeadDim_, bool kAcrossHeads_, bool kE4m3_, typename Weight_>
+struct Config {
+  static constexpr int kHeadDim = kHeadDim_, kHalf = kHeadDim / 2;
+  static constexpr int kRowLanes = kLanes<kHeadDim>, kRowsPerWarp = 32 / kRowLanes;
+  static constexpr bool kAcrossHeads = kAcrossHeads_, kE4m3 = kE4m3_;
+  using Weight = Weight_;
 };
-struct FloatPair {
-  float low[kVector], high[kVector];
-};
-// One lane's share of a row.
-struct Place {
-  int batch, token, head, column;
-};
-
-HOPPER_DEVICE int64_t offset_of(const Strides& strides, const Place& at, int64_t token) {
-  return at.batch * strides.batch + token * strides.token + at.head * strides.head + at.column;
-}
-
-HOPPER_DEVICE RawPair load_row(const void* tensor, int64_t offset, int half) {
-  const auto* row = static_cast<const uint16_t*>(tensor) + offset;
-  return {*reinterpret_cast<const uint4*>(row), *reinterpret_cast<const uint4*>(row + half)};
-}
-
-HOPPER_DEVICE void store_row(void* tensor, int64_t offset, int half, const RawPair& values) {
-  auto* row = static_cast<uint16_t*>(tensor) + offset;
-  *reinterpret_cast<uint4*>(row) = values.low;
-  *reinterpret_cast<uint4*>(row + half) = values.high;
-}
-
-HOPPER_DEVICE void widen(const uint4& raw, float (&out)[kVector]) {
-  const uint32_t pairs[] = {raw.x, raw.y, raw.z, raw.w};
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector / 2; ++i) {
-    const float2 pair = unpack_bf16(pairs[i]);
-    out[2 * i] = pair.x;
-    out[2 * i + 1] = pair.y;
-  }
-}
-
-HOPPER_DEVICE FloatPair widen(const RawPair& raw) {
-  FloatPair x;
-  widen(raw.low, x.low);
-  widen(raw.high, x.high);
-  return x;
-}
-
-HOPPER_DEVICE uint4 narrow(const float (&x)[kVector]) {
-  return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-          pack_bf16(x[6], x[7])};
-}
-
-// Weights and angles: BF16 as its bits, or float32.
-HOPPER_DEVICE void load_vector(const uint16_t* from, float (&out)[kVector]) {
-  widen(load_readonly(reinterpret_cast<const uint4*>(from)), out);
-}
-
-HOPPER_DEVICE void load_vector(const float* from, float (&out)[kVector]) {
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector; i += 4) {
-    const float4 four = load_readonly(reinterpret_cast<const float4*>(from + i));
-    out[i] = four.x;
-    out[i + 1] = four.y;
-    out[i + 2] = four.z;
-    out[i + 3] = four.w;
-  }
-}
-
-HOPPER_DEVICE float sum_of_squares(const RawPair& raw) {
-  const FloatPair x = widen(raw);
-  float sum = 0.0f;
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector; ++i) sum += x.low[i] * x.low[i] + x.high[i] * x.high[i];
-  return sum;
-}
-
-// The sum over `lanes` neighbouring lanes, in each of them.
-HOPPER_DEVICE float sum_over(float value, int lanes) {
-  HOPPER_UNROLL
-  for (int distance = lanes / 2; distance > 0; distance /= 2) value += shfl_xor(value, distance);
-  return value;
-}
-
-// x scale weight, where scale is 1 / rms(x); without a weight there is no norm.
-template <typename Weight>
-HOPPER_DEVICE FloatPair normalize(const RawPair& raw, const void* weight, int offset, int half,
-                                  float scale) {
-  FloatPair x = widen(raw);
-  if (weight == nullptr) return x;
-  const Weight* from = static_cast<const Weight*>(weight) + offset;
-  float w[kVector];
-  load_vector(from, w);
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector; ++i) x.low[i] *= scale * w[i];
-  load_vector(from + half, w);
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector; ++i) x.high[i] *= scale * w[i];
-  return x;
-}
-
-HOPPER_DEVICE RawPair rotate(const FloatPair& x, const float* cos, const float* sin, int angle) {
-  if (cos == nullptr) return {narrow(x.low), narrow(x.high)};
-  float c[kVector], s[kVector], low[kVector], high[kVector];
-  load_vector(cos + angle, c);
-  load_vector(sin + angle, s);
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    low[i] = x.low[i] * c[i] - x.high[i] * s[i];
-    high[i] = x.low[i] * s[i] + x.high[i] * c[i];
-  }
-  return {narrow(low), narrow(high)};
-}
-
-// The slot of the first new frame, counted from the ring's first: below zero for a pinned one.
-HOPPER_DEVICE int first_slot(const KvAppendParams& params) {
-  const int64_t slot = *params.step - params.sink_frames;
-  return static_cast<int>(slot < 0 ? slot : slot % params.ring_frames);
-}
-
-// The cache row of a new token. Pinned slots lie before the ring, which the new frames enter or go
-// round at most once. Frames are few: counting them takes fewer registers than a division.
-HOPPER_DEVICE int cache_row(const KvAppendParams& params, int slot, int token) {
-  while (token >= params.tokens_per_frame) {
-    token -= params.tokens_per_frame;
-    if (++slot == params.ring_frames) slot = 0;
-  }
-  return params.text_tokens + (params.sink_frames + slot) * params.tokens_per_frame + token;
-}
 
 // A value is copied, bit for bit.
 HOPPER_DEVICE void write_value(const KvAppendParams& params, const Place& at, int row, int half,
@@ -158,95 +33,122 @@ HOPPER_DEVICE void write_value(const KvAppendParams& params, const Place& at, in
   store_row(params.v_cache, offset_of(params.v_cache_strides, at, row), half, v);
 }
 
-// The first element that a lane reads of the weight.
-template <int kHeadDim, bool kAcrossHeads>
-HOPPER_DEVICE int weight_offset(const Place& at) {
-  return kAcrossHeads ? at.head * kHeadDim + at.column : at.column;
+template <class C>
+HOPPER_DEVICE FloatPair normalize(const RawPair& raw, const void* weight, const Place& at,
+                                  float scale) {
+  const int offset = C::kAcrossHeads ? at.head * C::kHeadDim + at.column : at.column;
+  return normalize<typename C::Weight>(raw, weight, offset, C::kHalf, scale);
 }
 
-template <int kHeadDim, bool kAcrossHeads, typename Weight>
-HOPPER_DEVICE void write_key(const KvAppendParams& params, const Place& at, int row,
+// Multiplies by the Hadamard matrix over sqrt(head_dim) and by a factor, where the cache asks for
+// it.
+template <class C>
+HOPPER_DEVICE void spread(const KvAppendParams& params, FloatPair& x, float factor) {
+  if (params.use_hadamard) {
+    constexpr float kInverseRoot = C::kHeadDim == 128 ? 0.08838834764831845f : 0.125f;
+    multiply_hadamard<C::kHeadDim>(x);
+    factor *= kInverseRoot;
+  }
+  multiply(x, factor);
+}
+
+// Takes all lanes of the warp; `active` ones write.
+template <class C>
+HOPPER_DEVICE void write_key(const KvAppendParams& params, const Place& at, bool active, int row,
                              const RawPair& raw, float scale) {
-  constexpr int kHalf = kHeadDim / 2;
-  const FloatPair k = normalize<Weight>(raw, params.k_weight,
-                                        weight_offset<kHeadDim, kAcrossHeads>(at), kHalf, scale);
-  store_row(params.k_cache, offset_of(params.k_cache_strides, at, row), kHalf,
-            rotate(k, params.cos, params.sin, at.token * kHalf + at.column));
+  FloatPair k = rotate(normalize<C>(raw, params.k_weight, at, scale), params.cos, params.sin,
+                       at.token * C::kHalf + at.column);
+  const int64_t offset = offset_of(params.k_cache_strides, at, row);
+  if constexpr (C::kE4m3) {
+    spread<C>(params, k, 1.0f / load_readonly(params.k_scale + at.head));
+    if (!active) return;
+    auto* out = static_cast<uint8_t*>(params.k_cache) + offset;
+    *reinterpret_cast<uint2*>(out) = narrow_e4m3(k.low);
+    *reinterpret_cast<uint2*>(out + C::kHalf) = narrow_e4m3(k.high);
+  } else if (active) {
+    store_row(params.k_cache, offset, C::kHalf, narrow(k));
+  }
 }
 
-// Writes the query, and the query rotated for the pinned sink frames.
-template <int kHeadDim, bool kAcrossHeads, typename Weight>
-HOPPER_DEVICE void write_query(const KvAppendParams& params, const Place& at, const RawPair& raw,
-                               float scale) {
-  constexpr int kHalf = kHeadDim / 2;
-  const int angle = at.token * kHalf + at.column;
+template <class C>
+HOPPER_DEVICE void write_rotated(const KvAppendParams& params, const Place& at, bool active,
+                                 const FloatPair& q, const float* cos, const float* sin,
+                                 void* out) {
+  FloatPair rotated = rotate(q, cos, sin, at.token * C::kHalf + at.column);
+  if constexpr (C::kE4m3) spread<C>(params, rotated, 1.0f);
   const int row = (at.batch * params.tokens + at.token) * params.heads + at.head;
-  const int64_t out = static_cast<int64_t>(row) * kHeadDim + at.column;
-  const FloatPair q = normalize<Weight>(raw, params.q_weight,
-                                        weight_offset<kHeadDim, kAcrossHeads>(at), kHalf, scale);
-  store_row(params.q_out, out, kHalf, rotate(q, params.cos, params.sin, angle));
+  const int64_t offset = static_cast<int64_t>(row) * C::kHeadDim + at.column;
+  if (active) store_row(out, offset, C::kHalf, narrow(rotated));
+}
+
+// Writes the query, and the query rotated for the pinned sink frames. All lanes of the warp as in
+// write_key.
+template <class C>
+HOPPER_DEVICE void write_query(const KvAppendParams& params, const Place& at, bool active,
+                               const RawPair& raw, float scale) {
+  const FloatPair q = normalize<C>(raw, params.q_weight, at, scale);
+  write_rotated<C>(params, at, active, q, params.cos, params.sin, params.q_out);
   if (params.q_sink_out == nullptr) return;
-  store_row(params.q_sink_out, out, kHalf, rotate(q, params.cos_sink, params.sin_sink, angle));
+  write_rotated<C>(params, at, active, q, params.cos_sink, params.sin_sink, params.q_sink_out);
 }
 
 // Spreads lanes over all rows, and norms each row by itself.
-template <int kHeadDim, typename Weight>
+template <class C>
 HOPPER_DEVICE void append_heads(const KvAppendParams& params) {
-  constexpr int kHalf = kHeadDim / 2, kRowLanes = kLanes<kHeadDim>;
-  constexpr int kRowsPerWarp = 32 / kRowLanes, kRowsPerBlock = kThreads / kRowLanes;
+  constexpr int kRowsPerBlock = kThreads / C::kRowLanes;
   const int slot = first_slot(params);
-  const int column = threadIdx.x % kRowLanes * kVector;
+  const int column = threadIdx.x % C::kRowLanes * kVector;
   // 32-bit counts: dividing 64-bit ones costs more than the norm.
   const int heads = params.heads, tokens = params.tokens;
   const int rows = params.batch * tokens * heads;
   const int stride = gridDim.x * kRowsPerBlock;
-  int row = blockIdx.x * kRowsPerBlock + threadIdx.x / kRowLanes;
-  // The whole warp enters or leaves the loop together, as the norm's shuffles need: lanes past the
-  // last row redo that row and store nothing.
-  for (int first = row / kRowsPerWarp * kRowsPerWarp; first < rows;
+  int row = blockIdx.x * kRowsPerBlock + threadIdx.x / C::kRowLanes;
+  // The whole warp enters or leaves the loop together, as shuffles need: lanes past the last row
+  // redo that row and store nothing.
+  for (int first = row / C::kRowsPerWarp * C::kRowsPerWarp; first < rows;
        first += stride, row += stride) {
-    const int here = row < rows ? row : rows - 1;
+    const bool active = row < rows;
+    const int here = active ? row : rows - 1;
     const Place at{here / heads / tokens, here / heads % tokens, here % heads, column};
-    // Load everything before the first use
-    const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), kHalf);
-    const RawPair k = load_row(params.k, offset_of(params.k_strides, at, at.token), kHalf);
-    const RawPair v = load_row(params.v, offset_of(params.v_strides, at, at.token), kHalf);
-    const float q_sum = sum_over(sum_of_squares(q), kRowLanes);
-    const float k_sum = sum_over(sum_of_squares(k), kRowLanes);
-    if (row != here) continue;
     const int stored = cache_row(params, slot, at.token);
-    write_value(params, at, stored, kHalf, v);
-    write_key<kHeadDim, false, Weight>(params, at, stored, k,
-                                       rsqrt_approx(k_sum / kHeadDim + params.eps));
-    write_query<kHeadDim, false, Weight>(params, at, q,
-                                         rsqrt_approx(q_sum / kHeadDim + params.eps));
+    // Load everything before the first use
+    const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), C::kHalf);
+    const RawPair k = load_row(params.k, offset_of(params.k_strides, at, at.token), C::kHalf);
+    if constexpr (!C::kE4m3) {
+      const RawPair v = load_row(params.v, offset_of(params.v_strides, at, at.token), C::kHalf);
+      if (active) write_value(params, at, stored, C::kHalf, v);
+    }
+    const float q_sum = sum_over(sum_of_squares(q), C::kRowLanes);
+    const float k_sum = sum_over(sum_of_squares(k), C::kRowLanes);
+    write_key<C>(params, at, active, stored, k, rsqrt_approx(k_sum / C::kHeadDim + params.eps));
+    write_query<C>(params, at, active, q, rsqrt_approx(q_sum / C::kHeadDim + params.eps));
   }
 }
 
 // Gives a block to each token, and norms the token across its heads. The second read of q and k is
 // from L1.
-template <int kHeadDim, typename Weight>
-HOPPER_DEVICE void append_tokens(const KvAppendParams& params) {
-  constexpr int kHalf = kHeadDim / 2, kRowLanes = kLanes<kHeadDim>;
-  HOPPER_SHARED(shared);
-  auto* warp_sums = reinterpret_cast<float2*>(shared);  // of q and k; two places that alternate
+template <class C>
+HOPPER_DEVICE void append_tokens(const KvAppendParams& params, void* shared) {
+  auto* warp_sums = static_cast<float2*>(shared);  // of q and k; two places that alternate
   const int slot = first_slot(params);
-  const int column = threadIdx.x % kRowLanes * kVector;
+  const int column = threadIdx.x % C::kRowLanes * kVector;
   const int heads = params.heads, tokens = params.tokens, all_tokens = params.batch * tokens;
-  const int first = threadIdx.x / kRowLanes, stride = blockDim.x / kRowLanes;
+  const int own = threadIdx.x / C::kRowLanes, stride = blockDim.x / C::kRowLanes;
   const int warps = blockDim.x / 32;
   int turn = 0;
   for (int token = blockIdx.x; token < all_tokens; token += gridDim.x, turn ^= 1) {
-    Place at{token / tokens, token % tokens, first, column};
+    Place at{token / tokens, token % tokens, own, column};
     const int stored = cache_row(params, slot, at.token);
     float q_sum = 0.0f, k_sum = 0.0f;
     for (; at.head < heads; at.head += stride) {
-      const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), kHalf);
-      const RawPair k = load_row(params.k, offset_of(params.k_strides, at, at.token), kHalf);
-      const RawPair v = load_row(params.v, offset_of(params.v_strides, at, at.token), kHalf);
+      const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), C::kHalf);
+      const RawPair k = load_row(params.k, offset_of(params.k_strides, at, at.token), C::kHalf);
+      if constexpr (!C::kE4m3) {
+        const RawPair v = load_row(params.v, offset_of(params.v_strides, at, at.token), C::kHalf);
+        write_value(params, at, stored, C::kHalf, v);
+      }
       q_sum += sum_of_squares(q);
       k_sum += sum_of_squares(k);
-      write_value(params, at, stored, kHalf, v);
     }
     q_sum = sum_over(q_sum, 32);
     k_sum = sum_over(k_sum, 32);
@@ -259,54 +161,77 @@ HOPPER_DEVICE void append_tokens(const KvAppendParams& params) {
       q_sum += sums[warp].x;
       k_sum += sums[warp].y;
     }
-    const float width = heads * kHeadDim;
+    const float width = heads * C::kHeadDim;
     const float q_scale = rsqrt_approx(q_sum / width + params.eps);
     const float k_scale = rsqrt_approx(k_sum / width + params.eps);
-    for (at.head = first; at.head < heads; at.head += stride) {
-      const RawPair k = load_row(params.k, offset_of(params.k_strides, at, at.token), kHalf);
-      write_key<kHeadDim, true, Weight>(params, at, stored, k, k_scale);
-      const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), kHalf);
-      write_query<kHeadDim, true, Weight>(params, at, q, q_scale);
+    // The warp stays together, as in append_heads
+    HOPPER_UNROLL_BY(1)
+    for (int head = own; head - own % C::kRowsPerWarp < heads; head += stride) {
+      const bool active = head < heads;
+      at.head = active ? head : heads - 1;
+      const RawPair q = load_row(params.q, offset_of(params.q_strides, at, at.token), C::kHalf);
+      write_query<C>(params, at, active, q, q_scale);
+      const RawPair k = load_row(params.k, offset_of(params.k_strides, at, at.token), C::kHalf);
+      write_key<C>(params, at, active, stored, k, k_scale);
     }
   }
 }
 
-template <int kHeadDim, bool kAcrossHeads, typename Weight>
+template <class C>
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
     kv_append_kernel(const HOPPER_GRID_CONSTANT KvAppendParams params) {
-  if constexpr (kAcrossHeads) {
-    append_tokens<kHeadDim, Weight>(params);
+  HOPPER_SHARED(shared);
+  // Ends with a barrier: shared memory is free again
+  if constexpr (C::kE4m3) append_values<C::kHeadDim>(params, shared);
+  if constexpr (C::kAcrossHeads) {
+    append_tokens<C>(params, shared);
   } else {
-    append_heads<kHeadDim, Weight>(params);
+    append_heads<C>(params);
   }
 }
 
-template <int kHeadDim, typename Weight>
-const char* launch(const KvAppendParams& params, int multiprocessors, void* stream) {
+template <class C>
+const char* launch_kernel(const KvAppendParams& params, int multiprocessors, void* stream) {
   const int64_t tokens = params.batch * params.tokens;
-  if (params.across_heads) {
-    // At most the warps that hold one token, and as many blocks as the registers allow.
-    const int64_t lanes = (params.heads * kLanes<kHeadDim> + 31) / 32 * 32;
-    const int threads = std::min<int64_t>(lanes, kThreads);
-    const int64_t resident = kBlocksPerSm * kThreads / threads * multiprocessors;
-    const auto kernel = kv_append_kernel<kHeadDim, true, Weight>;
-    return HOPPER_LAUNCH(kernel, dim3(std::min(tokens, resident)), dim3(threads),
-                         2 * kWarps * sizeof(float2), stream, params);
+  int threads = kThreads;
+  int64_t blocks = 0;
+  if (C::kAcrossHeads) {
+    // At most the warps that hold one token
+    threads = std::min((params.heads * C::kRowLanes + 31) / 32 * 32, kThreads);
+    blocks = tokens;
+  } else {
+    constexpr int64_t kRowsPerBlock = kThreads / C::kRowLanes;
+    blocks = (tokens * params.heads + kRowsPerBlock - 1) / kRowsPerBlock;
   }
-  constexpr int64_t kRowsPerBlock = kThreads / kLanes<kHeadDim>;
-  const int64_t blocks = (tokens * params.heads + kRowsPerBlock - 1) / kRowsPerBlock;
-  const int64_t resident = kBlocksPerSm * multiprocessors;
-  const auto kernel = kv_append_kernel<kHeadDim, false, Weight>;
-  return HOPPER_LAUNCH(kernel, dim3(std::min(blocks, resident)), dim3(kThreads), 0, stream, params);
+  // As many blocks as the registers allow
+  const int64_t resident = kBlocksPerSm * kThreads / threads * multiprocessors;
+  size_t shared_bytes = C::kAcrossHeads ? 2 * kWarps * sizeof(float2) : 0;
+  if (C::kE4m3) shared_bytes = std::max(shared_bytes, sizeof(ValueTile<C::kHeadDim>));
+  return HOPPER_LAUNCH(kv_append_kernel<C>, dim3(std::min(blocks, resident)), dim3(threads),
+                       shared_bytes, stream, params);
+}
+
+template <int kHeadDim, bool kE4m3, typename Weight>
+const char* launch(const KvAppendParams& params, int multiprocessors, void* stream) {
+  const auto start = params.across_heads ? launch_kernel<Config<kHeadDim, true, kE4m3, Weight>>
+                                         : launch_kernel<Config<kHeadDim, false, kE4m3, Weight>>;
+  return start(params, multiprocessors, stream);
+}
+
+template <bool kE4m3>
+const char* launch(const KvAppendParams& params, int multiprocessors, void* stream) {
+  const bool wide = params.head_dim == 128;
+  const auto start = params.float_weights
+                         ? (wide ? launch<128, kE4m3, float> : launch<64, kE4m3, float>)
+                         : (wide ? launch<128, kE4m3, uint16_t> : launch<64, kE4m3, uint16_t>);
+  return start(params, multiprocessors, stream);
 }
 
 }  // namespace
 
 const char* launch_kv_append_sm90(const KvAppendParams& params, int multiprocessors, void* stream) {
-  const bool wide = params.head_dim == 128;
-  const auto start = params.float_weights ? (wide ? launch<128, float> : launch<64, float>)
-                                          : (wide ? launch<128, uint16_t> : launch<64, uint16_t>);
-  return start(params, multiprocessors, stream);
+  const bool e4m3 = params.k_scale != nullptr;
+  return (e4m3 ? launch<true> : launch<false>)(params, multiprocessors, stream);
 }
 
 }  // namespace aapt

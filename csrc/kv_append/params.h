@@ -19,9 +19,15 @@ struct KvAppendParams {
   // float32, (tokens, head_dim / 2), contiguous; null: no rotation.
   const float *cos, *sin;
   const float *cos_sink, *sin_sink;
-  // One layer of the cache: BF16, (batch, capacity, heads, head_dim).
+  // One layer of the cache, (batch, capacity, heads, head_dim): BF16, or E4M3 if it has scales.
   void *k_cache, *v_cache;
   Strides k_cache_strides, v_cache_strides;
+  // E4M3 only: v is stored with stride 1 between tokens and this one, a multiple of 16, between
+  // columns.
+  int64_t v_cache_column_stride;
+  // float32, (heads,): the cache stores k / k_scale and v / v_scale; null: as they are.
+  const float *k_scale, *v_scale;
+  bool use_hadamard;
   // Index of the first new frame; on the device, so that a captured step can be replayed.
   const int64_t* step;
   int text_tokens, tokens_per_frame, sink_frames, ring_frames;  // of fewer than 2^31 tokens

@@ -290,6 +290,21 @@ inline uint32_t round_to_bf16(float value) {
 inline uint32_t pack_bf16(float low, float high) {
   return round_to_bf16(low) | round_to_bf16(high) << 16;
 }
+inline uint32_t round_to_e4m3(float value) {
+  const uint32_t sign = bits_from_float(value) >> 24 & 128;
+  if (value != value) return 0x7F;
+  int exponent;
+  const float size = fminf(fabsf(value), 448.0f);
+  frexpf(size, &exponent);
+  const float spacing = ldexpf(1.0f, (exponent > -5 ? exponent : -5) - 4);
+  const float rounded = nearbyintf(size / spacing) * spacing;
+  if (rounded < 0.015625f) return sign | static_cast<uint32_t>(rounded * 512.0f);
+  return sign | ((bits_from_float(rounded) >> 20) - (120u << 3));
+}
+inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  return round_to_e4m3(x0) | round_to_e4m3(x1) << 8 | round_to_e4m3(x2) << 16 |
+         round_to_e4m3(x3) << 24;
+}
 inline uint32_t multiply_add_bf16(uint32_t a, uint32_t b, uint32_t c) {
   const auto low = [](uint32_t pair) { return float_from_bits(pair << 16); };
   const auto high = [](uint32_t pair) { return float_from_bits(pair & 0xFFFF0000u); };

@@ -8,13 +8,11 @@
 #include "sim/collective.h"
 #include "sim/races.h"
 #include "sim/swizzle.h"
+#include "sim/tensor_core.h"
 #include "sim/wgmma_registers.h"
 
 namespace aapt::sim {
 namespace {
-
-constexpr int kRows = 16;  // of the 64 rows, per warp
-constexpr int kMaxN = 256, kMaxK = 32;
 
 struct Instruction {
   WgmmaShape shape;
@@ -153,7 +151,7 @@ float element(const uint8_t* at, bool e4m3) {
   return from_bf16(bits);
 }
 
-float a_tile[kRows][kMaxK], b_tile[kMaxK][kMaxN], d_tile[kRows][kMaxN];
+Product product;
 
 // Four registers of lane l: rows l / 4 and l / 4 + 8, then both again 16 bytes further along K.
 void unpack_a_registers(const Instruction& it) {
@@ -164,7 +162,7 @@ void unpack_a_registers(const Instruction& it) {
       const int k = (lane % 4 + j / 2 * 4) * per_register;
       const auto bytes = reinterpret_cast<const uint8_t*>(&it.a_values[lane][j]);
       for (int e = 0; e < per_register; ++e) {
-        a_tile[row][k + e] = element(bytes + e * element_bytes(it.shape), it.shape.e4m3);
+        product.a[row][k + e] = element(bytes + e * element_bytes(it.shape), it.shape.e4m3);
       }
     }
   }
@@ -180,20 +178,6 @@ void unpack_shared(const Operand& operand, int first, int last, bool e4m3, Store
   });
 }
 
-// Not fused, so that sums are equal on every machine.
-__attribute__((target_clones("avx2", "default"))) void multiply_add(int n, int k) {
-  for (int row = 0; row < kRows; ++row) {
-    for (int j = 0; j < k; ++j) {
-      const float a = a_tile[row][j];
-      const float* b = b_tile[j];
-      float* d = d_tile[row];
-      for (int column = 0; column < n; column += 8) {
-        for (int i = column; i < column + 8; ++i) d[i] += a * b[i];
-      }
-    }
-  }
-}
-
 // The lane and the register of an element of the accumulator fragment.
 int fragment_lane(int row, int column) { return row % 8 * 4 + column % 8 / 2; }
 int fragment_register(int row, int column) { return column / 8 * 4 + row / 8 * 2 + (column & 1); }
@@ -202,16 +186,16 @@ void compute(int warp, Instruction& it) {
   if (it.computed) return;
   it.computed = true;
   ++statistics().wgmmas;
-  const int n = it.shape.n, k = depth(it.shape);
+  const int n = it.shape.n;
   unpack_shared(operand_b(it), 0, n, it.shape.e4m3,
-                [](int i, int k, float value) { b_tile[k][i] = value; });
+                [](int i, int k, float value) { product.b[k][i] = value; });
   if (it.a_in_registers) {
     unpack_a_registers(it);
   } else {
     // A piece of an MN-major operand may begin before a warp's rows, but never straddles them.
     const int first = warp % 4 * kRows;
     unpack_shared(operand_a(it), first, first + kRows, it.shape.e4m3,
-                  [&](int i, int k, float value) { a_tile[i - first][k] = value; });
+                  [&](int i, int k, float value) { product.a[i - first][k] = value; });
   }
   float* values[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -221,14 +205,14 @@ void compute(int warp, Instruction& it) {
   }
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < n; ++column) {
-      d_tile[row][column] =
+      product.d[row][column] =
           it.accumulate ? values[fragment_lane(row, column)][fragment_register(row, column)] : 0.0f;
     }
   }
-  multiply_add(n, k);
+  it.shape.e4m3 ? multiply_e4m3(product, n) : multiply_bf16(product, n, depth(it.shape));
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < n; ++column) {
-      values[fragment_lane(row, column)][fragment_register(row, column)] = d_tile[row][column];
+      values[fragment_lane(row, column)][fragment_register(row, column)] = product.d[row][column];
     }
   }
 }

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from aapt.model.wan import WanTransformer
 
+from .plain_unipc import told, unipc
+
 
 def float_of(x: Tensor) -> Tensor:
     """Wan computes norms and modulation in float32 at least."""
@@ -74,8 +76,8 @@ class PlainWan:
         return torch.cat([rotated.real, rotated.imag], dim=-1).to(x.dtype)
 
     def run(self, x: Tensor, t: Tensor, *channels: Tensor) -> tuple[Tensor, list]:
-        """Runs the next frames x (B, C, n, H, W) at t (B,): the output, and keys and values of the
-        new frames, layer by layer."""
+        """Runs the next frames x (B, C, n, H, W) at t, (B,) or (B, n): the output, and keys and
+        values of the new frames, layer by layer."""
         net, config = self.net, self.net.config
         batch, _, n, height, width = x.shape
         p = config.patch
@@ -85,7 +87,8 @@ class PlainWan:
         tokens = net.video_in(patches.flatten(4, 6).flatten(1, 3))
 
         frequency = 10_000.0 ** (-torch.arange(128).double() / 128)
-        angles = 1000 * t.double()[:, None] * frequency
+        t = t.double() if t.dim() == 2 else t.double()[:, None].expand(-1, n)
+        angles = 1000 * t.repeat_interleave(grid[0] * grid[1], dim=1)[..., None] * frequency
         waves = torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)
         time = net.time.down(F.silu(net.time.up(waves)))
         shared = net.video_modulation(F.silu(time)).unflatten(-1, (6, -1))
@@ -97,8 +100,8 @@ class PlainWan:
         made = []
         for layer, block in enumerate(net.blocks):
             video, cross = block.video, block.cross
-            m = float_of(shared + video.modulation_bias)[:, :, None]
-            y = (layer_norm(tokens) * (1 + m[:, 1]) + m[:, 0]).to(x.dtype)
+            m = float_of(shared + video.modulation_bias).unbind(-2)
+            y = (layer_norm(tokens) * (1 + m[1]) + m[0]).to(x.dtype)
             q, k, v = video.qkv(y).chunk(3, dim=-1)
             q, k = rms_norm(q, video.q_norm), rms_norm(k, video.k_norm)
             q, k, v = (part.unflatten(-1, (config.heads, -1)) for part in (q, k, v))
@@ -110,7 +113,7 @@ class PlainWan:
             values = torch.cat([known[i][1] for i in seen], dim=1)
             q = self.rotate(q, [place[i] for i in new], grid)
             keys = self.rotate(keys, [place[i] for i in seen], grid)
-            tokens = self.add(tokens, m[:, 2], video.out(attention(q, keys, values)))
+            tokens = self.add(tokens, m[2], video.out(attention(q, keys, values)))
 
             y = (layer_norm(tokens) * cross.norm.weight + cross.norm.bias).to(x.dtype)
             k, v = cross.text_kv(self.words).chunk(2, dim=-1)
@@ -118,10 +121,10 @@ class PlainWan:
             q, k, v = (part.unflatten(-1, (config.heads, -1)) for part in (q, k, v))
             tokens = tokens + cross.out(attention(q, k, v))
 
-            y = (layer_norm(tokens) * (1 + m[:, 4]) + m[:, 3]).to(x.dtype)
+            y = (layer_norm(tokens) * (1 + m[4]) + m[3]).to(x.dtype)
             hidden = F.gelu(video.mlp_up(y), approximate="tanh")
-            tokens = self.add(tokens, m[:, 5], video.mlp_down(hidden))
-        shift, scale = (float_of(net.out_table + time[:, None]))[:, :, None].unbind(1)
+            tokens = self.add(tokens, m[5], video.mlp_down(hidden))
+        shift, scale = float_of(net.out_table + time[:, :, None]).unbind(-2)
         y = net.video_out((layer_norm(tokens) * (1 + scale) + shift).to(x.dtype))
         y = y.unflatten(1, (n, *grid)).unflatten(-1, (p, p, -1))
         return y.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4), made
@@ -134,6 +137,17 @@ class PlainWan:
         """Ends a step: its frames are part of the past."""
         for known, pairs in zip(self.keys, made, strict=True):
             known.extend(pairs)
+
+    def unipc_chunk(self, noise: Tensor, times: list[float]) -> Tensor:
+        """Makes a chunk from noise (B, C, n, H, W) with UniPC, refreshed at time 0."""
+
+        def estimate(x: Tensor, time: float) -> Tensor:
+            t = torch.full((len(x),), told(time), dtype=torch.float64)
+            return x - time * self.run(x, t)[0]
+
+        clean = unipc(estimate, noise, times)
+        self.keep(self.run(clean, torch.zeros(len(clean), dtype=torch.float64))[1])
+        return clean
 
     def chunk(
         self, noise: Tensor, times: list[float], refresh: float | None, *channels: Tensor

@@ -115,15 +115,16 @@ def test_a_dry_run_records_every_case(tmp_path):
     assert results.facts["dry_run"] and results.facts["versions"]["torch"]
     assert results.facts["date"] and {row["group"] for row in results.rows} == {"kernels"}
     figures = {row["case"].split("::")[1].split("[")[0]: row["result"] for row in results.rows}
-    assert set(figures) == {"test_kv_append", "test_copy", "test_copy_within_l2", "test_aapt_8b"}
+    copies = {"test_copy", "test_copy_within_l2"}
+    assert set(figures) == {"test_kv_append", "test_kv_append_float8", *copies, "test_aapt_8b"}
     append = figures["test_kv_append"]
     assert append["ours"]["us"] > 0 and append["ours"]["gb_per_s"] > 0
     assert append["peers"]["composition, compiled"]["difference"] < 0.02
     assert append["ceilings"]["a copy of as many bytes"]["us"] > 0
     assert figures["test_aapt_8b"]["phases_ms"]["products"] > 0
-    assert "4 passed" in done.stdout
+    assert "5 passed" in done.stdout
     page = path.with_suffix(".txt").read_text()
-    assert "kernels: 4 passed" in page and page in done.stdout
+    assert "kernels: 5 passed" in page and page in done.stdout
     assert "decoder_model, device memory: 4.3 TB/s, not measured" in page  # a CPU says nothing
 
 

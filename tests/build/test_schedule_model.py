@@ -18,10 +18,12 @@ def model(monkeypatch):
 @pytest.mark.parametrize("multiprocessors", [1, 7, 132])
 @pytest.mark.parametrize("heads", [1, 3, 24])
 @pytest.mark.parametrize("intervals", [(1,), (512, 129), (7, 3 * 1196)])
-@pytest.mark.parametrize("queries", [1, 64, 65, 128, 129, 1196])
-def test_every_step_is_done_once(model, queries, intervals, heads, multiprocessors):
-    shape = model.Shape(queries, intervals, heads)
+@pytest.mark.parametrize(("queries", "warpgroups"), [(1, 2), (64, 2), (65, 2), (1196, 2), (193, 3)])
+def test_every_step_is_done_once(model, queries, warpgroups, intervals, heads, multiprocessors):
+    shape = model.Shape(queries, intervals, heads, warpgroups=warpgroups)
     shares = model.pieces(shape, multiprocessors)
+    reads = sum(piece.key_tiles(shape) for share in shares for piece in share)
+    assert reads == heads * shape.key_tiles * len(shape.tile_steps)
     done = {}
     for share in shares:
         for piece in share:
@@ -45,6 +47,12 @@ def test_a_tail_costs_half_up_to_64_rows(model):
     assert model.Shape(128 + 65, keys, 1).tile_steps == [5, 5]
     assert model.Shape(64, keys, 1).tile_steps == [3]
     assert model.Shape(128, keys, 1).tile_steps == [5]
+
+
+def test_a_tail_of_three_warpgroups_costs_a_third_up_to_64_rows(model):
+    keys = (5 * 128 - 1,)
+    for queries, steps in ((192 + 64, [5, 2]), (192 + 65, [5, 5]), (64, [2]), (192, [5])):
+        assert model.Shape(queries, keys, 1, warpgroups=3).tile_steps == steps
 
 
 def test_a_gap_after_the_text_costs_a_tile(model):
@@ -101,17 +109,23 @@ def kernel_schedule(tmp_path_factory):
 
 @pytest.mark.parametrize("ctas", [1, 5, 132])
 @pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("warpgroups", [2, 3])
 @pytest.mark.parametrize(("queries", "text", "frames"), [(1196, 512, 32), (44, 7, 9), (129, 0, 3)])
-def test_the_kernel_follows_the_model(model, kernel_schedule, queries, text, frames, heads, ctas):
+def test_the_kernel_follows_the_model(
+    model, kernel_schedule, queries, text, frames, warpgroups, heads, ctas
+):
     batch = 2
-    shape = model.Shape(queries, (text + frames * queries,), heads, batch=batch)
+    keys = (text + frames * queries,)
+    shape = model.Shape(queries, keys, heads, batch=batch, warpgroups=warpgroups)
     expected = [
         (cta, piece.tile, piece.steps, piece.whole, piece.narrow, piece.keys(shape, 0)[0][1])
         for cta, share in enumerate(model.pieces(shape, ctas))
         for piece in share
     ]
-    rows = kernel_schedule(queries, text, frames, heads, batch, ctas)
-    steps = [(count + narrow) // (1 + narrow) for _, _, _, count, _, _, narrow, *_ in rows]
+    rows = kernel_schedule(queries, text, frames, heads, batch, ctas, warpgroups)
+    steps = [
+        -(-count // warpgroups) if narrow else count for _, _, _, count, _, _, narrow, *_ in rows
+    ]
     assert expected == [
         (cta, tile, count, bool(whole), bool(narrow), begins)
         for (cta, tile, _, _, _, whole, narrow, begins, *_), count in zip(rows, steps, strict=True)

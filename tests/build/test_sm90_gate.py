@@ -79,7 +79,7 @@ def test_built_kernels_are_clean():
         assert any(part in kernel.name for kernel in kernels), f"{part}: not in the library"
     for kernel in kernels:
         if any(part in kernel.name for part in OVERLAPPED):
-            assert kernel.threads == 384 and read_tensor(kernel).barriers >= 12
+            assert kernel.threads in (384, 512) and read_tensor(kernel).barriers >= 12
     assert len(format_tensor_table(kernels).splitlines()) > len(OVERLAPPED)
 
 

@@ -34,13 +34,13 @@ def kernel_work(tmp_path_factory):
     command = ["g++", "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True)
 
-    def work(layout, pinned=False, rows=80, heads=1, ctas=3, text=None):
+    def work(layout, pinned=False, rows=80, heads=1, ctas=3, text=None, query_rows=128):
         frames = layout.key_frames
         window = frames if layout.window_frames is None else min(layout.window_frames, frames)
         numbers = (
             *(layout.text_tokens, layout.tokens_per_frame, layout.frames),
             *(frames - layout.frames, window, min(layout.sink_frames, frames)),
-            *(int(pinned), rows, heads, ctas),
+            *(int(pinned), query_rows, rows, heads, ctas),
             *([] if text is None else [text]),
         )
         done = subprocess.run([program, *map(str, numbers)], check=True, capture_output=True)
@@ -54,17 +54,17 @@ def kernel_work(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", [None, 0, 2])
-@pytest.mark.parametrize("rows", [80, 128])
+@pytest.mark.parametrize(("query_rows", "rows"), [(128, 80), (192, 128)])
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_tiles_cover_the_mask_once(kernel_work, layout, pinned, rows, text):
+def test_tiles_cover_the_mask_once(kernel_work, layout, pinned, query_rows, rows, text):
     """Each element that is seen is in exactly one tile; a clean tile shows nothing else."""
     text = None if text is None else min(text, layout.text_tokens)
-    lines = kernel_work(layout, pinned, rows, text=text)
+    lines = kernel_work(layout, pinned, rows, text=text, query_rows=query_rows)
     mask = layout.dense_mask()
     if text is not None:
         mask[:, text : layout.text_tokens] = False
-    for kind, height in (("F", 128), ("B", rows)):
+    for kind, height in (("F", query_rows), ("B", rows)):
         covered = torch.zeros_like(mask, dtype=torch.int32)
         for row, key, end, clean in lines[kind]:
             part = (slice(row, row + height), slice(key, end))
@@ -90,8 +90,12 @@ LARGE = [
 @pytest.mark.parametrize("layout", LARGE, ids=str)
 def test_the_kernel_follows_the_model(model, shapes, kernel_work, layout, pinned, head_dim, heads):
     shape, ctas = shapes.TrainingShape(layout, heads, head_dim), 132
-    lines = kernel_work(layout, pinned, model.rows_of_backward(shape), heads, ctas)
-    queries, keys = model.query_tiles(shape, pinned)[::-1], model.key_tiles(shape, pinned)
+    query_rows = model.rows_of_forward(shape)
+    lines = kernel_work(
+        layout, pinned, model.rows_of_backward(shape), heads, ctas, query_rows=query_rows
+    )
+    queries = model.query_tiles(shape, query_rows, pinned)[::-1]
+    keys = model.key_tiles(shape, pinned)
     for kind, tiles in (("f", queries), ("b", keys)):
         expected = [
             (cta, pair, tile.row, tile.count, tile.clean)

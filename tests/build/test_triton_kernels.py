@@ -34,14 +34,18 @@ from aapt_kernels.qk_norm_rope import triton_kernels as norm_rope  # noqa: E402
 SLOW = pytest.mark.slow
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FLOAT32 = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink", "dq_weight", "dk_weight")
-FLOAT32 += ("lse", "parts", "part_lses", "dlse", "stats")
+FLOAT32 += ("k_scale", "v_scale", "lse", "parts", "part_lses", "dlse", "stats")
 POINTERS = ("q", "k", "v", "k_cache", "v_cache", "q_sink", "q_out", "k_out", "q_sink_out", "out")
 POINTERS += ("x", "past", "weight", "norm_weight", "bias", "residual", "next_norm_weight", "active")
 POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out", "dv", "dout")
 
 
-def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=()):
+def build(
+    kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=(), caches=None
+):
     types = dict.fromkeys(POINTERS, TYPES[dtype]) | dict.fromkeys(FLOAT32, "*fp32")
+    if caches:
+        types |= dict.fromkeys(("k_cache", "v_cache"), caches)
     types |= {"step": "*i64", "text_lens": "*i64", "scale": "fp32"}
     signature = launch_signature(kernel, types, constants)
     compiled = compile_ahead(
@@ -113,11 +117,31 @@ def test_memory_bound_kernels_move_16_bytes_per_access(kernel, heads, across, si
     if not sink:
         optional = {"cos_sink", "sin_sink", "dq_sink"}
         constants |= dict.fromkeys(optional & set(kernel.arg_names))
+    if kernel is append.kv_append_kernel:
+        constants |= dict(k_scale=None, v_scale=None, KEYS=append.KEYS, HADAMARD=False)
     (compiled,) = build(kernel, q.dtype, constants, capability, num_warps)
     assert find_failures([compiled], {}) == []
     counters = "step" in kernel.arg_names
     assert compiled.count("LDG") == compiled.count("LDG.E.128") + counters
     assert compiled.count("STG.E.128") >= 4 + 2 * sink * ("q_sink_out" in kernel.arg_names)
+
+
+@pytest.mark.parametrize(
+    ("heads", "across", "capability"),
+    [(24, False, 90), (40, True, 90), (24, False, 89), (12, True, 89)],  # 40 heads spill on sm_89
+)
+def test_appending_to_float8_multiplies_by_the_hadamard_matrix(heads, across, capability):
+    """The matrix on tensor cores, conversions by the instruction; no spills."""
+    kernel = append.kv_append_kernel
+    q = torch.empty(1, 1196, heads, 128, dtype=torch.bfloat16)
+    _, constants = norm_rope.tiling(q, torch.empty(*[heads] * across, 128), 1e-6)
+    num_warps = constants.pop("num_warps")
+    constants |= dict(KEYS=append.KEYS, HADAMARD=True)
+    (compiled,) = build(kernel, q.dtype, constants, capability, num_warps, caches="*fp8e4nv")
+    assert find_failures([compiled], {}) == []
+    assert compiled.count("HMMA") + compiled.count("HGMMA") > 0
+    assert compiled.count("F2FP") > 0
+    assert compiled.count("STG.E.128") >= 4
 
 
 def attention_cases():

@@ -39,3 +39,25 @@ def spec_mask(layout, text_lens=None):
             for length in lengths
         ]
     ).reshape(len(lengths), len(queries), len(keys))
+
+
+def rotate(x, cos, sin):
+    """Half-split rotation in float64; x (B, L, H, D), cos and sin (L, D / 2)."""
+    low, high = x.double().chunk(2, dim=-1)
+    cos, sin = cos.double()[:, None], sin.double()[:, None]
+    return torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)
+
+
+def normalize(x, weight, eps):
+    """RMSNorm in float64, over head_dim for a weight (D,), over all heads of a token for (H, D)."""
+    x = x.double()
+    mean = x.square().mean((-1,) if weight.dim() == 1 else (-2, -1), keepdim=True)
+    return x * torch.rsqrt(mean + eps) * weight.double()
+
+
+def hadamard_matrix(size):
+    """The Hadamard matrix over sqrt(size) in float64, by Sylvester's construction."""
+    result = torch.ones(1, 1, dtype=torch.float64)
+    while len(result) < size:
+        result = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), result)
+    return result / size**0.5

@@ -137,6 +137,14 @@ def test_frame_lengths(kernel, schedule, tokens):
     case.check_backward()
 
 
+@pytest.mark.parametrize("tokens", [63, 65, 127, 191, 192, 193])
+def test_frame_lengths_of_three_warpgroups(kernel, schedule, tokens):
+    """The forward of head_dim 64, whose query tiles have 192 rows."""
+    schedule(multiprocessors=4, seed=tokens, tma=tokens % 3, wgmma=tokens % 2 * 2)
+    frames = 2 if tokens > 64 else 5
+    Case(kernel, FrameLayout(9, tokens, frames, 1), text_lens=[5]).check_forward()
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_every_sample_has_its_own_text(kernel, schedule, deterministic):
     schedule(multiprocessors=5, seed=2)

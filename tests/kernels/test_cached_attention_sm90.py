@@ -85,7 +85,7 @@ class Case:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("tokens", [1, 60, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("tokens", [1, 60, 64, 65, 127, 128, 129, 192, 193])
 def test_frame_lengths(kernel, schedule, tokens, head_dim):
     schedule(multiprocessors=3, seed=tokens)
     Case(kernel, tokens=tokens, head_dim=head_dim, step=3, text_tokens=17, text_lens=[9]).check()
@@ -127,7 +127,8 @@ def test_a_workspace_is_left_as_it_was_found(kernel, schedule):
         case.cache.workspace = workspace
         case.check()
         assert workspace.any()  # query tiles were shared
-        blocks = 2 * math.ceil(3 * 130 / 128) * 2  # of two heads, for as many frames as fit
+        # 64 rows each of tiles of 192, of two heads, for as many frames as fit
+        blocks = 2 * math.ceil(3 * 130 / 192) * 3
         assert not workspace[:blocks].any()
     twin = first.cache.clone()
     assert twin.workspace is None  # a snapshot has no use for it
@@ -168,19 +169,29 @@ def test_every_sample_has_its_own_text(kernel, schedule):
     ).check()
 
 
+@pytest.mark.parametrize(("tokens", "head_dim"), [(250, 64), (190, 128)])
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 5, 8, 13, 132])
-def test_any_number_of_shares(kernel, schedule, multiprocessors):
+def test_any_number_of_shares(kernel, schedule, multiprocessors, tokens, head_dim):
     """Query tiles are cut anywhere: between key tiles, over many CTAs, in the narrow last one."""
     schedule(multiprocessors=multiprocessors, seed=multiprocessors)
-    Case(kernel, tokens=190, heads=3, step=6, window_frames=4, text_tokens=8).check()
+    Case(
+        kernel,
+        tokens=tokens,
+        heads=3,
+        head_dim=head_dim,
+        step=6,
+        window_frames=4,
+        text_tokens=8,
+    ).check()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("wgmma", [0, 2])
 @pytest.mark.parametrize("tma", [0, 1, 2])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_any_order_of_completion(kernel, schedule, seed, tma, wgmma):
+def test_any_order_of_completion(kernel, schedule, seed, tma, wgmma, head_dim):
     schedule(multiprocessors=5, seed=seed, tma=tma, wgmma=wgmma, shuffle_blocks=True)
-    Case(kernel, tokens=150, head_dim=128, step=4, text_tokens=20, text_lens=[7]).check()
+    Case(kernel, tokens=150, head_dim=head_dim, step=4, text_tokens=20, text_lens=[7]).check()
 
 
 def test_the_order_of_ctas_does_not_change_a_bit(kernel, schedule):
@@ -194,9 +205,10 @@ def test_the_order_of_ctas_does_not_change_a_bit(kernel, schedule):
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("seed", range(6))
-def test_many_narrow_tiles_in_a_row(kernel, schedule, seed):
-    """A warpgroup that skips the other's key tile must not let it be refilled before all its lanes
+def test_many_narrow_tiles_in_a_row(kernel, schedule, seed, head_dim):
+    """A warpgroup that skips another's key tile must not let it be refilled before all its lanes
     have seen it come."""
     schedule(multiprocessors=(4, 9, 17)[seed % 3], seed=seed, tma=seed % 3, wgmma=seed % 2 * 2)
     text = (0, 0, 64, 64, 200, 200)[seed]
@@ -205,7 +217,7 @@ def test_many_narrow_tiles_in_a_row(kernel, schedule, seed):
         kernel,
         tokens=60,
         heads=24,
-        head_dim=128,
+        head_dim=head_dim,
         text_tokens=text,
         text_lens=lens,
         pinned=bool(seed % 2),

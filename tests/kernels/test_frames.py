@@ -10,24 +10,20 @@ import torch
 from aapt_kernels import KVCache, cached_attention, kv_append, use_backend
 from aapt_kernels.backend import BackendError, interpreted, no_sim
 
+from .oracles import hadamard_matrix, rotate
+
 BATCH, HEADS, HEAD_DIM, TEXT, TOKENS = 2, 3, 8, 4, 5
 NAMES = ["triton"] if interpreted() else ["reference", "cpu"]
 FLOAT = torch.float32 if interpreted() else torch.float64
 CLOSE = dict(rtol=1e-4, atol=1e-5) if interpreted() else dict(rtol=1e-10, atol=1e-10)
 E4M3 = torch.float8_e4m3fn
-STORES_BITS = pytest.mark.skipif(interpreted(), reason="Triton takes no cache of float8")
+STORES_BITS = pytest.mark.skipif(interpreted(), reason="no attention of Triton to float8")
 
 
 @pytest.fixture(params=NAMES)
 def backend(request):
     with use_backend(request.param):
         yield request.param
-
-
-def rotate(x, cos, sin):
-    low, high = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].double(), sin[:, None].double()
-    return torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)
 
 
 def e4m3(x):
@@ -41,9 +37,19 @@ def e4m3(x):
 class Stream:
     """A cache and, beside it, every key and value that a step has appended."""
 
-    def __init__(self, window, sink, *, text_lens=(TEXT, TEXT), dtype=FLOAT, scale=(1.0, 1.0)):
+    def __init__(
+        self,
+        window,
+        sink,
+        *,
+        text_lens=(TEXT, TEXT),
+        dtype=FLOAT,
+        scale=(1.0, 1.0),
+        use_hadamard=False,
+    ):
         self.window, self.sink, self.text_lens = window, sink, text_lens
-        options = dict(dtype=dtype, compute_dtype=FLOAT)
+        options = dict(dtype=dtype, compute_dtype=FLOAT, use_hadamard=use_hadamard)
+        self.matrix = hadamard_matrix(HEAD_DIM) if use_hadamard else torch.eye(HEAD_DIM).double()
         self.cache = KVCache(
             BATCH,
             2,
@@ -72,8 +78,9 @@ class Stream:
 
     def stored(self, x, i):
         """The values that the cache keeps of keys (i = 0) or values (i = 1)."""
+        x = x.double() @ self.matrix if i == 0 else x.double()
         if self.scales is None:
-            return x.double()
+            return x
         scale = self.scales[i][:, None].double()
         return e4m3(x / scale) * scale
 
@@ -85,9 +92,8 @@ class Stream:
         tables = dict(cos_sink=cos_sink, sin_sink=sin_sink)
         rotated = kv_append(q, k, v, self.cache, 1, None, None, cos, sin, **tables)
         for ours, table in zip(rotated, ((cos, sin), (cos_sink, sin_sink)), strict=True):
-            torch.testing.assert_close(
-                ours.double(), rotate(q.double(), *table), equal_nan=True, **CLOSE
-            )
+            exact = rotate(q.double(), *table) @ self.matrix
+            torch.testing.assert_close(ours.double(), exact, equal_nan=True, **CLOSE)
         # The rotated key is rounded to the compute dtype before it is stored
         k = rotate(k.double(), cos, sin).to(FLOAT)
         new = [self.stored(x, i).split(TOKENS, dim=1) for i, x in enumerate((k, v))]
@@ -228,17 +234,65 @@ def test_frames_from_outside_must_be_those_that_are_seen():
     assert int(cache.step) == 0 and cache.k[0].isnan().all()
 
 
+@pytest.mark.parametrize("use_hadamard", [False, True])
 @pytest.mark.parametrize("frames", [1, 2])
 @pytest.mark.parametrize("clamped", [False, True])
 @STORES_BITS
-def test_a_cache_of_float8(backend, frames, clamped):
-    stream = Stream(3, 1, dtype=E4M3, scale=(0.25, 0.01), text_lens=(1, TEXT))
+def test_a_cache_of_float8(backend, frames, clamped, use_hadamard):
+    options = dict(scale=(0.25, 0.01), text_lens=(1, TEXT), use_hadamard=use_hadamard)
+    stream = Stream(3, 1, dtype=E4M3, **options)
     for _ in range(5):
         stream.step(frames, clamped)
     wanted = [0, *range(5 * frames - 3, 5 * frames)]
-    for ours, history in zip(stream.cache.prefix(1), stream.frames, strict=True):
+    k, v = (torch.cat([history[i] for i in wanted], dim=1) for history in stream.frames)
+    for ours, exact in zip(stream.cache.prefix(1), (k @ stream.matrix, v), strict=True):
         assert ours.dtype == FLOAT
-        torch.testing.assert_close(ours.double(), torch.cat([history[i] for i in wanted], dim=1))
+        torch.testing.assert_close(ours.double(), exact)
+
+
+@pytest.mark.parametrize("use_hadamard", [False, True])
+@STORES_BITS
+def test_a_float8_cache_filled_by_its_own_prefix_keeps_its_bits(use_hadamard):
+    streams = [Stream(2, 1, dtype=E4M3, use_hadamard=use_hadamard) for _ in range(2)]
+    with use_backend("cpu"):
+        for _ in range(4):
+            streams[0].step(1, False)
+    one, other = (stream.cache for stream in streams)
+    other.load_prefix(1, *one.prefix(1), 4)
+    for ours, theirs in zip(other.prefix(1), one.prefix(1), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@STORES_BITS
+def test_values_of_a_float8_cache_are_transposed_in_memory():
+    """Keys of a value's column are side by side, in rows on 16-byte boundaries; a clone's as
+    well."""
+    stream = Stream(2, 1, dtype=E4M3)
+    for cache in (stream.cache, stream.cache.clone()):
+        k, v = cache.k[1], cache.v[1]
+        assert cache.capacity == 24 and k.shape == v.shape == (BATCH, 24, HEADS, HEAD_DIM)
+        assert k.stride() == (HEADS * 32 * HEAD_DIM, HEAD_DIM, 32 * HEAD_DIM, 1)
+        assert v.stride() == (HEADS * 32 * HEAD_DIM, 1, 32 * HEAD_DIM, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(dtype=FLOAT), f"expected False for a cache of {FLOAT}, got True"),
+        (
+            dict(dtype=E4M3, head_dim=24),
+            "expected False for a head_dim of 24, which is no power of two, got True",
+        ),
+    ],
+)
+def test_caches_without_the_hadamard_matrix(options, words):
+    sizes = dict(head_dim=8) | options
+    with pytest.raises(ValueError, match=f"^use_hadamard: {re.escape(words)}$"):
+        KVCache(
+            *(1, 1, 1, sizes.pop("head_dim")),
+            **dict(text_tokens=0, tokens_per_frame=1, window_frames=1, use_hadamard=True),
+            **sizes,
+        )
 
 
 @STORES_BITS
@@ -273,8 +327,9 @@ def test_copies_of_a_float8_cache_have_its_scales():
         twin.k_scale.zero_()
         assert cache.k_scale[1].tolist() == [0.5, 1.0, 1.5]
     assert cache.bytes == 2 * cache.k.numel() + 8 + 16 + 2 * 2 * HEADS * 4
-    with pytest.raises(ValueError, match="cache: expected one of"):
-        cache.load(Stream(1, 1).cache)
+    for other in (Stream(1, 1), Stream(1, 1, dtype=E4M3, use_hadamard=True)):
+        with pytest.raises(ValueError, match="cache: expected one of"):
+            cache.load(other.cache)
 
 
 @STORES_BITS
@@ -295,18 +350,13 @@ def test_autocast_casts_to_the_compute_dtype():
         else pytest.param("sim", marks=pytest.mark.skipif(bool(no_sim()), reason=str(no_sim())))
     ],
 )
-def test_kernels_name_the_cache_that_they_do_not_take(name):
+def test_attention_names_the_cache_that_it_does_not_take(name):
     options = dict(text_tokens=0, tokens_per_frame=1, window_frames=1, dtype=E4M3)
     cache = KVCache(1, 1, 1, 64, **options)
     x = torch.randn(1, 1, 1, 64).bfloat16()
     words = "k_cache: expected a cache of the dtype of q, torch.bfloat16, got torch.float8_e4m3fn"
-    calls = (
-        lambda: kv_append(x, x, x, cache, 0, None, None, None, None),
-        lambda: cached_attention(x, cache, 0),
-    )
-    for call in calls:
-        with use_backend(name), pytest.raises(BackendError, match=re.escape(words)):
-            call()
+    with use_backend(name), pytest.raises(BackendError, match=re.escape(words)):
+        cached_attention(x, cache, 0)
 
 
 def make_frames(length):

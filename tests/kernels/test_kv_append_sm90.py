@@ -6,23 +6,11 @@ import torch
 
 from aapt_kernels import KVCache, kv_append, use_backend
 
+from .oracles import normalize, rotate
+
 # The plain composition in BF16 rounds at least twice; this kernel rounds once, by half a unit.
 ROUNDING = 2**-8
 TEXT = 5
-
-
-def rotate(x, cos, sin):
-    """Half-split rotation in float64; x (B, L, H, D), cos and sin (L, D / 2)."""
-    low, high = x.chunk(2, dim=-1)
-    cos, sin = cos.double()[:, None], sin.double()[:, None]
-    return torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)
-
-
-def normalize(x, weight, eps):
-    """Over head_dim for a weight (D,), over all heads of a token for (H, D)."""
-    x = x.double()
-    mean = x.square().mean((-1,) if weight.dim() == 1 else (-2, -1), keepdim=True)
-    return x * torch.rsqrt(mean + eps) * weight.double()
 
 
 class Stream:
@@ -209,7 +197,7 @@ def test_unsuitable_arguments_never_reach_the_kernel(kernel, change, words):
     for name, spoil in change.items():
         arguments[name] = spoil(arguments[name]).to(kernel)
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.aapt.kv_append(*arguments.values(), 1e-5, *cache.integers, None, None)
+        torch.ops.aapt.kv_append(*arguments.values(), 1e-5, *cache.integers, None, None, False)
 
 
 def test_a_captured_step_follows_the_counter():

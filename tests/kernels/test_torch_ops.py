@@ -76,7 +76,7 @@ def test_kv_append(optional):
     cache = make_cache()
     q, k, *rest = norm_rope_arguments(optional, requires_grad=False)
     cached = (torch.randn_like(q), cache.k[1], cache.v[1], cache.step)
-    opcheck(OPS.kv_append.default, (q, k, *cached, *rest, *cache.integers, None, None))
+    opcheck(OPS.kv_append.default, (q, k, *cached, *rest, *cache.integers, None, None, False))
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -97,7 +97,7 @@ def test_a_cache_of_float8():
     checks = ("test_autograd_registration", "test_faketensor")
     q, k, v = torch.randn(3, 1, 6, 2, 4)
     tensors = (q, k, v, cache.k[1], cache.v[1], cache.step, *[None] * 6)
-    arguments = (*tensors, 1e-6, *cache.integers, *cache.scales(1))
+    arguments = (*tensors, 1e-6, *cache.integers, *cache.scales(1), True)
     opcheck(OPS.kv_append.default, arguments, test_utils=checks)
     tensors = (q, cache.k[1], cache.v[1], cache.step, cache.text_lens, None)
     arguments = (*tensors, *cache.integers, 0.5, *cache.scales(1), None)

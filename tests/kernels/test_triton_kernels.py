@@ -184,6 +184,67 @@ def test_append_writes_the_frame_and_nothing_else(dtype, norm, rotations, shape)
         cache.advance()
 
 
+@pytest.mark.parametrize("use_hadamard", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "norm", "shape"),
+    [
+        (torch.bfloat16, "per head", (1, 70, 2, 64)),
+        (torch.float16, "across", (2, 2, 2, 32)),
+        (torch.float32, None, (1, 3, 1, 32)),
+    ],
+)
+def test_append_to_a_cache_of_float8(dtype, norm, shape, use_hadamard):
+    """The bytes of the reference, but for keys that it has rounded more often; nothing else."""
+    batch, tokens, heads, head_dim = shape
+    options = dict(text_tokens=5, tokens_per_frame=tokens, window_frames=2, device=DEVICE)
+    options |= dict(dtype=torch.float8_e4m3fn, compute_dtype=dtype, use_hadamard=use_hadamard)
+    ours, theirs = (KVCache(batch, 2, heads, head_dim, **options) for _ in range(2))
+    scales = 0.02 + torch.rand(2, heads, device=DEVICE)
+    for cache in (ours, theirs):
+        cache.k_scale[1], cache.v_scale[1] = scales
+        cache.k.fill_(float("nan"))
+        cache.v.fill_(float("nan"))
+    weights = make_weights(heads, head_dim, norm, dtype)
+    for frames in (1, 2, 3):
+        length = frames * tokens
+        q, k, v = normal(batch, length, 3, heads, head_dim, dtype=dtype).unbind(2)
+        v[0, 0, 0, :3] = torch.tensor([float("nan"), -0.0, 6e4])
+        tables = make_tables(length, head_dim, 2)
+        sink = {"cos_sink": tables[2], "sin_sink": tables[3]}
+
+        queries = []
+        for cache, name in ((ours, "triton"), (theirs, "reference")):
+            with use_backend(name):
+                queries.append(kv_append(q, k, v, cache, 1, *weights, *tables[:2], eps=EPS, **sink))
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        for one, other in zip(*queries, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=2 * tolerance)
+        k, expected = (cache.k.double() for cache in (ours, theirs))
+        assert torch.equal(k.isnan(), expected.isnan())
+        error, expected = (k - expected).nan_to_num().abs(), expected.nan_to_num().abs()
+        # One step of E4M3, and what a sum of rounded terms may differ by
+        allowed = 0.13 * expected + 2**-9 + tolerance * expected.amax(-1, keepdim=True)
+        assert (error <= allowed).all()
+        assert (error > 0).sum() < 0.2 * (~k.isnan()).sum()
+        v, expected = (cache.v.contiguous().view(torch.uint8) for cache in (ours, theirs))
+        assert torch.equal(v & 0x7F, expected & 0x7F)
+        for cache in (ours, theirs):
+            cache.advance(frames)
+
+
+def test_limits_of_a_cache_of_float8():
+    options = dict(text_tokens=0, tokens_per_frame=1, window_frames=1)
+    options |= dict(dtype=torch.float8_e4m3fn, device=DEVICE)
+    for head_dim, extra, words in (
+        (16, dict(use_hadamard=True), "q: expected a head_dim of 32 to 512 with use_hadamard, got"),
+        (32, dict(compute_dtype=torch.float64), "q: expected at most float32 with a cache of"),
+    ):
+        cache = KVCache(1, 1, 1, head_dim, **options, **extra)
+        x = normal(1, 1, 1, head_dim, dtype=cache.compute_dtype)
+        with pytest.raises(BackendError, match=words):
+            kv_append(x, x, x, cache, 0, None, None, None, None)
+
+
 def check_attention(cache, q, q_sink, scale, attend):
     """`attend` against the specification; what the frame does not see is NaN in the cache."""
     frames = q.shape[1] // cache.tokens_per_frame

@@ -21,8 +21,6 @@ def build(folder: Path) -> Path:
 
 
 class Gpu:
-    e4m3_error = 2**-9  # its tensor cores add FP8 products with fewer bits than float32
-
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
 

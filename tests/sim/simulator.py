@@ -93,8 +93,6 @@ class Statistics(ctypes.Structure):
 
 
 class Simulator:
-    e4m3_error = 1e-6  # relative
-
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
         self.library.get_statistics.restype = ctypes.POINTER(Statistics)

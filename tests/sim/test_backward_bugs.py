@@ -31,7 +31,7 @@ BUGS = {
         "without fence_proxy_async",
     ),
     "no barrier between scores and dq": (
-        "bar_sync(kScores, 128 * kConsumers);",
+        "bar_sync(kScores, 128 * C::kConsumers);",
         "",
         "is not ordered after the write by",
     ),
@@ -67,7 +67,7 @@ BUGS = {
     ),
     "no wait before the reduction": ("mbar_wait(&shared.dq_full, n % 2);", "", "deadlock"),
     "the reduction waits for one consumer": (
-        "mbar_init(&shared.dq_full, 4 * kConsumers);",
+        "mbar_init(&shared.dq_full, 4 * C::kConsumers);",
         "mbar_init(&shared.dq_full, 4);",
         None,
     ),

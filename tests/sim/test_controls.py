@@ -38,10 +38,10 @@ def test_statistics(sim):
     assert isinstance(sim.last_report(), str)
 
 
-def attend(sim, layout, **options):
-    """Forward and backward of block-causal attention, head_dim 128, in the simulator."""
+def attend(sim, layout, head_dim=128, **options):
+    """Forward and backward of block-causal attention in the simulator."""
     generator = torch.Generator().manual_seed(0)
-    shape = (1, layout.query_length, 1, 128)
+    shape = (1, layout.query_length, 1, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(3))
     q.requires_grad_()
     with sim.configured(multiprocessors=2, **options), use_backend("sim"):
@@ -54,6 +54,8 @@ def test_a_kernel_without_its_registers_hangs(sim):
     attend(sim, layout, registers=168)
     with pytest.raises(RuntimeError, match="the register file is exhausted"):
         attend(sim, layout, registers=160)
+    with pytest.raises(RuntimeError, match="the register file is exhausted"):
+        attend(sim, layout, head_dim=64, registers=120)  # the forward has four, and needs 128
 
 
 def test_attention_has_no_bank_conflicts(sim):

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
+from benchmarks.tensor_core_model import ADDITIONS, promoted
+
 from .simulator import from_bf16, from_e4m3, nan_filled, to_bf16
+
+# Relative, of sums that a tensor core keeps with 13 fraction bits
+E4M3_ERROR = 2**-9
 
 CASES = [(64, swizzle, ta, tb) for swizzle in range(4) for ta in (0, 1) for tb in (0, 1)]
 CASES += [
@@ -50,7 +55,7 @@ def test_register_operand(machine, n, e4m3):
         expected = from_bf16(a) @ from_bf16(b).T
     c = nan_filled(64, n)
     assert machine.launch("run_multiply_registers", n, e4m3, a, b, c) is None
-    error = machine.e4m3_error if e4m3 else 1e-6
+    error = E4M3_ERROR if e4m3 else 1e-6
     assert np.linalg.norm(c - expected) / np.linalg.norm(expected) < error
 
 
@@ -62,8 +67,51 @@ def test_scaled_e4m3_gemm(machine, seed):
     a_scale = random.random((m, k // 128)).astype(np.float32)
     b_scale = random.random(k // 128).astype(np.float32)
     c = nan_filled(m, n)
-    arguments = (a, b, a_scale, b_scale, c, m, n, k)
+    arguments = (a, b, a_scale, b_scale, c, m, n, k, 1)
     assert machine.launch("run_gemm_e4m3", *arguments, seed=seed, tma=2 - seed) is None
     scaled = from_e4m3(a) * np.repeat(a_scale * b_scale, 128, axis=1)
     expected = scaled @ from_e4m3(b).T
-    assert np.linalg.norm(c - expected) / np.linalg.norm(expected) < machine.e4m3_error
+    assert np.linalg.norm(c - expected) / np.linalg.norm(expected) < E4M3_ERROR
+
+
+@pytest.mark.parametrize("interval", [1, 2, 10])
+@pytest.mark.parametrize("values", ["any", "positive"])
+def test_promotion_interval(machine, values, interval):
+    """Sums are those of the model bit for bit. Their error grows with the interval between
+    promotions to float32: weights of attention are positive, and every cut is downward."""
+    m, n, k = 64, 128, 1280
+    random = np.random.default_rng(1)
+    a, b = (random.integers(0, 256, (rows, k), np.uint8) & 0xBF for rows in (m, n))
+    if values == "positive":
+        a, b = (a & 0x0F | 0x30 for a in (a, b))  # 0.5 to 1.9
+    ones, c = np.ones((m, k // 128), np.float32), nan_filled(m, n)
+    arguments = (a, b, ones, ones[0].copy(), c, m, n, k, interval)
+    assert machine.launch("run_gemm_e4m3", *arguments) is None
+    a, b = from_e4m3(a), from_e4m3(b)
+    expected = {each: promoted(a, b, 128 * each) for each in (1, 2, 10)}
+    np.testing.assert_array_equal(c, expected[interval])
+    for other in {1, 2, 10} - {interval}:
+        assert not np.array_equal(c, expected[other])
+    if values == "positive":
+        once, twice, never = (np.linalg.norm(x - a @ b.T) for x in expected.values())
+        assert twice > 5 * once and never > 10 * twice
+
+
+@pytest.mark.parametrize(("first", "other", "total"), ADDITIONS)
+def test_the_adder_keeps_13_bits(machine, first, other, total):
+    codes = {from_e4m3(np.uint8(x)).item(): x for x in range(127)}
+    a, b = np.full((64, 32), codes[2.0**-6], np.uint8), np.full((8, 32), codes[other], np.uint8)
+    a[:, 5] = b[:, 5] = codes[first]
+    c = nan_filled(64, 8)
+    assert machine.launch("run_multiply_registers", 8, 1, a, b, c) is None
+    assert (c == total).all()
+
+
+def test_nan_of_a_factor_reaches_its_row_and_column(machine):
+    a, b = (np.full((rows, 32), 0x38, np.uint8) for rows in (64, 8))
+    a[9, 3], b[2, 30] = 0x7F, 0xFF
+    c = nan_filled(64, 8)
+    assert machine.launch("run_multiply_registers", 8, 1, a, b, c) is None
+    expected = np.full_like(c, 32)
+    expected[9], expected[:, 2] = np.nan, np.nan
+    np.testing.assert_array_equal(c, expected)

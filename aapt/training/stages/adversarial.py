@@ -2,21 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...data.clips import Clips
+from ...data.clips import Clips, FirstFrame
 from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.discriminator import Discriminator, Judgement, Pooling
+from ...model.flow import interpolate
 from ...model.world_model import Conditions, WorldModel
 from ...streaming.student import Segment, StudentRollout, frames_of
 from ..corruption import Corruption
+from ..curriculum import Source, draw_source
 from ..forcing import parallel_pass, teacher_forced_logits
 from ..later_motion import LaterMotion
 from ..losses import (
+    GanLoss,
     approximate_penalty,
     channel_weighted_error,
     discriminator_loss,
@@ -26,39 +30,60 @@ from ..losses import (
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen
 
+Penalized = Literal["both", "real", "none"]
+Layout = Literal["targets", "all"]
+
 
 @dataclass(frozen=True)
 class AdversarialConfig:
     """Numbers of stage 3; the defaults are the paper's, or ours where docs/method.md#12 says so.
 
     Attributes:
-        clips: Name of the set that real clips come from.
+        clips: Name of the set that real clips come from; or sources, of which each update draws
+            one. The frames of a source are those of a segment.
         steps: Updates of the generator. The discriminator makes `discriminator_warmup` updates
             alone before them.
         batch: Clips per update.
-        segment_frames: Frames per segment, which the discriminator sees at once.
+        segment_frames: Frames per segment, which the discriminator sees at once; None for sources,
+            which say so themselves.
         segments: Segments per rollout that the networks learn from.
         shortest_segment: Least frames per segment, drawn for each update from this to
-            `segment_frames`; None for always `segment_frames`.
+            `segment_frames`; None for always `segment_frames`, and for sources.
         overlap_frames: Frames at the start of a later segment that are known from the segment
-            before. They carry no loss.
+            before.
+        overlap_loss: True if the discriminator also learns from these frames, as in the paper. No
+            gradient reaches the generator through them.
+        first_frame: Share of rollouts that start with frame 0 of a clip, see `Clips.sample`;
+            sources say so themselves.
         whole_clips: True if clips are as long as the rollout, which follows their motion to the
             end. Otherwise later segments continue it as `LaterMotion` does (docs/method.md#8).
         lead_segments: Greatest number of segments that are rolled out, without a loss, before the
             first segment with one; drawn for each update from 0 to this. Late failures can so be
             learnt from cheaply (ours).
-        start, discriminator_start: The stages whose weights generator and discriminator start from.
+        start, discriminator_start: The stages whose weights generator and discriminator start from;
+            None for the run's start.
+        loss: "relativistic" (paper) or "non-saturating".
+        adversarial: Weight of the generator's adversarial loss; with 0 the discriminator only
+            watches, which shows what the errors against the real clip reach alone.
         penalty, perturbation: lambda and sigma of aR1 and aR2.
+        penalized: Frames with a penalty: "both" real and fake (aR1 and aR2), "real" alone, "none".
+        perturb_known: True if the noise of the penalties reaches every frame that the discriminator
+            is shown (paper), False if only frames with a loss.
+        noised: True if the discriminator is shown frames mixed with noise up to its time t, as
+            stage 1 is, and not clean frames (One-Forcing).
         alpha: Smoothing constant of RMSProp.
         average: Decay of the generator's moving average; None for none. The average is exported,
             and a later stage starts from it.
         max_norm: Norm to which gradients are clipped; None for no clipping.
         forcing: "student", or "teacher", the failing mode of the paper: the generator continues
             real frames, in parallel, and the discriminator sees each of its frames after real ones.
-        judgement: One logit per "frame", or one per "clip" from a discriminator without causality.
+        judgement: One logit per "frame", one per "clip" from a discriminator without causality, or
+            "both" from a causal one, where the clip's logit counts as much as all of its frames'.
         pooling: Tokens become a logit by a learned "query" or by their "average".
         discriminator_recycled: True if the discriminator also sees the frame before each frame, as
             the generator does.
+        discriminator_layout: "targets" for one token-frame per frame with a logit, "all" for one
+            more: the frame before the first, itself recycled, without a condition and a logit.
         corruption: Corruption of the first recycled frame of each segment, or, under teacher
             forcing, of all recycled frames.
         mismatch: Weight of a loss by which the discriminator tells real frames under another clip's
@@ -69,21 +94,28 @@ class AdversarialConfig:
         rows: Weight of the error between the mean colours of rows, in the same way.
     """
 
-    clips: str
+    clips: str | tuple[Source, ...]
     steps: int
     batch: int
-    segment_frames: int
     generator_schedule: Schedule
     discriminator_schedule: Schedule
+    segment_frames: int | None = None
     segments: int = 1
     shortest_segment: int | None = None
     overlap_frames: int = 0
+    overlap_loss: bool = False
+    first_frame: FirstFrame = "always"
     whole_clips: bool = False
     lead_segments: int = 0
-    start: str = "consistency"
-    discriminator_start: str = "diffusion"
+    start: str | None = "consistency"
+    discriminator_start: str | None = "diffusion"
+    loss: GanLoss = "relativistic"
+    adversarial: float = 1.0
     penalty: float = 1000.0
     perturbation: float = 0.1
+    penalized: Penalized = "both"
+    perturb_known: bool = True
+    noised: bool = False
     alpha: float = 0.9
     discriminator_warmup: int = 0
     average: float | None = 0.995
@@ -92,6 +124,7 @@ class AdversarialConfig:
     judgement: Judgement = "frame"
     pooling: Pooling = "query"
     discriminator_recycled: bool = True
+    discriminator_layout: Layout = "targets"
     corruption: Corruption | None = None
     mismatch: float = 0.0
     regression: float = 0.0
@@ -99,8 +132,16 @@ class AdversarialConfig:
     rows: float = 0.0
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where real clips come from, and the lengths of segments."""
+        if not isinstance(self.clips, str):
+            return self.clips
+        lengths = self.segment_frames, self.shortest_segment
+        return (Source(self.clips, *lengths, first_frame=self.first_frame),)
+
+    @property
     def needs(self) -> dict[str, int]:
-        return {self.clips: self.needed(self.segment_frames)}
+        return {source.clips: self.needed(source.frames) for source in self.sources}
 
     def needed(self, length: int) -> int:
         """Frames after the first that clips must have for segments of `length` frames."""
@@ -112,8 +153,13 @@ class AdversarialConfig:
 
     @property
     def copies(self) -> int:
-        """Copies of a clip that train the discriminator: real, fake, both perturbed, mismatched."""
-        return 5 if self.mismatch else 4
+        """Copies of a clip that train the discriminator: real, fake, the penalized ones perturbed,
+        mismatched."""
+        return 2 + self.perturbed_copies + bool(self.mismatch)
+
+    @property
+    def perturbed_copies(self) -> int:
+        return {"both": 2, "real": 1, "none": 0}[self.penalized]
 
     @property
     def batches(self) -> set[int]:
@@ -122,15 +168,36 @@ class AdversarialConfig:
     def __post_init__(self):
         if self.forcing not in ("student", "teacher"):
             raise ValueError(f"forcing: expected 'student' or 'teacher', got {self.forcing!r}")
+        for name, choices in (
+            ("loss", GanLoss),
+            ("penalized", Penalized),
+            ("discriminator_layout", Layout),
+            ("first_frame", FirstFrame),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name}: expected {' or '.join(map(repr, get_args(choices)))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if isinstance(self.clips, str) == (self.segment_frames is None):
+            raise ValueError(
+                "segment_frames: expected frames per segment beside the name of a set, and none "
+                f"beside sources, got {self.segment_frames}"
+            )
         several = self.lead_segments + self.segments > 1
-        if self.forcing == "teacher" and (several or self.judgement == "clip"):
+        if self.forcing == "teacher" and (several or self.judgement != "frame"):
             raise ValueError(
                 "forcing: expected 'student' for several segments or one logit per clip, "
                 "got 'teacher'"
             )
+        if self.forcing == "teacher" and self.discriminator_layout == "all":
+            raise ValueError(
+                "discriminator_layout: expected 'targets' under teacher forcing, got 'all'"
+            )
         if self.forcing == "teacher" and self.mismatch:
             raise ValueError(f"mismatch: expected 0 under teacher forcing, got {self.mismatch}")
-        if not 0 <= self.overlap_frames < (self.shortest_segment or self.segment_frames):
+        shortest = min(source.shortest or source.frames for source in self.sources)
+        if not 0 <= self.overlap_frames < shortest:
             raise ValueError(
                 f"overlap_frames: expected 0 to less than a segment, got {self.overlap_frames}"
             )
@@ -138,6 +205,11 @@ class AdversarialConfig:
             raise ValueError(
                 "regression, palette, rows: expected whole_clips, because later segments have no "
                 "real frames to compare with"
+            )
+        if not (self.adversarial or self.regression or self.palette or self.rows):
+            raise ValueError(
+                "adversarial: expected more than 0, or a weight of regression, palette or rows, "
+                "got 0: the generator would learn nothing"
             )
 
 
@@ -161,11 +233,17 @@ class Shown:
     def detach(self) -> "Shown":
         return replace(self, latents=self.latents.detach())
 
-    def perturbed(self, deviation: float, random: ClipRandom) -> "Shown":
-        """Draw the frames that carry a loss from N(x, deviation), also as frames before others."""
+    def perturbed(self, deviation: float, random: ClipRandom, spare_known: bool) -> "Shown":
+        """Draw all frames from N(x, deviation), or, to `spare_known`, those with a loss alone."""
         noise = deviation * random.normal(*self.latents.shape[1:])
-        noise[:, :, : 1 + self.known] = 0
+        if spare_known:
+            noise[:, :, : 1 + self.known] = 0
         return replace(self, latents=self.latents + noise)
+
+    def noised(self, t: Tensor, random: ClipRandom) -> "Shown":
+        """Mix all frames with noise up to the time t (B,) of their clip."""
+        noise = random.normal(*self.latents.shape[1:])
+        return replace(self, latents=interpolate(self.latents, noise, t))
 
 
 class Adversarial:
@@ -213,24 +291,29 @@ class Adversarial:
     def accumulate(
         self, sets: Mapping[str, Clips], random: ClipRandom, step: int, share: float = 1.0
     ) -> dict[str, float]:
-        clips = sets[self.config.clips]
-        if self.config.forcing == "teacher":
-            return self.teacher_forced(clips, random, step, share)
-        return self.student_forced(clips, random, step, share)
+        sources = self.config.sources
+        source = draw_source(sources, random) if len(sources) > 1 else sources[0]
+        clips, length = sets[source.clips], source.length(random)
+        forced = self.teacher_forced if self.config.forcing == "teacher" else self.student_forced
+        return forced(clips, length, source.first_frame, random, step, share)
 
     def student_forced(
-        self, clips: Clips, random: ClipRandom, step: int, share: float
+        self,
+        clips: Clips,
+        length: int,
+        first_frame: FirstFrame,
+        random: ClipRandom,
+        step: int,
+        share: float,
     ) -> dict[str, float]:
-        """Roll out all segments, and accumulate gradients after each segment with a loss."""
+        """Roll out all segments of `length` frames, and accumulate gradients after each segment
+        with a loss."""
         config, model = self.config, self.model
-        length = config.segment_frames
-        if config.shortest_segment is not None:
-            length = int(random.shared.integers(config.shortest_segment, length + 1))
         clips = clips.part(random, config.needed(length))
         further = length - config.overlap_frames  # new frames of a later segment
         lead = int(random.shared.integers(config.lead_segments + 1))
         whole = lead + config.segments if config.whole_clips else 1
-        batch = clips.sample(random, length + (whole - 1) * further)
+        batch = clips.sample(random, length + (whole - 1) * further, first_frame)
         precision = mixed_precision(random.device)
         with precision, torch.no_grad():
             channels, text, text_lens = model.conditions(batch.motion, batch.prompts, batch.size)
@@ -262,11 +345,12 @@ class Adversarial:
             if not learnt:
                 continue
             window = slice(place.start - known, place.stop)
+            unjudged = 0 if config.overlap_loss else known
             fakes = self.shown(
                 history[:, :, window.start :],  # begins with the frame before the first
                 frames_of(channels, window),
                 batch.prompts,
-                known,
+                unjudged,
             )
             history = history.detach()
             real = batch if index == 0 else clips.sample(random, known + new, "never")
@@ -275,7 +359,7 @@ class Adversarial:
                 real.latents[:, :, : known + new + 1],
                 frames_of(along, slice(known + new)),
                 real.prompts,
-                known,
+                unjudged,
             )
             targets = batch.targets[:, :, place] if whole == lead + config.segments else None
             mismatched = self.mismatched(clips, reals, random) if config.mismatch else None
@@ -287,11 +371,17 @@ class Adversarial:
         return metrics
 
     def teacher_forced(
-        self, clips: Clips, random: ClipRandom, step: int, share: float
+        self,
+        clips: Clips,
+        length: int,
+        first_frame: FirstFrame,
+        random: ClipRandom,
+        step: int,
+        share: float,
     ) -> dict[str, float]:
         """Continue real frames, in parallel, and accumulate gradients of both networks."""
         config, model = self.config, self.model
-        batch = clips.sample(random, config.segment_frames)
+        batch = clips.sample(random, length, first_frame)
         recycled = batch.recycled
         if config.corruption:
             recycled = config.corruption(recycled, False, random)
@@ -324,6 +414,9 @@ class Adversarial:
             targets: Real frames to compare them with; None for no error against the clip.
         """
         t = random.uniform()
+        if self.config.noised:
+            real, fakes = real.noised(t, random), fakes.noised(t, random)
+            mismatched = mismatched and mismatched.noised(t, random)
         on_real, metrics = self.train_discriminator(real, fakes, mismatched, t, random, share)
         if not self.warming(step):
             errors = {}
@@ -352,16 +445,25 @@ class Adversarial:
         return replace(real, conditions=real.conditions._replace(condition=other))
 
     def logits(self, shown: Shown, t: Tensor) -> Tensor:
-        """Logits of the frames that carry a loss, (B, T - known), or of whole clips, (B, 1)."""
+        """Logits of the frames that carry a loss, (B, T - known), or of whole clips, (B, 1); with
+        both, (B, 2 (T - known)), the clip's logit repeated."""
         x, previous = shown.latents[:, :, 1:], shown.latents[:, :, :-1]
+        (channels, *words), known = shown.conditions, shown.known
+        if self.config.discriminator_layout == "all":
+            x, previous = shown.latents, torch.cat([shown.latents[:, :, :1], previous], dim=2)
+            channels = None if channels is None else F.pad(channels, (0, 0, 0, 0, 1, 0))
+            known += 1
         with mixed_precision(x.device):
             if shown.real is None:
-                logits = self.discriminator(x, previous, *shown.conditions, t)
+                logits = self.discriminator(x, previous, channels, *words, t)
             else:
                 given = (shown.real, shown.conditions, t)
                 logits = teacher_forced_logits(self.discriminator, x, *given)
-        known = shown.known if self.discriminator.judgement == "frame" else 0
-        return logits[:, known:].float()
+        if self.config.judgement == "clip":
+            return logits.float()
+        frames = logits[:, known : x.shape[2]].float()
+        of_clip = logits[:, x.shape[2] :].float()  # empty without a logit per clip
+        return torch.cat([frames, of_clip.expand(-1, of_clip.shape[1] * frames.shape[1])], dim=1)
 
     def train_discriminator(
         self,
@@ -375,7 +477,10 @@ class Adversarial:
         """Accumulate the discriminator's gradients. Returns its logits on real frames, metrics."""
         config = self.config
         together = [real, fakes.detach()]
-        together += [shown.perturbed(config.perturbation, random) for shown in together]
+        together += [
+            shown.perturbed(config.perturbation, random, spare_known=not config.perturb_known)
+            for shown in together[: config.perturbed_copies]
+        ]
         together += [mismatched] if mismatched else []
         latents = torch.cat([shown.latents for shown in together])
         if real.real is None:
@@ -383,18 +488,16 @@ class Adversarial:
             channels = None if channels[0] is None else torch.cat(channels)
             conditions = Conditions(channels, *map(torch.cat, words))
             joined, times = Shown(latents, conditions, real.known), t.repeat(len(together))
-        else:  # all four copies continue the same clips
+        else:  # all copies continue the same clips
             joined, times = replace(real, latents=latents), t
-        on_real, on_fake, near_real, near_fake, *on_misled = self.logits(joined, times).chunk(
-            len(together)
-        )
-        losses = {
-            "discriminator": discriminator_loss(on_real, on_fake),
-            "r1": config.penalty * approximate_penalty(on_real, near_real),
-            "r2": config.penalty * approximate_penalty(on_fake, near_fake),
-        }
+        on_real, on_fake, *others = self.logits(joined, times).chunk(len(together))
+        losses = {"discriminator": discriminator_loss(on_real, on_fake, config.loss)}
+        near = zip(("r1", "r2"), (on_real, on_fake), others[: config.perturbed_copies])
+        for name, plain, perturbed in near:
+            losses[name] = config.penalty * approximate_penalty(plain, perturbed)
         if mismatched:
-            losses["mismatch"] = config.mismatch * discriminator_loss(on_real, *on_misled)
+            misled = discriminator_loss(on_real, others[-1], config.loss)
+            losses["mismatch"] = config.mismatch * misled
         (share * sum(losses.values())).backward()
         accuracy = (on_real > on_fake).float().mean()
         return on_real.detach(), {
@@ -415,11 +518,15 @@ class Adversarial:
         given = Conditions(*(x if x is None else x.detach() for x in fakes.conditions))
         with frozen(self.discriminator):
             on_fake = self.logits(replace(fakes, conditions=given), t)
-            losses = {"generator": generator_loss(on_real, on_fake), **errors}
             config = self.config
-            weights = {"error": config.regression, "palette": config.palette, "rows": config.rows}
-            weighted = {name: weights.get(name, 1.0) for name in losses}
-            total = sum(weight * losses[name] for name, weight in weighted.items() if weight)
+            losses = {"generator": generator_loss(on_real, on_fake, config.loss), **errors}
+            weights = {
+                "generator": config.adversarial,
+                "error": config.regression,
+                "palette": config.palette,
+                "rows": config.rows,
+            }
+            total = sum(weights[name] * loss for name, loss in losses.items() if weights[name])
             (share * total).backward()
         return {name: loss.item() for name, loss in losses.items()}
 

@@ -1,5 +1,5 @@
-"""Stage 2: consistency distillation on fixed times, teacher-forced, without classifier-free
-guidance (docs/method.md#7)."""
+"""Stage 2: consistency distillation on fixed times, without classifier-free guidance
+(docs/method.md#7)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from torch import Tensor
 from ...data.clips import ClipBatch, Clips
 from ...data.randomness import ClipRandom
 from ...device import mixed_precision
+from ...model.config import FewStepConfig
 from ...model.flow import interpolate, per_clip, schedule
 from ...model.transformer import clean, velocity
 from ...model.world_model import Conditions, WorldModel
 from ..curriculum import Curriculum
+from ..forcing import DenoisingForcing, Forcing
 from ..losses import frame_error, pseudo_huber
 from ..optimization import Schedule, Trained, make_optimizer
 
@@ -25,6 +27,7 @@ class ConsistencyConfig:
 
     Attributes:
         start: The stage whose weights student and teacher start from.
+        forcing: As in the stage before, see `DiffusionConfig`.
         times: Number of times k above 0 between which the student is compared.
         distance: Distance between frames, squared or pseudo-Huber.
         step_weight: Weight each clip's loss by 1 / (t_k - t_{k-1}).
@@ -33,6 +36,7 @@ class ConsistencyConfig:
     curriculum: Curriculum
     schedule: Schedule
     start: str = "diffusion"
+    forcing: Forcing = "teacher"
     shift: float = 24.0
     times: int = 32
     distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"
@@ -40,6 +44,11 @@ class ConsistencyConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     max_norm: float | None = None
+
+    @property
+    def sampling(self) -> FewStepConfig | None:
+        """One pass per frame and, under diffusion forcing, a second one over the clean frame."""
+        return FewStepConfig((1.0,)) if self.forcing == "diffusion" else None
 
     @property
     def needs(self) -> dict[str, int]:
@@ -67,6 +76,7 @@ class ConsistencyDistillation:
         self.config = config
         self.model = model
         self.teacher = teacher.requires_grad_(False)
+        self.forcing = DenoisingForcing(config.forcing, model.config)
         self.steps = config.curriculum.steps
         self.times = schedule(config.times, config.shift)
         optimizer = make_optimizer(model, config.betas, config.weight_decay, muon=False)
@@ -76,24 +86,29 @@ class ConsistencyDistillation:
         return self.config.curriculum.phase(step).batch
 
     def predict(self, x_t: Tensor, batch: ClipBatch, conditions: Conditions, t: Tensor) -> Tensor:
-        """The student's clean frames (B, C, T, H, W) for noisy frames x_t at times t (B,)."""
-        output = self.model.transformer(x_t, batch.recycled, *conditions, t).float()
-        return clean(self.model.config, output, x_t, batch.recycled, t)
+        """The student's clean frames (B, C, T, H, W) for noisy frames x_t at times t."""
+        _, recycled = self.forcing.frames(batch)
+        conditions = self.forcing.conditions(conditions)
+        output = self.model.transformer(x_t, recycled, *conditions, t).float()
+        return clean(self.model.config, output, x_t, recycled, t)
 
     def accumulate(
         self, sets: Mapping[str, Clips], random: ClipRandom, step: int, share: float = 1.0
     ) -> dict[str, float]:
         config, teacher = self.config, self.teacher
         batch = config.curriculum.phase(step).sample(sets, random)
-        k = 1 + torch.tensor(random.integers(config.times))
-        t, earlier = (self.times[index].to(random.device) for index in (k, k - 1))
-        noise = random.normal(*batch.targets.shape[1:])
-        x_t = interpolate(batch.targets, noise, t)
+        real, recycled = self.forcing.frames(batch)
+        k = self.forcing.draw(
+            real.shape[2], lambda: 1 + torch.tensor(random.integers(config.times))
+        )
+        t, earlier = (self.times[at].to(random.device) for at in (k, (k - 1).clamp_min(0)))
+        noise = random.normal(*real.shape[1:])
+        x_t = interpolate(real, noise, t)
         given = (batch.motion, batch.prompts, batch.size)
         with mixed_precision(noise.device), torch.no_grad():
-            conditions = teacher.conditions(*given)
-            output = teacher.transformer(x_t, batch.recycled, *conditions, t).float()
-            v = velocity(teacher.config, output, x_t, batch.recycled)
+            conditions = self.forcing.conditions(teacher.conditions(*given))
+            output = teacher.transformer(x_t, recycled, *conditions, t).float()
+            v = velocity(teacher.config, output, x_t, recycled)
             x_earlier = x_t - per_clip(t - earlier) * v
             conditions = self.model.conditions(*given)
             target = self.predict(x_earlier, batch, conditions, earlier)
@@ -103,9 +118,10 @@ class ConsistencyDistillation:
             conditions = self.model.conditions(*given)
             prediction = self.predict(x_t, batch, conditions, t)
         distance = pseudo_huber if config.distance == "pseudo_huber" else frame_error
-        losses = distance(prediction, target)  # (B, T)
+        losses = self.forcing.learnt(distance(prediction, target))  # (B, T)
         if config.step_weight:
-            losses = losses / (t - earlier)[:, None]
+            step = t - earlier
+            losses = losses / (self.forcing.learnt(step) if step.dim() == 2 else step[:, None])
         loss = losses.mean()
         (share * loss).backward()
         return {"loss": loss.item()}

@@ -1,4 +1,4 @@
-"""Stage 1: adapts a diffusion model to causal attention, by teacher forcing (docs/method.md#6)."""
+"""Stage 1: adapts a diffusion model to causal attention (docs/method.md#6)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from ...data.clips import Clips
 from ...data.randomness import ClipRandom
 from ...device import mixed_precision
-from ...model.config import SamplingConfig
-from ...model.flow import interpolate, shift
+from ...model.config import FewStepConfig, SamplingConfig
+from ...model.flow import interpolate, schedule, shift
 from ...model.transformer import velocity
 from ...model.world_model import WorldModel
 from ..curriculum import Curriculum
+from ..forcing import DenoisingForcing, Forcing
 from ..optimization import MovingAverage, Schedule, Trained, make_optimizer
 
 
@@ -20,18 +21,21 @@ class DiffusionConfig:
 
     Attributes:
         start: The stage whose weights the model starts from; None for the run's start.
+        forcing: "teacher" (paper), or "diffusion" for a baseline, see `DenoisingForcing`.
         shift: Shift of the times towards noise.
         caption_dropout: Probability that a clip's prompt is empty, for guidance.
         muon: Train with `MuonAdamW` instead of AdamW (ours, for small models).
         average: Decay of the moving average that is exported; None for none.
         max_norm: Norm to which gradients are clipped; None for no clipping.
-        sampling_steps: Passes per frame when the trained model is sampled, as a baseline.
-        guidance: Its guidance.
+        sampling_steps: Passes per frame when the trained model is sampled, as a baseline. Under
+            diffusion forcing the finished frame takes one more.
+        guidance: Its guidance; none under diffusion forcing.
     """
 
     curriculum: Curriculum
     schedule: Schedule
     start: str | None = None
+    forcing: Forcing = "teacher"
     shift: float = 24.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -43,8 +47,11 @@ class DiffusionConfig:
     guidance: float = 10.0
 
     @property
-    def sampling(self) -> SamplingConfig:
+    def sampling(self) -> SamplingConfig | FewStepConfig:
         """The sampling of a frame by the trained model."""
+        if self.forcing == "diffusion":
+            _, *times = schedule(self.sampling_steps, self.shift).tolist()
+            return FewStepConfig(tuple(reversed(times)))
         return SamplingConfig(self.sampling_steps, self.shift, self.guidance)
 
     @property
@@ -60,11 +67,13 @@ class DiffusionAdaptation:
     """Trains on all frames of a clip in parallel, with one time t per clip.
 
     Each frame is conditioned on the clean frame before it. The loss is the squared error of v.
+    Under diffusion forcing each frame has its own time.
     """
 
     def __init__(self, config: DiffusionConfig, model: WorldModel):
         self.config = config
         self.model = model
+        self.forcing = DenoisingForcing(config.forcing, model.config)
         self.steps = config.curriculum.steps
         average = None
         if config.average is not None:
@@ -82,14 +91,16 @@ class DiffusionAdaptation:
         batch = config.curriculum.phase(step).sample(sets, random)
         dropped = random.uniform() < config.caption_dropout
         prompts = ["" if drop else p for drop, p in zip(dropped, batch.prompts, strict=True)]
-        t = shift(random.uniform(), config.shift)
-        noise = random.normal(*batch.targets.shape[1:])
-        x_t = interpolate(batch.targets, noise, t)
+        clean, recycled = self.forcing.frames(batch)
+        t = shift(self.forcing.draw(clean.shape[2], random.uniform), config.shift)
+        noise = random.normal(*clean.shape[1:])
+        x_t = interpolate(clean, noise, t)
         with mixed_precision(noise.device):
             conditions = model.conditions(batch.motion, prompts, batch.size)
-            output = model.transformer(x_t, batch.recycled, *conditions, t)
-        v = velocity(model.config, output.float(), x_t, batch.recycled)
-        loss = (v - (noise - batch.targets)).square().mean()
+            conditions = self.forcing.conditions(conditions)
+            output = model.transformer(x_t, recycled, *conditions, t)
+        v = velocity(model.config, output.float(), x_t, recycled)
+        loss = self.forcing.learnt(v - (noise - clean)).square().mean()
         (share * loss).backward()
         return {"loss": loss.item()}
 

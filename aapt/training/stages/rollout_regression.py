@@ -32,7 +32,7 @@ class RolloutRegressionConfig:
         batch: Clips per update.
         segment_frames: Frames per segment.
         segments: Segments per rollout.
-        start: The stage whose weights the generator starts from.
+        start: The stage whose weights the generator starts from; None for the run's start.
         corruption: Corruption of the first recycled frame of each segment.
         muon: Train with `MuonAdamW` instead of AdamW.
         average: Decay of the moving average that is exported.
@@ -45,7 +45,7 @@ class RolloutRegressionConfig:
     segment_frames: int
     segments: int
     schedule: Schedule
-    start: str = "consistency"
+    start: str | None = "consistency"
     corruption: Corruption = Corruption()
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01

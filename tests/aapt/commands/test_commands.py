@@ -24,6 +24,7 @@ from aapt.commands.train import folders_by_set
 from aapt.media.video import WholeFile
 from aapt.runs.inputs import Inputs
 from aapt.streaming.generator import StreamingGenerator
+from aapt.training.recipes import paper_8b
 
 from ...progress import finish, wait_until
 from .fake_generator import HEIGHT, WIDTH, FakeGenerator, script
@@ -342,9 +343,8 @@ def test_a_prompt_that_is_cut_is_said(generator, capsys):
 def test_latents_are_sorted_by_the_names_of_sets():
     """A name ends at the first "=", if it is a set's; all else is a path."""
     given = ["736x416=/lr=1e-4/a", "736x416=b", "/lr=1e-4/c", "x=y", "plain"]
-    found = {
-        name: list(map(str, paths)) for name, paths in folders_by_set(given, "paper-8b").items()
-    }
+    sorted_ = folders_by_set(given, paper_8b().stages.values())
+    found = {name: list(map(str, paths)) for name, paths in sorted_.items()}
     assert found == {"736x416": ["/lr=1e-4/a", "b"], "": ["/lr=1e-4/c", "x=y", "plain"]}
 
 
@@ -360,7 +360,7 @@ def test_help_is_quick_and_has_examples(capsys):
     assert run() == 0
     assert "generate" in capsys.readouterr().out
     names = ("generate", "serve", "info", "train", "encode", "convert", "quantise", "plot")
-    names += ("eval", "eval-vae")
+    names += ("compare", "eval", "eval-vae", "vbench")
     parts = ("stream", "methods", "play")
     for command in [*([name] for name in names), *(["bench", part] for part in parts)]:
         assert run(*command, "--help") == 0
@@ -403,8 +403,9 @@ def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
         (
             ["huge"],
             2,
-            "aapt: recipe: expected one of tiny-world, paper-8b, paper-8b-camera, paper-8b-pose, "
-            "vae-light, wan-light, got 'huge'",
+            "aapt: recipe: expected one of tiny-world, paper-8b, paper-8b-640, paper-8b-camera, "
+            "paper-8b-pose, wan-1.3b, wan-1.3b-camera, wan-1.3b-one-step, wan-5b, vae-light, "
+            "wan-light, got 'huge'; a recipe of your own is a file that ends with .toml",
         ),
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (

@@ -49,6 +49,19 @@ def test_the_table_ends_with_the_licence(source, capsys):
         "past                    the first 3 latent frames, and 8 before the newest",
         "sampling                passes at 1, 0.9375, 0.8333, 0.625, and one at 0",
     ]
+    for kind, words in (
+        ("longlive-2-5b", "passes of UniPC at 0.9998, 0.9373, 0.8331, 0.6247, and one at 0"),
+        (
+            "causal-forcing-chunkwise-diffusion",
+            "50 passes of UniPC at 0.9998 to 0.09251, and one at 0; guidance 3",
+        ),
+        (
+            "causal-forcing-longvideo",
+            "passes at 1, 0.9375, 0.8333, 0.625, and one at 0; several chunks in a pass",
+        ),
+    ):
+        assert run(source, "--kind", kind, "--out", kind) == 0
+        assert f"sampling                {words}" in capsys.readouterr().out
     assert run(source, "--kind", "self-forcing", "--out", "three") == 0
     words = "CC-BY-NC-SA-4.0: no commercial use, and what is made from them stays so"
     assert capsys.readouterr().out.splitlines()[-1] == f"licence of the weights  {words}"

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..plain_unipc import told, unipc
+
 HEAD_DIM, AXES = 128, (44, 42, 42)
 
 
@@ -141,6 +143,25 @@ class PlainNativeWan:
             clean = x - time * self.run(x, time)[0]
             if index + 1 < len(times):
                 x = (1 - times[index + 1]) * clean + times[index + 1] * noise[index + 1]
+        return self.keep(clean, refresh)
+
+    def unipc_chunk(
+        self, noise: Tensor, times: tuple[float, ...], refresh: float, guidance: float | None
+    ) -> Tensor:
+        """Makes a chunk from noise (B, C, n, H, W) with UniPC, and keeps its refreshed keys. With
+        guidance the text has 2 B rows: the prompts, and the negative ones."""
+
+        def estimate(x: Tensor, time: float) -> Tensor:
+            if guidance is None:
+                return x - time * self.run(x, told(time))[0]
+            prompted, negative = self.run(torch.cat([x, x]), told(time))[0].chunk(2)
+            return x - time * (negative + guidance * (prompted - negative))
+
+        clean = unipc(estimate, noise, times)
+        self.keep(clean if guidance is None else torch.cat([clean, clean]), refresh)
+        return clean
+
+    def keep(self, clean: Tensor, refresh: float) -> Tensor:
         for known, pairs in zip(self.keys, self.run(clean, refresh)[1], strict=True):
             known.extend(pairs)
         return clean

@@ -1,5 +1,6 @@
 """Converted checkpoints make the latents of a plain Wan on the weights they were made from."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,12 @@ from .plain_native import PlainNativeWan, random_weights
 
 SIZE = (4, 6)
 LENGTHS = (3, 5)
-STREAMS = [name for name, kind in KINDS.items() if isinstance(kind.sampling, FewStepConfig)]
+# Rolling ones are in ../streaming/test_rolling.py; their layout is that of the others
+STREAMS = [
+    name
+    for name, kind in KINDS.items()
+    if isinstance(kind.sampling, FewStepConfig) and not kind.sampling.rolling
+]
 
 
 def load(folder: Path) -> WanTransformer:
@@ -32,21 +38,29 @@ def load(folder: Path) -> WanTransformer:
     return net.requires_grad_(False)
 
 
-def prompts() -> tuple[Tensor, Tensor, Tensor]:
-    """Text, its lengths, and the same text as Wan takes it: padded to 512 rows of zeros."""
-    text = torch.randn(2, 5, 24, dtype=torch.float64)
-    padded = torch.zeros(2, 512, 24, dtype=torch.float64)
-    for row, length in enumerate(LENGTHS):
+def prompts(branches: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Text, its lengths, and the same text as Wan takes it: padded to 512 rows of zeros. With two
+    branches the negative prompts follow."""
+    lengths = LENGTHS * branches
+    text = torch.randn(len(lengths), 5, 24, dtype=torch.float64)
+    padded = torch.zeros(len(lengths), 512, 24, dtype=torch.float64)
+    for row, length in enumerate(lengths):
         padded[row, :length] = text[row, :length]
-    return text, torch.tensor(LENGTHS), padded
+    return text, torch.tensor(lengths), padded
+
+
+def brief(sampling: FewStepConfig) -> FewStepConfig:
+    """Sampling in at most four passes, for the time of a test."""
+    return dataclasses.replace(sampling, times=sampling.times[:: max(1, len(sampling.times) // 3)])
 
 
 def noises(kind: str, chunks: int) -> list[Tensor]:
-    """One draw for each time of each chunk."""
+    """The draws of each chunk: one for each time, or one alone for UniPC."""
     preset = KINDS[kind]
     times = [preset.sampling.opening_times, *[preset.sampling.times] * (chunks - 1)]
+    draws = [1 if preset.sampling.solver == "unipc" else len(each) for each in times]
     shape = (2, 4, preset.chunk, *SIZE)
-    return [torch.randn(len(each), *shape, dtype=torch.float64) for each in times]
+    return [torch.randn(count, *shape, dtype=torch.float64) for count in draws]
 
 
 def latents(
@@ -60,17 +74,23 @@ def plain_latents(
     weights: dict[str, Tensor], kind: str, padded: Tensor, drawn: list[Tensor]
 ) -> Tensor:
     preset, made = KINDS[kind], []
+    sampling = brief(preset.sampling)
+    guidance = None if sampling.guidance == 1 else sampling.guidance
     plain = PlainNativeWan(weights, padded, preset.window_frames, preset.sink_frames)
     for index, noise in enumerate(drawn):
-        times = preset.sampling.times if index else preset.sampling.opening_times
-        made.append(plain.chunk(noise, times, preset.sampling.refresh))
+        times = sampling.times if index else sampling.opening_times
+        if sampling.solver == "unipc":
+            made.append(plain.unipc_chunk(noise[0], times, sampling.refresh, guidance))
+        else:
+            made.append(plain.chunk(noise, times, sampling.refresh))
     return torch.cat(made, dim=2)
 
 
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_converted_model_makes_the_latents_of_the_original(tmp_path, kind):
     """Chunk after chunk, until the ring has wrapped."""
-    weights, (text, lengths, padded) = random_weights(), prompts()
+    weights = random_weights()
+    text, lengths, padded = prompts(branches=1 + len(KINDS[kind].sampling.negatives))
     torch.save({"generator": {f"model.{n}": x for n, x in weights.items()}}, tmp_path / "w.pt")
     convert(tmp_path / "w.pt", tmp_path / "out", kind)
     preset = KINDS[kind]
@@ -78,7 +98,7 @@ def test_a_converted_model_makes_the_latents_of_the_original(tmp_path, kind):
     assert sampling == preset.sampling
     drawn = noises(kind, (preset.window_frames + preset.sink_frames) // preset.chunk + 2)
     expected = plain_latents(weights, kind, padded, drawn)
-    actual = latents(load(tmp_path / "out"), sampling, text, lengths, drawn)
+    actual = latents(load(tmp_path / "out"), brief(sampling), text, lengths, drawn)
     assert expected.std() > 0.3
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 

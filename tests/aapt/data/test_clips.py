@@ -22,6 +22,9 @@ def test_first_frames_of_windows():
     starts = (data.sample(draws(200), 4).latents[:, 0, 0, 0, 0] == 99).sum()
     assert 90 < starts < 150  # half, and a fifth of the rest
     assert data.sample(draws(50), 4, first_frame="never").latents.max() < 50
+    assert (data.sample(draws(50), 4, first_frame="always").latents[:, :, 0] == 99).all()
+    with pytest.raises(ValueError, match="first_frame: expected 'always', 'half' or 'never', got"):
+        data.sample(draws(1), 4, first_frame="late")
     with pytest.raises(ValueError, match="frames: expected at most 8, got 9"):
         data.sample(draws(1), 9)
     with pytest.raises(ValueError, match="frames: expected at most 7, got 8"):

@@ -1,18 +1,21 @@
 """The parts of a step: every operation in its part, and figures that can be counted by hand."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from aapt import Control, StreamingGenerator
+from aapt.evaluate import breakdown
 from aapt.evaluate.breakdown import (
     GPUS,
     PARTS,
     Gpu,
     Parts,
     has_kernel,
+    kernel_microseconds,
     measure_parts,
     predict_parts,
     predicted_on,
@@ -66,6 +69,40 @@ def test_parts_and_what_is_left_are_the_whole_step(stream):
         expected.step(Control(forward=1.0))
     control = Control(yaw=0.5)
     assert np.array_equal(stream.step(control), expected.step(control))
+
+
+def test_on_a_device_a_profile_of_steps_without_a_graph_tells_the_parts(stream, monkeypatch):
+    """The CPU stands in for a device: an operation's kernels are the operation itself."""
+    expected, synchronised = stream.fork(), []
+    monkeypatch.setattr(StreamingGenerator, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronised.append)
+    monkeypatch.setattr(breakdown, "kernel_microseconds", lambda event: event.cpu_time_total)
+    monkeypatch.setattr(breakdown, "PROFILED_STEPS", 2)
+    found = measure_parts(stream, Control(forward=1.0), steps=3)
+    assert found.how == "measured on cuda" and list(found.parts) == list(PARTS)
+    copied = found.parts.pop("copy")  # by NumPy, without an operation, on a CPU
+    assert copied >= 0 and all(value > 0 for value in found.parts.values())
+    assert found.step == pytest.approx(sum(found.parts.values()) + copied + found.idle)
+    assert len(synchronised) == 3 + 1  # whole steps and the text
+    monkeypatch.undo()
+    for _ in range(3 + 2):
+        expected.step(Control(forward=1.0))
+    control = Control(yaw=0.5)
+    assert np.array_equal(stream.step(control), expected.step(control))
+
+
+def test_the_time_of_kernels_is_that_of_all_operations_in_a_range():
+    """A range holds an operation with two kernels, and that one an operation with a third; the
+    device's twin of the range, which spans all of them, does not count."""
+
+    def event(durations, *children, annotation=False):
+        kernels = [SimpleNamespace(duration=duration) for duration in durations]
+        return SimpleNamespace(
+            kernels=kernels, cpu_children=list(children), is_user_annotation=annotation
+        )
+
+    operation = event([3.0, 4.0], event([5.0]))
+    assert kernel_microseconds(event([20.0], operation, event([]), annotation=True)) == 12.0
 
 
 def test_a_time_goes_to_the_part_of_its_operation(stream):
@@ -182,7 +219,7 @@ def test_other_devices_and_gpus_are_refused(stream, on_paper):
     with pytest.raises(ValueError, match="^predict: expected one of h100, h200, got h300$"):
         predict_parts(on_paper, "h300")
     stream.generator.vae.to("meta")
-    with pytest.raises(ValueError, match="^breakdown: expected a model on the CPU, got meta, "):
+    with pytest.raises(ValueError, match="^breakdown: expected a model on the CPU or a CUDA"):
         measure_parts(stream, Control(), 1)
 
 

@@ -32,7 +32,7 @@ from aapt.evaluate.motion_probe import (
 )
 from aapt.evaluate.scenes import roll_out_scenes
 from aapt.evaluate.video_frames import VideoFrames, latent_statistics
-from aapt.evaluate.windows import WINDOWS, drift_frames, shifted_inside
+from aapt.evaluate.windows import WINDOWS, Schedule, drift_frames, shifted_inside
 from aapt.evaluate.world_scenes import WorldScenes, held_out_starts, render_truth
 from aapt.media.contact_sheet import contact_sheet
 from aapt.model.config import CameraConfig, ModelConfig, SamplingConfig
@@ -255,6 +255,8 @@ def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     found = measure(truth, real, None, scenes, window)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
     assert found.edge_sharpness == 1.0 and found.seam == seam(truth[:, 1:], CELL)
+    assert found.flicker == pytest.approx(1.0, abs=0.1)  # steps do not show in real video
+    assert found.yaw_response in range(0, 28, 4) and found.forward_response in range(0, 28, 4)
     assert found.psnr is None and found.latent_deviation is None
     swapped = measure(truth.flip(0), real, None, scenes, window)
     assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
@@ -277,6 +279,22 @@ def test_frames_after_the_end_are_replaced_by_the_last_ones():
     assert shifted_inside((47, 48), steps=2) == [7, 8]
     assert shifted_inside(range(4, 13), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert shifted_inside(range(40, 61), steps=2) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("fps", "steps"), [(24, ["1-8", "25-36", "175-186", "331-360"]), (16, ["1-5", "17-24"])]
+)
+def test_windows_are_the_same_seconds_at_every_rate(fps, steps):
+    schedule = Schedule(360 if fps == 24 else 24, 24, fps)
+    assert [f"{window.first}-{window.last}" for window in schedule.windows] == steps
+    for window in schedule.windows:
+        begin, end = (float(part) for part in window.name[:-2].split("-"))
+        assert window.middle == pytest.approx((begin + end) / 2, abs=0.05)
+        assert window.frames[-1] / fps == pytest.approx(end, abs=0.1)
+    assert drift_frames(2, fps) == (2 * fps - 1, 2 * fps)
+    assert set(drift_frames(2, fps)) <= set(schedule.frames)
+    assert schedule.drift_seconds[-1] == len(schedule.drift_seconds) == (60 if fps == 24 else 6)
+    assert schedule.sheet_seconds == ([0, 1, 5, 10, 30, 60] if fps == 24 else [0, 1, 5])
 
 
 def test_a_timeline_finds_the_second_that_is_wrong():
@@ -302,6 +320,10 @@ def test_a_timeline_finds_the_second_that_is_wrong():
     assert found.palette_error[::2] == [0.0, 0.0] and found.palette_error[1] > 0.1
     assert found.feature_distance[::2] == real.feature_distance[::2]
     assert found.feature_distance[1] > real.feature_distance[1] + 0.2
+    assert found.drift["latent_deviation"] == pytest.approx(60 * 0.5)
+    assert found.drift["latent_offset"] == pytest.approx(60 * 0.1)
+    assert found.drift["sharpness"] == pytest.approx(0)
+    assert set(found.drift) == set(asdict(found)) - {"seconds", "drift"}
 
     longer = timeline(made, true[:1], seconds, latents)
     assert longer.palette_error == [0.0, None, None] and longer.feature_distance[0] == 0
@@ -353,6 +375,7 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
     assert saved["same_theme"] is None and saved["other_theme"] > 0.05
     assert list(saved["timelines"]) == ["truth", *names]
     assert saved["timelines"][names[1]]["seconds"] == [1, 2]
+    assert set(saved["timelines"][names[1]].pop("drift")) > {"sharpness", "palette_error"}
     assert {len(values) for values in saved["timelines"][names[1]].values()} == {2}
     table = report.table()
     assert table.row_count == 5

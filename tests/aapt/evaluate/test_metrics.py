@@ -12,13 +12,16 @@ from aapt.data.tiny_world.themes import THEMES
 from aapt.evaluate.metrics import (
     correlation,
     edge_energy,
+    flicker,
     gain,
     palette,
     palette_distance,
     palette_error,
     psnr,
+    response_steps,
     seam,
     sharpness,
+    slope,
     theme_kept,
 )
 from aapt.evaluate.world_scenes import theme_frames
@@ -128,3 +131,36 @@ def test_correlation_and_gain_against_numpy():
     still = torch.zeros(2, 20)
     assert correlation(realised, still) is None and gain(realised, still) is None
     assert correlation(still, commanded) is None and gain(still, commanded) == 0
+
+
+def test_flicker_of_known_changes():
+    """Video frames change by 2 inside steps of four and by 6 from step to step, in one of two."""
+    change = torch.tensor([0, 2, 2, 2, 6, 2, 2, 2, 6, 2, 2, 2]).cumsum(0).to(torch.uint8)
+    jumping = change[:, None, None, None].expand(12, 4, 5, 3)
+    smooth = (2 * torch.arange(12, dtype=torch.uint8))[:, None, None, None].expand(12, 4, 5, 3)
+    assert flicker(smooth[None], 4) == 1.0
+    assert flicker(jumping[None], 4) == 3.0
+    assert flicker(torch.stack([jumping, smooth]), 4) == 2.0
+    assert flicker(smooth[None, :4], 4) is None  # one step
+    assert flicker(smooth[None], 1) is None
+    assert flicker(torch.zeros(1, 8, 4, 5, 3, dtype=torch.uint8), 4) is None
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_response_is_the_delay_of_the_motion(lag):
+    random = torch.Generator().manual_seed(0)
+    commanded = torch.randn(6, 20, generator=random)
+    realised = 0.5 * commanded.roll(lag, dims=1) + 0.1 * torch.randn(6, 20, generator=random)
+    assert response_steps(realised, commanded) == lag
+
+
+def test_a_response_that_nothing_tells():
+    still, moving = torch.zeros(2, 12), torch.randn(2, 12)
+    assert response_steps(still, moving) is None and response_steps(moving, still) is None
+    assert response_steps(moving[:, :7], moving[:, :7]) is None
+
+
+def test_slope_is_per_minute():
+    assert slope([1, 2, 4], [1.0, 2.0, 4.0]) == pytest.approx(60)
+    assert slope([1, 2, 3, 9], [1.0, 0.5, None, None]) == pytest.approx(-30)
+    assert slope([1, 2], [1.0, None]) is None

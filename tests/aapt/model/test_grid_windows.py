@@ -20,8 +20,8 @@ from aapt.training.forcing import parallel_pass, teacher_forced_logits
 
 from ..helpers import CONFIG, PROMPTS, controls, tiny_model
 
-WINDOWS = ((2, 2, 1), (3, 2, 4))  # beside 2 for every other grid
-SIZES = {(4, 6): 2, (4, 4): 1, (6, 4): 4}  # latent pixels, of which a token takes two by two
+WINDOWS = ((2, 2, 1), (4, 2, 4))  # beside 2 for every other grid
+SIZES = {(4, 6): 2, (4, 4): 1, (8, 4): 4}  # latent pixels, of which a token takes two by two
 FRAMES = 8  # past the end of every window
 each_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
@@ -109,6 +109,12 @@ def test_a_configuration_comes_back_from_json():
     assert ModelConfig(**tuples(saved)) == CONFIG
 
 
+def test_a_grid_on_its_side_has_the_same_window():
+    config = dataclasses.replace(CONFIG, grid_windows=((4, 2, 4),))
+    assert config.window((2, 4)) == config.window((4, 2)) == config.window((8, 1)) == 4
+    assert config.window((2, 3)) == CONFIG.window_frames
+
+
 @pytest.mark.parametrize(
     "windows",
     [
@@ -124,11 +130,15 @@ def test_a_configuration_comes_back_from_json():
         ((2, 2, 1.0),),
         (((2, 2), 1),),
         ((2, 2, 1), (2, 2, 3)),
+        ((2, 3, 1), (3, 2, 1)),
     ],
     ids=repr,
 )
 def test_windows_that_cannot_be(windows):
-    message = r"grid_windows: expected a tuple of \(rows, columns, window_frames\), each grid once"
+    message = (
+        r"grid_windows: expected a tuple of \(rows, columns, window_frames\), each number of "
+        "tokens once"
+    )
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, grid_windows=windows)
 

@@ -12,7 +12,7 @@ from aapt.model.world_model import WorldModel
 from aapt.streaming.student import StudentRollout
 from aapt.training.forcing import parallel_pass
 
-from ..helpers import SIZE, WAN, latents, wan_transformer
+from ..helpers import SIZE, WAN, latents, tiny_model, wan_transformer
 from ..plain_wan import PlainWan
 
 TEXT_LENS = (3, 5)
@@ -82,7 +82,7 @@ def from_diffusers(theirs: nn.Module) -> WanTransformer:
     return ours
 
 
-def diffusers_model() -> nn.Module:
+def diffusers_model(channels: int = 4) -> nn.Module:
     pytest.importorskip("diffusers")
     from diffusers import WanTransformer3DModel
 
@@ -90,8 +90,8 @@ def diffusers_model() -> nn.Module:
     model = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=8,
         ffn_dim=40,
         num_layers=3,
@@ -113,10 +113,10 @@ class Sinusoids(nn.Module):
 CLIP = 7  # frames
 
 
-def clip(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def clip(dtype: torch.dtype, channels: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents, text whose padding is zero, its lengths, and times."""
     torch.manual_seed(1)
-    x, text = torch.randn(2, 4, CLIP, *SIZE), torch.randn(2, 5, 8)
+    x, text = torch.randn(2, channels, CLIP, *SIZE), torch.randn(2, 5, 8)
     for row, length in enumerate(TEXT_LENS):
         text[row, length:] = 0
     return x.to(dtype), text.to(dtype), torch.tensor(TEXT_LENS), torch.tensor([1.0, 0.8333])
@@ -136,6 +136,24 @@ def test_diffusers_wan_in_float64(monkeypatch):
     expected = theirs(x, 1000 * t, text).sample
     actual = bidirectional(from_diffusers(theirs), x, text, text_lens, t)
     assert expected.std() > 0.3
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_diffusers_wan_of_48_channels_and_times_per_token(monkeypatch, per_frame):
+    """As its pipelines run Wan 2.2 5B: one time per token, that of its frame. A picture is frame 0,
+    at time 0."""
+    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor.double())
+    theirs = diffusers_model(channels=48).double()
+    theirs.condition_embedder.timesteps_proj = Sinusoids()
+    x, text, text_lens, t = clip(torch.float64, channels=48)
+    t = t.double()[:, None].repeat(1, CLIP)
+    t[:, 0] *= 0 if per_frame else 1
+    tokens = (1000 * t).repeat_interleave(SIZE[0] * SIZE[1] // 4, dim=1)
+    expected = theirs(x, tokens, text).sample
+    ours = from_diffusers(theirs)
+    actual = bidirectional(ours, x, text, text_lens, t if per_frame else t[:, 0])
+    assert expected.std() > 0.3 and ours.config.latent_channels == 48
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
@@ -165,14 +183,21 @@ def whole_chunks(net, cache, layer) -> list[Tensor]:
 
 @pytest.mark.parametrize("sink_distance", ["absolute", "clamped"])
 @pytest.mark.parametrize(("chunk", "window", "sink"), [(1, 2, 1), (1, 2, 0), (3, 5, 3), (2, 3, 0)])
-def test_streaming_equals_parallel(chunk, window, sink, sink_distance):
-    """Chunk after chunk through the ring, past its wrap, in two segments."""
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_streaming_equals_parallel(chunk, window, sink, sink_distance, per_frame):
+    """Chunk after chunk through the ring, past its wrap, in two segments; also where each frame has
+    a time of its own."""
     net = wan_transformer(
         chunk=chunk, window_frames=window, sink_frames=sink, sink_distance=sink_distance
     )
     frames = chunk * 7
-    x, text, t = latents(frames), torch.randn(2, 4, 8).double(), torch.rand(2).double()
+    x, text, t = latents(frames), torch.randn(2, 4, 8).double(), torch.rand(2, frames).double()
+    t = t if per_frame else t[:, 0]
     text_lens = torch.tensor([2, 4])
+
+    def times(start: int, stop: int) -> Tensor:
+        return t[:, start:stop] if per_frame else t
+
     with torch.no_grad():
         expected = net(x, None, None, text, text_lens, t)
         cache = net.new_cache(2, SIZE, dtype=torch.float64)
@@ -182,12 +207,30 @@ def test_streaming_equals_parallel(chunk, window, sink, sink_distance):
         for start in range(0, frames, chunk):
             if start == 5 * chunk:
                 prefix = [whole_chunks(net, cache, layer) for layer in range(net.config.depth)]
-            steps.append(net.step(x[:, :, start : start + chunk], None, None, t, cache))
+            part = x[:, :, start : start + chunk]
+            steps.append(net.step(part, None, None, times(start, start + chunk), cache))
         torch.testing.assert_close(torch.cat(steps, dim=2), expected, rtol=1e-9, atol=1e-10)
         start = 5 * chunk
-        rest = (x[:, :, start:], None, None, text, text_lens, t)
+        rest = (x[:, :, start:], None, None, text, text_lens, times(start, frames))
         continued = net(*rest, prefix=prefix, start_frame=start)
     torch.testing.assert_close(continued, expected[:, :, start:], rtol=1e-9, atol=1e-10)
+
+
+def test_times_of_frames_that_cannot_be(monkeypatch):
+    """One for each frame, of a text without a time, on ranks that have whole frames."""
+    net, x, t = wan_transformer(), latents(3), torch.ones(2, 3).double()
+    inputs = (torch.randn(2, 4, 8).double(), torch.tensor([2, 4]))
+    words = r"^t: expected one time per clip \(B,\), or with block 'wan' on one rank one per frame "
+    with pytest.raises(ValueError, match=words + r"\(B, 3\), got \(2, 2\)$"):
+        net(x, None, None, *inputs, t[:, :2])
+    with pytest.raises(ValueError, match=words + r"\(B, 1\), got \(2, 3\)$"):
+        net.step(x[:, :, :1], None, None, t, net.new_cache(2, SIZE, dtype=torch.float64))
+    monkeypatch.setattr(net.context, "size", 2)
+    with pytest.raises(ValueError, match=words):
+        net(x, None, None, *inputs, t)
+    joint = tiny_model().transformer
+    with pytest.raises(ValueError, match=words):
+        joint(x, x, None, *inputs, t)
 
 
 def test_a_step_is_made_again_until_it_advances():

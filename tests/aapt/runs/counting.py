@@ -122,6 +122,7 @@ def adversarial_stage(
         "batch": 2,
         "segment_frames": 3,
         "whole_clips": True,
+        "first_frame": "half",
         **changes,
     }
     config = AdversarialConfig(**options)

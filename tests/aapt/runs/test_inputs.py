@@ -295,6 +295,41 @@ def test_a_stage_without_the_one_before(latents, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stage_starts_from_the_last_weights_and_the_average_is_exported(latents, tmp_path):
+    """An extension that does not learn hands on the raw weights of the stage before."""
+    stages = dict(recipe().stages)
+    stages["adversarial"] = dataclasses.replace(
+        stages["adversarial"], average=0.5, discriminator_start=None
+    )
+    still = {"generator_schedule": Schedule(0.0), "discriminator_schedule": Schedule(0.0)}
+    extension = dataclasses.replace(
+        stages["adversarial"], start="adversarial", discriminator_start="adversarial", **still
+    )
+    made = recipe(raw_starts=True, stages={**stages, "extension": extension})
+    folder, out = train(tmp_path / "run", latents, made=made), tmp_path / "run"
+    start = read_tensors(out / "diffusion" / "weights.safetensors")
+    assert not (out / "diffusion" / "raw.safetensors").exists()  # it has no average
+    raw, average = (
+        read_tensors(out / "adversarial" / f"{name}.safetensors") for name in ("raw", "weights")
+    )
+    moved = "transformer.video_in.weight"
+    assert not torch.equal(raw[moved], average[moved])
+    torch.testing.assert_close(average[moved], (start[moved] + raw[moved]) / 2)
+    for name in ("raw", "weights"):
+        handed_on = read_tensors(out / "extension" / f"{name}.safetensors")
+        torch.testing.assert_close(handed_on[moved], raw[moved])
+    exported = read_tensors(folder / "model.safetensors")[moved]
+    assert torch.equal(exported, raw[moved].bfloat16())
+    (out / "adversarial" / "raw.safetensors").unlink()
+    (out / "extension" / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match="stage extension: expected the result of adversarial in"):
+        train(out, latents, stages=["extension"], made=made)
+    averaged = dataclasses.replace(made, raw_starts=False)
+    train(tmp_path / "other", latents, made=averaged)
+    handed_on = read_tensors(tmp_path / "other" / "extension" / "weights.safetensors")
+    torch.testing.assert_close(handed_on[moved], average[moved])
+
+
 def test_a_model_with_conditions_starts_from_one_without(tmp_path):
     """Conditions of zero make it compute what the other model computes (docs/method.md#10)."""
     torch.manual_seed(0)
@@ -335,6 +370,17 @@ def test_the_command_from_videos_to_a_checkpoint(latents, tmp_path, monkeypatch,
     assert main(["train", "small", "--latents", str(out), "--out", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "small")
     assert StreamingGenerator.from_pretrained(run / "small").driven_by == "prompt"
+
+
+def test_clips_of_another_rate(latents, tmp_path):
+    """The frames of a second, and the checkpoint's, are those of --fps."""
+    out, videos = tmp_path / "latents", str(latents.parent / "videos")
+    given = ["encode", videos, "--model", str(latents), "--bucket", "48x32+96x64+32x16"]
+    assert main([*given, "--fps", "12", "--seconds", str(8 / 12), "--out", str(out)]) == 0
+    encoding = json.loads((out / "index.json").read_text())["encoding"]
+    assert (encoding["fps"], encoding["latent_frames"]) == (12, 2)
+    options = RunOptions(sample_every=None)
+    assert StreamingGenerator.from_pretrained(train(tmp_path, out, options=options)).fps == 12
 
 
 def exploring(**changes) -> Recipe:

@@ -18,7 +18,7 @@ from aapt.model.world_model import TRANSFORMERS, WorldModel
 from aapt.runs import plan
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
-from aapt.training.recipes import paper_8b, tiny_world
+from aapt.training.recipes import paper_8b, paper_8b_640, tiny_world
 from aapt.training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from aapt_kernels import FrameLayout
 
@@ -183,8 +183,8 @@ def test_plan_of_a_wan_recipe():
 
 
 def test_plan_of_the_paper():
-    eight = {each.workload.name: each for each in plan.plan(paper_8b(), 8)}
-    many = {each.workload.name: each for each in plan.plan(paper_8b(), 256)}
+    eight = {each.workload.name: each for each in plan.plan(paper_8b_640(), 8)}
+    many = {each.workload.name: each for each in plan.plan(paper_8b_640(), 256)}
     assert eight["diffusion 1/3"].tokens == many["diffusion 1/3"].tokens == 256 * 30 * 1196
     assert eight["diffusion 2/3"].workload.size == (90, 160)
     assert eight["diffusion 2/3"].flops == pytest.approx(1.56e18, rel=0.01)
@@ -201,6 +201,16 @@ def test_plan_of_the_paper():
         assert each.seconds() == pytest.approx(eight[name].seconds() / 32)
 
 
+def test_stage_three_at_1280x720_needs_more_than_eight_gpus():
+    names = {"adversarial", "extension", "extension-5"}
+    eight, sixteen = (plan.plan(paper_8b(), gpus) for gpus in (8, 16))
+    assert {each.workload.stage for each in eight if not each.at_once} == names
+    assert all(each.at_once for each in sixteen)
+    for each in sixteen:
+        if each.workload.stage in names:
+            assert each.workload.size == (90, 160) and each.workload.frames == 5 * 6
+
+
 def test_phases_of_a_stage_share_a_command():
     """Groups of a stage have the size that its largest phase needs."""
     for gpus in (8, 256):
@@ -213,7 +223,7 @@ def test_phases_of_a_stage_share_a_command():
 @pytest.mark.parametrize("gpus, launched", [(8, "--nproc-per-node 8"), (12, "--nproc-per-node 6")])
 def test_commands_are_the_plan(gpus, launched):
     """Every stage occurs once, with the options that its plan assumes."""
-    recipe = paper_8b()
+    recipe = paper_8b_640()
     batches = {
         name: dataclasses.replace(stage, batch=96)
         for name, stage in recipe.stages.items()

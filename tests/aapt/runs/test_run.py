@@ -17,7 +17,7 @@ from PIL import Image
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import read_tensors
 from aapt.device import mixed_precision
-from aapt.model.config import SamplingConfig
+from aapt.model.config import FewStepConfig, SamplingConfig
 from aapt.runs import run as run_module
 from aapt.runs.inputs import Inputs
 from aapt.runs.loop import RunOptions, TrainingError
@@ -117,6 +117,44 @@ def test_an_exported_stage_says_how_it_is_sampled(trained, tmp_path):
     expected = SamplingConfig(config.sampling_steps, config.shift, config.guidance)
     assert StreamingGenerator.from_pretrained(made).sampling == expected
     assert StreamingGenerator.from_pretrained(folder).sampling is None
+
+
+def test_a_model_without_a_reference_grid_is_exported_at_the_size_of_its_clips(trained, tmp_path):
+    recipe = small_recipe()
+    model = dataclasses.replace(recipe.model, reference_grid=None)
+    made = Run(dataclasses.replace(recipe, model=model), trained[0]).export("final", tmp_path)
+    generator = StreamingGenerator.from_pretrained(made)
+    assert (generator.height, generator.width) == (48, 64)
+    assert generator.model.config.reference_grid is None
+    assert Image.open(generator.sample_image()).size == (64, 48)
+
+
+def test_a_baseline_of_diffusion_forcing_is_trained_and_streams(tmp_path):
+    """Two passes per frame; sheets are sampled as the checkpoint is."""
+    recipe = small_recipe()
+    stages = {
+        name: dataclasses.replace(recipe.stages[name], forcing="diffusion")
+        for name in ("diffusion", "consistency")
+    }
+    model = dataclasses.replace(recipe.model, block="wan", recycle=False, residual_head=False)
+    recipe = dataclasses.replace(recipe, model=model, stages=stages)
+    options = RunOptions(sample_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aapt.runs.run.SHEET_SECONDS", BRIEF)
+        folder = run(
+            recipe,
+            tmp_path,
+            ["encoder", "clips", *stages],
+            workers=1,
+            options=options,
+            report=lambda line: None,
+        )
+    assert all((tmp_path / name / "samples-2.png").is_file() for name in stages)
+    generator = StreamingGenerator.from_pretrained(folder)
+    assert generator.sampling == FewStepConfig((1.0,)) and generator.sampling.passes == 2
+    picture = np.asarray(Image.open(generator.sample_image()))
+    stream = generator.open(picture, generator.sample_prompt)
+    assert stream.step(Control(forward=1.0)).shape == (4, 48, 64, 3)
 
 
 def test_the_sheet_of_a_diffusion_stage_is_sampled_like_its_checkpoint(trained):

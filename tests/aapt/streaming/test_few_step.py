@@ -183,6 +183,8 @@ def test_sampling_is_read_by_its_kind():
         ({"times": (1.0,), "first_times": ()}, "first_times: expected falling times"),
         ({"times": (1.0,), "refresh": 2.0}, r"refresh: expected a time in \[0, 1\] or None"),
         ({"times": (1.0,), "kind": "few"}, "kind: expected 'few-step', got 'few'"),
+        ({"times": (1.0,), "solver": "heun"}, "solver: expected 'noise' or 'unipc', got 'heun'"),
+        ({"times": (1.0, 0.5), "solver": "unipc"}, "times: expected times below 1 for 'unipc'"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -192,10 +194,10 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_noise_has_a_draw_for_each_time():
     rollout = FewStepRollout(wan_transformer(), *prompts(), SIZE, ONE)
-    with pytest.raises(ValueError, match="noise: expected 4 draws, one for each time .* got 1"):
+    with pytest.raises(ValueError, match="noise: expected 4 draws, as this chunk .* got 1"):
         rollout.step(noise(1, 1))
     rollout.step(noise(4, 1))
-    with pytest.raises(ValueError, match="noise: expected 1 draws, one for each time .* got 4"):
+    with pytest.raises(ValueError, match="noise: expected 1 draws, as this chunk .* got 4"):
         rollout.step(noise(4, 1))
     assert int(rollout.cache.step) == 1
 

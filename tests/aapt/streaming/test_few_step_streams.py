@@ -244,7 +244,7 @@ def test_what_a_few_step_model_refuses(frame_wise, picture):
         build(*FORMS[1]).open(picture, "ab")
     with pytest.raises(ValueError, match=r"first_frame: expected uint8 \(32, 48, 3\), got"):
         frame_wise.open(picture[:16], "ab")
-    with pytest.raises(ValueError, match="chunk: expected 1 in a model without few-step sampling"):
+    with pytest.raises(ValueError, match="chunk: expected 1 without few-step sampling"):
         build(*FORMS[1], sampling=None)
     with pytest.raises(ValueError, match="sampling: .* without recycled channels"):
         build(*FORMS[0], recycle=True)

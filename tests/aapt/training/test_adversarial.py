@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from aapt.training.corruption import Corruption
 from aapt.training.optimization import Schedule
 from aapt.training.stages.adversarial import Adversarial, AdversarialConfig, Shown
 
-from ..helpers import CONFIG, PROMPTS, SIZE, clips, controls, draws, latents
+from ..helpers import CONFIG, clips, draws
 from ..runs.counting import (
     adversarial_stage,
     assert_drives,
@@ -29,36 +27,13 @@ from ..runs.counting import (
     train,
     value,
 )
+from .discriminator_calls import recording
 
 
-@dataclasses.dataclass
-class Call:
-    """One call of the discriminator: its arguments, its logits (B, T) and their gradient."""
-
-    arguments: tuple[Tensor, ...]
-    logits: Tensor
-    gradient: Tensor | None = None
-
-
-@contextmanager
-def recording(stage: Adversarial) -> Iterator[list[Call]]:
-    """Record the calls of the discriminator."""
-    calls, forward = [], stage.discriminator.forward
-
-    def record(*arguments):
-        logits = forward(*arguments)
-        call = Call(arguments, logits.detach())
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: setattr(call, "gradient", gradient))
-        calls.append(call)
-        return logits
-
-    stage.discriminator.forward = record
-    yield calls
-    stage.discriminator.forward = forward
-
-
-def test_adversarial_wiring(made_segments):
+@pytest.mark.parametrize(
+    ("perturb_known", "overlap_loss"), [(True, False), (False, False), (False, True)]
+)
+def test_adversarial_wiring(made_segments, perturb_known, overlap_loss):
     """Frames and conditions of the discriminator, and the gradient of every logit.
 
     The reference is docs/method.md#8. The generator adds 1.25 per step, so its frame n after frame
@@ -70,8 +45,10 @@ def test_adversarial_wiring(made_segments):
         batch=batch,
         segments=2,
         overlap_frames=1,
+        overlap_loss=overlap_loss,
         penalty=penalty,
         perturbation=sigma,
+        perturb_known=perturb_known,
     )
     embed = copy.deepcopy(stage.discriminator.world.text_encoder)
     with recording(stage) as calls:
@@ -83,6 +60,8 @@ def test_adversarial_wiring(made_segments):
     starts, times = None, []
     for index in range(2):
         known, new, frames = index, 3 - index, 3
+        unjudged = 0 if overlap_loss else known
+        clean = 0 if perturb_known else unjudged + 1  # frames without noise, with the one before
         for_d, for_g = calls[2 * index : 2 * index + 2]
         x, previous, condition, text, text_lens, t = (a.chunk(4) for a in for_d.arguments)
         real, fake, real_shaken, fake_shaken = range(4)
@@ -118,15 +97,15 @@ def test_adversarial_wiring(made_segments):
                 assert torch.equal(text_lens[i], expected_lens)
                 assert_drives(condition[i], rows)
 
-        # Perturbed copies: sigma on frames with a loss, also where they precede a frame.
+        # Perturbed copies: sigma on frames, or on those with a loss, also where they precede one.
         shaken = []
         for plain, perturbed in ((real, real_shaken), (fake, fake_shaken)):
             noise = x[perturbed] - x[plain]
-            assert not noise[:, :, :known].any()
-            assert noise[:, :, known:].std().item() == pytest.approx(sigma, rel=0.1)
             before = previous[perturbed] - previous[plain]
-            assert not before[:, :, :1].any()
             torch.testing.assert_close(before[:, :, 1:], noise[:, :, :-1])
+            noise = torch.cat([before[:, :, :1], noise], dim=2)
+            assert not noise[:, :, :clean].any()
+            assert noise[:, :, clean:].std().item() == pytest.approx(sigma, rel=0.1)
             shaken.append(noise)
         assert not torch.equal(*shaken)
 
@@ -141,15 +120,15 @@ def test_adversarial_wiring(made_segments):
 
         # The losses of docs/method.md#8, means over clips, frames with a loss, and segments.
         logits = for_d.logits.clone().requires_grad_()
-        on_real, on_fake, on_real_shaken, on_fake_shaken = logits[:, known:].chunk(4)
+        on_real, on_fake, on_real_shaken, on_fake_shaken = logits[:, unjudged:].chunk(4)
         relative = F.softplus(on_fake - on_real).mean()
         r1 = penalty * (on_real - on_real_shaken).square().mean()
         r2 = penalty * (on_fake - on_fake_shaken).square().mean()
         ((relative + r1 + r2) / 2).backward()
         torch.testing.assert_close(for_d.gradient, logits.grad)
-        assert not for_d.gradient[:, :known].any()
+        assert not for_d.gradient[:, :unjudged].any()
         logits = for_g.logits.clone().requires_grad_()
-        generated = F.softplus(on_real.detach() - logits[:, known:]).mean()
+        generated = F.softplus(on_real.detach() - logits[:, unjudged:]).mean()
         (generated / 2).backward()
         torch.testing.assert_close(for_g.gradient, logits.grad)
         # The clip continues from s in steps of 1: an error of 0.25 n at frame n, on all channels.
@@ -272,44 +251,6 @@ def test_later_segments_of_short_clips_have_motion_of_their_own(made_segments):
     torch.testing.assert_close(fake[:, :, 0], first.condition[:, :, 2], rtol=0, atol=2e-3)
 
 
-def test_the_discriminator_is_shown_motion_that_does_not_fit():
-    """Real frames are shown again under the motion of other clips, and told apart like fakes."""
-    weight, batch = 0.5, 8
-    stage = adversarial_stage(
-        counting_model(*[1.0] * 4),
-        batch=batch,
-        segments=2,
-        overlap_frames=1,
-        penalty=0.0,
-        mismatch=weight,
-    )
-    with recording(stage) as calls:
-        (metrics,) = train(stage, 1, counting_clips())
-    expected = 0.0
-    for known, call in enumerate(calls[::2]):
-        x, previous, condition, text, text_lens, t = (a.chunk(5) for a in call.arguments)
-        for same in (x, previous, text, text_lens, t):
-            assert torch.equal(same[0], same[4])
-        assert_drives(condition[0], value(x[0]))
-        moved = (condition[4] - condition[0]).abs().amax(dim=(1, 2, 3, 4)) > 0.005
-        assert moved.float().mean() >= 0.5  # windows of short clips may coincide
-        logits = call.logits.clone().requires_grad_()
-        on_real, on_fake, _, _, on_misled = logits[:, known:].chunk(5)
-        mismatch = weight * F.softplus(on_misled - on_real).mean()
-        ((F.softplus(on_fake - on_real).mean() + mismatch) / 2).backward()
-        torch.testing.assert_close(call.gradient, logits.grad)
-        expected += mismatch.item() / 2
-    assert metrics["mismatch"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_motion_that_does_not_fit_needs_a_frame_more():
-    """Mismatched motion starts at frame 1 or later, so `needs` counts one more frame."""
-    stage = adversarial_stage(counting_model(*[1.0] * 4), mismatch=1.0)
-    assert stage.config.needs == {"clips": 4}
-    train(stage, 1, counting_clips(length=5))
-    assert adversarial_stage().config.needs == {"clips": 3}
-
-
 def test_a_model_without_conditions(made_segments):
     """The paper's first model has an image and a prompt, and no other condition."""
     worlds = [WorldModel(dataclasses.replace(CONFIG, condition_channels=0), None) for _ in "gd"]
@@ -421,25 +362,6 @@ def test_teacher_forced_frames_get_their_logits_one_by_one():
                 torch.testing.assert_close(seen[:, index], alone.float(), rtol=0.02, atol=0.02)
 
 
-def test_a_logit_per_clip_sees_everything():
-    stage = adversarial_stage(judgement="clip")
-    net = stage.discriminator
-    x = latents(5).float()
-    conditions = net.world.conditions(controls(4).float(), PROMPTS, SIZE)
-
-    def logit(frames):
-        return net(frames[:, :, 1:], frames[:, :, :-1], *conditions, torch.full((2,), 0.3))
-
-    before = logit(x)
-    assert before.shape == (2, 1)
-    for changed in range(5):
-        other = x.clone()
-        other[:, :, changed] += 1
-        assert ((logit(other) - before).abs() > 1e-6).all()
-    metrics = train(stage, 2)
-    assert {"discriminator", "generator"} <= set(metrics[0])
-
-
 def test_halves_of_a_batch_add_up():
     """Accumulated in parts, the gradients of an update equal those of the whole batch."""
     gradients, sets = [], {"clips": clips()}
@@ -452,33 +374,6 @@ def test_halves_of_a_batch_add_up():
     for whole, halves in zip(*gradients, strict=True):
         if whole is not None:
             assert (halves - whole).norm() < 1e-4 + 0.02 * whole.norm()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"forcing": "none"}, "forcing: expected 'student' or 'teacher', got 'none'"),
-        ({"forcing": "teacher", "segments": 2}, "forcing: expected 'student' for several segments"),
-        (
-            {"forcing": "teacher", "lead_segments": 1},
-            "forcing: expected 'student' for several segments",
-        ),
-        ({"overlap_frames": 3}, "overlap_frames: expected 0 to less than a segment, got 3"),
-        (
-            {"forcing": "teacher", "mismatch": 1.0},
-            "mismatch: expected 0 under teacher forcing, got 1.0",
-        ),
-        ({"judgement": "pixel"}, "judgement: expected 'frame' or 'clip', got 'pixel'"),
-        ({"pooling": "maximum"}, "pooling: expected 'query' or 'average', got 'maximum'"),
-        (
-            {"whole_clips": False, "lead_segments": 1, "palette": 1.0},
-            "regression, palette, rows: expected whole_clips",
-        ),
-    ],
-)
-def test_bad_configurations_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        adversarial_stage(**changes)
 
 
 def test_adversarial_gradients_do_not_leak():
@@ -533,10 +428,13 @@ def gradients_of(parameters: list[Tensor]) -> dict[int, Tensor]:
 def test_perturbation_spares_what_is_known():
     latent = torch.arange(6.0)[:, None, None].expand(8, 4, 6, 5, 5)
     shown = Shown(latent, None, known=2)
-    shaken = shown.perturbed(0.3, draws(8))
+    everywhere = shown.perturbed(0.3, draws(8), spare_known=False).latents - latent
+    shaken = shown.perturbed(0.3, draws(8), spare_known=True)
     assert torch.equal(shown.latents, latent) and shaken.known == 2
     noise = shaken.latents - latent
     assert not noise[:, :, :3].any()  # the frame before, and the two known ones
+    assert everywhere[:, :, :3].std().item() == pytest.approx(0.3, rel=0.05)
+    assert torch.equal(everywhere[:, :, 3:], noise[:, :, 3:])
     assert noise[:, :, 3:].std().item() == pytest.approx(0.3, rel=0.05)
     assert noise[:, :, 3:].mean().item() == pytest.approx(0, abs=0.02)
     frames = noise[:, :, 3:].transpose(0, 2).flatten(1)

@@ -32,3 +32,17 @@ def test_one_update_draws_from_one_source():
         seen.append(tuple(batch.targets.shape[2:4]))
     assert set(seen) == {(3, 4), (4, 4), (5, 4), (2, 8)}
     assert seen.count((2, 8)) / len(seen) == pytest.approx(0.25, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("sources", "starts"),
+    [
+        ((Source("clips", 4),), {0}),
+        ((Source("clips", 4, first_frame="never"),), {1, 2}),
+        (constant("clips", frames=4, batch=1, steps=1).phases[0].sources, {0, 1, 2}),
+    ],
+    ids=["always", "never", "constant"],
+)
+def test_the_start_of_a_window_is_the_sources_choice(sources, starts):
+    batch = Phase(1, 100, sources).sample({"clips": clips(length=7)}, draws(100))
+    assert {start for _, start in batch.windows} == starts

@@ -7,11 +7,13 @@ import torch
 
 from aapt.model.presets import aapt_8b
 from aapt.runs import plan
-from aapt.training.recipes import paper_8b
+from aapt.training.curriculum import Source
+from aapt.training.recipes import paper_8b, paper_8b_640
 
 from ..helpers import CONFIG
 
 WIDE, LARGE, SMALL = "736x416", "1280x720", "640x352"
+TALL = "720x1280"
 OFF = {  # our switches for small models (docs/method.md#12)
     "whole_clips": False,
     "lead_segments": 0,
@@ -22,6 +24,8 @@ OFF = {  # our switches for small models (docs/method.md#12)
     "regression": 0,
     "palette": 0,
     "rows": 0,
+    "adversarial": 1,
+    "noised": False,
 }
 
 
@@ -30,7 +34,8 @@ def constant(learning_rate):
 
 
 def clips(name, frames, shortest=None):
-    return {"clips": name, "frames": frames, "shortest": shortest, "weight": 1}
+    window = {"frames": frames, "shortest": shortest, "first_frame": "always"}
+    return {"clips": name, "weight": 1, **window}
 
 
 def phase(steps, batch, *sources):
@@ -49,6 +54,7 @@ DIFFUSION = {
         )
     },
     "start": None,
+    "forcing": "teacher",
     "shift": 24,
     "caption_dropout": 0.1,
     "muon": False,
@@ -60,6 +66,7 @@ CONSISTENCY = {
     **ADAM,
     "curriculum": {"phases": (phase(5_000, 32, *LAST_SOURCES),)},
     "start": "diffusion",
+    "forcing": "teacher",
     "shift": 24,
     "times": 32,
     "distance": "pseudo_huber",
@@ -67,17 +74,22 @@ CONSISTENCY = {
 }
 ADVERSARIAL = {
     **OFF,
-    "clips": SMALL,
+    "clips": (clips(WIDE, 60, shortest=30), clips(LARGE, 30)),
     "steps": 500,
     "batch": 256,
-    "segment_frames": 60,
-    "shortest_segment": 30,
+    "segment_frames": None,
+    "shortest_segment": None,
     "segments": 1,
     "overlap_frames": 0,
+    "overlap_loss": False,
+    "first_frame": "always",
     "generator_schedule": constant(3e-6),
     "discriminator_schedule": constant(3e-6),
     "start": "consistency",
     "discriminator_start": "diffusion",
+    "loss": "relativistic",
+    "penalized": "both",
+    "perturb_known": True,
     "penalty": 1000,
     "perturbation": 0.1,
     "alpha": 0.9,
@@ -86,12 +98,14 @@ ADVERSARIAL = {
     "judgement": "frame",
     "pooling": "query",
     "discriminator_recycled": True,
+    "discriminator_layout": "targets",
 }
 EXTENSION = {
     **ADVERSARIAL,
     "batch": 64,
     "segments": 2,
     "overlap_frames": 6,
+    "overlap_loss": True,
     "generator_schedule": constant(1e-5),
     "discriminator_schedule": constant(1e-5),
     "start": "adversarial",
@@ -120,6 +134,18 @@ def test_stages_follow_each_other():
     recipe = paper_8b()
     assert list(recipe.stages) == list(STAGES)
     assert recipe.model == aapt_8b() and recipe.camera is None and recipe.data == {}
+    assert recipe.raw_starts
+
+
+def test_the_supplement_trains_stage_three_at_one_size():
+    recipe, other = paper_8b_640(), paper_8b()
+    for name, stage in recipe.stages.items():
+        expected = other.stages[name]
+        if name not in ("diffusion", "consistency"):
+            source = Source(SMALL, frames=60, shortest=30)
+            expected = dataclasses.replace(expected, clips=(source,))
+        assert stage == expected
+    assert dataclasses.replace(recipe, name="paper-8b", stages=other.stages) == other
 
 
 def test_every_number_of_the_generator():
@@ -147,7 +173,12 @@ def test_every_number_of_the_generator():
 
 @pytest.mark.parametrize(
     ("clips", "size", "tokens", "window"),
-    [(WIDE, (52, 92), 1196, 30), (LARGE, (90, 160), 3600, 15), (SMALL, (44, 80), 880, 30)],
+    [
+        (WIDE, (52, 92), 1196, 30),
+        (LARGE, (90, 160), 3600, 15),
+        (TALL, (160, 90), 3600, 15),
+        (SMALL, (44, 80), 880, 30),
+    ],
 )
 def test_resolutions(clips, size, tokens, window):
     recipe = paper_8b()
@@ -157,11 +188,14 @@ def test_resolutions(clips, size, tokens, window):
 
 
 def test_seconds_of_a_rollout():
+    """736x416 and 640x352 are rolled out as long as the paper says; 1280x720 starts from 5 s."""
     seconds = {}
     for name in ("adversarial", "extension", "extension-5"):
-        (load,) = plan.workloads(paper_8b(), name, paper_8b().stages[name])
-        seconds[name] = load.total_frames / 6
-    assert seconds == {"adversarial": 10, "extension": 19, "extension-5": 55}
+        (load,) = plan.workloads(paper_8b_640(), name, paper_8b_640().stages[name])
+        (large,) = plan.workloads(paper_8b(), name, paper_8b().stages[name])
+        assert large.size == (90, 160)
+        seconds[name] = load.total_frames / 6, large.total_frames / 6
+    assert seconds == {"adversarial": (10, 5), "extension": (19, 9), "extension-5": (55, 25)}
 
 
 def test_the_optimizers_have_these_numbers():

@@ -34,7 +34,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_backward(
   buffers.forward = {rows(q), {}, rows(k), rows(v), rows(out)};
   buffers.dout = rows(dout);
   Backward backward{};
-  backward.padded_rows = (mask.query_rows + kQueryTile - 1) / kQueryTile * kQueryTile;
+  backward.padded_rows = (mask.query_rows + kDqTile - 1) / kDqTile * kDqTile;
   backward.row_lse = stats;
   backward.row_delta = stats + heads * backward.padded_rows;
   backward.dq_sums = sums;

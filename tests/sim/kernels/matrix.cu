@@ -96,11 +96,11 @@ EXPORT const char* run_multiply_registers(int n, int e4m3, void* a, void* b, flo
 }
 
 EXPORT const char* run_gemm_e4m3(void* a, void* b, const float* a_scale, const float* b_scale,
-                                 float* c, int m, int n, int k, void* stream) {
+                                 float* c, int m, int n, int k, int interval, void* stream) {
   TensorMap ta, tb;
   const char* error = make_map(&ta, a, 1, m, k, 64, 128, SW_128);
   if (error == nullptr) error = make_map(&tb, b, 1, n, k, 128, 128, SW_128);
   if (error != nullptr) return error;
   return HOPPER_LAUNCH(matrix::gemm_e4m3, dim3((m + 63) / 64, (n + 127) / 128), dim3(256),
-                       100 * 1024, stream, ta, tb, a_scale, b_scale, c, m, n, k);
+                       100 * 1024, stream, ta, tb, a_scale, b_scale, c, m, n, k, interval);
 }

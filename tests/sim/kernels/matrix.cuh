@@ -173,10 +173,12 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
 }
 
 // FP8 GEMM with scales along K: c[m, n] = sum over blocks of 128 in K of
-// a_scale[m, block] b_scale[block] (a b^T). 64 x 128 tiles, a producer warp, four stages.
+// a_scale[m, block] b_scale[block] (a b^T). 64 x 128 tiles, a producer warp, four stages. Sums move
+// from the tensor core to float32 every `interval` blocks, whose scales must be equal.
 HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(256, 1)
     gemm_e4m3(HOPPER_GRID_CONSTANT const TensorMap ta, HOPPER_GRID_CONSTANT const TensorMap tb,
-              const float* a_scale, const float* b_scale, float* c, int m, int n, int k) {
+              const float* a_scale, const float* b_scale, float* c, int m, int n, int k,
+              int interval) {
   constexpr int kStages = 4;
   struct Shared {
     alignas(1024) uint8_t a[kStages][64 * 128];
@@ -222,12 +224,14 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(256, 1)
     HOPPER_UNROLL
     for (int i = 0; i < 4; ++i) {
       wgmma_ss_e4m3<128>(d, make_desc(smem_u32(shared.a[stage]) + i * 32, 16, 1024, SW_128),
-                         make_desc(smem_u32(shared.b[stage]) + i * 32, 16, 1024, SW_128), i != 0);
+                         make_desc(smem_u32(shared.b[stage]) + i * 32, 16, 1024, SW_128),
+                         step % interval + i != 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
     reg_fence(d);
     mbar_arrive(&shared.empty[stage]);
+    if ((step + 1) % interval != 0 && step + 1 != steps) continue;
     HOPPER_UNROLL
     for (int i = 0; i < 64; ++i) sum[i] += d[i] * (i / 2 & 1 ? high : low);
   }

@@ -1,0 +1,202 @@
+"""Compare checkpoints over several seeds: means with confidence intervals, and differences.
+
+Every seed is one evaluation of all checkpoints on worlds or clips and noise of its own. Checkpoints
+of one seed share these, so their differences vary less than they do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import write_json
+from ..media.figures import path_labels
+from .evaluation import evaluate
+from .report import COLUMNS, shown
+from .scenes import AUTOENCODER, TRUTH
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Student's t for 95 %, two-sided, by degrees of freedom from 1; the last serves for more, where it
+# is a little wide.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+COMPARISON = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds, and half the width of its 95 % confidence interval (Student's t)."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval | None:
+        """Estimate from one value per seed; None for fewer than two."""
+        count = len(values)
+        if count < 2:
+            return None
+        mean = math.fsum(values) / count
+        variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+        student = STUDENT[min(count - 1, len(STUDENT)) - 1]
+        return cls(mean, student * math.sqrt(variance / count))
+
+    @property
+    def clear(self) -> bool:
+        """True if the interval does not hold zero."""
+        return abs(self.mean) > self.half
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measures of checkpoints over seeds, by window, then source, then measure.
+
+    Attributes:
+        checkpoints: Path or name of each checkpoint, by source; the others are compared with the
+            first.
+        settings: Settings of the evaluations, with their `seeds`.
+        means: Every source's measures, where at least two seeds have one.
+        differences: Measures of each later checkpoint less those of the first, seed by seed.
+    """
+
+    checkpoints: dict[str, str]
+    settings: dict[str, Any]
+    means: dict[str, dict[str, dict[str, Interval]]]
+    differences: dict[str, dict[str, dict[str, Interval]]]
+
+    def table(self) -> Table:
+        """Return a table of one line per source and window. A star marks a measure whose difference
+        from the first checkpoint has an interval without zero."""
+        from rich.table import Table  # only needed here, and not installed everywhere
+
+        seeds = ", ".join(map(str, self.settings["seeds"]))
+        first = next(iter(self.checkpoints))
+        table = Table(
+            title=", ".join(self.checkpoints),
+            caption=f"means and 95 % intervals over seeds {seeds}; * differs from {first}",
+        )
+        found = [measures for sources in self.means.values() for measures in sources.values()]
+        columns = [c for c in COLUMNS if any(c[1] in measures for measures in found)]
+        for heading in ("window", "source", *(heading for heading, _, _ in columns)):
+            table.add_column(heading)
+        for window, sources in self.means.items():
+            for place, (source, measures) in enumerate(sources.items()):
+                differs = self.differences[window].get(source, {})
+                cells = []
+                for _, field, form in columns:
+                    one, other = measures.get(field), differs.get(field)
+                    star = "*" if other is not None and other.clear else ""
+                    half = "" if one is None else f" ± {shown(one.half, form)}{star}"
+                    cells.append(shown(one and one.mean, form) + half)
+                last = place == len(sources) - 1
+                table.add_row("" if place else window, source, *cells, end_section=last)
+        return table
+
+
+def compare(
+    checkpoints: Sequence[str | Path],
+    out: Path,
+    seeds: Sequence[int],
+    *,
+    log: Callable[[str], None] = print,
+    **settings: Any,
+) -> Comparison:
+    """Evaluate checkpoints under every seed, each in `out`/seed-N, and compare them.
+
+    A report that is already there is read and not made again. Writes `comparison.json` into `out`.
+
+    Args:
+        checkpoints: As `evaluate` takes them, two or more; the others are compared with the first.
+        seeds: Two or more different seeds.
+        settings: Further arguments of `evaluate`.
+
+    ValueError for fewer checkpoints or seeds, for a report of other checkpoints or other settings,
+    and as `evaluate` raises.
+    """
+    names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
+    if len(names) < 2:
+        raise ValueError(f"checkpoints: expected two or more to compare, got {len(names)}")
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        got = ", ".join(map(str, seeds)) or "none"
+        raise ValueError(f"seed: expected two or more different seeds, got {got}")
+    reports = []
+    for seed in seeds:
+        path = out / f"seed-{seed}" / "report.json"
+        if not path.is_file():
+            log(f"seed {seed}")
+            evaluate(checkpoints, path.parent, seed=seed, log=log, **settings)
+        reports.append(_read(path, dict(zip(names, map(str, checkpoints))), settings))
+        if _shared(reports[-1]) != _shared(reports[0]):
+            raise _other_report(path)
+    comparison = _compared(reports, names, seeds)
+    write_json(out / COMPARISON, asdict(comparison))
+    return comparison
+
+
+def _read(
+    path: Path, checkpoints: Mapping[str, str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Read a report; ValueError if it is of other checkpoints or settings."""
+    report = json.loads(path.read_text())
+    wanted = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if name in ("starts", "seconds", "latents", "fid", "fvd")
+    }
+    kept = {name: report["settings"].get(name) for name in wanted}
+    if report["checkpoints"] != checkpoints or kept != wanted:
+        raise _other_report(path)
+    return report
+
+
+def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the reports of all seeds have."""
+    return {name: value for name, value in report["settings"].items() if name != "seed"}
+
+
+def _other_report(path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: expected a report of these checkpoints and settings, got another; pass another "
+        "folder as --out"
+    )
+
+
+def _compared(
+    reports: Sequence[Mapping[str, Any]], names: Sequence[str], seeds: Sequence[int]
+) -> Comparison:
+    """Compare the reports of several seeds."""
+    first, *_ = reports
+    means: dict = {}
+    differences: dict = {}
+    for window, sources in first["windows"].items():
+        means[window], differences[window] = {}, {}
+        for source, fields in sources.items():
+            found = {
+                field: [report["windows"][window][source][field] for report in reports]
+                for field in fields
+            }
+            means[window][source] = _intervals(found)
+            if source in names[1:]:
+                base = [report["windows"][window][names[0]] for report in reports]
+                less = {
+                    field: [
+                        None if value is None or at[field] is None else value - at[field]
+                        for value, at in zip(values, base, strict=True)
+                    ]
+                    for field, values in found.items()
+                }
+                differences[window][source] = _intervals(less)
+    settings = _shared(first) | {"seeds": list(seeds)}
+    return Comparison(dict(first["checkpoints"]), settings, means, differences)
+
+
+def _intervals(measures: Mapping[str, Sequence[float | None]]) -> dict[str, Interval]:
+    """Estimate every measure that at least two seeds have."""
+    known = {name: [v for v in values if v is not None] for name, values in measures.items()}
+    found = {name: Interval.of(values) for name, values in known.items()}
+    return {name: interval for name, interval in found.items() if interval is not None}

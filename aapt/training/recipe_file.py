@@ -1,0 +1,202 @@
+"""Recipes of users: a TOML file, or settings of the command line, that change a named recipe.
+
+A file names the recipe it changes, and has a table for every part of it that differs:
+
+    base = "wan-1.3b"
+
+    [stages.adversarial]
+    steps = 800
+    judgement = "clip"
+"""
+
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .recipes import LIGHT_RECIPES, RECIPES, LightRecipe, Recipe, StageConfig
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+NONE = "none"  # stands for None, which TOML does not have
+LIKE = "like"  # in a new stage: the stage that it copies
+Table = Mapping[str, Any]
+
+
+def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | LightRecipe:
+    """Return a named recipe, or that of a TOML file, with settings.
+
+    name: of a recipe, or the path of a file that ends with ".toml". A file's recipe is called as
+    the file is, unless the file has a `name`. settings: "KEY=VALUE" each, such as
+    "stages.adversarial.steps=800"; the value is TOML, and a word needs no quotes.
+
+    ValueError names the file, and the key that no recipe has or the value that does not fit.
+    """
+    recipe = _from_file(Path(name)) if name.endswith(".toml") else _named(name, "recipe")
+    for setting in settings:
+        recipe = changed(recipe, _setting(setting))
+    if isinstance(recipe, Recipe):
+        _check_starts(recipe.stages)
+    return recipe
+
+
+def changed(config: Any, table: Table, place: str = "") -> Any:
+    """Return a configuration, a frozen dataclass, with the fields that a table changes.
+
+    place: the configuration's place in the recipe, for errors, such as "stages.adversarial.".
+    ValueError for an unknown field, for a value of another type, and what the configuration raises.
+    """
+    before = {field.name: getattr(config, field.name) for field in fields(config)}
+    new = _fields(get_type_hints(type(config)), table, before, place)
+    return _made(type(config), before | new, place)
+
+
+def _from_file(path: Path) -> Recipe | LightRecipe:
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text, got bytes that are none: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: expected TOML, got an error: {error}") from None
+    try:
+        base = _named(table.pop("base", None), "base")
+        return changed(base, {"name": path.stem, **table})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _named(name: Any, what: str) -> Recipe | LightRecipe:
+    known = RECIPES | LIGHT_RECIPES
+    if not isinstance(name, str) or name not in known:
+        mend = "; a recipe of your own is a file that ends with .toml" if what == "recipe" else ""
+        raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}{mend}")
+    return known[name]()
+
+
+def _check_starts(stages: Mapping[str, StageConfig]) -> None:
+    """Raise ValueError for a stage that starts from one that is not before it."""
+    before: list[str] = []
+    for name, stage in stages.items():
+        for field in ("start", "discriminator_start"):
+            start = getattr(stage, field, None)
+            if start is not None and start not in before:
+                raise ValueError(
+                    f"stages.{name}.{field}: expected a stage before it ({', '.join(before)}), "
+                    f"got {start!r}"
+                )
+        before.append(name)
+
+
+def _setting(setting: str) -> dict[str, Any]:
+    """Return "a.b=value" as nested tables."""
+    key, equals, text = setting.partition("=")
+    if not key or not equals:
+        raise ValueError(f"set: expected KEY=VALUE, got {setting!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a word
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _read(hint: Any, value: Any, old: Any, place: str) -> Any:
+    """Return a value of a table as what `hint` says. `old` is the value that it replaces."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value == NONE and type(None) in choices:
+        return None
+    if isinstance(value, dict) and isinstance(old, Mapping):
+        return _parts(value, old, place)
+    if isinstance(value, dict) and is_dataclass(old or choices[0]):
+        return _part(choices[0], value, old, f"{place}.")
+    for choice in choices:
+        if get_origin(choice) is Literal and value in get_args(choice):
+            return value
+        if get_origin(choice) is tuple and isinstance(value, list):
+            return _tuple(get_args(choice), value, place)
+        if choice is float and type(value) is int:
+            return float(value)
+        if type(value) is choice:
+            return value
+    raise ValueError(f"{place}: expected {_words(choices)}, got {value!r}")
+
+
+def _part(kind: type, table: Table, old: Any, place: str) -> Any:
+    """Return a configuration that changes the old one, or a new one of a kind if there is none."""
+    if old is not None:
+        return changed(old, table, place)
+    hints = get_type_hints(kind)
+    return _made(kind, _fields(hints, table, {}, place), place)
+
+
+def _parts(table: Table, old: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return configurations by name, such as stages: changed ones, new ones, and without those
+    that the table calls none."""
+    made = dict(old)
+    for name, part in table.items():
+        like = part.get(LIKE, name) if isinstance(part, dict) else name
+        if like not in made:
+            raise ValueError(
+                f"{place}.{name}: expected one of {', '.join(made)}, or a new one that copies one "
+                f"of them, got {like!r}; give {LIKE} = one of them"
+            )
+        if part == NONE:
+            del made[name]
+        elif isinstance(part, dict):
+            rest = {key: value for key, value in part.items() if key != LIKE}
+            made[name] = changed(made[like], rest, f"{place}.{name}.")
+        else:
+            raise ValueError(f'{place}.{name}: expected a table or "{NONE}", got {part!r}')
+    return made
+
+
+def _tuple(kinds: tuple, values: list, place: str) -> tuple:
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(values)
+    if len(kinds) != len(values):
+        raise ValueError(f"{place}: expected {len(kinds)} values, got {len(values)}")
+    return tuple(
+        _read(kind, value, None, f"{place}[{index}]")
+        for index, (kind, value) in enumerate(zip(kinds, values, strict=True))
+    )
+
+
+def _fields(hints: Table, table: Table, before: Table, place: str) -> dict[str, Any]:
+    """Return the fields in a table as what `hints` say. before: the values that they replace."""
+    for key in table:
+        if key not in hints:
+            raise ValueError(f"{place}{key}: expected one of {', '.join(hints)}, got {key!r}")
+    return {
+        key: _read(hints[key], value, before.get(key), f"{place}{key}")
+        for key, value in table.items()
+    }
+
+
+def _made(kind: type, values: Table, place: str) -> Any:
+    """Make a configuration; its errors begin with its place in the recipe."""
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}{error}") from None
+
+
+def _words(choices: tuple) -> str:
+    """Return the kinds of value that a field takes, in words."""
+    named = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    named |= {type(None): f'"{NONE}"'}
+    said = []
+    for choice in choices:
+        if get_origin(choice) is Literal:
+            said += map(repr, get_args(choice))
+        elif get_origin(choice) is tuple:
+            said.append("a list")
+        else:
+            said.append(named.get(choice, "a table"))
+    return " or ".join(said)
