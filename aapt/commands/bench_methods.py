@@ -99,12 +99,12 @@ def _original(model: str, generator):
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of a table: methods, decoders, published figures."""
+    precision = ""
+    if facts["fp8"]:
+        predicted = facts["how"].startswith("predicted")
+        precision = f", linear layers{' and attention' if predicted else ''} in e4m3"
     rows = [
-        (
-            "model",
-            f"{facts['model']}: {facts['width']} x {facts['height']}"
-            + (", linear layers in e4m3" if facts["fp8"] else ""),
-        ),
+        ("model", f"{facts['model']}: {facts['width']} x {facts['height']}{precision}"),
         ("times", f"{facts['how']}; a latent frame is four video frames"),
         ("not counted", facts["not_counted"]),
     ]

@@ -50,6 +50,8 @@ def test_bench_methods(capsys):
     ratios = {row["name"]: row["ratio"] for row in facts["methods"]}
     assert ratios["AAPT"] == 1 < ratios["one-step diffusion forcing"] < 2.2
     assert facts["published"][0]["source"] == "arXiv 2506.09350, Table 4"
+    assert run("bench", "methods", "--predict", "h200", "--fp8") == 0
+    assert "aapt-small: 256 x 160, linear layers and attention in e4m3\n" in capsys.readouterr().out
     assert run("bench", "methods", "--predict", "h200", "--device", "cuda") == 2
     assert "device: expected none with --predict" in capsys.readouterr().err
 
