@@ -29,6 +29,7 @@ from aapt.streaming.generator import StreamingGenerator
 from aapt.streaming.rollout import roll_out
 from aapt.training.corruption import Corruption
 from aapt.training.curriculum import constant
+from aapt.training.forcing import Forcing
 from aapt.training.optimization import Schedule
 from aapt.training.recipes import Recipe, StageConfig, tiny_world
 from aapt.training.stages.adversarial import AdversarialConfig
@@ -115,23 +116,29 @@ def teacher_forcing(clamp: float | None = tiny_world().model.output_clamp) -> Ex
     )
 
 
-def recycling(recycle: bool = True) -> Experiment:
-    """Trains from random weights, because a model without recycled frames is another model. The
-    residual head needs recycled frames, so both sides are without it."""
+def from_scratch(
+    question: str,
+    camera: Mapping[str, object] | None = None,
+    forcing: Forcing = "teacher",
+    timed: bool = False,
+    **model: object,
+) -> Experiment:
+    """All stages in brief, for a model with other inputs than the recipe's; under diffusion forcing
+    the first two. camera, model: fields that differ from the recipe's."""
     recipe = tiny_world()
-    model = replace(recipe.model, recycle=recycle, residual_head=False)
+    changed = replace(recipe.camera, **camera or {}), replace(recipe.model, **model)
     brief = constant("clips", frames=10, batch=8, steps=1000)
     stages = recipe.stages
-    return Experiment(
-        "What is lost without recycled frames? (paper, appendix E) "
-        f"Recycled: {'yes' if recycle else 'no'}.",
-        {
-            "brief-diffusion": replace(stages["diffusion"], curriculum=brief),
-            "brief-consistency": replace(stages["consistency"], start="brief-diffusion"),
-            "student": plain(start="brief-consistency", discriminator_start="brief-diffusion"),
-        },
-        replace(recipe, model=model, stages={}),
-    )
+    second = replace(stages["consistency"], start="brief-diffusion", forcing=forcing)
+    variants = {
+        "brief-diffusion": replace(stages["diffusion"], curriculum=brief, forcing=forcing),
+        "brief-consistency": second,
+        "student": plain(start="brief-consistency", discriminator_start="brief-diffusion"),
+    }
+    if forcing == "diffusion":
+        del variants["student"]
+    made = replace(recipe, camera=changed[0], model=changed[1], stages={})
+    return Experiment(question, variants, made, timed=timed)
 
 
 def stage_three() -> Experiment:
@@ -278,38 +285,18 @@ def as_written() -> Experiment:
     )
 
 
-def diffusion_forcing(recycle: bool = False) -> Experiment:
-    """Trains from random weights. Both sides have Wan's block, as few-step models do."""
-    recipe = tiny_world()
-    model = replace(recipe.model, block="wan", recycle=recycle, residual_head=False)
-    forcing = "teacher" if recycle else "diffusion"
-    stages = {
-        name: replace(recipe.stages[name], forcing=forcing) for name in ("diffusion", "consistency")
-    }
-    return Experiment(
-        "What does one-step diffusion forcing cost and reach beside recycled frames? (paper, "
-        f"Figure 2) Forcing: {forcing}.",
-        stages,
-        replace(recipe, model=model, stages={}),
-        timed=True,
-    )
-
-
-def one_thing(
-    question: str, beside: tuple[str, ...] = ("regression",), **changes: Mapping
-) -> Experiment:
+def one_thing(question: str, **changes: Mapping) -> Experiment:
     """The base of `stage_three`, and variants that each change some of its fields."""
     variants = {name.replace("_", "-"): plain(**fields) for name, fields in changes.items()}
     return Experiment(
         f"{question} Every line below `base` changes one thing of it.",
         {"base": plain(), **variants},
         tiny_world(),
-        beside=beside,
+        beside=("regression",),
     )
 
 
 def five_minutes() -> Experiment:
-    """Trains nothing."""
     return Experiment(
         "Do five minutes hold, the controls included?",
         {},
@@ -321,6 +308,11 @@ def five_minutes() -> Experiment:
     )
 
 
+# The residual head needs recycled frames, so both sides of the first question are without it.
+RECYCLING = "What is lost without recycled frames? (paper, appendix E)"
+CAMERA = "How should a model be given the rays of its camera? (paper, supplement G)"
+FORCING = "What does one-step diffusion forcing cost beside recycled frames? (paper, Figure 2)"
+WAN = {"block": "wan", "residual_head": False}  # the block that has a time per frame
 EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "adversarial": partial(
         against_regression,
@@ -338,8 +330,17 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     ),
     "teacher-forcing": teacher_forcing,
     "teacher-forcing-unclamped": partial(teacher_forcing, clamp=None),
-    "recycling": recycling,
-    "no-recycling": partial(recycling, recycle=False),
+    "recycling": partial(from_scratch, f"{RECYCLING} Recycled: yes.", residual_head=False),
+    "no-recycling": partial(
+        from_scratch, f"{RECYCLING} Recycled: no.", recycle=False, residual_head=False
+    ),
+    "camera": partial(from_scratch, f"{CAMERA} Origin and direction."),
+    "camera-moment": partial(from_scratch, f"{CAMERA} Moment and direction.", {"rays": "moment"}),
+    "camera-unscaled": partial(
+        from_scratch,
+        f"{CAMERA} Origin and direction, unscaled.",
+        {"origin_deviation": 1.0, "direction_deviation": 1.0},
+    ),
     "stage-three": stage_three,
     "stage-three-unclamped": stage_three_unclamped,
     "many-segments": many_segments,
@@ -354,12 +355,8 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     ),
     "losses": partial(
         one_thing,
-        "Is the relativistic loss better than the non-saturating one?",
+        "What do the relativistic loss and its penalties do, and do noised frames replace these?",
         non_saturating={"loss": "non-saturating"},
-    ),
-    "penalties": partial(
-        one_thing,
-        "What do the penalties do, and do noised frames replace them?",
         real_alone={"penalized": "real"},
         none={"penalized": "none"},
         noised={"penalized": "none", "noised": True},
@@ -379,8 +376,14 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
         always={"first_frame": "always"},
     ),
     "five-minutes": five_minutes,
-    "diffusion-forcing": diffusion_forcing,
-    "recycled-frames": partial(diffusion_forcing, recycle=True),
+    "diffusion-forcing": partial(
+        from_scratch,
+        f"{FORCING} Forcing: diffusion.",
+        forcing="diffusion",
+        timed=True,
+        **WAN | {"recycle": False},
+    ),
+    "recycled-frames": partial(from_scratch, f"{FORCING} Forcing: teacher.", timed=True, **WAN),
 }
 MINUTES = "minutes.json"
 READING = "\n## Reading\n"

@@ -85,9 +85,9 @@ def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) ->
     """Returns rays through latent-pixel centres, relative to the previous video frame.
 
     poses: (B, T, frames, 4, 4), the relative pose of each video frame of each latent frame.
-    Returns (B, 6 frames, T, height, width): per video frame the ray's origin, and its direction
-    less that of a resting camera. A resting camera gives zeros, and both parts have about unit
-    deviation.
+    Returns (B, 6 frames, T, height, width): per video frame the ray's origin, or its moment, and
+    its direction less that of a resting camera. A resting camera gives zeros, and both parts have
+    about unit deviation. The moment is origin x direction, with the whole direction.
     """
     if poses.shape[2:] != (camera.frames, 4, 4):
         raise ValueError(
@@ -104,13 +104,10 @@ def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) ->
     # A sum, not a matrix product: mixed precision would round it to the width of a pixel
     turn = rotation - torch.eye(3, dtype=rotation.dtype, device=rotation.device)
     turned = (turn[..., None, None] * rest).sum(dim=4)  # (B, T, frames, 3, H, W)
-    rays = torch.cat(
-        [
-            (origin / camera.origin_deviation)[..., None, None].expand_as(turned),
-            turned / camera.direction_deviation,
-        ],
-        dim=3,
-    )
+    place = origin[..., None, None].expand_as(turned)
+    if camera.rays == "moment":
+        place = torch.linalg.cross(place, rest + turned, dim=3)
+    rays = torch.cat([place / camera.origin_deviation, turned / camera.direction_deviation], dim=3)
     return rays.flatten(2, 3).transpose(1, 2)  # (B, 6 frames, T, H, W)
 
 

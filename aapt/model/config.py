@@ -274,7 +274,8 @@ class CameraConfig:
 
     `yaw_step` (radians) and `forward_step` (world units) are the motion of one *video frame* at
     full deflection. The ray channels are divided by the two deviations, which brings them to about
-    unit deviation. `frames` is the time factor of the autoencoder.
+    unit deviation. `frames` is the time factor of the autoencoder. `rays` says what stands for a
+    ray's place: its origin, or its moment (Plücker coordinates, for comparison).
     """
 
     field_of_view: float  # horizontal, radians
@@ -283,6 +284,11 @@ class CameraConfig:
     origin_deviation: float
     direction_deviation: float
     frames: int = 4  # video frames per latent frame
+    rays: Literal["origin", "moment"] = "origin"
+
+    def __post_init__(self):
+        if self.rays not in ("origin", "moment"):
+            raise ValueError(f"rays: expected 'origin' or 'moment', got {self.rays!r}")
 
     @property
     def channels(self) -> int:

@@ -32,7 +32,7 @@ ANY_SET = ""
 INPUTS = "inputs.json"
 # What the weights of a checkpoint must share with the model that starts from them.
 SHARED = (
-    *("block", "width", "heads", "head_dim", "depth", "mlp_hidden", "text_width", "text_encoder"),
+    *("block", "width", "heads", "head_dim", "depth", "mlp_width", "text_width", "text_encoder"),
     *("latent_channels", "patch", "rope_axes", "rope_theta"),
 )
 
@@ -137,13 +137,14 @@ class Inputs:
                 f"discriminator_weights: expected none for {recipe.name}, whose discriminator "
                 f"starts from a stage, got {self.discriminator_weights}; leave them away"
             )
-        model = recipe.model
+        model = replace(recipe.model, mlp_width=recipe.model.mlp_hidden)
         for name in ("weights", "discriminator_weights"):
             folder = getattr(self, name)
             if folder is None or not folder.is_dir():
                 continue
             with reading_config(folder):
                 given = ModelConfig(**tuples(load_config(folder)["model"]))
+                given = replace(given, mlp_width=given.mlp_hidden)
             differ = [key for key in SHARED if getattr(given, key) != getattr(model, key)]
             if differ:
                 ours, theirs = (

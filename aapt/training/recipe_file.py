@@ -32,13 +32,13 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | LightRecipe
 
     name: of a recipe, or the path of a file that ends with ".toml". A file's recipe is called as
     the file is, unless the file has a `name`. settings: "KEY=VALUE" each, such as
-    "stages.adversarial.steps=800"; the value is TOML, and a word needs no quotes.
+    "stages.adversarial.steps=800"; the value is TOML, and a word needs no quotes. All change at
+    once, so fields may need each other.
 
     ValueError names the file, and the key that no recipe has or the value that does not fit.
     """
     recipe = _from_file(Path(name)) if name.endswith(".toml") else _named(name, "recipe")
-    for setting in settings:
-        recipe = changed(recipe, _setting(setting))
+    recipe = changed(recipe, _together(map(_setting, settings)))
     if isinstance(recipe, Recipe):
         _check_starts(recipe.stages)
     return recipe
@@ -105,6 +105,17 @@ def _setting(setting: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def _together(tables: Iterable[Table]) -> dict[str, Any]:
+    """Return tables as one; of two values of a key the later stays."""
+    whole: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            before = whole.get(key)
+            both = isinstance(before, dict) and isinstance(value, dict)
+            whole[key] = _together([before, value]) if both else value
+    return whole
 
 
 def _read(hint: Any, value: Any, old: Any, place: str) -> Any:

@@ -1,6 +1,7 @@
 """Controls, poses, rays, positions and prompts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,28 @@ def test_rays_of_one_pixel_by_hand():
         torch.testing.assert_close(got, torch.tensor([*origin, *turned]).double())
     assert y  # the row does not matter to a turn about the vertical
     torch.testing.assert_close(rays[..., 0, :], rays[..., 1, :])
+
+
+def test_moments_are_origins_times_directions():
+    """Per pixel, whichever point of the ray is taken: they are at right angles to both."""
+    controls = torch.tensor([[[0.25, 0.5], [-0.7, 1.0]]]).double()
+    origins = control_rays(controls, WORLD_CAMERA, 2, 4)
+    moments = control_rays(controls, replace(WORLD_CAMERA, rays="moment"), 2, 4)
+    (origin, turned), (moment, same) = (
+        rays.unflatten(1, (4, 2, 3)).unbind(2) for rays in (origins, moments)
+    )
+    torch.testing.assert_close(turned, same)
+    x, y = torch.meshgrid(
+        torch.tensor([-0.75, -0.25, 0.25, 0.75]), torch.tensor([-0.25, 0.25]), indexing="xy"
+    )
+    direction = turned + torch.stack([x, y, torch.ones_like(x)])[:, None].double()
+    for axis in range(3):
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        by_hand = origin[:, :, a] * direction[:, :, b] - origin[:, :, b] * direction[:, :, a]
+        torch.testing.assert_close(moment[:, :, axis], by_hand)
+    assert control_rays(torch.zeros(1, 2, 2), replace(CAMERA, rays="moment"), 4, 6).abs().max() == 0
+    with pytest.raises(ValueError, match="rays: expected 'origin' or 'moment', got 'line'"):
+        replace(CAMERA, rays="line")
 
 
 def test_rays_refuse_other_frame_counts():

@@ -88,14 +88,15 @@ def test_channels_that_no_recipe_adds_are_rejected(converted, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_named_with_every_difference(converted):
-    given = {"width": 256, "heads": 2, "depth": 4}
+    given = {"width": 256, "heads": 2, "depth": 4, "mlp_width": "none"}  # four times the width
     recipe = changed(wan_1_3b(), {"model": {**SMALL["model"], **given}})
     inputs = Inputs({}, converted)
     with pytest.raises(ValueError) as raised:
         inputs.check_weights(recipe)
     assert str(raised.value) == (
-        "weights: expected a model of width 256, heads 2, depth 4, as the recipe has it, got width "
-        f"128, heads 1, depth 3 in {converted}; change the recipe with --set model.FIELD=VALUE"
+        "weights: expected a model of width 256, heads 2, depth 4, mlp_width 1024, as the recipe "
+        f"has it, got width 128, heads 1, depth 3, mlp_width 48 in {converted}; change the recipe "
+        "with --set model.FIELD=VALUE"
     )
     inputs.check_weights(changed(wan_1_3b(), SMALL))
     Inputs({}, converted / "model.safetensors").check_weights(recipe)  # a file says nothing

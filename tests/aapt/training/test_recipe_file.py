@@ -78,6 +78,18 @@ def test_a_file_changes_what_it_names_and_nothing_else(write):
     assert after["second"] == dataclasses.replace(adversarial, start="adversarial", batch=32)
 
 
+def test_settings_that_need_each_other_change_at_once():
+    """The length of a segment stands beside a set, and in sources where there are several."""
+    place = "stages.adversarial"
+    set_ = f"{place}.clips=640x352", f"{place}.segment_frames=30", f"{place}.segment_frames=60"
+    stage = load_recipe("paper-8b", set_).stages["adversarial"]
+    assert (stage.clips, stage.segment_frames) == ("640x352", 60)
+    with pytest.raises(ValueError, match="segment_frames: expected frames per segment beside"):
+        load_recipe("paper-8b", set_[:1])
+    back = [f'{place}.clips=[{{clips="736x416", frames=30}}]']
+    assert load_recipe("paper-8b", back).stages["adversarial"].sources == (Source("736x416", 30),)
+
+
 def test_settings_come_after_the_file(write):
     settings = ["stages.second.batch=16", "name=cubs", "stages.adversarial.judgement=frame"]
     settings.append("stages.diffusion.curriculum.phases=[{steps=1, batch=2, sources=[]}]")
