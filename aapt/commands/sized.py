@@ -68,7 +68,7 @@ def ranks_of_torchrun(context: int, **given):
     world = int(os.environ.get("WORLD_SIZE", 1))
     with bad_input():
         for name in (name for name, value in given.items() if value):
-            raise ValueError(f"{name}: expected none with --context, got one; leave it away")
+            raise ValueError(f"{name}: expected none with --context, got one; remove it")
         if world % context:
             raise ValueError(
                 f"context: expected a divisor of the {world} ranks, got {context}; start with "
