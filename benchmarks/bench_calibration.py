@@ -189,6 +189,21 @@ def test_fp8_promotion(check_bits, interval):
     check_bits("run_gemm_e4m3", (a, b, *scales), torch.from_numpy(expected), *sizes)
 
 
+@pytest.mark.parametrize("first", [0, 16, 48])
+def test_fp8_chain(check_bits, first):
+    """Two products without a shuffle: a tensor map of five dimensions, with strides that do not
+    grow, permutes the keys."""
+    q, k, v = (
+        torch.eye(128)[:64],
+        torch.randint(-7, 8, (192, 128)),
+        torch.randint(-4, 5, (128, 192)),
+    )
+    seen = slice(first, first + 128)
+    expected = q.double() @ k[seen].double().t() @ v[:, seen].double().t()
+    stored = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    check_bits("run_chain_e4m3", tuple(stored), expected, 192, first)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attention_pipeline(device, record_property, head_dim):
     """The whole producer and consumer pipeline, on real numbers: close, not equal."""

@@ -93,7 +93,9 @@ class Curriculum:
         return self.phases[-1]
 
 
-def constant(clips: str, frames: int, batch: int, steps: int) -> Curriculum:
-    """Make a curriculum of a single phase with a single source, half of whose windows start
-    anywhere in their clips."""
-    return Curriculum((Phase(steps, batch, (Source(clips, frames, first_frame="half"),)),))
+def constant(
+    clips: str, frames: int, batch: int, steps: int, first_frame: FirstFrame = "half"
+) -> Curriculum:
+    """Make a curriculum of a single phase with a single source. Half of its windows start anywhere
+    in their clips, unless `first_frame` says otherwise."""
+    return Curriculum((Phase(steps, batch, (Source(clips, frames, first_frame=first_frame),)),))

@@ -19,13 +19,13 @@ Forcing = Literal["teacher", "diffusion"]
 
 
 class DenoisingForcing:
-    """What a stage that denoises shows the model, frame by frame.
+    """Chooses frames, times and conditions for a stage that denoises.
 
     Under "teacher" forcing a clip has one time, and each frame is denoised beside the clean frame
     before it, which is recycled. Under "diffusion" forcing (arXiv 2407.01392) no frame is recycled
     and each has a time of its own, so that a frame is denoised after noisy ones; frame 0, the
-    user's, is clean. One step of such a model then takes two frames of work: the new frame, and the
-    frame before as it has become.
+    user's, is clean. A step of such a model takes two frames of work: the new frame, and the
+    finished frame once more.
 
     ValueError for another kind, and for a model with recycled channels under diffusion forcing.
     """

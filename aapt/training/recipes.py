@@ -207,6 +207,7 @@ def tiny_world() -> Recipe:
         segment_frames=8,
         segments=2,
         schedule=Schedule(5e-4, warmup=30, decay="cosine"),
+        first_frame="half",
         muon=True,
     )
     adversarial = AdversarialConfig(
@@ -429,13 +430,13 @@ def wan_1_3b() -> Recipe:
         new_channels="zero",
         stages={
             "diffusion": DiffusionConfig(
-                constant(clips, frames=20, batch=64, steps=3000),
+                constant(clips, 20, batch=64, steps=3000, first_frame="always"),
                 sampling_steps=50,
                 guidance=5.0,
                 **adam,
             ),
             "consistency": ConsistencyConfig(
-                constant(clips, frames=20, batch=64, steps=1000), **adam
+                constant(clips, 20, batch=64, steps=1000, first_frame="always"), **adam
             ),
             "regression": RolloutRegressionConfig(
                 clips=clips,
@@ -505,7 +506,7 @@ def wan_5b() -> Recipe:
     for name, stage in base.stages.items():
         if isinstance(stage, (DiffusionConfig, ConsistencyConfig)):
             steps = stage.curriculum.steps
-            curriculum = constant(clips, frames=30, batch=64, steps=steps)
+            curriculum = constant(clips, 30, batch=64, steps=steps, first_frame="always")
             stages[name] = replace(stage, curriculum=curriculum)
         else:
             frames = stage.segment_frames + 10

@@ -115,3 +115,19 @@ def test_nan_of_a_factor_reaches_its_row_and_column(machine):
     expected = np.full_like(c, 32)
     expected[9], expected[:, 2] = np.nan, np.nan
     np.testing.assert_array_equal(c, expected)
+
+
+@pytest.mark.parametrize("first", [0, 16, 48])
+def test_two_fp8_products_without_a_shuffle(machine, first):
+    """Scores of small integers are exact in E4M3, and so is what they are multiplied with."""
+    keys = 192
+    random = np.random.default_rng(0)
+    q = np.zeros((64, 128))
+    q[np.arange(64), random.integers(0, 128, 64)] = 1
+    k, v = random.integers(-7, 8, (keys, 128)), random.integers(-4, 5, (128, keys))
+    codes = {from_e4m3(np.uint8(x)).item(): x for x in range(256) if x & 127 != 127}
+    stored = [np.vectorize(codes.get)(x.astype(float)).astype(np.uint8) for x in (q, k, v)]
+    c = nan_filled(64, 128)
+    assert machine.launch("run_chain_e4m3", *stored, c, keys, first) is None
+    seen = slice(first, first + 128)
+    np.testing.assert_array_equal(c, q @ k[seen].T @ v[:, seen].T)

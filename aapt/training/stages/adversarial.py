@@ -133,7 +133,7 @@ class AdversarialConfig:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Where real clips come from, and the lengths of segments."""
+        """Sources of real clips, with the lengths of segments."""
         if not isinstance(self.clips, str):
             return self.clips
         lengths = self.segment_frames, self.shortest_segment

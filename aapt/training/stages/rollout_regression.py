@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...data.clips import Clips
+from ...data.clips import Clips, FirstFrame
 from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.world_model import WorldModel
@@ -32,6 +32,7 @@ class RolloutRegressionConfig:
         batch: Clips per update.
         segment_frames: Frames per segment.
         segments: Segments per rollout.
+        first_frame: Share of rollouts that start with frame 0 of a clip, see `Clips.sample`.
         start: The stage whose weights the generator starts from; None for the run's start.
         corruption: Corruption of the first recycled frame of each segment.
         muon: Train with `MuonAdamW` instead of AdamW.
@@ -45,6 +46,7 @@ class RolloutRegressionConfig:
     segment_frames: int
     segments: int
     schedule: Schedule
+    first_frame: FirstFrame = "always"
     start: str | None = "consistency"
     corruption: Corruption = Corruption()
     betas: tuple[float, float] = (0.9, 0.95)
@@ -91,7 +93,7 @@ class RolloutRegression:
         self, sets: Mapping[str, Clips], random: ClipRandom, step: int, share: float = 1.0
     ) -> dict[str, float]:
         config, model = self.config, self.model
-        batch = sets[config.clips].sample(random, config.frames)
+        batch = sets[config.clips].sample(random, config.frames, config.first_frame)
         noise = random.normal(*batch.targets.shape[1:])
         total = 0.0
         precision = mixed_precision(noise.device)

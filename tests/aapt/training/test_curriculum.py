@@ -40,8 +40,9 @@ def test_one_update_draws_from_one_source():
         ((Source("clips", 4),), {0}),
         ((Source("clips", 4, first_frame="never"),), {1, 2}),
         (constant("clips", frames=4, batch=1, steps=1).phases[0].sources, {0, 1, 2}),
+        (constant("clips", 4, 1, 1, first_frame="always").phases[0].sources, {0}),
     ],
-    ids=["always", "never", "constant"],
+    ids=["always", "never", "constant", "constant-always"],
 )
 def test_the_start_of_a_window_is_the_sources_choice(sources, starts):
     batch = Phase(1, 100, sources).sample({"clips": clips(length=7)}, draws(100))

@@ -231,6 +231,17 @@ def test_rollout_regression_compares_every_segment_with_its_own_frames(made_segm
         assert_drives(segment.condition, value(segment.recycled[:, 1:]) + 1)
 
 
+@pytest.mark.parametrize("first_frame", ["always", "never"])
+def test_rollout_regression_starts_where_its_config_says(made_segments, first_frame):
+    config = regression(
+        Schedule(0.0), batch=16, first_frame=first_frame, corruption=Corruption(0.0, 0.0)
+    )
+    stage = RolloutRegression(config, counting_model(*[1.0] * 4), torch.ones(4))
+    train(stage, 1, counting_clips())
+    starts = value(made_segments[0].recycled)[:, 0] % 100
+    assert (starts == 0).all() if first_frame == "always" else (starts > 0).all()
+
+
 def test_corruption_spares_most_first_frames():
     frames = torch.zeros(1000, 4, 1, 2, 2)
     for first, share in ((True, 0.3 * 0.6), (False, 0.6)):  # first_chance, clip_chance

@@ -104,3 +104,19 @@ EXPORT const char* run_gemm_e4m3(void* a, void* b, const float* a_scale, const f
   return HOPPER_LAUNCH(matrix::gemm_e4m3, dim3((m + 63) / 64, (n + 127) / 128), dim3(256),
                        100 * 1024, stream, ta, tb, a_scale, b_scale, c, m, n, k, interval);
 }
+
+EXPORT const char* run_chain_e4m3(void* q, void* k, void* v, float* c, int keys, int first,
+                                  void* stream) {
+  TensorMap tq, tk, tv;
+  const char* error = make_map(&tq, q, 1, 64, 128, 64, 128, SW_128);
+  if (error == nullptr) error = make_map(&tv, v, 1, 128, keys, 128, 128, SW_128);
+  if (error != nullptr) return error;
+  // Key 4 t + 2 h + i of a group, in the order (h, t, i)
+  const uint64_t dims[] = {128, 2, 4, 2, static_cast<uint64_t>(keys / 16)};
+  const uint64_t strides[] = {128, 4 * 128, 2 * 128, 16 * 128};
+  const uint32_t box[] = {128, 2, 4, 2, 8};
+  error = make_tensor_map(&tk, k, 1, 5, dims, strides, box, SW_128);
+  if (error != nullptr) return error;
+  return HOPPER_LAUNCH(matrix::chain_e4m3, dim3(1), dim3(128), 44 * 1024, stream, tq, tk, tv, c,
+                       first);
+}

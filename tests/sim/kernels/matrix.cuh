@@ -243,4 +243,64 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(256, 1)
   }
 }
 
+// Two FP8 products without a shuffle between them: c = p v^T with p = q k^T rounded to E4M3. q is
+// (64, 128), k (keys, 128) and v (128, keys). Of k and v a tile of 128 keys from `first` on, a
+// multiple of 16, takes part. The accumulator of a lane has columns 2 t and 2 t + 1 of every 8, the
+// operand needs bytes 4 t to 4 t + 3 of every 16: so the tensor map of k brings key 4 t + 2 h + i
+// of a group as row 8 h + 2 t + i.
+HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(128, 1)
+    chain_e4m3(HOPPER_GRID_CONSTANT const TensorMap tq, HOPPER_GRID_CONSTANT const TensorMap tk,
+               HOPPER_GRID_CONSTANT const TensorMap tv, float* c, int first) {
+  struct Shared {
+    alignas(1024) uint8_t q[64 * 128];
+    alignas(1024) uint8_t k[128 * 128];
+    alignas(1024) uint8_t v[128 * 128];
+    uint64_t full;
+  };
+  HOPPER_SHARED(raw);
+  auto& shared = *reinterpret_cast<Shared*>(raw);
+  if (threadIdx.x == 0) {
+    mbar_init(&shared.full, 1);
+    fence_barrier_init();
+    mbar_arrive_expect_tx(&shared.full, sizeof(shared.q) + sizeof(shared.k) + sizeof(shared.v));
+    tma_load_2d(shared.q, &tq, &shared.full, 0, 0);
+    tma_load_5d(shared.k, &tk, &shared.full, 0, 0, 0, 0, first / 16);
+    tma_load_2d(shared.v, &tv, &shared.full, first, 0);
+  }
+  cta_sync();
+  mbar_wait(&shared.full, 0);
+  float scores[64], out[64];
+  reg_fence(scores);
+  wgmma_fence();
+  HOPPER_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    wgmma_ss_e4m3<128>(scores, make_desc(smem_u32(shared.q) + i * 32, 16, 1024, SW_128),
+                       make_desc(smem_u32(shared.k) + i * 32, 16, 1024, SW_128), i != 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  reg_fence(scores);
+  uint32_t p[4][4];
+  HOPPER_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    const float* of = scores + (i / 4 * 2 + i % 4 / 2) * 8 + i % 2 * 2;
+    p[i / 4][i % 4] = pack_e4m3(of[0], of[1], of[4], of[5]);
+  }
+  reg_fence(out);
+  wgmma_fence();
+  HOPPER_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    wgmma_rs_e4m3<128>(out, p[i], make_desc(smem_u32(shared.v) + i * 32, 16, 1024, SW_128), i != 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  reg_fence(out);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  HOPPER_UNROLL
+  for (int i = 0; i < 64; ++i) {
+    const int row = warp * 16 + lane / 4 + (i / 2 & 1) * 8;
+    c[row * 128 + i / 4 * 8 + (lane % 4) * 2 + (i & 1)] = out[i];
+  }
+}
+
 }  // namespace matrix
