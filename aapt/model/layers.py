@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aapt_kernels import (
@@ -20,6 +19,7 @@ from aapt_kernels import (
 )
 
 from .config import ModelConfig
+from .low_rank import product
 from .rope import Rotation
 from .ulysses import Ulysses
 
@@ -149,7 +149,7 @@ class StreamWeights(nn.Module):
 
     def mlp(self, normed: Tensor) -> Tensor:
         """Returns the MLP's update (B, L, width) of normed tokens."""
-        hidden = bias_gelu(F.linear(normed, self.mlp_up.weight), self.mlp_up.bias)
+        hidden = bias_gelu(product(self.mlp_up, normed), self.mlp_up.bias)
         return self.mlp_down(hidden)
 
 
