@@ -117,6 +117,22 @@ def train(
     checkpoint_blocks: Annotated[
         bool, typer.Option("--checkpoint-blocks", help="Save memory: compute activations twice.")
     ] = False,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SWITCH",
+            help="Save memory: eight-bit, lora[=RANK], discriminator-lora[=RANK] or frozen-trunk; "
+            "may be repeated.",
+            show_default="none",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Make two updates per phase, keep nothing, and say how long all updates take.",
+        ),
+    ] = False,
     plan: Annotated[
         bool,
         typer.Option(
@@ -156,6 +172,10 @@ def train(
     A recipe of your own is a file, NAME.toml, with `base`, the recipe that it changes, and a table
     for each part that differs, such as [stages.adversarial]. --set changes one number more.
 
+    --memory changes every stage, and so the result: moments of the optimizer in 8 bits, low-rank
+    adaptations of the generator or the discriminator, or a discriminator whose heads alone learn.
+    --plan says what each switch saves.
+
     The recipes vae-light and wan-light train a light decoder for an existing autoencoder. Their
     checkpoint is that of --vae with the new decoder.
 
@@ -164,7 +184,9 @@ def train(
       aapt train tiny-world
       aapt train tiny-world --stage adversarial --out runs/second
       aapt train tiny-world --sample-every 100 && aapt plot runs/tiny-world/diffusion --out d.png
+      aapt train tiny-world --dry-run
       aapt train --plan paper-8b --gpus 256
+      aapt train --plan paper-8b-640 --gpus 4 --memory eight-bit --memory lora=64
       aapt train foxes.toml --set stages.adversarial.steps=800 --latents clips/ --weights wan-start
       torchrun --nproc-per-node 8 -m aapt train paper-8b-640 --checkpoint-blocks --context 8 \\
         --clips-at-once 1 --latents clips/ --weights b.safetensors
@@ -174,33 +196,44 @@ def train(
     """
     from ..checkpoint import CheckpointError
     from ..runs import light_decoder, run
+    from ..runs.dry_run import dry_run as try_stages
     from ..runs.inputs import Inputs
     from ..runs.loop import RunOptions, TrainingError
     from ..runs.parallel import Parallel
     from ..training.recipe_file import load_recipe
     from ..training.recipes import LightRecipe
+    from ..training.savings import with_switches
 
     for_light = {"vae": vae, "videos": videos, "perceptual": perceptual}
     for_worlds = {"stage": stage, "latents": latents, "weights": weights, "plan": plan}
-    for_worlds["discriminator_weights"] = discriminator_weights
+    for_worlds |= {"discriminator_weights": discriminator_weights}
+    for_worlds |= {"memory": memory, "dry_run": dry_run}
     with bad_input():
         made = load_recipe(recipe, settings or ())
         light = isinstance(made, LightRecipe)
         for name, value in (for_worlds if light else for_light).items():
             if value:
                 raise ValueError(f"{name}: expected none for the recipe {made.name}, got {value}")
+        made = made if light else with_switches(made, memory or ())
         names = [] if light else run.stage_names(made)
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
+        if dry_run and stage:
+            raise ValueError("stage: expected none with --dry-run, which tries every stage")
         if gpus and not plan:
             raise ValueError("gpus: expected with --plan only; add --plan")
         if plan:
-            from ..runs.plan import print_plans
+            from ..runs.plan_table import print_plans
 
+            given = [f"--set={setting}" for setting in settings or ()]
+            given += [f"--memory={switch}" for switch in memory or ()]
+            words = shlex.join([recipe, *given])
             with printed_at_once():
-                words = shlex.join([recipe, *(f"--set={setting}" for setting in settings or ())])
-                return print_plans(made, gpus or [8, 256], context, words)
+                refused = print_plans(made, gpus or [8, 256], context, words)
+            if refused:
+                raise ValueError("; ".join(refused))
+            return
         folder = out or Path("runs") / made.name
         folders = folders_by_set(latents or (), () if light else made.stages.values())
         for path in (path for paths in folders.values() for path in paths):
@@ -214,12 +247,14 @@ def train(
     else:
         inputs = Inputs(folders, weights, discriminator_weights)
         make = partial(run.run, made, folder, stage, inputs=inputs)
+        if dry_run:
+            make = partial(try_stages, made, folder, inputs=inputs)
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)
         report = say if parallel.main else _quiet
         done = make(report=report, parallel=parallel, workers=workers, options=options)
-        if parallel.main:
+        if parallel.main and done:
             print(done)
     except BrokenPipeError:
         raise

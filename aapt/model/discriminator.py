@@ -84,6 +84,10 @@ class Discriminator(nn.Module):
     def backbone(self) -> VideoTransformer:
         return self.world.transformer
 
+    def freeze_trunk(self) -> None:
+        """Freezes the backbone and its text encoder, so that the heads alone learn."""
+        self.world.requires_grad_(False)
+
     def forward(
         self,
         x: Tensor,

@@ -111,15 +111,10 @@ def on_tensor_cores(rows: Tensor, weight: Tensor) -> bool:
     return rows.device.type == "meta"
 
 
-def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Multiplies x by the weight of a linear layer, without its bias."""
-    return layer.product(x) if isinstance(layer, Float8Linear) else F.linear(x, layer.weight)
-
-
 def quantise_blocks(transformer: nn.Module) -> None:
     """Replaces every linear layer in the blocks of a transformer by its 8-bit form, one after the
     other. Modulation, the layers from latents and text to tokens and the output layer stay."""
     for module in list(transformer.blocks.modules()):
         for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
+            if type(layer) is nn.Linear:  # an adapted one has more than a weight
                 setattr(module, name, Float8Linear.of(layer))

@@ -19,7 +19,7 @@ from aapt_kernels import (
 )
 
 from .config import ModelConfig
-from .float8 import product
+from .linear import product
 from .rope import Rotation
 from .ulysses import Ulysses
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,6 +17,7 @@ from ..training.stages import Metrics, Stage
 from .failed_update import RecordedSets, save_inputs
 from .monitor import Monitor
 from .parallel import Parallel
+from .sheets import Sheets
 from .state import load_training_state, save_training_state
 
 RECIPE = "recipe.json"  # in a run's folder
@@ -34,7 +36,8 @@ class RunOptions:
 
     Attributes:
         save_every: Updates from one saved state to the next; None for no states.
-        sample_every: Updates from one sheet of samples to the next; None for no sheets.
+        sample_every: Updates from one sheet of samples to the next, more if sheets would take more
+            than 5 % of the time; None for no sheets.
         clips_at_once: Clips of this rank per forward pass; None for all of them. Gradients of
             several passes accumulate.
         checkpoint_blocks: Compute activations again in the backward pass, to save memory.
@@ -54,7 +57,7 @@ def train(
     seed: int,
     parallel: Parallel,
     options: RunOptions,
-    sample: Callable[[int], None] | None = None,
+    sample: Callable[[int], Mapping[str, float] | None] | None = None,
 ) -> None:
     """Make all updates of a stage, resuming from the newest state in its folder.
 
@@ -64,7 +67,8 @@ def train(
     Args:
         stage: Its networks hold the weights that the stage starts from.
         sets: Clips by the name of their set.
-        sample: Called with the number of finished updates, to draw a sheet of samples.
+        sample: Called with the number of finished updates, to draw a sheet of samples; may return
+            `measures` of them. Sheets take at most 5 % of the time (`Sheets`).
 
     TrainingError if an update fails or one of its metrics or gradients is not finite. The folder
     then holds the inputs of the update.
@@ -75,6 +79,7 @@ def train(
     for part in stage.trained.values():  # an update that was interrupted leaves gradients
         part.optimizer.zero_grad(set_to_none=True)
     monitor = Monitor(folder, name, stage.steps, start) if parallel.main else None
+    sheets = Sheets(options.sample_every) if sample and options.sample_every else None
     with monitor or nullcontext():
         for step in range(start, stage.steps):
             metrics = _update(stage, sets, folder, step, seed, parallel, options.clips_at_once)
@@ -83,8 +88,12 @@ def train(
             done = step + 1
             if options.save_every and done % options.save_every == 0 and done < stage.steps:
                 save_training_state(folder / STATES, done, stage.trained, parallel)
-            if sample and options.sample_every and done % options.sample_every == 0:
-                _sample(sample, name, done)
+            if sheets and parallel.agree(sheets.due(done)):
+                begun = time.perf_counter()
+                seen = _sample(sample, name, done)
+                sheets.drawn(time.perf_counter() - begun)
+                if monitor and seen:
+                    monitor.sheet(step, seen)
 
 
 def _update(
@@ -118,9 +127,11 @@ def _update(
     raise TrainingError(f"{folder.name}: step {step}: {failure}; {kept}") from cause
 
 
-def _sample(sample: Callable[[int], None], name: str, done: int) -> None:
+def _sample(
+    sample: Callable[[int], Mapping[str, float] | None], name: str, done: int
+) -> Mapping[str, float] | None:
     try:
-        sample(done)
+        return sample(done)
     except RuntimeError as error:  # out of memory would end every resumed run here
         raise TrainingError(
             f"{name}: samples after {done} updates: {error}; resume with --sample-every 0"

@@ -9,20 +9,25 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rich import progress
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from .alarms import Alarms
+
 METRICS = "metrics.jsonl"
+ALARMS = "alarms.txt"
 SECONDS_BETWEEN_LINES = 30.0  # in a log file; a terminal shows every update
 RATE_UPDATES = 50  # updates in the mean that is shown as the rate
 
 
 class Monitor:
     """Shows the progress of a stage, and appends the metrics of each update to a file.
+
+    What goes wrong (`Alarms`) is printed too, with what to try first, and appended to `alarms.txt`.
 
     >>> with Monitor(folder, "adversarial", steps=1000, start_step=200) as monitor:
     ...     for step in range(200, 1000):
@@ -61,6 +66,7 @@ class Monitor:
         self._begun = time.perf_counter()
         self._times = deque([self._begun], maxlen=RATE_UPDATES + 1)
         self._said = -math.inf
+        self._alarms = Alarms()
         columns = (
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=20),
@@ -97,6 +103,19 @@ class Monitor:
             self._said = now
             line = f"{self.name} {step + 1}/{self.steps}  {self._rate(step)}  {shown}"
             print(line, file=self.console.file, flush=True)
+        self._say(step, self._alarms.update(metrics))
+
+    def sheet(self, step: int, measures: Mapping[str, float]) -> None:
+        """Watch the measures of a sheet that was drawn after update `step`."""
+        self._say(step, self._alarms.sheet(measures))
+
+    def _say(self, step: int, texts: Iterable[str]) -> None:
+        """Print alarms, and append them to a file beside the metrics."""
+        for text in texts:
+            line = f"{self.name} {step + 1}: alarm: {text}"
+            self.console.print(line, style="yellow", soft_wrap=True, highlight=False, markup=False)
+            with (self.path.parent / ALARMS).open("a") as file:
+                print(line, file=file)
 
     def _rate(self, step: int) -> str:
         """Updates per second, and the time that the remaining updates take."""

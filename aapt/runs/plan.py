@@ -5,29 +5,31 @@ parameters, activations and seconds are estimates. The tensors that a block save
 its operations; tensors that exist only while it runs are taken as half of them.
 """
 
+import functools
 import itertools
 import math
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from ..model.config import ModelConfig
 from ..model.discriminator import TAP_FRACTIONS, Discriminator
+from ..model.low_rank import adapt
 from ..model.transformer import VideoTransformer
 from ..model.world_model import WorldModel
+from ..training.eight_bit import BLOCK, EightBitOptimizer
 from ..training.optimization import MuonAdamW, Trained
 from ..training.recipes import Recipe, StageConfig
+from ..training.stages import Stage
 from ..training.stages.adversarial import Adversarial, AdversarialConfig
 from ..training.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
 from ..training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from ..training.stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 
 GIB = 2**30
+PER_CLIP = ("cache", "activations")  # memory that grows with the clips of a pass
 NODE = 8  # GPUs of a machine
 FLOAT, HALF = 4, 2  # bytes: parameters, gradients and states; gathered blocks, activations
 STATES = {torch.optim.AdamW: 2, torch.optim.RMSprop: 1, torch.optim.Muon: 1}  # per parameter
@@ -64,6 +66,7 @@ class Workload:
         size: Latent height and width.
         frames: Frames per segment.
         batch: Clips per update.
+        steps: Updates of the phase; warm-up of the discriminator included.
         segments: Segments per clip that the networks learn from.
         overlap: Frames at the start of a later segment that are known from the segment before.
         lead: Segments that are only rolled out, before the others.
@@ -75,6 +78,7 @@ class Workload:
     size: tuple[int, int]
     frames: int
     batch: int
+    steps: int
     segments: int = 1
     overlap: int = 0
     lead: int = 0
@@ -131,29 +135,53 @@ class Plan:
         """Estimated seconds per update."""
         return self.flops / (self.gpus * gpu.flops * gpu.sustained)
 
+    def days(self, gpu: GPU = H100) -> float:
+        """Estimated days of the phase's updates, sheets of samples and states on disk aside."""
+        return self.workload.steps * self.seconds(gpu) / 86_400
 
-def plan(recipe: Recipe, gpus: int, context: int | None = None, gpu: GPU = H100) -> list[Plan]:
+    @property
+    def least(self) -> float:
+        """Bytes per GPU with one clip at once."""
+        clips = sum(self.memory[name] for name in PER_CLIP)
+        return self.total - clips + clips / max(1, self.at_once)
+
+
+def plan(
+    recipe: Recipe,
+    gpus: int,
+    context: int | Mapping[str, int] | None = None,
+    gpu: GPU = H100,
+    stages: Mapping[str, Stage] | None = None,
+) -> list[Plan]:
     """Plan every phase of every stage.
 
     The phases of a stage share a command, and therefore the size of their context groups. It is the
     smallest in which all of them fit, unless `context` is given. ValueError unless `context`
     divides the GPUs and the model's heads, and the groups share every batch evenly.
+
+    Args:
+        context: Of all stages, or by stage.
+        stages: Those of `meta_stages`; made here unless they are given.
     """
     if gpus < 1:
         raise ValueError(f"gpus: expected at least 1, got {gpus}")
     common = math.gcd(gpus, recipe.model.heads)
-    contexts = [size for size in range(1, common + 1) if common % size == 0]
-    if context is not None and context not in contexts:
-        raise ValueError(
-            f"context: expected one of {', '.join(map(str, contexts))}, which divide the {gpus} "
-            f"GPUs and the model's {recipe.model.heads} heads, got {context}"
-        )
-    contexts = contexts if context is None else [context]
-    plans = []
+    possible = [size for size in range(1, common + 1) if common % size == 0]
+    plans, stages = [], stages or meta_stages(recipe)
     for name, config in recipe.stages.items():
-        stage, loads = meta_stage(recipe, config), list(workloads(recipe, name, config))
+        given = context[name] if isinstance(context, Mapping) else context
+        if given is not None and given not in possible:
+            raise ValueError(
+                f"context: expected one of {', '.join(map(str, possible))}, which divide the "
+                f"{gpus} GPUs and the model's {recipe.model.heads} heads, got {given}"
+            )
+        contexts = possible if given is None else [given]
+        stage, loads = stages[name], list(workloads(recipe, name, config))
+        fixed = fixed_bytes(stage, gpus, rolled=loads[0].rolled)
+        flops = [load.batch * clip_flops(recipe.model, stage, load) for load in loads]
+        work = list(zip(loads, flops, strict=True))
         attempts = [
-            [_plan(recipe.model, stage, load, gpus, size, gpu) for load in loads]
+            [_plan(recipe.model, stage, *each, fixed, gpus, size, gpu) for each in work]
             for size in contexts
         ]
         shared = [attempt for attempt in attempts if all(attempt)]
@@ -199,10 +227,17 @@ def options(stage: str, plans: Iterable[Plan]) -> str | None:
     return given if at_once else None
 
 
-def meta_stage(recipe: Recipe, config: StageConfig):
-    """Build a stage on the meta device, where tensors take no memory."""
+def meta_stages(recipe: Recipe) -> dict[str, Stage]:
+    """Build every stage on the meta device, where tensors take no memory."""
+    return {name: meta_stage(recipe, config) for name, config in recipe.stages.items()}
+
+
+def meta_stage(recipe: Recipe, config: StageConfig) -> Stage:
+    """Build a stage on the meta device."""
     with torch.device("meta"):
         model, other = (WorldModel(recipe.model, recipe.camera) for _ in range(2))
+        if config.lora:
+            adapt(model, config.lora)
         deviation = torch.ones(recipe.model.latent_channels)
         match config:
             case DiffusionConfig():
@@ -213,6 +248,10 @@ def meta_stage(recipe: Recipe, config: StageConfig):
                 return RolloutRegression(config, model, deviation)
             case AdversarialConfig():
                 discriminator = Discriminator(other, config.judgement, config.pooling)
+                if config.frozen_trunk:
+                    discriminator.freeze_trunk()
+                elif config.discriminator_lora:
+                    adapt(other, config.discriminator_lora)
                 return Adversarial(config, model, discriminator, deviation)
 
 
@@ -224,7 +263,7 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
             sources = [(latent_size(recipe, s.clips), s.frames) for s in phase.sources]
             size, frames = max(sources, key=lambda source: math.prod(source[0]) * source[1])
             label = f"{index}/{len(phases)}" if len(phases) > 1 else ""
-            yield Workload(name, label, size, frames, phase.batch)
+            yield Workload(name, label, size, frames, phase.batch, phase.steps)
     else:
         if isinstance(config, AdversarialConfig):
             sources = [(latent_size(recipe, s.clips), s.frames) for s in config.sources]
@@ -235,6 +274,7 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
             "",
             *max(sources, key=lambda source: math.prod(source[0]) * source[1]),
             config.batch,
+            config.steps + getattr(config, "discriminator_warmup", 0),
             config.segments,
             getattr(config, "overlap_frames", 0),
             getattr(config, "lead_segments", 0),
@@ -251,21 +291,33 @@ def latent_size(recipe: Recipe, clips: str) -> tuple[int, int]:
     return height // recipe.space_factor, width // recipe.space_factor
 
 
+def fixed_bytes(stage: Stage, gpus: int, rolled: bool) -> dict[str, float]:
+    """Bytes per GPU, by purpose, that do not depend on the clips."""
+    networks = [part.module for part in stage.trained.values()]
+    frozen = [stage.teacher] if hasattr(stage, "teacher") else []
+    kept = rolled or any(isinstance(network, Discriminator) for network in networks)
+    return {
+        "parameters": FLOAT * sum(sharded(p, gpus) for n in networks + frozen for p in shapes(n)),
+        **trained_bytes(stage.trained.values(), gpus),
+        "gathered": gathered_bytes(networks + frozen, gpus, kept),
+    }
+
+
 def _plan(
-    config: ModelConfig, stage, load: Workload, gpus: int, context: int, gpu: GPU
+    config: ModelConfig,
+    stage: Stage,
+    load: Workload,
+    flops: float,
+    fixed: dict[str, float],
+    gpus: int,
+    context: int,
+    gpu: GPU,
 ) -> Plan | None:
     """Plan one workload; None if the groups cannot share its batch evenly."""
     groups = gpus // context
     if load.batch % groups:
         return None
-    networks = [part.module for part in stage.trained.values()]
-    frozen = [stage.teacher] if hasattr(stage, "teacher") else []
-    adversarial = any(isinstance(network, Discriminator) for network in networks)
-    fixed = {
-        "parameters": FLOAT * sum(sharded(p, gpus) for n in networks + frozen for p in shapes(n)),
-        **trained_bytes(stage.trained.values(), gpus),
-        "gathered": gathered_bytes(networks + frozen, gpus, kept=load.rolled or adversarial),
-    }
+    adversarial = isinstance(stage, Adversarial)
     rows, columns = config.token_grid(*load.size)
     local = math.ceil(load.frames * rows * columns / context)
 
@@ -273,13 +325,16 @@ def _plan(
         """Bytes per clip. The generator's activations stay while the discriminator runs."""
         bytes_ = activation_bytes(config, local, checkpointed)
         running = TRANSIENT * block_bytes(config, local) * checkpointed
-        if adversarial:
-            copies = stage.config.copies
-            bytes_ += copies * activation_bytes(config, local, checkpointed)
-            heads = 2 if stage.config.judgement == "both" else 1  # of frames, of the clip
-            bytes_ += copies * heads * tapped_bytes(config, local)
-            running *= copies
-        return bytes_ + running
+        if not adversarial:
+            return bytes_ + running
+        copies = stage.config.copies
+        tapped = tapped_bytes(config, local)
+        tapped *= 2 if stage.config.judgement == "both" else 1  # heads of frames, of the clip
+        if not stage.config.frozen_trunk:
+            return bytes_ + copies * (bytes_ + tapped + running)
+        # The trunk saves tensors for the generator's gradient alone, in a pass over one copy.
+        heads = copies * (tapped + block_bytes(config, local))
+        return bytes_ + max(heads, bytes_ + tapped + running)
 
     each = {"cache": 0.0, "activations": activations(checkpointed=True)}
     if load.rolled:
@@ -297,7 +352,7 @@ def _plan(
         memory,
         max(1, at_once) * activations(checkpointed=False),
         load.batch * load.total_frames * rows * columns,
-        load.batch * clip_flops(config, stage, load),
+        flops,
     )
 
 
@@ -319,12 +374,22 @@ def trained_bytes(trained: Iterable[Trained], gpus: int) -> dict[str, int]:
         total["gradients"] += FLOAT * sum(learning)
         muon = isinstance(part.optimizer, MuonAdamW)
         for optimizer in part.optimizer.optimizers if muon else [part.optimizer]:
-            kept = FLOAT * STATES[type(optimizer)]
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            total["optimizer"] += sum(kept * sharded(p.shape, gpus) for p in parameters)
+            parameters = [p.shape for group in optimizer.param_groups for p in group["params"]]
+            total["optimizer"] += sum(state_bytes(optimizer, s, gpus) for s in parameters)
         if part.average:
-            total["averages"] += FLOAT * sum(sharded(s, gpus) for s in shapes(part.module))
+            total["averages"] += FLOAT * sum(learning)
     return total
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, shape: torch.Size, gpus: int) -> int:
+    """Bytes of the moments of a parameter on one GPU."""
+    if not isinstance(optimizer, EightBitOptimizer):
+        return STATES[type(optimizer)] * FLOAT * sharded(shape, gpus)
+    moments, numbers = len(optimizer.MOMENTS), sharded(shape, gpus)
+    if len(shape) < 2:
+        return moments * FLOAT * numbers
+    scales = math.ceil(shape[0] / gpus) * math.ceil(math.prod(shape[1:]) / BLOCK)
+    return moments * (numbers + FLOAT * scales)
 
 
 def gathered_bytes(networks: list[nn.Module], gpus: int, kept: bool) -> float:
@@ -335,13 +400,15 @@ def gathered_bytes(networks: list[nn.Module], gpus: int, kept: bool) -> float:
     """
     if gpus == 1:
         return HALF * max(sum(math.prod(s) for s in shapes(network)) for network in networks)
-    total = 0.0
+    total = reduced = 0.0
     for index, network in enumerate(networks):
         (transformer,) = (m for m in network.modules() if isinstance(m, VideoTransformer))
         blocks = [sum(math.prod(s) for s in shapes(block)) for block in transformer.blocks]
         around = sum(math.prod(s) for s in shapes(network)) - sum(blocks)
         total += HALF * (sum(blocks) if kept and index == 0 else 2 * max(blocks)) + FLOAT * around
-    return total + (HALF + FLOAT) * max(blocks)
+        learning = (shapes(block, trained=True) for block in transformer.blocks)
+        reduced = max(reduced, *(sum(map(math.prod, block)) for block in learning))
+    return total + (HALF + FLOAT) * reduced
 
 
 def block_bytes(config: ModelConfig, tokens: int, norm: int = FLOAT) -> float:
@@ -397,21 +464,24 @@ def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
     """Operations of an update per clip.
 
     A backward pass costs twice the forward pass, and checkpointed blocks run forward once more. A
-    discriminator that only passes gradients on costs half of a backward pass.
+    network whose weights are frozen costs half of a backward pass: all of an adapted network, and a
+    discriminator that only passes gradients on. A frozen trunk runs forward alone for its heads.
     """
     generator, *others = (part.module for part in stage.trained.values())
+    forward_and_back = 2 + (1 if stage.config.lora else 2)
     total = 0.0
     for index, (start, new) in enumerate(load.places()):
         forward = forward_flops(generator, config, load.size, new, start)
         if index < load.lead:
             total += forward
             continue
-        passes = 4 + load.rolled
+        passes = forward_and_back + load.rolled
         if hasattr(stage, "teacher"):
             passes += 2  # the teacher, and the student without gradient
         total += passes * forward
         for discriminator in others:
-            passes = 4 * stage.config.copies + 3
+            each = 3 if stage.config.discriminator_lora else 4
+            passes = (1 if stage.config.frozen_trunk else each) * stage.config.copies + 3
             total += passes * forward_flops(discriminator, config, load.size, load.frames, 0)
     return total
 
@@ -426,21 +496,29 @@ def forward_flops(
 
 
 def product_flops(network: nn.Module, tokens: int, text: int) -> float:
-    """Operations of products with weights, for `tokens` video tokens and `text` text tokens.
+    """Operations of products with weights, for `tokens` video tokens and `text` text tokens."""
+    once, of_text, of_video = products(network)
+    return 2 * (once + text * of_text + tokens * of_video)
+
+
+@functools.lru_cache(maxsize=8)
+def products(network: nn.Module) -> tuple[int, int, int]:
+    """Numbers of the matrices that run once per clip, for each text token, for each video token.
 
     A layer for text has "text" in its name, one that runs once per clip "modulation" or "time".
     """
-    total = 0
+    once = of_text = of_video = 0
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.Linear):
-            if "modulation" in name or ".time." in name or name == "logit":
-                length = 1
-            elif "text" in name:
-                length = text
-            else:
-                length = tokens
-            total += 2 * length * layer.weight.numel()
-    return total
+        if not isinstance(layer, nn.Linear):
+            continue
+        numbers = sum(p.numel() for p in layer.parameters(recurse=False) if p.dim() > 1)
+        if "modulation" in name or ".time." in name or name == "logit":
+            once += numbers
+        elif "text" in name:
+            of_text += numbers
+        else:
+            of_video += numbers
+    return once, of_text, of_video
 
 
 def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, start: int) -> float:
@@ -453,42 +531,3 @@ def attention_flops(config: ModelConfig, grid: tuple[int, int], frames: int, sta
     pairs = tokens * (frames * text + tokens * shown)
     pairs += text * text if config.block == "mmdit" else 0
     return 4 * config.depth * config.width * pairs
-
-
-def print_plans(
-    recipe: Recipe, gpus: Iterable[int], context: int | None = None, words: str | None = None
-) -> None:
-    """Print a table for each number of GPUs, with a column per phase, and the commands to train."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for count in gpus:
-        plans = plan(recipe, count, context)
-        table = Table(title=f"{recipe.name} on {count} {H100.name}", box=None)
-        for header in ("", *(each.workload.name for each in plans)):
-            table.add_column(header, justify="right" if header else "left", no_wrap=not header)
-        for name, tell in (
-            ("latent rows x columns", lambda p: "{} x {}".format(*p.workload.size)),
-            ("latent frames", lambda p: f"{p.workload.total_frames}"),
-            ("clips per update", lambda p: f"{p.workload.batch}"),
-            ("GPUs per clip", lambda p: f"{p.context}"),
-            ("clips at once, per group", lambda p: f"{p.at_once or 'none'} of {p.clips}"),
-            ("tokens per update", lambda p: f"{p.tokens / 1e6:.2f} M"),
-            ("EFLOP per update *", lambda p: f"{p.flops / 1e18:.2f}"),
-            ("seconds per update *", lambda p: f"{p.seconds():.1f}"),
-        ):
-            table.add_row(name, *map(tell, plans))
-        table.add_row()
-        for name in plans[0].memory:
-            guess = " *" if name in ("gathered", "activations") else ""
-            cells = (f"{each.memory[name] / GIB:.1f}" for each in plans)
-            table.add_row(f"GiB per GPU: {name}{guess}", *cells)
-        table.add_row("GiB per GPU: total *", *(f"{each.total / GIB:.1f}" for each in plans))
-        console.print(table)
-        console.print("\n".join(commands(recipe, plans, words)), soft_wrap=True, highlight=False)
-        console.print()
-    console.print(
-        f"* estimates: with checkpointed blocks; seconds at {H100.sustained:.0%} of "
-        f"{H100.flops / 1e12:.0f} TFLOP/s. Clips of a group that do not fit at once into "
-        f"{H100.usable:.0%} of {H100.memory / GIB:.0f} GiB follow in further passes, whose "
-        "gradients accumulate.",
-        soft_wrap=True,
-    )

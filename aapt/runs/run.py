@@ -29,6 +29,7 @@ from ..device import mixed_precision
 from ..media.image import fit_image, load_image
 from ..model.config import CameraConfig, ModelConfig
 from ..model.discriminator import Discriminator
+from ..model.low_rank import LoRA, adapt, merged
 from ..model.umt5 import UMT5TextEncoder
 from ..model.world_model import WorldModel
 from ..training.recipes import Recipe, StageConfig
@@ -45,7 +46,7 @@ from . import light_decoder
 from .inputs import ANY_SET, Inputs, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
-from .samples import sample_sheet
+from .samples import LatentStatistics, measures, sample_sheet
 
 SAMPLE_IMAGE = BUNDLED / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
@@ -315,7 +316,8 @@ class Run:
 
     def fit_encoder(self) -> CausalVAE:
         """Fit a linear encoder in closed form, and measure the scale of its latents."""
-        data = self.videos(FIT_CLIPS)
+        available = self.recipe.data[self.recipe.decoder.clips].video_clips
+        data = self.videos(min(FIT_CLIPS, available))
         vae = CausalVAE(self.recipe.vae)
         vae.linear.fit(to_video(data.videos))
         measure_latents(vae, (to_video(video[None]) for video in data.videos))
@@ -340,9 +342,10 @@ class Run:
         drop_states(folder)
 
     def save(self, path: Path, network: nn.Module) -> None:
-        """Write a network that may be sharded over the ranks. Every rank calls it."""
+        """Write a network, also a sharded one, with adaptations merged. Every rank calls it."""
         tensors = self.parallel.gather(network)
         if self.parallel.main:
+            tensors = merged(network, tensors)
             save_tensors(path, {name: x.contiguous() for name, x in tensors.items()})
 
     def stage(self, config: StageConfig) -> Stage:
@@ -352,15 +355,16 @@ class Run:
         """
         match config:
             case DiffusionConfig():
-                return DiffusionAdaptation(config, self.network(config.start))
+                return DiffusionAdaptation(config, self.network(config.start, config.lora))
             case ConsistencyConfig():
-                networks = self.network(config.start), self.network(config.start)
-                return ConsistencyDistillation(config, *networks)
+                model = self.network(config.start, config.lora)
+                return ConsistencyDistillation(config, model, self.network(config.start))
             case RolloutRegressionConfig():
-                model = self.network(config.start, rolls_out=True)
+                model = self.network(config.start, config.lora, rolls_out=True)
                 return RolloutRegression(config, model, self.pixel_deviation())
             case AdversarialConfig():
-                model = self.network(config.start, rolls_out=config.forcing == "student")
+                student = config.forcing == "student"
+                model = self.network(config.start, config.lora, rolls_out=student)
                 discriminator = self.discriminator(config)
                 self.place(discriminator, discriminator.world)
                 return Adversarial(config, model, discriminator, self.pixel_deviation())
@@ -383,11 +387,19 @@ class Run:
             load_module(self.out / start / DISCRIMINATOR, discriminator)
         else:
             load_module(self.start(start), world)
+        if config.frozen_trunk:
+            discriminator.freeze_trunk()
+        elif config.discriminator_lora:
+            adapt(world, config.discriminator_lora)
         return discriminator
 
-    def network(self, start: str | None, rolls_out: bool = False) -> WorldModel:
-        """Make a generator that starts after the stage `start`, and place it on the device."""
+    def network(
+        self, start: str | None, lora: LoRA | None = None, rolls_out: bool = False
+    ) -> WorldModel:
+        """Make a generator that starts after `start`, adapt it, and place it on the device."""
         model = self.starting_model(start)
+        if lora:
+            adapt(model, lora)
         self.place(model, model, rolls_out)
         return model
 
@@ -405,8 +417,9 @@ class Run:
 
     # Samples: sheets that show the weights of the moment.
 
-    def sampler(self, name: str, stage: Stage) -> Callable[[int], None]:
-        """A function that draws `samples-<updates>.png` into a stage's folder.
+    def sampler(self, name: str, stage: Stage) -> Callable[[int], dict[str, float]]:
+        """A function that draws `samples-<updates>.png` into a stage's folder, and returns measures
+        of the samples.
 
         The sheet shows a minute of rollout from the weights of the moment, always of the same clips
         and noise. A diffusion stage is sampled as its checkpoint is, with many passes per frame,
@@ -422,12 +435,15 @@ class Run:
         elif isinstance(config, ConsistencyConfig):
             sampling = config.sampling
 
-        def sample(done: int) -> None:
+        def sample(done: int) -> dict[str, float]:
+            made = LatentStatistics()
+            given = {"sampling": sampling, "fps": fps, "statistics": made}
             with mixed_precision(parallel.device):
-                sheet = sample_sheet(stage.model, vae, batch, frames, sampling=sampling, fps=fps)
+                sheet = sample_sheet(stage.model, vae, batch, frames, **given)
             parallel.reshard(stage.model)
             if parallel.main:
                 sheet.save(self.out / name / f"samples-{done}.png")
+            return measures(made, batch.latents)
 
         return sample
 

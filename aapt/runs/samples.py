@@ -1,12 +1,13 @@
 """Sheets of frames from a generator in training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..clock import FPS
+from ..clock import FPS, STEPS_PER_SECOND
 from ..data.clips import ClipBatch
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..model.config import FewStepConfig, SamplingConfig
@@ -25,6 +26,7 @@ def sample_sheet(
     seed: int = 0,
     sampling: SamplingConfig | FewStepConfig | None = None,
     fps: int = FPS,
+    statistics: "LatentStatistics | None" = None,
 ) -> Image.Image:
     """Roll the generator out from the first frames of a batch and draw it under the real clips.
 
@@ -37,6 +39,7 @@ def sample_sheet(
             A diffusion model is sampled without caches, because training leaves no memory for them:
             the work grows with the square of the last frame.
         fps: Video frames per second, for the labels of columns.
+        statistics: Gathers the frames of the rollout.
     """
     wanted = sorted(set(frames))
     if not wanted or wanted[0] < 0:
@@ -46,6 +49,8 @@ def sample_sheet(
     condition = starting_over(channels)
     first, steps = latents[:, :, :1], wanted[-1]
     made = roll_out(model, first, text, condition, steps, seed, sampling, caches=False)
+    if statistics:
+        made = statistics.gathering(made)
     model_video = _last_frames(vae, made, wanted)
     known = [frame for frame in wanted if frame < length]
     truth = torch.zeros_like(model_video)
@@ -57,6 +62,59 @@ def sample_sheet(
     groups = [[(f"{i}\ntruth", truth[i]), ("model", model_video[i])] for i in range(len(latents))]
     scale = max(1, SHOWN_ROWS // truth.shape[2])
     return contact_sheet(groups, [f"{second:.3g} s" for second in seconds], scale)
+
+
+class LatentStatistics:
+    """Statistics of latent frames, gathered one by one.
+
+    Attributes:
+        changes: Root mean square of the change from each frame to the next.
+        means: Spatial mean of each frame's channels, (B, C) each.
+        deviations: Deviation of each frame's numbers about these means.
+    """
+
+    def __init__(self):
+        self.changes: list[float] = []
+        self.means: list[Tensor] = []
+        self.deviations: list[float] = []
+        self._before: Tensor | None = None
+
+    def gathering(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield frames (B, C, 1, H, W) as they come, and gather them."""
+        for frame in frames:
+            latent = frame.float()
+            if self._before is not None:
+                self.changes.append(_root_mean_square(latent - self._before))
+            mean = latent.mean(dim=(2, 3, 4))
+            self.means.append(mean.cpu())
+            self.deviations.append(_root_mean_square(latent - mean[:, :, None, None, None]))
+            self._before = latent
+            yield frame
+
+
+def measures(made: LatentStatistics, latents: Tensor) -> dict[str, float]:
+    """Compare a rollout with the real clips (B, C, T, H, W) from whose first frames it starts.
+
+    Returns `motion`, the change from frame to frame relative to the clips', over their length;
+    `late_motion` and `late_deviation`, in the rollout's last second; and `colour_shift`, from the
+    clips' mean colours to the last second's, in units of the latents.
+    """
+    real = LatentStatistics()
+    for _ in real.gathering(latents.split(1, dim=2)):
+        pass
+    late = slice(-STEPS_PER_SECOND, None)
+    shift = torch.stack(made.means[late]).mean(0) - torch.stack(real.means).mean(0)
+    motion = max(fmean(real.changes), 1e-6)
+    return {
+        "motion": fmean(made.changes[: len(real.changes)]) / motion,
+        "late_motion": fmean(made.changes[late]) / motion,
+        "late_deviation": fmean(made.deviations[late]) / max(fmean(real.deviations), 1e-6),
+        "colour_shift": _root_mean_square(shift),
+    }
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
 
 
 def _last_frames(vae: CausalVAE, latents: Iterable[Tensor], wanted: Sequence[int]) -> Tensor:

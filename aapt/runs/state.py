@@ -134,10 +134,14 @@ def _read(state: Path, trained: Mapping[str, Trained]) -> None:
 
 
 def _blank(saved: Any, parameter: Tensor) -> Tensor:
-    """An empty tensor to read into, sharded as the parameter is if it has the same shape."""
+    """An empty tensor to read into, sharded as the parameter is if it has the same rows."""
+    dtype = saved.properties.dtype
     if saved.size == parameter.shape:
-        return torch.empty_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
-    return torch.empty(saved.size, dtype=saved.properties.dtype)
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    if len(saved.size) == 2 and saved.size[0] == len(parameter):  # scales of moments in 8 bits
+        rows = parameter.detach().flatten(1)[:, :1].expand(saved.size)
+        return torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty(saved.size, dtype=dtype)
 
 
 def _states(folder: Path) -> list[Path]:

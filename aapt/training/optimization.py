@@ -1,7 +1,7 @@
 """Optimization that stages share: schedules, optimizers, updates and moving averages."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.world_model import WorldModel
+from .eight_bit import AdamW8, RMSprop8
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,16 @@ class MuonAdamW:
     Both have one learning rate, because Muon's steps are scaled to AdamW's. In our runs a small
     model learnt as much in two updates as under AdamW in three (`benchmarks/LOG.md`). Muon
     orthogonalises whole matrices, also if they are sharded. It does so in bfloat16, so updates on
-    several ranks differ from those on one rank by a few percent.
+    several ranks differ from those on one rank by a few percent. AdamW's moments have `state_bits`.
     """
 
-    def __init__(self, model: WorldModel, betas: tuple[float, float], weight_decay: float):
+    def __init__(
+        self,
+        model: WorldModel,
+        betas: tuple[float, float],
+        weight_decay: float,
+        state_bits: int = 32,
+    ):
         matrices = [
             layer.weight
             for layer in model.transformer.blocks.modules()
@@ -57,7 +64,7 @@ class MuonAdamW:
         others = [p for p in model.parameters() if id(p) not in known]
         self.optimizers = (
             torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=betas, weight_decay=weight_decay),
+            adamw(others, betas, weight_decay, state_bits),
         )
 
     @property
@@ -95,18 +102,57 @@ def update(
 
 
 def make_optimizer(
-    model: WorldModel, betas: tuple[float, float], weight_decay: float, muon: bool
+    model: WorldModel,
+    betas: tuple[float, float],
+    weight_decay: float,
+    muon: bool,
+    state_bits: int = 32,
 ) -> torch.optim.Optimizer | MuonAdamW:
-    """Make AdamW as in the paper, or `MuonAdamW` (ours, for small models)."""
-    if muon:
-        return MuonAdamW(model, betas, weight_decay)
-    return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay)
+    """Make AdamW as in the paper, or `MuonAdamW` (ours, for small models).
+
+    It moves the parameters that require a gradient. state_bits: as in `adamw`. ValueError for Muon
+    and a model of which only a part learns, because Muon is for whole matrices.
+    """
+    if not muon:
+        return adamw(learning(model), betas, weight_decay, state_bits)
+    if len(learning(model)) < len(list(model.parameters())):
+        raise ValueError("muon: expected False for a model with LoRA, got True")
+    return MuonAdamW(model, betas, weight_decay, state_bits)
+
+
+def learning(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that require a gradient."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def adamw(
+    parameters: Iterable[Tensor],
+    betas: tuple[float, float],
+    weight_decay: float,
+    state_bits: int = 32,
+) -> torch.optim.Optimizer:
+    """Make AdamW with moments of `state_bits`, 32 or 8 (`eight_bit`). ValueError for others."""
+    kinds = {32: torch.optim.AdamW, 8: AdamW8}
+    return _kind(kinds, state_bits)(parameters, betas=betas, weight_decay=weight_decay)
+
+
+def rmsprop(
+    parameters: Iterable[Tensor], alpha: float, state_bits: int = 32
+) -> torch.optim.Optimizer:
+    """Make RMSProp with moments of `state_bits`, 32 or 8 (`eight_bit`). ValueError for others."""
+    return _kind({32: torch.optim.RMSprop, 8: RMSprop8}, state_bits)(parameters, alpha=alpha)
+
+
+def _kind(kinds: Mapping[int, type], state_bits: int) -> type:
+    if state_bits not in kinds:
+        raise ValueError(f"state_bits: expected 8 or 32, got {state_bits}")
+    return kinds[state_bits]
 
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Let gradients flow through modules, but not into their parameters."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = [p for module in modules for p in learning(module)]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -117,7 +163,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 class MovingAverage:
-    """An exponential moving average of a module's parameters, for export.
+    """An exponential moving average of the parameters of a module that learn, for export.
 
     With `from_scratch` the first updates count more, so that random first weights fade sooner.
     """
@@ -125,22 +171,25 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float, from_scratch: bool = False):
         self.decay, self.from_scratch = decay, from_scratch
         self.updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.shadow = {
+            name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Add the parameters of the moment to the average."""
         self.updates += 1
         ramp = self.updates / (self.updates + 10) if self.from_scratch else 1.0
-        names, parameters = zip(*module.named_parameters(), strict=True)
-        shadow = [self.shadow[name] for name in names]
-        torch._foreach_lerp_(shadow, parameters, 1 - min(self.decay, ramp))
+        parameters = dict(module.named_parameters())
+        moved = [parameters[name] for name in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), moved, 1 - min(self.decay, ramp))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Replace the parameters of a module by their averages."""
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.shadow[name])
+        parameters = dict(module.named_parameters())
+        for name, average in self.shadow.items():
+            parameters[name].copy_(average)
 
 
 class Trained:
@@ -153,7 +202,7 @@ class Trained:
         average: MovingAverage | None = None,
     ):
         self.module, self.optimizer, self.average = module, optimizer, average
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = learning(module)
 
     def update(self, learning_rate: float, max_norm: float | None) -> float:
         """Take a step along the accumulated gradients. Returns their norm, see `update`."""

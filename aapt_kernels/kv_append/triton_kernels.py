@@ -41,7 +41,7 @@ def first_key(frame, text_tokens, tokens_per_frame, ring_frames, sink_frames):
 def encode_e4m3(x):
     """Return float32 values of at most 448 in float8, ties to even. The interpreter needs this: its
     own conversion loses a carry into the exponent, and NaN."""
-    size = tl.abs(x)
+    size = tl.where(x == x, tl.abs(x), 0.0)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3)
     FINEST: tl.constexpr = 1.5 * 2**14  # float32 has a spacing of 2^-9 there

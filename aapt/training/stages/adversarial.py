@@ -13,6 +13,7 @@ from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.discriminator import Discriminator, Judgement, Pooling
 from ...model.flow import interpolate
+from ...model.low_rank import LoRA
 from ...model.world_model import Conditions, WorldModel
 from ...streaming.student import Segment, StudentRollout, frames_of
 from ..corruption import Corruption
@@ -28,7 +29,7 @@ from ..losses import (
     generator_loss,
     row_mean_error,
 )
-from ..optimization import MovingAverage, Schedule, Trained, frozen
+from ..optimization import MovingAverage, Schedule, Trained, frozen, learning, rmsprop
 
 Penalized = Literal["both", "real", "none"]
 Layout = Literal["targets", "all"]
@@ -92,6 +93,11 @@ class AdversarialConfig:
             for small models).
         palette: Weight of the error between the mean colours of frames, in the same way.
         rows: Weight of the error between the mean colours of rows, in the same way.
+        lora: Adaptation of the generator; None to train all of its weights.
+        discriminator_lora: Adaptation of the discriminator's backbone, whose heads learn wholly;
+            None to train all of its weights.
+        frozen_trunk: True to train the discriminator's heads alone.
+        state_bits: Bits per number of the optimizers' moments, 32 or 8.
     """
 
     clips: str | tuple[Source, ...]
@@ -130,6 +136,10 @@ class AdversarialConfig:
     regression: float = 0.0
     palette: float = 0.0
     rows: float = 0.0
+    lora: LoRA | None = None
+    discriminator_lora: LoRA | None = None
+    frozen_trunk: bool = False
+    state_bits: int = 32
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -201,6 +211,8 @@ class AdversarialConfig:
             raise ValueError(
                 f"overlap_frames: expected 0 to less than a segment, got {self.overlap_frames}"
             )
+        if self.frozen_trunk and self.discriminator_lora:
+            raise ValueError("discriminator_lora: expected None with frozen_trunk, got LoRA")
         if (self.regression or self.palette or self.rows) and several and not self.whole_clips:
             raise ValueError(
                 "regression, palette, rows: expected whole_clips, because later segments have no "
@@ -270,14 +282,14 @@ class Adversarial:
         self.pixel_deviation = pixel_deviation
         self.steps = config.discriminator_warmup + config.steps
         self.discriminator = discriminator
-        learning = [p for p in self.discriminator.parameters() if p.requires_grad]
         average = None if config.average is None else MovingAverage(model, config.average)
         self.trained = {
             "generator": Trained(
-                model, torch.optim.RMSprop(model.parameters(), alpha=config.alpha), average
+                model, rmsprop(learning(model), config.alpha, config.state_bits), average
             ),
             "discriminator": Trained(
-                self.discriminator, torch.optim.RMSprop(learning, alpha=config.alpha)
+                discriminator,
+                rmsprop(learning(discriminator), config.alpha, config.state_bits),
             ),
         }
 

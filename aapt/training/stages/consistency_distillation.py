@@ -13,12 +13,13 @@ from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.config import FewStepConfig
 from ...model.flow import interpolate, per_clip, schedule
+from ...model.low_rank import LoRA
 from ...model.transformer import clean, velocity
 from ...model.world_model import Conditions, WorldModel
 from ..curriculum import Curriculum
 from ..forcing import DenoisingForcing, Forcing
 from ..losses import frame_error, pseudo_huber
-from ..optimization import Schedule, Trained, make_optimizer
+from ..optimization import Schedule, Trained, adamw, learning
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ConsistencyConfig:
         times: Number of times k above 0 between which the student is compared.
         distance: Distance between frames, squared or pseudo-Huber.
         step_weight: Weight each clip's loss by 1 / (t_k - t_{k-1}).
+        lora: Adaptation of the student; None to train all of its weights.
+        state_bits: Bits per number of the optimizer's moments, 32 or 8.
     """
 
     curriculum: Curriculum
@@ -44,6 +47,8 @@ class ConsistencyConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     max_norm: float | None = None
+    lora: LoRA | None = None
+    state_bits: int = 32
 
     @property
     def sampling(self) -> FewStepConfig | None:
@@ -79,7 +84,7 @@ class ConsistencyDistillation:
         self.forcing = DenoisingForcing(config.forcing, model.config)
         self.steps = config.curriculum.steps
         self.times = schedule(config.times, config.shift)
-        optimizer = make_optimizer(model, config.betas, config.weight_decay, muon=False)
+        optimizer = adamw(learning(model), config.betas, config.weight_decay, config.state_bits)
         self.trained = {"model": Trained(model, optimizer)}
 
     def batch(self, step: int) -> int:

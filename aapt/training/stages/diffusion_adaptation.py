@@ -8,6 +8,7 @@ from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.config import FewStepConfig, SamplingConfig
 from ...model.flow import interpolate, schedule, shift
+from ...model.low_rank import LoRA
 from ...model.transformer import velocity
 from ...model.world_model import WorldModel
 from ..curriculum import Curriculum
@@ -27,6 +28,8 @@ class DiffusionConfig:
         muon: Train with `MuonAdamW` instead of AdamW (ours, for small models).
         average: Decay of the moving average that is exported; None for none.
         max_norm: Norm to which gradients are clipped; None for no clipping.
+        lora: Adaptation of the model; None to train all of its weights.
+        state_bits: Bits per number of the optimizer's moments, 32 or 8.
         sampling_steps: Passes per frame when the trained model is sampled, as a baseline. Under
             diffusion forcing the finished frame takes one more.
         guidance: Its guidance; none under diffusion forcing.
@@ -43,6 +46,8 @@ class DiffusionConfig:
     muon: bool = False
     average: float | None = None
     max_norm: float | None = None
+    lora: LoRA | None = None
+    state_bits: int = 32
     sampling_steps: int = 32
     guidance: float = 10.0
 
@@ -78,7 +83,9 @@ class DiffusionAdaptation:
         average = None
         if config.average is not None:
             average = MovingAverage(model, config.average, from_scratch=True)
-        optimizer = make_optimizer(model, config.betas, config.weight_decay, config.muon)
+        optimizer = make_optimizer(
+            model, config.betas, config.weight_decay, config.muon, config.state_bits
+        )
         self.trained = {"model": Trained(model, optimizer, average)}
 
     def batch(self, step: int) -> int:

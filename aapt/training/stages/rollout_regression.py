@@ -14,6 +14,7 @@ from torch import Tensor
 from ...data.clips import Clips, FirstFrame
 from ...data.randomness import ClipRandom
 from ...device import mixed_precision
+from ...model.low_rank import LoRA
 from ...model.world_model import WorldModel
 from ...streaming.student import StudentRollout, frames_of
 from ..corruption import Corruption
@@ -38,6 +39,8 @@ class RolloutRegressionConfig:
         muon: Train with `MuonAdamW` instead of AdamW.
         average: Decay of the moving average that is exported.
         max_norm: Norm to which gradients are clipped; None for no clipping.
+        lora: Adaptation of the generator; None to train all of its weights.
+        state_bits: Bits per number of the optimizer's moments, 32 or 8.
     """
 
     clips: str
@@ -54,6 +57,8 @@ class RolloutRegressionConfig:
     muon: bool = False
     average: float = 0.98
     max_norm: float | None = 1.0
+    lora: LoRA | None = None
+    state_bits: int = 32
 
     @property
     def frames(self) -> int:
@@ -82,7 +87,9 @@ class RolloutRegression:
         self.model = model
         self.pixel_deviation = pixel_deviation
         self.steps = config.steps
-        optimizer = make_optimizer(model, config.betas, config.weight_decay, config.muon)
+        optimizer = make_optimizer(
+            model, config.betas, config.weight_decay, config.muon, config.state_bits
+        )
         average = MovingAverage(model, config.average)
         self.trained = {"model": Trained(model, optimizer, average)}
 

@@ -11,7 +11,8 @@ from torch.nn.functional import ScalingType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aapt.model import float8
-from aapt.model.float8 import Float8Linear, product, quantise_blocks, quantise_weight
+from aapt.model.float8 import Float8Linear, quantise_blocks, quantise_weight
+from aapt.model.linear import product
 from aapt.model.mmdit import MMDiT
 from aapt.model.presets import aapt_8b
 

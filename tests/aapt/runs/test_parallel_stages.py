@@ -9,6 +9,7 @@ from torch import Tensor
 from aapt.data.clips import LatentClips
 from aapt.data.randomness import ClipRandom
 from aapt.model.discriminator import Discriminator
+from aapt.model.low_rank import LoRA, adapt
 from aapt.runs.parallel import Parallel
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
@@ -28,6 +29,8 @@ BRIEF = constant("clips", frames=4, batch=BATCH, steps=2)
 STUDENT = {"clips": "clips", "steps": 2, "batch": BATCH, "segment_frames": 3, "segments": 2}
 RIVALS = {"generator_schedule": RATE, "discriminator_schedule": RATE, "penalty": 10.0}
 
+LORA = LoRA(3, alpha=6.0)
+
 
 def model(seed: int):
     net = tiny_model(residual_head=True, output_clamp=4.0).float()
@@ -37,9 +40,11 @@ def model(seed: int):
     return net
 
 
-def generator(parallel: Parallel):
+def generator(parallel: Parallel, lora: LoRA | None = None):
     """A generator that rolls out, sharded before its stage is built."""
     net = model(0)
+    if lora:
+        adapt(net, lora)
     parallel.shard(net, keep_gathered=True)
     return net
 
@@ -53,8 +58,13 @@ def plain(parallel: Parallel):
 def adversary(config: dict, parallel: Parallel) -> adversarial.Adversarial:
     config = adversarial.AdversarialConfig(**{**STUDENT, **RIVALS, **config})
     discriminator = Discriminator(model(1), config.judgement)
+    if config.frozen_trunk:
+        discriminator.freeze_trunk()
+    if config.discriminator_lora:
+        adapt(discriminator.world, config.discriminator_lora)
     parallel.shard(discriminator)
-    return adversarial.Adversarial(config, generator(parallel), discriminator, torch.ones(4))
+    networks = generator(parallel, config.lora), discriminator
+    return adversarial.Adversarial(config, *networks, torch.ones(4))
 
 
 STAGES = {
@@ -72,6 +82,10 @@ STAGES = {
         torch.ones(4),
     ),
     "adversarial": lambda parallel: adversary({"overlap_frames": 1}, parallel),
+    "adapted": lambda parallel: adversary(
+        {"overlap_frames": 1, "lora": LORA, "discriminator_lora": LORA}, parallel
+    ),
+    "frozen": lambda parallel: adversary({"overlap_frames": 1, "frozen_trunk": True}, parallel),
     "teacher-forced": lambda parallel: adversary({"segments": 1, "forcing": "teacher"}, parallel),
 }
 

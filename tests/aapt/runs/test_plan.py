@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aapt.commands.app import main
 from aapt.model.config import ModelConfig
 from aapt.model.discriminator import Discriminator
+from aapt.model.low_rank import LoRA, adapt
 from aapt.model.mmdit import MMDiT
 from aapt.model.presets import aapt_8b
 from aapt.model.wan import WanTransformer
@@ -19,6 +20,7 @@ from aapt.runs import plan
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
 from aapt.training.recipes import paper_8b, paper_8b_640, tiny_world
+from aapt.training.savings import with_switches
 from aapt.training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from aapt_kernels import FrameLayout
 
@@ -32,6 +34,11 @@ def stages():
     )
     yield DiffusionAdaptation(config, tiny_model().float())
     yield adversarial_stage()
+    yield adversarial_stage(state_bits=8)
+    adapted = tiny_model().float()
+    adapt(adapted, LoRA(2))
+    config = dataclasses.replace(config, muon=False, lora=LoRA(2), state_bits=8)
+    yield DiffusionAdaptation(config, adapted)
 
 
 @pytest.mark.parametrize("stage", list(stages()), ids=lambda stage: type(stage).__name__)
@@ -312,6 +319,96 @@ def test_numbers_that_cannot_be_planned_are_refused():
         plan.plan(tiny_world(), 0)
 
 
+def by_stage(recipe, *switches: str) -> dict[str, plan.Plan]:
+    """Plans of the tiny world's stages with one phase, on one GPU."""
+    plans = plan.plan(with_switches(recipe, switches), 1)
+    return {each.workload.name: each for each in plans}
+
+
+def test_switches_save_what_they_say():
+    """Also arithmetic: a frozen weight has no gradient, and a frozen trunk runs forward alone."""
+    recipe = tiny_world()
+    plain, extension = by_stage(recipe)["extension"], recipe.stages["extension"]
+    coded = by_stage(recipe, "eight-bit")["extension"]
+    assert coded.memory["optimizer"] == pytest.approx(plain.memory["optimizer"] / 4, rel=0.1)
+    assert coded.flops == plain.flops
+    adapted = by_stage(recipe, "lora=4")["extension"]
+    learnt = "gradients", "optimizer", "averages"
+    world = WorldModel(recipe.model, recipe.camera)
+    numbers = sum(p.numel() for p in world.parameters())
+    discriminator = Discriminator(world)
+    other = sum(p.numel() for p in discriminator.parameters() if p.requires_grad)
+    assert plain.memory["gradients"] == 4 * (numbers + other)
+    for name, rest in zip(learnt, (4 * other, 4 * other, 0)):
+        assert rest < adapted.memory[name] < rest + 0.15 * 4 * numbers
+    forward = plan.forward_flops(discriminator, recipe.model, plain.workload.size, 8, 0)
+    frozen = by_stage(recipe, "frozen-trunk")["extension"]
+    passes = extension.batch * extension.segments * forward
+    assert plain.flops - frozen.flops == pytest.approx(3 * extension.copies * passes)
+    heads = sum(p.numel() for p in discriminator.parameters()) - numbers
+    assert frozen.memory["gradients"] == 4 * (numbers + heads)
+    assert frozen.memory["activations"] < 0.75 * plain.memory["activations"]
+    half = by_stage(recipe, "discriminator-lora=4")["extension"]
+    saved = extension.copies * passes  # one of four passes, less the adaptation's own
+    assert 0.5 * saved < plain.flops - half.flops < saved
+
+
+def test_days_are_those_of_all_updates():
+    recipe = tiny_world()
+    for each in plan.plan(recipe, 2):
+        config = recipe.stages[each.workload.stage]
+        warmup = getattr(config, "discriminator_warmup", 0)
+        curriculum = getattr(config, "curriculum", None)
+        steps = curriculum.steps if curriculum else config.steps + warmup
+        assert each.days() == pytest.approx(steps * each.seconds() / 86_400)
+    phases = [p.workload for p in plan.plan(paper_8b(), 8) if p.workload.stage == "diffusion"]
+    assert [load.steps for load in phases] == [20_000, 6_000, 4_000]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (["half"], "memory: expected some of eight-bit, lora.*, got half"),
+        (["eight-bit=4"], "memory: expected some of eight-bit, lora.*, got eight-bit=4"),
+        (["lora=x"], "memory: expected a rank such as lora=64, got lora=x"),
+        (["lora=0"], "rank: expected at least 1, got 0"),
+        (["frozen-trunk", "frozen-trunk"], "expected a switch that tiny-world lacks, got frozen-t"),
+        (
+            ["frozen-trunk", "discriminator-lora"],
+            "discriminator_lora: expected None",
+        ),
+    ],
+)
+def test_bad_switches_are_named(bad, message):
+    with pytest.raises(ValueError, match=message):
+        with_switches(tiny_world(), bad)
+
+
+def test_switches_reach_the_stages_that_have_them():
+    recipe = with_switches(tiny_world(), ["eight-bit", "lora=8", "frozen-trunk"])
+    for config in recipe.stages.values():
+        assert config.state_bits == 8
+        assert config.lora == (None if getattr(config, "muon", False) else LoRA(8))
+        assert getattr(config, "frozen_trunk", True)
+
+
+def test_what_does_not_fit_is_refused_with_what_does(capsys, monkeypatch):
+    """A GPU that holds the tiny world with all switches, and not as it is."""
+    whole, frozen = (
+        max(each.least for each in plan.plan(with_switches(tiny_world(), names), 1))
+        for names in ((), ("eight-bit", "lora", "frozen-trunk"))
+    )
+    small = dataclasses.replace(plan.H100, memory=(whole + frozen) / 2 / plan.H100.usable)
+    monkeypatch.setattr(plan.plan, "__defaults__", (None, small, None))
+    assert main(["train", "--plan", "tiny-world", "--gpus", "1"]) == 2
+    out, error = capsys.readouterr()
+    assert "too much" in out and "not even one clip fits" in out
+    assert error.startswith("aapt: gpus: expected memory for one clip of ")
+    assert "got 1 H100; takes --memory " in error
+    assert main(["train", "--plan", "tiny-world", "--gpus", "1", "--memory", "eight-bit"]) in (0, 2)
+    assert "-m aapt train tiny-world --memory=eight-bit" in capsys.readouterr().out
+
+
 def test_command_prints_a_table(capsys):
     assert main(["train", "--plan", "tiny-world", "--gpus", "2", "--gpus", "1"]) == 0
     out = capsys.readouterr().out
@@ -321,5 +418,10 @@ def test_command_prints_a_table(capsys):
     assert rows["tokens per update"][:2] == [f"{batch / 1e6:.2f}", "M"]
     assert "torchrun --nproc-per-node 2 -m aapt train tiny-world --checkpoint-blocks\n" in out
     assert float(rows["GiB per GPU: total *"][0]) > 0
+    assert rows["updates"][:2] == ["3000", "60"] and float(rows["days *"][0]) > 0
+    (days,) = [
+        line for line in out.split("tiny-world on 1")[0].splitlines() if "days in all" in line
+    ]
+    assert len(days.split()) == 3 + 6  # as it is, four switches, three of them together
     assert main(["train", "--plan", "tiny-world", "--gpus", "16"]) == 2
     assert "gpus: expected a number whose groups" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Tries every stage of a recipe with a few updates each, before a long run."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ..training.curriculum import Curriculum
+from ..training.recipes import Recipe, StageConfig
+from .loop import RunOptions
+from .monitor import METRICS, read_metrics
+from .parallel import Parallel
+from .run import run
+
+UPDATES = 2  # of each phase: the second is timed
+CLIPS = 2  # of a set that the recipe renders
+
+
+def dry_run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    report: Callable[[str], None] = print,
+    parallel: Parallel,
+    options: RunOptions,
+    **arguments,
+) -> None:
+    """Make a few updates of every stage, save states, and report how long all updates take.
+
+    Models, batches and rollouts have their full size, and stages hand their weights on, so errors
+    and a lack of memory show. No sheets are drawn. Results are made in a folder beside `out`, and
+    are removed. Every rank calls it.
+
+    Args:
+        report: Called with a line per stage.
+        arguments: Further arguments of `run`, and its errors.
+    """
+    folder = out.with_name(f"{out.name}.dry-run")
+    brief = replace(options, save_every=1, sample_every=None)
+    if parallel.main:  # left by a dry run that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+    parallel.agree(None)
+    try:
+        given = {"report": _quiet, "parallel": parallel, "options": brief}
+        run(shortened(recipe), folder, **given, **arguments)
+        if not parallel.main:
+            return
+        total = 0.0
+        for name, config in recipe.stages.items():
+            seconds = stage_seconds(config, folder / name / METRICS)
+            updates = sum(steps for steps, _ in timed(config))
+            report(f"{name}: works; {updates} updates take {duration(seconds)}")
+            total += seconds
+        report(f"all stages: {duration(total)}, without clips, autoencoder and samples")
+    finally:
+        if parallel.main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def shortened(recipe: Recipe) -> Recipe:
+    """The recipe with few updates and few clips; everything else has its size."""
+    data = {
+        name: replace(made, clips=CLIPS, video_clips=min(CLIPS, made.video_clips))
+        for name, made in recipe.data.items()
+    }
+    return replace(
+        recipe,
+        data=data,
+        decoder=recipe.decoder and replace(recipe.decoder, steps=UPDATES),
+        light_decoder=recipe.light_decoder and replace(recipe.light_decoder, steps=UPDATES),
+        stages={name: shortened_stage(config) for name, config in recipe.stages.items()},
+    )
+
+
+def shortened_stage(config: StageConfig) -> StageConfig:
+    """A stage with UPDATES updates of each phase, and one to warm the discriminator up."""
+    if hasattr(config, "curriculum"):
+        phases = (replace(phase, steps=UPDATES) for phase in config.curriculum.phases)
+        return replace(config, curriculum=Curriculum(tuple(phases)))
+    if getattr(config, "discriminator_warmup", 0):
+        config = replace(config, discriminator_warmup=1)
+    return replace(config, steps=UPDATES)
+
+
+def timed(config: StageConfig) -> Iterator[tuple[int, int]]:
+    """Yield the updates of each phase, and which update of the shortened stage is timed for it."""
+    done = 0
+    if warmup := getattr(config, "discriminator_warmup", 0):
+        yield warmup, 0
+        done = 1
+    phases = config.curriculum.phases if hasattr(config, "curriculum") else [config]
+    for index, phase in enumerate(phases, 1):
+        yield phase.steps, done + index * UPDATES - 1
+
+
+def stage_seconds(config: StageConfig, metrics: Path) -> float:
+    """Seconds of all updates of a stage, from the metrics of the shortened one."""
+    ends = [0.0, *(line["seconds"] for line in read_metrics(metrics))]
+    return sum(steps * (ends[index + 1] - ends[index]) for steps, index in timed(config))
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _quiet(line: str) -> None:
+    """Drop a line."""

@@ -1,0 +1,118 @@
+"""A dry run tries every stage at full size, keeps nothing, and foresees the time."""
+
+import dataclasses
+import json
+
+import pytest
+
+from aapt.commands.app import main
+from aapt.runs.dry_run import dry_run, duration, shortened, shortened_stage, stage_seconds
+from aapt.runs.loop import RunOptions, TrainingError
+from aapt.runs.parallel import Parallel
+from aapt.training.optimization import Schedule
+from aapt.training.recipes import Recipe, paper_8b, tiny_world
+from aapt.training.savings import with_switches
+
+from .test_run import small_recipe
+
+ALONE = {"parallel": Parallel.single(), "options": RunOptions(), "workers": 1}
+
+
+def short_recipe() -> Recipe:
+    """Three small stages, of which the first and the last are long."""
+    recipe = small_recipe()
+    stages = {name: recipe.stages[name] for name in ("diffusion", "consistency", "adversarial")}
+    many = {"steps": 1000, "discriminator_warmup": 100}
+    near = {"clips": "clips", "segments": 1, "start": "consistency"}
+    stages["adversarial"] = dataclasses.replace(stages["adversarial"], **many, **near)
+    clips = {"clips": dataclasses.replace(recipe.data["clips"], clips=50, video_clips=50)}
+    return dataclasses.replace(recipe, stages=stages, data=clips)
+
+
+def test_every_stage_runs_and_nothing_is_kept(tmp_path):
+    """Also with switches that save memory: an extension loads what was merged."""
+    lines, recipe = [], short_recipe()
+    starts = {"start": "adversarial", "discriminator_start": "adversarial"}
+    extension = dataclasses.replace(recipe.stages["adversarial"], **starts)
+    recipe = dataclasses.replace(recipe, stages=recipe.stages | {"extension": extension})
+    recipe = with_switches(recipe, ["eight-bit", "lora=2", "discriminator-lora=2"])
+    dry_run(recipe, tmp_path / "run", report=lines.append, **ALONE)
+    assert [line.split(": ")[0] for line in lines] == [
+        "diffusion",
+        "consistency",
+        "adversarial",
+        "extension",
+        "all stages",
+    ]
+    assert "works; 2 updates take" in lines[0] and "works; 1100 updates take" in lines[2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_fails_is_named_and_nothing_is_kept(tmp_path):
+    recipe = short_recipe()
+    wild = dataclasses.replace(recipe.stages["consistency"], schedule=Schedule(1e30))
+    recipe = dataclasses.replace(recipe, stages={**recipe.stages, "consistency": wild})
+    with pytest.raises(TrainingError, match="consistency: step 1"):
+        dry_run(recipe, tmp_path / "run", report=print, **ALONE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [tiny_world, paper_8b])
+def test_only_updates_and_clips_are_fewer(make):
+    recipe = make()
+    brief = shortened(recipe)
+    assert brief.stages.keys() == recipe.stages.keys() and brief.data.keys() == recipe.data.keys()
+    for name, config in recipe.stages.items():
+        short = brief.stages[name]
+        if hasattr(config, "curriculum"):
+            assert [phase.steps for phase in short.curriculum.phases] == [2] * len(
+                config.curriculum.phases
+            )
+            assert dataclasses.replace(short, curriculum=config.curriculum) == config
+        else:
+            warmup = getattr(config, "discriminator_warmup", None)
+            back = {"steps": config.steps} | ({"discriminator_warmup": warmup} if warmup else {})
+            assert short.steps == 2 and dataclasses.replace(short, **back) == config
+    assert (
+        dataclasses.replace(
+            brief,
+            stages=recipe.stages,
+            data=recipe.data,
+            decoder=recipe.decoder,
+            light_decoder=recipe.light_decoder,
+        )
+        == recipe
+    )
+
+
+@pytest.mark.parametrize(
+    "config, seconds, expected",
+    [
+        (paper_8b().stages["diffusion"], [9, 10, 20, 22, 30, 35], 20_000 + 2 * 6_000 + 5 * 4_000),
+        (paper_8b().stages["adversarial"], [8, 11], 500 * 3),
+        (tiny_world().stages["adversarial"], [4, 8, 10], 60 * 4 + 220 * 2),
+    ],
+)
+def test_the_second_update_of_each_phase_is_timed(config, seconds, expected, tmp_path):
+    lines = [json.dumps({"step": step, "seconds": end}) for step, end in enumerate(seconds)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert stage_seconds(config, tmp_path / "metrics.jsonl") == pytest.approx(expected)
+    made = shortened_stage(config)
+    updates = getattr(made, "curriculum", made).steps + getattr(made, "discriminator_warmup", 0)
+    assert updates == len(seconds)
+
+
+def test_times_have_fitting_units():
+    assert [duration(s) for s in (3.14, 150, 7200, 864_000)] == [
+        "3.1 s",
+        "2.5 min",
+        "2.0 h",
+        "10.0 days",
+    ]
+
+
+def test_the_command_refuses_a_single_stage(capsys):
+    assert main(["train", "tiny-world", "--dry-run", "--stage", "diffusion"]) == 2
+    assert "stage: expected none with --dry-run" in capsys.readouterr().err
+    assert main(["train", "vae-light", "--dry-run"]) == 2
+    assert "dry_run: expected none for the recipe vae-light" in capsys.readouterr().err
