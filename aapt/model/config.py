@@ -108,6 +108,12 @@ class ModelConfig:
         """Noise, recycled frame and conditions, concatenated on channels."""
         return self.latent_channels + self.recycled_channels + self.condition_channels
 
+    def can_start_from(self, channels: int) -> bool:
+        """Returns True if weights with this number of input channels can start the model: those of
+        the noise alone, or of noise, recycled frame and at most as many conditions."""
+        least = self.latent_channels + self.recycled_channels
+        return channels == self.latent_channels or least <= channels <= self.input_channels
+
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of a latent frame of `height` x `width` latent pixels.
         ValueError if the patch does not divide them."""
