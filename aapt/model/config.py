@@ -108,6 +108,12 @@ class ModelConfig:
         """Noise, recycled frame and conditions, concatenated on channels."""
         return self.latent_channels + self.recycled_channels + self.condition_channels
 
+    def can_start_from(self, channels: int) -> bool:
+        """Returns True if weights with this number of input channels can start the model: those of
+        the noise alone, or of noise, recycled frame and at most as many conditions."""
+        least = self.latent_channels + self.recycled_channels
+        return channels == self.latent_channels or least <= channels <= self.input_channels
+
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of a latent frame of `height` x `width` latent pixels.
         ValueError if the patch does not divide them."""
@@ -181,15 +187,15 @@ class FewStepConfig:
 
     Attributes:
         times: Times of the passes in (0, 1], falling; for "unipc" below 1.
-        solver: How a chunk gets from one time to the next: "noise" mixes the estimate of the clean
-            chunk with new noise, "unipc" follows the probability flow without any.
+        solver: Way of a chunk from one time to the next: "noise" mixes the estimate of the clean
+            chunk with new noise, "unipc" follows the probability flow and takes no new noise.
         first_times: Times for the first chunk of a stream; `times` unless given.
         refresh: Time of one more pass, over the clean chunk, whose keys and values stay in the
             cache; None if those of the last pass stay.
         guidance: w of v = v_negative + w (v_prompt - v_negative); 1 for none. With guidance every
             pass is over twice the batch, with the prompt and with `negative_prompt`.
-        rolling: True if each pass is over as many chunks as there are times, the oldest at the last
-            time, and finishes one of them.
+        rolling: True if each pass is over one chunk per time, the oldest at the last time, and
+            finishes the oldest.
         picture_in_chunk: True if a picture is the first frame of the first chunk, at time 0 in
             each of its passes; else a picture comes before the first chunk.
     """
@@ -223,10 +229,15 @@ class FewStepConfig:
         if self.refresh is not None and not 0 <= self.refresh <= 1:
             raise ValueError(f"refresh: expected a time in [0, 1] or None, got {self.refresh}")
         others = (self.first_times, self.solver, self.guidance, self.picture_in_chunk)
-        if self.rolling and (self.refresh is None or others != (None, "noise", 1, False)):
+        if self.rolling and others != (None, "noise", 1, False):
             raise ValueError(
-                "rolling: expected False with settings besides times and refresh, or without a "
-                "refresh, got True"
+                "rolling: expected False with first_times, 'unipc', guidance or picture_in_chunk, "
+                "got True"
+            )
+        if self.rolling and (self.refresh is None or len(self.times) < 2):
+            raise ValueError(
+                f"rolling: expected two times or more and a refresh, got times {self.times} and "
+                f"refresh {self.refresh}"
             )
 
     @property

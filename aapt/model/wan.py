@@ -44,8 +44,12 @@ class TextBesideCache(KVCache):
 
     def check_twin(self, other: KVCache) -> None:
         """Raise ValueError unless the other cache has the sizes, dtypes and device of this one."""
+        if not isinstance(other, TextBesideCache):
+            raise ValueError(
+                f"cache: expected a cache with text beside it, got a {type(other).__name__}"
+            )
         super().check_twin(other)
-        shapes = [tuple(getattr(cache, "words", self.words[:0]).shape) for cache in (self, other)]
+        shapes = [tuple(cache.words.shape) for cache in (self, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"cache: expected one with words {shapes[0]}, got {shapes[1]}")
 

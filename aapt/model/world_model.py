@@ -57,8 +57,7 @@ class WorldModel(nn.Module):
         area, given = config.patch**2, tensors.get(name, whole)
         if given.dim() == 2 and given.shape[0] == len(whole) and given.shape[1] % area == 0:
             channels = given.shape[1] // area  # of a pixel: noise, recycled frame, conditions
-            least = config.input_channels - config.condition_channels
-            if channels == config.latent_channels or least <= channels < config.input_channels:
+            if config.can_start_from(channels):
                 if new_channels == "zero":
                     whole.zero_()
                 whole.unflatten(1, (area, -1))[..., :channels] = given.unflatten(1, (area, -1))

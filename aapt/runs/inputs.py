@@ -125,10 +125,12 @@ class Inputs:
         return needed
 
     def check_weights(self, recipe: Recipe) -> None:
-        """Check that weights given as checkpoints are of the recipe's model, input channels aside.
+        """Check that weights given as checkpoints are of the recipe's model, which may have more
+        input channels.
 
         ValueError names every field that differs, and how a recipe takes its value. ValueError also
-        for a discriminator's weights that no stage starts from.
+        for a discriminator's weights that no stage starts from. CheckpointError for a folder of
+        another project.
         """
         if self.discriminator_weights and "discriminator_weights" not in self.starts(
             recipe.stages.values()
@@ -142,9 +144,12 @@ class Inputs:
             folder = getattr(self, name)
             if folder is None or not folder.is_dir():
                 continue
-            with reading_config(folder):
-                given = ModelConfig(**tuples(load_config(folder)["model"]))
-                given = replace(given, mlp_width=given.mlp_hidden)
+            try:
+                with reading_config(folder):
+                    given = ModelConfig(**tuples(load_config(folder)["model"]))
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; pass a folder of aapt convert") from None
+            given = replace(given, mlp_width=given.mlp_hidden)
             differ = [key for key in SHARED if getattr(given, key) != getattr(model, key)]
             if differ:
                 ours, theirs = (
@@ -154,6 +159,12 @@ class Inputs:
                 raise ValueError(
                     f"{name}: expected a model of {ours}, as the recipe has it, got {theirs} in "
                     f"{folder}; change the recipe with --set model.FIELD=VALUE"
+                )
+            if not model.can_start_from(given.input_channels):
+                raise ValueError(
+                    f"{name}: expected a model of at most {model.input_channels} input channels, "
+                    f"as the recipe has them, got {given.input_channels} in {folder}; pass a model "
+                    "without conditions"
                 )
 
     def camera(self, camera: CameraConfig, sets: Sequence[str]) -> CameraConfig:

@@ -307,8 +307,8 @@ class StreamingGenerator:
         to make its first chunk itself. recache: a new prompt also rewrites the past, see
         `Stream.prompt`.
 
-        ValueError for another size, for an image where the first chunk has several frames, for
-        `recache` without a refresh pass, and for a diffusion model.
+        ValueError for another size, for an image unless the model `takes_picture`, for `recache` in
+        a model that is rolling or has no refresh pass, and for a diffusion model.
         """
         if isinstance(self.sampling, SamplingConfig):
             raise ValueError(

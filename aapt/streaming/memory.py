@@ -337,17 +337,6 @@ class FewStepMemory(StreamMemory):
         kind = RollingRollout if self.sampling.rolling else FewStepRollout
         return kind(self.model.transformer, text, lens, self.size, self.sampling)
 
-    @contextmanager
-    def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
-        """Runs the steps made inside without a graph, each part in the context `phase(name)`."""
-        before = self.phase, self._runs
-        self.phase = phase
-        self._runs = {name: partial(self._run, name) for name in self.chunks}
-        try:
-            yield
-        finally:
-            self.phase, self._runs = before
-
     @torch.no_grad()
     def start(
         self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool

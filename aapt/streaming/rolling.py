@@ -15,9 +15,9 @@ class RollingCache:
 
     Attributes:
         seen: What the passes over all chunks see: the sink, and a window that ends with the newest
-            of them.
-        clean: What the passes over a finished chunk see: a window that is as long as sink and
-            window of `seen`, without a sink. Both caches hold keys and values of these passes.
+            chunk.
+        clean: What the passes over a finished chunk see: no sink, and a window as long as sink and
+            window of `seen` together. Both caches hold keys and values that these passes made.
         pending: The unfinished chunks (B, C, n, H, W), the oldest first, each at its next time.
     """
 
@@ -52,7 +52,14 @@ class RollingCache:
     def check_twin(self, other: "RollingCache") -> None:
         """ValueError unless the other one has the sizes, dtypes and device of this one."""
         if not isinstance(other, RollingCache):
-            raise ValueError("cache: expected one of a rolling model, got one of another")
+            raise ValueError(
+                f"cache: expected the cache of a rolling model, got a {type(other).__name__}"
+            )
+        if other.pending.shape != self.pending.shape:
+            raise ValueError(
+                f"cache: expected unfinished chunks {tuple(self.pending.shape)}, got "
+                f"{tuple(other.pending.shape)}"
+            )
         for ours, theirs in zip(self.parts, other.parts, strict=True):
             ours.check_twin(theirs)
 

@@ -9,37 +9,47 @@ A file names the recipe it changes, and has a table for every part of it that di
     judgement = "clip"
 """
 
+import sys
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .recipes import LIGHT_RECIPES, RECIPES, LightRecipe, Recipe, StageConfig
+from .stages.adversarial import AdversarialConfig
 
 try:
     import tomllib
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-NONE = "none"  # stands for None, which TOML does not have
+NONE = "none"  # None, which TOML does not have
 LIKE = "like"  # in a new stage: the stage that it copies
+MAX_SEED = 2**63 - 1
 Table = Mapping[str, Any]
 
 
 def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | LightRecipe:
     """Return a named recipe, or that of a TOML file, with settings.
 
-    name: of a recipe, or the path of a file that ends with ".toml". A file's recipe is called as
-    the file is, unless the file has a `name`. settings: "KEY=VALUE" each, such as
+    name: of a recipe, or the path of a file that ends with ".toml". A file's recipe has the file's
+    name, unless the file has a `name`. settings: "KEY=VALUE" each, such as
     "stages.adversarial.steps=800"; the value is TOML, and a word needs no quotes. All change at
     once, so fields may need each other.
 
-    ValueError names the file, and the key that no recipe has or the value that does not fit.
+    ValueError names the file, and the key that no recipe has or the value that does not fit. Also
+    for a recipe that could not be trained: names that are no folders, stages without updates or
+    clips, and starts that a stage cannot take.
     """
     recipe = _from_file(Path(name)) if name.endswith(".toml") else _named(name, "recipe")
     recipe = changed(recipe, _together(map(_setting, settings)))
+    _check_folders(recipe)
+    if not 0 <= recipe.seed <= MAX_SEED:
+        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {recipe.seed}")
     if isinstance(recipe, Recipe):
+        for stage, config in recipe.stages.items():
+            _check_amounts(f"stages.{stage}", config)
         _check_starts(recipe.stages)
     return recipe
 
@@ -79,18 +89,71 @@ def _named(name: Any, what: str) -> Recipe | LightRecipe:
     return known[name]()
 
 
+def _check_folders(recipe: Recipe | LightRecipe) -> None:
+    """Raise ValueError unless recipe, stages and sets have names that folders of a run can have,
+    each its own."""
+    made = {"stages": recipe.stages, "data": recipe.data} if isinstance(recipe, Recipe) else {}
+    places = {f"{part}.{name}": name for part, names in made.items() for name in names}
+    for place, name in {**places, "name": recipe.name}.items():
+        taken = places.values() if place == "name" else ()
+        if Path(name).name != name or name in ("", "..", *taken):
+            raise ValueError(
+                f"{place}: expected the name of a folder beside those of stages and sets, got "
+                f"{name!r}; give another name"
+            )
+
+
+def _check_amounts(place: str, stage: StageConfig) -> None:
+    """Raise ValueError for a stage without updates, clips or frames."""
+    for field, amount in _amounts(stage):
+        if amount < 1:
+            raise ValueError(
+                f"{place}: expected {field} of 1 or more, got {amount}; leave a stage out with "
+                f'"{NONE}"'
+            )
+    if not stage.needs:
+        raise ValueError(f"{place}: expected a phase with sources, got none")
+
+
+def _amounts(stage: StageConfig) -> Iterator[tuple[str, int]]:
+    """Yield what a stage must have at least one of, by name."""
+    phases = stage.curriculum.phases if hasattr(stage, "curriculum") else (stage,)
+    for phase in phases:
+        yield "steps", phase.steps
+        yield "batch", phase.batch
+    yield "segments", getattr(stage, "segments", 1)
+    for frames in stage.needs.values():
+        yield "frames", frames
+
+
 def _check_starts(stages: Mapping[str, StageConfig]) -> None:
-    """Raise ValueError for a stage that starts from one that is not before it."""
+    """Raise ValueError for a stage that starts from a stage not before it, or whose discriminator
+    starts from a discriminator of other logits."""
     before: list[str] = []
     for name, stage in stages.items():
         for field in ("start", "discriminator_start"):
             start = getattr(stage, field, None)
             if start is not None and start not in before:
                 raise ValueError(
-                    f"stages.{name}.{field}: expected a stage before it ({', '.join(before)}), "
-                    f"got {start!r}"
+                    f"stages.{name}.{field}: expected a stage before it "
+                    f"({', '.join(before) or 'none is'}), got {start!r}"
                 )
         before.append(name)
+        origin = stages.get(getattr(stage, "discriminator_start", None))
+        if isinstance(origin, AdversarialConfig):
+            _check_logits(name, stage, origin)
+
+
+def _check_logits(name: str, stage: AdversarialConfig, origin: AdversarialConfig) -> None:
+    """Raise ValueError unless the discriminator of `origin` gives the logits of a stage."""
+    for field in ("judgement", "pooling"):
+        ours, theirs = getattr(stage, field), getattr(origin, field)
+        if ours != theirs:
+            raise ValueError(
+                f"stages.{name}.{field}: expected {theirs!r} as in "
+                f"{stage.discriminator_start}, whose discriminator it starts from, got {ours!r}; "
+                f"change both, or stages.{name}.discriminator_start"
+            )
 
 
 def _setting(setting: str) -> dict[str, Any]:
@@ -126,15 +189,16 @@ def _read(hint: Any, value: Any, old: Any, place: str) -> Any:
     if isinstance(value, dict) and isinstance(old, Mapping):
         return _parts(value, old, place)
     if isinstance(value, dict) and is_dataclass(old or choices[0]):
-        return _part(choices[0], value, old, f"{place}.")
+        return _part(choices[0], value, old, place)
     for choice in choices:
         if get_origin(choice) is Literal and value in get_args(choice):
             return value
         if get_origin(choice) is tuple and isinstance(value, list):
             return _tuple(get_args(choice), value, place)
-        if choice is float and type(value) is int:
-            return float(value)
-        if type(value) is choice:
+        if choice is float:  # not infinite, and not nan
+            if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+                return float(value)
+        elif type(value) is choice:
             return value
     raise ValueError(f"{place}: expected {_words(choices)}, got {value!r}")
 
@@ -142,9 +206,11 @@ def _read(hint: Any, value: Any, old: Any, place: str) -> Any:
 def _part(kind: type, table: Table, old: Any, place: str) -> Any:
     """Return a configuration that changes the old one, or a new one of a kind if there is none."""
     if old is not None:
-        return changed(old, table, place)
-    hints = get_type_hints(kind)
-    return _made(kind, _fields(hints, table, {}, place), place)
+        return changed(old, table, f"{place}.")
+    required = (x.name for x in fields(kind) if x.default is x.default_factory is MISSING)
+    if missing := [name for name in required if name not in table]:
+        raise ValueError(f"{place}: expected {', '.join(missing)} as well, got {dict(table)}")
+    return _made(kind, _fields(get_type_hints(kind), table, {}, f"{place}."), f"{place}.")
 
 
 def _parts(table: Table, old: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -194,7 +260,7 @@ def _made(kind: type, values: Table, place: str) -> Any:
     """Make a configuration; its errors begin with its place in the recipe."""
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{place}{error}") from None
 
 

@@ -105,6 +105,36 @@ def test_a_checkpoint_of_another_model_is_named_with_every_difference(converted)
         Inputs({}, None, converted).check_weights(short)
 
 
+def test_a_checkpoint_that_the_recipe_cannot_widen_is_named(converted):
+    """Weights with the channels of a camera, for a model without one."""
+    recipe = changed(wan_1_3b_one_step(), SMALL)
+    config = load_config(converted)
+    for change, fits in (
+        ({"recycle": True}, True),
+        ({"recycle": True, "condition_channels": 24}, False),
+    ):
+        model = {**config["model"], **change}
+        write_json(converted / "config.json", {"format_version": 1, **config, "model": model})
+        inputs = Inputs({}, None, converted)
+        if fits:
+            inputs.check_weights(recipe)
+            continue
+        with pytest.raises(
+            ValueError,
+            match="^discriminator_weights: expected a model of at most 8 input channels, .* got 32",
+        ):
+            inputs.check_weights(recipe)
+
+
+def test_a_folder_of_another_project_is_told_to_be_converted(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    with pytest.raises(
+        CheckpointError,
+        match="config.json: expected format_version 1, got None; pass a folder of aapt convert$",
+    ):
+        Inputs({}, tmp_path).check_weights(wan_1_3b())
+
+
 def test_the_discriminator_has_weights_of_its_own_or_the_generators(
     converted, tmp_path, monkeypatch
 ):

@@ -153,6 +153,24 @@ def test_streams():
     assert np.array_equal(again.step(), first)
 
 
+def test_snapshots_of_another_sampling_are_rejected():
+    """Two and four times differ in the unfinished chunks alone."""
+    streams = {
+        name: build(1, None, 1, 5, sampling=sampling, sink_distance="clamped").open(None, "ab")
+        for name, sampling in (("two", TWO), ("four", FOUR), ("one", FewStepConfig((1.0,))))
+    }
+    for stream in streams.values():
+        stream.step()
+    for theirs, ours, words in (
+        ("two", "four", r"unfinished chunks \(1, 4, 3, .*\), got \(1, 4, 1, "),
+        ("one", "two", "the cache of a rolling model, got a TextBesideCache$"),
+        ("two", "one", "a cache with text beside it, got a RollingCache$"),
+    ):
+        with pytest.raises(ValueError, match=f"^cache: expected {words}"):
+            streams[ours].restore(streams[theirs].snapshot())
+        streams[ours].step()  # the stream is as it was
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -172,11 +190,17 @@ def test_settings_that_do_not_roll():
     for changes in (
         {"solver": "unipc", "times": (0.9, 0.5)},
         {"guidance": 2.0},
-        {"refresh": None},
         {"first_times": (1.0,)},
         {"picture_in_chunk": True},
     ):
-        with pytest.raises(ValueError, match="rolling: expected False with settings besides times"):
+        with pytest.raises(ValueError, match="rolling: expected False with first_times, 'unipc'"):
+            dataclasses.replace(FOUR, **changes)
+    for changes, got in (
+        ({"refresh": None}, r"times \(1.0, 0.9375, .*\) and refresh None"),
+        ({"times": (1.0,)}, r"times \(1.0,\) and refresh 0.0"),
+    ):
+        words = f"rolling: expected two times or more and a refresh, got {got}$"
+        with pytest.raises(ValueError, match=words):
             dataclasses.replace(FOUR, **changes)
     net = wan_transformer(chunk=2, sink_frames=2, window_frames=8)
     with pytest.raises(ValueError, match="latent: expected none in a rolling model, got frames"):

@@ -92,11 +92,13 @@ def test_settings_that_need_each_other_change_at_once():
 
 def test_settings_come_after_the_file(write):
     settings = ["stages.second.batch=16", "name=cubs", "stages.adversarial.judgement=frame"]
-    settings.append("stages.diffusion.curriculum.phases=[{steps=1, batch=2, sources=[]}]")
+    source = '{clips="832x480", frames=20}'
+    phase = f"{{steps=1, batch=2, sources=[{source}]}}"
+    settings.append(f"stages.diffusion.curriculum.phases=[{phase}]")
     made = load_recipe(write(FOXES), settings)
     assert made.name == "cubs" and made.stages["second"].batch == 16
     assert made.stages["adversarial"].judgement == "frame"
-    assert made.stages["diffusion"].curriculum.phases == (Phase(1, 2, ()),)
+    assert made.stages["diffusion"].curriculum.phases == (Phase(1, 2, (Source("832x480", 20),)),)
     named = load_recipe("tiny-world", ["vae=none", "camera.yaw_step=0.5", "data.clips.clips=7"])
     assert named.vae is None and named.camera.yaw_step == 0.5 and named.data["clips"].clips == 7
     assert named.stages == tiny_world().stages
@@ -147,7 +149,8 @@ STAGES = "diffusion, consistency, regression, adversarial, extension"
         ),
         (
             "[[stages.diffusion.curriculum.phases]]\nsteps = 1",
-            r"stages\.diffusion\.curriculum\.phases\[0\]\..* missing 2 required",
+            r"stages\.diffusion\.curriculum\.phases\[0\]: expected batch, sources as well, got "
+            r"{'steps': 1}$",
         ),
         (
             "[stages]\nregression = 'none'",
@@ -177,6 +180,43 @@ def test_mistakes_are_named(write, text, words):
             r"stages.adversarial.steps: expected an integer, got 1\.5",
         ),
         ("name.x=1", r"name: expected a text, got {'x': 1}"),
+        (
+            "name=../x",
+            r"name: expected the name of a folder beside those of stages .*'\.\./x'; give",
+        ),
+        ("name=", r"name: expected the name of a folder beside .*, got ''; give another name$"),
+        ("name=diffusion", r"name: expected the name of a folder beside .*, got 'diffusion'"),
+        ("stages.a/b.like=diffusion", r"stages\.a/b: expected the name of a folder beside .*'a/b'"),
+        ("seed=-1", r"seed: expected an integer from 0 to 2\*\*63 - 1, got -1$"),
+        (
+            "stages.adversarial.steps=0",
+            r"stages\.adversarial: expected steps of 1 or more, got 0; leave a stage out with",
+        ),
+        ("stages.regression.batch=0", r"stages\.regression: expected batch of 1 or more, got 0;"),
+        ("stages.adversarial.segments=0", r"stages\.adversarial: expected segments of 1 or more"),
+        ("stages.regression.segment_frames=0", r"stages\.regression: expected frames of 1 or more"),
+        (
+            "stages.diffusion.curriculum.phases=[]",
+            r"stages\.diffusion: expected a phase with sources, got none$",
+        ),
+        (
+            "stages.adversarial.generator_schedule.learning_rate=nan",
+            r"stages\.adversarial\.generator_schedule\.learning_rate: expected a number, got nan$",
+        ),
+        (
+            "stages.adversarial.penalty=1" + 400 * "0",
+            r"stages\.adversarial\.penalty: expected a number, got 10+$",
+        ),
+        (
+            "stages.diffusion=none",
+            r"stages\.consistency\.start: .* before it \(none is\), got 'diff",
+        ),
+        (
+            "stages.adversarial.judgement=both",
+            r"stages\.extension\.judgement: expected 'both' as in adversarial, whose discriminator "
+            r"it starts from, got 'frame'; change both, or stages\.extension\.discriminator_start$",
+        ),
+        ("stages.extension.pooling=average", r"stages\.extension\.pooling: expected 'query' as in"),
     ],
 )
 def test_settings_that_are_wrong(setting, words):
