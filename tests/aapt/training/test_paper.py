@@ -26,7 +26,10 @@ OFF = {  # our switches for small models (docs/method.md#12)
     "rows": 0,
     "adversarial": 1,
     "noised": False,
+    "frozen_trunk": False,
+    "discriminator_lora": None,
 }
+WHOLE = {"lora": None, "state_bits": 32}  # every weight trains, with moments in float32
 
 
 def constant(learning_rate):
@@ -46,6 +49,7 @@ LAST_SOURCES = clips(WIDE, 90, shortest=30), clips(LARGE, 30)  # six latent fram
 ADAM = {"schedule": constant(1e-5), "weight_decay": 0.01, "betas": (0.9, 0.999), "max_norm": None}
 DIFFUSION = {
     **ADAM,
+    **WHOLE,
     "curriculum": {
         "phases": (
             phase(20_000, 256, clips(WIDE, 30)),
@@ -64,6 +68,7 @@ DIFFUSION = {
 }
 CONSISTENCY = {
     **ADAM,
+    **WHOLE,
     "curriculum": {"phases": (phase(5_000, 32, *LAST_SOURCES),)},
     "start": "diffusion",
     "forcing": "teacher",
@@ -74,6 +79,7 @@ CONSISTENCY = {
 }
 ADVERSARIAL = {
     **OFF,
+    **WHOLE,
     "clips": (clips(WIDE, 60, shortest=30), clips(LARGE, 30)),
     "steps": 500,
     "batch": 256,
