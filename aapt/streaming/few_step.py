@@ -29,10 +29,10 @@ class FewStepRollout:
     """A batch of B streams of latents of `size` = (height, width), rolled out chunk after chunk.
 
     A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, from
-    which the solver makes the chunk at the next time, and writes its keys and values over those of
-    the pass before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
-    With guidance the network's batch and the cache have 2 B rows: a stream's own, and those under
-    the negative prompt.
+    which the solver makes the chunk at the next time. Each pass also replaces the keys and values
+    that the pass before wrote. With `refresh` one more pass, over the clean chunk, writes the keys
+    and values that stay. With guidance the network's batch and the cache have 2 B rows: B under the
+    prompts, then B under the negative prompts.
 
     Args:
         text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,). With
@@ -63,7 +63,6 @@ class FewStepRollout:
         self.model, self.sampling, self.size = model, sampling, size
         like = model.video_in.weight
         self.cache = self._new_cache(len(text), like.dtype)
-
         self.moments: dict[tuple[float, ...], Moment] = {}  # by the times of their frames
 
         def at(times: tuple[float, ...]) -> Moment:
@@ -96,7 +95,7 @@ class FewStepRollout:
         return (self.cache,)
 
     def _passes(self, times: tuple[float, ...]) -> list[tuple[float, ...]]:
-        """Returns the times of the frames of each pass, one alone where all frames have it."""
+        """Returns the times of the frames of each pass; a single time is that of all frames."""
         return [(time,) for time in times]
 
     def new_past(self) -> Past:
