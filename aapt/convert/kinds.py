@@ -33,13 +33,16 @@ NON_COMMERCIAL = "CC-BY-NC-SA-4.0: no commercial use, and what is made from them
 
 @dataclass(frozen=True)
 class Kind:
-    """How checkpoints of one kind are sampled and what of the past they see.
+    """Sampling of one kind of checkpoints, and the past that they see.
 
-    weights: the public repository and its files. source: where the values below were read. licence:
-    of the weights. sampling: a `SamplingConfig` for weights that only start training. chunk,
-    window_frames, sink_frames, sink_distance: see `ModelConfig`; frames are latent. entries: see
-    `find_tensors`.
-    lora_alpha: of a low-rank adaptation without one of its own, its rank unless given.
+    Attributes:
+        weights: The public repository and its files.
+        source: The project's configuration from which the values below were read.
+        licence: Licence of the weights.
+        sampling: A `SamplingConfig` for weights that only start training.
+        chunk, window_frames, sink_frames, sink_distance: See `ModelConfig`; frames are latent.
+        entries: See `find_tensors`.
+        lora_alpha: Alpha of a low-rank adaptation whose file has none; the rank unless given.
     """
 
     weights: str

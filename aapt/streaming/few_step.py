@@ -29,10 +29,10 @@ class FewStepRollout:
     """A batch of B streams of latents of `size` = (height, width), rolled out chunk after chunk.
 
     A chunk begins as noise at the first of its times. Each pass estimates the clean chunk, from
-    which the solver makes the chunk at the next time, and writes its keys and values over those of
-    the pass before. With `refresh` one more pass, over the clean chunk, writes the ones that stay.
-    With guidance the network's batch and the cache have 2 B rows: a stream's own, and those under
-    the negative prompt.
+    which the solver makes the chunk at the next time. Each pass also replaces the keys and values
+    that the pass before wrote. With `refresh` one more pass, over the clean chunk, writes the keys
+    and values that stay. With guidance the network's batch and the cache have 2 B rows: B under the
+    prompts, then B under the negative prompts.
 
     Args:
         text, text_lens: Embeddings of the prompts, (B, L, text_width), and lengths (B,). With
@@ -63,13 +63,18 @@ class FewStepRollout:
         self.model, self.sampling, self.size = model, sampling, size
         like = model.video_in.weight
         self.cache = self._new_cache(len(text), like.dtype)
+        self.moments: dict[tuple[float, ...], Moment] = {}  # by the times of their frames
 
         def at(times: tuple[float, ...]) -> Moment:
+            if times in self.moments:
+                return self.moments[times]
             t = torch.tensor(times, dtype=torch.float64, device=like.device).repeat(len(text), 1)
             t = t[:, 0] if len(times) == 1 else t
             # The published sampler of UniPC cuts the network's time to whole thousandths
             told = (1000 * t).floor() / 1000 if sampling.solver == "unipc" else t
-            return Moment(t[: len(t) // self.branches], told, model.step_constants(told, size))
+            constants = model.step_constants(told, size)
+            self.moments[times] = Moment(t[: len(t) // self.branches], told, constants)
+            return self.moments[times]
 
         self.times = [at(times) for times in self._passes(sampling.times)]
         self.opening_times = [at(times) for times in self._passes(sampling.opening_times)]
@@ -90,7 +95,7 @@ class FewStepRollout:
         return (self.cache,)
 
     def _passes(self, times: tuple[float, ...]) -> list[tuple[float, ...]]:
-        """Returns the times of the frames of each pass, one alone where all frames have it."""
+        """Returns the times of the frames of each pass; a single time is that of all frames."""
         return [(time,) for time in times]
 
     def new_past(self) -> Past:
@@ -114,7 +119,7 @@ class FewStepRollout:
         With `recache` the sink and the window are computed again from their clean chunks. Frames
         are then counted from the start of that window, see `StudentRollout.set_text`.
         """
-        for moment in self._moments():  # weights may be others than those of the stream before
+        for moment in self.moments.values():  # weights may differ from those of the stream before
             moment.constants.copy_(self.model.step_constants(moment.told, self.size))
         for layer, pair in enumerate(self.model.encode_text(text, text_lens, self.start.told)):
             for cache in self._caches():
@@ -209,14 +214,10 @@ class FewStepRollout:
         told = (self.start if given else self.refresh).told
         return self._rows(latent), None, self._rows(condition), told
 
-    def _moments(self) -> list[Moment]:
-        moments = [*self.times, *self.opening_times, *self.picture_times, self.start]
-        return moments if self.refresh is None else [*moments, self.refresh]
-
     @property
     def constants_bytes(self) -> int:
         """Memory of the constants of all times."""
-        return sum(x.nbytes for each in self._moments() for x in each.constants.tensors())
+        return sum(x.nbytes for each in self.moments.values() for x in each.constants.tensors())
 
 
 def check_few_step(config: ModelConfig, sampling: FewStepConfig) -> None:

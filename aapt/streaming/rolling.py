@@ -103,8 +103,8 @@ class RollingRollout(FewStepRollout):
     their next time. A pass at `refresh` over the finished chunk then makes the keys and values that
     stay. The first step has k passes, over 1 to k chunks.
 
-    Arguments are those of `FewStepRollout`; ValueError also for a chunk of the window's size or
-    with `recache`.
+    Arguments are those of `FewStepRollout`. ValueError also for a model without a sink, with a
+    first chunk of another size, or with a window that does not hold k chunks, and for `recache`.
     """
 
     def _new_cache(self, rows: int, dtype: torch.dtype) -> RollingCache:

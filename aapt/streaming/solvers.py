@@ -50,13 +50,13 @@ class UniPC:
     def _move(self, start: int) -> Tensor:
         """Returns the chunk at the time after times[start], from the corrected one at times[start].
 
-        The estimate counts as a line over the move, whose slope comes from the estimate before, and
-        from the one after as soon as it is known.
+        The estimate is taken as a line over the move. Its slope comes from the estimate before the
+        move, and also from the estimate after it once that is known.
         """
         now, then = self.times[start : start + 2]
         step = _log_ratio(then) - _log_ratio(now)
         line, corrects = self.estimates[start], start + 1 < len(self.estimates)
-        before, after = 0.5, 0.5  # weights of the two slopes, if there is one alone
+        before, after = 0.5, 0.5  # weight of a slope that is the only one
         if start > 0:
             back = (_log_ratio(self.times[start - 1]) - _log_ratio(now)) / step
             if corrects:

@@ -43,6 +43,16 @@ PLANS = [
 ]
 
 
+@pytest.mark.parametrize("sampling", [FOUR, ONE, dataclasses.replace(FOUR, refresh=0.625)])
+def test_each_time_has_its_constants_once(sampling):
+    """Four times and time 0, whether in the first chunk, in later ones or to refresh."""
+    net = wan_transformer(chunk=1, window_frames=3, sink_frames=1)
+    rollout = FewStepRollout(net, *prompts(), SIZE, sampling)
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    once = sum(x.nbytes for x in net.step_constants(t, SIZE).tensors())
+    assert rollout.constants_bytes == 5 * once
+
+
 @pytest.mark.parametrize("distance", ["absolute", "clamped"])
 @pytest.mark.parametrize(("chunk", "window", "sink", "first", "sampling"), PLANS)
 def test_a_rollout_equals_the_plain_rolling_cache(chunk, window, sink, first, sampling, distance):
