@@ -21,7 +21,7 @@ from ..model.discriminator import TAP_FRACTIONS, Discriminator
 from ..model.transformer import VideoTransformer
 from ..model.world_model import WorldModel
 from ..training.optimization import MuonAdamW, Trained
-from ..training.recipes import Recipe, StageConfig
+from ..training.recipe import Recipe, StageConfig
 from ..training.stages.adversarial import Adversarial, AdversarialConfig
 from ..training.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
 from ..training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig

@@ -15,7 +15,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .recipes import LIGHT_RECIPES, RECIPES, LightRecipe, Recipe, StageConfig
+from .recipe import LightRecipe, Recipe, StageConfig, VAERecipe
+from .recipes import LIGHT_RECIPES, RECIPES, VAE_RECIPES
 
 try:
     import tomllib
@@ -27,7 +28,7 @@ LIKE = "like"  # in a new stage: the stage that it copies
 Table = Mapping[str, Any]
 
 
-def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | LightRecipe:
+def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | LightRecipe | VAERecipe:
     """Return a named recipe, or that of a TOML file, with settings.
 
     name: of a recipe, or the path of a file that ends with ".toml". A file's recipe is called as
@@ -55,7 +56,7 @@ def changed(config: Any, table: Table, place: str = "") -> Any:
     return _made(type(config), before | new, place)
 
 
-def _from_file(path: Path) -> Recipe | LightRecipe:
+def _from_file(path: Path) -> Recipe | LightRecipe | VAERecipe:
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:
@@ -71,8 +72,8 @@ def _from_file(path: Path) -> Recipe | LightRecipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _named(name: Any, what: str) -> Recipe | LightRecipe:
-    known = RECIPES | LIGHT_RECIPES
+def _named(name: Any, what: str) -> Recipe | LightRecipe | VAERecipe:
+    known = RECIPES | LIGHT_RECIPES | VAE_RECIPES
     if not isinstance(name, str) or name not in known:
         mend = "; a recipe of your own is a file that ends with .toml" if what == "recipe" else ""
         raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}{mend}")
