@@ -46,9 +46,9 @@ bench: $(VENV)/.installed
 	@echo "== benchmarks on this machine"
 	$(PYTHON) -m pytest benchmarks --benchmark-only
 
-# PART=first|calibrate|test|kernels|stream; without it, help. PYTHON=python3 in the environment takes that
-# interpreter and its PyTorch, and builds with no network; OUT=folder takes the results elsewhere.
-GPU_VENV := $(if $(GPU_PYTHON),,$(filter first calibrate test kernels stream,$(PART)))
+# PART=first|worlds|calibrate|test|kernels|stream; without it, help. PYTHON=python3 in the environment
+# takes that interpreter and its PyTorch, and builds with no network; OUT=folder takes the results elsewhere.
+GPU_VENV := $(if $(GPU_PYTHON),,$(filter first worlds calibrate test kernels stream,$(PART)))
 gpu: $(if $(GPU_VENV),$(VENV)/.installed)
 	@$(if $(GPU_VENV),$(PYTHON),$(or $(GPU_PYTHON),python3)) tools/gpu.py --part "$(PART)" \
 		$(if $(GPU_PYTHON),--build) $(if $(OUT),--out "$(OUT)")

@@ -31,7 +31,8 @@ from aapt.training.corruption import Corruption
 from aapt.training.curriculum import constant
 from aapt.training.forcing import Forcing
 from aapt.training.optimization import Schedule
-from aapt.training.recipes import Recipe, StageConfig, tiny_world
+from aapt.training.recipe import Recipe, StageConfig
+from aapt.training.recipes import tiny_world
 from aapt.training.stages.adversarial import AdversarialConfig
 
 Variants = Mapping[str, StageConfig]
@@ -47,8 +48,7 @@ class Experiment:
         recipe: recipe that gives the variants their model and data.
         beside: names of stages of `recipe` to measure too.
         samplings: settings, by name, to sample the recipe's diffusion stage with and measure too.
-        starts: worlds per evaluation.
-        seconds: length of each video.
+        starts, seconds: worlds per evaluation, and length of each video.
         windows: windows of the evaluation that the page shows.
         timed: True to measure passes and time per frame; always with `samplings`.
     """

@@ -1,6 +1,7 @@
 """Builds, tests and measures on a CUDA machine with an sm_90 device: what `make gpu` runs.
 
     make gpu PART=first         all of it in small, for a quarter of an hour
+    make gpu PART=worlds        train the bundled world in larger batches; resumes
     make gpu PART=calibrate     descriptors and fragments on the chip; the chip's own ceilings
     make gpu PART=test          the tests that need the GPU
     make gpu PART=kernels       every microbenchmark against its peers

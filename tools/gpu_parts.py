@@ -131,12 +131,21 @@ FIRST = (
     ),
 )
 
+WORLDS_SECONDS = 570.0  # a command on a borrowed machine may take ten minutes
+BENCH_WORLDS = "benchmarks/bench_worlds.py"
+
 PARTS = {
     "first": Part(
         "all of it in small, for a quarter of an hour on a machine with little installed",
         FIRST,
         modules=STREAM_MODULES,
         seconds=QUARTER_HOUR,
+    ),
+    "worlds": Part(
+        "the whole recipe of the bundled world in larger batches, one stage after the other",
+        (Group("stages", (f"{BENCH_WORLDS}::test_stage",), patience=WORLDS_SECONDS),),
+        modules=(*STREAM_MODULES, "rich"),
+        seconds=WORLDS_SECONDS,
     ),
     "calibrate": Part(
         "descriptors and fragments on the chip; the chip's own ceilings",

@@ -224,7 +224,7 @@ def _rank() -> Rank | None:
 
 def _autoencoder(model: str):
     """Return a model's VAE, its size such as "128x80", frames per second, and patch: the latent
-    pixels along a token's side.
+    pixels of which both sides of a latent frame are a multiple.
 
     For a VAE that stands alone, the size is None, and the paper's numbers take the place of the
     model's.
@@ -242,5 +242,5 @@ def _autoencoder(model: str):
     if "model" not in config:
         return vae, None, FPS, ModelConfig.patch
     with reading_config(folder):
-        patch = ModelConfig(**tuples(config["model"])).patch
+        patch = math.lcm(*ModelConfig(**tuples(config["model"])).patch_shape)
         return vae, f"{config['width']}x{config['height']}", config["fps"], patch

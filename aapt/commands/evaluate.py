@@ -176,7 +176,7 @@ def compare(
 
 def evaluate_vae(
     checkpoint: Annotated[
-        str, typer.Argument(help="A bundled model or a checkpoint folder with a light decoder.")
+        str, typer.Argument(help="A bundled model or a checkpoint folder with an autoencoder.")
     ],
     videos: Annotated[
         Path | None,
@@ -196,7 +196,8 @@ def evaluate_vae(
     threads: Threads = None,
     as_json: Json = False,
 ):
-    """Compare a light decoder with the original one: PSNR, SSIM, flicker, sharpness, seam, time.
+    """Measure a decoder, beside the original one if it is light: PSNR, SSIM, flicker, sharpness,
+    seam, time.
 
     Both decode the same latents of clips that neither has seen. To be timed they alternate, one
     latent frame after the other.
@@ -206,6 +207,7 @@ def evaluate_vae(
       aapt eval-vae tiny-world
       aapt eval-vae runs/vae-light/vae-light --threads 1 --json > decoders.json
       aapt eval-vae runs/wan-light/wan-light --videos held-out/ --size 480x256
+      aapt eval-vae runs/vae-fine/vae-fine
     """
     import torch
 
@@ -242,6 +244,9 @@ def evaluate_vae(
     ]
     seam = shown(report["seam"], "{:.2f}")
     rows.append(("truth", f"sharpness {report['sharpness']:.4f}, seam {seam}"))
-    rows.append(("agreement", f"{report['agreement']:.2f} dB"))
-    rows.append(("speed", f"{report['speedup']:.2f} x, {report['threads']} threads"))
+    speed = f"{report['threads']} threads"
+    if report["speedup"] is not None:
+        rows.append(("agreement", f"{report['agreement']:.2f} dB"))
+        speed = f"{report['speedup']:.2f} x, {speed}"
+    rows.append(("speed", speed))
     table(rows)

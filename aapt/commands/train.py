@@ -79,8 +79,8 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|FOLDER",
-            help="The autoencoder of a light decoder: a checkpoint, or diffusers' Wan.",
-            show_default="tiny-world for vae-light; wan-light needs one",
+            help="The autoencoder of a pilot or a light decoder: a checkpoint, or diffusers' Wan.",
+            show_default="tiny-world; wan-light and pilot-160-fine need one",
         ),
     ] = None,
     videos: Annotated[
@@ -177,7 +177,8 @@ def train(
     --plan says what each switch saves.
 
     The recipes vae-light and wan-light train a light decoder for an existing autoencoder. Their
-    checkpoint is that of --vae with the new decoder.
+    checkpoint is that of --vae with the new decoder. The recipe vae-fine makes an autoencoder
+    alone. Pilots train generators of other shapes for about an hour each, to compare them.
 
     \b
     Examples:
@@ -191,31 +192,36 @@ def train(
       torchrun --nproc-per-node 8 -m aapt train paper-8b-640 --checkpoint-blocks --context 8 \\
         --clips-at-once 1 --latents clips/ --weights b.safetensors
       aapt train vae-light && aapt eval-vae runs/vae-light/vae-light
+      aapt train vae-fine && aapt eval-vae runs/vae-fine/vae-fine
+      aapt train pilot-160-fine --vae runs/vae-fine/vae-fine
       aapt train wan-light --vae Wan2.1/vae --videos videos/ --perceptual vgg16.pt
       aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
     """
     from ..checkpoint import CheckpointError
-    from ..runs import light_decoder, run
+    from ..runs import autoencoder, light_decoder, run
     from ..runs.dry_run import dry_run as try_stages
     from ..runs.inputs import Inputs
     from ..runs.loop import RunOptions, TrainingError
     from ..runs.parallel import Parallel
+    from ..training.recipe import LightRecipe, Recipe, VAERecipe
     from ..training.recipe_file import load_recipe
-    from ..training.recipes import LightRecipe
     from ..training.savings import with_switches
 
-    for_light = {"vae": vae, "videos": videos, "perceptual": perceptual}
+    for_light = {"videos": videos, "perceptual": perceptual}
     for_worlds = {"stage": stage, "latents": latents, "weights": weights, "plan": plan}
     for_worlds |= {"discriminator_weights": discriminator_weights}
     for_worlds |= {"memory": memory, "dry_run": dry_run}
     with bad_input():
         made = load_recipe(recipe, settings or ())
-        light = isinstance(made, LightRecipe)
-        for name, value in (for_worlds if light else for_light).items():
+        light, world = isinstance(made, LightRecipe), isinstance(made, Recipe)
+        refused = {} if light else dict(for_light)
+        refused |= {} if world else for_worlds
+        refused |= {"vae": vae} if isinstance(made, VAERecipe) else {}
+        for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: expected none for the recipe {made.name}, got {value}")
-        made = made if light else with_switches(made, memory or ())
-        names = [] if light else run.stage_names(made)
+        made = with_switches(made, memory or ()) if world else made
+        names = run.stage_names(made) if world else []
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
@@ -235,20 +241,22 @@ def train(
                 raise ValueError("; ".join(refused))
             return
         folder = out or Path("runs") / made.name
-        folders = folders_by_set(latents or (), () if light else made.stages.values())
+        folders = folders_by_set(latents or (), made.stages.values() if world else ())
         for path in (path for paths in folders.values() for path in paths):
             check_inputs(latents=path)
         check_inputs(weights=weights, discriminator_weights=discriminator_weights)
         check_inputs(vae=vae, videos=videos, perceptual=perceptual)
         check_out_folder(folder)
     options = RunOptions(save_every, sample_every or None, clips_at_once, checkpoint_blocks)
-    if light:
-        make = partial(light_decoder.run, made, folder, **for_light)
-    else:
-        inputs = Inputs(folders, weights, discriminator_weights)
+    if world:
+        inputs = Inputs(folders, weights, discriminator_weights, vae)
         make = partial(run.run, made, folder, stage, inputs=inputs)
         if dry_run:
             make = partial(try_stages, made, folder, inputs=inputs)
+    elif light:
+        make = partial(light_decoder.run, made, folder, vae=vae, **for_light)
+    else:
+        make = partial(autoencoder.run, made, folder)
     parallel = None
     try:
         parallel = Parallel.from_environment(context or 1)

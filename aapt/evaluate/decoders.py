@@ -1,4 +1,5 @@
-"""Compare a light decoder with the original one on videos that neither has seen."""
+"""Measure decoders on videos that they have not seen: a light one beside the original, or one
+alone."""
 
 import statistics
 import time
@@ -33,10 +34,11 @@ def compare_decoders(
     steps: int = 60,
     log: Callable[[str], None] = print,
 ) -> dict:
-    """Measure how both decoders of a checkpoint reconstruct clips, and how fast they stream.
+    """Measure how the decoders of a checkpoint reconstruct clips, and how fast they stream.
 
     videos: videos to cut clips from; None for held-out walks through the rendered world. size: of
-    the clips; None for the checkpoint's. For each decoder the result holds:
+    the clips; None for the checkpoint's. The decoders are "original" and "light", or
+    "decoder" alone. For each the result holds:
 
         psnr: dB, over all pixels.
         ssim: Structural similarity, mean over video frames (torchmetrics).
@@ -47,28 +49,26 @@ def compare_decoders(
         edge_sharpness: `metrics.edge_energy` over the truth's; 1 for outlines as steep.
         step_ms: Median time of one latent frame in a stream, batch 1.
 
-    `agreement` is the PSNR between the two decoders, and `sharpness` and `seam` the truth's.
-    `speedup` is the median over steps of the original's time divided by the light decoder's.
-    ValueError if the checkpoint has one decoder alone.
+    `sharpness` and `seam` are the truth's. For two decoders, `agreement` is the PSNR between them,
+    and `speedup` the median over steps of the original's time divided by the light decoder's; None
+    for one.
     """
-    if ORIGINAL not in load_config(find_checkpoint(checkpoint)):
-        raise ValueError(
-            f"{checkpoint}: expected a light decoder and the original one, got one alone; "
-            "`aapt train vae-light` makes a checkpoint with both"
-        )
-    vaes = {"original": load_vae(checkpoint, ORIGINAL), "light": load_vae(checkpoint, LIGHT)}
+    vaes = {"decoder": load_vae(checkpoint, LIGHT)}
+    if ORIGINAL in load_config(find_checkpoint(checkpoint)):
+        vaes = {"original": load_vae(checkpoint, ORIGINAL), "light": vaes["decoder"]}
     for vae in vaes.values():
         vae.eval().requires_grad_(False)
     size = size or _own_size(checkpoint)
-    latents = max(1, round(seconds * FPS / vaes["light"].config.time_factor))
-    frames = 1 + vaes["light"].config.time_factor * latents
+    vae = list(vaes.values())[-1]
+    latents = max(1, round(seconds * FPS / vae.config.time_factor))
+    frames = 1 + vae.config.time_factor * latents
     if videos is None:
         starts = held_out_starts(clips, latents, seed)
         truth = render_truth(starts, range(frames), size.height, size.width).pixels
     else:
         truth = torch.stack(list(video_clips(videos, size, frames, clips, fps=FPS, report=log)))
     decoded, latent = _decode(vaes, truth)
-    cell = vaes["light"].config.space_factor
+    cell = vae.config.space_factor
     step_ms, speedup = time_alternating(vaes, latent, steps)
     return {
         "checkpoint": str(checkpoint),
@@ -85,7 +85,7 @@ def compare_decoders(
         },
         "sharpness": metrics.sharpness(truth),
         "seam": metrics.seam(truth, cell),
-        "agreement": metrics.psnr(decoded["light"], decoded["original"]),
+        "agreement": metrics.psnr(*decoded.values()) if len(decoded) == 2 else None,
         "speedup": speedup,
         "threads": torch.get_num_threads(),
     }
@@ -139,13 +139,13 @@ def ssim(video: Tensor, truth: Tensor) -> float:
 
 @torch.inference_mode()
 def _decode(vaes: dict[str, CausalVAE], truth: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Encode the truth and decode it with each decoder.
+    """Encode the truth, and decode the latents with each decoder.
 
     Returns videos by decoder, uint8 like the truth, and the last clip's latents.
     """
-    decoded = {name: [] for name in vaes}
+    decoded, encoder = {name: [] for name in vaes}, next(iter(vaes.values()))
     for clip in truth:
-        latent = vaes["original"].encode(to_video(clip[None]))
+        latent = encoder.encode(to_video(clip[None]))
         for name, vae in vaes.items():
             decoded[name].append(to_pixels(vae.decode(latent)))
     return {name: torch.cat(videos) for name, videos in decoded.items()}, latent
@@ -154,11 +154,11 @@ def _decode(vaes: dict[str, CausalVAE], truth: Tensor) -> tuple[dict[str, Tensor
 @torch.inference_mode()
 def time_alternating(
     vaes: dict[str, CausalVAE], latent: Tensor, steps: int
-) -> tuple[dict[str, float], float]:
-    """Time both decoders on a stream of latent frames.
+) -> tuple[dict[str, float], float | None]:
+    """Time decoders on a stream of latent frames.
 
-    They alternate, so that other work on the machine slows both. Returns the median milliseconds of
-    each, and the median of the original's time divided by the light decoder's.
+    They alternate, so that other work on the machine slows all. Returns the median milliseconds of
+    each, and the median of the original's time divided by the light decoder's; None for one.
     """
     states = {name: vae.decode_frame(latent[:, :, :1])[1] for name, vae in vaes.items()}
     times = {name: [] for name in vaes}
@@ -169,8 +169,10 @@ def time_alternating(
             _, states[name] = vae.decode_frame(latent[:, :, place : place + 1], states[name])
             times[name].append(1e3 * (time.perf_counter() - start))
     times = {name: values[WARMUP:] for name, values in times.items()}
-    ratios = [slow / fast for slow, fast in zip(times["original"], times["light"])]
     medians = {name: statistics.median(values) for name, values in times.items()}
+    if len(times) < 2:
+        return medians, None
+    ratios = [slow / fast for slow, fast in zip(times["original"], times["light"])]
     return medians, statistics.median(ratios)
 
 

@@ -31,7 +31,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     latent_channels: int = 16
     condition_channels: int = 0
-    patch: int = 2  # latent pixels along each side of a token
+    patch: int | tuple[int, int] = 2  # latent pixels of a token: (rows, columns), or both
     mlp_ratio: int = 4
     mlp_width: int | None = None  # hidden width of the MLP; mlp_ratio * width unless given
     sink_distance: Literal["absolute", "clamped"] = "absolute"
@@ -45,11 +45,15 @@ class ModelConfig:
     text_encoder: str = "bytes"  # a name in `text_encoders.TEXT_ENCODERS`
 
     def __post_init__(self):
-        sizes = ("width", "heads", "head_dim", "depth", "text_width", "text_tokens", "patch")
+        sizes = ("width", "heads", "head_dim", "depth", "text_width", "text_tokens")
         for name in (*sizes, "chunk", "first_chunk", "mlp_width"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
+        if len(self.patch_shape) != 2 or min(self.patch_shape) < 1:
+            raise ValueError(
+                f"patch: expected 1 or more, or two such, (rows, columns), got {self.patch}"
+            )
         for name in ("window_frames", "sink_frames"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -89,6 +93,16 @@ class ModelConfig:
             )
 
     @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(rows, columns) of latent pixels of a token."""
+        return (self.patch, self.patch) if isinstance(self.patch, int) else self.patch
+
+    @property
+    def patch_area(self) -> int:
+        """Latent pixels of a token."""
+        return math.prod(self.patch_shape)
+
+    @property
     def mlp_hidden(self) -> int:
         """Hidden width of the MLP."""
         return self.mlp_ratio * self.width if self.mlp_width is None else self.mlp_width
@@ -117,11 +131,13 @@ class ModelConfig:
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of a latent frame of `height` x `width` latent pixels.
         ValueError if the patch does not divide them."""
-        if height % self.patch or width % self.patch:
+        rows, columns = self.patch_shape
+        if height % rows or width % columns:
+            multiples = " and ".join(map(str, dict.fromkeys(self.patch_shape)))
             raise ValueError(
-                f"latent size: expected multiples of {self.patch}, got {height} x {width}"
+                f"latent size: expected multiples of {multiples}, got {height} x {width}"
             )
-        return height // self.patch, width // self.patch
+        return height // rows, width // columns
 
     def window(self, grid: tuple[int, int]) -> int:
         """Returns N of docs/method.md#3 for frames of `grid` = (rows, columns) of tokens. A grid

@@ -20,7 +20,7 @@ class MMDiT(VideoTransformer):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        area = config.patch**2
+        area = config.patch_area
         self.video_in = nn.Linear(config.input_channels * area, config.width)
         self.text_in = nn.Linear(config.text_width, config.width)
         self.time = TimeEmbedding(config.width)

@@ -136,8 +136,8 @@ class VideoTransformer(nn.Module):
                 f"x, recycled, condition: expected {self.config.input_channels} channels together, "
                 f"got {stacked.shape[1]}"
             )
-        patch = self.config.patch
-        tokens = rearrange(stacked, "b c t (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
+        p, q = self.config.patch_shape
+        tokens = rearrange(stacked, "b c t (h p) (w q) -> b (t h w) (p q c)", p=p, q=q)
         return self.video_in(self.context.shard(tokens))
 
     def unpatchify(
@@ -145,7 +145,7 @@ class VideoTransformer(nn.Module):
     ) -> Tensor:
         """Turns tokens into the output (B, latent_channels, T, H, W) of `shape` = (T, H, W);
         modulation: `output_modulation`."""
-        patch, (frames, *size) = self.config.patch, shape
+        (p, q), (frames, *size) = self.config.patch_shape, shape
         rows, columns = self.config.token_grid(*size)
         patches = self.video_out(tokens.norm(*modulation)[1])
         return rearrange(
@@ -153,8 +153,8 @@ class VideoTransformer(nn.Module):
             "b (t h w) (p q c) -> b c t (h p) (w q)",
             h=rows,
             w=columns,
-            p=patch,
-            q=patch,
+            p=p,
+            q=q,
         )
 
     def features(

@@ -217,7 +217,7 @@ class WanTransformer(VideoTransformer):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        width, area = config.width, config.patch**2
+        width, area = config.width, config.patch_area
         self.video_in = nn.Linear(config.input_channels * area, width)
         self.text_in = nn.Sequential(
             nn.Linear(config.text_width, width),

@@ -6,7 +6,14 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ..checkpoint import fill_module, read_tensors
+from ..checkpoint import (
+    CheckpointError,
+    fill_module,
+    load_config,
+    read_tensors,
+    reading_config,
+    tuples,
+)
 from .conditioning import camera_rays, control_rays
 from .config import CameraConfig, ModelConfig
 from .mmdit import MMDiT
@@ -54,7 +61,7 @@ class WorldModel(nn.Module):
         """
         name, config = "transformer.video_in.weight", self.config
         tensors, whole = read_tensors(path), self.state_dict()[name].clone()
-        area, given = config.patch**2, tensors.get(name, whole)
+        area, given = config.patch_area, tensors.get(name, whole)
         if given.dim() == 2 and given.shape[0] == len(whole) and given.shape[1] % area == 0:
             channels = given.shape[1] // area  # of a pixel: noise, recycled frame, conditions
             if config.can_start_from(channels):
@@ -62,6 +69,30 @@ class WorldModel(nn.Module):
                     whole.zero_()
                 whole.unflatten(1, (area, -1))[..., :channels] = given.unflatten(1, (area, -1))
                 tensors[name] = whole
+        fill_module(path, tensors, self)
+
+    def load_grown(self, folder: Path) -> None:
+        """Fills the model with the generator of a checkpoint that has larger tokens, or equal ones.
+
+        A token's embedding is the sum of the larger token's over its parts, so that a constant
+        patch is embedded as before; its output is the mean of the parts. Positions stretch if both
+        have one reference grid (docs/method.md#4). CheckpointError unless the models agree in
+        everything else.
+        """
+        path = folder / "model.safetensors"
+        with reading_config(folder):
+            large = ModelConfig(**tuples(load_config(folder)["model"])).patch_shape
+        tensors, (rows, columns) = read_tensors(path), self.config.patch_shape
+        if large[0] % rows or large[1] % columns:
+            raise CheckpointError(
+                f"{path}: expected tokens of multiples of {rows} x {columns} latent pixels, got "
+                f"{large[0]} x {large[1]}"
+            )
+        parts = (large[0] // rows, rows, large[1] // columns, columns, -1)
+        name = "transformer.video_in.weight"
+        tensors[name] = tensors[name].unflatten(1, parts).sum(dim=(1, 3)).flatten(1)
+        for name in ("transformer.video_out.weight", "transformer.video_out.bias"):
+            tensors[name] = tensors[name].unflatten(0, parts).mean(dim=(0, 2)).flatten(0, 2)
         fill_module(path, tensors, self)
 
     def conditions(

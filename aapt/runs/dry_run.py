@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..training.curriculum import Curriculum
-from ..training.recipes import Recipe, StageConfig
+from ..training.recipe import Recipe, StageConfig
 from .loop import RunOptions
 from .monitor import METRICS, read_metrics
 from .parallel import Parallel

@@ -24,9 +24,9 @@ from ..checkpoint import (
 from ..data.clips import Clips
 from ..data.latent_shards import LatentShards, Mixture, ray_deviation, read_index
 from ..model.config import CameraConfig, ModelConfig
-from ..training.recipes import Recipe, StageConfig
+from ..training.recipe import Recipe, StageConfig
 from ..vae import CausalVAE
-from ..vae.folder import load_vae
+from ..vae.folder import ORIGINAL, load_vae
 
 ANY_SET = ""
 INPUTS = "inputs.json"
@@ -48,11 +48,14 @@ class Inputs:
             random weights.
         discriminator_weights: Weights of the first discriminator, for stages that start no other
             way; None for `weights`.
+        vae: The autoencoder that encodes rendered clips, a bundled model or a checkpoint folder;
+            None for the recipe's.
     """
 
     latents: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     weights: Path | None = None
     discriminator_weights: Path | None = None
+    vae: str | Path | None = None
 
     def buckets(self, name: str) -> list[tuple[Path, str]]:
         """Find the clips of a set: folders, and a bucket in each. ValueError if there are none."""
@@ -123,6 +126,36 @@ class Inputs:
             if config.start is None:
                 needed.add("weights")
         return needed
+
+    def vae_of(self, recipe: Recipe) -> str | Path:
+        """Return the autoencoder of a recipe that makes none."""
+        return recipe.autoencoder if self.vae is None else self.vae
+
+    def check_vae(self, recipe: Recipe) -> None:
+        """Check that the autoencoder that a run is given has the recipe's shape.
+
+        ValueError if it has another one or is missing, or for a recipe that takes none.
+        """
+        if not recipe.autoencoder:
+            if self.vae is not None:
+                raise ValueError(f"vae: expected none for the recipe {recipe.name}, got {self.vae}")
+            return
+        source, wanted = self.vae_of(recipe), recipe.vae
+        try:
+            config = load_vae(source, ORIGINAL).config
+        except CheckpointError as error:
+            if self.vae is not None:
+                raise
+            raise ValueError(
+                f"vae: expected the autoencoder of {source}, got none; run `aapt train {source}` "
+                f"and pass --vae runs/{source}/{source}"
+            ) from error
+        if config != wanted:
+            cells = [f"{c.space_factor}x{c.space_factor} pixels" for c in (wanted, config)]
+            raise ValueError(
+                f"vae: expected an autoencoder of cells of {cells[0]} in the shape of the recipe, "
+                f"got cells of {cells[1]} in {source}"
+            )
 
     def check_weights(self, recipe: Recipe) -> None:
         """Check that weights given as checkpoints are of the recipe's model, which may have more
@@ -242,11 +275,25 @@ class Inputs:
 
 def claim_clips(folder: Path, sha256: str) -> str | None:
     """Record the digest of the clips that a run has cut from videos, or say that it differs."""
-    record = read_record(folder)
-    if record.setdefault("clips", {"sha256": sha256})["sha256"] != sha256:
+    if not _recorded(folder, "clips", sha256):
         return f"{folder / INPUTS}: videos: expected the clips of before, got others"
-    write_json(folder / INPUTS, record)
     return None
+
+
+def claim_vae(folder: Path, sha256: str) -> str | None:
+    """Record the digest of the autoencoder that a run was given, or say that it differs."""
+    if not _recorded(folder, "vae", sha256):
+        return f"{folder / INPUTS}: vae: expected the autoencoder of before, got another"
+    return None
+
+
+def _recorded(folder: Path, part: str, sha256: str) -> bool:
+    """Record the digest of a part; False if the record has another digest of it."""
+    record = read_record(folder)
+    if record.setdefault(part, {"sha256": sha256})["sha256"] != sha256:
+        return False
+    write_json(folder / INPUTS, record)
+    return True
 
 
 def read_record(folder: Path) -> dict[str, Any]:

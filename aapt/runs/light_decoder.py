@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +19,10 @@ from ..clock import FRAMES_PER_LATENT
 from ..data.clips import VideoClips
 from ..data.tiny_world.rendered_clips import render_clips
 from ..data.videos.buckets import Bucket
-from ..data.videos.pixel_clips import source_digest, video_clips
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
+from ..training.losses import sharpened
 from ..training.perceptual import PerceptualDistance
-from ..training.recipes import LightRecipe
+from ..training.recipe import LightRecipe
 from ..training.stages.light_decoder import LightDecoderConfig, LightDecoderTraining, light_vae_for
 from ..vae import CausalVAE, lighter
 from ..vae.folder import ORIGINAL, load_vae, vae_digest, with_light_decoder
@@ -32,7 +33,6 @@ from .parallel import Parallel
 
 STAGE = "light-decoder"
 FIT_CLIPS = 100  # enough for a lapped linear map
-FIT_NOISE = 0.06  # deviation of the noise on latents that the map expects
 SAMPLES = 3  # clips of a sheet
 SHOWN_FRAMES = 6  # video frames of each clip
 
@@ -67,6 +67,8 @@ def run(
     used, FolderInUse for a folder in which another run trains, ValueError for other bad input and
     for a folder that holds other results, TrainingError for an update that fails.
     """
+    from ..data.videos.pixel_clips import source_digest  # PyAV, which a machine may lack
+
     parallel, options = parallel or Parallel.single(), options or RunOptions()
     if parallel.world > 1:
         raise ValueError(f"{recipe.name}: expected one rank, got {parallel.world}")
@@ -128,13 +130,14 @@ def train_light(
 ) -> CausalVAE:
     """Make all updates of the stage and save its result in `folder`.
 
-    networks: those of `LightDecoderTraining`. A lapped decoder starts from its map in closed form.
+    networks: those of `LightDecoderTraining`, which may share one autoencoder. A lapped decoder
+    starts from its map in closed form.
     """
     _, light, *_ = networks
     if light.decoder.lapped is not None:
         device = light.latent_mean.device
         clips = (to_video(clip[None].to(device)) for clip in data.videos[:FIT_CLIPS])
-        light.fit_lapped(clips, FIT_NOISE)
+        light.fit_lapped(clips, config.fit_noise, partial(sharpened, amount=config.sharpening))
     stage = LightDecoderTraining(config, *networks)
     sets = {stage.config.clips: data}
     given = {"seed": seed, "parallel": parallel, "options": options}
@@ -148,7 +151,8 @@ def train_light(
 def _sampler(stage: LightDecoderTraining, data: VideoClips, folder: Path) -> Callable[[int], None]:
     """A function that draws `samples-<updates>.png`.
 
-    The sheet shows clips, and their latents decoded by the original decoder and the light one.
+    The sheet shows clips, and their latents decoded by the original decoder and the light one, if
+    they are two.
     """
     pixels = data.videos[:SAMPLES, : stage.config.video_frames]
     step = max(1, pixels.shape[1] // SHOWN_FRAMES)
@@ -158,8 +162,10 @@ def _sampler(stage: LightDecoderTraining, data: VideoClips, folder: Path) -> Cal
     @torch.no_grad()
     def sample(done: int) -> None:
         latent = stage.original.encode(to_video(pixels.to(stage.original.latent_mean.device)))
-        rows = {"truth": pixels}
-        for name, vae in (("original", stage.original), ("light", stage.light)):
+        rows, vaes = {"truth": pixels}, {"original": stage.original, "light": stage.light}
+        if stage.original is stage.light:
+            vaes = {"decoded": stage.light}
+        for name, vae in vaes.items():
             rows[name] = to_pixels(vae.decode(latent))
         groups = [
             [(f"{i} {name}", row[i, ::step]) for name, row in rows.items()]
@@ -178,6 +184,8 @@ def _clips(
     if videos is None:
         rendered = render_clips(data, workers, data.video_clips)
         return VideoClips((clip.video for clip in rendered), data.video_clips)
+    from ..data.videos.pixel_clips import video_clips
+
     frames = 1 + FRAMES_PER_LATENT * (data.latent_frames - 1)
     size = Bucket(data.width, data.height)
     count = data.video_clips

@@ -21,7 +21,7 @@ from ..model.transformer import VideoTransformer
 from ..model.world_model import WorldModel
 from ..training.eight_bit import BLOCK, EightBitOptimizer
 from ..training.optimization import MuonAdamW, Trained
-from ..training.recipes import Recipe, StageConfig
+from ..training.recipe import Recipe, StageConfig
 from ..training.stages import Stage
 from ..training.stages.adversarial import Adversarial, AdversarialConfig
 from ..training.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation

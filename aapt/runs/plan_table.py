@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ..training.recipes import Recipe
+from ..training.recipe import Recipe
 from ..training.savings import SWITCHES, with_switches
 from ..training.stages import Stage
 from .plan import GIB, H100, Plan, commands, meta_stages, plan

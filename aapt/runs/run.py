@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import (
     BUNDLED,
+    find_checkpoint,
     load_config,
     load_module,
     read_tensors,
@@ -32,18 +33,18 @@ from ..model.discriminator import Discriminator
 from ..model.low_rank import LoRA, adapt, merged
 from ..model.umt5 import UMT5TextEncoder
 from ..model.world_model import WorldModel
-from ..training.recipes import Recipe, StageConfig
+from ..training.recipe import Recipe, StageConfig
 from ..training.stages import Stage
 from ..training.stages.adversarial import Adversarial, AdversarialConfig
 from ..training.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
-from ..training.stages.decoder import DecoderTraining, measure_latents
+from ..training.stages.decoder import DecoderTraining, fit_linear
 from ..training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
 from ..training.stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
 from ..vae import CausalVAE, VAEConfig
-from ..vae.folder import LIGHT, ORIGINAL, lossless_dtype, save_vaes
-from ..vae.pixels import to_pixels, to_video
+from ..vae.folder import LIGHT, ORIGINAL, load_vae, lossless_dtype, save_vaes, vae_digest
+from ..vae.pixels import to_pixels
 from . import light_decoder
-from .inputs import ANY_SET, Inputs, read_record, weights_file
+from .inputs import ANY_SET, Inputs, claim_vae, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
 from .samples import LatentStatistics, measures, sample_sheet
@@ -59,7 +60,7 @@ DIFFUSION_SAMPLES = (0, 1, 2, 4, 6)  # latent frames
 
 def stage_names(recipe: Recipe) -> list[str]:
     """All stages of a recipe in order; those of the autoencoder and the data come first."""
-    made = ["encoder", *recipe.data, "decoder"] if recipe.vae else []
+    made = ["encoder", *recipe.data, "decoder"] if recipe.decoder else [*recipe.data]
     light = [light_decoder.STAGE] if recipe.light_decoder else []
     return [*made, *light, *recipe.stages]
 
@@ -135,6 +136,9 @@ class Run:
     def _claim(self, stages: Sequence[str]) -> str | None:
         if difference := claim(self.out, asdict(self.recipe)):
             return difference
+        if self.recipe.autoencoder:
+            if difference := claim_vae(self.out, vae_digest(self.vae("encoder"))):
+                return difference
         unfinished = self.unfinished(stages)
         starts = self.inputs.starts(self.recipe.stages[name] for name in unfinished)
         return self.inputs.claim(self.out, self.encoded_sets(unfinished), starts)
@@ -167,6 +171,7 @@ class Run:
         if self.recipe.model.text_encoder == "umt5":
             self.check_text()
         self.inputs.check_weights(self.recipe)
+        self.inputs.check_vae(self.recipe)
         for name in self.inputs.latents:
             if name not in encoded and not (name == ANY_SET and encoded):
                 raise ValueError(
@@ -230,7 +235,11 @@ class Run:
         return self.out / stage / RAW if averaged and self.recipe.raw_starts else self.result(stage)
 
     def vae(self, stage: str) -> CausalVAE:
-        """Load the autoencoder that `stage` made."""
+        """Load the autoencoder that `stage` made, or the given one with that stage's decoder."""
+        if self.recipe.autoencoder:
+            return load_vae(
+                self.inputs.vae_of(self.recipe), LIGHT if stage == light_decoder.STAGE else ORIGINAL
+            )
         if stage == light_decoder.STAGE:
             vae = light_decoder.new_light(self.recipe.light_decoder, CausalVAE(self.recipe.vae))
         else:
@@ -242,6 +251,8 @@ class Run:
         """Load the best autoencoder made so far for the latents of a set."""
         if self.recipe.vae is None:
             return self.inputs.autoencoder(clips)
+        if self.recipe.autoencoder:
+            return self.vae(light_decoder.STAGE)
         decoders = [s for s in (light_decoder.STAGE, "decoder") if self.result(s).is_file()]
         return self.vae([*decoders, "encoder"][0])
 
@@ -273,6 +284,8 @@ class Run:
             load_module(self.start(stage), model)
         elif self.inputs.weights is not None:
             model.load_start(weights_file(self.inputs.weights), self.recipe.new_channels)
+        elif self.recipe.grown:
+            model.load_grown(find_checkpoint(self.recipe.autoencoder))
         return model
 
     # Stages: the work that makes each result.
@@ -317,11 +330,8 @@ class Run:
     def fit_encoder(self) -> CausalVAE:
         """Fit a linear encoder in closed form, and measure the scale of its latents."""
         available = self.recipe.data[self.recipe.decoder.clips].video_clips
-        data = self.videos(min(FIT_CLIPS, available))
-        vae = CausalVAE(self.recipe.vae)
-        vae.linear.fit(to_video(data.videos))
-        measure_latents(vae, (to_video(video[None]) for video in data.videos))
-        return vae
+        clips = self.videos(min(FIT_CLIPS, available))
+        return fit_linear(self.recipe.vae, clips.videos)
 
     def videos(self, count: int) -> VideoClips:
         """Render the first `count` clips that the autoencoder learns from."""
@@ -514,13 +524,17 @@ class Run:
         return config.stat().st_mtime >= max(result.stat().st_mtime for result in results)
 
     def export_size(self, stage: str, space_factor: int) -> tuple[int, int]:
-        """Return the height and width in pixels on which positions are counted (docs/method.md#4);
-        of a model without a reference grid, those of clips that the stage learns from."""
+        """Return the height and width in pixels of rendered clips; of other models those on which
+        positions are counted (docs/method.md#4), or, without a reference grid, those of clips."""
         model = self.recipe.model
+        if self.recipe.data:
+            data = next(iter(self.recipe.data.values()))
+            return data.height, data.width
         if model.reference_grid is None:
             height, width = self.sample_clips(stage)[0].size
         else:
-            height, width = (model.patch * tokens for tokens in model.reference_grid)
+            sides = zip(model.reference_grid, model.patch_shape)
+            height, width = (pixels * tokens for tokens, pixels in sides)
         return height * space_factor, width * space_factor
 
     def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
@@ -545,7 +559,10 @@ class Run:
         An autoencoder that was given is kept bit for bit. Returns the entries of `config.json`.
         """
         vaes = {LIGHT: self.autoencoder(next(iter(self.recipe.stages[stage].needs)))}
-        if self.result(light_decoder.STAGE).is_file():
+        if self.recipe.autoencoder:
+            if ORIGINAL in load_config(find_checkpoint(self.inputs.vae_of(self.recipe))):
+                vaes[ORIGINAL] = self.vae("decoder")
+        elif self.result(light_decoder.STAGE).is_file():
             vaes[ORIGINAL] = self.vae("decoder")
         dtype = torch.bfloat16 if self.recipe.vae else lossless_dtype(vaes[LIGHT])
         return save_vaes(folder, vaes, dtype)

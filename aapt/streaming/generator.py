@@ -107,11 +107,12 @@ class StreamingGenerator:
     def _resize(self, height: int, width: int) -> None:
         """Streams have this size from now on. ValueError if tokens do not fill it."""
         factor = self.vae.config.space_factor
-        granularity = factor * self.model.config.patch
-        if min(height, width) < 1 or height % granularity or width % granularity:
+        rows, columns = (factor * pixels for pixels in self.model.config.patch_shape)
+        if min(height, width) < 1 or height % rows or width % columns:
+            multiples = " and ".join(map(str, dict.fromkeys((rows, columns))))
             raise ValueError(
-                f"height, width: expected multiples of {granularity}, got {height} x {width}; "
-                f"{_nearest(height, granularity)} x {_nearest(width, granularity)} is near"
+                f"height, width: expected multiples of {multiples}, got {height} x {width}; "
+                f"{_nearest(height, rows)} x {_nearest(width, columns)} is near"
             )
         self.height, self.width = height, width
         self.latent_size = (height // factor, width // factor)

@@ -16,7 +16,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .recipes import LIGHT_RECIPES, RECIPES, LightRecipe, Recipe, StageConfig
+from .recipe import LightRecipe, Recipe, StageConfig, VAERecipe
+from .recipes import LIGHT_RECIPES, RECIPES, VAE_RECIPES
 from .stages.adversarial import AdversarialConfig
 
 try:
@@ -30,7 +31,7 @@ MAX_SEED = 2**63 - 1
 Table = Mapping[str, Any]
 
 
-def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | LightRecipe:
+def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | LightRecipe | VAERecipe:
     """Return a named recipe, or that of a TOML file, with settings.
 
     name: of a recipe, or the path of a file that ends with ".toml". A file's recipe has the file's
@@ -65,7 +66,7 @@ def changed(config: Any, table: Table, place: str = "") -> Any:
     return _made(type(config), before | new, place)
 
 
-def _from_file(path: Path) -> Recipe | LightRecipe:
+def _from_file(path: Path) -> Recipe | LightRecipe | VAERecipe:
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:
@@ -81,8 +82,8 @@ def _from_file(path: Path) -> Recipe | LightRecipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _named(name: Any, what: str) -> Recipe | LightRecipe:
-    known = RECIPES | LIGHT_RECIPES
+def _named(name: Any, what: str) -> Recipe | LightRecipe | VAERecipe:
+    known = RECIPES | LIGHT_RECIPES | VAE_RECIPES
     if not isinstance(name, str) or name not in known:
         mend = "; a recipe of your own is a file that ends with .toml" if what == "recipe" else ""
         raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}{mend}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..model.low_rank import LoRA
-from .recipes import Recipe
+from .recipe import Recipe
 
 RANK = 64  # of an adaptation, unless it is given
 

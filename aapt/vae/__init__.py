@@ -1,7 +1,18 @@
 """The causal video autoencoder: configurations, the network, what a frame costs."""
 
 from .autoencoder import CausalVAE, DecoderState, EncoderState
-from .config import VAEConfig, light, lighter, original, taehv, tiny, tiny_light, wan, wan22
+from .config import (
+    VAEConfig,
+    light,
+    lighter,
+    original,
+    taehv,
+    tiny,
+    tiny_fine,
+    tiny_light,
+    wan,
+    wan22,
+)
 from .cost import Work, decoder_work, flops_per_latent_frame, total
 from .pixels import to_bytes
 from .stream import DecoderStream
@@ -24,6 +35,7 @@ __all__ = [
     "original",
     "taehv",
     "tiny",
+    "tiny_fine",
     "tiny_light",
     "to_bytes",
     "total",

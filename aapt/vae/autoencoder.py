@@ -4,7 +4,7 @@ Encoding or decoding a clip in chunks equals doing it whole: a stream is only th
 convolutions (`layers.py`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -240,10 +240,11 @@ class LinearSkip(nn.Module):
 
 
 class CausalVAE(nn.Module):
-    """Video in [-1, 1], (B, 3, 1 + 4n, H, W) <-> normalised latent, (B, 16, 1 + n, H/8, W/8).
+    """Video in [-1, 1], (B, 3, 1 + 4n, H, W) <-> normalised latent, (B, C, 1 + n, H/s, W/s).
 
-    The encoder is deterministic. `latent_mean` and `latent_std` bring each latent channel to about
-    zero mean and unit variance; they are measured after training, and 0 and 1 until then.
+    C is `latent_channels` of the configuration, s its `space_factor`. The encoder is deterministic.
+    `latent_mean` and `latent_std` bring each latent channel to about zero mean and unit variance;
+    they are measured after training, and 0 and 1 until then.
     """
 
     def __init__(self, config: VAEConfig):
@@ -275,11 +276,18 @@ class CausalVAE(nn.Module):
         return self.encoder is not None or self.linear is not None
 
     @torch.no_grad()
-    def fit_lapped(self, videos: Iterable[Tensor], noise: float) -> None:
+    def fit_lapped(
+        self,
+        videos: Iterable[Tensor],
+        noise: float,
+        target: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Sets the decoder's lapped map to the one of least squared error on `videos`, each
         (B, 3, 1 + 4n, H, W), with its network silent.
 
         noise: deviation of white noise on the latents, in their deviations, which the map expects.
+        target: function from a video to the video of equal shape that the map shall make of its
+        latents; None for the video itself.
         """
         lapped, products, targets, count = self.decoder.lapped, 0, 0, 0
         kt, kh, kw = LAPPED_KERNEL
@@ -291,7 +299,8 @@ class CausalVAE(nn.Module):
                 windows = windows.unfold(axis, size, 1)
             windows = windows.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)
             windows = torch.cat([windows, windows.new_ones(len(windows), 1)], dim=1)
-            patches = self.linear.patches(video).permute(0, 2, 3, 4, 1).flatten(0, 3)
+            wanted = video if target is None else target(video)
+            patches = self.linear.patches(wanted).permute(0, 2, 3, 4, 1).flatten(0, 3)
             products = products + (windows.T @ windows).double()
             targets = targets + (windows.T @ patches).double()
             count += len(windows)

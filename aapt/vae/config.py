@@ -187,3 +187,14 @@ def tiny_light() -> VAEConfig:
         padding="replicate",
         lapped=True,
     )
+
+
+def tiny_fine() -> VAEConfig:
+    """An autoencoder for the bundled world with four times the latents of `tiny`: cells of 4x4
+    pixels.
+
+    The encoder is linear, and the decoder is lapped as that of `tiny_light`.
+    """
+    return replace(
+        tiny_light(), decoder_channels=(32, 64), decoder_blocks=(1, 1), strides=((4, 1),)
+    )

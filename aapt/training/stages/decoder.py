@@ -14,7 +14,8 @@ from ...data.clips import VideoClips
 from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.flow import per_clip
-from ...vae import CausalVAE
+from ...vae import CausalVAE, VAEConfig
+from ...vae.pixels import to_video
 from ..losses import reconstruction_loss, reconstruction_psnr
 from ..optimization import MovingAverage, Schedule, Trained
 
@@ -85,6 +86,17 @@ class DecoderTraining:
     def export(self) -> CausalVAE:
         self.trained["decoder"].export()
         return self.vae
+
+
+def fit_linear(config: VAEConfig, videos: Tensor) -> CausalVAE:
+    """Make an autoencoder whose linear map is fitted in closed form, and measure its latents.
+
+    videos: uint8 (clips, F, H, W, 3). The decoder's network is untrained.
+    """
+    vae = CausalVAE(config)
+    vae.linear.fit(to_video(videos))
+    measure_latents(vae, (to_video(video[None]) for video in videos))
+    return vae
 
 
 @torch.no_grad()

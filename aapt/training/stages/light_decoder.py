@@ -25,6 +25,7 @@ from ..losses import (
     reconstruction_loss,
     reconstruction_psnr,
     seam_loss,
+    sharpened,
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen
 
@@ -63,9 +64,12 @@ class LightDecoderConfig:
         imitation: Weight of the error against the original decoder, beside the error against the
             clip.
         seams: Weight of the error's steps across borders of cells of one latent pixel.
+        sharpening: Amount by which the clips to reconstruct are `sharpened`.
         flicker: Weight of the change of the error from each video frame to the next.
         perceptual: Weight of a `PerceptualDistance` to the clip, if a network is given.
         adversary: An adversarial loss; None for none.
+        fit_noise: Deviation of the noise on latents, in their deviations, that the closed form of a
+            lapped map expects.
         latent_noise: Greatest strength of white noise on the latents, in deviations, drawn for each
             clip from 0 to this. The decoder so learns to clean a generator's errors.
         average: Decay of the moving average that is exported.
@@ -82,9 +86,11 @@ class LightDecoderConfig:
     edges: float = 0.5
     imitation: float = 1.0
     seams: float = 0.0
+    sharpening: float = 0.0
     flicker: float = 1.0
     perceptual: float = 1.0
     adversary: PatchAdversary | None = None
+    fit_noise: float = 0.06
     latent_noise: float = 0.4
     average: float = 0.995
     max_norm: float = 1.0
@@ -154,7 +160,8 @@ class LightDecoderTraining:
         with mixed_precision(video.device):
             decoded = self.light.decode(latent).float()
 
-        losses = self.losses(decoded, video, target)
+        wanted = sharpened(video, config.sharpening) if config.sharpening else video
+        losses = self.losses(decoded, wanted, target)
         metrics = {
             "psnr": reconstruction_psnr(decoded.detach(), video),
         }

@@ -10,7 +10,8 @@ from aapt.runs.dry_run import dry_run, duration, shortened, shortened_stage, sta
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.training.optimization import Schedule
-from aapt.training.recipes import Recipe, paper_8b, tiny_world
+from aapt.training.recipe import Recipe
+from aapt.training.recipes import paper_8b, tiny_world
 from aapt.training.savings import with_switches
 
 from .test_run import small_recipe

@@ -32,7 +32,8 @@ from aapt.runs.loop import RunOptions
 from aapt.runs.run import Run, run
 from aapt.training.curriculum import Curriculum, Phase, Source
 from aapt.training.optimization import Schedule
-from aapt.training.recipes import RECIPES, Recipe, tiny_world
+from aapt.training.recipe import Recipe
+from aapt.training.recipes import RECIPES, tiny_world
 from aapt.training.stages.adversarial import AdversarialConfig
 from aapt.training.stages.diffusion_adaptation import DiffusionConfig
 from aapt.vae import CausalVAE, tiny

@@ -20,7 +20,7 @@ from aapt.data.videos.buckets import Bucket
 from aapt.data.videos.pixel_clips import video_clips
 from aapt.evaluate.decoders import compare_decoders, flicker, ssim
 from aapt.lock import FolderInUse, folder_lock
-from aapt.runs.light_decoder import FIT_NOISE, STAGE, new_light, run, train_light
+from aapt.runs.light_decoder import STAGE, new_light, run, train_light
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.training.optimization import Schedule
@@ -153,7 +153,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_a_whole_one_does(folder, movi
 def test_a_video_that_changed_is_noticed(folder, movies, tmp_path, monkeypatch):
     """Name and size may be equal. A run with a result does not compare its videos."""
     videos, out = shutil.copytree(movies, tmp_path / "videos"), tmp_path / "run"
-    monkeypatch.setattr("aapt.runs.light_decoder.source_digest", lambda path: "names and sizes")
+    monkeypatch.setattr("aapt.data.videos.pixel_clips.source_digest", lambda path: "names")
     make(folder, videos, out)
     (videos / "a.mkv").write_bytes(video(255 - grey(30, 16, 16)))
     make(folder, videos, out)
@@ -197,7 +197,7 @@ def test_the_bundled_decoder_starts_from_its_lapped_map(tmp_path):
     size = {"latent_frames": 3, "height": 32, "width": 32}
     seeds = range(recipe.data.first_seed, recipe.data.first_seed + 10)
     clips = torch.stack([sample_clip(seed, **size).video for seed in seeds])
-    fitted.fit_lapped(to_video(clips).split(1), FIT_NOISE)
+    fitted.fit_lapped(to_video(clips).split(1), recipe.decoder.fit_noise)
     latent = fitted.encode(to_video(clips[:1]))
     difference = made.decode(latent) - fitted.decode(latent)
     assert difference.abs().max() < 0.05  # of weights rounded to bfloat16
@@ -429,9 +429,15 @@ def test_report(made, movies):
     assert report["speedup"] > 0 and math.isfinite(report["agreement"])
 
 
-def test_report_needs_two_decoders(folder):
-    with pytest.raises(ValueError, match="expected a light decoder and the original one, got one"):
-        compare_decoders(folder)
+def test_report_of_one_decoder(folder, made, movies):
+    """Its figures are those of the original beside a light decoder; nothing is compared."""
+    given = {"videos": movies, "size": Bucket(16, 16), "seconds": 0.2, "steps": 2}
+    report = compare_decoders(folder, **given, log=lambda line: None)
+    assert list(report["decoders"]) == ["decoder"]
+    assert report["agreement"] is None and report["speedup"] is None
+    both = compare_decoders(made, **given, log=lambda line: None)["decoders"]
+    for name in ("psnr", "ssim", "flicker", "sharpness", "seam", "parameters"):
+        assert report["decoders"]["decoder"][name] == both["original"][name], name
 
 
 def test_commands(folder, movies, tmp_path, capsys, monkeypatch):
@@ -446,6 +452,9 @@ def test_commands(folder, movies, tmp_path, capsys, monkeypatch):
     assert set(json.loads(capsys.readouterr().out)["decoders"]) == {"original", "light"}
     assert main(report) == 0
     assert "SSIM" in capsys.readouterr().out
+    assert main(["eval-vae", str(folder), *report[2:]]) == 0
+    printed = capsys.readouterr().out
+    assert "decoder" in printed and "agreement" not in printed
     for bad, message in (
         (
             ["train", "tiny-world", "--videos", str(movies)],
@@ -457,7 +466,7 @@ def test_commands(folder, movies, tmp_path, capsys, monkeypatch):
             "stage: expected none for the recipe vae-light",
         ),
         (["train", "wan-light", "--out", str(tmp_path / "wan")], "vae: expected the original"),
-        (["eval-vae", str(folder)], "expected a light decoder and the original one"),
+        (["eval-vae", str(folder)], "size: expected WIDTHxHEIGHT, got none"),
         ([*report[:-1], "nan"], "seconds: expected a finite number above 0, got nan"),
     ):
         assert main(bad) == 2

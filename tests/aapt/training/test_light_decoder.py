@@ -1,5 +1,6 @@
 """The light decoder stage: its losses, and the weights that move and do not move."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aapt.data.clips import VideoClips
-from aapt.training.losses import flicker_loss, reconstruction_loss
+from aapt.training.losses import flicker_loss, reconstruction_loss, sharpened
 from aapt.training.optimization import Schedule
 from aapt.training.stages.light_decoder import (
     LightDecoderConfig,
@@ -81,6 +82,39 @@ def test_flicker_is_how_the_error_changes():
     error = torch.zeros(1, 1, 3, 1, 2)
     error[0, 0, :, 0, 0] = torch.tensor([0.0, 0.5, 0.25])
     assert flicker_loss(error).item() == pytest.approx((0.5 + 0.25) / 4)
+
+
+def test_sharpening_adds_the_difference_to_the_blurred_images():
+    video = torch.rand(2, 3, 4, 5, 6)
+    made = sharpened(video, 0.5)
+    for x, y in ((0, 0), (2, 3), (4, 5)):
+        blurred = 0.0
+        for i in (-1, 0, 1):
+            for j in (-1, 0, 1):
+                share = (2 - abs(i)) * (2 - abs(j)) / 16
+                inside = video[..., min(max(x + i, 0), 4), min(max(y + j, 0), 5)]
+                blurred = blurred + share * inside
+        here = video[..., x, y]
+        assert torch.allclose(made[..., x, y], here + 0.5 * (here - blurred), atol=1e-6)
+    assert torch.equal(sharpened(video, 0.0), video)
+
+
+def test_a_decoder_learns_sharpened_clips(monkeypatch):
+    """Its PSNR is still that of the clips themselves."""
+    made, shown = stage(sharpening=0.7, latent_noise=0.0), []
+    losses = made.losses
+
+    def record(decoded, video, target):
+        shown.append((decoded.detach(), video))
+        return losses(decoded, video, target)
+
+    monkeypatch.setattr(made, "losses", record)
+    metrics = made.accumulate({"clips": videos()}, draws(2), 0)
+    clips = videos().sample(draws(2), made.config.video_frames)
+    ((decoded, wanted),) = shown
+    assert torch.equal(wanted, sharpened(clips, 0.7))
+    error = (decoded - clips).square().mean().item()
+    assert metrics["psnr"] == pytest.approx(-10 * math.log10(error / 4), rel=1e-5)
 
 
 def test_equal_motion_does_not_flicker():

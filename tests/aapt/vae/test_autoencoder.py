@@ -15,6 +15,7 @@ from aapt.vae import (
     light,
     original,
     tiny,
+    tiny_fine,
     tiny_light,
     total,
     wan,
@@ -40,6 +41,7 @@ CONFIGS = {
     "wan": wan(6),
     "wan22": wan22(6, 8),
     "lapped": replace(tiny_light(), decoder_channels=(8, 8, 16)),
+    "fine": replace(tiny_fine(), decoder_channels=(8, 16)),
 }
 
 
@@ -275,6 +277,17 @@ def test_a_lapped_map_is_the_least_squares_of_its_windows(noise):
     expected = expected.transpose(0, 4, 1, 5, 2, 6, 3, 7).reshape(3, 3, 16, 32, 40)[:, :, 3:]
     found = torch.cat([vae.decode(vae.encode(video)) for video in videos]).numpy()
     assert np.abs(found - expected).max() < 2e-3
+
+
+def test_a_lapped_map_makes_what_it_is_asked_for():
+    """The map is linear in its target: to make twice the videos is to make them and double them."""
+    vae = make_vae(replace(tiny_light(), latent_channels=2, decoder_channels=(4, 4, 4)))
+    videos = torch.rand(3, 1, 3, 13, 32, 40).cumsum(3) / 8 - 1
+    latent = vae.encode(videos[0])
+    vae.fit_lapped(videos, 0.1)
+    made = vae.decode(latent)
+    vae.fit_lapped(videos, 0.1, lambda video: 2 * video - 0.5)
+    assert torch.allclose(vae.decode(latent), 2 * made - 0.5, atol=1e-3)
 
 
 def test_a_lapped_map_needs_patches_to_fit():
