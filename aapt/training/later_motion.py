@@ -71,7 +71,7 @@ def continued(
     """Continue trajectories by `frames` latent frames of the trajectories most like their ends.
 
     Two moments are alike if their rays are, and the changes of the rays in the latent frame that
-    ends there, each relative to its deviation in the pool. What is left between the rays is added
+    ends there, each relative to its deviation among the clip's candidates. What is left between the rays is added
     to the whole continuation. So every change from one video frame to the next is one that a
     trajectory of the pool makes.
 
@@ -136,8 +136,9 @@ def _rays(motion: Tensor, camera: CameraConfig) -> Tensor:
 
 
 def _relative(values: Tensor, to: Tensor) -> Tensor:
-    """Squared distances (B, K, places), in units of the squared deviation of all values."""
-    deviation = values.flatten(0, -2).var(dim=0, correction=0).sum()
+    """Squared distances (B, K, places), in units of the squared deviation of each clip's values, so
+    that a clip's choice does not depend on the clips beside it."""
+    deviation = values.flatten(1, -2).var(dim=1, correction=0).sum(dim=-1)[:, None, None]
     return (values - to).square().sum(dim=-1).mean(dim=-1) / deviation.clamp_min(1e-12)
 
 

@@ -182,6 +182,17 @@ def test_every_change_is_one_of_the_pool(poses):
         assert (windows - changes).abs().amax(dim=(2, 3)).min() < 1e-6
 
 
+def test_a_clip_is_continued_alike_whatever_is_beside_it():
+    """Ranks hold parts of a batch, and train what one rank would."""
+    pool = smooth(clips=2 * CANDIDATES, frames=16)
+    pool[CANDIDATES:] *= torch.tensor([30.0, 0.01])  # the second clip moves otherwise
+    candidates = torch.arange(2 * CANDIDATES).view(2, CANDIDATES)
+    past = pool[candidates[:, 5], :4] + 0.1
+    both = continued(past, pool, candidates, 6, CAMERA, draws(2))
+    alone = continued(past[:1], pool, candidates[:1], 6, CAMERA, draws(1))
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=0)
+
+
 def test_a_segment_of_one_frame_is_continued_too():
     pool, candidates = walks(clips=2, frames=4), torch.tensor([[0], [1]])
     assert continued(pool[:, :1], pool, candidates, 3, CAMERA, draws(2)).shape == (2, 3, 2)
