@@ -107,7 +107,8 @@ def _rows(out: Path, written: dict[str, Any]) -> list[tuple[str, str]]:
     sink, window = model["sink_frames"], model["window_frames"]
     past = f"{_frames(window)} before the newest"
     if sink:
-        past = f"the first {_frames(sink)}, and {window} before the newest"
+        first = "latent frame" if sink == 1 else _frames(sink)
+        past = f"the first {first}, and {window} before the newest"
     rows = [
         ("checkpoint", str(out)),
         ("kind", f"{origin['kind']}: {origin['weights']}"),

@@ -287,9 +287,14 @@ def predict_parts(
 
     generator: on the meta device, in the precision of the GPU; name: of GPUS. float8_attention:
     attention at the rate of e4m3, whatever the cache has. ranks: GPUs that share the tokens from
-    now on; a part "exchange" is then added. ValueError for another GPU, and for ranks that do not
-    divide the heads.
+    now on; a part "exchange" is then added. ValueError for another GPU, for a model of several
+    passes per step, and for ranks that do not divide the heads.
     """
+    if generator.sampling is not None:
+        raise ValueError(
+            "predict: expected a model of one pass per frame, got one of "
+            f"{generator.sampling.passes} passes; measure a few-step model with --breakdown"
+        )
     gpu, model, vae = gpu_named(name, float8_attention), generator.model, generator.vae
     paper = PaperRanks(ranks)
     generator.share_tokens(paper)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import (
+    CheckpointError,
     check_digest,
     find_checkpoint,
     load_config,
@@ -148,6 +149,11 @@ class StreamingGenerator:
         config = load_config(folder)
         device = usable_device(device or "cpu")
         dtype = usable_dtype(dtype, device)
+        if LIGHT not in config:
+            raise CheckpointError(
+                f"{folder}: expected a checkpoint with an autoencoder, got one without; convert "
+                "the weights again with --vae"
+            )
         with reading_config(folder):
             camera = config["camera"]
             with torch.device("meta"):

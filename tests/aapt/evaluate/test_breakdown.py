@@ -22,9 +22,11 @@ from aapt.evaluate.breakdown import (
     timed,
 )
 from aapt.evaluate.random_weights import random_generator
+from aapt.model.config import SamplingConfig
 from aapt.model.float8 import quantise_blocks
 from aapt.vae.cost import decoder_work
 
+from ..streaming.few_step_generator import build as build_few_step
 from ..streaming.test_generator import HEIGHT, WIDTH, build
 
 OPS = torch.ops.aten
@@ -218,6 +220,12 @@ def test_ranks_divide_products_and_attention_and_exchange_the_rest(monkeypatch):
 def test_other_devices_and_gpus_are_refused(stream, on_paper):
     with pytest.raises(ValueError, match="^predict: expected one of h100, h200, got h300$"):
         predict_parts(on_paper, "h300")
+    on_paper.sampling = SamplingConfig(steps=4, shift=1.0, guidance=2.0)
+    with pytest.raises(ValueError, match="^predict: expected a model of one pass .* of 8 passes;"):
+        predict_parts(on_paper, "h100")
+    few_step = build_few_step(1, None, 1, 3)
+    with pytest.raises(ValueError, match="^predict: .* of 3 passes; measure a few-step model with"):
+        predict_parts(few_step, "h100")
     stream.generator.vae.to("meta")
     with pytest.raises(ValueError, match="^breakdown: expected a model on the CPU or a CUDA"):
         measure_parts(stream, Control(), 1)
