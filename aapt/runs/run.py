@@ -44,18 +44,17 @@ from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, load_vae, lossless_dtype, save_vaes, vae_digest
 from ..vae.pixels import to_pixels
 from . import light_decoder
+from .autoencoder import FIT_CLIPS
+from .clip_sets import ClipSets
 from .inputs import ANY_SET, Inputs, claim_vae, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
-from .samples import LatentStatistics, measures, sample_sheet
+from .samples import DIFFUSION_SAMPLES, SAMPLES, LatentStatistics, measures, sample_sheet
 
 SAMPLE_IMAGE = BUNDLED / "sample.png"
 SAMPLE_PROMPT = "desert dunes at sunset"
-FIT_CLIPS = 60  # enough for a linear map
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 RAW = "raw.safetensors"  # the last weights of a stage whose result is their average
-SAMPLES = 3  # clips of a sheet
-DIFFUSION_SAMPLES = (0, 1, 2, 4, 6)  # latent frames
 
 
 def stage_names(recipe: Recipe) -> list[str]:
@@ -63,22 +62,6 @@ def stage_names(recipe: Recipe) -> list[str]:
     made = ["encoder", *recipe.data, "decoder"] if recipe.decoder else [*recipe.data]
     light = [light_decoder.STAGE] if recipe.light_decoder else []
     return [*made, *light, *recipe.stages]
-
-
-class EncodedSets(dict):
-    """Sets of clips by name, each opened at its first use."""
-
-    def __init__(self, run: "Run"):
-        super().__init__()
-        self.run = run
-
-    def __missing__(self, name: str) -> Clips:
-        run = self.run
-        if name in run.recipe.data:
-            self[name] = latent_clips(read_tensors(run.result(name)))
-            return self[name]
-        self[name] = run.inputs.clips(name, run.recipe.camera)
-        return self[name]
 
 
 class Run:
@@ -106,9 +89,15 @@ class Run:
         self.recipe, self.out, self.workers = recipe, out, workers
         self.parallel, self.options = parallel or Parallel.single(), options or RunOptions()
         self.inputs = inputs or Inputs()
-        self.sets = EncodedSets(self)
+        self.sets = ClipSets(self.clip_set)
         if recipe.scaled_camera:
             self.recipe = replace(recipe, camera=self.scaled_camera())
+
+    def clip_set(self, name: str) -> Clips:
+        """A set of clips that the run has made, or that it was given."""
+        if name in self.recipe.data:
+            return latent_clips(read_tensors(self.result(name)))
+        return self.inputs.clips(name, self.recipe.camera)
 
     def encoded_sets(self, stages: Iterable[str]) -> list[str]:
         """Names of the sets that stages draw from and that the recipe does not make itself."""
@@ -330,8 +319,7 @@ class Run:
     def fit_encoder(self) -> CausalVAE:
         """Fit a linear encoder in closed form, and measure the scale of its latents."""
         available = self.recipe.data[self.recipe.decoder.clips].video_clips
-        clips = self.videos(min(FIT_CLIPS, available))
-        return fit_linear(self.recipe.vae, clips.videos)
+        return fit_linear(self.recipe.vae, self.videos(min(FIT_CLIPS, available)).videos)
 
     def videos(self, count: int) -> VideoClips:
         """Render the first `count` clips that the autoencoder learns from."""
@@ -437,8 +425,7 @@ class Run:
         under the paper's 32 steps with guidance they cost a few times as much.
         """
         parallel, config = self.parallel, self.recipe.stages[name]
-        batch, vae = self.sample_clips(name)
-        fps = self.fps(name)
+        (batch, vae), fps = self.sample_clips(name), self.fps(name)
         sampling, frames = None, [fps * second // FRAMES_PER_LATENT for second in SHEET_SECONDS]
         if isinstance(config, DiffusionConfig):
             sampling, frames = config.sampling, DIFFUSION_SAMPLES
@@ -463,17 +450,14 @@ class Run:
         return FPS if name in self.recipe.data else self.inputs.fps(name)
 
     def sample_clips(self, stage: str) -> tuple[ClipBatch, CausalVAE]:
-        """A few whole clips that a stage learns from, always the same, and their autoencoder.
-
-        There are at most as many clips as the stage passes through its networks at once.
-        """
+        """Whole clips that a stage learns from, always the same, and their autoencoder; at most
+        as many as the stage passes through its networks at once."""
         name = next(iter(self.recipe.stages[stage].needs))
         if self.recipe.decoder:
             name = self.recipe.decoder.clips
         count = min(SAMPLES, self.options.clips_at_once or SAMPLES)
         random = ClipRandom(self.recipe.seed, 0, range(count), self.parallel.device)
-        clips = self.sets[name]
-        vae = self.autoencoder(name).to(self.parallel.device)
+        clips, vae = self.sets[name], self.autoencoder(name).to(self.parallel.device)
         return clips.sample(random, clips.latent_frames), vae
 
     # Export: the checkpoint that streams.

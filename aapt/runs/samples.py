@@ -15,6 +15,9 @@ from ..model.world_model import WorldModel
 from ..streaming.rollout import decode_frames, roll_out, starting_over
 from ..vae import CausalVAE
 
+SAMPLES = 3  # clips of a sheet
+DIFFUSION_SAMPLES = (0, 1, 2, 4, 6)  # latent frames of a sheet of a diffusion stage
+
 
 @torch.no_grad()
 def sample_sheet(

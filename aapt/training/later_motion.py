@@ -71,9 +71,9 @@ def continued(
     """Continue trajectories by `frames` latent frames of the trajectories most like their ends.
 
     Two moments are alike if their rays are, and the changes of the rays in the latent frame that
-    ends there, each relative to its deviation among the clip's candidates. What is left between the rays is added
-    to the whole continuation. So every change from one video frame to the next is one that a
-    trajectory of the pool makes.
+    ends there, each relative to its deviation among the clip's candidates. What is left between the
+    rays is added to the whole continuation. So every change from one video frame to the next is one
+    that a trajectory of the pool makes.
 
     Args:
         past: Controls (B, T, 2) or poses (B, T, frames, 4, 4).
