@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -219,40 +220,54 @@ def bench_play(
         str | None,
         typer.Option(metavar="WS-URL", help="A running server.", show_default="one is started"),
     ] = None,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="Play the page in headless Chromium, by Playwright.")
+    ] = False,
     as_json: Json = False,
 ):
     """Time from a key to the first shown frame that honours it, as a client of aapt serve sees it.
 
     A client without a page presses keys at random times, decodes each frame and shows the four
     frames of a step evenly. A control is sampled once per step, unless redo makes a step again.
-    Three seconds of video are not timed.
+    Three seconds of video are not timed. With --browser the page itself is played on this machine,
+    and the figures are those that it shows: from the key event to the painted frame.
 
     \b
     Examples:
       aapt bench play
+      aapt bench play --browser
       aapt bench play --seconds 20 --url ws://127.0.0.1:8000/ws --json > result.json
     """
     from ..environment import environment
 
     try:
         from ..serve.latency import measure
+
+        if browser:
+            from ..serve.browser import measure_in_browser
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
     server = None if url else _start_server(model)
     try:
         url = url or _address(server)
-        results = asyncio.run(measure(url, seconds))
+        if browser:
+            results = measure_in_browser(urlsplit(url).netloc, seconds)
+        else:
+            results = asyncio.run(measure(url, seconds))
     except OSError as error:
         raise InputError(f"url: cannot connect to {url}: {error}") from None
+    except RuntimeError as error:  # no browser
+        raise InputError(str(error)) from None
     finally:
         if server:
             server.terminate()
             server.wait()
-    facts = {"model": model, "seconds": seconds, "play": results, **environment()}
+    facts = {"model": model, "seconds": seconds, "browser": browser, "play": results}
+    facts |= environment()
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    rows = [("model", model)]
+    rows = [("model", model), ("client", "page in Chromium" if browser else "without a page")]
     for result in results:
         key, step, period = result["key_to_pixel_ms"], result["step_ms"], result["period_ms"]
         name = "with redo" if result["redo"] else "without redo"

@@ -66,7 +66,11 @@ class Interrupted(Exception):
 
 
 def missing_extra(error: ModuleNotFoundError) -> InputError:
-    """Return the error for a missing package of the extra `serve`."""
+    """Return the error for a missing package of the extra `serve`, or of `browser`."""
+    if error.name and error.name.startswith("playwright"):
+        return InputError(
+            "browser: expected Playwright, which is missing; pip install 'aapt[browser]'"
+        )
     return InputError(
         f"serve: expected FastAPI and uvicorn, {error.name} is missing; pip install 'aapt[serve]'"
     )

@@ -48,7 +48,9 @@ export class Hud {
     this.rows.key.textContent = key50 === null
       ? "press a key" : `${Math.round(key50)} / ${Math.round(key99)} ms`;
     this.rows.queue.textContent = `${Math.round(queued)} ms${redone ? `, ${redone} redone` : ""}`;
-    Object.assign(this.hud.dataset, { fps, step50, step99, key50, key99, presses: keys.length });
+    Object.assign(this.hud.dataset, {
+      fps, step50, step99, key50, key99, redone, presses: keys.length, period: this.period,
+    });
     this.#bars(keys.slice(-BARS));
   }
 

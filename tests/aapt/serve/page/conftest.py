@@ -1,7 +1,6 @@
 """Headless Chromium and a server of the bundled model. Without a browser the tests are skipped."""
 
 import contextlib
-import shutil
 
 import pytest
 
@@ -10,24 +9,17 @@ from aapt import StreamingGenerator
 from ..conftest import Running
 from .tab import Tab
 
-ARGUMENTS = "no-sandbox disable-gpu disable-background-networking no-first-run disable-sync"
-
 
 @pytest.fixture(scope="package")
 def browser():
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright; make test-serve"
-    )
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.skip("needs a browser; apt-get install -y chromium, or make test-serve")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path,
-            args=[f"--{name}" for name in (*ARGUMENTS.split(), "disable-component-update")],
-        )
-        yield browser
-        browser.close()
+    pytest.importorskip("playwright.sync_api", reason="needs playwright; make test-serve")
+    from aapt.serve.browser import chromium
+
+    with contextlib.ExitStack() as stack:
+        try:
+            yield stack.enter_context(chromium())
+        except RuntimeError as error:
+            pytest.skip(f"{error}, or make test-serve")
 
 
 @pytest.fixture(scope="package")

@@ -117,6 +117,19 @@ def test_figures_are_those_of_the_frames(page):
     assert page.tab.query_selector_all("#tree .keys-honoured")
 
 
+@pytest.mark.parametrize("redo", [False, True])
+def test_the_page_is_measured_with_its_own_figures(browser, tiny_world, redo):
+    """`aapt bench play --browser`"""
+    from aapt.serve.browser import play_page
+
+    found = play_page(browser, tiny_world.address, 3.0, redo)
+    assert found["redo"] == redo and found["keys"] >= 3 and found["fps"] > 0
+    assert found["redone"] > 0 if redo else found["redone"] == 0
+    assert found["period_ms"] == pytest.approx(4000 / 24)
+    for name in ("key_to_pixel_ms", "step_ms"):
+        assert 0 < found[name]["p50"] <= found[name]["p99"]
+
+
 def test_a_phone_shows_all_and_is_steered_by_touch(open_page, tiny_world):
     page = open_page(
         tiny_world, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True

@@ -1,0 +1,103 @@
+"""Key to pixel in a real browser: headless Chromium plays the page, on the cores of the server."""
+
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from .latency import BETWEEN
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+KEYS = (("w",), ("w", "a"), ("w", "d"), ("a",), ("d",), ())
+WARMUP_SECONDS = 3.0
+OPENING_MS = 120_000  # until the page is ready, on a busy machine too
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Starts the Chromium of this machine without a window.
+
+    RuntimeError, with the mend, if there is none.
+    """
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        names = ", ".join(CHROMIUM)
+        raise RuntimeError(f"browser: expected one of {names} on PATH, got none; install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+def measure_in_browser(address: str, seconds: float) -> list[dict[str, Any]]:
+    """Plays `seconds` seconds without redo and as many with it; returns both figures.
+
+    address: of the server, HOST:PORT. The page itself measures, from a key event to the painted
+    frame that first honours it, and the figures are those that it shows. RuntimeError without a
+    browser.
+    """
+    with chromium() as browser:
+        return [play_page(browser, address, seconds, redo) for redo in (False, True)]
+
+
+def play_page(browser: Browser, address: str, seconds: float, redo: bool) -> dict[str, Any]:
+    """Plays the page of a server in a new tab, with or without redo, and returns its figures."""
+    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page.goto(f"http://{address}/")
+    _wait_state(page, "ready")
+    if page.get_attribute("#figures", "aria-pressed") != "true":
+        page.click("#figures")
+    if redo != (page.get_attribute("#redo", "aria-checked") == "true"):
+        page.click("#redo")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("Space")
+    _wait_state(page, "playing")
+    page.wait_for_timeout(1e3 * WARMUP_SECONDS)
+    rates = _press_keys(page, seconds)
+    found = page.evaluate("({...document.getElementById('hud').dataset})")
+    page.close()
+    return {
+        "redo": redo,
+        "fps": median(rates),
+        "keys": int(found["presses"]),
+        "key_to_pixel_ms": {"p50": float(found["key50"]), "p99": float(found["key99"])},
+        "step_ms": {"p50": float(found["step50"]), "p99": float(found["step99"])},
+        "period_ms": float(found["period"]),
+        "redone": int(found["redone"]),
+    }
+
+
+def _wait_state(page: Page, state: str) -> None:
+    page.wait_for_selector(f'body[data-state="{state}"]', timeout=OPENING_MS)
+
+
+def _press_keys(page: Page, seconds: float) -> list[float]:
+    """Changes the held keys at random times; returns the frame rates that the page showed."""
+    draw, held, rates = random.Random(0), (), []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        page.wait_for_timeout(1e3 * draw.uniform(*BETWEEN))
+        keys = draw.choice([keys for keys in KEYS if keys != held])
+        for key in set(held) - set(keys):
+            page.keyboard.up(key)
+        for key in set(keys) - set(held):
+            page.keyboard.down(key)
+        held = keys
+        rates.append(float(page.get_attribute("#hud", "data-fps")))
+    for key in held:
+        page.keyboard.up(key)
+    page.wait_for_timeout(1e3)  # the last presses are honoured
+    return rates
