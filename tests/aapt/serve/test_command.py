@@ -98,6 +98,13 @@ def test_bench_play_measures_what_a_client_sees(serve, capfd):
         assert figures["step_ms"]["p99"] >= figures["step_ms"]["p50"] > 0
 
 
+def test_bench_play_without_a_browser_says_what_to_install(serve, capfd, monkeypatch):
+    browser = pytest.importorskip("aapt.serve.browser", reason="needs playwright")
+    monkeypatch.setattr(browser, "CHROMIUM", ("no-such-browser",))
+    assert main(["bench", "play", "--browser", "--url", serve().url]) == 2
+    assert "expected one of no-such-browser on PATH, got none; install" in capfd.readouterr().err
+
+
 def test_the_pacer_shows_frames_evenly_and_drains_what_waits():
     pacer = Pacer(interval=1.0)
     assert pacer.show(1, 4, now=10.0) == 10.0
