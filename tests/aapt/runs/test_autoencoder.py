@@ -43,7 +43,7 @@ def make(recipe, out, **options):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    options = RunOptions(save_every=1, sample_every=1)
+    options = RunOptions(save_every=1, sample_every=2)
     return make(small_recipe(), tmp_path_factory.mktemp("run"), options=options)
 
 

@@ -90,7 +90,7 @@ def weights(path, part=LIGHT):
 @pytest.fixture(scope="module")
 def made(folder, movies, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "light"
-    return make(folder, movies, out, options=RunOptions(save_every=1, sample_every=1))
+    return make(folder, movies, out, options=RunOptions(save_every=1, sample_every=2))
 
 
 def test_both_decoders_are_exported(made, folder):
