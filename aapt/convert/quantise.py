@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint import (
     CheckpointError,
+    check_generator,
     file_digest,
     find_checkpoint,
     load_config,
@@ -49,6 +50,7 @@ def quantise(source: str | Path, out: Path) -> dict[str, Any]:
             f"out: expected a folder without a checkpoint, got {out} with config.json; "
             "pass another folder"
         )
+    check_generator(folder, config)
     with reading_config(folder), torch.device("meta"):
         camera = config["camera"] and CameraConfig(**config["camera"])
         model = WorldModel(ModelConfig(**tuples(config["model"])), camera)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import (
     check_digest,
+    check_generator,
     find_checkpoint,
     load_config,
     load_meta_module,
@@ -148,6 +149,7 @@ class StreamingGenerator:
         config = load_config(folder)
         device = usable_device(device or "cpu")
         dtype = usable_dtype(dtype, device)
+        check_generator(folder, config)
         check_autoencoder(folder, config)
         with reading_config(folder):
             camera = config["camera"]
