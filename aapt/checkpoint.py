@@ -136,6 +136,15 @@ def load_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_generator(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if `config.json` describes an autoencoder alone."""
+    if "model" not in config:
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint with a generator, got an autoencoder alone; pass "
+            "another one, such as tiny-world"
+        )
+
+
 def tuples(value: Any) -> Any:
     """Return a part of a JSON configuration with tuples for its lists.
 

@@ -3,7 +3,7 @@
 Each case is a stage; `python -m benchmarks.worlds_model` predicts their minutes. Stages with a
 result in `runs/gpu-worlds` are not run again, and a stage that was stopped resumes from its last
 saved state. After each stage, what later stages start from and the newest checkpoint are packed
-into $OUT, if it is set. On another machine the run goes on from there:
+into $OUT, if it is set. On another machine the run resumes from there:
 
     mkdir -p runs/gpu-worlds && cat $OUT/world.tar.* | tar x -C runs/gpu-worlds
 """
@@ -29,7 +29,7 @@ from .worlds_model import CLIPS, UPDATES
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "gpu-worlds"
 STAGES = stage_names(tiny_world())
-PIECE, PIECES = 16 * 2**20, 8  # bytes of a file, and files, that a borrowed machine sends back
+PIECE, PIECES = 16 * 2**20, 8  # bytes of a file, and the most files
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_stage(stage, mode, device, folder, record_property):
 
 
 def pack(recipe: Recipe, folder: Path, out: Path) -> None:
-    """Write what the run needs to go on elsewhere as `world.tar.0` and so on.
+    """Write what the run needs to resume elsewhere, as `world.tar.0` and so on.
 
     These are the records, the autoencoder, the generators and discriminators that unfinished stages
     start from, and the newest checkpoint. Clips are rendered again. ValueError if the files are too
@@ -67,12 +67,14 @@ def pack(recipe: Recipe, folder: Path, out: Path) -> None:
     done = [name for name in recipe.stages if (folder / name / "weights.safetensors").is_file()]
     open_stages = [config for name, config in recipe.stages.items() if name not in done]
     starts = {config.start for config in open_stages} | set(done[-1:])
-    judges = {getattr(config, "discriminator_start", None) for config in open_stages}
+    discriminators = {getattr(config, "discriminator_start", None) for config in open_stages}
     chosen = [folder / name for name in ("recipe.json", "inputs.json", recipe.name)]
     chosen += [folder / name / "weights.safetensors" for name in ("encoder", "decoder")]
     chosen += [folder / "light-decoder" / "weights.safetensors"]
-    chosen += [folder / name / "weights.safetensors" for name in done if name in starts | judges]
-    chosen += [folder / name / DISCRIMINATOR for name in done if name in judges]
+    chosen += [
+        folder / name / "weights.safetensors" for name in done if name in starts | discriminators
+    ]
+    chosen += [folder / name / DISCRIMINATOR for name in done if name in discriminators]
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for path in filter(Path.exists, chosen):

@@ -131,7 +131,7 @@ FIRST = (
     ),
 )
 
-WORLDS_SECONDS = 570.0  # a command on a borrowed machine may take ten minutes
+WORLDS_SECONDS = 570.0  # stages resume, so a rented machine can be given back in between
 BENCH_WORLDS = "benchmarks/bench_worlds.py"
 
 PARTS = {

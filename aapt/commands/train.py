@@ -225,6 +225,8 @@ def train(
         for name in stage or ():
             if name not in names:
                 raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
+        if dry_run and plan:
+            raise ValueError("dry_run: expected none with --plan, which trains nothing")
         if dry_run and stage:
             raise ValueError("stage: expected none with --dry-run, which tries every stage")
         if gpus and not plan:

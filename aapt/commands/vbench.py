@@ -28,7 +28,7 @@ MAX_SAMPLES = 1000
 def vbench(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a bundled model.")],
     images: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="VBench's pictures, such as crop/16-9.")
+        Path, typer.Option(metavar="FOLDER", help="VBench's images, such as crop/16-9.")
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for the videos.")
@@ -38,7 +38,7 @@ def vbench(
         typer.Option(
             metavar="FILE",
             help="vbench2_i2v_full_info.json.",
-            show_default="pictures are named by their prompts",
+            show_default="images are named by their prompts",
         ),
     ] = None,
     frames: Annotated[
@@ -52,7 +52,7 @@ def vbench(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(metavar="N", min=1, max=MAX_SAMPLES, help="Videos per picture.")
+        int, typer.Option(metavar="N", min=1, max=MAX_SAMPLES, help="Videos per image.")
     ] = 5,
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, max=MAX_SEED - MAX_SAMPLES, help="Of sample 0.")
@@ -63,7 +63,7 @@ def vbench(
 ):
     """Write the videos that VBench-I2V reads: FOLDER/120/PROMPT-0.mp4 and so on.
 
-    VBench itself measures them: give each folder of a length to its evaluation. Pictures are
+    VBench itself measures them: give each folder of a length to its evaluation. Images are
     cropped around their centre to the model's size, so choose VBench's crop that is nearest to it.
     A shorter video is the beginning of the longer one of its number. Nothing steers a model that
     takes controls. The same command resumes.
@@ -72,7 +72,7 @@ def vbench(
     Examples:
       aapt vbench runs/paper-8b/paper-8b --images crop/16-9 --info vbench2_i2v_full_info.json \\
         --device cuda --out videos
-      aapt vbench tiny-world --images pictures/ --frames 120 --samples 1 --out short
+      aapt vbench tiny-world --images images/ --frames 120 --samples 1 --out short
     """
     from ..evaluate.vbench import LENGTHS, read_cases, write_videos
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ..checkpoint import (
+    CheckpointError,
+    check_generator,
     file_digest,
     find_checkpoint,
     load_config,
@@ -33,7 +35,8 @@ def quantise(source: str | Path, out: Path) -> dict[str, Any]:
 
     Returns what was rounded: the number of `layers` and of `weights`, `bytes` of the new file and
     `bytes_before`, and by layer the relative L2 `errors`. ValueError for a checkpoint that is
-    quantised already, and for an `out` with a checkpoint.
+    quantised already, and for an `out` with a checkpoint; CheckpointError for weights without a
+    tensor of the model.
     """
     folder = find_checkpoint(source)
     config = load_config(folder)
@@ -47,12 +50,16 @@ def quantise(source: str | Path, out: Path) -> dict[str, Any]:
             f"out: expected a folder without a checkpoint, got {out} with config.json; "
             "pass another folder"
         )
+    check_generator(folder, config)
     with reading_config(folder), torch.device("meta"):
         camera = config["camera"] and CameraConfig(**config["camera"])
         model = WorldModel(ModelConfig(**tuples(config["model"])), camera)
         quantise_blocks(model.transformer)
     file, before = out / "model.safetensors", folder / "model.safetensors"
     stored, errors = find_tensors(before, ()), {}
+    for name in model.state_dict():
+        if not name.endswith(SCALE) and name not in stored:
+            raise CheckpointError(f"{before}: expected tensor {name}, which is missing")
     pending = {
         name: _pending(name, tensor, stored, errors) for name, tensor in model.state_dict().items()
     }

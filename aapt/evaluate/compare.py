@@ -130,7 +130,8 @@ def compare(
         if not path.is_file():
             log(f"seed {seed}")
             evaluate(checkpoints, path.parent, seed=seed, log=log, **settings)
-        reports.append(_read(path, dict(zip(names, map(str, checkpoints))), settings))
+        wanted = settings | {"seed": seed}
+        reports.append(_read(path, dict(zip(names, map(str, checkpoints))), wanted))
         if _shared(reports[-1]) != _shared(reports[0]):
             raise _other_report(path)
     comparison = _compared(reports, names, seeds)
@@ -142,14 +143,17 @@ def _read(
     path: Path, checkpoints: Mapping[str, str], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read a report; ValueError if it is of other checkpoints or settings."""
-    report = json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_text())
+        found = report["checkpoints"], dict(report["settings"])
+    except (ValueError, TypeError, KeyError):
+        raise _other_report(path) from None
     wanted = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in settings.items()
-        if name in ("starts", "seconds", "latents", "fid", "fvd")
+        if name in ("starts", "seconds", "seed", "latents", "fid", "fvd")
     }
-    kept = {name: report["settings"].get(name) for name in wanted}
-    if report["checkpoints"] != checkpoints or kept != wanted:
+    if found[0] != checkpoints or any(found[1].get(name) != x for name, x in wanted.items()):
         raise _other_report(path)
     return report
 

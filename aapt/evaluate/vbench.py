@@ -18,7 +18,7 @@ from ..streaming.generator import StreamingGenerator
 LENGTHS = (120, 1440)  # video frames
 SAMPLES = 5  # videos per image and prompt
 SEEDS = "seeds.json"
-PICTURES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -32,32 +32,32 @@ class Case:
 def read_cases(images: Path, info: Path | None = None) -> list[Case]:
     """Find the images and prompts to sample.
 
-    images: A folder of pictures, such as VBench's `crop/16-9`; without `info` each picture is named
-    by its prompt. info: VBench's `vbench2_i2v_full_info.json`, whose entries have an `image_name`
-    and a `prompt_en`; a prompt of several dimensions is sampled once.
+    images: A folder of images, such as VBench's `crop/16-9`; without `info` each image is named by
+    its prompt. info: VBench's `vbench2_i2v_full_info.json`, whose entries have an `image_name` and
+    a `prompt_en`; a prompt of several dimensions is sampled once.
 
-    ValueError if there are none, or if one cannot name a file or has no picture.
+    ValueError for no prompt, for a prompt that cannot name a file, and for one without its image.
     """
     if info is None:
-        found = [path for path in sorted(images.glob("*")) if path.suffix.lower() in PICTURES]
+        found = [path for path in sorted(images.glob("*")) if path.suffix.lower() in SUFFIXES]
         cases = [Case(path.stem, path) for path in found]
         if not cases:
             raise ValueError(
-                f"images: expected pictures named by their prompts, got none in {images}"
+                f"images: expected images named by their prompts, got none in {images}"
             )
     else:
         try:
             entries = json.loads(info.read_text())
             pairs = dict.fromkeys((entry["prompt_en"], entry["image_name"]) for entry in entries)
+            cases = [Case(prompt, images / name) for prompt, name in pairs]
         except (ValueError, TypeError, KeyError):
             raise ValueError(
                 f"info: expected a JSON list with prompt_en and image_name per entry, got {info}"
             ) from None
-        cases = [Case(prompt, images / name) for prompt, name in pairs]
     for case in cases:
         if not case.image.is_file():
             raise ValueError(f"images: expected {case.image.name} in {images}, got none")
-        if not case.prompt or "/" in case.prompt:
+        if not isinstance(case.prompt, str) or not case.prompt or "/" in case.prompt:
             raise ValueError(f"info: expected prompts that can name a file, got {case.prompt!r}")
     prompts = [case.prompt for case in cases]
     if len(set(prompts)) < len(prompts):
@@ -86,10 +86,19 @@ def write_videos(
         lengths: Video frames, 1 or more; the first is the image, through the autoencoder.
         samples: Videos per case.
         seed: Of index 0; index i has `seed` + i.
+
+    ValueError for another seed than that of the videos in `out`.
     """
+    recorded = json.loads((out / SEEDS).read_text()) if (out / SEEDS).is_file() else {}
+    if (made_with := recorded.get("0", seed)) != seed:
+        raise ValueError(
+            f"seed: expected {made_with}, as for the videos in {out}, got {seed}; pass another "
+            "folder as --out"
+        )
     for length in lengths:
         (out / str(length)).mkdir(parents=True, exist_ok=True)
-    write_json(out / SEEDS, {str(index): seed + index for index in range(samples)})
+    seeds = {str(index): seed + index for index in range(samples)}
+    write_json(out / SEEDS, recorded | seeds)
     for case in cases:
         for index in range(samples):
             paths = {length: out / str(length) / f"{case.prompt}-{index}.mp4" for length in lengths}

@@ -1,5 +1,6 @@
 """Low-rank adaptations (LoRA) of linear layers: W + alpha / rank * up @ down, with W frozen."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ class LoRA:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"rank: expected at least 1, got {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha: expected a finite number above 0, got {self.alpha}")
 
     @property
     def scale(self) -> float:

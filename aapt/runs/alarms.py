@@ -54,7 +54,9 @@ class Alarms:
         self.recent.append(metrics)
         if len(self.recent) < WINDOW:
             return []
-        mean = {name: fmean(each[name] for each in self.recent) for name in metrics}
+        # Errors against the real clip are missing where an update was rolled out beyond its clip
+        common = set(metrics).intersection(*self.recent)
+        mean = {name: fmean(each[name] for each in self.recent) for name in common}
         if self.first_gradient is None:
             self.first_gradient = mean["generator_gradient"]
         return self._new(dead_discriminator(mean, self.first_gradient), DISCRIMINATOR)

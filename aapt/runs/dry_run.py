@@ -35,6 +35,7 @@ def dry_run(
         report: Called with a line per stage.
         arguments: Further arguments of `run`, and its errors.
     """
+    out = out.absolute()  # "." has no name of its own
     folder = out.with_name(f"{out.name}.dry-run")
     brief = replace(options, save_every=1, sample_every=None)
     if parallel.main:  # left by a dry run that was killed

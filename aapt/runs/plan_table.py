@@ -94,7 +94,7 @@ def alternatives(recipe: Recipe, planned: Plans) -> Iterator[tuple[str, Plans]]:
         other = with_switches(recipe, names)
         stages = meta_stages(other)
         yield (
-            " + ".join(names),
+            AND.join(names),
             {gpus: plan(other, gpus, each, stages=stages) for gpus, each in contexts.items()},
         )
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import (
-    CheckpointError,
     check_digest,
+    check_generator,
     find_checkpoint,
     load_config,
     load_meta_module,
@@ -37,7 +37,7 @@ from ..model.ulysses import Ulysses
 from ..model.umt5 import UMT5TextEncoder, UMT5Weights
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
-from ..vae.folder import LIGHT, load_vae
+from ..vae.folder import LIGHT, check_autoencoder, load_vae
 from .few_step import check_few_step
 from .memory import FewStepMemory, StreamMemory
 from .snapshot import Snapshot
@@ -149,11 +149,8 @@ class StreamingGenerator:
         config = load_config(folder)
         device = usable_device(device or "cpu")
         dtype = usable_dtype(dtype, device)
-        if LIGHT not in config:
-            raise CheckpointError(
-                f"{folder}: expected a checkpoint with an autoencoder, got one without; convert "
-                "the weights again with --vae"
-            )
+        check_generator(folder, config)
+        check_autoencoder(folder, config)
         with reading_config(folder):
             camera = config["camera"]
             with torch.device("meta"):

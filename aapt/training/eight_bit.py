@@ -81,7 +81,10 @@ class EightBitOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Take a step along the gradients. ValueError for a closure, which has no use here."""
+        """Take a step along the gradients.
+
+        ValueError for a closure, which has no use here, and for a parameter that is not contiguous.
+        """
         if closure is not None:
             raise ValueError(f"closure: expected none, got {closure}")
         for group in self.param_groups:
@@ -95,6 +98,8 @@ class EightBitOptimizer(torch.optim.Optimizer):
 
     def _new(self, p: Tensor) -> dict[str, Tensor]:
         """The states of a parameter before its first step, sharded as the parameter is."""
+        if not p.is_contiguous():  # rows would be copies, and a step would be lost
+            raise ValueError(f"params: expected contiguous ones, got strides {p.stride()}")
         states = {"step": torch.tensor(0.0)}
         for name, dtype in self.MOMENTS.items():
             states[name] = torch.zeros_like(p, dtype=dtype if p.dim() > 1 else None)

@@ -27,6 +27,10 @@ class Schedule:
     def __post_init__(self):
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay: expected 'constant' or 'cosine', got {self.decay!r}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate: expected a finite number of at least 0, got {self.learning_rate}"
+            )
         if self.warmup < 0:
             raise ValueError(f"warmup: expected at least 0, got {self.warmup}")
 

@@ -6,12 +6,15 @@ is the shape of the weights in `original_vae.safetensors`.
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint import (
+    CheckpointError,
     find_checkpoint,
     load_config,
     load_meta_module,
@@ -49,10 +52,20 @@ def load_vae(
     folder = find_checkpoint(name)
     config = load_config(folder)
     part = part if part in config else LIGHT
+    check_autoencoder(folder, config)
     with reading_config(folder), torch.device("meta"):
         vae = CausalVAE(VAEConfig(**tuples(config[part])))
     load_meta_module(folder / f"{part}.safetensors", vae, device, dtype)
     return vae
+
+
+def check_autoencoder(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if the `config.json` of a checkpoint folder names no autoencoder."""
+    if LIGHT not in config:
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint with an autoencoder, got one without; convert the "
+            "weights again with --vae"
+        )
 
 
 def load_foreign(name: str | Path) -> CausalVAE:

@@ -357,12 +357,12 @@ class Adversarial:
             if not learnt:
                 continue
             window = slice(place.start - known, place.stop)
-            unjudged = 0 if config.overlap_loss else known
+            without_loss = 0 if config.overlap_loss else known
             fakes = self.shown(
                 history[:, :, window.start :],  # begins with the frame before the first
                 frames_of(channels, window),
                 batch.prompts,
-                unjudged,
+                without_loss,
             )
             history = history.detach()
             real = batch if index == 0 else clips.sample(random, known + new, "never")
@@ -371,7 +371,7 @@ class Adversarial:
                 real.latents[:, :, : known + new + 1],
                 frames_of(along, slice(known + new)),
                 real.prompts,
-                unjudged,
+                without_loss,
             )
             targets = batch.targets[:, :, place] if whole == lead + config.segments else None
             mismatched = self.mismatched(clips, reals, random) if config.mismatch else None

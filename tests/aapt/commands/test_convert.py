@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,11 +73,13 @@ def test_starts_of_training(source, capsys):
     assert "sampling                diffusion in 50 steps, to start training from" in (
         capsys.readouterr().out
     )
-    assert main(["generate", "--model", "plain", "--out", "v.mp4"]) == 2
-    assert capsys.readouterr().err == (
-        "aapt: plain: expected a checkpoint with an autoencoder, got one without; convert the "
-        "weights again with --vae\n"
-    )
+    Path("videos").mkdir()
+    for command in (["generate"], ["encode", "videos"]):
+        assert main([*command, "--model", "plain", "--out", "made"]) == 2
+        assert capsys.readouterr().err == (
+            "aapt: plain: expected a checkpoint with an autoencoder, got one without; convert the "
+            "weights again with --vae\n"
+        )
     assert run(source, "--kind", "wan2.1-t2v", "--recycle", "zero", "--out", "start") == 0
     said = capsys.readouterr().out
     assert "sampling                none before training: one pass a frame, recycled" in said

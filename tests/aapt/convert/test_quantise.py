@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from aapt import Control, StreamingGenerator
 from aapt.checkpoint import BUNDLED, CheckpointError
@@ -107,3 +108,15 @@ def test_other_sources_and_places_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="^out: expected a folder without a checkpoint, got "):
         quantise("tiny-world", folder)
     assert not (tmp_path / "twice").exists()
+
+
+def test_weights_without_a_tensor_are_refused(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(PLAIN, source)
+    rest = tensors(source)
+    name = next(name for name in rest if ".blocks." in name)
+    del rest[name]
+    save_file(rest, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"model.safetensors: expected tensor {name}, which"):
+        quantise(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -90,6 +90,16 @@ def test_reports_that_are_there_are_read(evaluated, tmp_path):
         compare(["a", "b"], tmp_path, [0, 3], dtype="bfloat16", log=silent)
 
 
+def test_a_report_of_another_seed_or_none_at_all_is_refused(evaluated, tmp_path):
+    compare(["a", "b"], tmp_path, [0, 1], log=silent)
+    report = tmp_path / "seed-1" / "report.json"
+    words = "seed-1/report.json: expected a report of these checkpoints and settings, got another"
+    for content in ((tmp_path / "seed-0" / "report.json").read_text(), "[]", "{}", "{"):
+        report.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            compare(["a", "b"], tmp_path, [0, 1], log=silent)
+
+
 @pytest.mark.parametrize(
     ("checkpoints", "seeds", "message"),
     [

@@ -14,7 +14,7 @@ HEIGHT, WIDTH = 32, 48
 
 
 class Counting:
-    """A model whose video frame n is grey at 2 n + seed; the first is its picture."""
+    """A model whose video frame n is grey at 2 n + seed; the first is its image."""
 
     height, width, fps = HEIGHT, WIDTH, 24
 
@@ -48,7 +48,7 @@ class CountingStream:
         self.made = None
 
 
-def picture(path, value=100):
+def grey_image(path, value=100):
     Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), (value, value, value)).save(path)
     return path
 
@@ -61,7 +61,10 @@ def greys(path) -> list[float]:
 
 def test_every_length_is_the_beginning_of_one_stream(tmp_path):
     generator, out = Counting(), tmp_path / "out"
-    cases = [Case("a boat", picture(tmp_path / "boat.png")), Case("a hut.", tmp_path / "boat.png")]
+    cases = [
+        Case("a boat", grey_image(tmp_path / "boat.png")),
+        Case("a hut.", tmp_path / "boat.png"),
+    ]
     write_videos(generator, cases, out, lengths=(6, 13), samples=2, seed=30, log=lambda line: None)
     names = {
         f"{length}/{prompt}-{i}.mp4"
@@ -80,7 +83,7 @@ def test_every_length_is_the_beginning_of_one_stream(tmp_path):
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
-    cases, out = [Case("a", picture(tmp_path / "a.png"))], tmp_path / "out"
+    cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
     first, second = Counting(), Counting()
     write_videos(first, cases, out, lengths=(5,), samples=2, log=lambda line: None)
     kept = (out / "5" / "a-0.mp4").read_bytes()
@@ -91,20 +94,31 @@ def test_what_is_there_is_not_made_again(tmp_path):
     assert (out / "5" / "a-0.mp4").read_bytes() == kept
 
 
+def test_seeds_are_those_of_the_videos(tmp_path):
+    cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
+    for samples in (2, 1):
+        write_videos(Counting(), cases, out, lengths=(1,), samples=samples, seed=4, log=print)
+        assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5}
+    words = "^seed: expected 4, as for the videos in .*, got 7; pass another folder as --out"
+    with pytest.raises(ValueError, match=words):
+        write_videos(Counting(), cases, out, lengths=(1,), samples=2, seed=7, log=print)
+    assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5}
+
+
 def test_a_stream_that_fails_leaves_no_video(tmp_path, monkeypatch):
     def fail(self, control):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(CountingStream, "step", fail)
-    cases = [Case("a", picture(tmp_path / "a.png"))]
+    cases = [Case("a", grey_image(tmp_path / "a.png"))]
     with pytest.raises(RuntimeError, match="broken"):
         write_videos(Counting(), cases, tmp_path / "out", lengths=(1, 5), log=lambda line: None)
     assert not list((tmp_path / "out").rglob("*.mp4*"))
 
 
-def test_pictures_are_named_by_their_prompts_or_by_a_list(tmp_path):
-    boat, hut = picture(tmp_path / "a boat.jpg"), picture(tmp_path / "a hut.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+def test_images_are_named_by_their_prompts_or_by_a_list(tmp_path):
+    boat, hut = grey_image(tmp_path / "a boat.jpg"), grey_image(tmp_path / "a hut.png")
+    (tmp_path / "notes.txt").write_text("no image")
     assert read_cases(tmp_path) == [Case("a boat", boat), Case("a hut", hut)]
     info = tmp_path / "info.json"
     entries = [
@@ -123,6 +137,8 @@ def test_pictures_are_named_by_their_prompts_or_by_a_list(tmp_path):
         ("[1]", "info: expected a JSON list with prompt_en and image_name per entry"),
         ("{", "info: expected a JSON list with prompt_en and image_name per entry"),
         ('[{"prompt_en": "a", "image_name": "none.png"}]', "images: expected none.png in .*none"),
+        ('[{"prompt_en": 5, "image_name": "a.png"}]', "info: expected prompts that can name.*5"),
+        ('[{"prompt_en": "a", "image_name": 5}]', "info: expected a JSON list with prompt_en"),
         ('[{"prompt_en": "a/b", "image_name": "a.png"}]', "info: expected prompts that can name"),
         (
             '[{"prompt_en": "a", "image_name": "a.png"}, '
@@ -132,7 +148,7 @@ def test_pictures_are_named_by_their_prompts_or_by_a_list(tmp_path):
     ],
 )
 def test_lists_that_do_not_fit(tmp_path, content, message):
-    picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    grey_image(tmp_path / "a.png"), grey_image(tmp_path / "b.png")
     (tmp_path / "info.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_cases(tmp_path, tmp_path / "info.json")
@@ -147,8 +163,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     images.mkdir()
     arguments = ["vbench", "any", "--images", str(images), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert "aapt: images: expected pictures named by their prompts" in capsys.readouterr().err
-    picture(images / "a boat.png")
+    assert "aapt: images: expected images named by their prompts" in capsys.readouterr().err
+    grey_image(images / "a boat.png")
     assert main([*arguments, "--frames", "5", "--samples", "1"]) == 0
     assert capsys.readouterr().err == "a boat-0\n"
     assert len(greys(tmp_path / "out" / "5" / "a boat-0.mp4")) == 5

@@ -87,6 +87,7 @@ def test_what_learns_are_factors_and_the_inputs():
     "bad, message",
     [
         ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"rank": 1, "alpha": 0.0}, "alpha: expected a finite number above 0, got 0.0"),
         (
             {"rank": 1, "targets": ("q",)},
             "targets: expected some of mlp_down, .*qkv, got q$",

@@ -57,6 +57,15 @@ def test_other_losses_have_other_signs():
     assert said(off | {"discriminator": 1.0}) == []
 
 
+def test_updates_with_and_without_errors_are_watched_together():
+    """Only updates without a lead compare the rollout with its clip."""
+    alarms = Alarms()
+    compared = AT_CHANCE | {"error": 1.0}
+    updates = [AT_CHANCE if step % 3 else compared for step in range(2 * WINDOW)]
+    (text,) = [text for update in updates for text in alarms.update(update)]
+    assert "at chance" in text
+
+
 def test_a_sign_that_comes_back_is_said_again():
     assert said(GOOD, GOOD) == []
     assert len(said(AT_CHANCE, GOOD, AT_CHANCE)) == 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -49,13 +50,19 @@ def test_every_stage_runs_and_nothing_is_kept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stage_that_fails_is_named_and_nothing_is_kept(tmp_path):
+def test_a_stage_that_fails_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
+    """Also if the run's folder is the current one, whose path has no name."""
     recipe = short_recipe()
     wild = dataclasses.replace(recipe.stages["consistency"], schedule=Schedule(1e30))
     recipe = dataclasses.replace(recipe, stages={**recipe.stages, "consistency": wild})
     with pytest.raises(TrainingError, match="consistency: step 1"):
         dry_run(recipe, tmp_path / "run", report=print, **ALONE)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(TrainingError, match="consistency: step 1"):
+        dry_run(recipe, Path(), report=print, **ALONE)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
 
 
 @pytest.mark.parametrize("make", [tiny_world, paper_8b])
@@ -115,5 +122,7 @@ def test_times_have_fitting_units():
 def test_the_command_refuses_a_single_stage(capsys):
     assert main(["train", "tiny-world", "--dry-run", "--stage", "diffusion"]) == 2
     assert "stage: expected none with --dry-run" in capsys.readouterr().err
+    assert main(["train", "tiny-world", "--dry-run", "--plan"]) == 2
+    assert "dry_run: expected none with --plan" in capsys.readouterr().err
     assert main(["train", "vae-light", "--dry-run"]) == 2
     assert "dry_run: expected none for the recipe vae-light" in capsys.readouterr().err

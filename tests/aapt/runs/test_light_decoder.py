@@ -90,7 +90,7 @@ def weights(path, part=LIGHT):
 @pytest.fixture(scope="module")
 def made(folder, movies, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "light"
-    return make(folder, movies, out, options=RunOptions(save_every=1, sample_every=1))
+    return make(folder, movies, out, options=RunOptions(save_every=1, sample_every=2))
 
 
 def test_both_decoders_are_exported(made, folder):
@@ -297,7 +297,7 @@ def test_weights_that_do_not_fit(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"decoder\S*: expected \(.*\), got \("):
         load_vae(broken)
     save_config(broken, {"name": "nothing"})
-    with pytest.raises(CheckpointError, match="config.json: expected key 'vae'"):
+    with pytest.raises(CheckpointError, match="broken: expected a checkpoint with an autoencoder"):
         load_vae(broken)
     (broken / "config.json").unlink()
     for of in (load_vae, StreamingGenerator.from_pretrained):

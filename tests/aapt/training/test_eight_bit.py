@@ -145,8 +145,12 @@ def test_a_parameter_of_one_dimension_makes_torchs_steps():
     torch.testing.assert_close(*made)
 
 
-def test_other_bits_and_closures_are_refused():
+def test_what_cannot_be_moved_is_refused():
     with pytest.raises(ValueError, match="state_bits: expected 8 or 32, got 4"):
         adamw([nn.Parameter(torch.ones(1))], (0.9, 0.95), 0.1, 4)
     with pytest.raises(ValueError, match="closure: expected none, got"):
         RMSprop8([nn.Parameter(torch.ones(1))]).step(lambda: 0.0)
+    p = nn.Parameter(torch.ones(3, 2).T)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"params: expected contiguous ones, got strides \(1, 2\)"):
+        RMSprop8([p]).step()

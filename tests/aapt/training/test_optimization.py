@@ -28,7 +28,16 @@ def test_cosine_falls_to_a_hundredth():
     assert warmed(24, 100) == pytest.approx(0.5 * rate(24, 100))
 
 
-@pytest.mark.parametrize("bad", [{"warmup": -1}, {"decay": "linear"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"warmup": -1},
+        {"decay": "linear"},
+        {"learning_rate": -1e-4},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+    ],
+)
 def test_bad_schedules_are_named(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}.*: expected"):
         Schedule(**{"learning_rate": 1e-3, **bad})
