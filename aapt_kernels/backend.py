@@ -156,11 +156,15 @@ def choose(op: str, tensor: Tensor, *rest) -> str:
     """Return the backend that runs `op` on these arguments, or raise BackendError; without `rest`,
     on some arguments of which `tensor` is the first."""
     device = tensor.device
-    if _forced == "auto" and device.type == "cpu" and "cpu" in _implementations[op]:
-        if "cpu" not in _limits[op]:  # a step on a CPU makes forty calls, and asks nothing more
-            return "cpu"
     reasons = []
     for name in PREFERENCE.get(device.type, ()) if _forced == "auto" else (_forced,):
+        # Nothing stops this one, and a step on a CPU makes forty calls
+        if (
+            name == device.type == "cpu"
+            and name in _implementations[op]
+            and name not in _limits[op]
+        ):
+            return name
         reason = obstacle(op, name, device) or limit_of(op, name)(tensor, *rest)
         if not reason:
             return name

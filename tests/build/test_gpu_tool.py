@@ -30,8 +30,8 @@ def test_without_a_part_it_says_what_there_is():
 
 def test_an_unknown_part_is_refused(capsys):
     assert gpu.main(["--part", "tests"]) == 2
-    words = "make gpu: PART: expected one of first, calibrate, test, kernels, stream, got 'tests'\n"
-    assert capsys.readouterr().err == words
+    parts = "first, worlds, calibrate, test, kernels, stream"
+    assert capsys.readouterr().err == f"make gpu: PART: expected one of {parts}, got 'tests'\n"
 
 
 @WITHOUT_CUDA

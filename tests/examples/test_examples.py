@@ -66,6 +66,6 @@ def test_kernels_alone(run):
 
 def test_post_training(run):
     out, folder = run("post_training")
-    assert out.splitlines()[-1] == "frames of a step: (4, 80, 128, 3)"
+    assert out.splitlines()[-1] == "frames of a step: (4, 48, 64, 3)"
     for stage in ("diffusion", "consistency", "adversarial"):
         assert (folder / "post-training" / stage / "weights.safetensors").is_file()

@@ -469,12 +469,7 @@ def test_skeletons_are_encoded_like_the_video(vae, tmp_path):
 def command(vae, monkeypatch):
     """`aapt encode` with the VAE above behind a model of 32 x 16."""
 
-    class Generator:
-        width, height, fps, frames_per_step = 32, 16, 24, 4
-
-    Generator.vae = vae
-    Generator.model = type("Model", (), {"config": type("Config", (), {"patch": 2})})
-    monkeypatch.setattr("aapt.commands.encode.load", lambda name: Generator)
+    monkeypatch.setattr("aapt.commands.encode._autoencoder", lambda name: (vae, "32x16", 24, 2))
     return lambda *arguments: main(["encode", *map(str, arguments)])
 
 

@@ -164,13 +164,9 @@ def test_a_decoder_alone_encodes_nothing(videos, tmp_path):
 
 def test_torchrun_gives_every_rank_its_part(videos, vae, tmp_path, monkeypatch, capsys):
     """The command under torchrun's variables: the last rank joins the parts."""
-    from types import SimpleNamespace
-
     from aapt.commands.app import main
 
-    config = SimpleNamespace(config=SimpleNamespace(patch=2))
-    model = SimpleNamespace(width=32, height=16, fps=24, vae=vae, model=config)
-    monkeypatch.setattr("aapt.commands.encode.load", lambda name: model)
+    monkeypatch.setattr("aapt.commands.encode._autoencoder", lambda name: (vae, "32x16", 24, 2))
     out = tmp_path / "out"
     given = ["encode", str(videos), "--out", str(out), "--seconds", str(8 / 24)]
     for rank in range(2):
