@@ -158,13 +158,6 @@ def choose(op: str, tensor: Tensor, *rest) -> str:
     device = tensor.device
     reasons = []
     for name in PREFERENCE.get(device.type, ()) if _forced == "auto" else (_forced,):
-        # Nothing stops this one, and a step on a CPU makes forty calls
-        if (
-            name == device.type == "cpu"
-            and name in _implementations[op]
-            and name not in _limits[op]
-        ):
-            return name
         reason = obstacle(op, name, device) or limit_of(op, name)(tensor, *rest)
         if not reason:
             return name

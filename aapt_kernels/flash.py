@@ -27,6 +27,15 @@ def merge(parts: list[Part]) -> Part:
     return out, lse
 
 
+def clips_of_one_text(text_lens: Tensor, text_tokens: int) -> list[tuple[slice, int]]:
+    """Return slices of the batch whose clips have one length of text, and that length, limited to
+    the text tokens."""
+    lens = [max(0, min(length, text_tokens)) for length in text_lens.tolist()]
+    if len(set(lens)) <= 1:
+        return [(slice(0, len(lens)), length) for length in lens[:1]]
+    return [(slice(clip, clip + 1), length) for clip, length in enumerate(lens)]
+
+
 def without_float16(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return the tensors, those of float16 as float32, in which PyTorch's attention is several
     times faster."""

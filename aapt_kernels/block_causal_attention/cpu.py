@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..flash import FLASH_BACKWARD, flash, merge, without_float16
+from ..flash import FLASH_BACKWARD, clips_of_one_text, flash, merge, without_float16
 from ..layout import FrameLayout, Interval
 from ..precision import dense, wide
 
@@ -99,7 +99,7 @@ class Scratch:
 class Problem:
     """Inputs in head-major order, (batch x heads, length, head_dim), and the steps they share."""
 
-    def __init__(self, q, k, v, text_lens, q_sink, arguments, dout=None):
+    def __init__(self, dout, q, k, v, text_lens, q_sink, arguments):
         *integers, scale, prefix_grad = arguments
         self.layout = FrameLayout(*integers)
         self.no_gradient = (0, 0) if prefix_grad else self.layout.prefix
@@ -109,7 +109,7 @@ class Problem:
         self.q = self.head_major(q).mul_(scale)
         self.k, self.v = self.head_major(k), self.head_major(v)
         self.q_sink = None if q_sink is None else self.head_major(q_sink).mul_(scale)
-        self.dout = None if dout is None else self.head_major(dout)
+        self.dout = self.head_major(dout)
         self.scratch = Scratch(self.dtype)
         self.hidden_text = self.no_text = None
         if text_lens is not None:
@@ -220,14 +220,6 @@ def dense_backward(dout, q, k, v, out, lse, layout, scale, prefix_grad) -> list[
     return [dq, dk, dv]
 
 
-def clips_of_one_text(text_lens: Tensor | None, batch: int, text: int) -> list[tuple[slice, int]]:
-    """Return slices of the batch whose clips have one length of text, and that length."""
-    lens = [text] * batch if text_lens is None else text_lens.clamp(0, text).tolist()
-    if len(set(lens)) <= 1:
-        return [(slice(0, batch), lens[0])] if batch else []
-    return [(slice(clip, clip + 1), length) for clip, length in enumerate(lens)]
-
-
 def queries_of(layout: FrameLayout) -> Iterator[tuple[slice, Interval, Interval]]:
     """Yield the rows of text, then of each frame, with the sink and the window that they see."""
     text, tokens = layout.text_tokens, layout.tokens_per_frame
@@ -257,13 +249,15 @@ def forward(q, k, v, text_lens, q_sink, *arguments):
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((len(q), q.shape[2], q.shape[1]), dtype=wide(q.dtype))
     q, k, v, q_sink = without_float16(q, k, v, q_sink)
-    for clips, length in clips_of_one_text(text_lens, len(q), text):
+    whole = [(slice(0, len(q)), text)]
+    for clips, length in whole if text_lens is None else clips_of_one_text(text_lens, text):
         keys, values = k[clips], v[clips]
         for rows, sink, window in queries_of(layout):
-            calls = [(q[clips, rows], [(0, length), sink, window])]
+            query = q[clips, rows]
+            calls = [(query, [(0, length), sink, window])]
             if q_sink is not None and rows.start >= text:
                 turned = q_sink[clips, rows.start - text : rows.stop - text]
-                calls = [(calls[0][0], [(0, length), window]), (turned, [sink])]
+                calls = [(query, [(0, length), window]), (turned, [sink])]
             parts = []
             for query, intervals in calls:
                 seen = [(start, end) for start, end in intervals if end > start]
@@ -283,7 +277,7 @@ def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
     if dlse is None and is_dense(q, q_sink, layout):
         gradients = dense_backward(dout, q, k, v, out, lse, layout, scale, prefix_grad)
         return *gradients, q.new_empty(0)
-    problem = Problem(q, k, v, text_lens, q_sink, arguments[:-1], dout)
+    problem = Problem(dout, q, k, v, text_lens, q_sink, arguments[:-1])
     dlse = None if dlse is None else dlse.to(problem.dtype).flatten(0, 1)[..., None]
     dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
     dq_sink = None if q_sink is None else torch.zeros_like(problem.q_sink)

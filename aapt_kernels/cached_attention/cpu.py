@@ -7,7 +7,7 @@ q_sink takes three calls, whose results are merged by their log-sum-exp.
 import torch
 from torch import Tensor
 
-from ..flash import Part, flash, merge
+from ..flash import Part, clips_of_one_text, flash, merge
 from ..precision import dense, dequantise
 
 
@@ -35,7 +35,6 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
             dequantise(x[:, :end], x_scale, q.dtype)
             for x, x_scale in zip((k_cache, v_cache), scales, strict=True)
         )
-    lens = [max(0, min(length, text_tokens)) for length in text_lens.tolist()]
 
     def part(length: int, q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> Part:
         begin = text_tokens - length
@@ -43,12 +42,12 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
         return attend(q, k, v, intervals, q_sink, (text_tokens, sink_end), scale)
 
     batch = (q, k_cache, v_cache, q_sink)
-    if len(set(lens)) == 1:
-        out, lse = part(lens[0], *batch)
+    clips = clips_of_one_text(text_lens, text_tokens)
+    if len(clips) == 1:
+        out, lse = part(clips[0][1], *batch)
     else:
         parts = [
-            part(length, *(None if x is None else x[i : i + 1] for x in batch))
-            for i, length in enumerate(lens)
+            part(length, *(None if x is None else x[clip] for x in batch)) for clip, length in clips
         ]
         out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
     return dense(out.transpose(1, 2), q.dtype), lse.contiguous()

@@ -4,24 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_rows import e4m3
 from .ref import FORMAT, GROUP, LARGEST, SMALLEST_SCALE
 
 ROWS, WARPS = 32, 4  # of a tile, one group wide: 16 bytes of BF16 four times per thread
-
-
-@triton.jit
-def e4m3(x):
-    """Return the bits of x, at most 448 in size, as e4m3: to the nearest, ties to even.
-
-    Done with integers, because sm_80 has no instruction for it.
-    """
-    size = tl.abs(x)
-    bits = size.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # biases 127 and 7
-    subnormal = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF  # in steps of 2^-9
-    code = tl.where(size < 0.015625, subnormal, normal)
-    code = tl.where(x != x, 0x7F, code)
-    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["rows"])
