@@ -3,7 +3,7 @@
 
 #include "block_causal_attention/backward.h"
 #include "block_causal_attention/sums.h"
-#include "hopper/hopper.cuh"
+#include "hopper/vector.cuh"
 
 namespace aapt::block_causal {
 namespace {
@@ -11,7 +11,6 @@ namespace {
 using namespace hopper;
 
 constexpr int kThreads = 256;
-constexpr int kVector = 8;  // BF16 elements in 16 bytes
 
 HOPPER_DEVICE uint4 load_row_part(const RowBuffer& rows, int batch, int row, int head, int part) {
   const char* at = static_cast<const char*>(rows.data) + batch * rows.batch_stride +

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "causal_conv3d/params.h"
-#include "hopper/hopper.cuh"
+#include "hopper/vector.cuh"
 
 namespace aapt {
 namespace {
@@ -17,23 +17,7 @@ using namespace hopper;
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 4;
-constexpr int kVector = 8;   // BF16 elements in 16 bytes
 constexpr int kVectors = 4;  // of a pixel per lane: at most 1024 channels
-
-HOPPER_DEVICE void widen(const uint4& raw, float (&out)[kVector]) {
-  const uint32_t pairs[] = {raw.x, raw.y, raw.z, raw.w};
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector / 2; ++i) {
-    const float2 pair = unpack_bf16(pairs[i]);
-    out[2 * i] = pair.x;
-    out[2 * i + 1] = pair.y;
-  }
-}
-
-HOPPER_DEVICE uint4 narrow(const float (&x)[kVector]) {
-  return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-          pack_bf16(x[6], x[7])};
-}
 
 HOPPER_DEVICE float silu(float x) {
   constexpr float kLog2e = 1.4426950408889634f;
@@ -94,7 +78,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
       raw[i] = {0, 0, 0, 0};
       if (vector < vectors && place.from != nullptr) raw[i] = place.from[vector];
       float x[kVector];
-      widen(raw[i], x);
+      widen_bf16(raw[i], x);
       HOPPER_UNROLL
       for (int j = 0; j < kVector; ++j) sum += x[j] * x[j];
     }
@@ -107,10 +91,11 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
       if (vector >= vectors) continue;
       if (place.activates) {
         float x[kVector];
-        widen(raw[i], x);
+        widen_bf16(raw[i], x);
         if (params.norm_weight != nullptr) {
           float weight[kVector];
-          widen(load_readonly(reinterpret_cast<const uint4*>(params.norm_weight) + vector), weight);
+          widen_bf16(load_readonly(reinterpret_cast<const uint4*>(params.norm_weight) + vector),
+                     weight);
           HOPPER_UNROLL
           for (int j = 0; j < kVector; ++j) x[j] *= scale * weight[j];
         }
@@ -118,7 +103,7 @@ HOPPER_KERNEL HOPPER_LAUNCH_BOUNDS(kThreads, kBlocksPerSm)
           HOPPER_UNROLL
           for (int j = 0; j < kVector; ++j) x[j] = silu(x[j]);
         }
-        raw[i] = narrow(x);
+        raw[i] = narrow_bf16(x);
       }
       place.to[vector] = raw[i];
     }

@@ -6,7 +6,7 @@
 // exchange, and the norm of a head only a short butterfly.
 #pragma once
 
-#include "hopper/hopper.cuh"
+#include "hopper/vector.cuh"
 #include "kv_append/params.h"
 
 namespace aapt {
@@ -14,7 +14,6 @@ namespace aapt {
 using namespace hopper;
 
 constexpr int kThreads = 256;
-constexpr int kVector = 8;  // BF16 elements in 16 bytes
 
 template <int kHeadDim>
 constexpr int kLanes = kHeadDim / (2 * kVector);
@@ -46,29 +45,16 @@ HOPPER_DEVICE void store_row(void* tensor, int64_t offset, int half, const RawPa
   *reinterpret_cast<uint4*>(row + half) = values.high;
 }
 
-HOPPER_DEVICE void widen(const uint4& raw, float (&out)[kVector]) {
-  const uint32_t pairs[] = {raw.x, raw.y, raw.z, raw.w};
-  HOPPER_UNROLL
-  for (int i = 0; i < kVector / 2; ++i) {
-    const float2 pair = unpack_bf16(pairs[i]);
-    out[2 * i] = pair.x;
-    out[2 * i + 1] = pair.y;
-  }
-}
-
 HOPPER_DEVICE FloatPair widen(const RawPair& raw) {
   FloatPair x;
-  widen(raw.low, x.low);
-  widen(raw.high, x.high);
+  widen_bf16(raw.low, x.low);
+  widen_bf16(raw.high, x.high);
   return x;
 }
 
-HOPPER_DEVICE uint4 narrow(const float (&x)[kVector]) {
-  return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-          pack_bf16(x[6], x[7])};
+HOPPER_DEVICE RawPair narrow(const FloatPair& x) {
+  return {narrow_bf16(x.low), narrow_bf16(x.high)};
 }
-
-HOPPER_DEVICE RawPair narrow(const FloatPair& x) { return {narrow(x.low), narrow(x.high)}; }
 
 HOPPER_DEVICE uint2 narrow_e4m3(const float (&x)[kVector]) {
   return {pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7])};
@@ -76,7 +62,7 @@ HOPPER_DEVICE uint2 narrow_e4m3(const float (&x)[kVector]) {
 
 // Weights and angles: BF16 as its bits, or float32.
 HOPPER_DEVICE void load_vector(const uint16_t* from, float (&out)[kVector]) {
-  widen(load_readonly(reinterpret_cast<const uint4*>(from)), out);
+  widen_bf16(load_readonly(reinterpret_cast<const uint4*>(from)), out);
 }
 
 HOPPER_DEVICE void load_vector(const float* from, float (&out)[kVector]) {

@@ -70,7 +70,7 @@ HOPPER_DEVICE void append_values(const KvAppendParams& params, void* shared) {
           raw = *reinterpret_cast<const uint4*>(
               row + offset_of(params.v_strides, at, frame * keys + key - begin));
         }
-        widen(raw, v[j]);
+        widen_bf16(raw, v[j]);
       }
       HOPPER_UNROLL
       for (int j = 0; j < kVector; ++j) {
