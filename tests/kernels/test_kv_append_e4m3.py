@@ -4,13 +4,13 @@ the device where there is one."""
 import pytest
 import torch
 
-from aapt_kernels import KVCache, kv_append
+from aapt_kernels import kv_append
 
-from .oracles import hadamard_matrix, normalize, rotate
+from .appended import TEXT, Appended
+from .oracles import hadamard_matrix
 
 E4M3 = torch.float8_e4m3fn
 ROUNDING = 2**-8  # of BF16 queries: the kernel rounds once, by half a unit
-TEXT = 5
 
 
 def bits(x):
@@ -28,80 +28,38 @@ def spacing(x):
     return torch.exp2(exponent - 3)
 
 
-class Stream:
+class Stream(Appended):
     """Random frames, appended to one layer of a cache that is NaN elsewhere."""
 
-    def __init__(
-        self,
-        device,
-        *,
-        batch=1,
-        tokens=7,
-        heads=3,
-        head_dim=64,
-        across_heads=False,
-        window_frames=2,
-        sink_frames=1,
-        frames=1,
-        use_hadamard=True,
-        weight_dtype=torch.float32,
-    ):
-        self.device, self.shape = device, (batch, frames * tokens, heads, head_dim)
-        self.generator = torch.Generator().manual_seed(0)
-        self.cache = KVCache(
-            batch,
-            2,
-            heads,
-            head_dim,
-            text_tokens=TEXT,
-            tokens_per_frame=tokens,
-            window_frames=window_frames,
-            sink_frames=sink_frames,
-            dtype=E4M3,
-            use_hadamard=use_hadamard,
-            device=device,
-        )
+    def __init__(self, device, *, use_hadamard=True, **options):
+        super().__init__(device, dtype=E4M3, use_hadamard=use_hadamard, **options)
+        head_dim = self.shape[3]
+        matrix = hadamard_matrix(head_dim) if use_hadamard else torch.eye(head_dim).double()
+        self.matrix = matrix.to(device)
+
+    def fill(self):
         for x in (self.cache.k, self.cache.v):
             storage(x).fill_(0x7F)
-        scales = torch.rand(2, 2, heads, generator=self.generator) * 0.1 + 0.02
-        self.cache.k_scale[:], self.cache.v_scale[:] = scales.to(device)
-        weight = (heads, head_dim) if across_heads else (head_dim,)
-        weights = torch.rand(2, *weight, generator=self.generator) + 0.5
-        self.weights = weights.to(device, weight_dtype).unbind()
-        self.angles, self.sink_angles = self.make_angles(), self.make_angles()
-        self.matrix = torch.eye(head_dim).double()
-        if use_hadamard:
-            self.matrix = hadamard_matrix(head_dim)
-        self.matrix = self.matrix.to(device)
+        scales = torch.rand(2, 2, self.shape[2], generator=self.generator) * 0.1 + 0.02
+        self.cache.k_scale[:], self.cache.v_scale[:] = scales.to(self.device)
 
-    def make_angles(self):
-        angles = torch.rand(self.shape[1], self.shape[3] // 2, generator=self.generator) * 6.3
-        return angles.cos().to(self.device), angles.sin().to(self.device)
-
-    def make_frame(self):
-        """q, k, v: strided views of one projection. v has values beyond the range, and NaN."""
-        batch, tokens, heads, head_dim = self.shape
-        qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=self.generator)
+    def make_qkv(self):
+        """v has values beyond the range, and NaN."""
+        qkv = super().make_qkv()
         qkv[0, -1, 2, 0, :4] = torch.tensor([1e4, -torch.inf, torch.nan, -0.0])
-        return qkv.bfloat16().to(self.device).unbind(2)
+        return qkv
 
     def append_and_check(self, *slots):
         """Check one step: the outputs, the slots, and every other byte of the cache."""
-        cache, tokens = self.cache, self.cache.tokens_per_frame
+        cache, rows = self.cache, self.rows(slots)
         q, k, v = self.make_frame()
         before = storage(cache.k).clone(), storage(cache.v).clone()
-        sink = dict(zip(("cos_sink", "sin_sink"), self.sink_angles))
-        q_out, q_sink = kv_append(q, k, v, cache, 1, *self.weights, *self.angles, eps=1e-5, **sink)
-        q_normed, k_normed = (
-            normalize(x, weight, 1e-5) for x, weight in zip((q, k), self.weights, strict=True)
-        )
-        for got, tables in ((q_out, self.angles), (q_sink, self.sink_angles)):
-            want = rotate(q_normed, *tables) @ self.matrix
-            torch.testing.assert_close(got.double(), want, rtol=ROUNDING, atol=2e-5)
+        queries, keys = self.append(q, k, v)
+        for got, want in queries:
+            torch.testing.assert_close(got.double(), want @ self.matrix, rtol=ROUNDING, atol=2e-5)
 
-        rows = [TEXT + slot * tokens + token for slot in slots for token in range(tokens)]
         key_bits, value_bits = (bits(x[1].view(torch.uint8)[:, rows]) for x in (cache.k, cache.v))
-        exact = rotate(k_normed, *self.angles) @ self.matrix / cache.k_scale[1, :, None].double()
+        exact = keys @ self.matrix / cache.k_scale[1, :, None].double()
         assert exact.abs().max() < 448
         key = key_bits.view(E4M3).double()
         # A value within float32's error of the middle may go either way, no other

@@ -4,80 +4,32 @@ there is one. Both run the same source through the same host code."""
 import pytest
 import torch
 
-from aapt_kernels import KVCache, kv_append, use_backend
+from aapt_kernels import kv_append, use_backend
 
-from .oracles import normalize, rotate
+from .appended import TEXT, Appended
+from .oracles import normalize
 
 # The plain composition in BF16 rounds at least twice; this kernel rounds once, by half a unit.
 ROUNDING = 2**-8
-TEXT = 5
 
 
-class Stream:
+class Stream(Appended):
     """Random frames, appended to one layer of a cache that is NaN elsewhere."""
 
-    def __init__(
-        self,
-        device,
-        *,
-        batch=1,
-        tokens=7,
-        heads=3,
-        head_dim=64,
-        weight_dtype=torch.float32,
-        across_heads=False,
-        window_frames=2,
-        sink_frames=1,
-        frames=1,
-        seed=0,
-    ):
-        self.device, self.shape = device, (batch, frames * tokens, heads, head_dim)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.cache = KVCache(
-            batch,
-            2,
-            heads,
-            head_dim,
-            text_tokens=TEXT,
-            tokens_per_frame=tokens,
-            window_frames=window_frames,
-            sink_frames=sink_frames,
-            dtype=torch.bfloat16,
-            device=device,
-        )
+    def __init__(self, device, **options):
+        super().__init__(device, dtype=torch.bfloat16, **options)
+
+    def fill(self):
         self.cache.k.fill_(float("nan"))
         self.cache.v.fill_(float("nan"))
-        weight = (heads, head_dim) if across_heads else (head_dim,)
-        weights = torch.rand(2, *weight, generator=self.generator) + 0.5
-        self.weights = weights.to(device, weight_dtype).unbind()
-        self.angles, self.sink_angles = self.make_angles(), self.make_angles()
-
-    def make_angles(self):
-        angles = torch.rand(self.shape[1], self.shape[3] // 2, generator=self.generator) * 6.3
-        return angles.cos().to(self.device), angles.sin().to(self.device)
-
-    def make_frame(self):
-        """q, k, v: strided views of one projection, as a model makes them."""
-        batch, tokens, heads, head_dim = self.shape
-        qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=self.generator)
-        return qkv.bfloat16().to(self.device).unbind(2)
 
     def append_and_check(self, *slots):
         """Check one step: the outputs, the slots, and every other bit of the cache."""
-        cache, tokens = self.cache, self.cache.tokens_per_frame
+        cache, rows = self.cache, self.rows(slots)
         q, k, v = self.make_frame()
         before = cache.k.clone(), cache.v.clone()
-        sink = dict(zip(("cos_sink", "sin_sink"), self.sink_angles))
-        q_out, q_sink = kv_append(q, k, v, cache, 1, *self.weights, *self.angles, eps=1e-5, **sink)
-        q_normed, k_normed = (
-            normalize(x, weight, 1e-5) for x, weight in zip((q, k), self.weights, strict=True)
-        )
-        rows = [TEXT + slot * tokens + token for slot in slots for token in range(tokens)]
-        for got, want in (
-            (q_out, rotate(q_normed, *self.angles)),
-            (q_sink, rotate(q_normed, *self.sink_angles)),
-            (cache.k[1, :, rows], rotate(k_normed, *self.angles)),
-        ):
+        queries, keys = self.append(q, k, v)
+        for got, want in (*queries, (cache.k[1, :, rows], keys)):
             torch.testing.assert_close(got.double(), want, rtol=ROUNDING, atol=1e-5)
         assert torch.equal(cache.v[1, :, rows], v)
         for after, old in zip((cache.k, cache.v), before, strict=True):
