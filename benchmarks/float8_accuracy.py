@@ -1,5 +1,5 @@
-"""What attention loses in E4M3, emulated in float64: the choices of docs/method.md#16 on inputs
-that try them.
+"""Emulate attention in E4M3 in float64, and print its error against exact attention, for the
+choices of docs/method.md#16 on inputs that are hard for them.
 
     python -m benchmarks.float8_accuracy
 

@@ -1,4 +1,4 @@
-"""Where a linear layer in 8 bits is faster than in BF16, its rounding included (predicted).
+"""Predict the time of linear layers in BF16 and in 8 bits, the rounding of inputs included.
 
     python -m benchmarks.float8_model
 
@@ -23,11 +23,11 @@ class Shape:
     inputs: int
 
     def seconds(self, gpu: Gpu) -> float:
-        """In BF16."""
+        """Return the time in BF16."""
         return self._product(gpu.products, gpu.memory, 2)
 
     def float8_seconds(self, gpu: Gpu) -> float:
-        """In e4m3, with the launch that rounds the input."""
+        """Return the time in e4m3, with the launch that rounds the input."""
         rounding = self.rows * self.inputs * (2 + 1 + 4 / 128) / gpu.memory + gpu.gap
         return self._product(gpu.float8_products, gpu.memory, 1) + rounding
 

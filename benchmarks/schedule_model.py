@@ -85,7 +85,7 @@ class Piece:
     rotation: int = 0  # steps by which the order of its keys is turned
 
     def key_tiles(self, shape: Shape) -> int:
-        """How many key tiles it reads."""
+        """Return the number of key tiles that the piece reads."""
         if not self.narrow:
             return self.steps
         end = min((self.first + self.steps) * shape.warpgroups, shape.key_tiles)

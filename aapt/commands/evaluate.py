@@ -30,6 +30,14 @@ from .shared import (
 MAX_CLIPS = 100_000
 MAX_SEED = 2**43 - 1  # noise of start i is seeded by 2**20 times the seed, and i, in 64 bits
 
+Latents = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Encoded clips to start from.", show_default="held-out worlds"
+    ),
+]
+Seconds = Annotated[float, typer.Option(metavar="S", help="Length of each video.")]
+
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or a bundled model.")],
@@ -42,16 +50,11 @@ def evaluate(
             metavar="NAME|FOLDER", help="To compare with; may be repeated.", show_default=False
         ),
     ] = None,
-    latents: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Encoded clips to start from.", show_default="held-out worlds"
-        ),
-    ] = None,
+    latents: Latents = None,
     starts: Annotated[
         int, typer.Option(metavar="N", help="Worlds or clips; six worlds show every theme.")
     ] = 16,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
+    seconds: Seconds = 60.0,
     seed: Annotated[
         int, typer.Option(metavar="N", max=MAX_SEED, help="Of worlds, walks, clips and noise.")
     ] = 0,
@@ -127,14 +130,9 @@ def compare(
             metavar="N", min=0, max=MAX_SEED, help="May be repeated.", show_default="0 1 2"
         ),
     ] = None,
-    latents: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Encoded clips to start from.", show_default="held-out worlds"
-        ),
-    ] = None,
+    latents: Latents = None,
     starts: Annotated[int, typer.Option(metavar="N", help="Worlds or clips per seed.")] = 16,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Length of each video.")] = 60.0,
+    seconds: Seconds = 60.0,
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,

@@ -1,4 +1,4 @@
-"""When to draw a sheet of samples: as often as asked, as long as sheets take little of the time."""
+"""The moments to draw sheets of samples, which together take a small share of the time."""
 
 import time
 from collections.abc import Callable

@@ -4,7 +4,7 @@
 
 A block of up to 256 neighbours in a row has one scale, the largest magnitude in the block. Codes
 are a logarithmic grid with 8 levels per octave: 31 octaves, or 15 for a moment with a sign. A block
-never crosses rows, and FSDP shards rows, so many ranks make the codes of one rank.
+never crosses rows. FSDP gives each rank whole rows, so the codes do not depend on the ranks.
 
 A moment that decays by 0.1 % per update would never leave its level if it were rounded to the
 nearest one. A dither, which spreads evenly over updates, decides between the two levels around a

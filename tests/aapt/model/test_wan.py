@@ -141,8 +141,8 @@ def test_diffusers_wan_in_float64(monkeypatch):
 
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_diffusers_wan_of_48_channels_and_times_per_token(monkeypatch, per_frame):
-    """As its pipelines run Wan 2.2 5B: one time per token, that of its frame. A picture is frame 0,
-    at time 0."""
+    """Wan 2.2-5B takes a time per token, that of the token's frame; an image is frame 0, at time
+    0."""
     monkeypatch.setattr(Tensor, "float", lambda tensor: tensor.double())
     theirs = diffusers_model(channels=48).double()
     theirs.condition_embedder.timesteps_proj = Sinusoids()

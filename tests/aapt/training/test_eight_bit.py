@@ -13,7 +13,7 @@ LEVEL = 2 ** (1 / 8)  # ratio of neighbouring levels
 
 
 def held(x: Tensor, dtype: torch.dtype, update: int) -> Tensor:
-    """What codes hold of x (rows, n) after an update."""
+    """Return the numbers that x (rows, n) has after its codes are written and read."""
     codes = torch.zeros(x.shape, dtype=dtype)
     scales = torch.zeros(len(x), math.ceil(x.shape[1] / 256))
     encode(x, update, codes, scales)
@@ -55,7 +55,7 @@ def test_zero_is_zero_and_a_square_above_zero_stays_above():
 
 
 def test_rows_are_independent():
-    """So ranks that hold some rows each make the codes of one rank that holds all."""
+    """Codes of some rows do not depend on the other rows: ranks make what one rank makes."""
     x = numbers()
     assert torch.equal(held(x, torch.int8, 7)[2:], held(x[2:], torch.int8, 7))
 
