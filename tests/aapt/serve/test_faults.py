@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import json
 import os
 import socket
@@ -220,8 +221,13 @@ def test_a_long_walk_neither_grows_nor_slows(serve, talk, name):
         return memory, seconds
 
     memory, seconds = talk(conversation())
-    # A step of the log is about 300 bytes
-    assert np.polyfit(range(len(memory) - 1), memory[1:], 1)[0] < part * 1500
+    # A step of the log is about 300 bytes and a leaked latent frame 15 kB. The median of all slopes,
+    # since the allocator's arenas grow by jumps of their own.
+    slopes = [
+        (memory[end] - memory[start]) / (end - start)
+        for start, end in itertools.combinations(range(1, len(memory)), 2)
+    ]
+    assert np.median(slopes) < part * 4000
     assert min(seconds[-2:]) < 1.5 * min(seconds[:2])
 
 
