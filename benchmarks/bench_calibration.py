@@ -171,7 +171,7 @@ def test_fp8_pipeline(check_bits):
 
 @pytest.mark.parametrize(("first", "other", "total"), ADDITIONS)
 def test_fp8_adder(check_bits, first, other, total):
-    """31 products that are 13 or 14 bits smaller than the first add what `tensor_core_model` says."""
+    """`tensor_core_model` says what 31 products 13 or 14 bits smaller than the first add to it."""
     a, b = torch.full((64, 32), 2.0**-6), torch.full((8, 32), other)
     a[:, 5] = b[:, 5] = first
     a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)

@@ -221,8 +221,8 @@ def test_a_long_walk_neither_grows_nor_slows(serve, talk, name):
         return memory, seconds
 
     memory, seconds = talk(conversation())
-    # A step of the log is about 300 bytes and a leaked latent frame 15 kB. The median of all slopes,
-    # since the allocator's arenas grow by jumps of their own.
+    # A step of the log takes about 300 bytes, a leaked latent frame 15 kB. The allocator's arenas
+    # grow by jumps, hence the median of all slopes.
     slopes = [
         (memory[end] - memory[start]) / (end - start)
         for start, end in itertools.combinations(range(1, len(memory)), 2)

@@ -67,7 +67,7 @@ def test_a_rollout_with_unipc_equals_the_plain_one(chunk, window, sink, first, t
 
 
 def test_the_network_is_told_whole_thousandths():
-    """The network gets 999, 937, 833 and 624, as from Wan's sampler; UniPC moves over exact times."""
+    """The network gets 999, 937, 833 and 624, as from Wan's sampler; UniPC has exact times."""
     sampling = KINDS["longlive-2-5b"].sampling
     net = wan_transformer(chunk=2, window_frames=3)
     rollout = FewStepRollout(net, *prompts(), SIZE, sampling)
