@@ -1,10 +1,12 @@
-"""Tiles of rows in Triton kernels: loads and products, for both attentions and the convolution."""
+"""Tiles of rows in Triton kernels: loads and products, for both attentions and the convolution; and
+rounding to float8."""
 
 import triton
 import triton.language as tl
 
 from .backend import interpreted
 
+FLOAT8_CAPABILITY = (8, 9)  # the first that converts to float8_e4m3fn, and multiplies it
 LOG2_E = 1.4426950408889634
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -53,3 +55,33 @@ def zero_or_nan(x, row, stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.conste
         tile = tl.load(at + column, mask=active[:, None] & (column < HEAD_DIM), other=0)
         result += tl.sum(tile.to(tl.float32) * 0, 1)
     return result
+
+
+@triton.jit
+def encode_e4m3(x):
+    """Return float32 values of at most 448 in float8, ties to even. The interpreter needs this: its
+    own conversion loses a carry into the exponent, and NaN."""
+    size = tl.where(x == x, tl.abs(x), 0.0)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3)
+    FINEST: tl.constexpr = 1.5 * 2**14  # float32 has a spacing of 2^-9 there
+    subnormal = ((size + FINEST - FINEST) * 512).to(tl.int32)
+    code = tl.where(size < 2**-6, subnormal, normal)
+    code = tl.where(x == x, code, 127) + tl.where(x < 0, 128, 0)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def narrow_e4m3(x):
+    """Return float32 values of at most 448 in float8; NaN stays NaN."""
+    if INTERPRETED:
+        return encode_e4m3(x)
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_e4m3(x, scale):
+    """Return x / scale in float8, limited to the largest finite value; NaN stays NaN."""
+    x = x.to(tl.float32) * tl.div_rn(1.0, scale)
+    return narrow_e4m3(tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL))

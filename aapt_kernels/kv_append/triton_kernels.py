@@ -21,10 +21,9 @@ from ..triton_rows import (
     store_queries,
     tiling,
 )
-from ..triton_tiles import INTERPRETED
+from ..triton_tiles import FLOAT8_CAPABILITY, to_e4m3
 
 KEYS = 64  # of a tile of values
-FLOAT8_CAPABILITY = (8, 9)  # the first that converts to float8_e4m3fn
 INTEGERS = ["rows", "length", "text_tokens", "tokens_per_frame", "ring_frames", "sink_frames"]
 INTEGERS += ["value_programs"]
 
@@ -35,31 +34,6 @@ def first_key(frame, text_tokens, tokens_per_frame, ring_frames, sink_frames):
     in_ring = sink_frames + (frame - sink_frames) % ring_frames
     slot = tl.where(frame < sink_frames, frame, in_ring)
     return text_tokens + slot * tokens_per_frame
-
-
-@triton.jit
-def encode_e4m3(x):
-    """Return float32 values of at most 448 in float8, ties to even. The interpreter needs this: its
-    own conversion loses a carry into the exponent, and NaN."""
-    size = tl.where(x == x, tl.abs(x), 0.0)
-    bits = size.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3)
-    FINEST: tl.constexpr = 1.5 * 2**14  # float32 has a spacing of 2^-9 there
-    subnormal = ((size + FINEST - FINEST) * 512).to(tl.int32)
-    code = tl.where(size < 2**-6, subnormal, normal)
-    code = tl.where(x == x, code, 127) + tl.where(x < 0, 128, 0)
-    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-
-
-@triton.jit
-def to_e4m3(x, scale):
-    """Return x / scale in float8, limited to the largest finite value; NaN stays NaN."""
-    x = x.to(tl.float32) * tl.div_rn(1.0, scale)
-    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    if INTERPRETED:
-        return encode_e4m3(x)
-    else:
-        return x.to(tl.float8e4nv)
 
 
 @triton.jit
