@@ -50,6 +50,12 @@ class KVCache:
     returns queries times this matrix. Scores stay as they are, and large channels are spread over
     all of a head.
 
+    self_check: whether `cached_attention` checks its kernels on a float8 cache, which round queries
+    and weights to float8 as well, True unless given. A sample of rows is compared with float32 in
+    the first call for a layer and a number of frames, and RuntimeError names a head that loses too
+    much. The check waits for the device. It is left out in a captured or compiled step, so call
+    each step once before. `recheck` asks for another check.
+
     workspace: memory that the kernels of cached_attention reuse in every call, int32 for sm_90a,
     float32 for Triton; None where neither runs or none is needed, and in a clone before its first
     call. So all calls on one cache belong on one stream of the device.
@@ -62,6 +68,7 @@ class KVCache:
     v_scale: Tensor | None = None
     workspace: Tensor | None = None
     use_hadamard: bool = False
+    self_check: bool = True
     _compute_dtype: torch.dtype | None = None
 
     def __init__(
@@ -78,6 +85,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
         use_hadamard: bool = False,
+        self_check: bool = True,
         device: torch.device | str = "cpu",
     ):
         sizes = {}
@@ -99,6 +107,8 @@ class KVCache:
         self.sink_frames = sizes["sink_frames"]
         self._choose_dtypes(dtype, compute_dtype)
         self._choose_hadamard(use_hadamard, dtype, head_dim)
+        self.self_check = bool(self_check)
+        self.checked: set[tuple[int, int]] = set()  # layer and number of queries
         # Head-major in memory, because every attention reads the keys of one head in one piece
         outer = (layers, batch, heads)
         options = dict(dtype=dtype, device=device)
@@ -144,7 +154,8 @@ class KVCache:
     def _new_workspace(self) -> Tensor | None:
         sizes = (self.tokens_per_frame, self.window_frames)
         kernels = kernels_of(self.k.device)
-        fits = self.k.dtype == torch.bfloat16 and self.k.shape[-1] in (64, 128)
+        head_dims = (128,) if self.k.dtype in QUANTISED else (64, 128)
+        fits = self.compute_dtype == torch.bfloat16 and self.k.shape[-1] in head_dims
         if kernels is not None and fits:
             make = kernels.cached_attention_workspace
         elif obstacle("cached_attention", "triton", self.k.device):
@@ -254,6 +265,11 @@ class KVCache:
             self.k[:, :, self.text_tokens :].zero_()
             self.v[:, :, self.text_tokens :].zero_()
 
+    def recheck(self) -> None:
+        """Check every layer again in its next `cached_attention`, if `self_check` is on: after new
+        weights or scales, or now and then in a long stream."""
+        self.checked.clear()
+
     def clone(self) -> "KVCache":
         """Return an independent copy, to branch a stream or to keep its state for training.
 
@@ -264,6 +280,7 @@ class KVCache:
             for name, tensor in self.tensors().items():
                 setattr(twin, name, copy.deepcopy(tensor))  # with the strides of a float8 cache
         twin.workspace = None
+        twin.checked = set(self.checked)
         return twin
 
     def tensors(self) -> dict[str, Tensor]:

@@ -4,11 +4,20 @@ import torch
 from torch import Tensor
 
 from ..backend import deferred, for_simulator, implement, register_fake
-from ..checks import cache_limit, check_no_grad, check_no_tangent, scale_limit, sm90_limit
-from ..kv_cache import KVCache
+from ..checks import (
+    cache_limit,
+    check_no_grad,
+    check_no_tangent,
+    grouped_limit,
+    scale_limit,
+    sm90_limit,
+    transposed_limit,
+)
+from ..kv_cache import KEY_GROUP, QUANTISED, KVCache
 from ..precision import follow_autocast, wide
 from ..schemas import ops
 from . import cpu, ref
+from .self_check import check, is_due
 
 
 def cached_attention(
@@ -35,8 +44,11 @@ def cached_attention(
     A slot that the frames do not see, such as one before `cache.reset()`, never reaches the
     output, not even as NaN.
 
+    Kernels on a float8 cache round q and the weights to float8 too. Their first call for a layer
+    and a number of frames is checked against float32 on a sample of rows, see `KVCache`.
+
     Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
-    requires grad, and NotImplementedError in forward-mode differentiation.
+    requires grad or the check fails, and NotImplementedError in forward-mode differentiation.
     """
     q, q_sink = follow_autocast(q, q_sink, dtype=cache.compute_dtype)
     tensors = {"q": q} if q_sink is None else {"q": q, "q_sink": q_sink}
@@ -46,7 +58,7 @@ def cached_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     q, q_sink = for_simulator(q, q_sink)
-    out, lse = ops.cached_attention.default(
+    arguments = (
         q,
         cache.k[layer],
         cache.v[layer],
@@ -58,6 +70,9 @@ def cached_attention(
         *cache.scales(layer),
         cache.ready_workspace(),
     )
+    out, lse = ops.cached_attention.default(*arguments)
+    if cache.k.dtype in QUANTISED and is_due(cache, layer, *arguments):
+        check(out, q, q_sink, cache, layer, scale)
     return (out, lse) if return_lse else out
 
 
@@ -70,8 +85,18 @@ def _(q, *_):
 
 def _sm90_limit(q, k_cache=None, v_cache=None, step=None, text_lens=None, q_sink=None, *options):
     scale = options[4] if options else None
-    tensors = dict(k_cache=k_cache, v_cache=v_cache, text_lens=text_lens, q_sink=q_sink)
-    return cache_limit(q, k_cache) or sm90_limit(q, **tensors) or scale_limit(scale)
+    tensors = dict(k_cache=k_cache, text_lens=text_lens, q_sink=q_sink)
+    if k_cache is None or k_cache.dtype not in QUANTISED:
+        reason = cache_limit(q, k_cache) or sm90_limit(q, v_cache=v_cache, **tensors)
+    elif q.shape[-1] != 128:
+        reason = f"it takes a head_dim of 128 with a cache of float8, got {q.shape[-1]}"
+    else:
+        reason = (
+            sm90_limit(q, **tensors)
+            or grouped_limit("k_cache", k_cache, KEY_GROUP)
+            or transposed_limit("v_cache", v_cache)
+        )
+    return reason or scale_limit(scale)
 
 
 implement(
