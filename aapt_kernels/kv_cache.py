@@ -23,6 +23,7 @@ from torch import Tensor
 from .backend import deferred, kernels_of, may_run_kernels, obstacle
 from .checks import FLOATS, check_dense_rows, check_device, check_dtype, check_integer, check_shape
 from .precision import as_bits, dequantise, hadamard, quantise
+from .self_check import check_stored, is_due
 
 QUANTISED = (torch.float8_e4m3fn,)
 KEY_GROUP = 16  # keys of a float8 cache in 16 bytes
@@ -50,11 +51,13 @@ class KVCache:
     returns queries times this matrix. Scores stay as they are, and large channels are spread over
     all of a head.
 
-    self_check: whether `cached_attention` checks its kernels on a float8 cache, which round queries
-    and weights to float8 as well, True unless given. A sample of rows is compared with float32 in
-    the first call for a layer and a number of frames, and RuntimeError names a head that loses too
-    much. The check waits for the device. It is left out in a captured or compiled step, so call
-    each step once before. `recheck` asks for another check.
+    self_check: whether a float8 cache is checked at its first use, True unless given. The first
+    call for a layer and a number of tokens of `kv_append`, `write_text` and `load_prefix` compares
+    a sample of keys and values, as they are stored, with those given; the first call of
+    `cached_attention` with a kernel that rounds queries and weights to float8 compares a sample of
+    rows with float32. RuntimeError names the head that loses too much, and what to do. A check
+    waits for the device. It is left out in a captured or compiled step, so call each step once
+    before. `recheck` asks for another check.
 
     workspace: memory that the kernels of cached_attention reuse in every call, int32 for sm_90a,
     float32 for Triton; None where neither runs or none is needed, and in a clone before its first
@@ -108,7 +111,7 @@ class KVCache:
         self._choose_dtypes(dtype, compute_dtype)
         self._choose_hadamard(use_hadamard, dtype, head_dim)
         self.self_check = bool(self_check)
-        self.checked: set[tuple[int, int]] = set()  # layer and number of queries
+        self.checked: set[tuple[str, int, int]] = set()  # op, layer and number of tokens
         # Head-major in memory, because every attention reads the keys of one head in one piece
         outer = (layers, batch, heads)
         options = dict(dtype=dtype, device=device)
@@ -185,11 +188,14 @@ class KVCache:
             return None, None
         return self.k_scale[layer], self.v_scale[layer]
 
-    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of `compute_dtype` as the memory keeps them."""
+    def _stored(self, call: str, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of `compute_dtype` as the memory keeps them. call: who asks."""
         k_scale, v_scale = self.scales(layer)
-        k = hadamard(k) if self.use_hadamard else k
-        return quantise(k, k_scale, self.k.dtype), quantise(v, v_scale, self.v.dtype)
+        turned = hadamard(k) if self.use_hadamard else k
+        stored = quantise(turned, k_scale, self.k.dtype), quantise(v, v_scale, self.v.dtype)
+        if is_due(self, call, layer, k):
+            check_stored(self, call, layer, k.shape[1], stored, (k, v))
+        return stored
 
     @property
     def ring_frames(self) -> int:
@@ -241,7 +247,8 @@ class KVCache:
             row = torch.arange(length, device=k.device) - shift
             source = row.clamp(min=0)[..., None, None].expand_as(k)
             texts = (x.gather(1, source).masked_fill_(row[..., None, None] < 0, 0) for x in (k, v))
-            for cached, text in zip((self.k, self.v), self._stored(layer, *texts), strict=True):
+            stored = self._stored("write_text", layer, *texts)
+            for cached, text in zip((self.k, self.v), stored, strict=True):
                 cached[layer, :, : self.text_tokens - length].zero_()
                 cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(text)
 
@@ -266,8 +273,8 @@ class KVCache:
             self.v[:, :, self.text_tokens :].zero_()
 
     def recheck(self) -> None:
-        """Check every layer again in its next `cached_attention`, if `self_check` is on: after new
-        weights or scales, or now and then in a long stream."""
+        """Check every layer again in its next calls, if `self_check` is on: after new weights or
+        scales, or now and then in a long stream."""
         self.checked.clear()
 
     def clone(self) -> "KVCache":
@@ -375,7 +382,8 @@ class KVCache:
             ]
         )
         with torch.no_grad():
-            for cached, given in zip((self.k, self.v), self._stored(layer, k, v), strict=True):
+            stored = self._stored("load_prefix", layer, k, v)
+            for cached, given in zip((self.k, self.v), stored, strict=True):
                 slots = as_bits(cached)[layer, :, self.text_tokens :]
                 slots = slots.unflatten(1, (-1, self.tokens_per_frame)).zero_()
                 frames = as_bits(given).unflatten(1, (-1, self.tokens_per_frame))

@@ -16,8 +16,9 @@ from ..checks import (
 from ..kv_cache import KEY_GROUP, QUANTISED, KVCache
 from ..precision import follow_autocast, wide
 from ..schemas import ops
+from ..self_check import is_due
 from . import cpu, ref
-from .self_check import check, is_due
+from .self_check import check_attention, rounds_weights
 
 
 def cached_attention(
@@ -71,8 +72,8 @@ def cached_attention(
         cache.ready_workspace(),
     )
     out, lse = ops.cached_attention.default(*arguments)
-    if cache.k.dtype in QUANTISED and is_due(cache, layer, *arguments):
-        check(out, q, q_sink, cache, layer, scale)
+    if is_due(cache, "cached_attention", layer, q) and rounds_weights(*arguments):
+        check_attention(cache, layer, out, *arguments)
     return (out, lse) if return_lse else out
 
 

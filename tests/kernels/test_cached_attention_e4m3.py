@@ -13,7 +13,7 @@ import torch
 
 from aapt_kernels import KVCache, cached_attention, kv_append, use_backend
 from aapt_kernels.backend import BackendError
-from aapt_kernels.cached_attention.self_check import check as self_check
+from aapt_kernels.cached_attention.self_check import check_attention
 from benchmarks import float8_accuracy
 
 from .oracles import attend, rotate
@@ -300,13 +300,14 @@ def test_the_first_call_is_checked(kernel, schedule):
 def test_a_check_is_made_once_for_a_layer_and_a_number_of_frames(kernel, schedule, monkeypatch):
     calls = []
     package = import_module("aapt_kernels.cached_attention")
-    monkeypatch.setattr(package, "check", lambda *arguments: calls.append(self_check(*arguments)))
+    monkeypatch.setattr(package, "check_attention", lambda *x: calls.append(check_attention(*x)))
     schedule(multiprocessors=2, seed=1)
     case = Case(kernel, tokens=20, frames=2, step=4)
     case.cache.self_check = True
     for frames in (2, 2, 1, 1):
         cached_attention(case.q[:, : frames * 20].contiguous(), case.cache, 1)
-    assert len(calls) == 2 and case.cache.checked == {(1, 40), (1, 20)}
+    checked = {("cached_attention", 1, 40), ("cached_attention", 1, 20)}
+    assert len(calls) == 2 and case.cache.checked == checked
     case.cache.recheck()
     case.run()
     assert len(calls) == 3
