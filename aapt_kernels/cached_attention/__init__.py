@@ -18,6 +18,7 @@ from ..precision import follow_autocast, wide
 from ..schemas import ops
 from ..self_check import is_due
 from . import cpu, ref
+from .past import merge
 from .self_check import check_attention, rounds_weights
 
 
@@ -45,8 +46,10 @@ def cached_attention(
     A slot that the frames do not see, such as one before `cache.reset()`, never reaches the
     output, not even as NaN.
 
-    Kernels on a float8 cache round q and the weights to float8 too. Their first call for a layer
-    and a number of frames is checked against float32 on a sample of rows, see `KVCache`.
+    A cache with `past_dtype` takes two calls, merged by their log-sum-exp: one sees text, sink and
+    the newest frame, the other the frames between. Kernels on a float8 cache round q and the
+    weights to float8 too. Their first call for a layer and a number of frames is checked against
+    float32 on a sample of rows, see `KVCache`.
 
     Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
     requires grad or the check fails, and NotImplementedError in forward-mode differentiation.
@@ -58,12 +61,25 @@ def cached_attention(
     check_no_grad("cached_attention", tensors)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    out, lse = _attend(q, q_sink, cache, layer, cache.step, scale)
+    if cache.past is not None:
+        past = cache.past
+        # The op counts the queries' own frame, which is not in the past; it sees one at least
+        step = (past.step - 1).clamp(min=0)
+        if past.signs is not None:  # exact, so that what they lack is in the scale
+            q, scale = q @ past.signs, scale * q.shape[-1] ** -0.5
+        out, lse = merge(out, lse, *_attend(q, None, past, layer, step, scale), past.step > 0)
+    return (out, lse) if return_lse else out
+
+
+def _attend(q, q_sink, cache, layer, step, scale) -> tuple[Tensor, Tensor]:
+    """Attend to a cache of one dtype at `step`, and check the result if that is due."""
     q, q_sink = for_simulator(q, q_sink)
     arguments = (
         q,
         cache.k[layer],
         cache.v[layer],
-        cache.step,
+        step,
         cache.text_lens,
         q_sink,
         *cache.integers,
@@ -74,7 +90,7 @@ def cached_attention(
     out, lse = ops.cached_attention.default(*arguments)
     if is_due(cache, "cached_attention", layer, q) and rounds_weights(*arguments):
         check_attention(cache, layer, out, *arguments)
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
 @register_fake("cached_attention")
