@@ -38,24 +38,25 @@ def sample(length: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) * length // count
 
 
-def check_stored(cache: KVCache, op: str, layer: int, length: int, stored, exact) -> None:
+def check_stored(cache: KVCache, op: str, layer: int, length: int, stored, exact) -> Tensor:
     """Compare stored keys and values (B, L, H, D) with exact ones, of which the keys are not yet
-    multiplied by the Hadamard matrix, head by head.
+    multiplied by the Hadamard matrix, head by head. Returns the errors of the keys.
 
     Raises RuntimeError if the relative L2 error of a head is more than MOST_LOSS, and says whether
     the scale is to blame or the code that has stored. A head that is zero or not finite says
     nothing: the layer is then checked again in the next call.
     """
-    known = []
+    known, errors = [], []
     for name, found, x, scale in zip("kv", stored, exact, cache.scales(layer), strict=True):
         x = x.to(wide(x.dtype))
         if name == "k" and cache.use_hadamard:
             x = hadamard(x)
         size = norm(x)
-        found, rounded = (
-            norm(dequantise(y, scale, x.dtype) - x) / size
-            for y in (found, quantise(x, scale, found.dtype))
+        error, own = (
+            dequantise(y, scale, x.dtype) - x for y in (found, quantise(x, scale, found.dtype))
         )
+        found, rounded = norm(error) / size, norm(own) / size
+        errors.append(error)
         counts = size.isfinite() & (size > 0)
         known.append(counts)
         wrong = (counts & ~(found <= MOST_LOSS)).nonzero().flatten().tolist()
@@ -63,6 +64,7 @@ def check_stored(cache: KVCache, op: str, layer: int, length: int, stored, exact
             raise RuntimeError(_message(name, op, layer, wrong[0], found, rounded))
     if torch.stack(known).all():
         cache.checked.add((op, layer, length))
+    return errors[0]
 
 
 def norm(x: Tensor) -> Tensor:

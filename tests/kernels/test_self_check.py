@@ -108,6 +108,24 @@ def test_what_is_right_passes(backend, use_hadamard):
     assert cache.checked == calls
 
 
+def test_keys_that_change_the_scores_too_much_are_refused(backend):
+    """Outliers lose no more of a key than others, but more of a score."""
+    weight = torch.ones(128)
+    weight[::32] = 8
+    streams = [Stream(head_dim=128, use_hadamard=use) for use in (True, False)]
+    for stream in streams:
+        stream.weights = [weight, weight]
+        stream.cache.k_scale.fill_(0.1)
+    streams[0].append()
+    words = (
+        "^kv_append: expected rounded keys to change scores by at most 0.15, got 0.[23]. in head 0 "
+        "of layer 1; make the cache with use_hadamard=True or with dtype=torch.bfloat16$"
+    )
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            streams[1].append()
+
+
 def test_nothing_is_known_of_zeros_and_of_nan():
     """So the next call is checked too."""
     stream = Stream()
