@@ -192,6 +192,23 @@ def test_a_cache_filled_from_outside_continues_the_stream(steps):
         torch.testing.assert_close(lse, exact_lse, rtol=1e-10, atol=1e-10)
 
 
+def test_a_step_compiles_without_a_graph_break():
+    torch._dynamo.reset()
+
+    def step(x, cache):
+        q = kv_append(x, x, x, cache, LAYER, None, None, None, None)
+        out = cached_attention(q, cache, LAYER)
+        cache.advance()
+        return out
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    cache = Stream(dtype=torch.float32).cache
+    twin = cache.clone()
+    for seed in range(4):
+        x = torch.randn(2, 6, 3, 8, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(compiled(x, cache), step(x, twin))
+
+
 def test_a_scale_that_does_not_fit_is_named_when_the_step_ends():
     stream = Stream()
     stream.step()
