@@ -290,10 +290,11 @@ class KVCache:
                 cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(text)
 
     def advance(self, frames: int = 1) -> None:
-        """Finish a step: the frames that every layer has appended are now part of the past.
+        """Finish a step: the frames that every layer has appended are now part of the past, and
+        rounded to `past_dtype`, if any.
 
-        frames: number of frames that each layer appended in this step, at most window_frames + 1.
-        TypeError or ValueError for another.
+        frames: number of frames that each layer appended in this step, at most window_frames + 1,
+        1 with `past_dtype`. TypeError or ValueError for another, RuntimeError if a check fails.
         """
         frames = check_integer("frames", frames, 1)
         if frames > self.ring_frames:
@@ -305,7 +306,8 @@ class KVCache:
             newest = [x[:, :, -self.tokens_per_frame :] for x in (self.k, self.v)]
             for layer, frame in enumerate(zip(*newest, strict=True)):
                 self.past.append(layer, *frame)
-            # The slot that a sink frame has filled is not seen before it is filled again
+            # After a sink frame the newest slot is an old one: what it fills is not seen until the
+            # next frame fills it again
             self.past.step.copy_((self.step - self.sink_frames).clamp(min=0))
 
     def reset(self) -> None:
