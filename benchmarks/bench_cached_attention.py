@@ -32,8 +32,8 @@ def test_cached_attention(against, mode, device, shape, dtype):
 
 
 def test_cached_attention_float8(against, mode, device, shape, dtype):
-    """A cache of E4M3, with products in E4M3 where a kernel has them, against one of `dtype`, and one
-    whose past alone is E4M3."""
+    """A cache of E4M3, with products in E4M3 where a kernel has them, against one of `dtype`, and
+    against one whose past alone is E4M3."""
     if mode == "cpu" or shape.head_dim != 128:
         pytest.skip("no products in E4M3")
     caches = [

@@ -88,8 +88,9 @@ def _attend(q, q_sink, cache, layer, step, scale) -> tuple[Tensor, Tensor]:
         cache.ready_workspace(),
     )
     out, lse = ops.cached_attention.default(*arguments)
-    if is_due(cache, "cached_attention", layer, q) and rounds_weights(*arguments):
-        check_attention(cache, layer, out, *arguments)
+    if cache.k_scale is not None and is_due(cache, "cached_attention", layer, q):
+        if rounds_weights(*arguments):
+            check_attention(cache, layer, out, *arguments)
     return out, lse
 
 

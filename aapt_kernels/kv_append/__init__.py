@@ -80,7 +80,7 @@ def kv_append(
         *cache.scales(layer),
         cache.use_hadamard,
     )
-    if is_due(cache, "kv_append", layer, k):
+    if cache.k_scale is not None and is_due(cache, "kv_append", layer, k):
         check_append(cache, layer, q, k, v, k_weight, cos, sin, eps)
     return q if cos_sink is None else (q, q_sink)
 
