@@ -22,6 +22,7 @@ from aapt_kernels.qk_norm_rope import ref as norm_rope
 from aapt_kernels.testing import assert_error_ratio
 
 from .oracles import attend
+from .past import Stream, relative
 
 pytest.importorskip("triton")
 if not (interpreted() or torch.cuda.is_available()):
@@ -339,6 +340,17 @@ def test_attention_to_a_cache_of_float8(dtype, case, splits):
         )
         error, least = ((x.double() - exact).norm() / exact.norm() for x in (out, emulated))
         assert error <= 1.2 * least + 2**-8
+        torch.testing.assert_close(lse.double(), emulated_lse, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("use_hadamard", [False, True])
+def test_attention_to_a_past_of_float8(use_hadamard, pinned):
+    sizes = dict(tokens=9, heads=2, head_dim=32, dtype=torch.float32)
+    stream = Stream(DEVICE, use_hadamard=use_hadamard, **sizes)
+    for _ in range(4):
+        (out, lse), (exact, _), (emulated, emulated_lse) = stream.step(pinned)
+        assert relative(out, exact) <= 1.1 * relative(emulated, exact) + 1e-3
         torch.testing.assert_close(lse.double(), emulated_lse, rtol=0, atol=1e-3)
 
 
