@@ -360,7 +360,7 @@ def test_attention_to_a_cache_of_float8_is_checked(monkeypatch):
     x = normal(1, 9, 2, 32, dtype=torch.bfloat16)
     q = kv_append(x, x, x, cache, 0, None, None, None, None)
     cached_attention(q, cache, 0)
-    assert cache.checked == {(0, 9)}
+    assert cache.checked == {("kv_append", 0, 9), ("cached_attention", 0, 9)}
     monkeypatch.setattr(self_check, "LEAST_COSINE", 0.999999)  # more than E4M3 can give
     cached_attention(q, cache, 0)
     cache.recheck()
