@@ -74,17 +74,26 @@ def shortened(recipe: Recipe) -> Recipe:
 
 
 def shortened_stage(config: StageConfig) -> StageConfig:
-    """A stage with UPDATES updates of each phase, and one to warm the discriminator up."""
+    """A stage with UPDATES updates of each phase, and one to warm the discriminator up.
+
+    Of several critic updates per update of a generator two are left.
+    """
     if hasattr(config, "curriculum"):
         phases = (replace(phase, steps=UPDATES) for phase in config.curriculum.phases)
         return replace(config, curriculum=Curriculum(tuple(phases)))
     if getattr(config, "discriminator_warmup", 0):
         config = replace(config, discriminator_warmup=1)
+    if hasattr(config, "critic_updates"):
+        config = replace(config, critic_updates=min(config.critic_updates, 2))
     return replace(config, steps=UPDATES)
 
 
 def timed(config: StageConfig) -> Iterator[tuple[int, int]]:
     """Yield the updates of each phase, and which update of the shortened stage is timed for it."""
+    if getattr(config, "critic_updates", 1) > 1:  # of the critic alone, and of both
+        yield config.steps * (config.critic_updates - 1), 2 * UPDATES - 2
+        yield config.steps, 2 * UPDATES - 1
+        return
     done = 0
     if warmup := getattr(config, "discriminator_warmup", 0):
         yield warmup, 0
