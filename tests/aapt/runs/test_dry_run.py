@@ -85,7 +85,8 @@ def test_only_updates_and_clips_are_fewer(make):
         else:
             warmup = getattr(config, "discriminator_warmup", None)
             back = {"steps": config.steps} | ({"discriminator_warmup": warmup} if warmup else {})
-            assert short.steps == 2 and dataclasses.replace(short, **back) == config
+            assert short.steps + bool(warmup) == 2
+            assert dataclasses.replace(short, **back) == config
     assert (
         dataclasses.replace(
             brief,
@@ -103,7 +104,7 @@ def test_only_updates_and_clips_are_fewer(make):
     [
         (paper_8b().stages["diffusion"], [9, 10, 20, 22, 30, 35], 20_000 + 2 * 6_000 + 5 * 4_000),
         (paper_8b().stages["adversarial"], [8, 11], 500 * 3),
-        (tiny_world().stages["adversarial"], [4, 8, 10], 60 * 4 + 220 * 2),
+        (tiny_world().stages["adversarial"], [4, 8], 60 * 4 + 220 * 4),
         (MATCHING, [9, 19, 22, 29], 200 * (4 * 3 + 7)),
         (dataclasses.replace(MATCHING, critic_updates=1), [9, 19], 200 * 10),
     ],
