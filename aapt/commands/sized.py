@@ -1,6 +1,5 @@
 """Models that commands measure or predict: checkpoints, and presets with random weights."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -65,13 +64,7 @@ def ranks_of_torchrun(context: int, **given):
     """
     from ..runs.parallel import Parallel
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
     with bad_input():
         for name in (name for name, value in given.items() if value):
             raise ValueError(f"{name}: expected none with --context, got one; remove it")
-        if world % context:
-            raise ValueError(
-                f"context: expected a divisor of the {world} ranks, got {context}; start with "
-                f"torchrun --nproc-per-node {context} -m aapt bench stream --context {context}"
-            )
         return Parallel.from_environment(context)

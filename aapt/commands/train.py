@@ -121,8 +121,8 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="SWITCH",
-            help="Save memory: eight-bit, lora[=RANK], discriminator-lora[=RANK] or frozen-trunk; "
-            "may be repeated.",
+            help="Save memory: offload, eight-bit, lora[=RANK], discriminator-lora[=RANK] or "
+            "frozen-trunk; may be repeated.",
             show_default="none",
         ),
     ] = None,
@@ -172,9 +172,9 @@ def train(
     A recipe of your own is a file, NAME.toml, with `base`, the recipe that it changes, and a table
     for each part that differs, such as [stages.adversarial]. --set changes one number more.
 
-    --memory changes every stage, and so the result: moments of the optimizer in 8 bits, low-rank
-    adaptations of the generator or the discriminator, or a discriminator whose heads alone learn.
-    --plan says what each switch saves.
+    --memory changes every stage, and so the result: parameters and optimizer on the CPU, moments of
+    the optimizer in 8 bits, low-rank adaptations of the generator or the discriminator, or a
+    discriminator whose heads alone learn. --plan says what each switch saves.
 
     The recipes vae-light and wan-light train a light decoder for an existing autoencoder. Their
     checkpoint is that of --vae with the new decoder. The recipe vae-fine makes an autoencoder
@@ -221,10 +221,8 @@ def train(
             if value:
                 raise ValueError(f"{name}: expected none for the recipe {made.name}, got {value}")
         made = with_switches(made, memory or ()) if world else made
-        names = run.stage_names(made) if world else []
-        for name in stage or ():
-            if name not in names:
-                raise ValueError(f"stage: expected one of {', '.join(names)}, got {name!r}")
+        if world:
+            run.check_stages(made, stage or ())
         if dry_run and plan:
             raise ValueError("dry_run: expected none with --plan, which trains nothing")
         if dry_run and stage:

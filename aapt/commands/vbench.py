@@ -66,7 +66,7 @@ def vbench(
     VBench itself measures them: give each folder of a length to its evaluation. Images are
     cropped around their centre to the model's size, so choose VBench's crop that is nearest to it.
     A shorter video is the beginning of the longer one of its number. Nothing steers a model that
-    takes controls. The same command resumes.
+    takes controls. The same command resumes; one with another checkpoint or seed is rejected.
 
     \b
     Examples:
@@ -74,7 +74,9 @@ def vbench(
         --device cuda --out videos
       aapt vbench tiny-world --images images/ --frames 120 --samples 1 --out short
     """
+    from ..checkpoint import find_checkpoint
     from ..evaluate.vbench import LENGTHS, read_cases, write_videos
+    from ..streaming.actions import model_digest
 
     with bad_input():
         check_inputs(images=images, info=info)
@@ -84,9 +86,9 @@ def vbench(
     lengths = dict.fromkeys(frames or LENGTHS)
     with bad_input():
         try:
-            write_videos(
-                generator, cases, out, lengths=list(lengths), samples=samples, seed=seed, log=say
-            )
+            given = {"lengths": list(lengths), "samples": samples, "seed": seed, "log": say}
+            model = model_digest(find_checkpoint(checkpoint))
+            write_videos(generator, cases, out, model=model, **given)
         except OSError as error:
             raise OutputError(reason(error)) from None
         except KeyboardInterrupt:

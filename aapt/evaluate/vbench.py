@@ -71,6 +71,7 @@ def write_videos(
     cases: Sequence[Case],
     out: Path,
     *,
+    model: str,
     lengths: Sequence[int] = LENGTHS,
     samples: int = SAMPLES,
     seed: int = 0,
@@ -80,25 +81,27 @@ def write_videos(
 
     The videos of one index are one stream, of which a shorter video is the beginning. Nothing
     steers a model that takes controls. A video that is there is not made again, and none is ever
-    written in part. `seeds.json` holds the seed of every index.
+    written in part. `seeds.json` holds the seed of every index, and the digest of the checkpoint.
 
     Args:
+        model: Digest of the generator's checkpoint, see `model_digest`.
         lengths: Video frames, 1 or more; the first is the image, through the autoencoder.
         samples: Videos per case.
         seed: Of index 0; index i has `seed` + i.
 
-    ValueError for another seed than that of the videos in `out`.
+    ValueError for another seed or checkpoint than that of the videos in `out`.
     """
     recorded = json.loads((out / SEEDS).read_text()) if (out / SEEDS).is_file() else {}
-    if (made_with := recorded.get("0", seed)) != seed:
-        raise ValueError(
-            f"seed: expected {made_with}, as for the videos in {out}, got {seed}; pass another "
-            "folder as --out"
-        )
+    for name, key, ours in (("seed", "0", seed), ("checkpoint", "model", model)):
+        if (theirs := recorded.get(key, ours)) != ours:
+            raise ValueError(
+                f"{name}: expected {theirs}, as for the videos in {out}, got {ours}; pass another "
+                "folder as --out"
+            )
     for length in lengths:
         (out / str(length)).mkdir(parents=True, exist_ok=True)
     seeds = {str(index): seed + index for index in range(samples)}
-    write_json(out / SEEDS, recorded | seeds)
+    write_json(out / SEEDS, recorded | seeds | {"model": model})
     for case in cases:
         for index in range(samples):
             paths = {length: out / str(length) / f"{case.prompt}-{index}.mp4" for length in lengths}

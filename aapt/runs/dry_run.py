@@ -12,7 +12,7 @@ from .monitor import METRICS, read_metrics
 from .parallel import Parallel
 from .run import run
 
-UPDATES = 2  # of each phase: the second is timed
+UPDATES = 2  # of each phase, one after a discriminator's warm-up: the last is timed
 CLIPS = 2  # of a set that the recipe renders
 
 
@@ -74,24 +74,32 @@ def shortened(recipe: Recipe) -> Recipe:
 
 
 def shortened_stage(config: StageConfig) -> StageConfig:
-    """A stage with UPDATES updates of each phase, and one to warm the discriminator up."""
+    """A stage with UPDATES updates of each phase; of a discriminator that is warmed up first, the
+    first is its own.
+
+    Of several critic updates per update of a generator two are left.
+    """
     if hasattr(config, "curriculum"):
         phases = (replace(phase, steps=UPDATES) for phase in config.curriculum.phases)
         return replace(config, curriculum=Curriculum(tuple(phases)))
     if getattr(config, "discriminator_warmup", 0):
-        config = replace(config, discriminator_warmup=1)
+        return replace(config, discriminator_warmup=1, steps=UPDATES - 1)
+    if hasattr(config, "critic_updates"):
+        config = replace(config, critic_updates=min(config.critic_updates, 2))
     return replace(config, steps=UPDATES)
 
 
 def timed(config: StageConfig) -> Iterator[tuple[int, int]]:
     """Yield the updates of each phase, and which update of the shortened stage is timed for it."""
-    done = 0
+    if getattr(config, "critic_updates", 1) > 1:  # of the critic alone, and of both
+        yield config.steps * (config.critic_updates - 1), 2 * UPDATES - 2
+        yield config.steps, 2 * UPDATES - 1
+        return
     if warmup := getattr(config, "discriminator_warmup", 0):
         yield warmup, 0
-        done = 1
     phases = config.curriculum.phases if hasattr(config, "curriculum") else [config]
     for index, phase in enumerate(phases, 1):
-        yield phase.steps, done + index * UPDATES - 1
+        yield phase.steps, index * UPDATES - 1
 
 
 def stage_seconds(config: StageConfig, metrics: Path) -> float:

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -77,7 +79,10 @@ class Parallel:
         cuda = torch.cuda.is_available()
         world = int(os.environ.get("WORLD_SIZE", 1))
         if context < 1 or world % context:
-            raise ValueError(f"context: expected a divisor of the {world} ranks, got {context}")
+            raise ValueError(
+                f"context: expected a divisor of the {world} ranks, got {context}; start with "
+                f"torchrun --nproc-per-node {context}, or a multiple"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
         if world == 1:
             return cls.single(device)
@@ -125,42 +130,52 @@ class Parallel:
         """
         share_tokens(model, self.context)
 
-    def shard(self, model: nn.Module, keep_gathered: bool = False) -> None:
+    def shard(self, model: nn.Module, keep_gathered: bool = False, offload: bool = False) -> None:
         """Shard a model's parameters over all ranks, and its tokens over the context group.
 
         Parameters are gathered block by block when they are used, and released afterwards (ZeRO-3).
         With `keep_gathered` they are kept until the backward pass has used them (ZeRO-2), because a
         rollout runs every block at every frame. Parameters become DTensors: load weights and copy
         models before, make optimizers and averages after.
+
+        With `offload` the shards are in the memory of the CPU, in pages that a GPU reads directly,
+        and so are gradients, optimizer states and averages made of them. Buffers stay.
         """
         self.share_tokens(model)
         if self.mesh is None:
             return
+        pinned = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        place = pinned if offload else OffloadPolicy()
         for network in networks(model):
             called = ()
             if isinstance(network, VideoTransformer):
                 called = CALLED_ON_TRANSFORMERS
                 for block in network.blocks:
-                    self._shard(block, keep_gathered, self.gather_dtype, CALLED_ON_BLOCKS)
+                    self._shard(block, keep_gathered, place, self.gather_dtype, CALLED_ON_BLOCKS)
             # Layers around the blocks are small, and logits need precision (docs/method.md#8).
-            self._shard(network, keep_gathered, None, called)
+            self._shard(network, keep_gathered, place, None, called)
 
     def _shard(
         self,
         module: nn.Module,
         keep_gathered: bool,
+        place: OffloadPolicy,
         dtype: torch.dtype | None,
         methods: tuple[str, ...],
     ) -> None:
         # FSDP warns that outputs are views, which must not be changed in place; none is changed.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        policy = MixedPrecisionPolicy(
+        precision = MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32 if dtype else None,
             cast_forward_inputs=False,
         )
         fully_shard(
-            module, mesh=self.mesh, reshard_after_forward=not keep_gathered, mp_policy=policy
+            module,
+            mesh=self.mesh,
+            reshard_after_forward=not keep_gathered,
+            mp_policy=precision,
+            offload_policy=place,
         )
         module.set_force_sum_reduction_for_comms(self.device.type == "cpu")  # gloo has no mean
         for method in methods:

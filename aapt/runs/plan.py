@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.config import ModelConfig
 from ..model.discriminator import TAP_FRACTIONS, Discriminator
-from ..model.low_rank import adapt
+from ..model.low_rank import LoRA, adapt
 from ..model.transformer import VideoTransformer
 from ..model.world_model import WorldModel
 from ..training.eight_bit import BLOCK, EightBitOptimizer
@@ -24,9 +24,13 @@ from ..training.optimization import MuonAdamW, Trained
 from ..training.recipe import Recipe, StageConfig
 from ..training.stages import Stage
 from ..training.stages.adversarial import Adversarial, AdversarialConfig
-from ..training.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
-from ..training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
-from ..training.stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
+from ..training.stages.consistency_distillation import ConsistencyConfig
+from ..training.stages.diffusion_adaptation import DiffusionConfig
+from ..training.stages.distribution_matching import (
+    DistributionMatching,
+    DistributionMatchingConfig,
+)
+from .build_stage import build_stage
 
 GIB = 2**30
 PER_CLIP = ("cache", "activations")  # memory that grows with the clips of a pass
@@ -111,6 +115,7 @@ class Plan:
         clips: Clips of a context group per update.
         at_once: Clips of a context group per forward pass; 0 if not even one fits.
         memory: Bytes per GPU, by purpose, with `at_once` clips, or with one if none fits.
+        offloaded: Bytes per GPU in the memory of the CPU.
         saved: Bytes of activations per GPU without checkpointing.
         tokens: Video tokens per update, on all GPUs.
         flops: Operations per update, on all GPUs.
@@ -122,6 +127,7 @@ class Plan:
     clips: int
     at_once: int
     memory: dict[str, float]
+    offloaded: float
     saved: float
     tokens: int
     flops: float
@@ -177,11 +183,11 @@ def plan(
             )
         contexts = possible if given is None else [given]
         stage, loads = stages[name], list(workloads(recipe, name, config))
-        fixed = fixed_bytes(stage, gpus, rolled=loads[0].rolled)
+        fixed, offloaded = fixed_bytes(stage, gpus, rolled=loads[0].rolled)
         flops = [load.batch * clip_flops(recipe.model, stage, load) for load in loads]
         work = list(zip(loads, flops, strict=True))
         attempts = [
-            [_plan(recipe.model, stage, *each, fixed, gpus, size, gpu) for each in work]
+            [_plan(recipe.model, stage, *each, fixed, offloaded, gpus, size, gpu) for each in work]
             for size in contexts
         ]
         shared = [attempt for attempt in attempts if all(attempt)]
@@ -235,24 +241,38 @@ def meta_stages(recipe: Recipe) -> dict[str, Stage]:
 def meta_stage(recipe: Recipe, config: StageConfig) -> Stage:
     """Build a stage on the meta device."""
     with torch.device("meta"):
-        model, other = (WorldModel(recipe.model, recipe.camera) for _ in range(2))
-        if config.lora:
-            adapt(model, config.lora)
-        deviation = torch.ones(recipe.model.latent_channels)
-        match config:
-            case DiffusionConfig():
-                return DiffusionAdaptation(config, model)
-            case ConsistencyConfig():
-                return ConsistencyDistillation(config, model, other)
-            case RolloutRegressionConfig():
-                return RolloutRegression(config, model, deviation)
-            case AdversarialConfig():
-                discriminator = Discriminator(other, config.judgement, config.pooling)
-                if config.frozen_trunk:
-                    discriminator.freeze_trunk()
-                elif config.discriminator_lora:
-                    adapt(other, config.discriminator_lora)
-                return Adversarial(config, model, discriminator, deviation)
+        return build_stage(config, MetaNetworks(recipe))
+
+
+@dataclass(frozen=True)
+class MetaNetworks:
+    """Makes networks of the recipe's shape, without their weights."""
+
+    recipe: Recipe
+
+    def network(
+        self,
+        config: StageConfig,
+        start: str | None,
+        lora: LoRA | None = None,
+        rolls_out: bool = False,
+    ) -> WorldModel:
+        model = WorldModel(self.recipe.model, self.recipe.camera)
+        if lora:
+            adapt(model, lora)
+        return model
+
+    def discriminator(self, config: AdversarialConfig) -> Discriminator:
+        world = self.network(config, config.discriminator_start)
+        discriminator = Discriminator(world, config.judgement, config.pooling)
+        if config.frozen_trunk:
+            discriminator.freeze_trunk()
+        elif config.discriminator_lora:
+            adapt(world, config.discriminator_lora)
+        return discriminator
+
+    def pixel_deviation(self) -> Tensor:
+        return torch.ones(self.recipe.model.latent_channels)
 
 
 def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Workload]:
@@ -264,6 +284,10 @@ def workloads(recipe: Recipe, name: str, config: StageConfig) -> Iterator[Worklo
             size, frames = max(sources, key=lambda source: math.prod(source[0]) * source[1])
             label = f"{index}/{len(phases)}" if len(phases) > 1 else ""
             yield Workload(name, label, size, frames, phase.batch, phase.steps)
+    elif isinstance(config, DistributionMatchingConfig):
+        place = latent_size(recipe, config.clips), config.segment_frames
+        updates = config.steps * config.critic_updates
+        yield Workload(name, "", *place, config.batch, updates, rolled=True)
     else:
         if isinstance(config, AdversarialConfig):
             sources = [(latent_size(recipe, s.clips), s.frames) for s in config.sources]
@@ -291,16 +315,22 @@ def latent_size(recipe: Recipe, clips: str) -> tuple[int, int]:
     return height // recipe.space_factor, width // recipe.space_factor
 
 
-def fixed_bytes(stage: Stage, gpus: int, rolled: bool) -> dict[str, float]:
-    """Bytes per GPU, by purpose, that do not depend on the clips."""
+def fixed_bytes(stage: Stage, gpus: int, rolled: bool) -> tuple[dict[str, float], float]:
+    """Bytes per GPU, by purpose, that do not depend on the clips, and those on the CPU.
+
+    Only shards are offloaded: one GPU alone holds all (`Parallel.shard`).
+    """
     networks = [part.module for part in stage.trained.values()]
     frozen = [stage.teacher] if hasattr(stage, "teacher") else []
     kept = rolled or any(isinstance(network, Discriminator) for network in networks)
-    return {
+    shards = {
         "parameters": FLOAT * sum(sharded(p, gpus) for n in networks + frozen for p in shapes(n)),
         **trained_bytes(stage.trained.values(), gpus),
-        "gathered": gathered_bytes(networks + frozen, gpus, kept),
     }
+    gathered = {"gathered": gathered_bytes(networks + frozen, gpus, kept)}
+    if stage.config.offload and gpus > 1:
+        return dict.fromkeys(shards, 0.0) | gathered, sum(shards.values())
+    return shards | gathered, 0.0
 
 
 def _plan(
@@ -309,6 +339,7 @@ def _plan(
     load: Workload,
     flops: float,
     fixed: dict[str, float],
+    offloaded: float,
     gpus: int,
     context: int,
     gpu: GPU,
@@ -350,6 +381,7 @@ def _plan(
         clips,
         at_once,
         memory,
+        offloaded,
         max(1, at_once) * activations(checkpointed=False),
         load.batch * load.total_frames * rows * columns,
         flops,
@@ -466,9 +498,15 @@ def clip_flops(config: ModelConfig, stage, load: Workload) -> float:
     A backward pass costs twice the forward pass, and checkpointed blocks run forward once more. A
     network whose weights are frozen costs half of a backward pass: all of an adapted network, and a
     discriminator that only passes gradients on. A frozen trunk runs forward alone for its heads.
+    Updates of distribution matching are a mean over those with the generator and those without.
     """
     generator, *others = (part.module for part in stage.trained.values())
     forward_and_back = 2 + (1 if stage.config.lora else 2)
+    if isinstance(stage, DistributionMatching):
+        forward = forward_flops(generator, config, load.size, load.frames, 0)
+        scores = 2 if stage.config.guidance == 1 else 3  # critic's, teacher's, without the prompt
+        rest = (forward_and_back + scores) / stage.config.critic_updates
+        return (load.rolled + forward_and_back + rest) * forward
     total = 0.0
     for index, (start, new) in enumerate(load.places()):
         forward = forward_flops(generator, config, load.size, new, start)

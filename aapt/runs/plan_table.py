@@ -79,6 +79,9 @@ def phase_table(recipe: Recipe, gpus: int, plans: Sequence[Plan]) -> Table:
         cells = (f"{each.memory[name] / GIB:.1f}" for each in plans)
         table.add_row(f"GiB per GPU: {name}{guess}", *cells)
     table.add_row("GiB per GPU: total *", *(f"{each.total / GIB:.1f}" for each in plans))
+    if any(each.offloaded for each in plans):
+        cells = (f"{each.offloaded / GIB:.1f}" for each in plans)
+        table.add_row("GiB per GPU: in the CPU's memory", *cells)
     return table
 
 

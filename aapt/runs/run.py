@@ -33,18 +33,18 @@ from ..model.discriminator import Discriminator
 from ..model.low_rank import LoRA, adapt, merged
 from ..model.umt5 import UMT5TextEncoder
 from ..model.world_model import WorldModel
-from ..training.recipe import Recipe, StageConfig
+from ..training.recipe import Recipe, StageConfig, stages_before
 from ..training.stages import Stage
 from ..training.stages.adversarial import Adversarial, AdversarialConfig
-from ..training.stages.consistency_distillation import ConsistencyConfig, ConsistencyDistillation
+from ..training.stages.consistency_distillation import ConsistencyConfig
 from ..training.stages.decoder import DecoderTraining, fit_linear
-from ..training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
-from ..training.stages.rollout_regression import RolloutRegression, RolloutRegressionConfig
+from ..training.stages.diffusion_adaptation import DiffusionConfig
 from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, load_vae, lossless_dtype, save_vaes, vae_digest
 from ..vae.pixels import to_pixels
 from . import light_decoder
 from .autoencoder import FIT_CLIPS
+from .build_stage import build_stage
 from .clip_sets import ClipSets
 from .inputs import ANY_SET, Inputs, claim_vae, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
@@ -62,6 +62,14 @@ def stage_names(recipe: Recipe) -> list[str]:
     made = ["encoder", *recipe.data, "decoder"] if recipe.decoder else [*recipe.data]
     light = [light_decoder.STAGE] if recipe.light_decoder else []
     return [*made, *light, *recipe.stages]
+
+
+def check_stages(recipe: Recipe, stages: Iterable[str]) -> None:
+    """Raise ValueError for a name of no stage of a recipe."""
+    names = stage_names(recipe)
+    for stage in stages:
+        if stage not in names:
+            raise ValueError(f"stage: expected one of {', '.join(names)}, got {stage!r}")
 
 
 class Run:
@@ -170,8 +178,7 @@ class Run:
         digests, rates = {}, {}
         for name in self.unfinished(stages):
             config = self.recipe.stages[name]
-            starts = {config.start, getattr(config, "discriminator_start", None)}
-            for before in starts - {None, *stages}:
+            for before in set(stages_before(config).values()) - {None, *stages}:
                 if not (self.result(before).is_file() and self.start(before).is_file()):
                     raise ValueError(
                         f"stage {name}: expected the result of {before} in {self.out}, got none; "
@@ -179,6 +186,11 @@ class Run:
                     )
             for batch in config.batches:
                 self.parallel.clips(batch)
+            if config.offload and self.parallel.mesh is None:
+                raise ValueError(
+                    f"stages.{name}.offload: expected several ranks, got 1; start training with "
+                    "torchrun, or leave out --memory offload"
+                )
             for clips, needed in config.needs.items():
                 if clips not in self.recipe.data:
                     model = self.recipe.model
@@ -329,7 +341,7 @@ class Run:
     def train(self, name: str) -> None:
         """Train a generator on all ranks together."""
         parallel, folder = self.parallel, self.out / name
-        stage = self.stage(self.recipe.stages[name])
+        stage = build_stage(self.recipe.stages[name], self)
         given = {"seed": self.recipe.seed, "parallel": parallel, "options": self.options}
         train(stage, self.sets, folder, **given, sample=self.sampler(name, stage))
         if isinstance(stage, Adversarial):
@@ -346,32 +358,11 @@ class Run:
             tensors = merged(network, tensors)
             save_tensors(path, {name: x.contiguous() for name, x in tensors.items()})
 
-    def stage(self, config: StageConfig) -> Stage:
-        """Build a stage with its networks, sharded over the ranks.
-
-        A generator that rolls out keeps its parameters gathered (docs/method.md#11).
-        """
-        match config:
-            case DiffusionConfig():
-                return DiffusionAdaptation(config, self.network(config.start, config.lora))
-            case ConsistencyConfig():
-                model = self.network(config.start, config.lora)
-                return ConsistencyDistillation(config, model, self.network(config.start))
-            case RolloutRegressionConfig():
-                model = self.network(config.start, config.lora, rolls_out=True)
-                return RolloutRegression(config, model, self.pixel_deviation())
-            case AdversarialConfig():
-                student = config.forcing == "student"
-                model = self.network(config.start, config.lora, rolls_out=student)
-                discriminator = self.discriminator(config)
-                self.place(discriminator, discriminator.world)
-                return Adversarial(config, model, discriminator, self.pixel_deviation())
-
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
-        """Make the discriminator with the weights that an adversarial stage starts from.
+        """Make the discriminator that an adversarial stage starts from, and place it on the device.
 
-        They are an adversarial stage's discriminator, or under new logit heads another stage's
-        model or the run's start.
+        Its weights are those of an adversarial stage's discriminator, or under new logit heads
+        another stage's model or the run's start.
         """
         model, start = self.recipe.model, config.discriminator_start
         if not config.discriminator_recycled:
@@ -389,23 +380,30 @@ class Run:
             discriminator.freeze_trunk()
         elif config.discriminator_lora:
             adapt(world, config.discriminator_lora)
+        self.place(config, discriminator, world)
         return discriminator
 
     def network(
-        self, start: str | None, lora: LoRA | None = None, rolls_out: bool = False
+        self,
+        config: StageConfig,
+        start: str | None,
+        lora: LoRA | None = None,
+        rolls_out: bool = False,
     ) -> WorldModel:
         """Make a generator that starts after `start`, adapt it, and place it on the device."""
         model = self.starting_model(start)
         if lora:
             adapt(model, lora)
-        self.place(model, model, rolls_out)
+        self.place(config, model, model, rolls_out)
         return model
 
-    def place(self, network: nn.Module, world: WorldModel, keep_gathered: bool = False) -> None:
+    def place(
+        self, config: StageConfig, network: nn.Module, world: WorldModel, kept: bool = False
+    ) -> None:
         """Move a network to the device and shard it over the ranks."""
         world.transformer.checkpoint_blocks = self.options.checkpoint_blocks
         network.to(self.parallel.device)
-        self.parallel.shard(network, keep_gathered)
+        self.parallel.shard(network, kept, config.offload)
 
     def pixel_deviation(self) -> Tensor:
         """Deviation of pixels per unit of a latent channel, (C,); ones for a given autoencoder."""
@@ -575,9 +573,7 @@ def run(
     holds another recipe.
     """
     names = stage_names(recipe)
-    for stage in stages or ():
-        if stage not in names:
-            raise ValueError(f"stages: expected some of {', '.join(names)}, got {stage}")
+    check_stages(recipe, stages or ())
     run_ = Run(recipe, out, **arguments)
     run_.check(stages or names)
     with locked(out, run_.parallel):

@@ -96,6 +96,30 @@ class EightBitOptimizer(torch.optim.Optimizer):
                 own = {name: _local(x) for name, x in self.state[p].items()}
                 self._step(group, _local(p), _local(p.grad), own)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load the states that `state_dict` returns.
+
+        Codes and scales keep their types, which torch would turn into the parameter's. ValueError
+        for moments that are not in 8 bits.
+        """
+        ours, theirs = (
+            [p for group in groups for p in group["params"]]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        saved = {p: state_dict["state"].get(key, {}) for p, key in zip(ours, theirs)}
+        for p, states in saved.items():
+            for name, dtype in self.MOMENTS.items() if p.dim() > 1 else ():
+                if states and states[name].dtype != dtype:
+                    raise ValueError(
+                        f"state_dict: expected {name} of {dtype}, got {states[name].dtype}; load "
+                        "the states of an optimizer in 8 bits"
+                    )
+        super().load_state_dict(state_dict)
+        for p, states in saved.items():
+            for name in self.state[p] if states else ():
+                place = self.state[p][name].device
+                self.state[p][name] = states[name].detach().clone().to(place)
+
     def _new(self, p: Tensor) -> dict[str, Tensor]:
         """The states of a parameter before its first step, sharded as the parameter is."""
         if not p.is_contiguous():  # rows would be copies, and a step would be lost

@@ -44,6 +44,17 @@ def approximate_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
     return (logits - perturbed).square().mean()
 
 
+def distribution_matching_gradient(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
+    """Return the gradient of distribution matching with respect to samples x (B, C, T, H, W).
+
+    fake, real: what the critic of samples and the teacher make of x when they denoise it, of its
+    shape. Their difference is divided by the mean |x - real| of a clip, so that times weigh alike
+    (arXiv 2311.18828, equations 7 and 8).
+    """
+    scale = (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return (fake - real) / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+
+
 def channel_weighted_error(a: Tensor, b: Tensor, deviation: Tensor) -> Tensor:
     """Mean squared error of latents (B, C, T, H, W), weighted by channel.
 

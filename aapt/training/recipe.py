@@ -11,10 +11,23 @@ from .stages.adversarial import AdversarialConfig
 from .stages.consistency_distillation import ConsistencyConfig
 from .stages.decoder import DecoderConfig
 from .stages.diffusion_adaptation import DiffusionConfig
+from .stages.distribution_matching import DistributionMatchingConfig
 from .stages.light_decoder import LightDecoderConfig
 from .stages.rollout_regression import RolloutRegressionConfig
 
-StageConfig = DiffusionConfig | ConsistencyConfig | RolloutRegressionConfig | AdversarialConfig
+StageConfig = (
+    DiffusionConfig
+    | ConsistencyConfig
+    | RolloutRegressionConfig
+    | DistributionMatchingConfig
+    | AdversarialConfig
+)
+STARTS = ("start", "discriminator_start", "teacher")  # fields that name a stage before
+
+
+def stages_before(config: StageConfig) -> dict[str, str | None]:
+    """Return the stages that a stage takes weights from, by field; None for the run's start."""
+    return {field: getattr(config, field) for field in STARTS if hasattr(config, field)}
 
 
 @dataclass(frozen=True)

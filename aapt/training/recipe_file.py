@@ -16,9 +16,11 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .recipe import LightRecipe, Recipe, StageConfig, VAERecipe
+from .recipe import LightRecipe, Recipe, StageConfig, VAERecipe, stages_before
 from .recipes import LIGHT_RECIPES, RECIPES, VAE_RECIPES
 from .stages.adversarial import AdversarialConfig
+from .stages.diffusion_adaptation import DiffusionConfig
+from .stages.distribution_matching import DistributionMatchingConfig
 
 try:
     import tomllib
@@ -128,21 +130,31 @@ def _amounts(stage: StageConfig) -> Iterator[tuple[str, int]]:
 
 
 def _check_starts(stages: Mapping[str, StageConfig]) -> None:
-    """Raise ValueError for a stage that starts from a stage not before it, or whose discriminator
-    starts from a discriminator of other logits."""
+    """Raise ValueError for a stage that starts from a stage not before it, whose discriminator
+    starts from a discriminator of other logits, or whose teacher is no diffusion stage."""
     before: list[str] = []
     for name, stage in stages.items():
-        for field in ("start", "discriminator_start"):
-            start = getattr(stage, field, None)
+        for field, start in stages_before(stage).items():
             if start is not None and start not in before:
                 raise ValueError(
                     f"stages.{name}.{field}: expected a stage before it "
                     f"({', '.join(before) or 'none is'}), got {start!r}"
                 )
         before.append(name)
+        if isinstance(stage, DistributionMatchingConfig):
+            _check_teacher(name, stage, stages[stage.teacher])
         origin = stages.get(getattr(stage, "discriminator_start", None))
         if isinstance(origin, AdversarialConfig):
             _check_logits(name, stage, origin)
+
+
+def _check_teacher(name: str, stage: DistributionMatchingConfig, origin: StageConfig) -> None:
+    """Raise ValueError unless the teacher denoises each frame beside the frame before it."""
+    if not isinstance(origin, DiffusionConfig) or origin.forcing != "teacher":
+        raise ValueError(
+            f"stages.{name}.teacher: expected a diffusion stage of forcing 'teacher', got "
+            f"{stage.teacher!r}"
+        )
 
 
 def _check_logits(name: str, stage: AdversarialConfig, origin: AdversarialConfig) -> None:

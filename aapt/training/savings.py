@@ -25,6 +25,13 @@ class Switch:
 
 
 SWITCHES = {
+    "offload": Switch(
+        "offload",
+        "on several GPUs, the shards of parameters, gradients, states and averages: they are in "
+        "the CPU's memory, and the optimizer steps there",
+        "transfers and steps on the CPU, which the estimates of seconds leave out",
+        True,
+    ),
     "eight-bit": Switch(
         "state_bits",
         "three quarters of the optimizer's states (Muon's stay)",
@@ -62,7 +69,7 @@ def with_switches(recipe: Recipe, switches: Iterable[str]) -> Recipe:
     for given in switches:
         name, equals, rank = given.partition("=")
         if name not in SWITCHES or (equals and not isinstance(SWITCHES[name].value, LoRA)):
-            known = "eight-bit, lora[=RANK], discriminator-lora[=RANK], frozen-trunk"
+            known = "offload, eight-bit, lora[=RANK], discriminator-lora[=RANK], frozen-trunk"
             raise ValueError(f"memory: expected some of {known}, got {given}")
         switch = SWITCHES[name]
         value = switch.value

@@ -1,5 +1,6 @@
 """docs/post-training.md: every command in its order, on random weights and small videos."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -28,7 +29,7 @@ PAGE = ROOT / "docs" / "post-training.md"
 SIZE, CHANNELS, SPACE_FACTOR = "48x32", 4, 4
 WIDTH = 24  # of UMT5's embeddings
 SHAPE = {"width": 128, "heads": 1, "depth": 3, "mlp_width": 48, "text_width": WIDTH}
-NAMES = ("wan-1.3b", "wan-1.3b-camera", "wan-1.3b-one-step", "wan-5b")
+NAMES = ("wan-1.3b", "wan-1.3b-matched", "wan-1.3b-camera", "wan-1.3b-one-step", "wan-5b")
 # What a small run writes in place of the page's words.
 IN_SMALL = {
     "832x480": SIZE,
@@ -69,7 +70,7 @@ def small(make):
             }
         else:
             stages[name] = {"clips": SIZE, "steps": 1, "batch": 2, "segment_frames": 6}
-            if stage.segments > 1:
+            if getattr(stage, "segments", 1) > 1:
                 stages[name] |= {"segment_frames": 5, "overlap_frames": 2}
     model = {**SHAPE, "latent_channels": CHANNELS}
     table = {"model": model, "stages": stages, "space_factor": SPACE_FACTOR}
@@ -116,10 +117,10 @@ def read_plain(path, kind, *arguments, **options):
     return tokenize if kind == "AutoTokenizer" else PlainUMT5()
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder where all commands of the page have run, in order."""
-    place = tmp_path_factory.mktemp("page")
+@contextlib.contextmanager
+def in_place(place):
+    """Makes the page's downloads, random and small, in a folder, which becomes the current one; its
+    recipes are small, and its text encoder is a table."""
     for model in ("Wan2.1", "Wan2.2"):
         save_weights(place / model / "transformer/diffusion_pytorch_model.safetensors")
         for part in ("text_encoder", "tokenizer"):
@@ -141,9 +142,21 @@ def place(tmp_path_factory):
         patch.setattr(umt5, "clean_prompt", str.strip)  # without ftfy
         for name in NAMES:
             patch.setitem(recipes.RECIPES, name, small(recipes.RECIPES[name]))
-        for words in commands():
-            assert words[0] == "aapt"
-            assert main(words[1:]) == 0, words
+        yield
+
+
+def run(lines):
+    for words in lines:
+        assert words[0] == "aapt"
+        assert main(words[1:]) == 0, words
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder where all commands of the page have run, in order."""
+    place = tmp_path_factory.mktemp("page")
+    with in_place(place):
+        run(commands())
     return place
 
 
@@ -178,7 +191,8 @@ def test_hours_are_those_of_the_plan():
         recipe, seconds = recipes.RECIPES[name](), 0.0
         for planned in plan(recipe, 8):
             stage = recipe.stages[planned.workload.stage]
-            seconds += getattr(stage, "curriculum", stage).steps * planned.seconds()
+            updates = getattr(stage, "curriculum", stage).steps
+            seconds += updates * getattr(stage, "critic_updates", 1) * planned.seconds()
         assert int(hours) == pytest.approx(seconds / 3600, rel=0.05), name
 
 

@@ -1,5 +1,6 @@
 """Stage 3: adversarial training with student forcing, segment by segment (docs/method.md#8)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -33,6 +34,15 @@ from ..optimization import MovingAverage, Schedule, Trained, frozen, learning, r
 
 Penalized = Literal["both", "real", "none"]
 Layout = Literal["targets", "all"]
+WEIGHTS = (
+    "adversarial",
+    "penalty",
+    "perturbation",
+    "mismatch",
+    "regression",
+    "palette",
+    "rows",
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class AdversarialConfig:
             None to train all of its weights.
         frozen_trunk: True to train the discriminator's heads alone.
         state_bits: Bits per number of the optimizers' moments, 32 or 8.
+        offload: True to keep parameters, gradients and moments in the CPU's memory, see `savings`.
     """
 
     clips: str | tuple[Source, ...]
@@ -140,6 +151,7 @@ class AdversarialConfig:
     discriminator_lora: LoRA | None = None
     frozen_trunk: bool = False
     state_bits: int = 32
+    offload: bool = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -189,6 +201,14 @@ class AdversarialConfig:
                     f"{name}: expected {' or '.join(map(repr, get_args(choices)))}, "
                     f"got {getattr(self, name)!r}"
                 )
+        for name in WEIGHTS:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: expected a finite number of at least 0, got {getattr(self, name)}"
+                )
+        for name in ("discriminator_warmup", "lead_segments"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if isinstance(self.clips, str) == (self.segment_frames is None):
             raise ValueError(
                 "segment_frames: expected frames per segment beside the name of a set, and none "

@@ -34,6 +34,7 @@ class ConsistencyConfig:
         step_weight: Weight each clip's loss by 1 / (t_k - t_{k-1}).
         lora: Adaptation of the student; None to train all of its weights.
         state_bits: Bits per number of the optimizer's moments, 32 or 8.
+        offload: True to keep parameters, gradients and moments in the CPU's memory, see `savings`.
     """
 
     curriculum: Curriculum
@@ -49,6 +50,7 @@ class ConsistencyConfig:
     max_norm: float | None = None
     lora: LoRA | None = None
     state_bits: int = 32
+    offload: bool = False
 
     @property
     def sampling(self) -> FewStepConfig | None:

@@ -30,6 +30,7 @@ class DiffusionConfig:
         max_norm: Norm to which gradients are clipped; None for no clipping.
         lora: Adaptation of the model; None to train all of its weights.
         state_bits: Bits per number of the optimizer's moments, 32 or 8.
+        offload: True to keep parameters, gradients and moments in the CPU's memory, see `savings`.
         sampling_steps: Passes per frame when the trained model is sampled, as a baseline. Under
             diffusion forcing the finished frame takes one more.
         guidance: Its guidance; none under diffusion forcing.
@@ -48,6 +49,7 @@ class DiffusionConfig:
     max_norm: float | None = None
     lora: LoRA | None = None
     state_bits: int = 32
+    offload: bool = False
     sampling_steps: int = 32
     guidance: float = 10.0
 

@@ -41,6 +41,7 @@ class RolloutRegressionConfig:
         max_norm: Norm to which gradients are clipped; None for no clipping.
         lora: Adaptation of the generator; None to train all of its weights.
         state_bits: Bits per number of the optimizer's moments, 32 or 8.
+        offload: True to keep parameters, gradients and moments in the CPU's memory, see `savings`.
     """
 
     clips: str
@@ -59,6 +60,7 @@ class RolloutRegressionConfig:
     max_norm: float | None = 1.0
     lora: LoRA | None = None
     state_bits: int = 32
+    offload: bool = False
 
     @property
     def frames(self) -> int:

@@ -65,7 +65,9 @@ def test_every_length_is_the_beginning_of_one_stream(tmp_path):
         Case("a boat", grey_image(tmp_path / "boat.png")),
         Case("a hut.", tmp_path / "boat.png"),
     ]
-    write_videos(generator, cases, out, lengths=(6, 13), samples=2, seed=30, log=lambda line: None)
+    write_videos(
+        generator, cases, out, model="a", lengths=(6, 13), samples=2, seed=30, log=lambda line: None
+    )
     names = {
         f"{length}/{prompt}-{i}.mp4"
         for length in (6, 13)
@@ -74,7 +76,7 @@ def test_every_length_is_the_beginning_of_one_stream(tmp_path):
     }
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files == names | {"seeds.json"}
-    assert json.loads((out / "seeds.json").read_text()) == {"0": 30, "1": 31}
+    assert json.loads((out / "seeds.json").read_text()) == {"0": 30, "1": 31, "model": "a"}
     assert generator.opened == [(p, s) for p in ("a boat", "a hut.") for s in (30, 31)]
     for length in (6, 13):
         found = greys(out / str(length) / "a boat-1.mp4")
@@ -85,24 +87,37 @@ def test_every_length_is_the_beginning_of_one_stream(tmp_path):
 def test_what_is_there_is_not_made_again(tmp_path):
     cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
     first, second = Counting(), Counting()
-    write_videos(first, cases, out, lengths=(5,), samples=2, log=lambda line: None)
+    write_videos(first, cases, out, model="a", lengths=(5,), samples=2, log=lambda line: None)
     kept = (out / "5" / "a-0.mp4").read_bytes()
     (out / "5" / "a-1.mp4").unlink()
     lines = []
-    write_videos(second, cases, out, lengths=(5,), samples=2, log=lines.append)
+    write_videos(second, cases, out, model="a", lengths=(5,), samples=2, log=lines.append)
     assert second.opened == [("a", 1)] and lines == ["a-1"]
     assert (out / "5" / "a-0.mp4").read_bytes() == kept
 
 
 def test_seeds_are_those_of_the_videos(tmp_path):
     cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
+    given = {"model": "a", "lengths": (1,), "log": print}
     for samples in (2, 1):
-        write_videos(Counting(), cases, out, lengths=(1,), samples=samples, seed=4, log=print)
-        assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5}
+        write_videos(Counting(), cases, out, samples=samples, seed=4, **given)
+        assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5, "model": "a"}
     words = "^seed: expected 4, as for the videos in .*, got 7; pass another folder as --out"
     with pytest.raises(ValueError, match=words):
-        write_videos(Counting(), cases, out, lengths=(1,), samples=2, seed=7, log=print)
-    assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5}
+        write_videos(Counting(), cases, out, samples=2, seed=7, **given)
+    assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5, "model": "a"}
+
+
+def test_videos_are_those_of_one_checkpoint(tmp_path):
+    cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
+    given = {"lengths": (1,), "samples": 1, "log": lambda line: None}
+    write_videos(Counting(), cases, out, model="a", **given)
+    words = "^checkpoint: expected a, as for the videos in .*, got b; pass another folder as --out"
+    with pytest.raises(ValueError, match=words):
+        write_videos(Counting(), cases, out, model="b", **given)
+    (out / "seeds.json").write_text('{"0": 0}')  # of an older version
+    write_videos(Counting(), cases, out, model="b", **given)
+    assert json.loads((out / "seeds.json").read_text()) == {"0": 0, "model": "b"}
 
 
 def test_a_stream_that_fails_leaves_no_video(tmp_path, monkeypatch):
@@ -112,7 +127,9 @@ def test_a_stream_that_fails_leaves_no_video(tmp_path, monkeypatch):
     monkeypatch.setattr(CountingStream, "step", fail)
     cases = [Case("a", grey_image(tmp_path / "a.png"))]
     with pytest.raises(RuntimeError, match="broken"):
-        write_videos(Counting(), cases, tmp_path / "out", lengths=(1, 5), log=lambda line: None)
+        write_videos(
+            Counting(), cases, tmp_path / "out", model="a", lengths=(1, 5), log=lambda line: None
+        )
     assert not list((tmp_path / "out").rglob("*.mp4*"))
 
 
@@ -159,12 +176,17 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "aapt.streaming.generator.StreamingGenerator.from_pretrained", lambda *_, **__: made
     )
-    images = tmp_path / "images"
-    images.mkdir()
-    arguments = ["vbench", "any", "--images", str(images), "--out", str(tmp_path / "out")]
+    folder, images = tmp_path / "any", tmp_path / "images"
+    folder.mkdir(), images.mkdir()
+    for name in ("config.json", "model.safetensors", "vae.safetensors"):
+        (folder / name).write_text("{}")
+    arguments = ["vbench", str(folder), "--images", str(images), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "aapt: images: expected images named by their prompts" in capsys.readouterr().err
     grey_image(images / "a boat.png")
     assert main([*arguments, "--frames", "5", "--samples", "1"]) == 0
     assert capsys.readouterr().err == "a boat-0\n"
     assert len(greys(tmp_path / "out" / "5" / "a boat-0.mp4")) == 5
+    (folder / "model.safetensors").write_text("other weights")
+    assert main([*arguments, "--frames", "5", "--samples", "1"]) == 2
+    assert "aapt: checkpoint: expected" in capsys.readouterr().err

@@ -12,11 +12,12 @@ from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
 from aapt.training.optimization import Schedule
 from aapt.training.recipe import Recipe
-from aapt.training.recipes import paper_8b, tiny_world
+from aapt.training.recipes import paper_8b, tiny_world, wan_1_3b_matched
 from aapt.training.savings import with_switches
 
 from .test_run import small_recipe
 
+MATCHING = wan_1_3b_matched().stages["matching"]
 ALONE = {"parallel": Parallel.single(), "options": RunOptions(), "workers": 1}
 
 
@@ -36,16 +37,20 @@ def test_every_stage_runs_and_nothing_is_kept(tmp_path):
     lines, recipe = [], short_recipe()
     starts = {"start": "adversarial", "discriminator_start": "adversarial"}
     extension = dataclasses.replace(recipe.stages["adversarial"], **starts)
-    recipe = dataclasses.replace(recipe, stages=recipe.stages | {"extension": extension})
+    matching = dataclasses.replace(MATCHING, clips="clips", batch=2, segment_frames=3)
+    stages = recipe.stages | {"matching": matching, "extension": extension}
+    recipe = dataclasses.replace(recipe, stages=stages)
     recipe = with_switches(recipe, ["eight-bit", "lora=2", "discriminator-lora=2"])
     dry_run(recipe, tmp_path / "run", report=lines.append, **ALONE)
     assert [line.split(": ")[0] for line in lines] == [
         "diffusion",
         "consistency",
         "adversarial",
+        "matching",
         "extension",
         "all stages",
     ]
+    assert "works; 1000 updates take" in lines[3]
     assert "works; 2 updates take" in lines[0] and "works; 1100 updates take" in lines[2]
     assert not list(tmp_path.iterdir())
 
@@ -80,7 +85,8 @@ def test_only_updates_and_clips_are_fewer(make):
         else:
             warmup = getattr(config, "discriminator_warmup", None)
             back = {"steps": config.steps} | ({"discriminator_warmup": warmup} if warmup else {})
-            assert short.steps == 2 and dataclasses.replace(short, **back) == config
+            assert short.steps + bool(warmup) == 2
+            assert dataclasses.replace(short, **back) == config
     assert (
         dataclasses.replace(
             brief,
@@ -98,7 +104,9 @@ def test_only_updates_and_clips_are_fewer(make):
     [
         (paper_8b().stages["diffusion"], [9, 10, 20, 22, 30, 35], 20_000 + 2 * 6_000 + 5 * 4_000),
         (paper_8b().stages["adversarial"], [8, 11], 500 * 3),
-        (tiny_world().stages["adversarial"], [4, 8, 10], 60 * 4 + 220 * 2),
+        (tiny_world().stages["adversarial"], [4, 8], 60 * 4 + 220 * 4),
+        (MATCHING, [9, 19, 22, 29], 200 * (4 * 3 + 7)),
+        (dataclasses.replace(MATCHING, critic_updates=1), [9, 19], 200 * 10),
     ],
 )
 def test_the_second_update_of_each_phase_is_timed(config, seconds, expected, tmp_path):
@@ -107,6 +115,7 @@ def test_the_second_update_of_each_phase_is_timed(config, seconds, expected, tmp
     assert stage_seconds(config, tmp_path / "metrics.jsonl") == pytest.approx(expected)
     made = shortened_stage(config)
     updates = getattr(made, "curriculum", made).steps + getattr(made, "discriminator_warmup", 0)
+    updates *= getattr(made, "critic_updates", 1)
     assert updates == len(seconds)
 
 

@@ -17,6 +17,7 @@ from aapt.training.stages import (
     adversarial,
     consistency_distillation,
     diffusion_adaptation,
+    distribution_matching,
     rollout_regression,
 )
 
@@ -40,12 +41,12 @@ def model(seed: int):
     return net
 
 
-def generator(parallel: Parallel, lora: LoRA | None = None):
+def generator(parallel: Parallel, lora: LoRA | None = None, offload: bool = False):
     """A generator that rolls out, sharded before its stage is built."""
     net = model(0)
     if lora:
         adapt(net, lora)
-    parallel.shard(net, keep_gathered=True)
+    parallel.shard(net, keep_gathered=True, offload=offload)
     return net
 
 
@@ -62,9 +63,30 @@ def adversary(config: dict, parallel: Parallel) -> adversarial.Adversarial:
         discriminator.freeze_trunk()
     if config.discriminator_lora:
         adapt(discriminator.world, config.discriminator_lora)
-    parallel.shard(discriminator)
-    networks = generator(parallel, config.lora), discriminator
+    parallel.shard(discriminator, offload=config.offload)
+    networks = generator(parallel, config.lora, config.offload), discriminator
     return adversarial.Adversarial(config, *networks, torch.ones(4))
+
+
+def matching(parallel: Parallel, lora: LoRA | None = None):
+    """A stage in which both networks learn from the second update."""
+    config = distribution_matching.DistributionMatchingConfig(
+        "clips",
+        steps=1,
+        batch=BATCH,
+        segment_frames=3,
+        generator_schedule=RATE,
+        critic_schedule=RATE,
+        critic_updates=2,
+        lora=lora,
+    )
+    critic, teacher = model(1), model(2)
+    if lora:
+        adapt(critic, lora)
+    for network in (critic, teacher):
+        parallel.shard(network)
+    networks = generator(parallel, lora), critic, teacher
+    return distribution_matching.DistributionMatching(config, *networks)
 
 
 STAGES = {
@@ -81,9 +103,14 @@ STAGES = {
         generator(parallel),
         torch.ones(4),
     ),
+    "matching": lambda parallel: matching(parallel),
+    "matching adapted": lambda parallel: matching(parallel, LORA),
     "adversarial": lambda parallel: adversary({"overlap_frames": 1}, parallel),
     "adapted": lambda parallel: adversary(
         {"overlap_frames": 1, "lora": LORA, "discriminator_lora": LORA}, parallel
+    ),
+    "offloaded": lambda parallel: adversary(
+        {"overlap_frames": 1, "lora": LORA, "state_bits": 8, "offload": True}, parallel
     ),
     "frozen": lambda parallel: adversary({"overlap_frames": 1, "frozen_trunk": True}, parallel),
     "teacher-forced": lambda parallel: adversary({"segments": 1, "forcing": "teacher"}, parallel),
@@ -108,6 +135,7 @@ def updates(contexts: list[int], half: bool = False) -> dict[str, dict[str, Tens
             adversarial,
             consistency_distillation,
             diffusion_adaptation,
+            distribution_matching,
             rollout_regression,
         )
     ):
@@ -121,12 +149,12 @@ def updates(contexts: list[int], half: bool = False) -> dict[str, dict[str, Tens
             mine = ClipRandom(0, 1, parallel.clips(BATCH))
             metrics = parallel.mean(stage.accumulate({"clips": clips()}, mine, 1))
             result = {}
-            for part in stage.trained.values():
+            for network, part in stage.trained.items():
                 for key, p in part.module.named_parameters():
                     if p.grad is not None:
                         grad = p.grad
                         whole = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-                        result[f"{type(part.module).__name__} {key}"] = whole.clone()
+                        result[f"{network} {key}"] = whole.clone()
             metrics |= stage.update(1)
             result |= {key: torch.tensor(value) for key, value in metrics.items()}
             results[f"{name}, context {context}"] = {k: x.numpy() for k, x in result.items()}

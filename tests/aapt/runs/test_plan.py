@@ -19,9 +19,13 @@ from aapt.model.world_model import TRANSFORMERS, WorldModel
 from aapt.runs import plan
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
-from aapt.training.recipes import paper_8b, paper_8b_640, tiny_world
+from aapt.training.recipes import paper_8b, paper_8b_640, tiny_world, wan_1_3b_matched
 from aapt.training.savings import with_switches
 from aapt.training.stages.diffusion_adaptation import DiffusionAdaptation, DiffusionConfig
+from aapt.training.stages.distribution_matching import (
+    DistributionMatching,
+    DistributionMatchingConfig,
+)
 from aapt_kernels import FrameLayout
 
 from ..helpers import CONFIG, SIZE, WAN, clips, draws, tiny_model
@@ -39,6 +43,12 @@ def stages():
     adapt(adapted, LoRA(2))
     config = dataclasses.replace(config, muon=False, lora=LoRA(2), state_bits=8)
     yield DiffusionAdaptation(config, adapted)
+    yield matching(critic_updates=1)
+
+
+def matching(**changes) -> DistributionMatching:
+    config = DistributionMatchingConfig("clips", 1, 2, 3, Schedule(1e-3), Schedule(1e-3), **changes)
+    return DistributionMatching(config, *(tiny_model().float() for _ in range(3)))
 
 
 @pytest.mark.parametrize("stage", list(stages()), ids=lambda stage: type(stage).__name__)
@@ -287,6 +297,36 @@ def test_mismatched_motion_is_a_fifth_copy_of_clips():
     assert five.memory["activations"] > four.memory["activations"]
 
 
+@pytest.mark.parametrize("guidance, scores", [(1.0, 2), (4.0, 3)])
+def test_passes_of_distribution_matching_are_counted(guidance, scores):
+    """In three updates: three rollouts, four passes of the critic and one turn of the generator."""
+    stage = matching(critic_updates=3, guidance=guidance)
+    calls, networks = [], (stage.model, stage.critic, stage.teacher)
+    for network in networks:
+        network.transformer.register_forward_hook(
+            lambda *_: calls.append(torch.is_grad_enabled()), always_call=True
+        )
+    for step in range(3):
+        stage.accumulate({"clips": clips()}, draws(2, step=step), step)
+    assert calls.count(True) == 3 + 1 and calls.count(False) == scores
+    passes = 3 + 4 * calls.count(True) + calls.count(False)  # and 4 with checkpointed blocks
+    load = plan.Workload("matching", "", SIZE, 3, 2, 3, rolled=True)
+    forward = plan.forward_flops(stage.model, stage.model.config, SIZE, 3, 0)
+    flops = plan.clip_flops(stage.model.config, stage, load)
+    assert flops == pytest.approx(passes / 3 * forward)
+
+
+def test_distribution_matching_holds_three_networks():
+    """Of all updates those of the critic count; the teacher has no gradient."""
+    plans = {each.workload.name: each for each in plan.plan(wan_1_3b_matched(), 8)}
+    diffusion, matching = plans["diffusion"], plans["matching"]
+    assert matching.workload.steps == 5 * 200
+    for name, networks in {"parameters": 3, "gradients": 2, "optimizer": 2}.items():
+        assert matching.memory[name] == pytest.approx(networks * diffusion.memory[name]), name
+    assert matching.memory["averages"] == diffusion.memory["gradients"]
+    assert matching.memory["cache"] > 0 and matching.at_once
+
+
 def test_a_lead_costs_one_pass_per_segment():
     """A lead is planned at its longest. The discriminator sees nothing of it."""
     recipe = tiny_world()
@@ -353,6 +393,17 @@ def test_switches_save_what_they_say():
     assert 0.5 * saved < plain.flops - half.flops < saved
 
 
+def test_what_is_offloaded_is_in_the_memory_of_the_cpu():
+    recipe = tiny_world()
+    offloaded = with_switches(recipe, ["offload"])
+    for before, after in zip(plan.plan(recipe, 2), plan.plan(offloaded, 2), strict=True):
+        shards = [before.memory[n] for n in ("parameters", "gradients", "optimizer", "averages")]
+        assert after.offloaded == sum(shards) > 0 and before.offloaded == 0
+        assert after.total == pytest.approx(before.total - sum(shards))
+        assert after.flops == before.flops
+    assert plan.plan(offloaded, 1) == plan.plan(recipe, 1)
+
+
 def test_days_are_those_of_all_updates():
     recipe = tiny_world()
     for each in plan.plan(recipe, 2):
@@ -368,8 +419,8 @@ def test_days_are_those_of_all_updates():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (["half"], "memory: expected some of eight-bit, lora.*, got half"),
-        (["eight-bit=4"], "memory: expected some of eight-bit, lora.*, got eight-bit=4"),
+        (["half"], "memory: expected some of offload, eight-bit.*, got half"),
+        (["eight-bit=4"], "memory: expected some of offload, eight-bit.*, got eight-bit=4"),
         (["lora=x"], "memory: expected a rank such as lora=64, got lora=x"),
         (["lora=0"], "rank: expected at least 1, got 0"),
         (["frozen-trunk", "frozen-trunk"], "expected a switch that tiny-world lacks, got frozen-t"),
@@ -422,6 +473,6 @@ def test_command_prints_a_table(capsys):
     (days,) = [
         line for line in out.split("tiny-world on 1")[0].splitlines() if "days in all" in line
     ]
-    assert len(days.split()) == 3 + 6  # as it is, four switches, three of them together
+    assert len(days.split()) == 3 + 7  # as it is, five switches, three of them together
     assert main(["train", "--plan", "tiny-world", "--gpus", "16"]) == 2
     assert "gpus: expected a number whose groups" in capsys.readouterr().err

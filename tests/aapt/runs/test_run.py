@@ -21,6 +21,7 @@ from aapt.device import mixed_precision
 from aapt.model.config import FewStepConfig, SamplingConfig
 from aapt.runs import run as run_module
 from aapt.runs import sheets
+from aapt.runs.build_stage import build_stage
 from aapt.runs.inputs import Inputs
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
@@ -28,7 +29,8 @@ from aapt.runs.run import DIFFUSION_SAMPLES, Run, run, stage_names
 from aapt.runs.samples import sample_sheet
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
-from aapt.training.recipes import tiny_world
+from aapt.training.recipes import tiny_world, wan_1_3b_matched
+from aapt.training.savings import with_switches
 
 from . import ranks
 
@@ -162,7 +164,7 @@ def test_a_baseline_of_diffusion_forcing_is_trained_and_streams(tmp_path):
 def test_the_sheet_of_a_diffusion_stage_is_sampled_like_its_checkpoint(trained):
     made = Run(small_recipe(), trained[0])
     config = made.recipe.stages["diffusion"]
-    stage = made.stage(dataclasses.replace(config, start="diffusion"))
+    stage = build_stage(dataclasses.replace(config, start="diffusion"), made)
     made.sampler("diffusion", stage)(0)
     shown = np.asarray(Image.open(trained[0] / "diffusion" / "samples-0.png"))
     batch, vae = made.sample_clips("diffusion")
@@ -293,7 +295,7 @@ def test_two_recipes_never_mix(trained):
 
 
 def test_unknown_stage(tmp_path):
-    with pytest.raises(ValueError, match="stages: expected some of encoder, .* got polish"):
+    with pytest.raises(ValueError, match="stage: expected one of encoder, .* got 'polish'"):
         run(small_recipe(), tmp_path, ["polish"])
 
 
@@ -345,3 +347,26 @@ def test_sets_of_real_clips_need_their_folder(tmp_path):
     recipe = dataclasses.replace(recipe, stages={"diffusion": elsewhere}, vae=None)
     with pytest.raises(ValueError, match="latents: expected the folder with clips of 64x48"):
         run(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_every_network_of_a_stage_is_offloaded(offload, tmp_path, monkeypatch):
+    """On several ranks; on one a run is rejected before it starts."""
+    recipe, placed = small_recipe(), []
+    made = Run(recipe, tmp_path)
+    monkeypatch.setattr(made, "starting_model", lambda stage: made.world(recipe.model))
+    monkeypatch.setattr(Run, "pixel_deviation", lambda self: torch.ones(16))
+    monkeypatch.setattr(Parallel, "shard", lambda *arguments: placed.append(arguments))
+    for config in (*recipe.stages.values(), wan_1_3b_matched().stages["matching"]):
+        starts = {"discriminator_start": None} if hasattr(config, "discriminator_start") else {}
+        stage = build_stage(dataclasses.replace(config, offload=offload, **starts), made)
+        networks = [part.module for part in stage.trained.values()]
+        networks += [stage.teacher] if hasattr(stage, "teacher") else []
+        assert {id(network) for _, network, *_ in placed} == set(map(id, networks))
+        assert all(arguments[-1] is offload for arguments in placed)
+        placed.clear()
+    recipe = with_switches(recipe, ["offload"])
+    message = r"stages\.\w+\.offload: expected several ranks, got 1; start training with torchrun"
+    with pytest.raises(ValueError, match=message):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,11 @@
-"""Stages that save memory: what learns, and how they resume on one rank and on two."""
+"""Stages that save memory: what learns, and how they resume on one rank and on two.
+
+Distribution matching resumes between two turns of its generator.
+"""
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +28,12 @@ from aapt.training.optimization import (
     learning,
     rmsprop,
 )
+from aapt.training.stages import Stage
 from aapt.training.stages.adversarial import Adversarial, AdversarialConfig
+from aapt.training.stages.distribution_matching import (
+    DistributionMatching,
+    DistributionMatchingConfig,
+)
 
 from ..helpers import draws
 from . import ranks
@@ -54,7 +63,22 @@ def stage(kind: str) -> Adversarial:
     return Adversarial(config, generator, discriminator, torch.ones(4))
 
 
-def weights(made: Adversarial) -> dict[str, torch.Tensor]:
+def matching() -> DistributionMatching:
+    """A small stage of four updates, in which the generator learns from the second and fourth."""
+    rate = {name: Schedule(1e-2) for name in ("generator_schedule", "critic_schedule")}
+    brief = {"steps": STEPS // 2, "critic_updates": 2, "batch": 2, "segment_frames": 3}
+    config = DistributionMatchingConfig("clips", **brief, **rate, lora=LoRA(2), state_bits=8)
+    torch.manual_seed(0)
+    generator, critic = model(), diffusion_weights()
+    for network in (generator, critic):
+        adapt(network, config.lora)
+    return DistributionMatching(config, generator, critic, diffusion_weights())
+
+
+BUILT = {**{kind: partial(stage, kind) for kind in KINDS}, "matching": matching}
+
+
+def weights(made: Stage) -> dict[str, torch.Tensor]:
     """The weights of both networks, with adaptations merged."""
     modules = [part.module for part in made.trained.values()]
     states = [merged(module, module.state_dict()) for module in modules]
@@ -63,7 +87,7 @@ def weights(made: Adversarial) -> dict[str, torch.Tensor]:
 
 def trained(kind: str, folder: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
     """Weights after training, which ends with an exception in update `stop`."""
-    made = stage(kind)
+    made = BUILT[kind]()
     accumulate = made.accumulate
 
     def stopping(sets, random, step, share):
@@ -82,10 +106,10 @@ def trained(kind: str, folder: Path, stop: int | None = None) -> dict[str, torch
 def whole(tmp_path_factory):
     """The weights of every kind after a run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    return {kind: trained(kind, folder / kind / "run") for kind in KINDS}
+    return {kind: trained(kind, folder / kind / "run") for kind in BUILT}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BUILT)
 def test_a_stopped_run_resumes_bit_for_bit(kind, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained(kind, tmp_path / "run", stop=3)
@@ -96,10 +120,10 @@ def test_a_stopped_run_resumes_bit_for_bit(kind, whole, tmp_path):
 class Coded:
     """An adapted layer with moments in 8 bits, whose gradient is that of every rank."""
 
-    def __init__(self, parallel: Parallel, kind: Callable):
+    def __init__(self, parallel: Parallel, kind: Callable, offload: bool = False):
         torch.manual_seed(0)
         net = nn.Sequential(LowRankLinear(nn.Linear(300, 5), LoRA(3)), nn.Linear(5, 7))
-        parallel.shard(net)
+        parallel.shard(net, offload=offload)
         self.trained = {"net": Trained(net, kind(learning(net)), MovingAverage(net, 0.5))}
         self.parallel = parallel
 
@@ -121,12 +145,17 @@ class Coded:
 
 OPTIMIZERS = {
     "adamw": partial(adamw, betas=(0.9, 0.95), weight_decay=0.1, state_bits=8),
+    "plain": partial(adamw, betas=(0.9, 0.95), weight_decay=0.1),
     "rmsprop": partial(rmsprop, alpha=0.9, state_bits=8),
 }
 
 
-def of_two(kind: str, folder: Path) -> dict[str, np.ndarray]:
-    return Coded(Parallel.from_environment(), OPTIMIZERS[kind]).run(folder, 3)
+def of_two(
+    kind: str, folder: Path, offload: bool = False, steps: tuple[int, ...] = (3,)
+) -> dict[str, np.ndarray]:
+    """Train up to each number of steps, from the state on the disk every time."""
+    parallel = Parallel.from_environment()
+    return [Coded(parallel, OPTIMIZERS[kind], offload).run(folder, count) for count in steps][-1]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -142,6 +171,20 @@ def test_two_ranks_have_the_codes_of_one(kind, tmp_path):
     longer = Coded(alone, OPTIMIZERS[kind]).run(tmp_path / "one", 5)
     assert all(np.array_equal(resumed[name], x) for name, x in longer.items())
     assert not all(np.array_equal(longer[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_offloaded_run_resumes_bit_for_bit(kind, tmp_path):
+    """Its states are those of a run that is not offloaded, too, and can be read by one."""
+    at_once = ranks.run(2, of_two, kind, tmp_path / "plain", False, (5,))
+    made = ranks.run(2, of_two, kind, tmp_path / "run", True, (3, 5))
+    for ours, theirs in zip(made, at_once, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], x) for name, x in theirs.items())
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(tmp_path / "run" / "step-00000003", tmp_path / "alone" / "step-00000003")
+    resumed = Coded(Parallel.single(), OPTIMIZERS[kind]).run(tmp_path / "alone", 5)
+    assert all(np.array_equal(resumed[name], x) for name, x in made[0].items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

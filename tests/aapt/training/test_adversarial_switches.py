@@ -1,6 +1,7 @@
 """Switches of stage 3: what each changes in the discriminator's inputs and in the losses."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -261,6 +262,15 @@ def test_an_update_draws_from_one_of_several_sources(made_segments):
         ({"segment_frames": None}, "segment_frames: expected frames per segment beside the name"),
         ({"clips": (Source("clips", 3),)}, "and none beside sources, got 3"),
         ({"adversarial": 0.0}, "adversarial: expected more than 0, or a weight of regression"),
+        *(
+            ({name: bad}, f"{name}: expected a finite number of at least 0, got {bad}")
+            for name in ("adversarial", "penalty", "perturbation", "mismatch", "regression")
+            for bad in (-1.0, math.inf, math.nan)
+        ),
+        ({"palette": -1.0}, "palette: expected a finite number of at least 0, got -1.0"),
+        ({"rows": -1.0}, "rows: expected a finite number of at least 0, got -1.0"),
+        ({"lead_segments": -1}, "lead_segments: expected at least 0, got -1"),
+        ({"discriminator_warmup": -1}, "discriminator_warmup: expected at least 0, got -1"),
         ({"pooling": "maximum"}, "pooling: expected 'query' or 'average', got 'maximum'"),
         (
             {"whole_clips": False, "lead_segments": 1, "palette": 1.0},

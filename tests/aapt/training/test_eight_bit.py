@@ -154,3 +154,47 @@ def test_what_cannot_be_moved_is_refused():
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"params: expected contiguous ones, got strides \(1, 2\)"):
         RMSprop8([p]).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [AdamW8, RMSprop8])
+def test_a_loaded_state_keeps_its_codes(kind, dtype):
+    """torch's own `load_state_dict` would turn codes and scales into the parameter's type."""
+
+    def made():
+        random = torch.Generator().manual_seed(0)
+        shapes = ((3, 300), (5,))
+        parameters = [nn.Parameter(torch.randn(s, generator=random).to(dtype)) for s in shapes]
+        return parameters, kind(parameters, lr=1e-2)
+
+    def step(parameters, optimizer, seed):
+        random = torch.Generator().manual_seed(seed)
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=random).to(dtype)
+        optimizer.step()
+
+    ours, optimizer = made()
+    step(ours, optimizer, 1)
+    theirs, resumed = made()
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            q.copy_(p)
+    state = optimizer.state_dict()
+    resumed.load_state_dict(state)
+    for index, p in enumerate(theirs):
+        for name, x in state["state"][index].items():
+            loaded = resumed.state[p][name]
+            assert loaded.dtype == x.dtype and torch.equal(loaded, x) and loaded is not x
+    for parameters, each in ((ours, optimizer), (theirs, resumed)):
+        step(parameters, each, 2)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_moments_of_another_kind_are_rejected():
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    plain = torch.optim.AdamW([p])
+    plain.step()
+    words = "state_dict: expected exp_avg of torch.int8, got torch.float32; load the states"
+    with pytest.raises(ValueError, match=words):
+        AdamW8([p]).load_state_dict(plain.state_dict())

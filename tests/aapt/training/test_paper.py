@@ -29,7 +29,8 @@ OFF = {  # our switches for small models (docs/method.md#12)
     "frozen_trunk": False,
     "discriminator_lora": None,
 }
-WHOLE = {"lora": None, "state_bits": 32}  # every weight trains, with moments in float32
+# Every weight trains, with moments in float32, in the memory of the GPU.
+WHOLE = {"lora": None, "state_bits": 32, "offload": False}
 
 
 def constant(learning_rate):
