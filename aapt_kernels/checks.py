@@ -181,6 +181,23 @@ def transposed_limit(name: str, tensor: Tensor | None) -> str | None:
     )
 
 
+def grouped_limit(name: str, tensor: Tensor, group: int) -> str | None:
+    """Return why the sm_90a kernels do not take these keys of a float8 cache (batch, capacity,
+    heads, head_dim), which they read in groups of `group` keys; None if they do."""
+    batch, capacity, heads, head_dim = tensor.shape
+    batch_stride, token, head_stride, _ = tensor.stride()
+    outer = [stride for stride, size in ((batch_stride, batch), (head_stride, heads)) if size > 1]
+    end = tensor.storage_offset() + (batch - 1) * batch_stride + (heads - 1) * head_stride
+    end += (-(-capacity // group) * group - 1) * token + head_dim
+    if token >= head_dim and not any(stride % (group * token) for stride in outer):
+        if end <= tensor.untyped_storage().nbytes():
+            return None
+    return (
+        f"{name}: expected memory for a multiple of {group} keys per head, got strides "
+        f"{tuple(tensor.stride())}; make the cache with KVCache"
+    )
+
+
 def scale_limit(scale: float | None) -> str | None:
     """Return why the sm_90a kernels do not take this scale, None if they do or there is none."""
     if scale is None or scale > 0:

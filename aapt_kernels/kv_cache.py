@@ -23,6 +23,8 @@ from torch import Tensor
 from .backend import deferred, kernels_of, may_run_kernels, obstacle
 from .checks import FLOATS, check_dense_rows, check_device, check_dtype, check_integer, check_shape
 from .precision import as_bits, dequantise, hadamard, quantise
+from .schemas import ops
+from .self_check import check_stored, is_due
 
 QUANTISED = (torch.float8_e4m3fn,)
 KEY_GROUP = 16  # keys of a float8 cache in 16 bytes
@@ -50,6 +52,19 @@ class KVCache:
     returns queries times this matrix. Scores stay as they are, and large channels are spread over
     all of a head.
 
+    self_check: whether a float8 cache is checked at its first use, True unless given. The first
+    call for a layer and a number of tokens of `kv_append`, `write_text` and `load_prefix` compares
+    a sample of keys and values, as they are stored, with those given; the first call of
+    `cached_attention` with a kernel that rounds queries and weights to float8 compares a sample of
+    rows with float32. RuntimeError names the head that loses too much, and what to do. A check
+    waits for the device. It is left out in a captured or compiled step, so call each step once
+    before. `recheck` asks for another check.
+
+    past_dtype: float8_e4m3fn to store the frames of the past in it, while text, sink and the newest
+    frame stay in `dtype`; None unless given. `past` is then the cache of these frames, with their
+    scales and `use_hadamard`, k and v are `[text | sink | newest]`, and a step appends one frame,
+    which `advance` rounds as it ends the step.
+
     workspace: memory that the kernels of cached_attention reuse in every call, int32 for sm_90a,
     float32 for Triton; None where neither runs or none is needed, and in a clone before its first
     call. So all calls on one cache belong on one stream of the device.
@@ -62,6 +77,8 @@ class KVCache:
     v_scale: Tensor | None = None
     workspace: Tensor | None = None
     use_hadamard: bool = False
+    self_check: bool = True
+    past: "PastFrames | None" = None
     _compute_dtype: torch.dtype | None = None
 
     def __init__(
@@ -78,6 +95,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
         use_hadamard: bool = False,
+        self_check: bool = True,
+        past_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ):
         sizes = {}
@@ -98,7 +117,24 @@ class KVCache:
         self.window_frames = sizes["window_frames"]
         self.sink_frames = sizes["sink_frames"]
         self._choose_dtypes(dtype, compute_dtype)
-        self._choose_hadamard(use_hadamard, dtype, head_dim)
+        if past_dtype is None:
+            self._choose_hadamard(use_hadamard, dtype, head_dim)
+        else:
+            self._check_past(dtype, past_dtype)
+            self.past = PastFrames(
+                *(batch, layers, heads, head_dim),
+                text_tokens=0,
+                tokens_per_frame=self.tokens_per_frame,
+                window_frames=self.window_frames,
+                sink_frames=0,
+                dtype=past_dtype,
+                compute_dtype=dtype,
+                use_hadamard=use_hadamard,
+                self_check=self_check,
+                device=device,
+            )
+        self.self_check = bool(self_check)
+        self.checked: set[tuple[str, int, int]] = set()  # op, layer and number of tokens
         # Head-major in memory, because every attention reads the keys of one head in one piece
         outer = (layers, batch, heads)
         options = dict(dtype=dtype, device=device)
@@ -131,6 +167,18 @@ class KVCache:
             )
         self._compute_dtype = compute_dtype
 
+    def _check_past(self, dtype: torch.dtype, past_dtype: torch.dtype) -> None:
+        if past_dtype not in QUANTISED or dtype in QUANTISED:
+            names = " or ".join(str(x) for x in QUANTISED)
+            raise TypeError(
+                f"past_dtype: expected {names} beside a wider dtype, got {past_dtype} beside "
+                f"{dtype}"
+            )
+        if self.window_frames < 1:
+            raise ValueError(
+                f"window_frames: expected at least 1 with past_dtype, got {self.window_frames}"
+            )
+
     def _choose_hadamard(self, use_hadamard: bool, dtype: torch.dtype, head_dim: int) -> None:
         if use_hadamard and dtype not in QUANTISED:
             raise ValueError(f"use_hadamard: expected False for a cache of {dtype}, got True")
@@ -142,9 +190,10 @@ class KVCache:
         self.use_hadamard = bool(use_hadamard)
 
     def _new_workspace(self) -> Tensor | None:
-        sizes = (self.tokens_per_frame, self.window_frames)
+        sizes = (self.tokens_per_frame, self.ring_frames - 1)
         kernels = kernels_of(self.k.device)
-        fits = self.k.dtype == torch.bfloat16 and self.k.shape[-1] in (64, 128)
+        head_dims = (128,) if self.k.dtype in QUANTISED else (64, 128)
+        fits = self.compute_dtype == torch.bfloat16 and self.k.shape[-1] in head_dims
         if kernels is not None and fits:
             make = kernels.cached_attention_workspace
         elif obstacle("cached_attention", "triton", self.k.device):
@@ -174,16 +223,20 @@ class KVCache:
             return None, None
         return self.k_scale[layer], self.v_scale[layer]
 
-    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of `compute_dtype` as the memory keeps them."""
+    def _stored(self, call: str, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of `compute_dtype` as the memory keeps them. call: who asks."""
         k_scale, v_scale = self.scales(layer)
-        k = hadamard(k) if self.use_hadamard else k
-        return quantise(k, k_scale, self.k.dtype), quantise(v, v_scale, self.v.dtype)
+        turned = hadamard(k) if self.use_hadamard else k
+        stored = quantise(turned, k_scale, self.k.dtype), quantise(v, v_scale, self.v.dtype)
+        if is_due(self, call, layer, k):
+            check_stored(self, call, layer, k.shape[1], stored, (k, v))
+        return stored
 
     @property
     def ring_frames(self) -> int:
-        """Slots of the ring: window and newest frame. A step appends at most as many frames."""
-        return self.window_frames + 1
+        """Slots of the ring: window and newest frame, or the newest frame alone if `past` has the
+        window. A step appends at most as many frames."""
+        return self.window_frames + 1 if self.past is None else 1
 
     @property
     def capacity(self) -> int:
@@ -193,8 +246,9 @@ class KVCache:
 
     @property
     def integers(self) -> tuple[int, int, int, int]:
-        """text_tokens, tokens_per_frame, window_frames and sink_frames, as the ops take them."""
-        return self.text_tokens, self.tokens_per_frame, self.window_frames, self.sink_frames
+        """text_tokens, tokens_per_frame, frames of the ring besides the newest, and sink_frames, as
+        the ops take them."""
+        return self.text_tokens, self.tokens_per_frame, self.ring_frames - 1, self.sink_frames
 
     def write_text(self, layer: int, k: Tensor, v: Tensor, text_lens: Tensor | None = None) -> None:
         """Replace one layer's text by k and v (batch, length <= text_tokens, heads, head_dim).
@@ -230,15 +284,17 @@ class KVCache:
             row = torch.arange(length, device=k.device) - shift
             source = row.clamp(min=0)[..., None, None].expand_as(k)
             texts = (x.gather(1, source).masked_fill_(row[..., None, None] < 0, 0) for x in (k, v))
-            for cached, text in zip((self.k, self.v), self._stored(layer, *texts), strict=True):
+            stored = self._stored("write_text", layer, *texts)
+            for cached, text in zip((self.k, self.v), stored, strict=True):
                 cached[layer, :, : self.text_tokens - length].zero_()
                 cached[layer, :, self.text_tokens - length : self.text_tokens].copy_(text)
 
     def advance(self, frames: int = 1) -> None:
-        """Finish a step: the frames that every layer has appended are now part of the past.
+        """Finish a step: the frames that every layer has appended are now part of the past, and
+        rounded to `past_dtype`, if any.
 
-        frames: number of frames that each layer appended in this step, at most window_frames + 1.
-        TypeError or ValueError for another.
+        frames: number of frames that each layer appended in this step, at most window_frames + 1,
+        1 with `past_dtype`. TypeError or ValueError for another, RuntimeError if a check fails.
         """
         frames = check_integer("frames", frames, 1)
         if frames > self.ring_frames:
@@ -246,6 +302,13 @@ class KVCache:
                 f"frames: expected at most {self.ring_frames}, the ring of this cache, got {frames}"
             )
         self.step.add_(frames)
+        if self.past is not None:
+            newest = [x[:, :, -self.tokens_per_frame :] for x in (self.k, self.v)]
+            for layer, frame in enumerate(zip(*newest, strict=True)):
+                self.past.append(layer, *frame)
+            # After a sink frame the newest slot is an old one: what it fills is not seen until the
+            # next frame fills it again
+            self.past.step.copy_((self.step - self.sink_frames).clamp(min=0))
 
     def reset(self) -> None:
         """Forget every frame, and NaN with it: their keys and values become zero. Text stays."""
@@ -253,6 +316,15 @@ class KVCache:
         with torch.no_grad():
             self.k[:, :, self.text_tokens :].zero_()
             self.v[:, :, self.text_tokens :].zero_()
+        if self.past is not None:
+            self.past.reset()
+
+    def recheck(self) -> None:
+        """Check every layer again in its next calls, if `self_check` is on: after new weights or
+        scales, or now and then in a long stream."""
+        self.checked.clear()
+        if self.past is not None:
+            self.past.recheck()
 
     def clone(self) -> "KVCache":
         """Return an independent copy, to branch a stream or to keep its state for training.
@@ -261,17 +333,24 @@ class KVCache:
         """
         twin = copy.copy(self)
         with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in self.tensors().items():
-                setattr(twin, name, copy.deepcopy(tensor))  # with the strides of a float8 cache
+            for name in self.tensors().keys() & vars(self).keys():
+                # With the strides of a float8 cache
+                setattr(twin, name, copy.deepcopy(getattr(self, name)))
+        if self.past is not None:
+            twin.past = self.past.clone()
         twin.workspace = None
+        twin.checked = set(self.checked)
         return twin
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the state by name, not copied: k, v, step, text_lens, and for a
-        float8 cache k_scale and v_scale."""
+        """Return the tensors of the state by name, not copied: k, v, step, text_lens, for a float8
+        cache k_scale and v_scale, and those of `past` as past.k, ..."""
         names = ("k", "v", "step", "text_lens")
         names = names if self.k_scale is None else (*names, "k_scale", "v_scale")
-        return {name: getattr(self, name) for name in names}
+        tensors = {name: getattr(self, name) for name in names}
+        if self.past is not None:
+            tensors |= {f"past.{name}": x for name, x in self.past.tensors().items()}
+        return tensors
 
     def check_twin(self, other: "KVCache") -> None:
         """Raise ValueError unless the other cache has the sizes, dtypes, use of the Hadamard matrix
@@ -280,11 +359,14 @@ class KVCache:
             (
                 *(cache.integers, *cache.k.shape, cache.k.dtype, cache.compute_dtype),
                 *(cache.use_hadamard, cache.k.device),
+                None if cache.past is None else cache.past.k.dtype,
             )
             for cache in (self, other)
         ]
         if forms[0] != forms[1]:
             raise ValueError(f"cache: expected one of {forms[0]}, got {forms[1]}")
+        if self.past is not None:
+            self.past.check_twin(other.past)
 
     def load(self, other: "KVCache") -> None:
         """Copy the state of a cache of the same shape, scales included, into the memory of this
@@ -317,9 +399,15 @@ class KVCache:
             raise RuntimeError(
                 f"prefix: expected at least {self.sink_frames} finished steps, got {step}"
             )
-        index = torch.arange(-self.past_frames, 0, device=self.k.device) + step - self.sink_frames
-        past = self.sink_frames + index % self.ring_frames
-        index = torch.cat([torch.arange(self.sink_frames, device=self.k.device), past])
+        index = torch.arange(self.sink_frames, device=self.k.device)
+        if self.past is not None:
+            sink, past = self._frames(layer, index), self.past.prefix(layer)
+            return tuple(torch.cat(x, dim=1) for x in zip(sink, past, strict=True))
+        past = torch.arange(-self.past_frames, 0, device=self.k.device) + step - self.sink_frames
+        return self._frames(layer, torch.cat([index, self.sink_frames + past % self.ring_frames]))
+
+    def _frames(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values of slots, in `compute_dtype`."""
         frames = (-1, self.tokens_per_frame)
 
         def take(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -350,6 +438,10 @@ class KVCache:
         check_shape("v", v, shape, why)
         self._check_dtype({"k": k, "v": v})
         check_device({"cache": self.k, "k": k, "v": v})
+        if self.past is not None:
+            split = sink * self.tokens_per_frame
+            self.past.load_prefix(layer, k[:, split:], v[:, split:], step - sink)
+            k, v, past = k[:, :split], v[:, :split], 0
         order = torch.arange(step - past, step, device=self.k.device) - sink
         index = torch.cat(
             [
@@ -358,7 +450,8 @@ class KVCache:
             ]
         )
         with torch.no_grad():
-            for cached, given in zip((self.k, self.v), self._stored(layer, k, v), strict=True):
+            stored = self._stored("load_prefix", layer, k, v)
+            for cached, given in zip((self.k, self.v), stored, strict=True):
                 slots = as_bits(cached)[layer, :, self.text_tokens :]
                 slots = slots.unflatten(1, (-1, self.tokens_per_frame)).zero_()
                 frames = as_bits(given).unflatten(1, (-1, self.tokens_per_frame))
@@ -399,3 +492,38 @@ class KVCache:
                 raise TypeError(
                     f"{name}: expected {self.compute_dtype} like cache, got {tensor.dtype}"
                 )
+
+
+class PastFrames(KVCache):
+    """The past of a cache with `past_dtype`: a ring of window_frames frames and no other, in which
+    `step` counts the finished frames besides the sink.
+
+    signs: those of the Hadamard matrix, (head_dim, head_dim) in `compute_dtype`, None without
+    `use_hadamard`; queries leave `kv_append` without it, because the newest frame has none.
+    """
+
+    signs: Tensor | None = None
+
+    def __init__(self, *sizes: int, **options):
+        super().__init__(*sizes, **options)
+        if self.use_hadamard:
+            with torch.inference_mode(False), torch.no_grad():
+                matrix = hadamard(torch.eye(self.k.shape[-1], device=self.k.device))
+                self.signs = matrix.sign().to(self.compute_dtype)
+
+    @property
+    def ring_frames(self) -> int:
+        """Slots of the ring: the window."""
+        return self.window_frames
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the frame `step`, k and v (batch, tokens_per_frame, heads, head_dim), normalised
+        and rotated. RuntimeError if a check fails, see `KVCache`."""
+        caches = self.k[layer], self.v[layer], self.step
+        options = (*self.integers, *self.scales(layer), self.use_hadamard)
+        ops.kv_append.default(k, k, v, *caches, *[None] * 6, 0.0, *options)
+        if is_due(self, "advance", layer, k):
+            slot = self.step % self.ring_frames * self.tokens_per_frame
+            rows = slot + torch.arange(self.tokens_per_frame, device=k.device)
+            stored = [as_bits(x)[:, rows].view(x.dtype) for x in caches[:2]]
+            check_stored(self, "advance", layer, k.shape[1], stored, (k, v))

@@ -156,22 +156,6 @@ def rotate(low, high, cos, sin):
 
 
 @triton.jit
-def e4m3(x):
-    """Return the bits of float32 x, at most 448 in size, as e4m3: to the nearest, ties to even.
-
-    Done with integers, because sm_80 has no instruction for it, and Triton's interpreter loses a
-    carry into the exponent, and NaN.
-    """
-    size = tl.abs(x)
-    bits = size.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # biases 127 and 7
-    subnormal = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF  # in steps of 2^-9
-    code = tl.where(size < 0.015625, subnormal, normal)
-    code = tl.where(x != x, 0x7F, code)
-    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
 def multiply_hadamard(low, high, dtype: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Return the halves of rows, rounded to `dtype`, times the Hadamard matrix over
     sqrt(HEAD_DIM), a power of two from 32 to 512."""

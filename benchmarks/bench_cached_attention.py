@@ -31,6 +31,33 @@ def test_cached_attention(against, mode, device, shape, dtype):
     against(ours, rivals, rounds=20, iterations=10, work=work)
 
 
+def test_cached_attention_float8(against, mode, device, shape, dtype):
+    """A cache of E4M3, with products in E4M3 where a kernel has them, against one of `dtype`, and
+    against one whose past alone is E4M3."""
+    if mode == "cpu" or shape.head_dim != 128:
+        pytest.skip("no products in E4M3")
+    caches = [
+        shape.make_cache(torch.float8_e4m3fn, device, compute_dtype=dtype),
+        shape.make_cache(dtype, device),
+        shape.make_cache(dtype, device, past_dtype=torch.float8_e4m3fn),
+    ]
+    q = shape.make_frame(dtype, device)
+
+    def ours():
+        return cached_attention(q, caches[0], 0)
+
+    def other(cache):
+        def run():
+            cached_attention(q, cache, 0)  # to other keys: results are not compared
+
+        return run
+
+    moved = 2 * caches[0].k[0].numel() + 2 * q.numel() * q.element_size()
+    work = Work(shape.attention_flops, moved)
+    rivals = {f"a cache of {dtype}": other(caches[1]), "past alone": other(caches[2])}
+    against(ours, rivals, rounds=20, iterations=10, work=work)
+
+
 @pytest.mark.parametrize("text", [7])
 def test_with_a_short_prompt(against, mode, device, shape, dtype, text):
     """A text slot that is not full leaves two intervals of keys; peers get one without the gap."""

@@ -6,9 +6,11 @@ choices of docs/method.md#16 on inputs that are hard for them.
 q, k, v and the weights p are rounded to E4M3, everything else is float64. Keys come in tiles of
 128; p is relative to the running maximum of the row, as a kernel has it, times 2^OFFSET. Scales of
 keys and values are per head, or per token for comparison. What the tensor core's adder loses is not
-in here: 0.015 % with one promotion per tile (benchmarks/LOG.md, 2026-11-29).
+in here: 0.015 % with one promotion per tile (benchmarks/LOG.md, 2026-11-29). "Past alone" is a
+cache with `past_dtype`, in which a sixteenth of the keys at either end stays exact.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +49,19 @@ def attend_e4m3(
     use_hadamard: bool = False,
     per_token: bool = False,
     offset: int = OFFSET,
+    exact: float = 0.0,
 ) -> Tensor:
     """Return `attend` with q, k, v and p in E4M3.
 
-    A row of q is scaled by its norm, which no rotation changes and no element exceeds.
+    A row of q is scaled by its norm, which no rotation changes and no element exceeds. exact: share
+    of the keys at either end that meet exact queries and have exact weights, as in a cache with
+    `past_dtype`, 0 unless given.
     """
+    if end := int(exact * k.shape[1]):
+        ends = [torch.cat((x[:, :end], x[:, -end:]), 1) for x in (k, v)]
+        k, v = k[:, end:-end], v[:, end:-end]
+        scores = q @ ends[0].mT * q.shape[-1] ** -0.5
+        other, other_lse = scores.softmax(-1) @ ends[1], scores.logsumexp(-1, keepdim=True)
     if use_hadamard:
         q, k = hadamard(q), hadamard(k)
     q_scale = q.norm(dim=-1, keepdim=True) / LIMIT
@@ -73,7 +83,11 @@ def attend_e4m3(
         else:
             p = round_e4m3(p * 2.0**offset) * scales[1]
         out = out * decay + p @ v[:, tile] * 2.0**-offset
-    return out / total
+    out = out / total
+    if not end:
+        return out
+    lse = (highest + total.log2()) * math.log(2)
+    return torch.lerp(out, other, torch.sigmoid(other_lse - lse))
 
 
 def normalise(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -103,6 +117,9 @@ def inputs(name: str, keys: int = 4096, queries: int = 32, heads: int = 8) -> tu
     if name == "one key above all":  # by 8.5; the others weigh as much together
         q[..., 0], k[:, keys // 8, 0] = 8, 12
         v = v + 2
+    if name == "both ends above all":  # by 2.1: a sixteenth at either end, as much as the others
+        q[..., 0], end = 8, keys // 16
+        k[:, :end, 0] = k[:, -end:, 0] = 3
     return q, k, v
 
 
@@ -114,6 +131,7 @@ INPUTS = (
     "outlier values",
     "peaked scores",
     "one key above all",
+    "both ends above all",
 )
 
 
@@ -135,6 +153,10 @@ def main() -> None:
     choices = [
         (f"{scale}{', Hadamard' if use else ''}", dict(per_token=token, use_hadamard=use))
         for scale, token in (("per head", False), ("per token", True))
+        for use in (False, True)
+    ]
+    choices += [
+        (f"past alone{', Hadamard' if use else ''}", dict(exact=1 / 16, use_hadamard=use))
         for use in (False, True)
     ]
     cases = [(name, 4096) for name in INPUTS] + [("Gaussian", 200_000)]

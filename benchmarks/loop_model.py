@@ -91,6 +91,10 @@ STRETCHES = (1.0, 1.15, 1.3)
 HOISTED = softmax_of(exponentials=0)
 FA3_LOOP = softmax_of(exponentials=13)
 SETTLED = softmax_of(exponentials=66)
+# Products of E4M3 take half the time. The maximum is found during the second product; promotion,
+# exponentials and conversions of two values each come after it.
+FP8_PRODUCT = PRODUCT / 2
+FP8 = Softmax((64 + 4) * COMPARISON + SHUFFLES, 64 * ADDITION + 66 * EXPONENTIAL + 32 * CONVERSION)
 SETTLED_WIDE = softmax_of(exponentials=90, total=90, columns=88)  # 176 keys
 
 
@@ -99,6 +103,18 @@ def forward_rates(softmax: Softmax = SETTLED) -> tuple[float, float]:
     ratios = [
         tensor_busy(softmax.stretched(x)) / tensor_busy(FA3_LOOP.stretched(x)) for x in STRETCHES
     ]
+    return FA3_FORWARD[0] * min(ratios), FA3_FORWARD[1] * max(ratios)
+
+
+def fp8_busy(stretch: float = 1.0) -> float:
+    """The share of time that the tensor cores multiply E4M3, head_dim 128, tiles of 128 keys."""
+    exponentials_alone = 2 * FP8_PRODUCT / (66 * EXPONENTIAL)
+    return min(tensor_busy(FP8.stretched(stretch), FP8_PRODUCT), exponentials_alone)
+
+
+def fp8_rates() -> tuple[float, float]:
+    """FLOP/s of the loop in E4M3, lowest and highest over STRETCHES."""
+    ratios = [2 * fp8_busy(x) / tensor_busy(FA3_LOOP.stretched(x)) for x in STRETCHES]
     return FA3_FORWARD[0] * min(ratios), FA3_FORWARD[1] * max(ratios)
 
 
@@ -156,7 +172,7 @@ def table() -> str:
         return " to ".join(f"{rate / 1e12:.0f}" for rate in pair)
 
     rows = [
-        "PREDICTION, nothing here was measured on these kernels: head_dim 128, BF16, TFLOP/s",
+        "PREDICTION, nothing here was measured on these kernels: head_dim 128, TFLOP/s",
         "",
         "| softmax of a tile | cycles before / after the second wait | tensor cores busy, softmax "
         + ", ".join(f"x {x}" for x in STRETCHES)
@@ -179,6 +195,8 @@ def table() -> str:
         f"| settled, tiles of 128 x 176 (not built) "
         f"| {SETTLED_WIDE.before:.0f} / {SETTLED_WIDE.after:.0f} "
         f"| {', '.join(f'{share:.3f}' for share in busy)} | | |",
+        f"| settled, E4M3 | {FP8.before:.0f} / {FP8.after:.0f} "
+        f"| {', '.join(f'{fp8_busy(x):.3f}' for x in STRETCHES)} | | {rates(fp8_rates())} |",
         f"| FlashAttention-3 itself, 128 x 176, clusters of 2 | | | | {rates(FA3_FORWARD_WIDE)} |",
         "",
         "| head_dim 64, warpgroups that multiply | tensor cores busy, softmax "

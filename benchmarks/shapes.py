@@ -47,9 +47,10 @@ class Shape:
             device=device,
             **options,
         )
-        for x in (cache.k, cache.v):
-            x.copy_(torch.randn(x.shape, device=device))
-        cache.step.fill_(3 * self.frames + 1)
+        for part in (cache,) if cache.past is None else (cache, cache.past):
+            for x in (part.k, part.v):
+                x.copy_(torch.randn(x.shape, device=device))
+            part.step.fill_(3 * self.frames + 1)
         cache.text_lens.fill_(self.text)
         return cache
 

@@ -47,12 +47,17 @@ struct DeviceScope {
   ~DeviceScope() { sim::forget(); }
 };
 
+// As `device_pointer`, with this many bytes from the first element on.
+inline void* device_pointer(const Tensor& tensor, int64_t bytes) {
+  sim::allow(tensor.data_ptr(), bytes);
+  return tensor.data_ptr();
+}
+
 inline void* device_pointer(const Tensor& tensor) {
   if (tensor.numel() == 0) return nullptr;
   int64_t elements = 1;
   for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
-  sim::allow(tensor.data_ptr(), elements * tensor.element_size());
-  return tensor.data_ptr();
+  return device_pointer(tensor, elements * tensor.element_size());
 }
 
 #else
@@ -81,6 +86,7 @@ struct DeviceScope {
 };
 
 inline void* device_pointer(const Tensor& tensor) { return tensor.data_ptr(); }
+inline void* device_pointer(const Tensor& tensor, int64_t) { return tensor.data_ptr(); }
 
 #endif
 
@@ -116,6 +122,28 @@ inline Strides check_rows(const char* name, const Tensor& tensor, const Tensor& 
                       strides.token % unit == 0 && strides.head % unit == 0,
                   name, ": expected a contiguous head_dim and rows on 16-byte boundaries");
   return strides;
+}
+
+// Checks values of E4M3 with `check_like`, and that the tokens of a column are side by side, in
+// columns on 16-byte boundaries. Returns the distance between columns.
+inline int64_t check_columns(const char* name, const Tensor& tensor, const Tensor& q,
+                             int64_t length) {
+  check_like(name, tensor, q, length, ScalarType::Float8_e4m3fn);
+  STD_TORCH_CHECK(
+      tensor.stride(1) == 1 && is_row_aligned(tensor) && tensor.stride(0) % kRowAlignment == 0 &&
+          tensor.stride(2) % kRowAlignment == 0 && tensor.stride(3) % kRowAlignment == 0,
+      name,
+      ": expected the tokens of a column side by side, and columns on 16-byte "
+      "boundaries");
+  return tensor.stride(3);
+}
+
+// Checks the scales of a cache of E4M3, one per head. Returns their `device_pointer`.
+inline const float* check_scale(const char* name, const Tensor& scale, const Tensor& q) {
+  STD_TORCH_CHECK(on_device_of(q, scale) && scale.scalar_type() == ScalarType::Float &&
+                      scale.is_contiguous() && scale.dim() == 1 && scale.size(0) == q.size(2),
+                  name, ": expected contiguous float32 (", q.size(2), ",) on the device of q");
+  return static_cast<const float*>(device_pointer(scale));
 }
 
 // Checks that the tokens of q are those of 1 to `ring_frames` whole frames.

@@ -29,6 +29,7 @@ from wgmma import find_tensor_failures, format_tensor_table
 REQUIRED: dict[str, tuple[str, ...]] = {
     "kv_append_kernel": ("LDG.E.128", "STG.E.128"),
     "cached_attention_kernel": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "cached_attention_e4m3_kernel": ("QGMMA", "UTMALDG", "UTMASTG"),
     "causal_conv3d_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "MUFU.TANH"),
     "causal_conv3d_rows_kernel": ("HGMMA", "UTMALDG"),
     "activate_kernel": ("LDG.E.128", "STG.E.128"),

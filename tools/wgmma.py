@@ -22,13 +22,14 @@ OVERLAPPED = (
 # descriptors, and in a run of 4 products up to 12 more may be other work that ptxas puts there.
 MOST_UNIFORM = 7.0
 WARPGROUP = 128  # threads
+PRODUCTS = ("HGMMA", "QGMMA")  # of BF16, of FP8
 
 
 @dataclass(frozen=True)
 class Tensor:
     """Facts of one kernel from its machine code; all counts are static."""
 
-    products: int  # HGMMA
+    products: int
     before: int  # exponentials between the first and the second wait of a loop
     after: int  # exponentials that wait for both products
     uniform: float  # instructions of the uniform datapath per product, of the worst run
@@ -56,7 +57,7 @@ def runs_of_products(sass: list[Instruction]) -> list[list[Instruction]]:
         elif run is not None:
             run.append(instruction)
     for run in runs:
-        while run and not run[-1].opcode.startswith("HGMMA"):
+        while run and not run[-1].opcode.startswith(PRODUCTS):
             run.pop()
     return [run for run in runs if run]
 
@@ -88,7 +89,7 @@ def count_exponentials(sass: list[Instruction]) -> tuple[int, int]:
 def read_tensor(kernel: Kernel) -> Tensor:
     """Reads a kernel whose `sass` is known."""
     runs = runs_of_products(kernel.sass)
-    products = [sum(x.opcode.startswith("HGMMA") for x in run) for run in runs]
+    products = [sum(x.opcode.startswith(PRODUCTS) for x in run) for run in runs]
     uniform = [sum(x.is_uniform for x in run) for run in runs]
     initialised = [
         re.search(r"\+(0x[0-9a-f]+)\]", x.operands)
@@ -159,7 +160,7 @@ def format_tensor_table(kernels: list[Kernel]) -> str:
     """One line for each kernel with wgmma; empty if there is none."""
     rows = []
     for kernel in kernels:
-        if kernel.sass is None or not kernel.count("HGMMA"):
+        if kernel.sass is None or not any(map(kernel.count, PRODUCTS)):
             continue
         tensor = read_tensor(kernel)
         rows.append(
@@ -168,7 +169,7 @@ def format_tensor_table(kernels: list[Kernel]) -> str:
             f"  {demangle(kernel.name)}"
         )
     header = (
-        f"{'regs':>5} {'shared':>7} {'barriers':>8} {'HGMMA':>6} {'EX2 be':>6} {'after':>5} "
-        f"{'uniform':>8} {'others':>6}  kernel (per HGMMA: uniform of the worst run, others)"
+        f"{'regs':>5} {'shared':>7} {'barriers':>8} {'GMMA':>6} {'EX2 be':>6} {'after':>5} "
+        f"{'uniform':>8} {'others':>6}  kernel (per GMMA: uniform of the worst run, others)"
     )
     return "\n".join([header, *rows]) if rows else ""

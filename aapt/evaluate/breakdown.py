@@ -349,7 +349,7 @@ def assumptions(gpu: Gpu, float8_products: bool, float8_attention: bool) -> dict
     if float8_products:
         rate = gpu.float8_products
     if float8_attention:
-        attention = "an FP8 kernel, scores and values in e4m3"
+        attention = "the FP8 kernel of sm_90a, simulated only"
     return {
         **dict.fromkeys(("condition", "noise", "patchify"), moved),
         "products": f"{rate / 1e12:.0f} TFLOP/s in "

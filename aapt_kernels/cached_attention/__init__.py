@@ -4,11 +4,22 @@ import torch
 from torch import Tensor
 
 from ..backend import deferred, for_simulator, implement, register_fake
-from ..checks import cache_limit, check_no_grad, check_no_tangent, scale_limit, sm90_limit
-from ..kv_cache import KVCache
+from ..checks import (
+    cache_limit,
+    check_no_grad,
+    check_no_tangent,
+    grouped_limit,
+    scale_limit,
+    sm90_limit,
+    transposed_limit,
+)
+from ..kv_cache import KEY_GROUP, QUANTISED, KVCache
 from ..precision import follow_autocast, wide
 from ..schemas import ops
+from ..self_check import is_due
 from . import cpu, ref
+from .past import merge
+from .self_check import check_attention, rounds_weights
 
 
 def cached_attention(
@@ -35,8 +46,13 @@ def cached_attention(
     A slot that the frames do not see, such as one before `cache.reset()`, never reaches the
     output, not even as NaN.
 
+    A cache with `past_dtype` takes two calls, merged by their log-sum-exp: one sees text, sink and
+    the newest frame, the other the frames between. Kernels on a float8 cache round q and the
+    weights to float8 too. Their first call for a layer and a number of frames is checked against
+    float32 on a sample of rows, see `KVCache`.
+
     Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
-    requires grad, and NotImplementedError in forward-mode differentiation.
+    requires grad or the check fails, and NotImplementedError in forward-mode differentiation.
     """
     q, q_sink = follow_autocast(q, q_sink, dtype=cache.compute_dtype)
     tensors = {"q": q} if q_sink is None else {"q": q, "q_sink": q_sink}
@@ -45,12 +61,25 @@ def cached_attention(
     check_no_grad("cached_attention", tensors)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    out, lse = _attend(q, q_sink, cache, layer, cache.step, scale)
+    if cache.past is not None:
+        past = cache.past
+        # The op counts the queries' own frame, which is not in the past; it sees one at least
+        step = (past.step - 1).clamp(min=0)
+        if past.signs is not None:  # exact, so that what they lack is in the scale
+            q, scale = q @ past.signs, scale * q.shape[-1] ** -0.5
+        out, lse = merge(out, lse, *_attend(q, None, past, layer, step, scale), past.step > 0)
+    return (out, lse) if return_lse else out
+
+
+def _attend(q, q_sink, cache, layer, step, scale) -> tuple[Tensor, Tensor]:
+    """Attend to a cache of one dtype at `step`, and check the result if that is due."""
     q, q_sink = for_simulator(q, q_sink)
-    out, lse = ops.cached_attention.default(
+    arguments = (
         q,
         cache.k[layer],
         cache.v[layer],
-        cache.step,
+        step,
         cache.text_lens,
         q_sink,
         *cache.integers,
@@ -58,7 +87,11 @@ def cached_attention(
         *cache.scales(layer),
         cache.ready_workspace(),
     )
-    return (out, lse) if return_lse else out
+    out, lse = ops.cached_attention.default(*arguments)
+    if cache.k_scale is not None and is_due(cache, "cached_attention", layer, q):
+        if rounds_weights(*arguments):
+            check_attention(cache, layer, out, *arguments)
+    return out, lse
 
 
 @register_fake("cached_attention")
@@ -70,8 +103,18 @@ def _(q, *_):
 
 def _sm90_limit(q, k_cache=None, v_cache=None, step=None, text_lens=None, q_sink=None, *options):
     scale = options[4] if options else None
-    tensors = dict(k_cache=k_cache, v_cache=v_cache, text_lens=text_lens, q_sink=q_sink)
-    return cache_limit(q, k_cache) or sm90_limit(q, **tensors) or scale_limit(scale)
+    tensors = dict(k_cache=k_cache, text_lens=text_lens, q_sink=q_sink)
+    if k_cache is None or k_cache.dtype not in QUANTISED:
+        reason = cache_limit(q, k_cache) or sm90_limit(q, v_cache=v_cache, **tensors)
+    elif q.shape[-1] != 128:
+        reason = f"it takes a head_dim of 128 with a cache of float8, got {q.shape[-1]}"
+    else:
+        reason = (
+            sm90_limit(q, **tensors)
+            or grouped_limit("k_cache", k_cache, KEY_GROUP)
+            or transposed_limit("v_cache", v_cache)
+        )
+    return reason or scale_limit(scale)
 
 
 implement(

@@ -21,20 +21,25 @@ def visible(step, frames, text_lens, capacity, geometry):
     return seen | ((key >= begin) & (key < text_tokens))
 
 
-def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
-    *geometry, scale, k_scale, v_scale, _ = arguments
-    text_tokens, tokens_per_frame, _, sink_frames = geometry
-    seen = visible(step, q.shape[1] // tokens_per_frame, text_lens, k_cache.shape[1], geometry)
+def attend(q, k_cache, v_cache, q_sink, seen, sink, scale, k_scale, v_scale):
+    """Attend with rows of q to the keys that are seen (batch, capacity), with those of q_sink, if
+    any, to the keys of the slice `sink`. Return out and the log-sum-exp of the scores."""
     k_cache, v_cache = dequantise(k_cache, k_scale, q.dtype), dequantise(v_cache, v_scale, q.dtype)
     # A weight of zero would still multiply NaN in a slot that the frames do not see
     k_cache, v_cache = (x.masked_fill(~seen[..., None, None], 0) for x in (k_cache, v_cache))
     s = torch.einsum("bqhd,bkhd->bhqk", q * scale, k_cache)
     if q_sink is not None:
-        start, end = text_tokens, text_tokens + sink_frames * tokens_per_frame
-        sink = torch.einsum("bqhd,bkhd->bhqk", q_sink * scale, k_cache[:, start:end])
-        s[..., start:end] = sink
+        s[..., sink] = torch.einsum("bqhd,bkhd->bhqk", q_sink * scale, k_cache[:, sink])
     s = s.masked_fill(~seen[:, None, None], -torch.inf)
     return torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v_cache), s.logsumexp(-1)
+
+
+def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments):
+    *geometry, scale, k_scale, v_scale, _ = arguments
+    text_tokens, tokens_per_frame, _, sink_frames = geometry
+    seen = visible(step, q.shape[1] // tokens_per_frame, text_lens, k_cache.shape[1], geometry)
+    sink = slice(text_tokens, text_tokens + sink_frames * tokens_per_frame)
+    return attend(q, k_cache, v_cache, q_sink, seen, sink, scale, k_scale, v_scale)
 
 
 def reference_forward(q, *arguments):

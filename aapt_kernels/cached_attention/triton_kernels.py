@@ -4,6 +4,9 @@ A program takes a tile of queries of one head and a share of the key tiles. It c
 itself, from the counter and the text lengths on the device. Whole tiles of all intervals come
 first, in a loop without a mask, then the ragged ends. If one pass over the queries would leave
 multiprocessors idle, the keys are shared out, and a second kernel merges the parts in order.
+
+A cache of float8 has two products of float8 (docs/method.md#16): queries are rounded once, weights
+in every tile, whose sums are added in float32.
 """
 
 import sys
@@ -15,9 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import capability_of
 from ..checks import cache_limit
+from ..kv_cache import QUANTISED
+from ..precision import as_bits
 from ..triton_rows import multiprocessors
-from ..triton_tiles import LOG2_E, dot, load_rows
+from ..triton_tiles import FLOAT8_CAPABILITY, LOG2_E, dot, load_rows, narrow_e4m3, to_e4m3
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
@@ -34,8 +40,12 @@ class Config(NamedTuple):
     programs: int
 
 
-# By bytes per element and padded head_dim: for any number of queries, for at most 64, at most 16
+# By bytes per element of the cache and padded head_dim: for any number of queries, for at most 64,
+# at most 16. Float8 at 128: with more keys the kernel would need a stack on sm_89.
 CONFIGS = {
+    (1, 32): (Config(64, 64, 4, 3, 2), Config(64, 64, 4, 3, 2), Config(16, 64, 4, 4, 4)),
+    (1, 64): (Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 2), Config(16, 64, 4, 4, 4)),
+    (1, 128): (Config(128, 32, 8, 3, 1), Config(64, 32, 8, 3, 1), Config(16, 32, 4, 3, 2)),
     (2, 32): (Config(128, 64, 4, 3, 2), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
     (2, 64): (Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 3), Config(16, 64, 4, 4, 4)),
     (2, 128): (Config(128, 64, 8, 3, 1), Config(64, 64, 8, 3, 1), Config(16, 64, 4, 3, 2)),
@@ -43,6 +53,35 @@ CONFIGS = {
     (4, 64): (Config(64, 16, 4, 2, 2), Config(64, 16, 4, 2, 2), Config(16, 32, 4, 2, 3)),
     (4, 128): (Config(16, 32, 8, 2, 1), Config(16, 32, 8, 2, 1), Config(16, 32, 8, 2, 1)),
 }
+
+
+@triton.jit
+def load_float8(x, row, stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Load (rows, WIDTH) of one head from the bytes of a float8 cache."""
+    return load_rows(x, row, stride, active, HEAD_DIM, WIDTH).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def load_columns(
+    x, row, stride, column_stride, active, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Load (WIDTH, rows) of one head from the bytes of a float8 cache, where the rows of a column
+    are side by side."""
+    column = tl.arange(0, WIDTH)[:, None]
+    at = x + column.to(tl.int64) * column_stride + row.to(tl.int64)[None, :] * stride
+    mask = column < HEAD_DIM
+    if active is not None:
+        mask = mask & active[None, :]
+    return tl.load(at, mask=mask, other=0).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def round_queries(q):
+    """Return rows in float8 and their scales, (rows,): the norm over 448, which no element
+    exceeds."""
+    q = q.to(tl.float32)
+    scale = tl.maximum(tl.sqrt(tl.sum(q * q, 1)), 1e-15) * (1 / 448)
+    return to_e4m3(q, scale[:, None]), scale
 
 
 @triton.jit
@@ -57,25 +96,44 @@ def attend_tile(
     end,
     k_stride,
     v_stride,
+    v_column_stride,
     scale,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
-    """Add one tile of keys, those below `end` (None: all). `highest` is in units of log2."""
+    """Add one tile of keys, those below `end` (None: all). `highest` is in units of log2.
+
+    FLOAT8: scale is (rows,), and `highest` is less by 8, so that weights are at most 2^8.
+    """
     seen = None
     if end is not None:
         seen = key < end
-    k_tile = load_rows(k, key, k_stride, seen, HEAD_DIM, WIDTH)
+    if FLOAT8:
+        k_tile = load_float8(k, key, k_stride, seen, HEAD_DIM, WIDTH)
+        scales = scale[:, None]
+    else:
+        k_tile = load_rows(k, key, k_stride, seen, HEAD_DIM, WIDTH)
+        scales = scale
     s = dot(q, tl.trans(k_tile))
     if end is not None:
         s = tl.where(seen[None, :], s, float("-inf"))
     before = highest
-    highest = tl.maximum(before, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - highest[:, None])
+    highest = tl.max(s, 1) * scale
+    if FLOAT8:
+        highest -= 8
+    highest = tl.maximum(before, highest)
+    p = tl.exp2(s * scales - highest[:, None])
     decay = tl.exp2(before - highest)
     total = total * decay + tl.sum(p, 1)
-    v_tile = load_rows(v, key, v_stride, seen, HEAD_DIM, WIDTH)
-    result = dot(p.to(v_tile.dtype), v_tile, result * decay[:, None])
+    result = result * decay[:, None]
+    if FLOAT8:
+        v_tile = load_columns(v, key, v_stride, v_column_stride, seen, HEAD_DIM, WIDTH)
+        # Not added by the tensor core, which keeps 13 fraction bits
+        result += dot(narrow_e4m3(p), tl.trans(v_tile))
+    else:
+        v_tile = load_rows(v, key, v_stride, seen, HEAD_DIM, WIDTH)
+        result = dot(p.to(v_tile.dtype), v_tile, result)
     return result, highest, total
 
 
@@ -95,10 +153,12 @@ def attend_tiles(
     last,
     k_stride,
     v_stride,
+    v_column_stride,
     scale,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     """Add tiles first ... last of the keys [text, text_end) and [start, end): the whole tiles of
     both intervals, then the ragged ends."""
@@ -119,9 +179,11 @@ def attend_tiles(
             None,
             k_stride,
             v_stride,
+            v_column_stride,
             scale,
             HEAD_DIM,
             WIDTH,
+            FLOAT8,
         )
     for tile in tl.range(tl.maximum(first, whole), tl.maximum(last, whole), num_stages=1):
         here = (tile == whole) & (text_end > text + whole_here * KEYS)
@@ -137,9 +199,11 @@ def attend_tiles(
             tl.where(here, text_end, end),
             k_stride,
             v_stride,
+            v_column_stride,
             scale,
             HEAD_DIM,
             WIDTH,
+            FLOAT8,
         )
     return result, highest, total
 
@@ -152,6 +216,8 @@ def cached_attention_kernel(
     step,
     text_lens,
     q_sink,
+    k_scale,
+    v_scale,
     out,
     lse,
     q_batch_stride,
@@ -166,6 +232,7 @@ def cached_attention_kernel(
     v_batch_stride,
     v_token_stride,
     v_head_stride,
+    v_column_stride,
     out_split_stride,
     out_batch_stride,
     out_token_stride,
@@ -217,6 +284,10 @@ def cached_attention_kernel(
     if q_sink is not None:
         q_sink += batch * q_sink_batch_stride + head * q_sink_head_stride
         q_tile = load_rows(q_sink, row, q_sink_token_stride, active, HEAD_DIM, WIDTH)
+        tile_scale = scale
+        if k_scale is not None:
+            q_tile, tile_scale = round_queries(q_tile)
+            tile_scale *= scale * tl.load(k_scale + head)
         result, highest, total = attend_tiles(
             result,
             highest,
@@ -232,13 +303,19 @@ def cached_attention_kernel(
             tl.minimum(last, sink_tiles),
             k_token_stride,
             v_token_stride,
-            scale,
+            v_column_stride,
+            tile_scale,
             HEAD_DIM,
             WIDTH,
             KEYS,
+            k_scale is not None,
         )
     q += batch * q_batch_stride + head * q_head_stride
     q_tile = load_rows(q, row, q_token_stride, active, HEAD_DIM, WIDTH)
+    tile_scale = scale
+    if k_scale is not None:
+        q_tile, tile_scale = round_queries(q_tile)
+        tile_scale *= scale * tl.load(k_scale + head)
     result, highest, total = attend_tiles(
         result,
         highest,
@@ -254,14 +331,18 @@ def cached_attention_kernel(
         tl.maximum(last - sink_tiles, 0),
         k_token_stride,
         v_token_stride,
-        scale,
+        v_column_stride,
+        tile_scale,
         HEAD_DIM,
         WIDTH,
         KEYS,
+        k_scale is not None,
     )
 
     # A split without a tile has total 0: its part is zero and weighs nothing
     result = result / tl.where(total == 0, 1, total)[:, None]
+    if v_scale is not None:
+        result *= tl.load(v_scale + head)
     out += split.to(tl.int64) * out_split_stride + batch * out_batch_stride + head * out_head_stride
     column = tl.arange(0, WIDTH)[None, :]
     at = row.to(tl.int64)[:, None] * out_token_stride + column
@@ -316,11 +397,20 @@ def limit(q: Tensor, k_cache: Tensor | None = None, *_) -> str | None:
     """Return why the kernel does not take q and the cache, None if it does. It pads a head_dim to
     the next of 32, 64 and 128."""
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM:
-        return cache_limit(q, k_cache)
+        if k_cache is None or k_cache.dtype not in QUANTISED:
+            return cache_limit(q, k_cache)
+        return float8_limit(q)
     return (
         f"it takes float16, bfloat16 or float32 with a head_dim up to {MAX_HEAD_DIM}, "
         f"got {q.dtype} with {q.shape[-1]}"
     )
+
+
+def float8_limit(x: Tensor) -> str | None:
+    """Return why the kernel takes no cache of float8 on the device of x, None if it does."""
+    if x.is_cuda and capability_of(x.device) < FLOAT8_CAPABILITY:
+        return f"k_cache: float8 needs a device of sm_89 or later, got {capability_of(x.device)}"
+    return None
 
 
 def padded_width(head_dim: int) -> int:
@@ -387,7 +477,9 @@ def plan_of(queries: int, k_cache: Tensor) -> Plan:
 def workspace(k_cache: Tensor, tokens_per_frame: int, window_frames: int) -> Tensor | None:
     """Return memory for the parts of any call on a layer k_cache (batch, capacity, heads,
     head_dim), float32; None if the kernel does not take this cache or never splits its keys."""
-    if limit(k_cache):
+    if k_cache.shape[-1] > MAX_HEAD_DIM:
+        return None
+    if float8_limit(k_cache) if k_cache.dtype in QUANTISED else limit(k_cache):
         return None
     batch, _, heads, head_dim = k_cache.shape
     words = 0
@@ -412,12 +504,14 @@ def split_workspace(memory: Tensor | None, splits: int, lse: Tensor, head_dim: i
 
 def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: int | None = None):
     """Launch the kernel; splits: chosen from shapes alone, unless given."""
-    text_tokens, tokens_per_frame, window_frames, sink_frames, scale, _, _, memory = arguments
+    *geometry, scale, k_scale, v_scale, memory = arguments
+    text_tokens, tokens_per_frame, window_frames, sink_frames = geometry
     batch, length, heads, head_dim = q.shape
     if scale < 0:  # the running maximum is that of the scaled scores only for a scale > 0
         q, q_sink, scale = -q, None if q_sink is None else -q_sink, -scale
     scale = max(scale, 1e-30)
     config, row_tiles, chosen = plan_of(length, k_cache)
+    k_cache, v_cache = as_bits(k_cache), as_bits(v_cache)
     splits = chosen if splits is None else splits
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
@@ -437,12 +531,14 @@ def forward(q, k_cache, v_cache, step, text_lens, q_sink, *arguments, splits: in
             step,
             text_lens,
             q_sink,
+            k_scale,
+            v_scale,
             parts,
             part_lses,
             *q.stride()[:3],
             *(q if q_sink is None else q_sink).stride()[:3],
             *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
+            *v_cache.stride(),
             *part_strides,
             heads,
             length,

@@ -15,7 +15,9 @@ from ..kv_cache import QUANTISED, KVCache
 from ..precision import follow_autocast
 from ..qk_norm_rope import check_arguments
 from ..schemas import ops
+from ..self_check import is_due
 from . import cpu, ref
+from .self_check import check_append
 
 
 def kv_append(
@@ -42,11 +44,12 @@ def kv_append(
     the rotated q, or (q, q_sink) if cos_sink and sin_sink are given, in the dtype of q. With
     `cache.use_hadamard`, k and what is returned are multiplied by the Hadamard matrix of a head.
     Call it once per layer and step, before `cached_attention`; a second call in a step writes the
-    frames anew.
+    frames anew. The first call for a layer and a number of frames of a float8 cache is checked on a
+    sample of rows, see `KVCache`.
 
-    Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if one
-    requires grad, because writing in place has no gradient, and NotImplementedError in forward-mode
-    differentiation.
+    Raises ValueError or TypeError if an argument does not fit the cache, RuntimeError if the check
+    fails or an argument requires grad, because writing in place has no gradient, and
+    NotImplementedError in forward-mode differentiation.
     """
     q, k, v = follow_autocast(q, k, v, dtype=cache.compute_dtype)
     tensors = {"q": q, "k": k, "v": v}
@@ -77,6 +80,8 @@ def kv_append(
         *cache.scales(layer),
         cache.use_hadamard,
     )
+    if cache.k_scale is not None and is_due(cache, "kv_append", layer, k):
+        check_append(cache, layer, q, k, v, k_weight, cos, sin, eps)
     return q if cos_sink is None else (q, q_sink)
 
 

@@ -10,7 +10,6 @@ from ..checks import cache_limit
 from ..kv_cache import QUANTISED
 from ..triton_rows import (
     dense_or_none,
-    e4m3,
     load_angles,
     load_halves,
     locate,
@@ -22,10 +21,9 @@ from ..triton_rows import (
     store_queries,
     tiling,
 )
-from ..triton_tiles import INTERPRETED
+from ..triton_tiles import FLOAT8_CAPABILITY, to_e4m3
 
 KEYS = 64  # of a tile of values
-FLOAT8_CAPABILITY = (8, 9)  # the first that converts to float8_e4m3fn
 INTEGERS = ["rows", "length", "text_tokens", "tokens_per_frame", "ring_frames", "sink_frames"]
 INTEGERS += ["value_programs"]
 
@@ -36,17 +34,6 @@ def first_key(frame, text_tokens, tokens_per_frame, ring_frames, sink_frames):
     in_ring = sink_frames + (frame - sink_frames) % ring_frames
     slot = tl.where(frame < sink_frames, frame, in_ring)
     return text_tokens + slot * tokens_per_frame
-
-
-@triton.jit
-def to_e4m3(x, scale):
-    """Return x / scale in float8, limited to the largest finite value; NaN stays NaN."""
-    x = x.to(tl.float32) * tl.div_rn(1.0, scale)
-    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    if INTERPRETED:
-        return e4m3(x).to(tl.float8e4nv, bitcast=True)
-    else:
-        return x.to(tl.float8e4nv)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_rows import e4m3
+from ..triton_tiles import e4m3
 from .ref import FORMAT, GROUP, LARGEST, SMALLEST_SCALE
 
 ROWS, WARPS = 32, 4  # of a tile, one group wide: 16 bytes of BF16 four times per thread

@@ -50,9 +50,10 @@ HOPPER_DEVICE void release(uint64_t* empty) {
 
 // Which rows of a tile are zeroed before the consumers see it, so that a weight of zero hides them.
 enum class Repair {
-  END,     // values that are nobody's: padding of the text, frames to come, frames forgotten
-  VALUES,  // and values that hold NaN or infinity; `broken` says which
-  BOTH     // and keys like values, because both are right factors; `broken` is not needed
+  END,      // values that are nobody's: padding of the text, frames to come, frames forgotten
+  COLUMNS,  // as END, if the keys of a tile of values are its columns
+  VALUES,   // and values that hold NaN or infinity; `broken` says which
+  BOTH      // and keys like values, because both are right factors; `broken` is not needed
 };
 
 // Called by all threads. One thread per warp gives queries, keys and values back.
@@ -74,6 +75,17 @@ HOPPER_DEVICE void init_barriers(typename C::Shared& shared) {
   cta_sync();
 }
 
+// Fetches a tile of BF16 rows that begins at token `row`.
+template <int kPanels, int kSize>
+HOPPER_DEVICE void load_tile(uint16_t (&tile)[kPanels][kSize], const hopper::TensorMap& map,
+                             uint64_t* full, int row, int head, int batch) {
+  for (int panel = 0; panel < kPanels; ++panel) {
+    // Other query tiles read the same rows soon
+    hopper::tma_load_4d(tile[panel], &map, full, panel * kPanel, row, head, batch,
+                        hopper::CacheHint::EVICT_LAST);
+  }
+}
+
 // The rings of keys and values, as the fetching thread, the repairing warp or a consumer goes
 // through them. A consumer counts tiles from the first of its work item.
 //
@@ -89,15 +101,10 @@ class KeyRing {
   template <class TensorMaps>
   HOPPER_DEVICE void fetch(const TensorMaps& maps, int row, int head, int batch, bool is_raw) {
     const Stage stage(before_++);
-    const auto fetch = [&](auto& tile, const hopper::TensorMap& map, uint64_t* full,
-                           uint64_t* empty) {
+    const auto fetch = [&](auto& tile, const auto& map, uint64_t* full, uint64_t* empty) {
       hopper::mbar_wait(empty, stage.parity ^ 1);
       hopper::mbar_arrive_expect_tx(full, sizeof(tile));
-      for (int panel = 0; panel < C::kHeadDim / kPanel; ++panel) {
-        // Other query tiles read the same rows soon
-        hopper::tma_load_4d(tile[panel], &map, full, panel * kPanel, row, head, batch,
-                            hopper::CacheHint::EVICT_LAST);
-      }
+      load_tile(tile, map, full, row, head, batch);
     };
     uint64_t* raw = &shared_.raw[stage.index];
     fetch(shared_.k[stage.index], maps.k,
@@ -107,20 +114,22 @@ class KeyRing {
           &shared_.v_empty[stage.index]);
   }
 
-  // Repairs the next tile if it is raw: its rows from `visible` on are nobody's. Called by one
-  // whole warp.
-  HOPPER_DEVICE void repair(int visible, bool is_raw) {
+  // Repairs the next tile if it is raw. Called by one whole warp.
+  template <class Tile>
+  HOPPER_DEVICE void repair(const Tile& tile, bool is_raw) {
     const Stage stage(before_++);
     if (!is_raw) return;
     hopper::mbar_wait(&shared_.raw[stage.index], raw_parities_ >> stage.index & 1);
     raw_parities_ ^= 1u << stage.index;
-    if constexpr (C::kRepair == Repair::VALUES) {
-      repair_rows(shared_.v[stage.index], visible, shared_.broken[stage.index]);
+    if constexpr (C::kRepair == Repair::COLUMNS) {
+      zero_columns(shared_.v[stage.index], tile.hidden(), tile.visible());
+    } else if constexpr (C::kRepair == Repair::VALUES) {
+      repair_rows(shared_.v[stage.index], tile.visible(), shared_.broken[stage.index]);
     } else {
-      repair_rows(shared_.v[stage.index], visible, nullptr);
+      repair_rows(shared_.v[stage.index], tile.visible(), nullptr);
     }
     if constexpr (C::kRepair == Repair::BOTH) {
-      repair_rows(shared_.k[stage.index], visible, nullptr);
+      repair_rows(shared_.k[stage.index], tile.visible(), nullptr);
     }
     hopper::fence_proxy_async();
     hopper::warp_sync();
@@ -138,10 +147,10 @@ class KeyRing {
     hopper::mbar_wait(&shared_.v_full[stage_of(i).index], stage_of(i).parity);
   }
   HOPPER_DEVICE uint32_t keys(int i) const {
-    return hopper::smem_u32(shared_.k[stage_of(i).index]);
+    return hopper::smem_u32(&shared_.k[stage_of(i).index]);
   }
   HOPPER_DEVICE uint32_t values(int i) const {
-    return hopper::smem_u32(shared_.v[stage_of(i).index]);
+    return hopper::smem_u32(&shared_.v[stage_of(i).index]);
   }
   // Of a tile of 128 keys that was repaired.
   HOPPER_DEVICE uint4 broken(int i) const {
@@ -154,6 +163,7 @@ class KeyRing {
   using Stage = hopper::Stage<C::kStages>;
   HOPPER_DEVICE Stage stage_of(int i) const { return Stage(before_ + i); }
 
+  // Rows from `visible` on are nobody's.
   template <class Tile>
   HOPPER_DEVICE static void repair_rows(Tile& tile, int visible, uint32_t* broken) {
     HOPPER_UNROLL_BY(1)
@@ -195,8 +205,7 @@ HOPPER_DEVICE void produce(typename C::Shared& shared, const TensorMaps& maps,
   } else if (warp == 1) {
     if (hopper::elect_one()) fetch_queries();
   } else if (warp == 2) {
-    visit_keys(
-        [&](const auto& tile, int, int, bool is_raw) { ring.repair(tile.visible(), is_raw); });
+    visit_keys([&](const auto& tile, int, int, bool is_raw) { ring.repair(tile, is_raw); });
   }
 }
 

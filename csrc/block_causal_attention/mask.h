@@ -94,10 +94,10 @@ class VisibleKeys {
   }
 
   HOPPER_DEVICE KeyTile tile(int index) const {
-    const auto [row, end, in_sink] = keys_.tile(index);
-    const int row_end = row + kKeyTile;
+    const auto tile = keys_.tile(index);
+    const int row = tile.row, row_end = row + kKeyTile;
     const bool seen = row_end <= head_end_ || (row >= window_.begin && row_end <= window_.end);
-    return {row, end, in_sink && !plain_sink_, seen && row_end <= end};
+    return {row, tile.end, tile.in_sink && !plain_sink_, seen && row_end <= tile.end};
   }
 
  private:

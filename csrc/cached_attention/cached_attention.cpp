@@ -28,6 +28,38 @@ struct Workspace {
   int64_t words() const { return arrivals + outs + stats; }
 };
 
+// Sets the keys and values of a cache of E4M3. TMA brings whole groups of keys, so memory must
+// reach to the end of the last group of the last head.
+void take_e4m3(const Tensor& k_cache, const Tensor& v_cache, const Tensor& q, int64_t capacity,
+               CachedAttentionBuffers& buffers) {
+  const Strides strides = check_rows("k_cache", k_cache, q, capacity, ScalarType::Float8_e4m3fn);
+  STD_TORCH_CHECK(strides.token >= q.size(3), "k_cache: expected keys that do not overlap");
+  const int64_t group = kKeyGroup * strides.token;
+  const int64_t batches = q.size(0) - 1, heads = q.size(2) - 1;
+  STD_TORCH_CHECK(
+      (heads == 0 || strides.head % group == 0) && (batches == 0 || strides.batch % group == 0),
+      "k_cache: expected heads that begin at multiples of ", kKeyGroup,
+      " keys from each other; make the cache with KVCache");
+  const int64_t head = strides.head / group * (heads > 0);
+  const int64_t batch = strides.batch / group * (batches > 0);
+  const int64_t groups = batches * batch + heads * head + (capacity + kKeyGroup - 1) / kKeyGroup;
+  STD_TORCH_CHECK(groups <= std::numeric_limits<int32_t>::max(),
+                  "k_cache: expected fewer than 2^31 groups of ", kKeyGroup, " keys");
+  const int64_t bytes = groups * group - strides.token + q.size(3);
+  int64_t storage = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(k_cache.get(), &storage));
+  STD_TORCH_CHECK(k_cache.storage_offset() + bytes <= storage,
+                  "k_cache: expected memory for a multiple of ", kKeyGroup,
+                  " keys per head; make the cache with KVCache");
+  buffers.k = {device_pointer(k_cache, bytes), static_cast<uint64_t>(strides.token),
+               static_cast<uint64_t>(strides.head), static_cast<uint64_t>(strides.batch),
+               static_cast<int>(capacity)};
+  buffers.key_groups = {static_cast<int>(groups), static_cast<int>(head), static_cast<int>(batch)};
+  buffers.v_column_stride = check_columns("v_cache", v_cache, q, capacity);
+  buffers.v = {device_pointer(v_cache), 1, static_cast<uint64_t>(v_cache.stride(2)),
+               static_cast<uint64_t>(v_cache.stride(0)), static_cast<int>(capacity)};
+}
+
 Tensor cached_attention_workspace(Tensor k_cache, int64_t tokens_per_frame, int64_t window_frames) {
   STD_TORCH_CHECK(k_cache.dim() == 4, "k_cache: expected (batch, capacity, heads, head_dim)");
   const DeviceScope scope(k_cache);
@@ -49,8 +81,12 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   STD_TORCH_CHECK(text_tokens >= 0 && sink_frames >= 0 && window_frames >= 0,
                   "cached_attention: expected text_tokens, sink_frames and window_frames >= 0");
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  STD_TORCH_CHECK(!k_scale && !v_scale,
-                  "cached_attention: expected no scales with a cache of bfloat16, got some");
+  const bool is_e4m3 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  STD_TORCH_CHECK(k_scale.has_value() == is_e4m3 && v_scale.has_value() == is_e4m3,
+                  "cached_attention: expected k_scale and v_scale with a cache of float8_e4m3fn, "
+                  "and with no other");
+  STD_TORCH_CHECK(!is_e4m3 || head_dim == 128,
+                  "q: expected a head_dim of 128 with a cache of float8_e4m3fn, got ", head_dim);
   const int64_t ring_frames = window_frames + 1;
   const int64_t capacity = text_tokens + (sink_frames + ring_frames) * tokens_per_frame;
   check_frames(tokens, tokens_per_frame, ring_frames);
@@ -61,8 +97,10 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
                   "q, k_cache: expected less than 2^31 tiles of work");
   const DeviceScope scope(q);
   q = unexpanded(q);
-  k_cache = unexpanded(k_cache);
-  v_cache = unexpanded(v_cache);
+  if (!is_e4m3) {
+    k_cache = unexpanded(k_cache);
+    v_cache = unexpanded(v_cache);
+  }
   if (q_sink) q_sink = unexpanded(*q_sink);
 
   Tensor out = torch::stable::new_empty(q, q.sizes());
@@ -71,8 +109,12 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   CachedAttentionBuffers buffers{};
   buffers.q = row_buffer("q", q, q, tokens);
   if (q_sink) buffers.q_sink = row_buffer("q_sink", *q_sink, q, tokens);
-  buffers.k = row_buffer("k_cache", k_cache, q, capacity);
-  buffers.v = row_buffer("v_cache", v_cache, q, capacity);
+  if (is_e4m3) {
+    take_e4m3(k_cache, v_cache, q, capacity, buffers);
+  } else {
+    buffers.k = row_buffer("k_cache", k_cache, q, capacity);
+    buffers.v = row_buffer("v_cache", v_cache, q, capacity);
+  }
   buffers.out = row_buffer("out", out, q, tokens);
 
   const int ctas = multiprocessors(q.get_device_index());
@@ -100,6 +142,10 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   params.frames = tokens / tokens_per_frame;
   params.pinned_rotation = q_sink.has_value();
   params.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
+  if (is_e4m3) {
+    params.k_scale = check_scale("k_scale", *k_scale, q);
+    params.v_scale = check_scale("v_scale", *v_scale, q);
+  }
   params.step = static_cast<const int64_t*>(check_dense("step", step, q, ScalarType::Long, {}));
   params.text_lens = static_cast<const int64_t*>(
       check_dense("text_lens", text_lens, q, ScalarType::Long, {batch}));
@@ -109,8 +155,8 @@ std::tuple<Tensor, Tensor> cached_attention(Tensor q, Tensor k_cache, Tensor v_c
   params.partial_stats = params.partial_out + layout.outs;
 
   if (q.numel() > 0) {
-    const char* error =
-        launch_cached_attention_sm90(params, buffers, ctas, current_stream(q.get_device_index()));
+    const auto launch = is_e4m3 ? launch_cached_attention_e4m3_sm90 : launch_cached_attention_sm90;
+    const char* error = launch(params, buffers, ctas, current_stream(q.get_device_index()));
     STD_TORCH_CHECK(error == nullptr, "cached_attention: ", error);
   }
   return {out, lse};

@@ -3,6 +3,7 @@
 // result does not depend on timing.
 #pragma once
 
+#include "attention/intervals.h"
 #include "attention/softmax.cuh"
 #include "cached_attention/params.h"
 #include "hopper/hopper.cuh"
@@ -81,11 +82,13 @@ HOPPER_DEVICE void add_part(float (&out)[kHeadDim / 2], OnlineSoftmax& softmax,
   }
 }
 
-// Replaces the sums by those of the whole block: the parts of the CTAs `first` to `last` in the
-// workspace.
+// Replaces the sums by those of the whole block: the parts of the CTAs of `sharers`, first and
+// last, in the workspace.
 template <int kHeadDim>
 HOPPER_DEVICE void add_parts(float (&out)[kHeadDim / 2], OnlineSoftmax& softmax,
-                             const CachedAttentionParams& params, int first, int last, int group) {
+                             const CachedAttentionParams& params, const Interval& sharers,
+                             int group, float scale_log2) {
+  const int first = sharers.begin, last = sharers.end;
   softmax = OnlineSoftmax();
   for (int cta = first; cta <= last; ++cta) {
     const Part<kHeadDim> part(params, cta, cta == first, group);
@@ -98,8 +101,8 @@ HOPPER_DEVICE void add_parts(float (&out)[kHeadDim / 2], OnlineSoftmax& softmax,
   for (int cta = first; cta <= last; ++cta) {
     const Part<kHeadDim> part(params, cta, cta == first, group);
     const float4 stats = hopper::load_l2(part.stats + part.quad());
-    const float weight[2] = {part_weight(stats.x, softmax.maximum[0], params.scale_log2),
-                             part_weight(stats.z, softmax.maximum[1], params.scale_log2)};
+    const float weight[2] = {part_weight(stats.x, softmax.maximum[0], scale_log2),
+                             part_weight(stats.z, softmax.maximum[1], scale_log2)};
     softmax.sum[0] += stats.y * weight[0];
     softmax.sum[1] += stats.w * weight[1];
     HOPPER_UNROLL

@@ -24,9 +24,10 @@ namespace aapt {
 
 // The cache rows that one batch entry sees: one interval, or three if the sink frames have a query
 // of their own.
-template <int kKeyTile>
-struct VisibleKeys : KeyIntervals<kKeyTile> {
-  using KeyIntervals<kKeyTile>::text, KeyIntervals<kKeyTile>::sink, KeyIntervals<kKeyTile>::rest;
+template <int kKeyTile, int kGroup>
+struct VisibleKeys : KeyIntervals<kKeyTile, kGroup> {
+  using Intervals = KeyIntervals<kKeyTile, kGroup>;
+  using Intervals::text, Intervals::sink, Intervals::rest;
 
   HOPPER_DEVICE VisibleKeys(const CachedAttentionParams& params, int batch) {
     const int64_t step = *params.step, capacity = params.sink_frames + params.ring_frames;
@@ -65,7 +66,8 @@ struct Piece {
   }
 };
 
-template <int kKeyTile, int kConsumers>
+// Keys: VisibleKeys.
+template <class Keys, int kConsumers>
 class Schedule {
  public:
   HOPPER_DEVICE Schedule(const CachedAttentionParams& params, int cta, int ctas) : params_(params) {
@@ -121,9 +123,7 @@ class Schedule {
   }
 
  private:
-  HOPPER_DEVICE int key_tiles(int batch) const {
-    return VisibleKeys<kKeyTile>(params_, batch).tiles();
-  }
+  HOPPER_DEVICE int key_tiles(int batch) const { return Keys(params_, batch).tiles(); }
 
   HOPPER_DEVICE int wide_tiles() const {
     return (params_.tokens + (kConsumers - 1) * kQueryBlock - 1) / (kConsumers * kQueryBlock);

@@ -49,6 +49,15 @@ HOPPER_DEVICE void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, 
       "l"(map), "r"(smem_u32(bar)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
+HOPPER_DEVICE void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, int c0, int c1,
+                               int c2, int c3, int c4, CacheHint hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_u32(smem)),
+      "l"(map), "r"(smem_u32(bar)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
 
 // tma_store_{2,3,4,5}d write the tile; tma_reduce_add_{2,3,4,5}d add it (FP32 maps).
 #define HOPPER_TMA_TO_GLOBAL(name, copy, kind)                                                   \

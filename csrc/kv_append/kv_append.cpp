@@ -26,28 +26,6 @@ const void* check_weight(const char* name, const std::optional<Tensor>& weight, 
                          : check_dense(name, *weight, q, dtype, {q.size(2), q.size(3)});
 }
 
-const float* check_scale(const char* name, const Tensor& scale, const Tensor& q) {
-  STD_TORCH_CHECK(on_device_of(q, scale) && scale.scalar_type() == ScalarType::Float &&
-                      scale.is_contiguous() && scale.dim() == 1 && scale.size(0) == q.size(2),
-                  name, ": expected contiguous float32 (", q.size(2), ",) on the device of q");
-  return static_cast<const float*>(device_pointer(scale));
-}
-
-// Checks values with the tokens of a column side by side, in rows on 16-byte boundaries, and sets
-// their address and strides.
-void take_transposed(const Tensor& v_cache, const Tensor& q, int64_t capacity,
-                     KvAppendParams& params) {
-  check_like("v_cache", v_cache, q, capacity, ScalarType::Float8_e4m3fn);
-  STD_TORCH_CHECK(
-      v_cache.stride(1) == 1 && is_row_aligned(v_cache) && v_cache.stride(0) % kRowAlignment == 0 &&
-          v_cache.stride(2) % kRowAlignment == 0 && v_cache.stride(3) % kRowAlignment == 0,
-      "v_cache: expected the tokens of a column side by side, and columns on 16-byte "
-      "boundaries");
-  params.v_cache_strides = {v_cache.stride(0), 1, v_cache.stride(2)};
-  params.v_cache_column_stride = v_cache.stride(3);
-  params.v_cache = device_pointer(v_cache);
-}
-
 std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
                                      Tensor step, std::optional<Tensor> q_weight,
                                      std::optional<Tensor> k_weight, std::optional<Tensor> cos,
@@ -87,14 +65,15 @@ std::tuple<Tensor, Tensor> kv_append(Tensor q, Tensor k, Tensor v, Tensor k_cach
   params.k = device_pointer(k);
   params.v = device_pointer(v);
   params.k_cache = device_pointer(k_cache);
+  params.v_cache = device_pointer(v_cache);
   if (k_scale) {
-    take_transposed(v_cache, q, capacity, params);
+    params.v_cache_column_stride = check_columns("v_cache", v_cache, q, capacity);
+    params.v_cache_strides = {v_cache.stride(0), 1, v_cache.stride(2)};
     params.k_scale = check_scale("k_scale", *k_scale, q);
     params.v_scale = check_scale("v_scale", *v_scale, q);
     params.use_hadamard = use_hadamard;
   } else {
     params.v_cache_strides = check_rows("v_cache", v_cache, q, capacity);
-    params.v_cache = device_pointer(v_cache);
   }
   if (const auto& like = q_weight ? q_weight : k_weight) {
     // One of them decides for both: dtype, and whether the norm is per head.

@@ -163,6 +163,10 @@ inline void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, int c0,
   const int at[] = {c0, c1, c2, c3, c4};
   tma_load(smem, map, bar, 5, at, where);
 }
+inline void tma_load_5d(void* smem, const TensorMap* map, uint64_t* bar, int c0, int c1, int c2,
+                        int c3, int c4, CacheHint, HOPPER_WHERE) {
+  tma_load_5d(smem, map, bar, c0, c1, c2, c3, c4, where);
+}
 #define HOPPER_TMA_TO_GLOBAL(name, add)                                                         \
   inline void name##_2d(const TensorMap* map, const void* smem, int c0, int c1, HOPPER_WHERE) { \
     const int at[] = {c0, c1};                                                                  \

@@ -41,6 +41,16 @@ def test_the_offset_uses_the_range_of_the_weights():
     assert errors[8] < 0.5 * errors[0] and errors[8] < errors[4] and errors[8] < 0.8 * errors[9]
 
 
+@pytest.mark.parametrize("use_hadamard", [False, True])
+def test_exact_ends_pay_where_they_weigh_a_half(use_hadamard):
+    """As text, first and newest frame may, which a cache with `past_dtype` does not round."""
+    for name, most in (("both ends above all", 0.6), ("Gaussian", 1.0)):
+        every, past = (
+            lost(name, use_hadamard=use_hadamard, exact=share).error for share in (0, 1 / 16)
+        )
+        assert past < most * every
+
+
 def test_the_emulation_is_exact_where_e4m3_is():
     """Powers of two everywhere, and one key far above the others."""
     q = torch.zeros(1, 4, 128, dtype=torch.float64)

@@ -50,6 +50,15 @@ def test_a_third_warpgroup_helps_until_the_exponentials_are_all_there_is(loop):
     assert loop.narrow_busy(8) == pytest.approx(512 / 528)
 
 
+def test_fp8_is_faster_and_waits_for_its_softmax(loop):
+    """A warpgroup's own period is 256 cycles of scores, the softmax, latency and a turn."""
+    period = loop.FP8_PRODUCT + loop.LATENCY + loop.FP8.cycles + loop.TURN
+    assert loop.fp8_busy() == pytest.approx(4 * loop.FP8_PRODUCT / period, rel=0.05)
+    assert loop.fp8_busy(10.0) < loop.fp8_busy() < 512 / 528
+    low, high = loop.fp8_rates()
+    assert 1.2 * loop.FA3_FORWARD[0] < low < high < 2 * loop.FA3_FORWARD[1]
+
+
 def test_wider_key_tiles_gain_nothing_where_the_tensor_cores_never_wait(loop):
     for stretch in loop.STRETCHES:
         narrow = loop.tensor_busy(loop.SETTLED.stretched(stretch))

@@ -149,6 +149,8 @@ def attention_cases():
     cases = {}
     for capability, shared in SHARED_BYTES.items():
         for element_size, width in attention.CONFIGS:
+            if element_size == 1:  # float8, below
+                continue
             dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
             for queries in (1000, 64, 16):
                 config = attention.choose_config(element_size, width, queries, shared)
@@ -171,6 +173,7 @@ def test_a_small_device_gets_fewer_rows_and_stages():
 @pytest.mark.parametrize(("dtype", "width", "config", "sink", "capability"), attention_cases())
 def test_attention_uses_tensor_cores(dtype, width, config, sink, capability):
     constants = {"HEAD_DIM": width, "WIDTH": width, "ROWS": config.rows, "KEYS": config.keys}
+    constants |= {"k_scale": None, "v_scale": None}
     if not sink:
         constants["q_sink"] = None
     compiled = build(
@@ -178,6 +181,34 @@ def test_attention_uses_tensor_cores(dtype, width, config, sink, capability):
     )
     product = product_of(capability, config.rows)
     failures = find_failures(forgive(compiled, capability), {"cached_attention": (product,)})
+    assert failures == [] and copies_16_bytes(compiled)
+
+
+@pytest.mark.parametrize(
+    ("width", "queries", "capability"),
+    [
+        (128, 1000, 89),  # sm_90 has a kernel of its own
+        (64, 1000, 90),
+        pytest.param(32, 1000, 90, marks=SLOW),
+        pytest.param(64, 1000, 89, marks=SLOW),
+        pytest.param(128, 64, 89, marks=SLOW),
+        pytest.param(128, 16, 89, marks=SLOW),
+        pytest.param(128, 1000, 120, marks=SLOW),
+    ],
+)
+def test_attention_to_float8_multiplies_float8(width, queries, capability):
+    config = attention.choose_config(1, width, queries, SHARED_BYTES[capability])
+    compiled = build(
+        attention.cached_attention_kernel,
+        torch.bfloat16,
+        {"HEAD_DIM": width, "WIDTH": width, "ROWS": config.rows, "KEYS": config.keys},
+        capability,
+        config.warps,
+        config.stages,
+        caches="*u8",
+    )
+    product = "QGMMA" if capability == 90 else "QMMA"
+    failures = find_failures(forgive(compiled, capability), {"cached_attention": (product, "F2FP")})
     assert failures == [] and copies_16_bytes(compiled)
 
 

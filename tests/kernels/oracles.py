@@ -55,6 +55,37 @@ def normalize(x, weight, eps):
     return x * torch.rsqrt(mean + eps) * weight.double()
 
 
+def attend(q, k, v, seen, scale, *, q_sink=None, sink=None, e4m3=False):
+    """Attention in float64: q (B, L, H, D) to k and v (B, K, H, D), of which each sample sees the
+    keys seen (B, K). q_sink, if any, meets the keys of the slice `sink`. e4m3: q and the weights
+    are rounded as docs/method.md#16 says, the weights at the maximum of all scores. Returns out and
+    the log-sum-exp (B, H, L)."""
+
+    def rounded(x):
+        return x.float().to(torch.float8_e4m3fn).double()
+
+    def scores_of(q, k):
+        q = q.double()
+        if e4m3:
+            unit = q.norm(dim=-1, keepdim=True).clamp(min=1e-30) / 448
+            q = rounded(q / unit) * unit
+        return torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+
+    # A weight of zero would not hide NaN
+    k, v = (x.double().masked_fill(~seen[..., None, None], 0) for x in (k, v))
+    scores = scores_of(q, k)
+    if q_sink is not None:
+        scores[..., sink] = scores_of(q_sink, k[:, sink])
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    highest = scores.amax(-1, keepdim=True)
+    weights = (scores - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    if e4m3:
+        weights = rounded(weights * 256) / 256
+    out = torch.einsum("bhqk,bkhd->bqhd", weights / total, v)
+    return out, (highest + total.log())[..., 0]
+
+
 def hadamard_matrix(size):
     """The Hadamard matrix over sqrt(size) in float64, by Sylvester's construction."""
     result = torch.ones(1, 1, dtype=torch.float64)

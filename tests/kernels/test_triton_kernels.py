@@ -17,8 +17,12 @@ from aapt_kernels import (
 from aapt_kernels.backend import BackendError, interpreted
 from aapt_kernels.block_causal_attention import ref as training
 from aapt_kernels.cached_attention import ref as attention
+from aapt_kernels.cached_attention import self_check
 from aapt_kernels.qk_norm_rope import ref as norm_rope
 from aapt_kernels.testing import assert_error_ratio
+
+from .oracles import attend
+from .past import Stream, relative
 
 pytest.importorskip("triton")
 if not (interpreted() or torch.cuda.is_available()):
@@ -301,6 +305,67 @@ def test_attention(dtype, case, splits):
             )
 
         check_attention(cache, q, q_sink, 0.2, attend)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
+@pytest.mark.parametrize("case", CASES[1:5], ids=str)
+def test_attention_to_a_cache_of_float8(dtype, case, splits):
+    """As much is lost as q and the weights lose by themselves, rounded in float64."""
+    heads, head_dim, tokens, text, lens, sink, clamped, steps = case
+    options = dict(text_tokens=text, tokens_per_frame=tokens, window_frames=2, sink_frames=sink)
+    options |= dict(dtype=torch.float8_e4m3fn, compute_dtype=dtype, device=DEVICE)
+    cache = KVCache(2, 2, heads, head_dim, **options)
+    cache.text_lens.copy_(torch.tensor(lens))
+    cache.k_scale[:], cache.v_scale[:] = 0.02 + 0.03 * torch.rand(2, 2, heads, device=DEVICE)
+    for step in steps:
+        cache.step.fill_(step)
+        seen = attention.visible(cache.step, 1, cache.text_lens, cache.capacity, cache.integers)
+        stored = []
+        for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+            numbers = normal(*x.shape) / scale[:, None, None, :, None]
+            x.copy_(numbers.masked_fill(~seen[..., None, None], float("nan")).to(x.dtype))
+            stored.append(x[1].double() * scale[1, :, None].double())
+        q, q_sink, _ = normal(2, tokens, 3, heads, head_dim, dtype=dtype).unbind(2)
+        q_sink = q_sink if clamped else None
+        out, lse = attention_kernels.forward(
+            *(q, cache.k[1], cache.v[1], cache.step, cache.text_lens, q_sink),
+            *(*cache.integers, 0.2, *cache.scales(1), None),
+            splits=splits,
+        )
+        pinned = slice(text, text + sink * tokens)
+        (exact, _), (emulated, emulated_lse) = (
+            attend(q, *stored, seen, 0.2, q_sink=q_sink, sink=pinned, e4m3=rounds)
+            for rounds in (False, True)
+        )
+        error, least = ((x.double() - exact).norm() / exact.norm() for x in (out, emulated))
+        assert error <= 1.2 * least + 2**-8
+        torch.testing.assert_close(lse.double(), emulated_lse, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("use_hadamard", [False, True])
+def test_attention_to_a_past_of_float8(use_hadamard, pinned):
+    sizes = dict(tokens=9, heads=2, head_dim=32, dtype=torch.float32)
+    stream = Stream(DEVICE, use_hadamard=use_hadamard, **sizes)
+    for _ in range(4):
+        (out, lse), (exact, _), (emulated, emulated_lse) = stream.step(pinned)
+        assert relative(out, exact) <= 1.1 * relative(emulated, exact) + 1e-3
+        torch.testing.assert_close(lse.double(), emulated_lse, rtol=0, atol=1e-3)
+
+
+def test_attention_to_a_cache_of_float8_is_checked(monkeypatch):
+    options = dict(text_tokens=0, tokens_per_frame=9, window_frames=1, dtype=torch.float8_e4m3fn)
+    cache = KVCache(1, 1, 2, 32, device=DEVICE, **options)
+    x = normal(1, 9, 2, 32, dtype=torch.bfloat16)
+    q = kv_append(x, x, x, cache, 0, None, None, None, None)
+    cached_attention(q, cache, 0)
+    assert cache.checked == {("kv_append", 0, 9), ("cached_attention", 0, 9)}
+    monkeypatch.setattr(self_check, "LEAST_COSINE", 0.999999)  # more than E4M3 can give
+    cached_attention(q, cache, 0)
+    cache.recheck()
+    with pytest.raises(RuntimeError, match="expected a cosine of at least 0.999999 with attention"):
+        cached_attention(q, cache, 0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
