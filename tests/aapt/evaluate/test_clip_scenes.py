@@ -37,6 +37,7 @@ from ..data.test_latent_shards import folder_of
 from ..data.videos.test_keypoints import entry, person
 from ..data.videos.test_trajectories import trajectory, yawed
 from ..data.videos.videos import video
+from ..helpers import read_video
 from .test_evaluation import MODEL, MeanColour
 
 HEIGHT, WIDTH, LENGTH = 32, 64, 9  # latent frames after the first of a clip
@@ -141,7 +142,7 @@ def test_a_rollout_repeats_the_motion_of_its_clip(encoded, checkpoints, motion):
     """Compare with the training rollout on the clip's channels, repeated."""
     generator, scenes = scenes_of(encoded[motion], checkpoints[motion])
     steps = LENGTH + 3
-    found, statistics = roll_out_scenes(generator, scenes, steps, range(1 + 4 * steps), seed=0)
+    found, statistics, _ = roll_out_scenes(generator, scenes, steps, range(1 + 4 * steps), seed=0)
 
     model, clips = generator.model, LatentShards(encoded[motion], camera=generator.model.camera)
     motions = clips.whole(scenes.numbers).motion
@@ -327,3 +328,13 @@ def test_the_command(encoded, checkpoints, tmp_path, capsys):
     assert "expected clips with pose motion for" in said and said.count("\n") == 1
     assert main(["eval", str(checkpoints["pose"]), "--out", str(tmp_path)]) == 2
     assert "measured on encoded clips" in capsys.readouterr().err
+
+
+def test_videos_of_clips_end_with_the_clip(encoded, checkpoints, tmp_path):
+    """The truth has no frames after the clip's end, the rollout has."""
+    quiet(checkpoints["none"], tmp_path, encoded["none"], starts=1, seconds=2.0, videos=4)
+    paths = [tmp_path / "videos" / f"0-seed-0-{source}.mp4" for source in ("none", "truth")]
+    assert sorted((tmp_path / "videos").iterdir()) == paths
+    made, truth = map(read_video, paths)
+    assert len(made) == 49 and len(truth) == 1 + 4 * 9
+    assert (made[0].int() - truth[0].int()).abs().float().mean() < 4  # one frame, twice encoded
