@@ -106,7 +106,7 @@ def evaluate(
     if keypoints:
         networks.append(KeypointErrors(keypoints))
     if camera_poses:
-        networks.append(CameraErrors(camera_poses))
+        networks.append(CameraErrors(camera_poses, scenes))
     new_figure(1, 1)  # a missing library is said before the work, not after it
     schedule = Schedule(steps, scenes.steps, fps)
 

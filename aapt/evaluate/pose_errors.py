@@ -69,14 +69,23 @@ def keypoint_errors(made: Tensor, real: Tensor) -> dict[str, float | None]:
 class CameraErrors:
     """Rotation and translation errors of the camera, arXiv 2404.02101, equations 4 and 5.
 
-    path: A TorchScript network from one clip, float32 (1, 3, F, H, W) of 0 to 255, to the camera of
-    each frame, (1, F, 4, 4), camera-to-world in OpenCV axes and any unit. Where it finds none it
-    returns numbers that are not finite. ValueError if the file is none.
+    Args:
+        path: A TorchScript network from one clip, float32 (1, 3, F, H, W) of 0 to 255, to the
+            camera of each frame, (1, F, 4, 4), camera-to-world in OpenCV axes and any unit. Where
+            it finds none it returns numbers that are not finite.
+        scenes: The starts that will be measured.
+
+    ValueError if the file is none, and for starts without camera motion.
     """
 
     of_truth: ClassVar[bool] = True  # the estimator's own error, below which no model gets
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, scenes: Scenes):
+        if scenes.cameras(Window("first", 1, 1)) is None:
+            raise ValueError(
+                "camera_poses: expected starts with camera motion, got clips without; encode clips "
+                "with --motion camera"
+            )
         returned = "cameras (1, F, 4, 4)"
         self.network = TorchScriptNetwork("camera_poses", path, returned, (-1, 4, 4), torch.float32)
 
@@ -85,13 +94,8 @@ class CameraErrors:
         self, video: Tensor, truth: Tensor, scenes: Scenes, window: Window
     ) -> Mapping[str, float | None]:
         """Measure a window of videos, uint8 (starts, 1 + 4 T, H, W, 3), against the motion that
-        drove them. ValueError for scenes without camera motion."""
+        drove them."""
         commanded = scenes.cameras(window)
-        if commanded is None:
-            raise ValueError(
-                "camera_poses: expected starts with camera motion, got clips without; encode clips "
-                "with --motion camera"
-            )
         clips = video.permute(0, 4, 1, 2, 3).split(1)
         found = torch.cat([self.network(clip) for clip in clips])
         if found.shape != commanded.shape:

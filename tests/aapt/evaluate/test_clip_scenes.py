@@ -22,7 +22,7 @@ from aapt.evaluate.drift_plot import plot_drift
 from aapt.evaluate.measure import MeasuredFrames, measure
 from aapt.evaluate.metrics import edge_energy, seam, sharpness
 from aapt.evaluate.scenes import roll_out_scenes
-from aapt.evaluate.windows import WINDOWS
+from aapt.evaluate.windows import WINDOWS, Window
 from aapt.model.conditioning import camera_rays
 from aapt.model.config import CameraConfig
 from aapt.model.world_model import WorldModel
@@ -338,3 +338,21 @@ def test_videos_of_clips_end_with_the_clip(encoded, checkpoints, tmp_path):
     made, truth = map(read_video, paths)
     assert len(made) == 49 and len(truth) == 1 + 4 * 9
     assert (made[0].int() - truth[0].int()).abs().float().mean() < 4  # one frame, twice encoded
+
+
+def test_cameras_are_the_trajectory_and_start_over_with_it(encoded, checkpoints):
+    """Relative to the frame before the window; after the clip's last step comes its first.
+
+    Frames of an mkv have times in whole milliseconds, which moves a pose by up to 2.4e-4.
+    """
+    _, scenes = scenes_of(encoded["camera"], checkpoints["camera"])
+    ways = [yawed(0.02 * n, (0.0, 0.0, 0.01 * n)) for n in range(1 + 4 * LENGTH)]
+    whole = scenes.cameras(Window("whole", 1, LENGTH))
+    for found in whole:
+        torch.testing.assert_close(found, torch.stack(ways), rtol=0, atol=5e-4)
+    expected = [torch.eye(4, dtype=torch.float64)]
+    for n in [*range(4 * LENGTH - 7, 4 * LENGTH + 1), *range(1, 9)]:
+        expected.append(expected[-1] @ torch.linalg.solve(ways[n - 1], ways[n]))
+    found = scenes.cameras(Window("over the end", LENGTH - 1, LENGTH + 2))
+    torch.testing.assert_close(found[0], torch.stack(expected), rtol=0, atol=5e-4)
+    assert scenes_of(encoded["none"], checkpoints["none"])[1].cameras(WINDOWS[0]) is None

@@ -204,7 +204,7 @@ def test_keypoints_of_a_network(tmp_path):
 
 def test_cameras_of_a_network(tmp_path):
     """Red that grows by 2 a frame is a turn of 0.02, where 0.01 is asked for."""
-    network = CameraErrors(save(tmp_path, RedTurns()))
+    network = CameraErrors(save(tmp_path, RedTurns()), Stub(cameras=turned(torch.zeros(2))))
     video = torch.zeros(2, FRAMES, 4, 6, 3, dtype=torch.uint8)
     video[..., 0] = 2 * torch.arange(FRAMES)[:, None, None]
     asked = turned(0.01 * torch.arange(FRAMES)).repeat(2, 1, 1, 1)
@@ -226,12 +226,12 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"camera_poses: .* return cameras \(1, F, 4, 4\), got \(1"
     ):
-        CameraErrors(flat).measure(video, video[:, 1:], *asked)
-    few = CameraErrors(save(tmp_path, TooFew()))
+        CameraErrors(flat, asked[0]).measure(video, video[:, 1:], *asked)
+    few = CameraErrors(save(tmp_path, TooFew()), asked[0])
     with pytest.raises(ValueError, match=f"expected one camera per frame, {FRAMES}, got 3"):
         few.measure(video, video[:, 1:], *asked)
     with pytest.raises(ValueError, match="expected starts with camera motion, .*--motion camera"):
-        few.measure(video, video[:, 1:], Stub(), WINDOW)
+        CameraErrors(flat, Stub())
 
 
 def test_the_command_measures_with_both(tmp_path, capsys, monkeypatch):
