@@ -36,6 +36,10 @@ Latents = Annotated[
         metavar="FOLDER", help="Encoded clips to start from.", show_default="held-out worlds"
     ),
 ]
+Videos = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, help="Starts of which whole videos are saved, as MP4 files."),
+]
 Seconds = Annotated[float, typer.Option(metavar="S", help="Length of each video.")]
 
 
@@ -58,6 +62,7 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(metavar="N", max=MAX_SEED, help="Of worlds, walks, clips and noise.")
     ] = 0,
+    videos: Videos = 3,
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
@@ -68,14 +73,23 @@ def evaluate(
     fvd: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TorchScript network of clips for FVD.")
     ] = None,
+    keypoints: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TorchScript detector of people's keypoints, for AKD."),
+    ] = None,
+    camera_poses: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TorchScript estimator of cameras, for Rot and Trans."),
+    ] = None,
     as_json: Json = False,
 ):
     """Measure a model on long videos of worlds or clips that no training has seen.
 
     In windows of time it measures sharpness, palette, distance in feature space, PSNR, and how
     closely the camera follows its controls, all against the rendered truth; at every second, drift.
-    The folder gets report.json, drift.png and sheet.png. A probe that reads camera motion is
-    trained the first time, and kept in the user's cache.
+    The folder gets report.json, drift.png and sheet.png, and in videos/ the rollouts and the truth
+    of the first starts. A probe that reads camera motion is trained the first time, and kept in the
+    user's cache.
 
     A model that does not move as the bundled world does is measured on clips of `aapt encode`, of
     its size and its autoencoder. Clips give the first frames, captions and motion, which is
@@ -97,12 +111,13 @@ def evaluate(
     from ..media.figures import MissingLibrary
 
     checkpoints = [checkpoint, *(baseline or [])]
-    settings = dict(latents=latents, starts=starts, seconds=seconds, seed=seed)
-    settings |= dict(fid=fid, fvd=fvd)
+    settings = dict(latents=latents, starts=starts, seconds=seconds, seed=seed, videos=videos)
+    networks = dict(fid=fid, fvd=fvd, keypoints=keypoints, camera_poses=camera_poses)
+    settings |= networks
     with bad_input():
         settings |= placement(device, dtype, size)
         check_seconds("seconds", seconds)
-        check_inputs(latents=latents, fid=fid, fvd=fvd)
+        check_inputs(latents=latents, **networks)
         check_out_folder(out)
         try:
             report = evaluate(checkpoints, out, **settings, log=say)
@@ -133,6 +148,7 @@ def compare(
     latents: Latents = None,
     starts: Annotated[int, typer.Option(metavar="N", help="Worlds or clips per seed.")] = 16,
     seconds: Seconds = 60.0,
+    videos: Videos = 1,
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
@@ -140,10 +156,10 @@ def compare(
 ):
     """Compare checkpoints with the first one, over several seeds, with 95 % confidence intervals.
 
-    Each seed is one `aapt eval` of all checkpoints, in a folder of its own. The same command
-    resumes: a report that is there is not made again. A star marks a measure that differs from the
-    first checkpoint's: seed by seed, because checkpoints of one seed share worlds, walks and noise.
-    One measure in twenty gets a star by chance.
+    Each seed is one `aapt eval` of all checkpoints, in a folder of its own, with videos. The same
+    command resumes: a report that is there is not made again. A star marks a measure that differs
+    from the first checkpoint's: seed by seed, because checkpoints of one seed share worlds, walks
+    and noise. One measure in twenty gets a star by chance.
 
     \b
     Examples:
@@ -153,7 +169,7 @@ def compare(
     from ..evaluate.compare import compare
     from ..media.figures import MissingLibrary
 
-    settings = dict(latents=latents, starts=starts, seconds=seconds)
+    settings = dict(latents=latents, starts=starts, seconds=seconds, videos=videos)
     with bad_input():
         settings |= placement(device, dtype, size)
         check_seconds("seconds", seconds)

@@ -174,6 +174,17 @@ class LatentShards:
         with self._shard_of(clip) as (shard, place, _):
             return self._read_motion(shard, place, 0, self.latent_frames)
 
+    def poses(self, clips: Sequence[int]) -> Tensor | None:
+        """Read the pose of each video frame of whole clips, relative to the frame before, through
+        the clips' own lenses: (clips, T, frames, 4, 4); None without camera motion."""
+        if self.encoding["motion"] != "camera":
+            return None
+        poses = []
+        for clip in clips:
+            with self._shard_of(clip) as (shard, place, _):
+                poses.append(shard.get_slice("poses")[place, : self.latent_frames])
+        return torch.stack(poses)
+
     def _read_motion(self, shard, place: int, start: int, frames: int) -> Tensor | None:
         if self.encoding["motion"] == "camera":
             poses = shard.get_slice("poses")[place, start : start + frames]

@@ -1,6 +1,6 @@
 """Held-out clips of `aapt encode`, for checkpoints whose world no renderer knows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from ..data.videos.buckets import Bucket
 from ..streaming.generator import StreamingGenerator
 from ..streaming.rollout import starting_over
 from ..vae.folder import ORIGINAL, load_vae, vae_digest
-from .scenes import TRUTH, Timed
-from .video_frames import VideoFrames, decode_chosen, latent_statistics
+from .scenes import TRUTH, Timed, followed
+from .video_frames import VideoFrames, decode_chosen, decode_stream, latent_statistics
 from .windows import Window, windows_at
 
 MOTIONS = {"camera": ("camera",), "channels": ("pose",), "prompt": ("none", "pose")}
@@ -66,6 +66,7 @@ class ClipScenes:
         batch = clips.whole(self.numbers)
         self.latents, self.prompts, self.steps = batch.latents, batch.prompts, clips.latent_frames
         self.labels = [f"{i}" for i in range(count)]
+        self.poses = clips.poses(self.numbers)
 
     def _open(self, generator: StreamingGenerator) -> LatentShards:
         """Open the clips, with motion as this generator's camera sees it."""
@@ -86,6 +87,11 @@ class ClipScenes:
         covered = [window for window in windows if window.last <= self.steps]
         return {TRUTH: truth}, [statistics[:, w.first : w.last + 1] for w in covered]
 
+    def truth_video(
+        self, generator: StreamingGenerator, start: int, steps: int
+    ) -> Iterator[Tensor]:
+        return decode_stream(generator.vae, self.latents[start, None, :, : 1 + steps])
+
     def first_latents(self, generator: StreamingGenerator) -> Tensor:
         return self.latents[:, :, :1].to(generator.vae.latent_mean)
 
@@ -97,6 +103,12 @@ class ClipScenes:
 
     def control_metrics(self, video: Tensor, palettes: Tensor, window: Window) -> Mapping[str, Any]:
         return {}
+
+    def cameras(self, window: Window) -> Tensor | None:
+        if self.poses is None:
+            return None
+        steps = [(step - 1) % self.steps for step in range(window.first, window.last + 1)]
+        return followed(self.poses[:, steps].flatten(1, 2))
 
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         seconds = self.steps * FRAMES_PER_LATENT / self.fps

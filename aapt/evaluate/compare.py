@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 # is a little wide.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 COMPARISON = "comparison.json"
+# The settings that a report's measures depend on.
+MEASURED_BY = (
+    *("starts", "seconds", "seed", "latents"),
+    *("fid", "fvd", "keypoints", "camera_poses"),
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def _read(
     wanted = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in settings.items()
-        if name in ("starts", "seconds", "seed", "latents", "fid", "fvd")
+        if name in MEASURED_BY
     }
     if found[0] != checkpoints or any(found[1].get(name) != x for name, x in wanted.items()):
         raise _other_report(path)

@@ -20,10 +20,12 @@ from ..media.figures import new_figure, path_labels, save_figure
 from ..streaming.generator import StreamingGenerator
 from .clip_scenes import ClipScenes
 from .drift_plot import plot_drift
-from .measure import MeasuredFrames, Measurement, Timeline, measure, timeline
+from .measure import MeasuredFrames, Measurement, Timeline, UserNetwork, measure, timeline
 from .motion_probe import ProbeConfig
+from .pose_errors import CameraErrors, KeypointErrors
 from .pretrained import PretrainedDistance
 from .report import Report
+from .saved_videos import FOLDER, save_videos
 from .scenes import AUTOENCODER, TRUTH, Scenes, roll_out_scenes
 from .video_frames import VideoFrames
 from .windows import Schedule, Window, drift_frames, shifted_inside, windows_at
@@ -44,15 +46,18 @@ def evaluate(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     size: tuple[int, int] | None = None,
+    videos: int = 0,
     fid: Path | None = None,
     fvd: Path | None = None,
+    keypoints: Path | None = None,
+    camera_poses: Path | None = None,
     probe: ProbeConfig | None = None,
     cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
     """Roll out checkpoints from held-out starts and measure them.
 
-    Writes `report.json`, `drift.png` and `sheet.png` into `out`.
+    Writes `report.json`, `drift.png` and `sheet.png` into `out`, and whole videos if asked for.
 
     Args:
         checkpoints: Folders, or names of bundled models. All get the same starts and noise; in the
@@ -65,7 +70,10 @@ def evaluate(
         seed: Chooses worlds and walks, or clips, and noise.
         device, dtype, size: Of the checkpoints, as `StreamingGenerator.from_pretrained` takes them;
             metrics are computed on the CPU.
-        fid, fvd: TorchScript files, see `PretrainedDistance`.
+        videos: Number of starts whose rollouts and truth are saved, see `save_videos`; all if there
+            are fewer starts.
+        fid, fvd, keypoints, camera_poses: TorchScript files, see `PretrainedDistance`,
+            `KeypointErrors` and `CameraErrors`.
         probe: How the motion probe is trained; None for the defaults.
         cache: Folder that keeps the probe for the next evaluation; None for the user's cache.
         log: Called with one line per finished part.
@@ -73,6 +81,8 @@ def evaluate(
     Raises ValueError for settings or checkpoints that do not fit, OSError if `out` cannot be
     written.
     """
+    if videos < 0:
+        raise ValueError(f"videos: expected 0 or more, got {videos}")
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
     load = StreamingGenerator.from_pretrained
     loaded = {folder: load(folder, device, dtype, size) for folder in checkpoints}
@@ -89,16 +99,30 @@ def evaluate(
     else:
         scenes = ClipScenes(latents, loaded, starts, seed)
     files = {"fid": fid, "fvd": fvd}
-    networks = [PretrainedDistance(kind, path) for kind, path in files.items() if path]
+    networks: list[UserNetwork] = [
+        PretrainedDistance(kind, path) for kind, path in files.items() if path
+    ]
+    files |= {"keypoints": keypoints, "camera_poses": camera_poses}
+    if keypoints:
+        networks.append(KeypointErrors(keypoints))
+    if camera_poses:
+        networks.append(CameraErrors(camera_poses, scenes))
     new_figure(1, 1)  # a missing library is said before the work, not after it
     schedule = Schedule(steps, scenes.steps, fps)
 
     out.mkdir(parents=True, exist_ok=True)
     parts, cell = PartTimes(log), generators[names[0]].vae.config.space_factor
-    videos, statistics, timelines = _make_videos(generators, scenes, schedule, seed, parts, cell)
+    shown, statistics, timelines, rollouts = _make_videos(
+        generators, scenes, schedule, seed, parts, cell, videos
+    )
+    if videos:
+        with parts("videos"):
+            paths = save_videos(out, scenes, generators, rollouts, seed)
+        size = sum(path.stat().st_size for path in paths)
+        log(f"{len(paths)} videos of {size / 2**20:.1f} MiB in {out / FOLDER}")
     with parts("metrics"):
         measured = {
-            window.name: _measure_window(place, window, videos, statistics, scenes, networks, cell)
+            window.name: _measure_window(place, window, shown, statistics, scenes, networks, cell)
             for place, window in enumerate(schedule.windows)
         }
     given = {"latents": latents, **files}
@@ -111,10 +135,10 @@ def evaluate(
         timelines=timelines,
         seconds_taken=parts.seconds,
         environment=environment(),
-        **scenes.report_fields(videos[TRUTH], schedule.windows[-1]),
+        **scenes.report_fields(shown[TRUTH], schedule.windows[-1]),
     )
-    shown = {name: videos[name] for name in (*generators, TRUTH)}
-    _write(report, _sheet(scenes, shown, schedule), out)
+    rows = {name: shown[name] for name in (*generators, TRUTH)}
+    _write(report, _sheet(scenes, rows, schedule), out)
     return report
 
 
@@ -187,12 +211,13 @@ def _make_videos(
     seed: int,
     parts: PartTimes,
     cell: int,
-) -> tuple[Videos, Statistics, dict[str, Timeline]]:
+    kept: int,
+) -> tuple[Videos, Statistics, dict[str, Timeline], dict[str, Tensor]]:
     """Make the truth and every checkpoint's rollout.
 
     Returns by source: the video frames that are measured, the statistics of latents in each window,
-    and the measurements of each second. The autoencoder has video frames alone. cell: see
-    `MeasuredFrames`.
+    the measurements of each second, and the latents of the first `kept` rollouts. The autoencoder
+    has video frames alone. cell: see `MeasuredFrames`.
     """
     first = next(iter(generators.values()))
     videos, real = scenes.truth(first, schedule.true_frames, schedule.windows, parts)
@@ -202,17 +227,17 @@ def _make_videos(
     fps = schedule.fps
     truth = _each_second(videos[TRUTH], true_seconds, cell, fps)
     statistics, timelines = {TRUTH: real}, {TRUTH: timeline(truth, truth, true_seconds, mean)}
-    seconds = schedule.drift_seconds
+    seconds, latents = schedule.drift_seconds, {}
     for name, generator in generators.items():
         with parts(f"{name} rollout"):
-            videos[name], made = roll_out_scenes(
-                generator, scenes, schedule.steps, schedule.frames, seed
+            videos[name], made, latents[name] = roll_out_scenes(
+                generator, scenes, schedule.steps, schedule.frames, seed, kept
             )
         statistics[name] = [made[:, window.first : window.last + 1] for window in schedule.windows]
         made = made[:, [fps * second // FRAMES_PER_LATENT for second in seconds]]
         shown = _each_second(videos[name], seconds, cell, fps)
         timelines[name] = timeline(shown, truth, seconds, made)
-    return videos, statistics, timelines
+    return videos, statistics, timelines, latents
 
 
 def _each_second(
@@ -227,7 +252,7 @@ def _measure_window(
     videos: Videos,
     statistics: Statistics,
     scenes: Scenes,
-    networks: Sequence[PretrainedDistance],
+    networks: Sequence[UserNetwork],
     cell: int,
 ) -> dict[str, Measurement]:
     """Measure every source in the window with the number `place`.
@@ -243,7 +268,7 @@ def _measure_window(
             found[name] = Measurement()
             continue
         latents = statistics[name][place] if name in statistics else None
-        compared = () if name == TRUTH else networks
+        compared = [network for network in networks if network.of_truth or name != TRUTH]
         found[name] = measure(video[window.frames], real, latents, scenes, window, compared)
     return found
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,23 @@ from torch import Tensor
 from ..clock import FRAMES_PER_LATENT
 from . import metrics
 from .features import describe, feature_distance
-from .pretrained import PretrainedDistance
 from .scenes import Scenes
 from .windows import Window
+
+
+class UserNetwork(Protocol):
+    """A measure that a network of the user's gives.
+
+    Attributes:
+        of_truth: The truth itself is measured too.
+    """
+
+    of_truth: bool
+
+    def measure(
+        self, video: Tensor, truth: Tensor, scenes: Scenes, window: Window
+    ) -> Mapping[str, float | None]:
+        """Return fields of a `Measurement`; arguments as of `measure`, with the truth's frames."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ def measure(
     latents: Tensor | None,
     scenes: Scenes,
     window: Window,
-    networks: Sequence[PretrainedDistance] = (),
+    networks: Sequence[UserNetwork] = (),
 ) -> Measurement:
     """Measure one window of a source of videos, uint8 (starts, 1 + 4 T, H, W, 3).
 
@@ -91,8 +106,9 @@ def measure(
     latents: `latent_statistics` (starts, T, 2) of the window; None if the source has no latents.
     """
     found = MeasuredFrames.of(video[:, 1:], truth.cell)
-    count = found.video.shape[1]
-    distances = {n.kind: n(found.video, truth.video) for n in networks if count >= n.frames}
+    given: dict[str, float | None] = {}
+    for network in networks:
+        given |= network.measure(video, truth.video, scenes, window)
     paired = {}
     if window.last <= scenes.steps:
         psnr = metrics.psnr(found.video, truth.video)
@@ -107,7 +123,7 @@ def measure(
         flicker=metrics.flicker(found.video, FRAMES_PER_LATENT),
         feature_distance=feature_distance(found.features, truth.features),
         **paired,
-        **distances,
+        **given,
         **scenes.control_metrics(video, found.palette, window),
     )
 
@@ -134,6 +150,9 @@ class Measurement:
         yaw_gain, forward_gain: Realised divided by commanded motion.
         yaw_response, forward_response: See `metrics.response_steps`, in video frames.
         fid, fvd: From the truth of the same window, if a network was given.
+        akd, missing_keypoints: See `pose_errors.keypoint_errors`, if a network was given.
+        rotation_error, translation_error, cameras_found: See `pose_errors.camera_errors`, if a
+            network was given.
     """
 
     latent_offset: float | None = None
@@ -154,6 +173,11 @@ class Measurement:
     forward_response: int | None = None
     fid: float | None = None
     fvd: float | None = None
+    akd: float | None = None
+    missing_keypoints: float | None = None
+    rotation_error: float | None = None
+    translation_error: float | None = None
+    cameras_found: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ distance is torchmetrics'; nothing is downloaded. Usual files are `inception-201
 `i3d_torchscript.pt`; any other TorchScript file with the same inputs serves.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..media.figures import MissingLibrary
 from ..torchscript import TorchScriptFeatures
+from .scenes import Scenes
+from .windows import Window
 
 CLIP_FRAMES = 16
 BATCH = 32  # video frames or clips per forward pass
@@ -31,6 +34,8 @@ class PretrainedDistance:
     ValueError if the file is not a TorchScript network; MissingLibrary without torchmetrics.
     """
 
+    of_truth: ClassVar[bool] = False
+
     def __init__(self, kind: Kind, path: Path):
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
@@ -45,6 +50,14 @@ class PretrainedDistance:
     def frames(self) -> int:
         """Least number of video frames of a sample."""
         return 1 if self.kind == "fid" else CLIP_FRAMES
+
+    def measure(
+        self, video: Tensor, truth: Tensor, scenes: Scenes, window: Window
+    ) -> Mapping[str, float | None]:
+        """Measure a window of videos, uint8 (starts, 1 + F, H, W, 3), against the truth's (starts,
+        F, H, W, 3), if it is long enough."""
+        enough = truth.shape[1] >= self.frames
+        return {self.kind: self(video[:, 1:], truth)} if enough else {}
 
     @torch.no_grad()
     def __call__(self, videos: Tensor, truth: Tensor) -> float | None:

@@ -29,6 +29,11 @@ COLUMNS = (
     ("forward response", "forward_response", "{:.0f}"),
     ("FID", "fid", "{:.1f}"),
     ("FVD", "fvd", "{:.1f}"),
+    ("AKD", "akd", "{:.2f}"),
+    ("keypoints missing", "missing_keypoints", "{:.0%}"),
+    ("Rot", "rotation_error", "{:.3f}"),
+    ("Trans", "translation_error", "{:.3f}"),
+    ("cameras found", "cameras_found", "{:.0%}"),
 )
 
 

@@ -43,6 +43,12 @@ class Scenes(Protocol):
         `latent_statistics` (starts, T, 2) of the truth in each window that it covers.
         """
 
+    def truth_video(
+        self, generator: StreamingGenerator, start: int, steps: int
+    ) -> Iterator[Tensor]:
+        """Yield the truth of one start, video frames uint8 (F, H, W, 3), up to its end or to the
+        latent frame `steps`."""
+
     def first_latents(self, generator: StreamingGenerator) -> Tensor:
         """Return the first frames of rollouts: latents (starts, C, 1, h, w), on the generator's
         device and in its precision."""
@@ -57,20 +63,39 @@ class Scenes(Protocol):
         `Measurement`; none if these scenes know neither.
         """
 
+    def cameras(self, window: Window) -> Tensor | None:
+        """Return the cameras (starts, 1 + 4 T, 4, 4) that the motion of a window asks for, relative
+        to that of the frame before the window; None if the starts have no camera motion."""
+
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         """Return the fields of a `Report` about the truth; `window` is the last."""
 
 
+def followed(poses: Tensor) -> Tensor:
+    """Chain camera-to-previous-camera transforms (B, F, 4, 4): cameras (B, 1 + F, 4, 4) relative to
+    the one before the first, in float64."""
+    cameras = [torch.eye(4, dtype=torch.float64).expand(len(poses), 4, 4)]
+    for pose in poses.double().unbind(1):
+        cameras.append(cameras[-1] @ pose)
+    return torch.stack(cameras, dim=1)
+
+
 @torch.inference_mode()
 def roll_out_scenes(
-    generator: StreamingGenerator, scenes: Scenes, steps: int, frames: Iterable[int], seed: int
-) -> tuple[VideoFrames, Tensor]:
+    generator: StreamingGenerator,
+    scenes: Scenes,
+    steps: int,
+    frames: Iterable[int],
+    seed: int,
+    kept: int = 0,
+) -> tuple[VideoFrames, Tensor, Tensor]:
     """Generate `steps` latent frames from all starts together, on the streaming path.
 
-    Noise is drawn per start. Returns the video frames with the numbers `frames`, and the
-    `latent_statistics` (starts, 1 + steps, 2) of all latent frames.
+    Noise is drawn per start. Returns the video frames with the numbers `frames`, the
+    `latent_statistics` (starts, 1 + steps, 2) of all latent frames, and the latents of the first
+    `kept` starts (kept, C, 1 + steps, h, w), all on the CPU.
     """
-    model, statistics = generator.model, []
+    model, statistics, latents = generator.model, [], []
     first, channels = scenes.first_latents(generator), scenes.condition(generator)
 
     def condition(step: int) -> Tensor | None:
@@ -81,7 +106,8 @@ def roll_out_scenes(
         text = model.text_encoder(scenes.prompts)
         for latent in roll_out(model, first, text, condition, steps, seed, generator.sampling):
             statistics.append(latent_statistics(latent))
+            latents.append(latent[:kept].cpu())
             yield latent
 
     video = decode_chosen(generator.vae, measured(), frames)
-    return video, torch.cat(statistics, dim=1).cpu()
+    return video, torch.cat(statistics, dim=1).cpu(), torch.cat(latents, dim=2)

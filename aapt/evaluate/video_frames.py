@@ -1,7 +1,7 @@
 """Chosen video frames of several videos, and their decoding from streams of latent frames."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -50,6 +50,16 @@ def decode_chosen(vae: CausalVAE, latents: Iterable[Tensor], numbers: Iterable[i
             begin = FRAMES_PER_LATENT * place - video.shape[1] + 1
             pixels.append(video[:, [i for i in range(video.shape[1]) if begin + i in wanted]])
     return VideoFrames(sorted(wanted), torch.cat(pixels, dim=1))
+
+
+@torch.inference_mode()
+def decode_stream(vae: CausalVAE, latents: Tensor) -> Iterator[Tensor]:
+    """Decode one stream of latents (1, C, T, h, w): yields uint8 (F, H, W, 3) per latent frame."""
+    device = vae.latent_mean.device
+    frames = latents.to(device).split(1, dim=2)
+    with precision(device):
+        for _, video in decode_frames(vae, frames, range(len(frames))):
+            yield video[0]
 
 
 def latent_statistics(latents: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Held-out walks through the rendered world: a rendered truth, known themes, commanded motion."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,12 @@ from ..clock import FRAMES_PER_LATENT
 from ..data.tiny_world.render import render
 from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, World, make_world, sample_trajectory
-from ..model.conditioning import control_rays
+from ..model.conditioning import control_rays, relative_poses
 from ..streaming.generator import StreamingGenerator
 from ..vae.pixels import to_pixels, to_video
 from . import metrics
 from .motion_probe import MotionProbe, ProbeConfig, ProbeQuality, load_probe
-from .scenes import AUTOENCODER, TRUTH, Timed
+from .scenes import AUTOENCODER, TRUTH, Timed, followed
 from .video_frames import VideoFrames, latent_statistics, precision
 from .windows import Window
 
@@ -27,6 +27,7 @@ FIRST_SEED = 10_000_000  # of held-out worlds: far beyond those of training and 
 SEEDS_PER_EVALUATION = 1_000
 THEME_SEED = 6_000_000  # of the worlds that give a theme its palette
 THEME_WORLDS = 4
+RENDERED_FRAMES = 24  # at once, of a whole video
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class WorldScenes:
         self.themes = torch.tensor([start.world.theme for start in starts])
         self.steps = self.controls.shape[1]
         self.height, self.width = generator.height, generator.width
+        self.camera = generator.model.camera
         self._probe = cache, probe
 
     @cached_property
@@ -156,6 +158,13 @@ class WorldScenes:
         with timed(AUTOENCODER):
             through, statistics = reconstruct(generator, truth, windows)
         return {TRUTH: truth, AUTOENCODER: through}, statistics
+
+    def truth_video(
+        self, generator: StreamingGenerator, start: int, steps: int
+    ) -> Iterator[Tensor]:
+        walk = self.starts[start]
+        for poses in walk.poses[: 1 + FRAMES_PER_LATENT * steps].split(RENDERED_FRAMES):
+            yield render(walk.world, poses, self.height, self.width)
 
     def first_latents(self, generator: StreamingGenerator) -> Tensor:
         pixels = render_truth(self.starts, [0], self.height, self.width).pixels
@@ -188,6 +197,11 @@ class WorldScenes:
                 for name, lag in steps.items()
             },
         }
+
+    def cameras(self, window: Window) -> Tensor:
+        held = self.controls[:, window.first - 1 : window.last]
+        each_frame = held.repeat_interleave(FRAMES_PER_LATENT, dim=1)
+        return followed(relative_poses(each_frame, self.camera))
 
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         palettes = metrics.palette(truth[window.frames])

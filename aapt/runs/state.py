@@ -227,9 +227,18 @@ def _transfer(path: Path) -> Iterator[None]:
             yield
     except CheckpointException as error:
         failure, _ = next(iter(error.failures.values()))
-        if not isinstance(failure, OSError):
-            failure = CheckpointError(f"{path}: {failure}")
-        raise failure from None
+        raise _of_the_system(failure) or CheckpointError(f"{path}: {failure}") from None
+
+
+def _of_the_system(failure: BaseException | None) -> OSError | None:
+    """The system's error behind a failure; None if there is none.
+
+    On a full disk PyTorch's writer fails once more when it closes its file, with an error of its
+    own about positions.
+    """
+    while failure is not None and not isinstance(failure, OSError):
+        failure = failure.__cause__ or failure.__context__
+    return failure
 
 
 def _sync(folder: Path) -> None:

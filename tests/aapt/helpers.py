@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import av
+import numpy as np
 import torch
 
 from aapt.data.clips import LatentClips
@@ -77,3 +79,10 @@ def clips(count: int = 6, length: int = 9) -> LatentClips:
         torch.rand(count, length - 1, 2) * 2 - 1,
         [("ab", "abc")] * count,
     )
+
+
+def read_video(path) -> torch.Tensor:
+    """The frames of a video file, uint8 (F, H, W, 3)."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames))

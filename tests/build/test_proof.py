@@ -187,7 +187,8 @@ def test_the_papers_stage_three_has_the_papers_switches(proof):
 
 
 def test_pages_answer_the_questions_of_their_experiments(proof):
-    files = set((ROOT / "docs/proof").glob("*.md")) - {ROOT / "docs/proof/index.md"}
+    others = ("index", "claims", "gradient-conflict")  # of no training
+    files = [path for path in (ROOT / "docs/proof").glob("*.md") if path.stem not in others]
     pages = {path.stem: path.read_text() for path in files}
     planned = (ROOT / "docs/proof/index.md").read_text().partition("## Not run yet")[2]
     assert set(pages) <= set(proof.EXPERIMENTS)

@@ -22,7 +22,7 @@ from aapt.evaluate.drift_plot import plot_drift
 from aapt.evaluate.measure import MeasuredFrames, measure
 from aapt.evaluate.metrics import edge_energy, seam, sharpness
 from aapt.evaluate.scenes import roll_out_scenes
-from aapt.evaluate.windows import WINDOWS
+from aapt.evaluate.windows import WINDOWS, Window
 from aapt.model.conditioning import camera_rays
 from aapt.model.config import CameraConfig
 from aapt.model.world_model import WorldModel
@@ -37,6 +37,7 @@ from ..data.test_latent_shards import folder_of
 from ..data.videos.test_keypoints import entry, person
 from ..data.videos.test_trajectories import trajectory, yawed
 from ..data.videos.videos import video
+from ..helpers import read_video
 from .test_evaluation import MODEL, MeanColour
 
 HEIGHT, WIDTH, LENGTH = 32, 64, 9  # latent frames after the first of a clip
@@ -141,7 +142,7 @@ def test_a_rollout_repeats_the_motion_of_its_clip(encoded, checkpoints, motion):
     """Compare with the training rollout on the clip's channels, repeated."""
     generator, scenes = scenes_of(encoded[motion], checkpoints[motion])
     steps = LENGTH + 3
-    found, statistics = roll_out_scenes(generator, scenes, steps, range(1 + 4 * steps), seed=0)
+    found, statistics, _ = roll_out_scenes(generator, scenes, steps, range(1 + 4 * steps), seed=0)
 
     model, clips = generator.model, LatentShards(encoded[motion], camera=generator.model.camera)
     motions = clips.whole(scenes.numbers).motion
@@ -327,3 +328,31 @@ def test_the_command(encoded, checkpoints, tmp_path, capsys):
     assert "expected clips with pose motion for" in said and said.count("\n") == 1
     assert main(["eval", str(checkpoints["pose"]), "--out", str(tmp_path)]) == 2
     assert "measured on encoded clips" in capsys.readouterr().err
+
+
+def test_videos_of_clips_end_with_the_clip(encoded, checkpoints, tmp_path):
+    """The truth has no frames after the clip's end, the rollout has."""
+    quiet(checkpoints["none"], tmp_path, encoded["none"], starts=1, seconds=2.0, videos=4)
+    paths = [tmp_path / "videos" / f"0-seed-0-{source}.mp4" for source in ("none", "truth")]
+    assert sorted((tmp_path / "videos").iterdir()) == paths
+    made, truth = map(read_video, paths)
+    assert len(made) == 49 and len(truth) == 1 + 4 * 9
+    assert (made[0].int() - truth[0].int()).abs().float().mean() < 4  # one frame, twice encoded
+
+
+def test_cameras_are_the_trajectory_and_start_over_with_it(encoded, checkpoints):
+    """Relative to the frame before the window; after the clip's last step comes its first.
+
+    Frames of an mkv have times in whole milliseconds, which moves a pose by up to 2.4e-4.
+    """
+    _, scenes = scenes_of(encoded["camera"], checkpoints["camera"])
+    ways = [yawed(0.02 * n, (0.0, 0.0, 0.01 * n)) for n in range(1 + 4 * LENGTH)]
+    whole = scenes.cameras(Window("whole", 1, LENGTH))
+    for found in whole:
+        torch.testing.assert_close(found, torch.stack(ways), rtol=0, atol=5e-4)
+    expected = [torch.eye(4, dtype=torch.float64)]
+    for n in [*range(4 * LENGTH - 7, 4 * LENGTH + 1), *range(1, 9)]:
+        expected.append(expected[-1] @ torch.linalg.solve(ways[n - 1], ways[n]))
+    found = scenes.cameras(Window("over the end", LENGTH - 1, LENGTH + 2))
+    torch.testing.assert_close(found[0], torch.stack(expected), rtol=0, atol=5e-4)
+    assert scenes_of(encoded["none"], checkpoints["none"])[1].cameras(WINDOWS[0]) is None

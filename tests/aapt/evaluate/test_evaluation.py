@@ -195,7 +195,7 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
     starts = held_out_starts(2, 6, seed=0)
     first = render_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
     scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
-    found, statistics = roll_out_scenes(generator, scenes, 6, range(25), seed=0)
+    found, statistics, _ = roll_out_scenes(generator, scenes, 6, range(25), seed=0)
     assert found.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and statistics.shape == (2, 7, 2)
 
     from aapt.model.conditioning import Control
@@ -341,6 +341,7 @@ def evaluation(checkpoint, tmp_path_factory):
         folder / "out",
         starts=2,
         seconds=2.0,
+        videos=1,
         probe=SMALL_PROBE,
         cache=folder / "cache" / "aapt",
         log=lines.append,
@@ -358,9 +359,13 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
         "truth",
         "autoencoder",
         *(f"{name} rollout" for name in names),
+        "videos",
+        lines[-2],
         "metrics",
     ]
-    assert {path.name for path in out.iterdir()} == {"report.json", "drift.png", "sheet.png"}
+    assert {path.name for path in out.iterdir()} == {
+        *("report.json", "drift.png", "sheet.png", "videos")
+    }
     saved = json.loads((out / "report.json").read_text())
     assert saved == json.loads(report.as_json())
     assert list(saved["checkpoints"]) == names and saved["settings"]["seed"] == 0
@@ -401,6 +406,7 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
         ({"seconds": 1.0}, r"seconds: expected at least 1\.33, got 1\.0"),
         ({"seconds": math.nan}, "seconds: expected at least .*, got nan"),
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
+        ({"videos": -1}, "videos: expected 0 or more, got -1"),
     ],
 )
 def test_bad_settings_are_refused(checkpoint, tmp_path, arguments, message):

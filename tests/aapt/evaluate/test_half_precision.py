@@ -17,7 +17,7 @@ def test_a_rollout_in_half_precision_keeps_to_the_whole_one(tmp_path):
         starts = held_out_starts(2, 6, seed=0)
         scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
         assert scenes.first_latents(generator).dtype == dtype
-        found, _ = roll_out_scenes(generator, scenes, 2, range(9), seed=0)
+        found, *_ = roll_out_scenes(generator, scenes, 2, range(9), seed=0)
         assert found.pixels.shape == (2, 9, 48, 64, 3)
         videos.append(found.pixels.float())
     assert 0 < (videos[0] - videos[1]).abs().mean() < 4
