@@ -5,17 +5,27 @@ Run `python -m aapt.data.tiny_puppet.clips --out sheet.png` to draw every look a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...clock import FPS
+from ...model.pose import draw_skeletons
+from ...vae import CausalVAE
+from ...vae.pixels import to_video
+from ..clips import LatentClips
+from ..rendered import RenderedData, encoded
 from .looks import LOOKS
 from .motions import keypoints, sample_body, sample_joints
 from .render import PLACES, backdrop, render_puppet
+
+SAMPLE_SEED = 3  # of the image to start from
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,56 @@ def sample_puppet(
     return PuppetClip(torch.from_numpy(video), seen, prompt_of(look, place), look, place)
 
 
+@dataclass(frozen=True)
+class PuppetData(RenderedData):
+    """Clips of random figures; their motion is the latents of drawn skeletons.
+
+    The skeletons are encoded as a video of their own (docs/method.md#10). Latent n of it drives
+    latent n of the clip, so the skeleton of the first video frame drives none.
+    """
+
+    poses: ClassVar[bool] = True
+
+    @property
+    def prompts(self) -> list[str]:
+        return [prompt_of(look, look % len(PLACES)) for look in range(len(LOOKS))]
+
+    def clip(self, seed: int) -> PuppetClip:
+        return sample_puppet(seed, self.latent_frames, height=self.height, width=self.width)
+
+    @torch.inference_mode()
+    def encode(self, vae: CausalVAE, clips: Iterable[PuppetClip]) -> dict[str, Tensor]:
+        """The tensors are latents, skeletons (clips, C, T - 1, h, w) float16, and looks and places
+        (clips,)."""
+        latents, skeletons, looks, places = [], [], [], []
+        for several, encoding in encoded(vae, clips):
+            latents.append(encoding)
+            drawn = [draw_skeletons(clip.points, self.height, self.width) for clip in several]
+            video = to_video(torch.from_numpy(np.stack(drawn)))
+            skeletons.append(vae.encode(video)[:, :, 1:].half())
+            looks += [clip.look for clip in several]
+            places += [clip.place for clip in several]
+        return {
+            "latents": torch.cat(latents),
+            "skeletons": torch.cat(skeletons),
+            "looks": torch.tensor(looks),
+            "places": torch.tensor(places),
+        }
+
+    def latent_clips(self, tensors: dict[str, Tensor]) -> LatentClips:
+        pairs = zip(tensors["looks"].tolist(), tensors["places"].tolist(), strict=True)
+        phrasings = [(prompt_of(look, place),) for look, place in pairs]
+        return LatentClips(tensors["latents"], tensors["skeletons"], phrasings)
+
+    def sample_image(self) -> tuple[Image.Image, str]:
+        """A figure that stands, of a seed that no clip has."""
+        size = {"height": self.height, "width": self.width}
+        clip = sample_puppet(SAMPLE_SEED, 1, look=0, place=0, motion="still", **size)
+        return Image.fromarray(clip.video[0].numpy()), clip.prompt
+
+
 def draw_looks(path: str | Path, moments: int = 6) -> None:
     """Write an image with a row per look, each in another place: moments half a second apart."""
-    from PIL import Image
-
     rows = []
     for look in range(len(LOOKS)):
         clip = sample_puppet(look, 3 * moments, look=look, place=look % len(PLACES))

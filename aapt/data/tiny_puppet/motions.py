@@ -134,9 +134,9 @@ def _wave(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _dance(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Bends its knees to a beat, swings its hips and throws its arms about."""
-    joints, rate = _rest(t), rng.uniform(0.9, 1.3)
+    joints, rate = _rest(t), rng.uniform(0.8, 1.1)
     beat = 2 * math.pi * (rate * t + rng.uniform())
-    low, wide = rng.uniform(0.25, 0.5), rng.uniform(0.9, 1.7)
+    low, wide = rng.uniform(0.25, 0.5), rng.uniform(0.9, 1.5)
     together = 1 if rng.uniform() < 0.5 else -1
     joints[:, SWAY] = 0.045 * np.sin(beat)
     joints[:, LEAN] = -0.16 * np.sin(beat)
@@ -147,23 +147,24 @@ def _dance(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         joints[:, hip] += low * (0.5 + dip)
         joints[:, knee] -= 1.6 * low * (0.5 + dip)
         joints[:, shoulder] = 1.3 + 0.6 * wide * turn * np.sin(beat)
-        joints[:, elbow] = 0.9 * turn * np.sin(beat + 0.6)
+        joints[:, elbow] = 0.7 * turn * np.sin(beat + 0.6)
     return joints
 
 
 def _jump(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Crouches and jumps, again and again, with its arms thrown up."""
-    joints, rate = _rest(t), rng.uniform(0.7, 1.0)
+    joints, rate = _rest(t), rng.uniform(0.65, 0.9)
     place = (rate * t + rng.uniform()) % 1.0
     high, spread = rng.uniform(0.06, 0.1), rng.uniform(0.0, 0.6)
     flight = np.clip((place - 0.4) / 0.5, 0, 1)
     air = 4 * flight * (1 - flight)
+    throw = np.sin(math.pi * np.clip((place - 0.25) / 0.75, 0, 1)) ** 2
     crouch = np.sin(math.pi * np.clip(place / 0.45, 0, 1)) ** 2
     joints[:, LIFT] = high * air
     for (hip, knee, _), (shoulder, elbow) in zip(LEGS, ARMS):
         joints[:, hip] += 0.6 * crouch + spread * air
         joints[:, knee] -= 1.2 * crouch
-        joints[:, shoulder] += 2.2 * air
+        joints[:, shoulder] += 2.1 * throw
         joints[:, elbow] += 0.4 * crouch
     return joints
 
