@@ -5,7 +5,7 @@ Run `python -m aapt.data.tiny_puppet.clips --out sheet.png` to draw every look a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +22,7 @@ from ...vae.pixels import to_video
 from ..clips import LatentClips
 from ..rendered import RenderedData, encoded
 from .looks import LOOKS
-from .motions import keypoints, sample_body, sample_joints
+from .motions import Body, keypoints, sample_body, sample_joints
 from .render import PLACES, backdrop, render_puppet
 
 SAMPLE_SEED = 3  # of the image to start from
@@ -51,6 +51,40 @@ def prompt_of(look: int, place: int) -> str:
     return f"{LOOKS[look].name} {PLACES[place]}"
 
 
+@dataclass(frozen=True)
+class Puppet:
+    """A figure in a place, before it is rendered.
+
+    Attributes:
+        seed: Decides the place's view.
+        look, place: Indices into LOOKS and PLACES.
+        body, tint: Proportions, and the gain (3,) of the figure's colours.
+        points: float64 (frames, 14, 3), keypoints (x, y, visible) of each video frame, see `Pose`.
+        height, width: Size of the video in pixels.
+    """
+
+    seed: int
+    look: int
+    place: int
+    body: Body
+    tint: np.ndarray
+    points: np.ndarray
+    height: int
+    width: int
+
+    @property
+    def prompt(self) -> str:
+        """The look and the place in words."""
+        return prompt_of(self.look, self.place)
+
+    def render(self, frames: Sequence[int] | slice = slice(None)) -> Tensor:
+        """Render video frames, by default all: uint8 (frames, height, width, 3)."""
+        behind = backdrop(self.seed, self.place, self.height, self.width)
+        points = self.points[frames, :, :2]
+        video = render_puppet(points, self.body, self.look, self.tint, behind, self.place)
+        return torch.from_numpy(video)
+
+
 def sample_puppet(
     seed: int,
     latent_frames: int,
@@ -60,8 +94,8 @@ def sample_puppet(
     motion: str | None = None,
     height: int = 96,
     width: int = 96,
-) -> PuppetClip:
-    """Render a random figure that moves in a random place. Equal arguments give equal clips.
+) -> Puppet:
+    """Draw a random figure that moves in a random place. Equal arguments give equal figures.
 
     Args:
         seed: Any int >= 0; decides body, colours, place and motion, and what is not given.
@@ -79,11 +113,9 @@ def sample_puppet(
     look, place = (d if given is None else given for d, given in zip(drawn, (look, place)))
     body, tint = sample_body(rng), rng.uniform(0.92, 1.06, 3)
     seconds = np.arange(4 * latent_frames - 3) / FPS
-    points = keypoints(sample_joints(seconds, rng, motion), body, width / height)
-    behind = backdrop(seed, place, height, width)
-    video = render_puppet(points, body, look, tint, behind, place)
-    seen = np.concatenate([points, np.ones((*points.shape[:2], 1))], axis=-1)
-    return PuppetClip(torch.from_numpy(video), seen, prompt_of(look, place), look, place)
+    places = keypoints(sample_joints(seconds, rng, motion), body, width / height)
+    points = np.concatenate([places, np.ones((*places.shape[:2], 1))], axis=-1)
+    return Puppet(seed, look, place, body, tint, points, height, width)
 
 
 @dataclass(frozen=True)
@@ -101,7 +133,10 @@ class PuppetData(RenderedData):
         return [prompt_of(look, look % len(PLACES)) for look in range(len(LOOKS))]
 
     def clip(self, seed: int) -> PuppetClip:
-        return sample_puppet(seed, self.latent_frames, height=self.height, width=self.width)
+        size = {"height": self.height, "width": self.width}
+        puppet = sample_puppet(seed, self.latent_frames, **size)
+        said = puppet.prompt, puppet.look, puppet.place
+        return PuppetClip(puppet.render(), puppet.points, *said)
 
     @torch.inference_mode()
     def encode(self, vae: CausalVAE, clips: Iterable[PuppetClip]) -> dict[str, Tensor]:
@@ -130,16 +165,16 @@ class PuppetData(RenderedData):
     def sample_image(self) -> tuple[Image.Image, str]:
         """A figure that stands, of a seed that no clip has."""
         size = {"height": self.height, "width": self.width}
-        clip = sample_puppet(SAMPLE_SEED, 1, look=0, place=0, motion="still", **size)
-        return Image.fromarray(clip.video[0].numpy()), clip.prompt
+        puppet = sample_puppet(SAMPLE_SEED, 1, look=0, place=0, motion="still", **size)
+        return Image.fromarray(puppet.render()[0].numpy()), puppet.prompt
 
 
 def draw_looks(path: str | Path, moments: int = 6) -> None:
     """Write an image with a row per look, each in another place: moments half a second apart."""
     rows = []
     for look in range(len(LOOKS)):
-        clip = sample_puppet(look, 3 * moments, look=look, place=look % len(PLACES))
-        rows.append(np.concatenate(list(clip.video[::12].numpy()), axis=1))
+        puppet = sample_puppet(look, 3 * moments, look=look, place=look % len(PLACES))
+        rows.append(np.concatenate(list(puppet.render(slice(None, None, 12)).numpy()), axis=1))
     Image.fromarray(np.concatenate(rows)).save(path)
 
 

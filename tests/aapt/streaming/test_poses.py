@@ -208,8 +208,8 @@ POINT = [0.5, 0.5]
     ("text", "said"),
     [
         ("{", "line 1: expected JSON"),
-        ("[]", "expected {\"fps\": 24"),
-        ('{"fps": 24}', "expected {\"fps\": 24"),
+        ("[]", 'expected {"fps": 24'),
+        ('{"fps": 24}', 'expected {"fps": 24'),
         (json.dumps({"fps": 0, "keypoints": [[POINT] * 14] * 2}), r"fps: expected a number in"),
         (json.dumps({"fps": True, "keypoints": [[POINT] * 14] * 2}), "fps: .* got True"),
         (json.dumps({"fps": 24, "keypoints": [[POINT] * 14]}), "two video frames or more, got 1"),
@@ -241,7 +241,9 @@ def test_a_file_gives_its_points_and_hides_null(tmp_path):
     path.write_text(json.dumps({"fps": 30, "keypoints": [[None] + [[0.25, 0.5]] * 13] * 3}))
     script = load_poses(path)
     assert script.fps == 30 and script.points.shape == (3, 14, 3)
-    assert script.first.points[0, 0, 2] == 0 and (script.first.points[0, 1:] == [0.25, 0.5, 1]).all()
+    assert (
+        script.first.points[0, 0, 2] == 0 and (script.first.points[0, 1:] == [0.25, 0.5, 1]).all()
+    )
 
 
 def test_an_unknown_name_has_a_hint():

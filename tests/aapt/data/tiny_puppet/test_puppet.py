@@ -98,9 +98,13 @@ def test_a_sequence_begins_the_same_for_every_length():
 
 def test_the_same_seed_gives_the_same_clip_and_another_seed_does_not():
     first, again, other = (sample_puppet(seed, 3, **SMALL) for seed in (5, 5, 6))
-    assert torch.equal(first.video, again.video) and np.array_equal(first.points, again.points)
+    assert torch.equal(first.render(), again.render()) and np.array_equal(
+        first.points, again.points
+    )
     assert not np.array_equal(first.points, other.points)
-    assert first.video.shape == (9, 48, 48, 3) and first.video.dtype == torch.uint8
+    video = first.render()
+    assert video.shape == (9, 48, 48, 3) and video.dtype == torch.uint8
+    assert torch.equal(first.render([3, 8]), video[[3, 8]])
     assert first.points.shape == (9, 14, 3) and (first.points[..., 2] == 1).all()
     assert first.prompt == prompt_of(first.look, first.place)
     with pytest.raises(ValueError, match="latent_frames: expected 1 or more, got 0"):
@@ -114,7 +118,7 @@ def test_the_figure_is_where_its_keypoints_are(look):
     """Pixels at the middle of every limb differ from the empty place, far pixels do not."""
     clip = sample_puppet(31, 1, look=look, place=0, motion="still")
     empty = backdrop(31, 0, 96, 96)
-    changed = np.abs(clip.video[0].numpy().astype(int) - empty.round().astype(int)).max(-1) > 8
+    changed = np.abs(clip.render()[0].numpy().astype(int) - empty.round().astype(int)).max(-1) > 8
     places = clip.points[0, :, :2] * 96
     for a, b in LIMBS:
         column, row = ((places[a] + places[b]) / 2).astype(int)
@@ -127,7 +131,7 @@ def test_the_figure_is_where_its_keypoints_are(look):
 
 def test_looks_and_places_differ_and_prompts_name_them():
     images = [
-        sample_puppet(1, 1, look=look, place=place, **SMALL).video.float()
+        sample_puppet(1, 1, look=look, place=place, **SMALL).render().float()
         for look, place in ((0, 0), (1, 0), (0, 1))
     ]
     assert min((images[0] - other).abs().mean() for other in images[1:]) > 2
