@@ -132,6 +132,7 @@ def tiny_puppet() -> Recipe:
                 clips="clips",
                 segments=6,
                 whole_clips=False,
+                regression=0.0,
                 steps=40,
                 discriminator_warmup=10,
                 mismatch=1.0,
