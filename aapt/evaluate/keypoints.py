@@ -23,7 +23,6 @@ FIRST_SEED = 7_000_000  # of the detector's training figures: no other part of t
 HELD_OUT_SEED = 7_500_000  # of the figures that give its score
 CLIP_FRAMES = 3  # latent frames of a training clip
 SPACING = 4  # video frames between two that are used
-STRIDE = 4  # pixels of a place in the heat maps
 LEFT = [n for n, name in enumerate(POINTS) if name.startswith("left")]
 RIGHT = [n for n, name in enumerate(POINTS) if name.startswith("right")]
 
@@ -80,6 +79,23 @@ def expected_places(logits: Tensor) -> Tensor:
     x = (torch.arange(width) + 0.5) / width
     y = (torch.arange(height) + 0.5) / height
     return torch.stack([(heat.sum(dim=-2) * x).sum(-1), (heat.sum(dim=-1) * y).sum(-1)], dim=-1)
+
+
+def heat_loss(logits: Tensor, places: Tensor) -> Tensor:
+    """Compute the cross entropy of heat maps of logits (N, K, h, w) and places (N, K, 2) in shares
+    of width and height. A place is shared bilinearly among the four nearest of a map, whose mean
+    it then is."""
+    height, width = logits.shape[-2:]
+    most = torch.tensor([width - 1, height - 1])
+    at = (places * (most + 1) - 0.5).clamp(min=torch.zeros(2), max=most.float())
+    low = torch.minimum(at.long(), most - 1)
+    share, chances = at - low, logits.flatten(-2).log_softmax(dim=-1)
+    loss = torch.zeros(())
+    for x, y in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        weight = (share if x else 1 - share)[..., 0] * (share if y else 1 - share)[..., 1]
+        index = (low[..., 1] + y) * width + low[..., 0] + x
+        loss = loss - (weight * chances.gather(-1, index[..., None])[..., 0]).mean()
+    return loss
 
 
 def keypoint_distance(found: Tensor, commanded: Tensor, height: int, width: int) -> float:
@@ -141,14 +157,10 @@ def train_detector(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
     )
-    rows, columns = height // STRIDE, width // STRIDE
-    size = torch.tensor([columns, rows])
     for _ in range(config.steps):
         chosen = torch.randint(len(images), (config.batch,), generator=random)
         shown, places = augment(images[chosen], points[chosen], random)
-        x, y = (places * size).long().clamp(min=torch.zeros(2, dtype=int), max=size - 1).unbind(-1)
-        logits = detector(shown).flatten(-2)
-        loss = F.cross_entropy(logits.flatten(0, 1), (y * columns + x).flatten())
+        loss = heat_loss(detector(shown), places)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

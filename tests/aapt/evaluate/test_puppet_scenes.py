@@ -16,6 +16,7 @@ from aapt.evaluate.keypoints import (
     augment,
     expected_places,
     figures,
+    heat_loss,
     keypoint_distance,
     load_detector,
 )
@@ -29,7 +30,7 @@ from ..helpers import CAMERA, CONFIG
 from ..streaming.test_generator import VAE
 
 SIZE = 48
-BRIEF = DetectorConfig(clips=60, held_out_clips=12, steps=120, batch=16, width=16)
+BRIEF = DetectorConfig(clips=120, held_out_clips=12, steps=250, batch=16, width=24)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,18 @@ def test_places_are_means_around_the_peak():
     logits[0, 1, 0, 11] = 4.9  # a second figure, far away
     expected = torch.tensor([[[8 / 12, 3.5 / 12], [1.5 / 12, 9.5 / 12]]])
     assert torch.allclose(expected_places(logits), expected, atol=1e-4)
+
+
+def test_the_loss_is_least_at_the_place_itself():
+    """The maps that minimise it are the bilinear shares of the place, whose mean is the place."""
+    places = torch.rand(5, 14, 2) * 0.8 + 0.1
+    logits = torch.zeros(5, 14, 6, 8, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.5)
+    for _ in range(300):
+        optimizer.zero_grad()
+        heat_loss(logits, places).backward()
+        optimizer.step()
+    assert torch.allclose(expected_places(logits.detach()), places, atol=0.01)
 
 
 def test_a_mirrored_figure_swaps_left_and_right():
@@ -127,7 +140,7 @@ def test_the_truth_follows_its_own_poses(checkpoint, detector):
     assert found["look_kept"] >= 0.5
     turned = video[[1, 2, 3, 4, 5, 0]]  # the figures of others
     other = scenes.control_metrics(turned, palettes, window)
-    assert other["keypoint_distance"] > 1.2 * found["keypoint_distance"]
+    assert other["keypoint_distance"] > 1.5 * found["keypoint_distance"]
     assert other["look_kept"] < found["look_kept"]
     channels = scenes.condition(generator)
     assert channels(1).shape == channels(8).shape == (6, 4, 1, 6, 6)
