@@ -48,7 +48,8 @@ class StreamingGenerator:
     """A world model with its autoencoder, which opens streams of `height` x `width` pixels.
 
     The model decides what drives a stream: controls of a camera, poses of a figure, condition
-    channels (a skeleton's latents), or the prompt alone.
+    channels (a skeleton's latents), or the prompt alone. `poses` says if it follows poses, whose
+    skeletons it draws and encodes.
 
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
@@ -104,7 +105,7 @@ class StreamingGenerator:
             raise ValueError(
                 "poses: expected a model of one pass per frame, without a camera and with "
                 f"{config.latent_channels} condition channels, those of a skeleton's latents, got "
-                f"another of {config.condition_channels}"
+                f"one with {config.condition_channels}"
             )
         if self.few_step:
             check_few_step(config, self.sampling)

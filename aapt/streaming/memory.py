@@ -138,6 +138,8 @@ class StreamMemory:
         own = (self.picture, self.condition)
         tensors = sum(x.nbytes for x in own if x is not None)
         tensors += sum(chunk.bytes for chunk in self.chunks.values())
+        if self.skeletons is not None:
+            tensors += sum(part.nbytes for part in self.skeletons.state)
         past = self.rollout.past.bytes if self.rollout.past else 0
         tensors += self.rollout.constants_bytes
         return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
@@ -282,7 +284,8 @@ class StreamMemory:
             self.condition.copy_(channels)
         elif self.condition is not None:
             self.condition.copy_(control[None, :, None], non_blocking=True)
-            self._encoded = () if self.skeletons is None else self.skeletons.state
+            if self.skeletons is not None:  # ready channels, which no encoder has seen
+                self._encoded = self.skeletons.state
 
     def _before(self) -> Tensor | None:
         """The latents before a step, if `recache` needs them."""
