@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .model.conditioning import Control
+    from .model.pose import Pose
     from .streaming.generator import StreamingGenerator
 
-__all__ = ["Control", "StreamingGenerator"]
+__all__ = ["Control", "Pose", "StreamingGenerator"]
 __version__ = "0.1.0"
 
-_HOMES = {"Control": ".model.conditioning", "StreamingGenerator": ".streaming.generator"}
+_HOMES = {
+    "Control": ".model.conditioning",
+    "Pose": ".model.pose",
+    "StreamingGenerator": ".streaming.generator",
+}
 
 
 def __getattr__(name: str):

@@ -91,6 +91,10 @@ def evaluate(
     of the first starts. A probe that reads camera motion is trained the first time, and kept in the
     user's cache.
 
+    A model that follows poses, such as tiny-puppet, is measured on rendered figures: the distance
+    of detected from commanded keypoints (AKD), and whether look and place are kept. The detector is
+    trained and kept like the probe.
+
     A model that does not move as the bundled world does is measured on clips of `aapt encode`, of
     its size and its autoencoder. Clips give the first frames, captions and motion, which is
     repeated when a clip ends; the truth is the clip as the autoencoder decodes it. After a clip's

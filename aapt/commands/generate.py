@@ -60,6 +60,14 @@ def generate(
         str | None,
         typer.Option(metavar="PRESET|FILE", help="How to move.", show_default="walk"),
     ] = None,
+    pose: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET|FILE",
+            help="How a figure moves, for a model that follows poses.",
+            show_default="show",
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of the video.")] = 10.0,
     model: Model = MODEL,
     seed: Annotated[
@@ -115,12 +123,21 @@ def generate(
     right. A script that is shorter than the video is repeated.
 
     \b
+    Poses, for a model such as tiny-puppet: show, still, walk, wave, dance, jump, reach, or a JSON
+    file {"fps": 24, "keypoints": [[[x, y], ...], ...]}. Each video frame has 14 points: head, neck,
+    then shoulder, elbow and wrist of the right arm and of the left, then hip, knee and ankle of the
+    right leg and of the left. x and y are shares of the image's width and height from the top left
+    corner; null stands for a hidden point. Poses that are shorter than the video are played
+    forwards and backwards in turn.
+
+    \b
     Examples:
       aapt generate --out walk.mp4
       aapt generate --image photo.jpg --controls circle --seconds 30 --out circle.mp4
       printf '2 w\\n1 wd\\n2 w\\n' > path.txt && aapt generate --controls path.txt --out path.gif
       aapt generate --seconds 5 --out frames/
       aapt generate --model runs/mine/mine --device cuda --size 736x416 --out large.mp4
+      aapt generate --model runs/tiny-puppet/tiny-puppet --pose dance --out dance.mp4
       aapt generate --replay walk.jsonl --original --out walk.mp4
       aapt generate --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 128x80 \\
         -framerate 24 -
@@ -128,21 +145,25 @@ def generate(
     from ..media.image import fit_image, load_image
     from ..media.video import open_video, output_kind
     from ..streaming.controls import load_controls
+    from ..streaming.poses import load_poses
 
     if replay or original or branch is not None:
-        given = {"image": image, "prompt": prompt, "controls": controls, "size": size}
+        given = {"image": image, "prompt": prompt, "controls": controls}
+        given |= {"pose": pose, "size": size}
         _replay(replay, branch, original, given, model, (device, dtype), out, scale)
         return
     with bad_input():
         check_seconds("seconds", seconds)
-        script = load_controls(controls or "walk")
+        script, poses = load_controls(controls or "walk"), load_poses(pose or "show")
         start = load_image(image) if image else None
         output_kind(out)
     generator = load(model, device, dtype, size, text_device=text_device)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
+    if not generator.poses:
+        poses = _no_poses(pose)
     if generator.driven_by != "camera":
-        script = _undriven(generator, controls)
+        script = _undriven(generator, controls, poses)
     steps = max(1, round(seconds / step_seconds))
 
     with bad_input():
@@ -153,7 +174,8 @@ def generate(
             first_frame, note = fit_image(start, generator.height, generator.width)
             if note:
                 say(f"{image or 'sample'}: {note}")
-        stream = _open(generator, first_frame, prompt_of(generator, prompt), seed)
+        first = poses and poses.first
+        stream = _open(generator, first_frame, prompt_of(generator, prompt), seed, first)
         try:
             writer = open_video(out, generator.height, generator.width, generator.fps, scale)
         except OSError as error:
@@ -228,7 +250,7 @@ def _compared(differing: list[int], shared: int | None, steps: int) -> str:
     return "; ".join(said)
 
 
-def _open(generator, first_frame, prompt: str, seed: int):
+def _open(generator, first_frame, prompt: str, seed: int, pose):
     """Open a stream, and say if only a part of the prompt is read."""
     with bad_input():
         cut = generator.model.text_encoder.cut(prompt)
@@ -236,19 +258,32 @@ def _open(generator, first_frame, prompt: str, seed: int):
         say(f"aapt: {cut}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="prompt: ")  # already said
-        return generator.open(first_frame, prompt=prompt, seed=seed)
+        return generator.open(first_frame, prompt=prompt, seed=seed, pose=pose)
 
 
-def _undriven(generator, controls: str | None) -> Iterator:
-    """Return the controls of a model without a camera, which its prompt alone drives."""
+def _no_poses(pose: str | None) -> None:
+    """Raise InputError if poses were given for a model that follows none."""
+    if pose is not None:
+        with bad_input():
+            raise ValueError(
+                f"pose: expected none for a model that follows no poses, got {pose}; pass --model "
+                "of one that does, such as tiny-puppet"
+            )
+
+
+def _undriven(generator, controls: str | None, poses) -> Iterator:
+    """Return the controls of a model without a camera: poses, or none if its prompt alone drives
+    it."""
     with bad_input():
-        if generator.driven_by == "channels":
+        if poses is None and generator.driven_by == "channels":
             raise ValueError(
                 "model: expected one that a camera or its prompt drives, got one driven by "
                 "condition channels; use StreamingGenerator in Python"
             )
         if controls is not None:
             raise ValueError(f"controls: expected none for a model without camera, got {controls}")
+    if poses is not None:
+        return poses.steps(generator.fps, generator.frames_per_step)
     return itertools.repeat(generator.still())
 
 

@@ -91,22 +91,26 @@ class LatentClips:
 
     Args:
         latents: (clips, C, length, H, W), of any float type.
-        controls: (clips, length - 1, 2).
+        motion: Controls (clips, length - 1, 2), or channels (clips, C', length - 1, H, W) of any
+            float type.
         phrasings: The prompts that describe each clip; one of them is drawn.
     """
 
-    def __init__(self, latents: Tensor, controls: Tensor, phrasings: Sequence[Sequence[str]]):
-        if len(latents) != len(controls) or len(latents) != len(phrasings):
+    def __init__(self, latents: Tensor, motion: Tensor, phrasings: Sequence[Sequence[str]]):
+        if len(latents) != len(motion) or len(latents) != len(phrasings):
             raise ValueError(
-                f"latents, controls, phrasings: expected one length, got {len(latents)}, "
-                f"{len(controls)}, {len(phrasings)}"
+                f"latents, motion, phrasings: expected one length, got {len(latents)}, "
+                f"{len(motion)}, {len(phrasings)}"
             )
-        if controls.shape[1:] != (latents.shape[2] - 1, 2):
+        length, size = latents.shape[2] - 1, latents.shape[3:]
+        self._time = 1 if motion.dim() == 3 else 2  # the axis of latent frames in the motion
+        fits = motion.shape[1:] == (length, 2)
+        if not fits and (motion.dim() != 5 or motion.shape[2:] != (length, *size)):
             raise ValueError(
-                f"controls: expected (clips, {latents.shape[2] - 1}, 2), "
-                f"got {tuple(controls.shape)}"
+                f"motion: expected controls (clips, {length}, 2) or channels (clips, C, {length}, "
+                f"{', '.join(map(str, size))}), got {tuple(motion.shape)}"
             )
-        self.latents, self.controls, self.phrasings = latents, controls, phrasings
+        self.latents, self.all_motion, self.phrasings = latents, motion, phrasings
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -125,16 +129,18 @@ class LatentClips:
         starts = window_starts(random, self.latents.shape[2], frames, first_frame)
         choices = random.integers([len(self.phrasings[c]) for c in clips])
         latents = [self.latents[c, :, s : s + frames + 1] for c, s in zip(clips, starts)]
-        controls = [self.controls[c, s : s + frames] for c, s in zip(clips, starts)]
+        motion = [
+            self.all_motion[c].narrow(self._time - 1, s, frames) for c, s in zip(clips, starts)
+        ]
         return ClipBatch(
             torch.stack(latents).to(random.device, torch.float32),
-            torch.stack(controls).to(random.device),
+            torch.stack(motion).to(random.device, torch.float32),
             [self.phrasings[c][choice] for c, choice in zip(clips, choices)],
             list(zip(clips, starts)),
         )
 
     def motion(self, numbers: Sequence[int]) -> Tensor:
-        return self.controls[list(numbers)]
+        return self.all_motion[list(numbers)].float()
 
 
 def window_starts(

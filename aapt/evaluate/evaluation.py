@@ -20,10 +20,12 @@ from ..media.figures import new_figure, path_labels, save_figure
 from ..streaming.generator import StreamingGenerator
 from .clip_scenes import ClipScenes
 from .drift_plot import plot_drift
+from .keypoints import DetectorConfig
 from .measure import MeasuredFrames, Measurement, Timeline, UserNetwork, measure, timeline
 from .motion_probe import ProbeConfig
 from .pose_errors import CameraErrors, KeypointErrors
 from .pretrained import PretrainedDistance
+from .puppet_scenes import PuppetScenes, held_out_puppets
 from .report import Report
 from .saved_videos import FOLDER, save_videos
 from .scenes import AUTOENCODER, TRUTH, Scenes, roll_out_scenes
@@ -52,6 +54,7 @@ def evaluate(
     keypoints: Path | None = None,
     camera_poses: Path | None = None,
     probe: ProbeConfig | None = None,
+    detector: DetectorConfig | None = None,
     cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
@@ -63,8 +66,9 @@ def evaluate(
         checkpoints: Folders, or names of bundled models. All get the same starts and noise; in the
             report each is named by the end of its path.
         latents: A folder of encoded clips to start from, which suit any checkpoint (see
-            `ClipScenes`); None for worlds, which suit those that move as the bundled one. After a
-            clip's end there is no truth; themes and controls are not checked on clips.
+            `ClipScenes`); None for worlds, which suit those that move as the bundled one, or for
+            puppets, which suit those that follow poses. After a clip's end there is no truth;
+            themes and controls are not checked on clips.
         starts: Number of worlds or clips; six worlds show every theme.
         seconds: Length of a rollout. A window that ends later is left out.
         seed: Chooses worlds and walks, or clips, and noise.
@@ -74,8 +78,9 @@ def evaluate(
             are fewer starts.
         fid, fvd, keypoints, camera_poses: TorchScript files, see `PretrainedDistance`,
             `KeypointErrors` and `CameraErrors`.
-        probe: How the motion probe is trained; None for the defaults.
-        cache: Folder that keeps the probe for the next evaluation; None for the user's cache.
+        probe, detector: How the motion probe and the keypoint detector are trained; None for the
+            defaults.
+        cache: Folder that keeps them for the next evaluation; None for the user's cache.
         log: Called with one line per finished part.
 
     Raises ValueError for settings or checkpoints that do not fit, OSError if `out` cannot be
@@ -93,7 +98,11 @@ def evaluate(
     fps = _rate(generators.values())
     steps = _steps(seconds, fps)
     scenes: Scenes
-    if latents is None:
+    if latents is None and any(generator.poses for generator in loaded.values()):
+        puppets = held_out_puppets(starts, steps, seed, *sizes.pop())
+        given = detector or DetectorConfig(), cache or cache_folder()
+        scenes = PuppetScenes(puppets, loaded, *given)
+    elif latents is None:
         walks = held_out_starts(starts, steps, seed)
         scenes = WorldScenes(walks, loaded, probe or ProbeConfig(), cache or cache_folder())
     else:

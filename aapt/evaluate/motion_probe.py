@@ -8,9 +8,6 @@ blurred, dimmed and made noisy by another amount.
 import hashlib
 import itertools
 import json
-import os
-import tempfile
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, fill_module, read_tensors, save_tensors
 from ..clock import FRAMES_PER_LATENT
 from ..data.tiny_world.render import render
 from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, make_world, sample_trajectory
 from .metrics import correlation
+from .network_cache import read_or_train
 
 FIRST_SEED = 5_000_000  # of the probe's training worlds: no other part of the project uses them
 HELD_OUT_SEED = 5_500_000  # of the worlds that give its quality
@@ -33,7 +30,6 @@ CLIP_STEPS = 24  # latent frames per clip
 CELL = 8  # side of a matched cell in shrunk pixels
 REACH = 2, 6  # largest shift down and across: a full turn moves the edge of 64 columns by 5
 FLAT = 0.02  # smaller differences are noise: a cell without structure matches everywhere
-QUALITY = "quality"  # the tensor of ProbeQuality in the cached file
 
 
 @dataclass(frozen=True)
@@ -213,36 +209,18 @@ def load_probe(
     """Read the probe from the cache `folder`, or train it and keep it there.
 
     The file is `motion-probe-<hash>.safetensors`. The hash covers the configuration and a sample of
-    the world, so that a probe never meets a world that looks or moves differently. Several
-    processes may share the folder. If the probe cannot be read or kept, it is trained for this
-    evaluation alone, with a warning.
+    the world, so that a probe never meets a world that looks or moves differently.
     """
     path = folder / f"motion-probe-{_fingerprint(config, height, width)}.safetensors"
-    try:
-        if path.is_file():
-            return _read_probe(path, MotionProbe(height, width, config.shrink))
-    except (OSError, CheckpointError) as error:
-        warnings.warn(f"motion probe: expected one in the cache, got {error}", stacklevel=2)
-    probe, quality = train_probe(config, height, width)
-    measured = torch.tensor([quality.yaw, quality.forward], dtype=torch.float64)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:  # no other process writes there
-            save_tensors(Path(own) / path.name, {**probe.state_dict(), QUALITY: measured})
-            os.replace(Path(own) / path.name, path)
-    except OSError as error:
-        said = error.strerror or error
-        warnings.warn(f"motion probe: cannot be kept in {folder}: {said}", stacklevel=2)
-    return probe, quality
 
+    def train() -> tuple[MotionProbe, list[float]]:
+        probe, quality = train_probe(config, height, width)
+        return probe, [quality.yaw, quality.forward]
 
-def _read_probe(path: Path, probe: MotionProbe) -> tuple[MotionProbe, ProbeQuality]:
-    tensors = read_tensors(path)
-    quality = tensors.pop(QUALITY, torch.zeros(0))
-    if quality.shape != (2,):
-        raise CheckpointError(f"{path}: expected the probe's quality (2,), got {quality.shape}")
-    fill_module(path, tensors, probe)
-    return probe.eval().requires_grad_(False), ProbeQuality(*quality.tolist())
+    probe, quality = read_or_train(
+        path, "motion probe", lambda: MotionProbe(height, width, config.shrink), train, scores=2
+    )
+    return probe, ProbeQuality(*quality)
 
 
 def _fingerprint(config: ProbeConfig, height: int, width: int) -> str:

@@ -27,6 +27,8 @@ COLUMNS = (
     ("forward gain", "forward_gain", "{:.2f}"),
     ("yaw response", "yaw_response", "{:.0f}"),
     ("forward response", "forward_response", "{:.0f}"),
+    ("AKD px", "keypoint_distance", "{:.2f}"),
+    ("look kept", "look_kept", "{:.0%}"),
     ("FID", "fid", "{:.1f}"),
     ("FVD", "fvd", "{:.1f}"),
     ("AKD", "akd", "{:.2f}"),
@@ -53,8 +55,10 @@ class Report:
             of two themes. A generator that forgot only the place has the first error, one that
             forgot the theme has the second.
         probe: Quality of the motion probe on held-out rendered clips.
+        detector_distance: AKD of the keypoint detector on held-out rendered figures, in pixels: the
+            least that a generator can be seen to have.
 
-    The last three are None for clips.
+    The last four are None where they do not apply, as for clips.
     """
 
     checkpoints: dict[str, str]
@@ -67,6 +71,7 @@ class Report:
     same_theme: float | None = None
     other_theme: float | None = None
     probe: ProbeQuality | None = None
+    detector_distance: float | None = None
 
     def as_json(self) -> str:
         """Return everything as JSON; numbers that are infinite or not numbers become null."""
@@ -77,11 +82,19 @@ class Report:
         from rich.table import Table  # only needed here, and not installed everywhere
 
         caption = f"truth: {self.truth}"
-        if self.probe is not None:
+        if self.probe is not None or self.detector_distance is not None:
             caption += (
                 f"; palette error: real places of one theme {shown(self.same_theme, '{:.3f}')} "
-                f"apart, of two themes {shown(self.other_theme, '{:.3f}')}; motion probe on "
-                f"held-out real clips: yaw {self.probe.yaw:.3f}, forward {self.probe.forward:.3f}"
+                f"apart, of two themes {shown(self.other_theme, '{:.3f}')}"
+            )
+        if self.probe is not None:
+            caption += (
+                "; motion probe on held-out real clips: "
+                f"yaw {self.probe.yaw:.3f}, forward {self.probe.forward:.3f}"
+            )
+        if self.detector_distance is not None:
+            caption += (
+                f"; keypoint detector on held-out real figures: {self.detector_distance:.2f} px"
             )
         paths = self.checkpoints.items()
         title = ", ".join(name if name == path else f"{name}: {path}" for name, path in paths)

@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import load_module, save_config, save_module
 from ..clock import FPS
 from ..data.clips import VideoClips
-from ..data.tiny_world.rendered_clips import render_clips
+from ..data.rendered import render_clips
 from ..training.recipe import VAERecipe
 from ..training.stages.decoder import fit_linear
 from ..vae import CausalVAE

@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoint import file_digest, load_module, save_module
 from ..clock import FRAMES_PER_LATENT
 from ..data.clips import VideoClips
-from ..data.tiny_world.rendered_clips import render_clips
+from ..data.rendered import render_clips
 from ..data.videos.buckets import Bucket
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..training.losses import sharpened

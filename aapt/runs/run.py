@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoint import (
-    BUNDLED,
     find_checkpoint,
     load_config,
     load_module,
@@ -23,11 +22,10 @@ from ..checkpoint import (
 from ..clock import FPS, FRAMES_PER_LATENT, SHEET_SECONDS
 from ..data.clips import ClipBatch, Clips, VideoClips
 from ..data.randomness import ClipRandom
+from ..data.rendered import render_clips
 from ..data.stored_text import StoredText
-from ..data.tiny_world.rendered_clips import encode_clips, latent_clips, render_clips
-from ..data.tiny_world.themes import THEMES
 from ..device import mixed_precision
-from ..media.image import fit_image, load_image
+from ..media.image import fit_image
 from ..model.config import CameraConfig, ModelConfig
 from ..model.discriminator import Discriminator
 from ..model.low_rank import LoRA, adapt, merged
@@ -51,8 +49,7 @@ from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
 from .samples import DIFFUSION_SAMPLES, SAMPLES, LatentStatistics, measures, sample_sheet
 
-SAMPLE_IMAGE = BUNDLED / "sample.png"
-SAMPLE_PROMPT = "desert dunes at sunset"
+SAMPLE_IMAGE = "sample.png"  # in a checkpoint's folder
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 RAW = "raw.safetensors"  # the last weights of a stage whose result is their average
 
@@ -104,7 +101,7 @@ class Run:
     def clip_set(self, name: str) -> Clips:
         """A set of clips that the run has made, or that it was given."""
         if name in self.recipe.data:
-            return latent_clips(read_tensors(self.result(name)))
+            return self.recipe.data[name].latent_clips(read_tensors(self.result(name)))
         return self.inputs.clips(name, self.recipe.camera)
 
     def encoded_sets(self, stages: Iterable[str]) -> list[str]:
@@ -316,8 +313,9 @@ class Run:
         elif stage == light_decoder.STAGE:
             self.train_light_decoder()
         else:
-            clips = render_clips(self.recipe.data[stage], self.workers)
-            save_tensors(self.result(stage), encode_clips(self.vae("encoder"), clips))
+            data = self.recipe.data[stage]
+            clips = render_clips(data, self.workers)
+            save_tensors(self.result(stage), data.encode(self.vae("encoder"), clips))
 
     def train_light_decoder(self) -> None:
         """Train a light decoder for the autoencoder."""
@@ -469,6 +467,7 @@ class Run:
         """
         recipe, model, config = self.recipe, self.recipe.model, self.recipe.stages[stage]
         sampling = getattr(config, "sampling", None)
+        data = next(iter(recipe.data.values()), None)
         folder = folder or self.out / recipe.name
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
@@ -483,10 +482,11 @@ class Run:
                 "height": height,
                 "width": width,
                 "fps": self.fps(stage),
-                "prompts": [theme.prompts[0] for theme in THEMES] if recipe.data else [],
-                "sample": {"image": SAMPLE_IMAGE.name, "prompt": prompt},
+                "prompts": data.prompts if data else [],
+                "sample": {"image": SAMPLE_IMAGE, "prompt": prompt},
                 "model": asdict(model),
                 "camera": recipe.camera and asdict(recipe.camera),
+                **({"poses": True} if data and data.poses else {}),
                 **vaes,
                 **((read_record(self.out).get("weights") or {}).get("checkpoint", {})),
             },
@@ -525,14 +525,14 @@ class Run:
         For a model of the user's videos, it is the first frame of a clip.
         """
         if self.recipe.data:
-            image, prompt = load_image(SAMPLE_IMAGE), SAMPLE_PROMPT
+            image, prompt = next(iter(self.recipe.data.values())).sample_image()
         else:
             batch, vae = self.sample_clips(stage)
             with torch.no_grad():
                 video = vae.decode(batch.latents[:1, :, :1])
             image, prompt = Image.fromarray(to_pixels(video)[0, 0].numpy()), batch.prompts[0]
         pixels, _ = fit_image(image, height, width)
-        Image.fromarray(pixels).save(folder / SAMPLE_IMAGE.name)
+        Image.fromarray(pixels).save(folder / SAMPLE_IMAGE)
         return prompt
 
     def export_vae(self, stage: str, folder: Path) -> dict[str, dict]:

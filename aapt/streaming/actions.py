@@ -10,7 +10,9 @@ The first line names what the walk starts from; each later line is one step or o
     {"step": 2, "yaw": -1.0, "forward": 0.0, "crc": 3158046101, "redone": [[0.0, 1.0, 2]]}
     {"step": 3, "yaw": -1.0, "forward": 0.0, "crc": 1264088719, "together": 3}
 
-The first frame is null in a walk that starts from its prompt alone. Steps follow the branch line
+The first frame is null in a walk that starts from its prompt alone. A step of a model that follows
+poses has `pose` instead of `yaw` and `forward`, the points [x, y, visible] of each video frame; so
+has the first line, for the first frame, if a pose was given there. Steps follow the branch line
 above them, and branch 0 needs no line. `prompt` is written where it changes. `redone` lists earlier
 passes of that step as [yaw, forward, video frames shown]: they were made again when the control
 changed. `crc` is the CRC-32 of the step's video frames: a replay tells with it where another build
@@ -34,6 +36,7 @@ from PIL import Image
 
 from ..checkpoint import file_digest
 from ..model.conditioning import Control
+from ..model.pose import Pose
 
 if TYPE_CHECKING:
     from .generator import Stream, StreamingGenerator
@@ -53,7 +56,7 @@ class Redone(NamedTuple):
 class Step(NamedTuple):
     """One step: its control, the prompt in force, the CRC-32 of its video frames, earlier passes,
     and the number of streams in its pass. yaw and forward are None for a model that its prompt
-    alone drives."""
+    alone drives, and for one that follows poses."""
 
     yaw: float | None
     forward: float | None
@@ -61,10 +64,11 @@ class Step(NamedTuple):
     crc: int | None = None
     redone: tuple[Redone, ...] = ()
     together: int = 1
+    pose: Pose | None = None
 
     @property
-    def control(self) -> Control | None:
-        return None if self.yaw is None else Control(self.yaw, self.forward)
+    def control(self) -> Control | Pose | None:
+        return self.pose if self.yaw is None else Control(self.yaw, self.forward)
 
 
 @dataclass
@@ -89,6 +93,7 @@ class Walk:
         first_frame: uint8 (height, width, 3); None for a stream from the prompt alone.
         prompt: The prompt before the first step.
         seed: The seed of all noise.
+        pose: Of the first frame, if a pose was given.
     """
 
     model: str
@@ -97,6 +102,7 @@ class Walk:
     prompt: str
     seed: int
     branches: list[Branch] = field(default_factory=lambda: [Branch(None, 0)])
+    pose: Pose | None = None
 
     def copy(self) -> "Walk":
         """Returns a walk of its own with these steps."""
@@ -175,6 +181,7 @@ class Walk:
                 "first_frame": picture,
                 "prompt": self.prompt,
                 "seed": self.seed,
+                **_pose_field(self.pose),
             }
         )
         for number, branch in enumerate(self.branches):
@@ -191,6 +198,7 @@ def _step_line(number: int, step: Step, before: str) -> dict[str, Any]:
     line: dict[str, Any] = {"step": number}
     if step.yaw is not None:
         line |= {"yaw": step.yaw, "forward": step.forward}
+    line |= _pose_field(step.pose)
     if step.prompt != before:
         line["prompt"] = step.prompt
     if step.crc is not None:
@@ -200,6 +208,20 @@ def _step_line(number: int, step: Step, before: str) -> dict[str, Any]:
     if step.together > 1:
         line["together"] = step.together
     return line
+
+
+def _pose_field(pose: Pose | None) -> dict[str, Any]:
+    return {} if pose is None else {"pose": pose.points.tolist()}
+
+
+def _read_pose(line: dict[str, Any]) -> Pose | None:
+    if "pose" not in line:
+        return None
+    try:
+        return Pose(line["pose"])
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        raise ValueError(said if said.startswith("pose: ") else f"pose: {said}"[:160]) from None
 
 
 def load_walk(lines: Iterable[str]) -> Walk:
@@ -266,7 +288,8 @@ def _read_start(line: dict[str, Any]) -> Walk:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
     names = (_get(line, name, str) for name in ("model", "digest"))
-    return Walk(*names, first_frame, _get(line, "prompt", str), seed)
+    pose = _read_pose(line)
+    return Walk(*names, first_frame, _get(line, "prompt", str), seed, pose=pose)
 
 
 def _read_picture(line: dict[str, Any]) -> np.ndarray | None:
@@ -309,13 +332,16 @@ def _read_step(walk: Walk, branch: int, line: dict[str, Any]) -> None:
     if (yaw, forward) != (None, None):
         control = Control(yaw, forward)
         yaw, forward = control.yaw, control.forward
+    pose = _read_pose(line)
+    if pose is not None and (yaw is not None or "redone" in line):
+        raise ValueError("pose: expected no yaw, forward and redone beside it, got some")
     redone = [_read_redone(earlier) for earlier in _get(line, "redone", list, [])]
     prompt = _get(line, "prompt", str, walk.prompt_at(branch, end))
     crc = _get(line, "crc", int, None)
     together = _get(line, "together", int, 1)
     if together < 1:
         raise ValueError(f"together: expected at least 1, got {together}")
-    walk.append(branch, end, Step(yaw, forward, prompt, crc, tuple(redone), together))
+    walk.append(branch, end, Step(yaw, forward, prompt, crc, tuple(redone), together, pose))
 
 
 def model_digest(folder: Path) -> str:
@@ -381,7 +407,7 @@ class Replay:
         self.generator = generator
         self.differing: list[int] = []
         self.shared: int | None = None
-        self._stream = generator.open(walk.first_frame, walk.prompt, walk.seed)
+        self._stream = generator.open(walk.first_frame, walk.prompt, walk.seed, pose=walk.pose)
         self.first_frame = self._stream.first_frame
 
     def step(self, step: Step) -> np.ndarray:

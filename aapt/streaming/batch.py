@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.conditioning import Control
+from ..model.pose import Pose
 from ..model.transformer import clean
 from .generator import Stream
 from .student import StudentRollout
@@ -15,7 +16,7 @@ from .student import StudentRollout
 
 @torch.inference_mode()
 def step_together(
-    streams: Sequence[Stream], controls: Sequence[Control | Tensor | None]
+    streams: Sequence[Stream], controls: Sequence[Control | Pose | Tensor | None]
 ) -> list[Callable[[], np.ndarray]]:
     """Makes the next step of different streams of one generator in one pass. Returns one call per
     stream, which waits for its pixels as `Stream.submit` does.

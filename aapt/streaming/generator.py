@@ -32,6 +32,7 @@ from ..model.config import (
     sampling_config,
 )
 from ..model.float8 import quantise_blocks
+from ..model.pose import Pose
 from ..model.transformer import share_tokens
 from ..model.ulysses import Ulysses
 from ..model.umt5 import UMT5TextEncoder, UMT5Weights
@@ -46,8 +47,9 @@ from .snapshot import Snapshot
 class StreamingGenerator:
     """A world model with its autoencoder, which opens streams of `height` x `width` pixels.
 
-    The model decides what drives a stream: controls of a camera, condition channels (a skeleton's
-    latents), or the prompt alone.
+    The model decides what drives a stream: controls of a camera, poses of a figure, condition
+    channels (a skeleton's latents), or the prompt alone. `poses` says if it follows poses, whose
+    skeletons it draws and encodes.
 
     >>> generator = StreamingGenerator.from_pretrained("tiny-world")
     >>> stream = generator.open(first_frame, prompt="green meadow at noon", seed=0)
@@ -74,13 +76,14 @@ class StreamingGenerator:
         prompts: Sequence[str] = (),
         sample: tuple[Path, str] | None = None,
         sampling: SamplingConfig | FewStepConfig | None = None,
+        poses: bool = False,
     ):
         self.model = model.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.fps = fps
         self.themes = tuple(prompts)
         self._sample = sample
-        self.sampling = sampling
+        self.sampling, self.poses = sampling, poses
         self._idle: list[StreamMemory] = []
         self._resize(height, width)
         for name, ours, vaes in (
@@ -96,6 +99,13 @@ class StreamingGenerator:
             raise ValueError(
                 "chunk: expected 1 in a model with conditions, which a step takes for one frame, "
                 f"got {config.chunk} after {config.opening_frames}"
+            )
+        channels = None if model.camera else config.condition_channels
+        if poses and (self.few_step or channels != config.latent_channels):
+            raise ValueError(
+                "poses: expected a model of one pass per frame, without a camera and with "
+                f"{config.latent_channels} condition channels, those of a skeleton's latents, got "
+                f"one with {config.condition_channels}"
             )
         if self.few_step:
             check_few_step(config, self.sampling)
@@ -169,6 +179,7 @@ class StreamingGenerator:
                 picture["sample"] = (folder / Path(sample["image"]).name, sample["prompt"])
             if sampling := config.get("sampling"):
                 picture["sampling"] = sampling_config(tuples(sampling))
+            picture["poses"] = config.get("poses", False)
             generator = cls(model, load_vae(folder, decoder, device, dtype), **picture)
         if size is not None:
             generator._resize(*size)
@@ -268,10 +279,11 @@ class StreamingGenerator:
         video = video.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         return self.vae.encode(video.to(self.vae.latent_mean.dtype))[0]
 
-    def check_control(self, control: Control | Tensor | None) -> None:
+    def check_control(self, control: Control | Pose | Tensor | None) -> None:
         """ValueError unless `control` drives a step of this model: a `Control` for a model with a
         camera, the channels (condition_channels, h, w) of one latent frame for a model that has
-        some without a camera, else None."""
+        some without a camera, else None. A model that follows `poses` also takes the `Pose` of a
+        step's video frames."""
         if self.driven_by == "camera":
             if not isinstance(control, Control):
                 raise ValueError(f"control: expected a Control, got {control!r}")
@@ -280,11 +292,21 @@ class StreamingGenerator:
                 raise ValueError(
                     f"control: expected None, the prompt alone drives this model, got {control!r}"
                 )
+        elif self.poses and isinstance(control, Pose):
+            self._check_pose(control, self.frames_per_step)
         else:
             shape = (self.model.config.condition_channels, *self.latent_size)
             if not isinstance(control, Tensor) or control.shape != shape:
                 got = tuple(control.shape) if isinstance(control, Tensor) else repr(control)
-                raise ValueError(f"control: expected condition channels {shape}, got {got}")
+                known = "a Pose or " if self.poses else ""
+                raise ValueError(f"control: expected {known}condition channels {shape}, got {got}")
+
+    def _check_pose(self, pose: Pose, frames: int) -> None:
+        if len(pose.points) != frames:
+            raise ValueError(
+                f"pose: expected {frames} video frames, got {len(pose.points)}; pass the points of "
+                "each"
+            )
 
     @property
     def driven_by(self) -> Literal["camera", "channels", "prompt"]:
@@ -304,15 +326,18 @@ class StreamingGenerator:
         prompt: str,
         seed: int = 0,
         recache: bool = False,
+        pose: Pose | None = None,
     ) -> "Stream":
         """Starts a stream from an image, or, with a few-step model, from the prompt alone.
 
         first_frame: uint8 (height, width, 3), exactly the model's size; None for a few-step model
         to make its first chunk itself. recache: a new prompt also rewrites the past, see
-        `Stream.prompt`.
+        `Stream.prompt`. pose: of the one video frame `first_frame`, if the model follows poses;
+        None for a skeleton without a visible point.
 
-        ValueError for another size, for an image unless the model `takes_picture`, for `recache` in
-        a model that is rolling or has no refresh pass, and for a diffusion model.
+        ValueError for another size, for a pose of a model that follows none, for an image unless
+        the model `takes_picture`, for `recache` in a model that is rolling or has no refresh pass,
+        and for a diffusion model.
         """
         if isinstance(self.sampling, SamplingConfig):
             raise ValueError(
@@ -322,7 +347,11 @@ class StreamingGenerator:
         self.check_first_frame(first_frame)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
-        return Stream(self, first_frame, prompt, seed, recache)
+        if pose is not None:
+            if not self.poses:
+                raise ValueError(f"pose: expected None, this model follows no poses, got {pose!r}")
+            self._check_pose(pose, 1)
+        return Stream(self, first_frame, prompt, seed, recache, pose)
 
     def check_first_frame(self, first_frame: np.ndarray | None) -> None:
         """ValueError unless a stream of this model may begin with `first_frame`, see `open`."""
@@ -352,7 +381,10 @@ class StreamingGenerator:
         memory = self._idle.pop() if self._idle else None
         if memory is None:
             parts = self.model, self.vae, self.latent_size
-            memory = FewStepMemory(*parts, self.sampling) if self.few_step else StreamMemory(*parts)
+            if self.few_step:
+                memory = FewStepMemory(*parts, self.sampling)
+            else:
+                memory = StreamMemory(*parts, self.poses)
         give_back = weakref.finalize(stream, self._idle.append, memory)
         give_back.atexit = False
         return memory, give_back
@@ -384,6 +416,7 @@ class Stream:
         prompt: str,
         seed: int,
         recache: bool,
+        pose: Pose | None,
     ):
         self.generator, self.seed, self.steps = generator, seed, 0
         self._lock, self._trouble = threading.Lock(), None
@@ -392,7 +425,7 @@ class Stream:
         if first_frame is not None:
             latent = generator.encode(np.asarray(first_frame)[None])[None]
         self._memory, self._return = generator._borrow_memory(self)
-        self.first_frame = self._memory.start(latent, text, seed, recache)
+        self.first_frame = self._memory.start(latent, text, seed, recache, pose)
 
     def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, str):
@@ -417,7 +450,7 @@ class Stream:
             self._memory.rollout.set_text(*text)
             self._prompt = prompt
 
-    def step(self, control: Control | Tensor | None = None) -> np.ndarray:
+    def step(self, control: Control | Pose | Tensor | None = None) -> np.ndarray:
         """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3). A
         few-step model makes a chunk of n latent frames in its passes: uint8 (4 n, H, W, 3), or
         (1 + 4 (n - 1), H, W, 3) if it is the first of the video; without the picture if that is the
@@ -429,7 +462,7 @@ class Stream:
         return self.submit(control)()
 
     @torch.inference_mode()
-    def submit(self, control: Control | Tensor | None = None) -> Callable[[], np.ndarray]:
+    def submit(self, control: Control | Pose | Tensor | None = None) -> Callable[[], np.ndarray]:
         """Starts a step, and returns the call that waits for its pixels: `step` is both at once.
 
         On a CUDA device the next step may be submitted before the pixels of this one are taken, so

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.conditioning import Control, control_rays
 from ..model.config import FewStepConfig
+from ..model.pose import Pose
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
 from ..vae.stream import Captured, DecoderStates, capture
@@ -17,6 +18,7 @@ from .few_step import FewStepRollout
 from .noise import Noise
 from .pixel_reader import PixelReader
 from .rolling import RollingRollout
+from .skeletons import NOBODY, SkeletonEncoder, copied
 from .snapshot import Snapshot
 from .student import StudentRollout
 
@@ -75,13 +77,18 @@ class StreamMemory:
     later. A graph holds addresses, so a memory serves one stream at a time. The next stream takes
     it over (`start`). The weights must neither change nor move.
 
+    Poses are drawn and encoded before the graph runs, which is then not the whole step.
+
     Attributes:
         phase: Called with the name of each part of a step; the part runs in the context that it
             returns.
+        skeletons: The encoder of poses, if the model follows them (`poses`).
     """
 
     @torch.no_grad()
-    def __init__(self, model: WorldModel, vae: CausalVAE, size: tuple[int, int]):
+    def __init__(
+        self, model: WorldModel, vae: CausalVAE, size: tuple[int, int], poses: bool = False
+    ):
         self.model, self.size, self.phase = model, size, nvtx_range
         config, like = model.config, model.transformer.video_in.weight
         device, channels = like.device, config.condition_channels
@@ -101,6 +108,9 @@ class StreamMemory:
                 name: capture(partial(self._run, name), device, pool) for name in self.chunks
             }
             self._reader = PixelReader(device)
+        height, width = (side * vae.config.space_factor for side in size)
+        self.skeletons = SkeletonEncoder(vae, height, width) if poses else None
+        self._encoded: tuple[Tensor, ...] = ()  # by `skeletons` for the step under way
 
     def _new_chunks(self, vae: CausalVAE) -> dict[str, Chunk]:
         """Returns the kinds of steps by name."""
@@ -128,6 +138,8 @@ class StreamMemory:
         own = (self.picture, self.condition)
         tensors = sum(x.nbytes for x in own if x is not None)
         tensors += sum(chunk.bytes for chunk in self.chunks.values())
+        if self.skeletons is not None:
+            tensors += sum(part.nbytes for part in self.skeletons.state)
         past = self.rollout.past.bytes if self.rollout.past else 0
         tensors += self.rollout.constants_bytes
         return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
@@ -145,13 +157,21 @@ class StreamMemory:
 
     @torch.no_grad()
     def start(
-        self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
+        self,
+        latent: Tensor | None,
+        text: tuple[Tensor, Tensor],
+        seed: int,
+        recache: bool,
+        pose: Pose | None = None,
     ) -> np.ndarray:
         """Begins a stream at its encoded first frame (1, C, 1, h, w), or without one. Returns that
         frame as pixels, uint8 (1, H, W, 3), or (0, H, W, 3).
 
-        text: embeddings and length of the prompt.
+        text: embeddings and length of the prompt. pose: of the first frame, see
+        `StreamingGenerator.open`.
         """
+        if self.skeletons is not None:
+            self.skeletons.start(pose or NOBODY)
         self.step.zero_()
         self.decoder.frames = 0
         self._reseed(seed)
@@ -215,10 +235,13 @@ class StreamMemory:
         return chunk.drawn[0].clone(), before, condition
 
     @torch.no_grad()
-    def advance(self, control: Control | Tensor | None, first: bool) -> Callable[[], np.ndarray]:
+    def advance(
+        self, control: Control | Pose | Tensor | None, first: bool
+    ) -> Callable[[], np.ndarray]:
         """Enqueues one step. Returns the call that waits for its pixels, uint8 (F, H, W, 3).
 
-        control: a `Control`, the channels (C', h, w) of one frame, or None, as the model takes it.
+        control: a `Control`, a `Pose`, the channels (C', h, w) of one frame, or None, as the model
+            takes it.
         first: True for the first step of a stream.
         On a CUDA device the next step may be enqueued before the pixels of this one are taken;
         those of the step before must have been.
@@ -228,7 +251,9 @@ class StreamMemory:
         return self._end(name, before, self._runs[name]())
 
     @torch.no_grad()
-    def prepare(self, control: Control | Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(
+        self, control: Control | Pose | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the inputs of the next step of a model of one pass, for a pass that streams
         share: noise, recycled latent frame and condition channels, (1, C, 1, h, w) each.
 
@@ -248,14 +273,19 @@ class StreamMemory:
         self.latent.copy_(latent)
         return self._end("steady", before, self._decode("steady"))
 
-    def _take(self, control: Control | Tensor | None) -> None:
+    def _take(self, control: Control | Pose | Tensor | None) -> None:
         """Enqueues the copy of a step's control to where the step reads it."""
         if self.control is not None:
             self._staged.reverse()  # the other one may still be on its way
             self._staged[0][0, 0, 0], self._staged[0][0, 0, 1] = control.yaw, control.forward
             self.control.copy_(self._staged[0], non_blocking=True)
+        elif isinstance(control, Pose):
+            channels, self._encoded = self.skeletons.encode(control)
+            self.condition.copy_(channels)
         elif self.condition is not None:
             self.condition.copy_(control[None, :, None], non_blocking=True)
+            if self.skeletons is not None:  # ready channels, which no encoder has seen
+                self._encoded = self.skeletons.state
 
     def _before(self) -> Tensor | None:
         """The latents before a step, if `recache` needs them."""
@@ -267,6 +297,8 @@ class StreamMemory:
         with self.phase("copy"):
             pixels = self._reader.read(made)
         self.decoder.frames += chunk.made.shape[2]
+        if self.skeletons is not None:
+            self.skeletons.state = self._encoded
         if past is not None:
             condition = None if self.condition is None else self.condition.clone()
             past.append(self._inputs(chunk, before, condition))
@@ -285,6 +317,7 @@ class StreamMemory:
                 self.rollout.cache.clone(),
                 past and past.copy(),
                 self.decoder.snapshot(),
+                () if self.skeletons is None else copied(self.skeletons.state),
             )
 
     def check(self, snapshot: Snapshot) -> None:
@@ -301,6 +334,8 @@ class StreamMemory:
         self.rollout.cache.load(snapshot.cache)
         self.rollout.past = snapshot.past and snapshot.past.copy()
         self.decoder.restore(snapshot.decoder)
+        if self.skeletons is not None:
+            self.skeletons.state = copied(snapshot.skeleton)
 
 
 class FewStepMemory(StreamMemory):
@@ -339,13 +374,18 @@ class FewStepMemory(StreamMemory):
 
     @torch.no_grad()
     def start(
-        self, latent: Tensor | None, text: tuple[Tensor, Tensor], seed: int, recache: bool
+        self,
+        latent: Tensor | None,
+        text: tuple[Tensor, Tensor],
+        seed: int,
+        recache: bool,
+        pose: Pose | None = None,
     ) -> np.ndarray:
         """Begins a stream, see `StreamMemory.start`; records the first frame for `recache` too, if
         it is a chunk of its own."""
         if self.condition is not None:
             self.condition.zero_()  # nothing drives a picture
-        pixels = super().start(latent, text, seed, recache)
+        pixels = super().start(latent, text, seed, recache, pose)
         alone = latent is not None and not self.sampling.picture_in_chunk
         if alone and self.rollout.past is not None:
             condition = None if self.condition is None else self.condition.clone()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..model.transformer import KVCache
+from ..vae import EncoderState
 from ..vae.stream import DecoderSnapshot
 from .student import Past
 
@@ -23,6 +24,7 @@ class Snapshot:
         cache: Text, first frame and window of every layer.
         past: The inputs of the remembered steps, in a stream opened with `recache`.
         decoder: The states of the decoder's convolutions.
+        skeleton: The states of the encoder of poses, if the model follows poses.
     """
 
     seed: int
@@ -32,9 +34,11 @@ class Snapshot:
     cache: KVCache
     past: Past | None
     decoder: DecoderSnapshot
+    skeleton: EncoderState = ()
 
     @property
     def bytes(self) -> int:
         """Memory of all tensors."""
         remembered = self.past.bytes if self.past else 0
-        return self.latent.nbytes + self.cache.bytes + remembered + self.decoder.bytes
+        skeleton = sum(part.nbytes for part in self.skeleton)
+        return self.latent.nbytes + self.cache.bytes + remembered + self.decoder.bytes + skeleton

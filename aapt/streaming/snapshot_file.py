@@ -23,6 +23,7 @@ def snapshot_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
     tensors = {"latent": snapshot.latent}
     tensors |= {f"cache.{name}": tensor for name, tensor in snapshot.cache.tensors().items()}
     tensors |= {f"decoder.{n}": tensor for n, tensor in enumerate(snapshot.decoder.states)}
+    tensors |= {f"skeleton.{n}": tensor for n, tensor in enumerate(snapshot.skeleton)}
     return tensors
 
 
@@ -75,6 +76,7 @@ def load_snapshot(like: Snapshot, tensors: dict[str, Tensor], facts: dict[str, s
             latent=like.latent.clone(),
             cache=cache,
             decoder=decoder,
+            skeleton=tuple(map(torch.clone, like.skeleton)),
         )
         for name, ours in snapshot_tensors(made).items():
             theirs = tensors.get(name)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ..data.rendered import RenderedData
 from ..data.tiny_world.rendered_clips import ProceduralData
 from ..model.config import CameraConfig, ModelConfig
 from ..vae import VAEConfig
@@ -60,7 +61,7 @@ class Recipe:
     model: ModelConfig
     camera: CameraConfig | None
     stages: Mapping[str, StageConfig]
-    data: Mapping[str, ProceduralData]
+    data: Mapping[str, RenderedData]
     vae: VAEConfig | None = None
     decoder: DecoderConfig | None = None
     light_decoder: LightDecoderConfig | None = None

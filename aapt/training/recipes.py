@@ -8,6 +8,7 @@ from ..model.config import CameraConfig, ModelConfig
 from ..model.presets import aapt_8b
 from .curriculum import Curriculum, Phase, Source, constant
 from .optimization import Schedule
+from .puppet_recipe import tiny_puppet
 from .recipe import LightRecipe, Recipe
 from .stages.adversarial import AdversarialConfig
 from .stages.consistency_distillation import ConsistencyConfig
@@ -295,6 +296,7 @@ def wan_5b() -> Recipe:
 
 RECIPES = {
     "tiny-world": tiny_world,
+    "tiny-puppet": tiny_puppet,
     "paper-8b": paper_8b,
     "paper-8b-640": paper_8b_640,
     "paper-8b-camera": paper_8b_camera,

@@ -3,23 +3,19 @@
 Run `python -m aapt.data.tiny_world.rendered_clips --out sheet.png` to draw every theme.
 """
 
-import multiprocessing
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ...checkpoint import BUNDLED
 from ...vae import CausalVAE
-from ...vae.pixels import to_video
 from ..clips import LatentClips
+from ..rendered import RenderedData, encoded
 from .render import render
 from .themes import THEMES
 from .world import make_world, sample_trajectory
@@ -75,107 +71,40 @@ def sample_clip(
 
 
 @dataclass(frozen=True)
-class ProceduralData:
-    """A set of clips to render. Clip i has seed `first_seed + i`.
+class ProceduralData(RenderedData):
+    """Clips of random walks through the tiny world; their motion is the controls."""
 
-    Attributes:
-        height, width: Size of the video in pixels.
-        clips: Number of clips.
-        latent_frames: Latent frames of a clip, with the first frame.
-        video_clips: Number of clips, from the first one, that are also kept as pixels to train the
-            decoder on.
-        first_seed: Seed of clip 0.
-    """
+    @property
+    def prompts(self) -> list[str]:
+        return [theme.prompts[0] for theme in THEMES]
 
-    height: int
-    width: int
-    clips: int
-    latent_frames: int
-    video_clips: int = 0
-    first_seed: int = 1_000
+    def clip(self, seed: int) -> Clip:
+        return sample_clip(seed, self.latent_frames, height=self.height, width=self.width)
 
+    def encode(self, vae: CausalVAE, clips: Iterable[Clip]) -> dict[str, Tensor]:
+        """The tensors are latents, controls (clips, T - 1, 2) and themes (clips,)."""
+        latents, controls, themes = [], [], []
+        for several, encoding in encoded(vae, clips):
+            latents.append(encoding)
+            controls += [clip.controls for clip in several]
+            themes += [clip.theme for clip in several]
+        return {
+            "latents": torch.cat(latents),
+            "controls": torch.stack(controls).float(),
+            "themes": torch.tensor(themes),
+        }
 
-def render_clips(data: ProceduralData, workers: int, count: int | None = None) -> Iterator[Clip]:
-    """Render the first `count` clips in order, by default all, with `workers` processes."""
-    count = data.clips if count is None else count
-    seeds = range(data.first_seed, data.first_seed + count)
-    render_clip = partial(
-        sample_clip,
-        latent_frames=data.latent_frames,
-        height=data.height,
-        width=data.width,
-    )
-    # Fork would copy the locks of torch's threads in an unknown state.
-    spawn = multiprocessing.get_context("spawn")
-    with ExitStack() as ended:
-        with _interrupts_delayed():
-            pool = ended.enter_context(spawn.Pool(workers, initializer=_single_thread))
-        yield from pool.imap(render_clip, seeds, chunksize=4)
+    def latent_clips(self, tensors: dict[str, Tensor]) -> LatentClips:
+        phrasings = [THEMES[theme].prompts for theme in tensors["themes"].tolist()]
+        return LatentClips(tensors["latents"], tensors["controls"], phrasings)
 
-
-@contextmanager
-def _interrupts_delayed() -> Iterator[None]:
-    """Delay Ctrl-C until the end. Processes that start in the meantime never receive it.
-
-    A worker whose start is interrupted, here or in itself, would print a traceback.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python interrupts the main thread alone
-        return
-    seen: list[int] = []
-    resource_tracker.ensure_running()  # its start would lift the block
-    handler = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-        if seen:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _single_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@torch.inference_mode()
-def encode_clips(vae: CausalVAE, clips: Iterable[Clip], batch: int = 4) -> dict[str, Tensor]:
-    """Encode clips into latents (clips, C, T, h, w) float16, `batch` clips per pass.
-
-    The result also has controls (clips, T - 1, 2) and themes (clips,).
-    """
-    latents, controls, themes, pending = [], [], [], []
-
-    def flush():
-        if pending:
-            latents.append(vae.encode(to_video(torch.stack(pending))).half())
-            pending.clear()
-
-    for clip in clips:
-        pending.append(clip.video)
-        controls.append(clip.controls)
-        themes.append(clip.theme)
-        if len(pending) == batch:
-            flush()
-    flush()
-    return {
-        "latents": torch.cat(latents),
-        "controls": torch.stack(controls).float(),
-        "themes": torch.tensor(themes),
-    }
-
-
-def latent_clips(tensors: dict[str, Tensor]) -> LatentClips:
-    """A set of the result of `encode_clips`, with the prompts of each clip's theme."""
-    phrasings = [THEMES[theme].prompts for theme in tensors["themes"].tolist()]
-    return LatentClips(tensors["latents"], tensors["controls"], phrasings)
+    def sample_image(self) -> tuple[Image.Image, str]:
+        with Image.open(BUNDLED / "sample.png") as image:
+            return image.convert("RGB"), "desert dunes at sunset"
 
 
 def draw_themes(path: str | Path, moments: int = 6) -> None:
     """Write an image with a row per theme: moments of one walk, 6 latent frames apart."""
-    from PIL import Image
-
     rows = []
     for theme in range(len(THEMES)):
         clip = sample_clip(theme, 6 * moments, theme=theme)

@@ -49,6 +49,7 @@ class FakeGenerator:
     step_seconds = 0.0
     driven_by = "camera"
     few_step = False
+    poses = False
     model = SimpleNamespace(text_encoder=ByteTextEncoder(tokens=25, width=1))
 
     def __init__(self, folder):
@@ -69,7 +70,7 @@ class FakeGenerator:
         Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 30)).save(path)
         return path
 
-    def open(self, first_frame, prompt, seed=0):
+    def open(self, first_frame, prompt, seed=0, pose=None):
         self.streams.append(FakeStream(self, first_frame, prompt, seed))
         return self.streams[-1]
 

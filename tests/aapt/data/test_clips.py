@@ -54,7 +54,7 @@ def test_a_window_names_its_clip_and_its_first_frame():
     batch = data.sample(draws(64), 5)
     places = torch.tensor(batch.windows)
     assert torch.equal(100.0 * places[:, 0] + places[:, 1], batch.latents[:, 0, 0, 0, 0])
-    assert torch.equal(data.motion([2, 0])[:, :, 0], data.controls[[2, 0], :, 0])
+    assert torch.equal(data.motion([2, 0])[:, :, 0], data.all_motion[[2, 0], :, 0])
 
 
 def test_prompts_are_phrasings_of_their_clip():
@@ -75,5 +75,7 @@ def test_parts_must_fit():
     latents, controls = torch.zeros(2, 3, 5, 2, 2), torch.zeros(2, 4, 2)
     with pytest.raises(ValueError, match="phrasings: expected one length, got 2, 2, 1"):
         LatentClips(latents, controls, [("a",)])
-    with pytest.raises(ValueError, match=r"controls: expected \(clips, 4, 2\), got \(2, 5, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"motion: expected controls \(clips, 4, 2\) .* got \(2, 5, 2\)"
+    ):
         LatentClips(latents, torch.zeros(2, 5, 2), [("a",)] * 2)

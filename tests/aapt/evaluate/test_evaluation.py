@@ -138,7 +138,7 @@ def test_a_cache_that_fails_is_no_reason_to_stop(tmp_path):
     for broken, message in [
         (whole[:-8], "expected .* bytes up to its end"),
         (b"", "expected a safetensors header"),
-        (whole.replace(b'"quality"', b'"qualitx"'), r"expected the probe's quality \(2,\)"),
+        (whole.replace(b'"quality"', b'"qualitx"'), r"expected the motion probe's quality \(2,\)"),
     ]:
         path.write_bytes(broken)
         with pytest.warns(

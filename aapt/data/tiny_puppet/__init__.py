@@ -1,0 +1,1 @@
+"""A procedural puppet: an articulated figure with several looks that moves in several places."""
