@@ -89,9 +89,7 @@ def act(film: Film) -> None:
     film.hold("w", "d", seconds=1.2)
     film.hold("a", seconds=1.6)
     tab.keyboard.press("x")  # two futures: the first half follows keys, the second a control
-    film.hold("a", seconds=1.8)
-    tab.keyboard.press("x")
-    film.roll(0.4)
+    film.hold("a", seconds=1.4)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from .settings import Settings
 from .world import blank
 
 TIDY_SECONDS = 0.5
+SWITCH_SECONDS = 0.0005  # longest time that the event loop waits for the generator thread
 Upload = np.ndarray | Walk | SavedWorld
 
 
@@ -83,6 +85,9 @@ class PlayServer:
 
     def start(self) -> None:
         """Starts the generator thread; called on the event loop."""
+        # A step is mostly Python on a small model. By default the event loop waits 5 ms for the
+        # interpreter at each of the calls that send a message, and up to 90 ms in all.
+        sys.setswitchinterval(SWITCH_SECONDS)
         self.scheduler.start()
         self._tidying = asyncio.create_task(self._tidy())
 

@@ -4,7 +4,6 @@ The connection's thread leaves input and jobs; the generator thread takes them s
 flow of the scheduler.
 """
 
-import math
 import threading
 import time
 from collections import deque
@@ -26,7 +25,8 @@ from .scheduler import Scheduler
 from .sender import Send, Sender
 from .world import Lane, Made, Pass, World, clamped
 
-EARLY = 0.75  # shortest time between two steps of a stream, in periods
+EARLY = 0.75  # shortest time between the starts of two steps of a stream, in periods
+SETTLE = 0.01  # seconds that a pass made for a changed control waits for further changes
 SMOOTHING = 0.2  # weight of the newest step in the mean time of a step
 LINES_PER_SLICE = 500
 LONG_REPLAY = 6  # steps from which on progress is told
@@ -106,6 +106,8 @@ class Session:
         self._lock = threading.Lock()
         self._inputs = [Sample(), Sample()]  # by lane
         self._shown: protocol.Shown | None = None
+        self._shown_at = 0.0  # when the page said so, in seconds of `time.perf_counter`
+        self._changed: float | None = None  # when the input first differed from what passes used
         self._wants_again = False
         self._jobs: deque[tuple[Job, bool]] = deque()  # with True for a seek
         self._closing = False
@@ -115,6 +117,8 @@ class Session:
         self._samples = [Sample(), Sample()]  # used by the last step of each lane
         self._turn = 0  # the lane of the next step
         self._due = 0.0
+        self._earliest = 0.0  # when the next step may begin if a control changes
+        self._sent_at = 0.0  # when the frames of the last step were sent
         self._step_seconds = 0.0
         scheduler.add(self)
 
@@ -130,9 +134,11 @@ class Session:
                 new = clamped(message.taps.yaw, message.taps.forward)
                 taps = Control(new.yaw or taps.yaw, new.forward or taps.forward)
             self._inputs[message.lane] = Sample(held, taps, message.sequence, message.time)
-            self._shown = message.shown
+            self._shown, self._shown_at = message.shown, time.perf_counter()
             changed = held != before.held or taps != before.taps
-            self._wants_again |= changed and self.world.redo and self._playing
+            if changed and self._changed is None:
+                self._changed = self._shown_at
+            self._wants_again |= changed and self.world.redo
         if changed:
             self.touched = time.monotonic()
             self.scheduler.wake()
@@ -297,25 +303,33 @@ class Session:
     # The flow.
 
     def due(self) -> float | None:
-        if self._jobs or self._wants_again:
+        if self._jobs:
             return 0.0
-        return self._due if self._playing else None
+        if not self._playing:
+            return None
+        with self._lock:
+            changed, again = self._changed, self._wants_again
+        if changed is None or self.world.generator.driven_by != "camera":
+            return self._due
+        settled = changed + SETTLE
+        return min(self._due, settled if again else max(settled, self._earliest))
 
     def is_step(self) -> bool:
         """True if the next slice is a step, neither a job nor a step made again."""
-        return self._playing and not self._jobs and not self._wants_again
+        again = self._wants_again and time.perf_counter() < self._due
+        return self._playing and not self._jobs and not again
 
     def run(self) -> None:
         """Does one slice: a part of a job, a step made again, or a step."""
         with self._lock:
             entry = self._jobs[0] if self._jobs else None
-            again, self._wants_again = self._wants_again, False
         if entry:
             self._run_job(entry)
-        elif again:
+        elif self.is_step():
+            if turn := self.begin():
+                self.finish(turn, self.world.submit(turn.lane, turn.step))
+        elif self._wants_again:
             self._step_again()
-        elif self._playing and (turn := self.begin()):
-            self.finish(turn, self.world.submit(turn.lane, turn.step))
         self.settle()
 
     def settle(self) -> None:
@@ -365,6 +379,7 @@ class Session:
         with self._lock:
             sample = self._samples[self._turn] = self._inputs[self._turn]
             self._inputs[self._turn] = replace(sample, taps=Control())
+            self._changed, self._wants_again = None, False
         return Turn(lane, world.begin(lane, world.control(lane, sample.control)), started)
 
     def finish(self, turn: Turn, submitted: Pass) -> None:
@@ -380,9 +395,11 @@ class Session:
         wait = max(0.0, started - self._due)
         self.metrics.step(took, wait)
         self._send_frames(lane, made, 0, wait)
+        self._sent_at = time.perf_counter()
         self._turn = (self._turn + 1) % len(world.lanes)
         if self._turn == 0:
-            self._due = max(self._due + self.period, started + EARLY * self.period)
+            self._earliest = started + EARLY * self.period
+            self._due = max(self._due + self.period, self._earliest)
         if len(world.walk.branches) > branches or made.step % world.history.every == 0:
             self._tell_tree()
         if followed and not lane.script:
@@ -394,28 +411,39 @@ class Session:
         to be shown when the new ones arrive."""
         world, lane = self.world, self.world.lanes[0]
         with self._lock:
-            now, last, shown = self._inputs[0], self._samples[0], self._shown
-        if len(world.lanes) > 1 or lane.before is None or lane.script or shown is None:
+            now, last, self._wants_again = self._inputs[0], self._samples[0], False
+        if len(world.lanes) > 1 or lane.before is None or lane.script:
             return
         if world.generator.driven_by != "camera":  # nothing that has changed drives it
             return
         if now.held == last.held and now.taps == Control():  # only a tap has ended
             return
-        seen = shown.frames if shown.step == lane.step else 0 if shown.step < lane.step else None
-        frame_seconds = 1 / world.generator.fps
-        count = len(lane.frames)
-        first = count if seen is None else seen + math.ceil(self._step_seconds / frame_seconds)
-        if first >= count:
+        first = self._seen(lane.step, len(lane.frames), time.perf_counter() + self._step_seconds)
+        if first >= len(lane.frames):
             return
         taps = Control(now.taps.yaw or last.taps.yaw, now.taps.forward or last.taps.forward)
         sample = self._samples[0] = replace(now, taps=taps)
         with self._lock:
             if self._inputs[0] is now:
                 self._inputs[0] = replace(now, taps=Control())
+                self._changed = None
         started = time.perf_counter()
         made = world.again(lane, sample.control, first)
         self.metrics.redo(time.perf_counter() - started)
         self._send_frames(lane, made, protocol.REDO, first_shown=first)
+
+    def _seen(self, step: int, count: int, at: float) -> int:
+        """Returns how many of the `count` frames of a step, the last one, are shown at a time, in
+        seconds of `time.perf_counter`: of an even pace since the page last said what it shows, and
+        none before they were sent. All of them if the page has not said anything."""
+        with self._lock:
+            shown, shown_at = self._shown, self._shown_at
+        if shown is None or shown.step > step:
+            return count
+        fps = self.world.generator.fps
+        before = shown.frames - count * (step - shown.step)  # negative: frames of steps before
+        seen = min(before + fps * (at - shown_at), fps * (at - self._sent_at))
+        return min(max(0, round(seen)), count)
 
     def _play(self, on: bool) -> None:
         if on and not self._playing:

@@ -1,7 +1,7 @@
 // Shows the frames of a pass evenly: they arrive together, once per step.
 
 const SMOOTHING = 0.1; // weight of the newest gap between passes in the running mean
-const CATCH_UP = 0.25; // largest share by which frames shorten while a backlog drains
+const EARLY = 0.75; // shortest time between two passes in periods, as in session.py
 const STALL_PERIODS = 2; // a backlog beyond this many periods is dropped
 
 /**
@@ -27,21 +27,37 @@ export class Pacer {
     return Math.max(0, this.#free - now);
   }
 
-  /** Queues the frames of a pass; with `urgent`, in place of all that is queued. */
+  /**
+   * Queues the frames of a pass; with `urgent`, in place of all that is queued. A pass that came early
+   * for a key lasts longer by the time that it gained, because the next pass is not early.
+   */
   push(frames, now, urgent = false) {
-    if (this.#arrived !== null && now - this.#arrived < 3 * this.nominal) {
-      this.period += SMOOTHING * (now - this.#arrived - this.period);
-    }
+    const gap = this.#arrived === null ? Infinity : now - this.#arrived;
+    if (gap < 3 * this.nominal) this.period += SMOOTHING * (gap - this.period);
     this.#arrived = now;
     if (urgent || this.backlog(now) > STALL_PERIODS * this.period) {
       this.#queue.length = 0;
       this.#free = now;
     }
     const start = Math.max(now, this.#free);
-    const hurry = 1 - Math.min(CATCH_UP, (0.5 * (start - now)) / this.period);
-    const spacing = (this.period / this.count) * hurry;
+    const gained = urgent ? Math.max(0, this.period - gap) : 0.5 * (now - start);
+    const most = (1 - EARLY) * this.period;
+    const time = this.period + Math.max(-most, Math.min(most, gained));
+    const spacing = time / this.count;
     frames.forEach((frame, index) => this.#queue.push({ frame, due: start + index * spacing }));
     this.#free = start + frames.length * spacing;
+  }
+
+  /**
+   * Shows what is queued faster, because the next pass is early for a key: as early as passes may
+   * be, and at the soonest after `lead` milliseconds.
+   */
+  hasten(now, lead) {
+    const end = Math.max(this.#arrived + EARLY * this.period, now + lead);
+    if (!this.#queue.length || end >= this.#free) return;
+    const share = (end - now) / (this.#free - now);
+    for (const slot of this.#queue) slot.due = now + share * (slot.due - now);
+    this.#free = end;
   }
 
   /** Puts remade frames in the places of those of their step that are still queued. */

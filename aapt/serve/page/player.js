@@ -166,6 +166,8 @@ export class Player extends EventTarget {
     // The input goes out first, so that the first step already has it.
     const sequence = this.#sendInput(lane, taps, time);
     if (moves) this.play();
+    // A redo replaces queued frames; without it the server makes the next pass early.
+    if (this.playing && !this.redo && !this.split) this.stage.hasten(this.receipts.lastStep);
     if (key && this.playing) this.receipts.pressed(sequence, time, key, lane);
   }
 

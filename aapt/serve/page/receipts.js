@@ -27,6 +27,11 @@ export class Receipts {
     if (redo) this.redone += 1;
   }
 
+  /** Milliseconds of the newest step, 0 before the first. */
+  get lastStep() {
+    return this.steps.at(-1) ?? 0;
+  }
+
   /** True if frames with this lane and input are the first to honour a press. */
   awaits({ lane, input }) {
     return this.#pending.some((press) => press.lane === lane && press.sequence <= input);

@@ -74,6 +74,11 @@ export class Stage {
     }).catch(() => { /* an image that does not decode is a frame not shown */ });
   }
 
+  /** Shows what is queued faster: the next pass is early, but takes `lead` milliseconds. */
+  hasten(lead) {
+    this.lanes[0].pacer.hasten(performance.now(), lead);
+  }
+
   /** Shows an image that is not of the stream as it plays: a remembered frame. */
   preview(lane, bitmap) {
     const { canvas, context } = this.lanes[lane];

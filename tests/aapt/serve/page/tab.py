@@ -153,3 +153,9 @@ def page_end(page):
 def decoded(page, branch, step):
     image = Image.open(io.BytesIO(page.images(branch, step)[-1])).convert("RGB")
     return np.asarray(image).astype(int)
+
+
+def received(page, step):
+    """The last frame of a step of branch 0; of the step after it if the server dropped it."""
+    arrived = [header.step for header, _ in page.frames if header.branch == 0]
+    return decoded(page, 0, min(at for at in arrived if at >= step))

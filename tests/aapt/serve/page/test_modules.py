@@ -51,6 +51,52 @@ def test_a_pass_that_obeys_a_new_key_overtakes_what_is_queued(page):
     assert shown[2][0] == 50
 
 
+def test_a_key_brings_the_next_pass_early_and_no_frame_is_lost(page):
+    shown = page.tab.evaluate(
+        """async () => {
+            const { Pacer } = await import("/static/pacer.js");
+            const pacer = new Pacer(160, 4), shown = [];
+            const arrivals = [0, 160, 280, 480, 640]; // the third is early
+            for (let now = 0, next = 0; now < 800; now += 1) {
+                if (now === 200) pacer.hasten(now, 30);
+                if (now === arrivals[next]) {
+                    const step = next += 1;
+                    pacer.push([0, 1, 2, 3].map((index) => ({ step, index })), now, step === 3);
+                }
+                const frame = pacer.take(now);
+                if (frame) shown.push([now, frame.step, frame.index]);
+            }
+            return shown;
+        }"""
+    )
+    assert [place[1:] for place in shown] == [
+        [step, index] for step in range(1, 6) for index in range(4)
+    ]
+    times = {(step, index): now for now, step, index in shown}
+    assert times[3, 0] == 280 and times[4, 0] <= 482
+    gaps = np.diff([now for now, _, _ in shown])
+    assert gaps[:4].tolist() == [40] * 4 and gaps.min() >= 26 and gaps.max() <= 57
+
+
+def test_a_key_hastens_no_frame_past_the_end_of_the_pass_under_way(page):
+    """The next pass takes at least `lead` milliseconds, so frames are shown until then."""
+    due = page.tab.evaluate(
+        """async () => {
+            const { Pacer } = await import("/static/pacer.js");
+            const pacer = new Pacer(160, 4), left = [];
+            pacer.push([0, 1, 2, 3].map((index) => ({ step: 1, index })), 0);
+            for (const lead of [60, 30, 80]) {
+                pacer.hasten(90, lead);
+                left.push(pacer.backlog(90));
+            }
+            pacer.clear();
+            pacer.hasten(90, 30);
+            return [...left, pacer.backlog(90)];
+        }"""
+    )
+    assert due == [60, 30, 30, 0]  # a later end than before changes nothing
+
+
 def test_a_pass_made_again_replaces_what_is_not_shown(page):
     shown = page.tab.evaluate(
         """async () => {
