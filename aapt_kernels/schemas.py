@@ -41,11 +41,15 @@ MODULATED_NORM = (
     "Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
     "float eps) -> (Tensor dx, Tensor dupdate, Tensor dgate, Tensor dshift, Tensor dscale, "
     "Tensor dweight, Tensor dbias)",
+    "modulated_norm_e4m3(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, "
+    "Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
+    "-> (Tensor residual, Tensor values, Tensor scales)",
 )
 
 BIAS_GELU = (
     "bias_gelu(Tensor x, Tensor bias) -> Tensor",
     "bias_gelu_backward(Tensor dout, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
+    "bias_gelu_e4m3(Tensor x, Tensor bias) -> (Tensor values, Tensor scales)",
 )
 
 # x (rows, width); values like x in e4m3, scales (groups, rows).

@@ -355,7 +355,8 @@ def assumptions(gpu: Gpu, float8_products: bool, float8_attention: bool) -> dict
         "products": f"{rate / 1e12:.0f} TFLOP/s in "
         + ("e4m3 through cuBLASLt, scales of 128" if float8_products else "BF16 through cuBLASLt"),
         "attention": f"{gpu.attention / 1e12:.0f} TFLOP/s by {attention}",
-        "fused": moved + (", rounding to e4m3 in launches of its own" * float8_products),
+        "fused": moved
+        + (", what attention returns rounded to e4m3 in a launch of its own" * float8_products),
         "decode": f"{gpu.convolutions / 1e12:.0f} TFLOP/s with folded upsampling, or "
         f"{gpu.memory / 1e12:.1f} TB/s",
         "copy": f"{gpu.link / 1e9:.0f} GB/s",
