@@ -13,6 +13,7 @@ from aapt.evaluate.breakdown import (
     GPUS,
     PARTS,
     Gpu,
+    PaperRanks,
     Parts,
     has_kernel,
     kernel_microseconds,
@@ -129,6 +130,35 @@ def test_a_time_goes_to_the_part_of_its_operation(stream):
     assert linear["patchify"] >= 2 and set(linear) == {"products", "patchify"}
     assert set(seconds_of("aten::log")) == {"noise"}
     assert seconds_of("aapt::bias_gelu") == {"fused": 3}
+
+
+class Slow(PaperRanks):
+    """Two ranks of which the other sends nothing until a clock has moved by 10 seconds."""
+
+    def __init__(self, clock):
+        super().__init__(2)
+        self.clock = clock
+
+    def _exchange(self, pieces, shapes):
+        with self._section():
+            self.clock.now += 10
+            return super()._exchange(pieces, shapes)
+
+
+def test_the_wait_for_other_ranks_is_in_the_exchange(stream, monkeypatch):
+    """Two exchanges per block and one at the end, which nothing else is given for."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(breakdown.time, "perf_counter", lambda: clock.now)
+    slow = Slow(clock)
+    stream.generator.share_tokens(slow)
+    picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    with stream.generator.open(picture, "ab") as shared:
+        slow.exchanges = 0
+        found = breakdown.timed_step(shared, Control())
+        assert found.seconds == dict.fromkeys(PARTS, 0.0) | {"exchange": 10.0 * 7}
+        assert slow.exchanges == 2 * 3 + 1
+        shared.step(Control())
+        assert found.seconds["exchange"] == 70.0  # nobody watches any more
 
 
 def test_views_and_empty_memory_are_no_kernels():
