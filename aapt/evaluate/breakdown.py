@@ -235,11 +235,11 @@ def profiled_step(stream: Stream, control: Any) -> Parts:
     """Make one step without a graph, in a profiler; count the kernels of each operation."""
     transformer = stream.generator.model.transformer
     parts = Parts(transformer, untimed, lambda name: record_function(RANGE + name))
-    exchanges = transformer.context.watched(parts.exchange)
-    activities = supported_activities()
-    with profile(activities=activities) as found, stream.watched(parts.phase), exchanges, parts:
+    phases, exchanges = stream.watched(parts.phase), transformer.context.watched(parts.exchange)
+    with profile(activities=supported_activities()) as found, phases, exchanges, parts:
         stream.step(control)
-    parts.seconds = dict.fromkeys(parts.seconds, 0.0)  # the host's time of the copy is none of the device
+    # The host's time of the copy and of exchanges is none of the device
+    parts.seconds = dict.fromkeys(parts.seconds, 0.0)
     for event in found.events():
         if event.name.startswith(RANGE) and event.device_type == DeviceType.CPU:
             parts.seconds[event.name.removeprefix(RANGE)] += kernel_microseconds(event) / 1e6

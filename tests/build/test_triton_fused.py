@@ -101,7 +101,7 @@ def test_bias_gelu(kernel, capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("width", [192, 1536, 3072, 5120])
 def test_modulated_norm_that_rounds(width, capability):
-    """No spill; the codes of a thread are gathered, so that stores are 16 bytes wide as reads are."""
+    """No spill; codes are gathered, so that stores are 16 bytes wide, as reads are."""
     kernel = norm.modulated_norm_kernel
     constants = norm.tiling(width, torch.bfloat16, 1e-6)
     constants |= norm.rounding(constants["COLUMNS"], torch.bfloat16) | dict.fromkeys(AFFINE[:2])
