@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..backend import capability_of
 from ..precision import as_bits
-from ..triton_rows import dense_or_none, e4m3
-from ..triton_tiles import INTERPRETED
+from ..triton_rows import dense_or_none
+from ..triton_tiles import INTERPRETED, e4m3
 from .e4m3 import FORMAT, LARGEST
 from .frames import frames_to_skip, memory_format_of, out_size, past_frames
 from .packed import PackedWeights

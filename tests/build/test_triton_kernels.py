@@ -40,10 +40,10 @@ POINTERS += ("x", "past", "weight", "norm_weight", "bias", "residual", "next_nor
 POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out", "dv", "dout")
 
 
-def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=(), float8=()):
-    """float8: pointers to e4m3."""
+def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=(), others=()):
+    """others: types of pointers, by name, beside those of `dtype` and float32."""
     types = dict.fromkeys(POINTERS, TYPES[dtype]) | dict.fromkeys(FLOAT32, "*fp32")
-    types |= dict.fromkeys(float8, "*fp8e4nv")
+    types |= dict(others)
     types |= {"step": "*i64", "text_lens": "*i64", "scale": "fp32"}
     signature = launch_signature(kernel, types, constants)
     compiled = compile_ahead(
@@ -136,7 +136,12 @@ def test_appending_to_float8_multiplies_by_the_hadamard_matrix(heads, across, ca
     num_warps = constants.pop("num_warps")
     constants |= dict(KEYS=append.KEYS, HADAMARD=True)
     (compiled,) = build(
-        kernel, q.dtype, constants, capability, num_warps, float8=("k_cache", "v_cache")
+        kernel,
+        q.dtype,
+        constants,
+        capability,
+        num_warps,
+        others=dict.fromkeys(("k_cache", "v_cache"), "*fp8e4nv"),
     )
     assert find_failures([compiled], {}) == []
     assert compiled.count("HMMA") + compiled.count("HGMMA") > 0
@@ -205,7 +210,7 @@ def test_attention_to_float8_multiplies_float8(width, queries, capability):
         capability,
         config.warps,
         config.stages,
-        caches="*u8",
+        others=dict.fromkeys(("k_cache", "v_cache"), "*u8"),
     )
     product = "QGMMA" if capability == 90 else "QMMA"
     failures = find_failures(forgive(compiled, capability), {"cached_attention": (product, "F2FP")})
@@ -278,7 +283,7 @@ def build_convolution(channels, copies, dtype, capability, float8=()):
         warps,
         stages,
         divisible=("in_channels", "out_channels", "row_stride", "column_stride"),
-        float8=float8,
+        others=dict.fromkeys(float8, "*fp8e4nv"),
     )
     return constants, compiled
 
