@@ -20,23 +20,24 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
     cache.advance()                                           # after the last layer
 
 `modulated_norm` and `bias_gelu` are what a block does between its products, in one launch each;
-`quantise_rows` makes the input of a product in 8 bits.
-`causal_conv3d` is the VAE's convolution. Each function is a real torch op, `torch.ops.aapt.<name>`,
-that compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends`
-lists the choice. `patch` gives a diffusers Wan pipeline this attention.
+`quantise_rows` makes the input of a product in 8 bits, and `modulated_norm_e4m3` and
+`bias_gelu_e4m3` do so in their own launch. `causal_conv3d` is the VAE's convolution, and
+`causal_conv3d_e4m3` that in 8 bits. Each function is a real torch op, `torch.ops.aapt.<name>`, that
+compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends` lists
+the choice. `patch` gives a diffusers Wan pipeline this attention.
 """
 
 from . import _library
 from .backend import backends, use_backend
-from .bias_gelu import bias_gelu
+from .bias_gelu import bias_gelu, bias_gelu_e4m3
 from .block_causal_attention import block_causal_attention
 from .cached_attention import cached_attention
-from .causal_conv3d import causal_conv3d
+from .causal_conv3d import causal_conv3d, causal_conv3d_e4m3
 from .diffusers_wan import patch
 from .kv_append import kv_append
 from .kv_cache import KVCache
 from .layout import FrameLayout
-from .modulated_norm import modulated_norm
+from .modulated_norm import modulated_norm, modulated_norm_e4m3
 from .qk_norm_rope import qk_norm_rope
 from .quantise_rows import quantise_rows
 
@@ -47,11 +48,14 @@ __all__ = [
     "KVCache",
     "backends",
     "bias_gelu",
+    "bias_gelu_e4m3",
     "block_causal_attention",
     "cached_attention",
     "causal_conv3d",
+    "causal_conv3d_e4m3",
     "kv_append",
     "modulated_norm",
+    "modulated_norm_e4m3",
     "patch",
     "qk_norm_rope",
     "quantise_rows",

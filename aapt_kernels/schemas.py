@@ -41,11 +41,15 @@ MODULATED_NORM = (
     "Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
     "float eps) -> (Tensor dx, Tensor dupdate, Tensor dgate, Tensor dshift, Tensor dscale, "
     "Tensor dweight, Tensor dbias)",
+    "modulated_norm_e4m3(Tensor x, Tensor? update, Tensor? gate, Tensor? shift, Tensor? scale, "
+    "Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
+    "-> (Tensor residual, Tensor values, Tensor scales)",
 )
 
 BIAS_GELU = (
     "bias_gelu(Tensor x, Tensor bias) -> Tensor",
     "bias_gelu_backward(Tensor dout, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
+    "bias_gelu_e4m3(Tensor x, Tensor bias) -> (Tensor values, Tensor scales)",
 )
 
 # x (rows, width); values like x in e4m3, scales (groups, rows).
@@ -70,6 +74,9 @@ CAUSAL_CONV3D = (
     "float eps, bool silu, Tensor? residual, int[3] stride, int[2] upsample, bool replicate, "
     "bool pixels, Tensor? next_norm_weight, bool keep_out, bool keep_state) "
     "-> (Tensor out, Tensor state, Tensor active)",
+    "causal_conv3d_e4m3(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? state, "
+    "Tensor? norm_weight, float eps, bool silu, Tensor? residual, int[2] upsample, bool replicate, "
+    "bool pixels) -> (Tensor out, Tensor state)",
     "causal_conv3d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? state, "
     "Tensor? norm_weight, float eps, bool silu, int[3] stride, int[2] upsample, bool replicate) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)",

@@ -74,7 +74,8 @@ def bench_stream(
 
     --breakdown divides a step into condition, noise, patchify, products, attention, fused
     (everything else in the blocks), decode and copy. On a GPU these are times of kernels, of a step
-    without its graph in a profiler, beside the whole step as one graph.
+    without its graph in a profiler, beside the whole step as one graph. With --context they are
+    those of the first rank, and exchange is what it sends, receives and waits for.
     --predict needs no GPU, times nothing, and says what each line assumes. --graph needs
     cuda-python (pip install 'aapt[cuda]'). aapt-8b, aapt-2b and aapt-small have random weights.
 
@@ -89,7 +90,7 @@ def bench_stream(
       aapt bench stream --model aapt-8b --size 1280x720 --predict h100 --fp8
       aapt bench stream --device cuda --graph step.dot
       torchrun --nproc-per-node 8 -m aapt bench stream --model aapt-8b --size 1280x720 \\
-        --context 8
+        --context 8 --breakdown
     """
     import numpy as np
     import torch
@@ -116,7 +117,7 @@ def bench_stream(
         return
     parallel = None
     if context > 1:
-        parallel = ranks_of_torchrun(context, device=device, breakdown=breakdown, graph=graph)
+        parallel = ranks_of_torchrun(context, device=device, graph=graph)
         device = str(parallel.device)
     started = time.perf_counter()
     generator = load_to_time(model, device, dtype, size, fp8)
@@ -186,6 +187,8 @@ def breakdown_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         words = f"{value:.3f} ms, {value / step:.0%}"
         if name in ("products", "attention", "fused"):
             words += f", {value / blocks:.3f} ms for each of {blocks} blocks"
+        if name == "exchange" and not predicted:
+            words += ", the wait for other ranks included"
         if name == "copy" and predicted:
             words = f"{value:.3f} ms beside the next step"
         rows.append((f"  {name}", words + _assumed(found, name)))

@@ -38,6 +38,7 @@ PROFILED_STEPS = 10  # at most: a profile of a step takes longer than the step
 # Of one step, in the order of their first operation. "fused" is norm, rotation, append, modulation,
 # gates and activations, whether one kernel does them or several.
 PARTS = ("condition", "noise", "patchify", "products", "attention", "fused", "decode", "copy")
+EXCHANGE = "exchange"  # one more part, of ranks that share a frame
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Breakdown:
 
     Attributes:
         how: "measured on cpu", "measured on cuda", or "predicted for" a GPU.
-        parts: By the names of PARTS.
+        parts: By the names of PARTS, and of EXCHANGE if ranks share a frame; of the first rank.
         step: The whole step. Measured on its own; predicted, the parts that nothing overlaps, and
             `idle`.
         idle: Measured, the step without its parts: on a CPU the host between operations, below zero
@@ -138,7 +139,7 @@ class Parts(TorchDispatchMode):
         self.cost, self.label = cost, label
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.kernels = 0
-        self._phase, self._inside = "", False
+        self._phase, self._inside, self._exchanging = "", False, False
         self._owners = {
             parameter.untyped_storage()._cdata: name
             for name, parameter in transformer.state_dict(keep_vars=True).items()
@@ -154,7 +155,21 @@ class Parts(TorchDispatchMode):
             self.seconds[name] += time.perf_counter() - begun
         self._phase = ""
 
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Give a whole exchange among ranks to EXCHANGE, the wait for the others included, see
+        `Ulysses.watched`."""
+        self._exchanging, begun = True, time.perf_counter()
+        with self.label(EXCHANGE):
+            yield
+        passed = time.perf_counter() - begun
+        self._exchanging = False
+        self.seconds[EXCHANGE] = self.seconds.get(EXCHANGE, 0.0) + passed
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self._exchanging:
+            self.kernels += has_kernel(function)
+            return function(*args, **(kwargs or {}))
         part = self._phase if self._phase != GENERATE else self._part(function, args)
         with self.label(part) if part else nullcontext():
             out, seconds = self.cost(function, *args, **(kwargs or {}))
@@ -204,8 +219,9 @@ def timed(function, *args, **kwargs) -> tuple[Any, float]:
 
 def timed_step(stream: Stream, control: Any) -> Parts:
     """Make one step on the CPU and time its operations."""
-    parts = Parts(stream.generator.model.transformer, timed)
-    with stream.watched(parts.phase), parts:
+    transformer = stream.generator.model.transformer
+    parts = Parts(transformer, timed)
+    with stream.watched(parts.phase), transformer.context.watched(parts.exchange), parts:
         stream.step(control)
     return parts
 
@@ -217,13 +233,13 @@ def untimed(function, *args, **kwargs) -> tuple[Any, float]:
 
 def profiled_step(stream: Stream, control: Any) -> Parts:
     """Make one step without a graph, in a profiler; count the kernels of each operation."""
-    parts = Parts(
-        stream.generator.model.transformer, untimed, lambda name: record_function(RANGE + name)
-    )
-    activities = supported_activities()
-    with profile(activities=activities) as found, stream.watched(parts.phase), parts:
+    transformer = stream.generator.model.transformer
+    parts = Parts(transformer, untimed, lambda name: record_function(RANGE + name))
+    phases, exchanges = stream.watched(parts.phase), transformer.context.watched(parts.exchange)
+    with profile(activities=supported_activities()) as found, phases, exchanges, parts:
         stream.step(control)
-    parts.seconds = dict.fromkeys(PARTS, 0.0)  # the host's time of the copy is none of the device
+    # The host's time of the copy and of exchanges is none of the device
+    parts.seconds = dict.fromkeys(parts.seconds, 0.0)
     for event in found.events():
         if event.name.startswith(RANGE) and event.device_type == DeviceType.CPU:
             parts.seconds[event.name.removeprefix(RANGE)] += kernel_microseconds(event) / 1e6
@@ -245,7 +261,8 @@ def measure_parts(stream: Stream, control: Any, steps: int) -> Breakdown:
     Whole steps, `steps` of them, are timed as a stream makes them, until their pixels are there. On
     a CPU they alternate with as many steps whose operations are timed. On a CUDA device, where a
     whole step is one graph, at most PROFILED_STEPS steps without a graph come last, because a
-    profiler may slow down what follows. ValueError on another device.
+    profiler may slow down what follows. All ranks that share a frame call it alike. ValueError on
+    another device.
     """
     generator = stream.generator
     on = generator.device.type
@@ -267,7 +284,10 @@ def measure_parts(stream: Stream, control: Any, steps: int) -> Breakdown:
     text = seconds_of(lambda: setattr(stream, "prompt", stream.prompt))
     if on == "cuda":
         watched = [profiled_step(stream, control) for _ in range(min(steps, PROFILED_STEPS))]
-    seconds = {name: float(np.median([parts.seconds[name] for parts in watched])) for name in PARTS}
+    seconds = {
+        name: float(np.median([parts.seconds[name] for parts in watched]))
+        for name in watched[0].seconds
+    }
     step = float(np.median(whole))
     return _breakdown(
         f"measured on {on}",
@@ -287,7 +307,7 @@ def predict_parts(
 
     generator: on the meta device, in the precision of the GPU; name: of GPUS. float8_attention:
     attention at the rate of e4m3, whatever the cache has. ranks: GPUs that share the tokens from
-    now on; a part "exchange" is then added. ValueError for another GPU, for a model of several
+    now on; the part EXCHANGE is then added. ValueError for another GPU, for a model of several
     passes per step, and for ranks that do not divide the heads.
     """
     if generator.sampling is not None:
@@ -316,7 +336,7 @@ def predict_parts(
         "copy": 3 * generator.frames_per_step * generator.height * generator.width / gpu.link,
     }
     if ranks > 1:
-        seconds["exchange"] = paper.sent / gpu.peers + paper.exchanges * gpu.exchange
+        seconds[EXCHANGE] = paper.sent / gpu.peers + paper.exchanges * gpu.exchange
     idle = gpu.gap * (parts.kernels + len(works))
     step = sum(seconds.values()) - seconds["copy"] + idle
     changed = sum(of_text.seconds.values()) + gpu.gap * of_text.kernels
@@ -326,7 +346,7 @@ def predict_parts(
     scaled = any(x.dtype == torch.float8_e4m3fn for x in model.transformer.buffers())
     assumed = assumptions(gpu, scaled, float8_attention)
     if ranks > 1:
-        assumed["exchange"] = (
+        assumed[EXCHANGE] = (
             f"{paper.exchanges} exchanges that hide behind nothing, {gpu.peers / 1e9:.0f} GB/s to "
             f"{ranks - 1} others after {1e6 * gpu.exchange:.0f} us"
         )
@@ -355,7 +375,8 @@ def assumptions(gpu: Gpu, float8_products: bool, float8_attention: bool) -> dict
         "products": f"{rate / 1e12:.0f} TFLOP/s in "
         + ("e4m3 through cuBLASLt, scales of 128" if float8_products else "BF16 through cuBLASLt"),
         "attention": f"{gpu.attention / 1e12:.0f} TFLOP/s by {attention}",
-        "fused": moved + (", rounding to e4m3 in launches of its own" * float8_products),
+        "fused": moved
+        + (", what attention returns rounded to e4m3 in a launch of its own" * float8_products),
         "decode": f"{gpu.convolutions / 1e12:.0f} TFLOP/s with folded upsampling, or "
         f"{gpu.memory / 1e12:.1f} TB/s",
         "copy": f"{gpu.link / 1e9:.0f} GB/s",

@@ -5,6 +5,8 @@ cuBLASLt multiplies them on the tensor cores. Elsewhere the product of the round
 computed in float32, which has the same numbers and no more speed than the layer's own precision.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +44,15 @@ def dequantise_weight(values: Tensor, scales: Tensor) -> Tensor:
     return values.float() * each
 
 
+class Rounded(NamedTuple):
+    """Input of a product, in 8 bits when its operator writes it: values (..., inputs), scales
+    (groups of 128 inputs, rows), and the dtype of the product's result."""
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
 class Float8Linear(nn.Module):
     """`nn.Linear` with an e4m3 weight. It has no gradient.
 
@@ -75,15 +86,18 @@ class Float8Linear(nn.Module):
             self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rounded) -> Tensor:
         """Maps x (..., inputs) to (..., outputs)."""
         return self.product(x, self.bias)
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiplies x (..., inputs) by the weight and adds a bias, if any."""
-        rows = x.flatten(0, -2)
-        values, scales = quantise_rows(rows)
-        if on_tensor_cores(rows, self.weight):
+    def product(self, x: Tensor | Rounded, bias: Tensor | None = None) -> Tensor:
+        """Multiplies x (..., inputs), which it rounds unless an operator has, by the weight and
+        adds a bias, if any."""
+        if isinstance(x, Tensor):
+            values, scales = quantise_rows(x.flatten(0, -2))
+            x = Rounded(values.view(x.shape), scales, x.dtype)
+        values, scales, dtype = x.values.flatten(0, -2), x.scales, x.dtype
+        if on_tensor_cores(dtype, self.weight):
             out = F.scaled_mm(
                 values,
                 self.weight.t(),
@@ -92,23 +106,23 @@ class Float8Linear(nn.Module):
                 self.weight_scale.t(),
                 ScalingType.BlockWise128x128,
                 bias=bias,
-                output_dtype=x.dtype,
+                output_dtype=dtype,
             )
         else:
-            inputs = values.float() * scales.t().repeat_interleave(BLOCK, 1)[:, : x.shape[-1]]
+            inputs = values.float() * scales.t().repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
             out = F.linear(inputs, dequantise_weight(self.weight, self.weight_scale))
-            out = (out if bias is None else out + bias).to(x.dtype)
-        return out.unflatten(0, x.shape[:-1])
+            out = (out if bias is None else out + bias).to(dtype)
+        return out.unflatten(0, x.values.shape[:-1])
 
 
-def on_tensor_cores(rows: Tensor, weight: Tensor) -> bool:
-    """True where PyTorch multiplies these tensors in 8 bits: whole blocks, bfloat16, on sm_90. The
-    meta device stands for one, so that predictions see the product."""
-    if rows.dtype != torch.bfloat16 or any(size % BLOCK for size in weight.shape):
+def on_tensor_cores(dtype: torch.dtype, weight: Tensor) -> bool:
+    """True where PyTorch multiplies inputs of this dtype and a weight in 8 bits: whole blocks,
+    bfloat16, on sm_90. The meta device stands for one, so that predictions see the product."""
+    if dtype != torch.bfloat16 or any(size % BLOCK for size in weight.shape):
         return False
-    if rows.device.type == "cuda":
-        return torch.cuda.get_device_capability(rows.device) == (9, 0)
-    return rows.device.type == "meta"
+    if weight.device.type == "cuda":
+        return torch.cuda.get_device_capability(weight.device) == (9, 0)
+    return weight.device.type == "meta"
 
 
 def quantise_blocks(transformer: nn.Module) -> None:

@@ -11,14 +11,17 @@ from aapt_kernels import (
     FrameLayout,
     KVCache,
     bias_gelu,
+    bias_gelu_e4m3,
     block_causal_attention,
     cached_attention,
     kv_append,
     modulated_norm,
+    modulated_norm_e4m3,
     qk_norm_rope,
 )
 
 from .config import ModelConfig
+from .float8 import Float8Linear, Rounded
 from .linear import product
 from .rope import Rotation
 from .ulysses import Ulysses
@@ -37,13 +40,17 @@ class Residual(NamedTuple):
     update: Tensor | None = None
     gate: Tensor | None = None
 
-    def norm(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the sum, and the sum normed and modulated."""
-        if self.update is None:
-            return self.x, modulated_norm(self.x, shift, scale, eps=NORM_EPS)
-        return modulated_norm(
-            self.x, shift, scale, update=self.update, gate=self.gate, eps=NORM_EPS
-        )
+    def norm(
+        self, shift: Tensor, scale: Tensor, reader: nn.Module
+    ) -> tuple[Tensor, Tensor | Rounded]:
+        """Returns the sum, and the sum normed and modulated, rounded if the layer that reads it is
+        in 8 bits."""
+        added = {} if self.update is None else {"update": self.update, "gate": self.gate}
+        if isinstance(reader, Float8Linear):
+            *x, values, scales = modulated_norm_e4m3(self.x, shift, scale, **added, eps=NORM_EPS)
+            return x[0] if x else self.x, Rounded(values, scales, self.x.dtype)
+        normed = modulated_norm(self.x, shift, scale, **added, eps=NORM_EPS)
+        return normed if added else (self.x, normed)
 
     def sum(self) -> Tensor:
         """Returns x + gate * update."""
@@ -136,7 +143,7 @@ class StreamWeights(nn.Module):
         per_frame = shared if shared.dim() == 4 else shared[:, None]
         return (per_frame + self.modulation_bias).unbind(2)
 
-    def project(self, normed: Tensor) -> Tensor:
+    def project(self, normed: Tensor | Rounded) -> Tensor:
         """Projects normed tokens to q, k and v: (B, L, 3, heads, head_dim)."""
         return self.qkv(normed).unflatten(-1, (3, self.heads, -1))
 
@@ -144,12 +151,17 @@ class StreamWeights(nn.Module):
         """Adds the attended values (B, L, heads, head_dim) to the residual x, and returns it with
         the MLP's update."""
         _, _, gate_attention, shift, scale, gate_mlp = modulation
-        x, normed = Residual(x, self.out(attended.flatten(2)), gate_attention).norm(shift, scale)
+        residual = Residual(x, self.out(attended.flatten(2)), gate_attention)
+        x, normed = residual.norm(shift, scale, self.mlp_up)
         return Residual(x, self.mlp(normed), gate_mlp)
 
-    def mlp(self, normed: Tensor) -> Tensor:
+    def mlp(self, normed: Tensor | Rounded) -> Tensor:
         """Returns the MLP's update (B, L, width) of normed tokens."""
-        hidden = bias_gelu(product(self.mlp_up, normed), self.mlp_up.bias)
+        raw = product(self.mlp_up, normed)
+        if isinstance(self.mlp_down, Float8Linear):
+            hidden = Rounded(*bias_gelu_e4m3(raw, self.mlp_up.bias), raw.dtype)
+        else:
+            hidden = bias_gelu(raw, self.mlp_up.bias)
         return self.mlp_down(hidden)
 
 
@@ -187,8 +199,8 @@ class Block(nn.Module):
         video_modulation = self.video.modulation(modulation[0])
         text_modulation = self.text.modulation(modulation[1])
         context, tokens = self.context, layout.frames * layout.tokens_per_frame
-        _, normed = Residual(video).norm(*video_modulation[:2])
-        _, text_normed = Residual(text).norm(*text_modulation[:2])
+        _, normed = Residual(video).norm(*video_modulation[:2], self.video.qkv)
+        _, text_normed = Residual(text).norm(*text_modulation[:2], self.text.qkv)
         qkv = context.to_heads(self.video.project(normed), tokens)
         text_qkv = context.own_heads(self.text.project(text_normed))
         (q, k, v), (text_q, text_k, text_v) = qkv.unbind(2), text_qkv.unbind(2)
@@ -229,7 +241,7 @@ class Block(nn.Module):
         """Runs the text stream alone: returns the next text, and the keys and values that video
         attends to."""
         text_modulation = self.text.modulation(modulation)
-        _, normed = Residual(text).norm(*text_modulation[:2])
+        _, normed = Residual(text).norm(*text_modulation[:2], self.text.qkv)
         q, k, v = self.context.own_heads(self.text.project(normed)).unbind(2)
         q, k = qk_norm_rope(q, k, self.text.q_norm, self.text.k_norm, None, None, eps=NORM_EPS)
         if not self.last:
@@ -255,9 +267,9 @@ class Block(nn.Module):
         see `attend_to_caches`.
 
         The MLP's update is left to the first norm of the next block, so that a block takes nine
-        launches.
+        launches, and ten with linear layers in 8 bits.
         """
-        x, normed = video.norm(*modulation[:2])
+        x, normed = video.norm(*modulation[:2], self.video.qkv)
         qkv = self.context.to_heads(self.video.project(normed), len(caches[0].rotation.cos))
         norms = self.video.q_norm, self.video.k_norm
         attended = attend_to_caches(qkv.unbind(2), caches, layer, *norms)

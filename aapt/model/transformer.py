@@ -147,7 +147,7 @@ class VideoTransformer(nn.Module):
         modulation: `output_modulation`."""
         (p, q), (frames, *size) = self.config.patch_shape, shape
         rows, columns = self.config.token_grid(*size)
-        patches = self.video_out(tokens.norm(*modulation)[1])
+        patches = self.video_out(tokens.norm(*modulation, self.video_out)[1])
         return rearrange(
             self.context.gather(patches, frames * rows * columns),
             "b (t h w) (p q c) -> b c t (h p) (w q)",

@@ -8,7 +8,8 @@ the mean of the copies' gradients over all ranks, which is dL / dtheta. The grad
 rank means nothing: for some parameters it holds the share of its tokens, for others all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,17 @@ class Ulysses:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self._section: Callable[[], AbstractContextManager] = nullcontext
+
+    @contextmanager
+    def watched(self, section: Callable[[], AbstractContextManager]) -> Iterator[None]:
+        """Makes each exchange inside in the context `section()`, from packing to the last byte
+        received."""
+        self._section = section
+        try:
+            yield
+        finally:
+            self._section = nullcontext
 
     def lengths(self, tokens: int) -> list[int]:
         """Tokens of each rank, of `tokens` in all."""
@@ -85,8 +97,9 @@ class Ulysses:
 
     def _exchange(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Sends piece j to rank j; the piece received from rank j has `shapes[j]`."""
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
         sent = [piece.numel() for piece in pieces]
         received = [torch.Size(shape).numel() for shape in shapes]
-        parts = Exchange.apply(flat, sent, received, self.group).split(received)
+        with self._section():
+            flat = torch.cat([piece.reshape(-1) for piece in pieces])
+            parts = Exchange.apply(flat, sent, received, self.group).split(received)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

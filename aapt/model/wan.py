@@ -127,7 +127,7 @@ class WanBlock(nn.Module):
         """Runs all frames in parallel and returns the next (video, words); arguments as in `Block`,
         with the prefix of [sink | past]."""
         own = self.video.modulation(modulation[0])
-        _, normed = Residual(video).norm(*own[:2])
+        _, normed = Residual(video).norm(*own[:2], self.video.qkv)
         q, k, v, *norms = self._project(normed, layout.frames * layout.tokens_per_frame)
         q, k, *q_sink = qk_norm_rope(
             q,
@@ -171,7 +171,7 @@ class WanBlock(nn.Module):
 
         The MLP's update is left to the first norm of the next block.
         """
-        x, normed = video.norm(*modulation[:2])
+        x, normed = video.norm(*modulation[:2], self.video.qkv)
         *qkv, q_norm, k_norm = self._project(normed, len(caches[0].rotation.cos))
         attended = attend_to_caches(qkv, caches, layer, q_norm, k_norm)
         words = [cache.words[:, layer] for cache, _ in caches]
@@ -206,7 +206,8 @@ class WanBlock(nn.Module):
         _, _, gate_attention, shift, scale, gate_mlp = modulation
         update = self.video.out(self.context.to_tokens(attended).flatten(2))
         x = Residual(video, update, gate_attention).sum()
-        x, normed = Residual(self.cross(x, text_k, text_v)).norm(shift, scale)
+        residual = Residual(self.cross(x, text_k, text_v))
+        x, normed = residual.norm(shift, scale, self.video.mlp_up)
         return Residual(x, self.video.mlp(normed), gate_mlp)
 
 

@@ -1,11 +1,13 @@
-"""Bias and GELU for any GPU that Triton serves: one launch forward, and backward one with a sum
-over its programs."""
+"""Bias and GELU for any GPU that Triton serves: one launch forward, with or without rounding to
+e4m3, and backward one with a sum over its programs."""
 
 import torch
 import triton
 import triton.language as tl
 
 from ..precision import wide
+from ..quantise_rows.ref import empty
+from ..quantise_rows.triton_kernels import grouping, store_rounded
 from ..triton_rows import multiprocessors
 
 ROWS, COLUMNS, WARPS = 4, 1024, 8  # of a tile: 16 bytes of BF16 twice per thread
@@ -30,21 +32,33 @@ def bias_gelu_kernel(
     x,
     bias,
     out,
+    scales,
     rows,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
+    GROUP: tl.constexpr = None,
+    LARGEST: tl.constexpr = None,
+    SMALLEST: tl.constexpr = None,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """With `scales`, out is stored as e4m3 of what it is in the dtype of x."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * COLUMNS
+    column = start + tl.arange(0, COLUMNS)[None, :]
     inside = column < WIDTH
-    mask = (row < rows) & inside
-    at = row * WIDTH + column
+    mask = (row < rows)[:, None] & inside
+    at = row[:, None] * WIDTH + column
     z = tl.load(x + at, mask=mask, other=0).to(WIDE)
     z += tl.load(bias + column, mask=inside, other=0).to(WIDE)
     s, _ = sigmoid_of_twice(z)
-    tl.store(out + at, z * s, mask=mask)
+    if scales is None:
+        tl.store(out + at, z * s, mask=mask)
+    else:
+        y = tl.where(mask, (z * s).to(x.dtype.element_ty).to(tl.float32), 0)
+        store_rounded(
+            y, out, scales, row, start, rows, WIDTH, ROWS, COLUMNS, GROUP, LARGEST, SMALLEST
+        )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -97,12 +111,25 @@ def tiling(width: int, dtype: torch.dtype) -> dict:
 def forward(x, bias):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        width = x.shape[-1]
-        rows, constants = x.numel() // width, tiling(width, x.dtype)
-        grid = (triton.cdiv(rows, constants["ROWS"]), triton.cdiv(width, constants["COLUMNS"]))
-        with torch.cuda.device_of(x):
-            bias_gelu_kernel[grid](x.contiguous(), bias.contiguous(), out, rows, **constants)
+        launch(x, bias, out, None, tiling(x.shape[-1], x.dtype))
     return out
+
+
+def forward_e4m3(x, bias):
+    values, scales = empty(x)
+    if x.numel():
+        constants = tiling(x.shape[-1], x.dtype)
+        constants |= grouping(constants["COLUMNS"])
+        launch(x, bias, values.view(torch.uint8), scales, constants)
+    return values, scales
+
+
+def launch(x, bias, out, scales, constants):
+    width = x.shape[-1]
+    rows = x.numel() // width
+    grid = (triton.cdiv(rows, constants["ROWS"]), triton.cdiv(width, constants["COLUMNS"]))
+    with torch.cuda.device_of(x):
+        bias_gelu_kernel[grid](x.contiguous(), bias.contiguous(), out, scales, rows, **constants)
 
 
 def backward(dout, x, bias):

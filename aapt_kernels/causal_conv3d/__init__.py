@@ -4,10 +4,17 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, deferred, implement, register_autograd, register_fake
-from ..checks import check_device, check_dtype, check_no_tangent, check_shape
+from ..checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_no_grad,
+    check_no_tangent,
+    check_shape,
+)
 from ..precision import autocasts, follow_autocast
 from ..schemas import ops
-from . import cpu, ref, sm90
+from . import cpu, e4m3, ref, sm90
 from .frames import memory_format_of, out_size, past_frames
 
 PADDINGS = ("zeros", "replicate")
@@ -103,6 +110,60 @@ def causal_conv3d(
     return out if keep_out else None, new_state, active
 
 
+def causal_conv3d_e4m3(
+    x: Tensor,  # (batch, in_channels, time, height, width)
+    weight: Tensor,  # (out_channels, in_channels, kt, kh, kw) e4m3, kh and kw odd
+    weight_scale: Tensor,  # (out_channels,) float32
+    bias: Tensor | None = None,  # (out_channels,)
+    *,
+    state: Tensor | None = None,  # (batch, in_channels, (kt - 1) / upsample[0], height, width) e4m3
+    norm_weight: Tensor | None = None,  # (in_channels,)
+    eps: float = 1e-6,
+    silu: bool = False,
+    residual: Tensor | None = None,  # like the output
+    upsample: tuple[int, int] = (1, 1),
+    padding: str = "zeros",
+    pixels: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Do `causal_conv3d` in 8 bits: round silu(rms_norm(x) * norm_weight) to float8_e4m3fn,
+    multiply by e4m3 weights, sum in float32, and multiply each output channel by its scale
+    (docs/method.md#9).
+
+    `causal_conv3d.e4m3.round_weight` makes weight and scales. The input has no scale: after a norm
+    it is around 1, and what exceeds 448 in size becomes 448. x, bias, norm_weight, residual and the
+    output share a dtype; the state is e4m3. Other arguments and results are those of
+    `causal_conv3d`, of which it has neither strides nor `next_norm_weight`. It has no gradient.
+
+    Triton needs sm_89 or later. Raises ValueError, TypeError or RuntimeError, naming the argument
+    that does not fit, and NotImplementedError in forward-mode differentiation.
+    """
+    given = dict(x=x, bias=bias, norm_weight=norm_weight, residual=residual)
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    stored = {"weight": weight} if state is None else {"weight": weight, "state": state}
+    check_no_grad("causal_conv3d_e4m3", given | {"weight_scale": weight_scale})
+    _check_shapes(x, weight, bias, state, norm_weight, residual, None, (1, 1, 1), upsample, padding)
+    check_shape("weight_scale", weight_scale, weight.shape[:1], "this weight")
+    check_dtype(given, [dtype for dtype in FLOATS if dtype != torch.float64])
+    check_dtype(stored, [e4m3.FORMAT])
+    check_dtype({"weight_scale": weight_scale}, [torch.float32])
+    check_device(given | stored | {"weight_scale": weight_scale})
+    check_no_tangent("causal_conv3d_e4m3", given)
+    return ops.causal_conv3d_e4m3.default(
+        x,
+        weight,
+        weight_scale,
+        bias,
+        state,
+        norm_weight,
+        eps,
+        silu,
+        residual,
+        upsample,
+        padding == "replicate",
+        pixels,
+    )
+
+
 def fuses_next_norm(x: Tensor, weight: Tensor) -> bool:
     """Return whether `next_norm_weight` is cheaper than a norm before the next convolution: the
     kernel that takes x norms in its epilogue, and there is no gradient to compute.
@@ -140,9 +201,19 @@ def _check_next(
             )
 
 
-def _check(
+def _check(x, weight, bias, state, *others) -> None:
+    """Check the arguments of a convolution whose tensors share one dtype."""
+    tensors = _check_shapes(x, weight, bias, state, *others)
+    check_dtype(tensors)
+    check_device(tensors)
+    if state is not None and state.requires_grad:
+        raise ValueError("state: expected a tensor without gradient, got requires_grad=True")
+
+
+def _check_shapes(
     x, weight, bias, state, norm_weight, residual, next_norm_weight, stride, upsample, padding
-) -> None:
+) -> dict[str, Tensor]:
+    """Check options and sizes; return the tensors that are given, by name."""
     if padding not in PADDINGS:
         raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
     if len(stride) != 3 or not all(map(_counts, stride)):
@@ -181,13 +252,9 @@ def _check(
     why = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and {steps}"
     for name, (tensor, shape) in given.items():
         check_shape(name, tensor, shape, why)
-    tensors = {"x": x, "weight": weight} | {name: tensor for name, (tensor, _) in given.items()}
-    check_dtype(tensors)
-    check_device(tensors)
     if state is not None and stride[0] > 1:
         raise ValueError(f"state: expected None with a stride in time, got stride {tuple(stride)}")
-    if state is not None and state.requires_grad:
-        raise ValueError("state: expected a tensor without gradient, got requires_grad=True")
+    return {"x": x, "weight": weight} | {name: tensor for name, (tensor, _) in given.items()}
 
 
 def _counts(number) -> bool:
@@ -223,6 +290,33 @@ def _(
         empty(keep_out, size, torch.uint8 if pixels else x.dtype),
         empty(keep_state, (*x.shape[:2], past, *x.shape[3:])),
         empty(next_norm_weight is not None, size),
+    )
+
+
+@register_fake("causal_conv3d_e4m3")
+def _(
+    x,
+    weight,
+    weight_scale,
+    bias,
+    state,
+    norm_weight,
+    eps,
+    silu,
+    residual,
+    upsample,
+    replicate,
+    pixels,
+):
+    def empty(channels, size, dtype):
+        shape, memory = (x.shape[0], channels, *size), memory_format_of(x)
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
+
+    size = out_size(x, (1, 1, 1), upsample, state is None)
+    past = past_frames(weight.shape[2], upsample[0])
+    return (
+        empty(weight.shape[0], size, torch.uint8 if pixels else x.dtype),
+        empty(x.shape[1], (past, *x.shape[3:]), e4m3.FORMAT),
     )
 
 
@@ -269,6 +363,13 @@ implement(
     reference=ref.causal_conv3d,
     triton=deferred(__name__),
     sm90=sm90.forward,
+)
+implement(
+    "causal_conv3d_e4m3",
+    limits={"triton": deferred(__name__, "limit_e4m3")},
+    cpu=e4m3.emulated(cpu.causal_conv3d),
+    reference=e4m3.emulated(ref.causal_conv3d),
+    triton=deferred(__name__, "forward_e4m3"),
 )
 implement(
     "causal_conv3d_backward",

@@ -12,14 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import capability_of
+from ..precision import as_bits
 from ..triton_rows import dense_or_none
-from ..triton_tiles import INTERPRETED
+from ..triton_tiles import INTERPRETED, e4m3
+from .e4m3 import FORMAT, LARGEST
 from .frames import frames_to_skip, memory_format_of, out_size, past_frames
 from .packed import PackedWeights
 
 ROWS = 32  # pixels that a program activates
 MAX_CHANNELS = 2048
 MAX_SPAN = 2**31 - 1
+FLOAT8_CAPABILITY = (8, 9)  # the first that multiplies e4m3
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -57,6 +61,25 @@ def limit(
     return None
 
 
+def limit_e4m3(
+    x,
+    weight=None,
+    weight_scale=None,
+    bias=None,
+    state=None,
+    norm_weight=None,
+    eps=None,
+    silu=False,
+    residual=None,
+    upsample=(1, 1),
+    *_,
+) -> str | None:
+    """Return why the kernels do not take these arguments, None if they do."""
+    if x.is_cuda and capability_of(x.device) < FLOAT8_CAPABILITY:
+        return f"it needs a device of sm_89 or later, got {capability_of(x.device)}"
+    return limit(x, weight, bias, state, norm_weight, eps, silu, residual, upsample=upsample)
+
+
 def frame_span(
     channels: int, frames: int, height: int, width: int, memory: torch.memory_format
 ) -> int:
@@ -86,8 +109,10 @@ def activate_kernel(
     ROWS: tl.constexpr,
     EPS: tl.constexpr,
     SILU: tl.constexpr,
+    LARGEST: tl.constexpr = None,
 ):
-    """Norm and activate a run of pixels; x and out share their strides."""
+    """Norm and activate a run of pixels; x and out share their strides. LARGEST: out is e4m3, whose
+    largest number that is."""
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)[None, :]
     mask = (pixel < pixels)[:, None] & (channel < CHANNELS)
@@ -106,6 +131,8 @@ def activate_kernel(
         y = y / tl.sqrt(mean + EPS) * weight.to(tl.float32)
     if SILU:
         y = y / (1 + tl.exp(-y))
+    if LARGEST is not None:
+        y = e4m3(tl.where(tl.abs(y) > LARGEST, tl.where(y < 0, -LARGEST, LARGEST), y))
     tl.store(out + at, y, mask=mask)
 
 
@@ -114,6 +141,7 @@ def causal_conv3d_kernel(
     x,
     past,
     weight,
+    weight_scale,
     bias,
     residual,
     next_norm_weight,
@@ -197,16 +225,17 @@ def causal_conv3d_kernel(
         elif not REPLICATE:
             seen = seen & (t + 0 * pixel >= 0)
         offset = (y * row_stride + z * column_stride)[:, None] + (c * channel_stride)[None, :]
-        a = tl.load(source + offset, mask=seen[:, None] & (c < in_channels)[None, :], other=0)
+        a = tl.load(source + offset, mask=seen[:, None] & (c < in_channels)[None, :], other=0.0)
         at = tap * in_channels * out_channels
         b = tl.load(
             weight + at + (c * out_channels)[:, None] + channel[None, :],
             mask=(c < in_channels)[:, None] & (channel < out_channels)[None, :],
-            other=0,
+            other=0.0,
         )
         if INTERPRETED:  # which takes the bits of BF16 for integers
             a, b = a.to(tl.float32), b.to(tl.float32)
-        sums = tl.dot(a, b, sums, input_precision="tf32x3")
+        # The adder of FP8 keeps few bits: float32 takes over after each block of channels
+        sums = tl.dot(a, b, sums, input_precision="tf32x3", max_num_imprecise_acc=BLOCK_IN)
 
     stored = inside[:, None] & (channel < out_channels)[None, :]
     at = (
@@ -215,6 +244,8 @@ def causal_conv3d_kernel(
         + (row * out_row_stride + column * out_column_stride)[:, None]
         + (channel * out_channel_stride)[None, :]
     )
+    if weight_scale is not None:
+        sums *= tl.load(weight_scale + channel, mask=channel < out_channels, other=0)[None, :]
     if bias is not None:
         added = tl.load(bias + channel, mask=channel < out_channels, other=0)
         sums += added.to(tl.float32)[None, :]
@@ -239,13 +270,15 @@ def blocks_of(out_channels: int, in_channels: int, dtype: torch.dtype) -> dict:
     larger blocks would spill, and leave no room in the 99 KB of a small device.
     """
     block_out = min(128, max(16, triton.next_power_of_2(out_channels)))
-    pixels, most_in = 128, 64
+    pixels, least_in, most_in = 128, 16, 64
     if dtype == torch.float32:
         pixels, most_in = 64, 32 if block_out == 128 else 16
+    elif dtype == FORMAT:
+        least_in, most_in = 32, 128
     return {
         "BLOCK_PIXELS": pixels,
         "BLOCK_OUT": block_out,
-        "BLOCK_IN": min(most_in, max(16, triton.next_power_of_2(in_channels))),
+        "BLOCK_IN": min(most_in, max(least_in, triton.next_power_of_2(in_channels))),
         "num_warps": 8 if block_out == 128 else 4,
         "num_stages": 3,
     }
@@ -254,17 +287,20 @@ def blocks_of(out_channels: int, in_channels: int, dtype: torch.dtype) -> dict:
 packed_weights = PackedWeights(lambda weight: weight.permute(2, 3, 4, 1, 0).contiguous())
 
 
-def activate(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> Tensor:
-    """Return norm and SiLU of x, in the memory format of x."""
+def activate(
+    x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool, rounds: bool = False
+) -> Tensor:
+    """Return norm and SiLU of x, in the memory format of x; `rounds`: in e4m3."""
     batch, channels, frames, height, width = x.shape
-    out = torch.empty_like(x, memory_format=memory_format_of(x))
+    dtype = FORMAT if rounds else x.dtype
+    out = torch.empty_like(x, dtype=dtype, memory_format=memory_format_of(x))
     x = x.contiguous(memory_format=memory_format_of(x))
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     pixels = batch * frames * height * width
     activate_kernel[(triton.cdiv(pixels, ROWS),)](
         x,
         norm_weight,
-        out,
+        as_bits(out),
         *x.stride(),
         pixels,
         frames,
@@ -275,6 +311,7 @@ def activate(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) -> T
         ROWS=ROWS,
         EPS=eps,
         SILU=silu,
+        LARGEST=LARGEST if rounds else None,
     )
     return out
 
@@ -308,7 +345,9 @@ def forward(
     next_norm_weight,
     keep_out,
     keep_state,
+    weight_scale=None,
 ):
+    """With `weight_scale` weight and state are e4m3, and so is what is multiplied."""
     batch, channels, frames, height, width = x.shape
     out_channels, _, kt, kh, kw = weight.shape
     repeats, copies = upsample
@@ -317,7 +356,8 @@ def forward(
     out_frames, *size = out_size(x, stride, upsample, starts)
     memory = memory_format_of(x)
     shape = (batch, out_channels, out_frames, *size)
-    constants = blocks_of(out_channels, channels, x.dtype)
+    rounds = weight_scale is not None
+    constants = blocks_of(out_channels, channels, FORMAT if rounds else x.dtype)
     norms = next_norm_weight is not None
     in_epilogue = norms and out_channels <= constants["BLOCK_OUT"]
 
@@ -330,16 +370,20 @@ def forward(
     normed = output(x.dtype) if in_epilogue else None
     with torch.cuda.device_of(x):
         active = x.contiguous(memory_format=memory)
-        if norm_weight is not None or silu:
-            active = activate(x, norm_weight, eps, silu)
-        new_state = next_state(active, state, past, replicate) if keep_state else nothing
+        if norm_weight is not None or silu or rounds:
+            active = activate(x, norm_weight, eps, silu, rounds)
+        new_state = nothing
+        if keep_state:
+            before = None if state is None else as_bits(state)
+            new_state = next_state(as_bits(active), before, past, replicate).view(active.dtype)
         past_layout = active.stride()[:3]
         if state is not None:
             state = state.contiguous(memory_format=memory)
             past_layout = state.stride()[:3]
         if residual is not None:
             residual = residual.contiguous(memory_format=memory)
-        bias, next_norm_weight = dense_or_none((bias, next_norm_weight))
+        vectors = (weight_scale, bias, next_norm_weight)
+        weight_scale, bias, next_norm_weight = dense_or_none(vectors)
         grid = (
             triton.cdiv(size[0] * size[1], constants["BLOCK_PIXELS"]),
             triton.cdiv(out_channels, constants["BLOCK_OUT"]),
@@ -349,6 +393,7 @@ def forward(
             active,
             state,
             packed_weights(weight),
+            weight_scale,
             bias,
             residual,
             next_norm_weight,
@@ -381,3 +426,38 @@ def forward(
         if norms and not in_epilogue:
             normed = activate(out, next_norm_weight, eps, True)
     return out if keep_out else nothing, new_state, normed if norms else nothing
+
+
+def forward_e4m3(
+    x,
+    weight,
+    weight_scale,
+    bias,
+    state,
+    norm_weight,
+    eps,
+    silu,
+    residual,
+    upsample,
+    replicate,
+    pixels,
+):
+    out, state, _ = forward(
+        x,
+        weight,
+        bias,
+        state,
+        norm_weight,
+        eps,
+        silu,
+        residual,
+        (1, 1, 1),
+        upsample,
+        replicate,
+        pixels,
+        None,
+        True,
+        True,
+        weight_scale,
+    )
+    return out, state

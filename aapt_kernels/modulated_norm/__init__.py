@@ -1,6 +1,7 @@
 """Gated residual, LayerNorm and modulation in one op: what adaLN does between two products.
 
 x, normed = modulated_norm(x, shift, scale, update=attended, gate=gate)
+x, values, scales = modulated_norm_e4m3(x, shift, scale, update=attended, gate=gate)
 """
 
 import torch
@@ -10,11 +11,13 @@ from ..backend import deferred, implement, register_autograd, register_fake
 from ..checks import (
     check_dense_rows,
     check_device,
+    check_no_grad,
     check_no_tangent,
     check_precision,
     check_shape,
 )
 from ..precision import autocasts
+from ..quantise_rows.ref import empty, rounded
 from ..schemas import ops
 from . import cpu, ref
 
@@ -47,20 +50,54 @@ def modulated_norm(
     Raises ValueError or TypeError if the arguments do not fit each other, and NotImplementedError
     in forward-mode differentiation.
     """
+    tensors = {"update": update, "gate": gate, "shift": shift, "scale": scale}
+    tensors |= {"weight": weight, "bias": bias}
+    x, dtype = _prepare("modulated_norm", x, tensors)
+    residual, normed = ops.modulated_norm.default(x, *tensors.values(), eps, dtype)
+    return normed if update is None else (residual, normed)
+
+
+def modulated_norm_e4m3(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    update: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    """Round what `modulated_norm` returns to e4m3, as `quantise_rows` does, in the same launch
+    (docs/method.md#18).
+
+    Arguments, sums and errors are those of `modulated_norm`. It has no gradient: RuntimeError for a
+    tensor that requires one.
+
+    Returns (values, scales), or (x + gate * update, values, scales) with an update: values
+    (B, L, D) float8_e4m3fn, and scales (groups of 128 channels, B L) float32. They are bit for bit
+    those of the two operators one after the other.
+    """
+    tensors = {"update": update, "gate": gate, "shift": shift, "scale": scale}
+    tensors |= {"weight": weight, "bias": bias}
+    check_no_grad("modulated_norm_e4m3", {"x": x, **tensors})
+    x, dtype = _prepare("modulated_norm_e4m3", x, tensors)
+    residual, values, scales = ops.modulated_norm_e4m3.default(x, *tensors.values(), eps, dtype)
+    return (values, scales) if update is None else (residual, values, scales)
+
+
+def _prepare(op: str, x: Tensor, tensors: dict[str, Tensor | None]) -> tuple[Tensor, torch.dtype]:
+    """Check the arguments of an op; return x as the residual sum has it, and the dtype of normed,
+    under autocast as it asks."""
     dtype = x.dtype
     if autocasts(x.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        for term in (update, gate):
+        for term in (tensors["update"], tensors["gate"]):
             x = x if term is None else x.to(torch.promote_types(x.dtype, term.dtype))
-    others = {"update": update, "gate": gate, "shift": shift, "scale": scale}
-    others |= {"weight": weight, "bias": bias}
-    others = {name: tensor for name, tensor in others.items() if tensor is not None}
+    others = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     _check_arguments(x, others)
-    check_no_tangent("modulated_norm", {"x": x, **others})
-    residual, normed = ops.modulated_norm.default(
-        x, update, gate, shift, scale, weight, bias, eps, dtype
-    )
-    return normed if update is None else (residual, normed)
+    check_no_tangent(op, {"x": x, **others})
+    return x, dtype
 
 
 def _check_arguments(x: Tensor, others: dict[str, Tensor]) -> None:
@@ -99,6 +136,11 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 @register_fake("modulated_norm")
 def _(x, update, gate, shift, scale, weight, bias, eps, dtype):
     return x.new_empty(0) if update is None else _like(x), _like(x, dtype)
+
+
+@register_fake("modulated_norm_e4m3")
+def _(x, update, gate, shift, scale, weight, bias, eps, dtype):
+    return x.new_empty(0) if update is None else _like(x), *empty(x)
 
 
 @register_fake("modulated_norm_backward")
@@ -148,5 +190,11 @@ implement(
     reference=ref.reference_backward,
     cpu=cpu.backward,
     triton=deferred(__name__, "backward"),
+)
+implement(
+    "modulated_norm_e4m3",
+    reference=rounded(ref.reference_forward),
+    cpu=rounded(cpu.forward),
+    triton=deferred(__name__, "forward_e4m3"),
 )
 register_autograd("modulated_norm", _backward, _save)

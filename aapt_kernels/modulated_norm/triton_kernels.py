@@ -1,16 +1,24 @@
-"""Gated residual, LayerNorm and modulation for any GPU that Triton serves: one launch forward, and
-backward one with a sum over its programs."""
+"""Gated residual, LayerNorm and modulation for any GPU that Triton serves: one launch forward, with
+or without rounding to e4m3, and backward one with a sum over its programs."""
 
 import torch
 import triton
 import triton.language as tl
 
 from ..precision import wide
+from ..quantise_rows.ref import empty
+from ..quantise_rows.triton_kernels import grouping, store_rounded
 from ..triton_rows import dense_or_none, multiprocessors
 from .ref import group_count, like_inputs
 
 TILE = 4096  # elements of all rows of a program: 16 bytes of BF16 twice per thread of eight warps
 COUNTS = ["rows", "length", "group_length", "splits"]
+TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @triton.jit
@@ -64,6 +72,7 @@ def modulated_norm_kernel(
     bias,
     residual,
     normed,
+    scales,
     x_batch_stride,
     x_row_stride,
     update_batch_stride,
@@ -82,7 +91,12 @@ def modulated_norm_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    NORMED: tl.constexpr = None,
+    GROUP: tl.constexpr = None,
+    LARGEST: tl.constexpr = None,
+    SMALLEST: tl.constexpr = None,
 ):
+    """With `scales`, normed is stored as e4m3 of what it is in the dtype NORMED."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch, token = row // length, row % length
     group = token // group_length
@@ -108,7 +122,24 @@ def modulated_norm_kernel(
     y = affine(hat, w, c)
     if scale is not None:
         y = y * (1 + s) + b
-    tl.store(normed + out, y, mask=mask)
+    if scales is None:
+        tl.store(normed + out, y, mask=mask)
+    else:
+        y = tl.where(mask, y.to(NORMED).to(tl.float32), 0)
+        store_rounded(
+            y,
+            normed,
+            scales,
+            row.to(tl.int64),
+            0,
+            rows,
+            WIDTH,
+            ROWS,
+            COLUMNS,
+            GROUP,
+            LARGEST,
+            SMALLEST,
+        )
 
 
 @triton.jit
@@ -234,11 +265,31 @@ def strides(*tensors) -> list[int]:
     return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride()[:2])]
 
 
+def rounding(columns: int, dtype: torch.dtype) -> dict:
+    """Return the compile-time arguments with which a launch rounds what it would return in
+    `dtype`."""
+    return {"NORMED": TYPES[dtype], **grouping(columns)}
+
+
 def forward(x, update, gate, shift, scale, weight, bias, eps, dtype):
     normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    residual = launch(x, update, gate, shift, scale, weight, bias, eps, normed, None, {})
+    return residual, normed
+
+
+def forward_e4m3(x, update, gate, shift, scale, weight, bias, eps, dtype):
+    values, scales = empty(x)
+    rounded = rounding(triton.next_power_of_2(x.shape[-1]), dtype)
+    codes = values.view(torch.uint8)
+    residual = launch(x, update, gate, shift, scale, weight, bias, eps, codes, scales, rounded)
+    return residual, values, scales
+
+
+def launch(x, update, gate, shift, scale, weight, bias, eps, normed, scales, rounded):
+    """Write normed, and scales if any; return the sum with the update, none without one."""
     residual = x.new_empty(0 if update is None else x.shape)
     batch, length, width = x.shape
-    constants = tiling(width, x.dtype, eps)
+    constants = tiling(width, x.dtype, eps) | rounded
     if x.numel():
         with torch.cuda.device_of(x):
             modulated_norm_kernel[(triton.cdiv(batch * length, constants["ROWS"]),)](
@@ -250,13 +301,14 @@ def forward(x, update, gate, shift, scale, weight, bias, eps, dtype):
                 *dense_or_none((weight, bias)),
                 residual,
                 normed,
+                scales,
                 *strides(x, update, gate, shift, scale),
                 batch * length,
                 length,
                 length // group_count(gate, scale),
                 **constants,
             )
-    return residual, normed
+    return residual
 
 
 def backward(dnormed, dresidual, residual, update, gate, shift, scale, weight, bias, eps):

@@ -56,7 +56,11 @@ IMPORT_KERNELS = {
     "aapt/vae/pixels.py",
 }
 IMPORT_FSDP = {"aapt/runs/parallel.py"}
-FUSES = {("kv_append", "qk_norm_rope")}  # op folders that import another one
+FUSES = {  # op folders that import another one
+    ("kv_append", "qk_norm_rope"),
+    ("modulated_norm", "quantise_rows"),
+    ("bias_gelu", "quantise_rows"),
+}
 
 
 def python_files(folder: str) -> list[Path]:
@@ -138,8 +142,7 @@ def test_operators_import_no_other_operator():
         for name in imported_modules(path, module_name(path)):
             used = set(name.split(".")[1:2]) & operators - {owner}
             found |= {(owner, other) for other in used}
-    across = {("kv_append", "qk_norm_rope")}  # which it fuses
-    across |= {("diffusers_wan.py", op) for op in ("block_causal_attention", "qk_norm_rope")}
+    across = {("diffusers_wan.py", op) for op in ("block_causal_attention", "qk_norm_rope")} | FUSES
     assert len(operators) == 8
     assert found == across | {("__init__.py", operator) for operator in operators}
 

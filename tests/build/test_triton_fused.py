@@ -58,6 +58,7 @@ def pointers(kernel, dtype):
     }
 
 
+ROUNDED = ("scales", "NORMED", "GROUP", "LARGEST", "SMALLEST")  # None where nothing is rounded
 # What a call leaves out: a gated update with the next norm, an affine norm after one, a first norm
 CALLS = {"gated update": AFFINE, "affine norm": MODULATION, "first norm": (*AFFINE, *UPDATE)}
 
@@ -78,7 +79,7 @@ CALLS = {"gated update": AFFINE, "affine norm": MODULATION, "first norm": (*AFFI
 )
 def test_modulated_norm(kernel, width, call, capability):
     constants = norm.tiling(width, torch.bfloat16, 1e-6)
-    constants |= dict.fromkeys(set(CALLS[call]) & set(kernel.arg_names))
+    constants |= dict.fromkeys({*CALLS[call], *ROUNDED} & set(kernel.arg_names))
     compiled = build(kernel, pointers(kernel, "*bf16"), constants, capability)
     rows = [x for x in ("dnormed", "dresidual", "x", "update") if x in kernel.arg_names]
     assert compiled.count("LDG.E.128") >= len(rows) - len(set(rows) & set(CALLS[call]))
@@ -91,8 +92,33 @@ def test_modulated_norm(kernel, width, call, capability):
 @pytest.mark.parametrize("kernel", [gelu.bias_gelu_kernel, gelu.bias_gelu_backward_kernel])
 def test_bias_gelu(kernel, capability):
     constants = gelu.tiling(12288, torch.bfloat16)
+    constants |= dict.fromkeys({*ROUNDED} & set(kernel.arg_names))
     compiled = build(kernel, pointers(kernel, "*bf16"), constants, capability)
     assert compiled.count("LDG") == compiled.count("LDG.E.128") + 1  # the bias, 8 bytes a thread
+    assert compiled.count("STG.E.128") >= 1
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("width", [192, 1536, 3072, 5120])
+def test_modulated_norm_that_rounds(width, capability):
+    """No spill; codes are gathered, so that stores are 16 bytes wide, as reads are."""
+    kernel = norm.modulated_norm_kernel
+    constants = norm.tiling(width, torch.bfloat16, 1e-6)
+    constants |= norm.rounding(constants["COLUMNS"], torch.bfloat16) | dict.fromkeys(AFFINE[:2])
+    types = pointers(kernel, "*bf16") | {"normed": "*u8", "scales": "*fp32"}
+    compiled = build(kernel, types, constants, capability)
+    assert compiled.count("LDG.E.128") >= 2
+    assert width < 1536 or compiled.count("LDG") == compiled.count("LDG.E.128")
+    assert compiled.count("STG.E.128") >= 2  # the sum, and codes
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_bias_gelu_that_rounds(capability):
+    constants = gelu.tiling(12288, torch.bfloat16)
+    constants |= quantise.grouping(constants["COLUMNS"])
+    types = pointers(gelu.bias_gelu_kernel, "*bf16") | {"out": "*u8", "scales": "*fp32"}
+    compiled = build(gelu.bias_gelu_kernel, types, constants, capability)
+    assert compiled.count("LDG") == compiled.count("LDG.E.128") + 1
     assert compiled.count("STG.E.128") >= 1
 
 

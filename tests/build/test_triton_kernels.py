@@ -34,18 +34,16 @@ from aapt_kernels.qk_norm_rope import triton_kernels as norm_rope  # noqa: E402
 SLOW = pytest.mark.slow
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FLOAT32 = ("q_weight", "k_weight", "cos", "sin", "cos_sink", "sin_sink", "dq_weight", "dk_weight")
-FLOAT32 += ("k_scale", "v_scale", "lse", "parts", "part_lses", "dlse", "stats")
+FLOAT32 += ("weight_scale", "k_scale", "v_scale", "lse", "parts", "part_lses", "dlse", "stats")
 POINTERS = ("q", "k", "v", "k_cache", "v_cache", "q_sink", "q_out", "k_out", "q_sink_out", "out")
 POINTERS += ("x", "past", "weight", "norm_weight", "bias", "residual", "next_norm_weight", "active")
 POINTERS += ("dq", "dk", "dq_sink", "dq_out", "dk_out", "dv", "dout")
 
 
-def build(
-    kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=(), caches=None
-):
+def build(kernel, dtype, constants, capability, num_warps=4, num_stages=3, divisible=(), others=()):
+    """others: types of pointers, by name, beside those of `dtype` and float32."""
     types = dict.fromkeys(POINTERS, TYPES[dtype]) | dict.fromkeys(FLOAT32, "*fp32")
-    if caches:
-        types |= dict.fromkeys(("k_cache", "v_cache"), caches)
+    types |= dict(others)
     types |= {"step": "*i64", "text_lens": "*i64", "scale": "fp32"}
     signature = launch_signature(kernel, types, constants)
     compiled = compile_ahead(
@@ -137,7 +135,14 @@ def test_appending_to_float8_multiplies_by_the_hadamard_matrix(heads, across, ca
     _, constants = norm_rope.tiling(q, torch.empty(*[heads] * across, 128), 1e-6)
     num_warps = constants.pop("num_warps")
     constants |= dict(KEYS=append.KEYS, HADAMARD=True)
-    (compiled,) = build(kernel, q.dtype, constants, capability, num_warps, caches="*fp8e4nv")
+    (compiled,) = build(
+        kernel,
+        q.dtype,
+        constants,
+        capability,
+        num_warps,
+        others=dict.fromkeys(("k_cache", "v_cache"), "*fp8e4nv"),
+    )
     assert find_failures([compiled], {}) == []
     assert compiled.count("HMMA") + compiled.count("HGMMA") > 0
     assert compiled.count("F2FP") > 0
@@ -205,7 +210,7 @@ def test_attention_to_float8_multiplies_float8(width, queries, capability):
         capability,
         config.warps,
         config.stages,
-        caches="*u8",
+        others=dict.fromkeys(("k_cache", "v_cache"), "*u8"),
     )
     product = "QGMMA" if capability == 90 else "QMMA"
     failures = find_failures(forgive(compiled, capability), {"cached_attention": (product, "F2FP")})
@@ -234,8 +239,27 @@ def convolution_cases():
 
 @pytest.mark.parametrize(("channels", "copies", "dtype", "capability"), list(convolution_cases()))
 def test_convolution_uses_tensor_cores(channels, copies, dtype, capability):
+    constants, compiled = build_convolution(channels, copies, dtype, capability)
+    product = product_of(capability, constants["BLOCK_PIXELS"])
+    assert find_failures(forgive(compiled, capability), {"causal_conv3d": (product,)}) == []
+    assert copies_16_bytes(compiled)
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize(("channels", "copies"), [((64, 64), 1), ((512, 256), 2)])
+def test_convolution_in_8_bits_multiplies_e4m3(channels, copies, capability):
+    """QGMMA on sm_90, and on sm_89 the products of 32 e4m3 numbers; no spills."""
+    float8 = ("x", "past", "weight")
+    _, compiled = build_convolution(channels, copies, torch.bfloat16, capability, float8)
+    product = {89: "QMMA", 90: "QGMMA"}[capability]
+    assert find_failures(forgive(compiled, capability), {"causal_conv3d": (product,)}) == []
+    assert copies_16_bytes(compiled)
+
+
+def build_convolution(channels, copies, dtype, capability, float8=()):
     inner, outer = channels
-    constants = convolution.blocks_of(outer, inner, dtype)
+    multiplied = torch.float8_e4m3fn if float8 else dtype
+    constants = convolution.blocks_of(outer, inner, multiplied)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     kernel = {name: 3 for name in ("KT", "KH", "KW")}
     strides = {name: 1 for name in ("TIME_STRIDE", "ROW_STRIDE", "COLUMN_STRIDE")}
@@ -247,7 +271,9 @@ def test_convolution_uses_tensor_cores(channels, copies, dtype, capability):
         "PIXELS": False,
         "EPS": 1e-6,
     }
-    if outer > constants["BLOCK_OUT"]:  # else the next norm is in it
+    if not float8:
+        options["weight_scale"] = None
+    if float8 or outer > constants["BLOCK_OUT"]:  # else the next norm is in it
         options |= {"next_norm_weight": None, "active": None}
     compiled = build(
         convolution.causal_conv3d_kernel,
@@ -257,16 +283,15 @@ def test_convolution_uses_tensor_cores(channels, copies, dtype, capability):
         warps,
         stages,
         divisible=("in_channels", "out_channels", "row_stride", "column_stride"),
+        others=dict.fromkeys(float8, "*fp8e4nv"),
     )
-    product = product_of(capability, constants["BLOCK_PIXELS"])
-    assert find_failures(forgive(compiled, capability), {"causal_conv3d": (product,)}) == []
-    assert copies_16_bytes(compiled)
+    return constants, compiled
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_activation_moves_16_bytes_per_access(capability):
     constants = {"CHANNELS": 128, "WIDTH": 128, "ROWS": convolution.ROWS, "EPS": 1e-6}
-    constants |= {"SILU": True, "channel_stride": 1}
+    constants |= {"SILU": True, "channel_stride": 1, "LARGEST": None}
     compiled = build(
         convolution.activate_kernel,
         torch.bfloat16,

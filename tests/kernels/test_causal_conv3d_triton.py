@@ -4,11 +4,15 @@ interpreter (test_triton_interpreter.py starts that)."""
 import pytest
 import torch
 
-from aapt_kernels import causal_conv3d, use_backend
+from aapt_kernels import causal_conv3d, causal_conv3d_e4m3, use_backend
 from aapt_kernels.backend import BackendError, interpreted
 from aapt_kernels.causal_conv3d import ref
 from aapt_kernels.causal_conv3d.cases import ABSENT, ACTIVE, CASES, Case, make_inputs
+from aapt_kernels.causal_conv3d.e4m3 import round_weight
 from aapt_kernels.testing import assert_error_ratio
+
+from .test_causal_conv3d_e4m3 import check as check_e4m3
+from .test_causal_conv3d_e4m3 import make as make_e4m3
 
 pytest.importorskip("triton")
 if not (interpreted() or torch.cuda.is_available()):
@@ -112,3 +116,29 @@ def test_a_limit_names_itself():
     words = "it takes float16, bfloat16 or float32 with at most 2048 input channels, got torch.flo"
     with pytest.raises(BackendError, match=words):
         causal_conv3d(torch.zeros(1, 2, 1, 1, 1).double(), torch.zeros(1, 2, 1, 1, 1).double())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("name", ["up-space", "replicate-chunk"])
+def test_e4m3(name, memory_format):
+    """Without norm and SiLU every number is rounded as the table says, the state bit for bit."""
+    check_e4m3(*make_e4m3(CASES[name], torch.float32, DEVICE, memory_format), bound=1e-4)
+
+
+@pytest.mark.parametrize("name", ["chunk", "up-both-start", "flat-kernel"])
+def test_e4m3_after_norm_and_silu(name):
+    inputs, options = make_e4m3(CASES[name], torch.bfloat16, DEVICE, LAST)
+    check_e4m3(inputs, options, bound=2e-2, ties=0.01)
+
+
+def test_e4m3_in_more_than_one_tile():
+    case = Case((2, 11, 13), (70, 140), batch=1, state=True, residual=True, **ACTIVE)
+    check_e4m3(*make_e4m3(case, torch.float32, DEVICE, LAST), bound=1e-2, ties=0.01)
+
+
+def test_e4m3_limits_large_numbers_and_keeps_nan():
+    """In the state, because the interpreter reads the code of NaN as 480."""
+    x = torch.tensor([1e4, -1e4, float("nan"), 1.0], device=DEVICE).view(1, 1, 1, 1, 4)
+    weight, scale = (y.to(DEVICE) for y in round_weight(torch.ones(1, 1, 2, 1, 1)))
+    state = causal_conv3d_e4m3(x, weight, scale)[1].float().flatten().cpu()
+    assert torch.equal(state[[0, 1, 3]], torch.tensor([448.0, -448.0, 1.0])) and state[2].isnan()

@@ -13,6 +13,7 @@ from aapt_kernels.testing import assert_error_ratio
 from .test_modulated_norm import CALLS, EPS, NAMES, make_inputs, oracle, run
 from .test_quantise_rows import CODES, nearest
 from .test_quantise_rows import oracle as quantise_oracle
+from .test_rounded_results import check_gelu, check_norm
 
 pytest.importorskip("triton")
 if not (interpreted() or torch.cuda.is_available()):
@@ -147,3 +148,29 @@ def test_quantise_rows_keeps_nan_infinity_and_every_tie():
     assert scales[1, 1].isinf() and values[1, 130].float().isnan()
     assert torch.equal(values[2:].double(), nearest(x[2:]))
     opcheck(torch.ops.aapt.quantise_rows.default, (x[2:].to(DEVICE),), test_utils=CHECKS[:2])
+
+
+@pytest.mark.parametrize(
+    ("call", "dtype", "width", "length"),
+    [
+        *((call, torch.bfloat16, 300, 6) for call in CALLS),
+        ("gated update", torch.float32, 100, 41),
+        ("first norm", torch.float16, 7, 4),
+        ("plain norm", torch.float64, 128, 3),
+        pytest.param("gated update", torch.bfloat16, 3072, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_modulated_norm_rounds_in_its_launch(call, dtype, width, length):
+    check_norm(call, dtype, width, device=DEVICE, length=length)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.bfloat16, (2, 9, 768)),
+        (torch.float32, (1, 70, 33)),
+        (torch.float16, (5, 1500)),
+    ],
+)
+def test_bias_gelu_rounds_in_its_launch(dtype, shape):
+    check_gelu(dtype, shape, device=DEVICE)

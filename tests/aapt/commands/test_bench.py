@@ -4,6 +4,10 @@ import json
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
+import pytest
+
+from aapt.evaluate.breakdown import EXCHANGE, PARTS
+
 from ..runs import ranks
 from .test_commands import run
 
@@ -35,8 +39,8 @@ def test_bench_says_what_a_prediction_assumes(capsys):
     table = capsys.readouterr().out
     assert "1280 x 720, bfloat16 with linear layers and attention in e4m3\n" in table
     assert "; assumed 1200 TFLOP/s in e4m3 through cuBLASLt, scales of 128\n" in table
-    assert "; assumed 1000 TFLOP/s by an FP8 kernel" in table
-    assert "rounding to e4m3 in launches of its own\n" in table
+    assert "; assumed 1000 TFLOP/s by the FP8 kernel of sm_90a" in table
+    assert "what attention returns rounded to e4m3 in a launch of its own\n" in table
 
 
 def test_bench_methods(capsys):
@@ -56,19 +60,29 @@ def test_bench_methods(capsys):
     assert "device: expected none with --predict" in capsys.readouterr().err
 
 
-def bench_on_a_rank(context: int) -> tuple[int, str, str]:
+def bench_on_a_rank(context: int, *more: str) -> tuple[int, str, str]:
     """Return the exit code of a small stream over `context` ranks, and what it printed."""
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-        options = ("--model", "aapt-small", "--size", "32x32", "--steps", 1, "--json")
+        options = ("--model", "aapt-small", "--size", "32x32", "--steps", 1, *more)
         code = run("bench", "stream", *options, "--context", context)
     return code, out.getvalue(), err.getvalue()
 
 
 def test_bench_stream_over_two_ranks():
-    (code, printed, _), other = ranks.run(2, bench_on_a_rank, 2)
+    (code, printed, _), other = ranks.run(2, bench_on_a_rank, 2, "--breakdown", "--json")
     assert code == 0 and other == (0, "", "")
     facts = json.loads(printed)
     assert facts["context"] == 2 and facts["steps"] == 1 and facts["fps"] > 0
+    found = facts["breakdown"]
+    assert list(found["parts"]) == [*PARTS, EXCHANGE] and found["parts"][EXCHANGE] > 0
+    assert found["step"] == pytest.approx(found["sum_of_parts"] + found["idle"])
+
+
+def test_the_table_of_two_ranks_has_the_exchange():
+    (code, printed, _), other = ranks.run(2, bench_on_a_rank, 2, "--breakdown")
+    assert code == 0 and other == (0, "", "")
+    (row,) = [row for row in printed.splitlines() if row.startswith("  exchange")]
+    assert row.endswith("%, the wait for other ranks included")
 
 
 def test_ranks_have_to_be_started(capsys):
@@ -77,8 +91,8 @@ def test_ranks_have_to_be_started(capsys):
         "aapt: context: expected a divisor of the 1 ranks, got 2; start with torchrun "
         "--nproc-per-node 2, or a multiple\n"
     )
-    assert run("bench", "stream", "--context", 2, "--breakdown") == 2
-    assert "breakdown: expected none with --context" in capsys.readouterr().err
+    assert run("bench", "stream", "--context", 2, "--graph", "step.dot") == 2
+    assert "graph: expected none with --context" in capsys.readouterr().err
     assert run("bench", "stream", "--predict", "h100", "--context", 2) == 2  # it has 3 heads
     assert "context: expected a divisor of the model's 3 heads, got 2" in capsys.readouterr().err
     options = ("--model", "aapt-8b", "--size", "1280x720", "--predict", "h100", "--context", 8)
