@@ -392,7 +392,7 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
     assert set(saved["timelines"][names[1]].pop("drift")) > {"sharpness", "palette_error"}
     assert {len(values) for values in saved["timelines"][names[1]].values()} == {2}
     assert list(saved["objects"]) == ["1 s"]  # three seconds are after the end
-    assert list(saved["objects"]["1 s"]) == ["truth", *names, "autoencoder"]
+    assert list(saved["objects"]["1 s"]) == ["truth", "autoencoder", *names]
     table = report.table()
     assert table.row_count == 5
     assert "objects kept after 1 s: " in table.caption
