@@ -1,7 +1,7 @@
 """Grows the generator of a bundled model into the first weights of a recipe (`Recipe.grown`)."""
 
 from ..checkpoint import find_checkpoint
-from ..data.tiny_world.rendered_clips import encode_clips, render_clips
+from ..data.rendered import render_clips
 from ..model.latent_relation import LatentRelation, fit_relation
 from ..model.world_model import WorldModel
 from ..training.recipe import Recipe
@@ -32,4 +32,4 @@ def _relation(
         return None
     data = next(iter(recipe.data.values()))
     clips = list(render_clips(data, workers, min(FIT_CLIPS, data.clips)))
-    return fit_relation(*(encode_clips(vae, clips)["latents"] for vae in (coarse, fine)))
+    return fit_relation(*(data.encode(vae, clips)["latents"] for vae in (coarse, fine)))

@@ -202,7 +202,7 @@ def test_a_detector_is_trained_once_per_configuration(tmp_path, monkeypatch):
     (path,) = tmp_path.glob("object-detector-*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"quality"', b'"qualitx"'))
-    message = r"object detector: expected one in the cache, .*the detector's quality \(2,\)"
+    message = r"object detector: expected one in the cache, .*the object detector's quality \(2,\)"
     with pytest.warns(UserWarning, match=message):
         _, same = load_detector(tmp_path, SMALL_DETECTOR, HEIGHT, WIDTH)
     assert same == quality and path.read_bytes() == whole

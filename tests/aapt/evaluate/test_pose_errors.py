@@ -237,7 +237,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
 def test_the_command_measures_with_both(tmp_path, capsys, monkeypatch):
     """Of the truth the estimator's own error is shown, of the checkpoint all."""
     monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
-    monkeypatch.setattr("aapt.evaluate.evaluation.DetectorConfig", lambda: SMALL_DETECTOR)
+    monkeypatch.setattr("aapt.evaluate.evaluation.ObjectDetectorConfig", lambda: SMALL_DETECTOR)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     checkpoint = save_checkpoint(tmp_path / "a")
     (tmp_path / "people").mkdir()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from aapt.checkpoint import find_checkpoint, read_tensors, save_config, save_module
-from aapt.data.tiny_world.rendered_clips import ProceduralData, encode_clips, render_clips
+from aapt.data.rendered import render_clips
+from aapt.data.tiny_world.rendered_clips import ProceduralData
 from aapt.model.latent_relation import fit_relation
 from aapt.model.world_model import WorldModel
 from aapt.runs import growth
@@ -53,7 +54,7 @@ def test_finer_latents(fine, tmp_path):
     run(recipe, tmp_path, report=lines.append, **given)
     clips = list(render_clips(CLIPS, 1))
     vaes = load_vae("tiny-world", ORIGINAL), load_vae(fine)
-    relation = fit_relation(*(encode_clips(vae, clips)["latents"] for vae in vaes))
+    relation = fit_relation(*(CLIPS.encode(vae, clips)["latents"] for vae in vaes))
     expected = WorldModel(recipe.model, recipe.camera)
     expected.load_grown(find_checkpoint("tiny-world"), relation)
     made = Run(recipe, tmp_path, **given).starting_model(None).state_dict()
