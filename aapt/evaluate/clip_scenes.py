@@ -110,6 +110,11 @@ class ClipScenes:
         steps = [(step - 1) % self.steps for step in range(window.first, window.last + 1)]
         return followed(self.poses[:, steps].flatten(1, 2))
 
+    def object_fields(
+        self, generator: StreamingGenerator, videos: Mapping[str, VideoFrames], timed: Timed
+    ) -> Mapping[str, Any]:
+        return {}
+
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         seconds = self.steps * FRAMES_PER_LATENT / self.fps
         return {

@@ -23,6 +23,7 @@ from .drift_plot import plot_drift
 from .keypoints import DetectorConfig
 from .measure import MeasuredFrames, Measurement, Timeline, UserNetwork, measure, timeline
 from .motion_probe import ProbeConfig
+from .object_detector import ObjectDetectorConfig
 from .pose_errors import CameraErrors, KeypointErrors
 from .pretrained import PretrainedDistance
 from .puppet_scenes import PuppetScenes, held_out_puppets
@@ -55,6 +56,7 @@ def evaluate(
     camera_poses: Path | None = None,
     probe: ProbeConfig | None = None,
     detector: DetectorConfig | None = None,
+    objects: ObjectDetectorConfig | None = None,
     cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
@@ -78,8 +80,8 @@ def evaluate(
             are fewer starts.
         fid, fvd, keypoints, camera_poses: TorchScript files, see `PretrainedDistance`,
             `KeypointErrors` and `CameraErrors`.
-        probe, detector: How the motion probe and the keypoint detector are trained; None for the
-            defaults.
+        probe, detector, objects: How the motion probe, the keypoint detector and the object
+            detector are trained; None for the defaults.
         cache: Folder that keeps them for the next evaluation; None for the user's cache.
         log: Called with one line per finished part.
 
@@ -104,7 +106,8 @@ def evaluate(
         scenes = PuppetScenes(puppets, loaded, *given)
     elif latents is None:
         walks = held_out_starts(starts, steps, seed)
-        scenes = WorldScenes(walks, loaded, probe or ProbeConfig(), cache or cache_folder())
+        kept = probe or ProbeConfig(), cache or cache_folder(), objects or ObjectDetectorConfig()
+        scenes = WorldScenes(walks, loaded, *kept)
     else:
         scenes = ClipScenes(latents, loaded, starts, seed)
     files = {"fid": fid, "fvd": fvd}
@@ -134,6 +137,7 @@ def evaluate(
             window.name: _measure_window(place, window, shown, statistics, scenes, networks, cell)
             for place, window in enumerate(schedule.windows)
         }
+    found = scenes.object_fields(generators[names[0]], shown, parts)
     given = {"latents": latents, **files}
     report = Report(
         checkpoints={name: str(folder) for name, folder in zip(names, checkpoints)},
@@ -144,6 +148,7 @@ def evaluate(
         timelines=timelines,
         seconds_taken=parts.seconds,
         environment=environment(),
+        **found,
         **scenes.report_fields(shown[TRUTH], schedule.windows[-1]),
     )
     rows = {name: shown[name] for name in (*generators, TRUTH)}

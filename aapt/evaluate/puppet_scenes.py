@@ -192,6 +192,11 @@ class PuppetScenes:
     def cameras(self, window: Window) -> None:
         return None
 
+    def object_fields(
+        self, generator: StreamingGenerator, videos: Mapping[str, VideoFrames], timed: Timed
+    ) -> Mapping[str, Any]:
+        return {}
+
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         palettes = metrics.palette(truth[window.frames])
         return {

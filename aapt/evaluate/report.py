@@ -5,8 +5,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from .kept_objects import KeptObjects
 from .measure import Measurement, Timeline
 from .motion_probe import ProbeQuality
+from .object_detector import DetectorQuality
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,8 +59,10 @@ class Report:
         probe: Quality of the motion probe on held-out rendered clips.
         detector_distance: AKD of the keypoint detector on held-out rendered figures, in pixels: the
             least that a generator can be seen to have.
+        objects: Object persistence after some seconds, by moment, then by source.
+        object_detector: Quality of the object detector on held-out rendered pictures.
 
-    The last four are None where they do not apply, as for clips.
+    The last six are None where they do not apply, as for clips.
     """
 
     checkpoints: dict[str, str]
@@ -72,6 +76,8 @@ class Report:
     other_theme: float | None = None
     probe: ProbeQuality | None = None
     detector_distance: float | None = None
+    objects: dict[str, dict[str, KeptObjects]] | None = None
+    object_detector: DetectorQuality | None = None
 
     def as_json(self) -> str:
         """Return everything as JSON; numbers that are infinite or not numbers become null."""
@@ -96,6 +102,15 @@ class Report:
             caption += (
                 f"; keypoint detector on held-out real figures: {self.detector_distance:.2f} px"
             )
+        if self.object_detector is not None:
+            caption += (
+                "; object detector on held-out real pictures: "
+                f"recall {self.object_detector.recall:.3f}, "
+                f"precision {self.object_detector.precision:.3f}"
+            )
+        for moment, sources in (self.objects or {}).items():
+            shares = (f"{name} {shown(sources[name].kept, '{:.2f}')}" for name in self.checkpoints)
+            caption += f"; objects kept after {moment}: {', '.join(shares)}"
         paths = self.checkpoints.items()
         title = ", ".join(name if name == path else f"{name}: {path}" for name, path in paths)
         table = Table(title=title, caption=caption)

@@ -67,6 +67,14 @@ class Scenes(Protocol):
         """Return the cameras (starts, 1 + 4 T, 4, 4) that the motion of a window asks for, relative
         to that of the frame before the window; None if the starts have no camera motion."""
 
+    def object_fields(
+        self, generator: StreamingGenerator, videos: Mapping[str, VideoFrames], timed: Timed
+    ) -> Mapping[str, Any]:
+        """Measure which objects of the truth every source of videos still shows.
+
+        Returns fields of a `Report`; none if these scenes know no objects.
+        """
+
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         """Return the fields of a `Report` about the truth; `window` is the last."""
 

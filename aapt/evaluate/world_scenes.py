@@ -1,5 +1,6 @@
 """Held-out walks through the rendered world: a rendered truth, known themes, commanded motion."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..clock import FRAMES_PER_LATENT
+from ..data.tiny_world.boxes import object_boxes
 from ..data.tiny_world.render import render
 from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, World, make_world, sample_trajectory
@@ -18,7 +20,9 @@ from ..model.conditioning import control_rays, relative_poses
 from ..streaming.generator import StreamingGenerator
 from ..vae.pixels import to_pixels, to_video
 from . import metrics
+from .kept_objects import SECONDS, measure_objects
 from .motion_probe import MotionProbe, ProbeConfig, ProbeQuality, load_probe
+from .object_detector import ObjectDetectorConfig, load_detector
 from .scenes import AUTOENCODER, TRUTH, Timed, followed
 from .video_frames import VideoFrames, latent_statistics, precision
 from .windows import Window
@@ -28,6 +32,7 @@ SEEDS_PER_EVALUATION = 1_000
 THEME_SEED = 6_000_000  # of the worlds that give a theme its palette
 THEME_WORLDS = 4
 RENDERED_FRAMES = 24  # at once, of a whole video
+DECODED_BEFORE = 6  # latent frames before a single picture of the autoencoder
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class WorldScenes:
     """`Scenes` of the rendered world, for checkpoints that move as it does.
 
     generators: by their checkpoints, all of one image size. probe, cache: see `load_probe`.
-    ValueError for a checkpoint whose controls have another meaning.
+    detector: see `load_detector`. ValueError for a checkpoint whose controls have another meaning.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class WorldScenes:
         generators: Mapping[str | Path, StreamingGenerator],
         probe: ProbeConfig,
         cache: Path,
+        detector: ObjectDetectorConfig,
     ):
         for checkpoint, generator in generators.items():
             _check_moves(checkpoint, generator)
@@ -132,7 +138,7 @@ class WorldScenes:
         self.steps = self.controls.shape[1]
         self.height, self.width = generator.height, generator.width
         self.camera = generator.model.camera
-        self._probe = cache, probe
+        self._probe, self._detector = (cache, probe), (cache, detector)
 
     @cached_property
     def probe(self) -> tuple[MotionProbe, ProbeQuality]:
@@ -202,6 +208,30 @@ class WorldScenes:
         held = self.controls[:, window.first - 1 : window.last]
         each_frame = held.repeat_interleave(FRAMES_PER_LATENT, dim=1)
         return followed(relative_poses(each_frame, self.camera))
+
+    def object_fields(
+        self, generator: StreamingGenerator, videos: Mapping[str, VideoFrames], timed: Timed
+    ) -> Mapping[str, Any]:
+        with timed("object detector"):
+            detector, quality = load_detector(*self._detector, self.height, self.width)
+        objects = {}
+        with timed("objects"):
+            for second in SECONDS:
+                frame = generator.fps * second
+                if frame not in videos[TRUTH].numbers:
+                    continue
+                last = math.ceil(frame / FRAMES_PER_LATENT)
+                window = Window(f"{second} s", max(1, last - DECODED_BEFORE), last)
+                truth = render_truth(self.starts, window.frames, self.height, self.width)
+                through, _ = reconstruct(generator, truth, [window])
+                sources = {**videos, AUTOENCODER: through}
+                boxes = [
+                    object_boxes(start.world, start.poses[frame], self.height, self.width)
+                    for start in self.starts
+                ]
+                pictures = {name: video[[frame]][:, 0] for name, video in sources.items()}
+                objects[window.name] = measure_objects(detector, boxes, pictures)
+        return {"objects": objects, "object_detector": quality}
 
     def report_fields(self, truth: VideoFrames, window: Window) -> Mapping[str, Any]:
         palettes = metrics.palette(truth[window.frames])

@@ -16,6 +16,7 @@ from ..checkpoint import (
 )
 from .conditioning import camera_rays, control_rays
 from .config import CameraConfig, ModelConfig
+from .latent_relation import LatentRelation
 from .mmdit import MMDiT
 from .text_encoders import text_encoder
 from .transformer import VideoTransformer
@@ -71,18 +72,23 @@ class WorldModel(nn.Module):
                 tensors[name] = whole
         fill_module(path, tensors, self)
 
-    def load_grown(self, folder: Path) -> None:
+    def load_grown(self, folder: Path, relation: LatentRelation | None = None) -> None:
         """Fills the model with the generator of a checkpoint that has larger tokens, or equal ones.
 
         A token's embedding is the sum of the larger token's over its parts, so that a constant
         patch is embedded as before; its output is the mean of the parts. Positions stretch if both
         have one reference grid (docs/method.md#4). CheckpointError unless the models agree in
         everything else.
+
+        relation: between the checkpoint's latents and this model's; None if both have one
+        autoencoder. The tokens of a model with finer latents are the blocks of the relation, each
+        on one latent pixel of the checkpoint.
         """
         path = folder / "model.safetensors"
         with reading_config(folder):
             large = ModelConfig(**tuples(load_config(folder)["model"])).patch_shape
-        tensors, (rows, columns) = read_tensors(path), self.config.patch_shape
+        rows, columns = (1, 1) if relation else self.config.patch_shape
+        tensors = {name: tensor.float() for name, tensor in read_tensors(path).items()}
         if large[0] % rows or large[1] % columns:
             raise CheckpointError(
                 f"{path}: expected tokens of multiples of {rows} x {columns} latent pixels, got "
@@ -93,6 +99,8 @@ class WorldModel(nn.Module):
         tensors[name] = tensors[name].unflatten(1, parts).sum(dim=(1, 3)).flatten(1)
         for name in ("transformer.video_out.weight", "transformer.video_out.bias"):
             tensors[name] = tensors[name].unflatten(0, parts).mean(dim=(0, 2)).flatten(0, 2)
+        if relation:
+            relation.grow(tensors, self.config.patch_area)
         fill_module(path, tensors, self)
 
     def conditions(

@@ -115,6 +115,24 @@ class Inputs:
             raise ValueError(f"{name}: expected clips of one rate, got {sorted(rates)} fps")
         return rates.pop()
 
+    @staticmethod
+    def check_one_encoding(digests: Mapping[str, str], rates: Mapping[str, int]) -> None:
+        """Check that the sets of a run are of one autoencoder and of one rate.
+
+        digests, rates: the autoencoder's digest and the video frames per second, by set. ValueError
+        naming the sets.
+        """
+        if len(set(digests.values())) > 1:
+            raise ValueError(
+                f"latents: expected those of one autoencoder for {', '.join(digests)}, "
+                f"got {len(set(digests.values()))}"
+            )
+        if len(set(rates.values())) > 1:
+            raise ValueError(
+                f"latents: expected those of one rate for {', '.join(rates)}, "
+                f"got {sorted(set(rates.values()))} fps"
+            )
+
     def starts(self, stages: Iterable[StageConfig]) -> set[str]:
         """Return which weights of the run's start stages need: "weights", and
         "discriminator_weights" of a discriminator that starts from no stage."""

@@ -40,7 +40,7 @@ from ..training.stages.diffusion_adaptation import DiffusionConfig
 from ..vae import CausalVAE, VAEConfig
 from ..vae.folder import LIGHT, ORIGINAL, load_vae, lossless_dtype, save_vaes, vae_digest
 from ..vae.pixels import to_pixels
-from . import light_decoder
+from . import growth, light_decoder
 from .autoencoder import FIT_CLIPS
 from .build_stage import build_stage
 from .clip_sets import ClipSets
@@ -58,7 +58,8 @@ def stage_names(recipe: Recipe) -> list[str]:
     """All stages of a recipe in order; those of the autoencoder and the data come first."""
     made = ["encoder", *recipe.data, "decoder"] if recipe.decoder else [*recipe.data]
     light = [light_decoder.STAGE] if recipe.light_decoder else []
-    return [*made, *light, *recipe.stages]
+    grown = [growth.STAGE] if recipe.grown else []
+    return [*made, *light, *grown, *recipe.stages]
 
 
 def check_stages(recipe: Recipe, stages: Iterable[str]) -> None:
@@ -201,16 +202,7 @@ class Run:
                         f"{clips}: expected clips of {needed} latent frames or more after the "
                         f"first for stage {name}, got at most {has}"
                     )
-        if len(set(digests.values())) > 1:
-            raise ValueError(
-                f"latents: expected those of one autoencoder for {', '.join(digests)}, "
-                f"got {len(set(digests.values()))}"
-            )
-        if len(set(rates.values())) > 1:
-            raise ValueError(
-                f"latents: expected those of one rate for {', '.join(rates)}, "
-                f"got {sorted(set(rates.values()))} fps"
-            )
+        Inputs.check_one_encoding(digests, rates)
 
     def check_text(self) -> None:
         """Check that the clips' captions have embeddings of the width that the model reads."""
@@ -283,7 +275,7 @@ class Run:
         elif self.inputs.weights is not None:
             model.load_start(weights_file(self.inputs.weights), self.recipe.new_channels)
         elif self.recipe.grown:
-            model.load_grown(find_checkpoint(self.recipe.autoencoder))
+            load_module(self.result(growth.STAGE), model)
         return model
 
     # Stages: the work that makes each result.
@@ -298,7 +290,7 @@ class Run:
         self.parallel.agree(None)  # the others wait for the file
 
     def prepare(self, stage: str) -> None:
-        """Make the result of a stage that needs one rank only: an autoencoder or a set of clips."""
+        """Make the result of a stage that needs one rank only."""
         if stage == "encoder":
             save_module(self.result(stage), self.fit_encoder())
         elif stage == "decoder":
@@ -312,6 +304,9 @@ class Run:
             drop_states(folder)
         elif stage == light_decoder.STAGE:
             self.train_light_decoder()
+        elif stage == growth.STAGE:
+            grown = growth.grow(self.recipe, self.vae("encoder"), self.workers)
+            save_module(self.result(stage), grown)
         else:
             data = self.recipe.data[stage]
             clips = render_clips(data, self.workers)

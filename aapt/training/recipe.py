@@ -42,8 +42,8 @@ class Recipe:
         vae: Shape of the autoencoder; None if clips come encoded.
         autoencoder: The bundled model or the recipe whose autoencoder encodes the rendered clips;
             None if the run makes its own, or if clips come encoded.
-        grown: Start the first stage from the bundled generator of `autoencoder`, whose tokens are
-            larger or equal (`WorldModel.load_grown`).
+        grown: The bundled model whose generator grows into the first weights, if any. Its tokens
+            cover at least as many pixels of video (`WorldModel.load_grown`).
         decoder: Training of the decoder of an autoencoder that the run makes; None otherwise.
         light_decoder: Training of a cheaper decoder for it, with which the checkpoint streams; None
             for none.
@@ -70,7 +70,7 @@ class Recipe:
     new_channels: Literal["random", "zero"] = "random"
     space_factor: int = 8
     autoencoder: str | None = None
-    grown: bool = False
+    grown: str | None = None
 
     def __post_init__(self):
         for name, stage in self.stages.items():

@@ -21,6 +21,7 @@ from .tiny_recipes import (
     pilot_80,
     pilot_160,
     pilot_160_fine,
+    sharp_world,
     tiny_world,
     vae_fine,
     vae_light,
@@ -310,6 +311,7 @@ RECIPES = {
     "pilot-80": pilot_80,
     "pilot-160": pilot_160,
     "pilot-160-fine": pilot_160_fine,
+    "sharp-world": sharp_world,
 }
 LIGHT_RECIPES = {"vae-light": vae_light, "wan-light": wan_light}
 VAE_RECIPES = {"vae-fine": vae_fine}

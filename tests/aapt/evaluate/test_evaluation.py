@@ -30,6 +30,7 @@ from aapt.evaluate.motion_probe import (
     shrink_triples,
     train_probe,
 )
+from aapt.evaluate.object_detector import ObjectDetectorConfig
 from aapt.evaluate.scenes import roll_out_scenes
 from aapt.evaluate.video_frames import VideoFrames, latent_statistics
 from aapt.evaluate.windows import WINDOWS, Schedule, drift_frames, shifted_inside
@@ -45,6 +46,9 @@ from .test_metrics import HEIGHT, WIDTH, noise, plain
 
 CELL = 8
 SMALL_PROBE = ProbeConfig(clips=6, held_out_clips=2, steps=2, batch=8)
+SMALL_DETECTOR = ObjectDetectorConfig(
+    worlds=6, held_out_worlds=2, pictures=2, steps=2, batch=4, width=8
+)
 MODEL = ModelConfig(
     width=32,
     heads=2,
@@ -194,7 +198,7 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
     generator = StreamingGenerator.from_pretrained(checkpoint)
     starts = held_out_starts(2, 6, seed=0)
     first = render_truth(starts, [0], HEIGHT, WIDTH).pixels[:, 0]
-    scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
+    scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path, SMALL_DETECTOR)
     found, statistics, _ = roll_out_scenes(generator, scenes, 6, range(25), seed=0)
     assert found.pixels.shape == (2, 25, HEIGHT, WIDTH, 3) and statistics.shape == (2, 7, 2)
 
@@ -211,7 +215,9 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
 def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint, tmp_path):
     """One step from noise without guidance is the single pass of a generator without clamp."""
     generator = StreamingGenerator.from_pretrained(checkpoint)
-    scenes = WorldScenes(held_out_starts(2, 3, seed=0), {"": generator}, SMALL_PROBE, tmp_path)
+    scenes = WorldScenes(
+        held_out_starts(2, 3, seed=0), {"": generator}, SMALL_PROBE, tmp_path, SMALL_DETECTOR
+    )
     model = generator.model.transformer
     model.config = replace(model.config, output_clamp=None)
     for name, parameter in model.named_parameters():
@@ -250,7 +256,7 @@ def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     window = WINDOWS[0]
     truth = render_truth(starts, window.frames, HEIGHT, WIDTH).pixels
     generators = {checkpoint: StreamingGenerator.from_pretrained(checkpoint)}
-    scenes = WorldScenes(starts, generators, SMALL_PROBE, tmp_path)
+    scenes = WorldScenes(starts, generators, SMALL_PROBE, tmp_path, SMALL_DETECTOR)
     real = MeasuredFrames.of(truth[:, 1:], CELL)
     found = measure(truth, real, None, scenes, window)
     assert (found.sharpness, found.palette_error, found.theme_kept) == (1.0, 0.0, 1.0)
@@ -343,6 +349,7 @@ def evaluation(checkpoint, tmp_path_factory):
         seconds=2.0,
         videos=1,
         probe=SMALL_PROBE,
+        objects=SMALL_DETECTOR,
         cache=folder / "cache" / "aapt",
         log=lines.append,
     )
@@ -360,8 +367,10 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
         "autoencoder",
         *(f"{name} rollout" for name in names),
         "videos",
-        lines[-2],
+        lines[-4],
         "metrics",
+        "object detector",
+        "objects",
     ]
     assert {path.name for path in out.iterdir()} == {
         *("report.json", "drift.png", "sheet.png", "videos")
@@ -382,8 +391,11 @@ def test_evaluate_end_to_end(checkpoint, evaluation):
     assert saved["timelines"][names[1]]["seconds"] == [1, 2]
     assert set(saved["timelines"][names[1]].pop("drift")) > {"sharpness", "palette_error"}
     assert {len(values) for values in saved["timelines"][names[1]].values()} == {2}
+    assert list(saved["objects"]) == ["1 s"]  # three seconds are after the end
+    assert list(saved["objects"]["1 s"]) == ["truth", "autoencoder", *names]
     table = report.table()
     assert table.row_count == 5
+    assert "objects kept after 1 s: " in table.caption
     headings = [column.header for column in table.columns]
     assert "feature distance" in headings and "FID" not in headings
 
@@ -460,6 +472,7 @@ def test_the_command_prints_a_table(checkpoint, evaluation, tmp_path, capsys, mo
     before, folder, _ = evaluation
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    monkeypatch.setattr("aapt.evaluate.evaluation.ObjectDetectorConfig", lambda: SMALL_DETECTOR)
     network = tmp_path / "network.pt"
     with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         torch.jit.script(MeanColour()).save(str(network))
@@ -482,6 +495,7 @@ def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monke
     before, folder, _ = evaluation
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    monkeypatch.setattr("aapt.evaluate.evaluation.ObjectDetectorConfig", lambda: SMALL_DETECTOR)
     options = ["--starts", 2, "--seconds", 2, "--seed", 1, "--json", "--out", tmp_path]
     assert main([str(part) for part in ["eval", checkpoint, *options]]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -495,7 +509,7 @@ def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monke
     }
     other = printed["timelines"][checkpoint.name]["palette_error"]
     assert other not in [line.palette_error for line in before.timelines.values()]
-    assert len(list((folder / "cache" / "aapt").iterdir())) == 1
+    assert len(list((folder / "cache" / "aapt").iterdir())) == 2
 
 
 class MeanColour(torch.nn.Module):
@@ -533,6 +547,7 @@ def test_the_command_needs_no_cache(checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    monkeypatch.setattr("aapt.evaluate.evaluation.ObjectDetectorConfig", lambda: SMALL_DETECTOR)
     options = ["--starts", "1", "--seconds", "1.4", "--out", str(tmp_path / "out")]
     assert main(["eval", str(checkpoint), *options]) == 0
     said = capsys.readouterr().err.splitlines()

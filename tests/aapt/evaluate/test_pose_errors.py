@@ -18,7 +18,7 @@ from aapt.evaluate.windows import WINDOWS
 from aapt.evaluate.world_scenes import WorldScenes, held_out_starts
 from aapt.streaming.generator import StreamingGenerator
 
-from .test_evaluation import SMALL_PROBE, save_checkpoint
+from .test_evaluation import SMALL_DETECTOR, SMALL_PROBE, save_checkpoint
 from .test_features import save
 
 WINDOW = WINDOWS[0]
@@ -142,7 +142,7 @@ def test_the_worlds_cameras_are_those_of_its_poses(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "a")
     generator = StreamingGenerator.from_pretrained(checkpoint)
     starts = held_out_starts(2, 40, seed=0)
-    scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path)
+    scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path, SMALL_DETECTOR)
     for window in WINDOWS[:2]:
         found = scenes.cameras(window)
         for start, cameras in zip(starts, found, strict=True):
@@ -237,6 +237,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
 def test_the_command_measures_with_both(tmp_path, capsys, monkeypatch):
     """Of the truth the estimator's own error is shown, of the checkpoint all."""
     monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
+    monkeypatch.setattr("aapt.evaluate.evaluation.ObjectDetectorConfig", lambda: SMALL_DETECTOR)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     checkpoint = save_checkpoint(tmp_path / "a")
     (tmp_path / "people").mkdir()

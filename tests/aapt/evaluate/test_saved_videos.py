@@ -13,7 +13,7 @@ from aapt.evaluate.world_scenes import WorldScenes, held_out_starts, render_trut
 from aapt.streaming.generator import StreamingGenerator
 
 from ..helpers import read_video
-from .test_evaluation import SMALL_PROBE, save_checkpoint
+from .test_evaluation import SMALL_DETECTOR, SMALL_PROBE, save_checkpoint
 from .test_metrics import HEIGHT, WIDTH
 
 STEPS = 3
@@ -26,7 +26,9 @@ def checkpoint(tmp_path_factory):
 
 def rolled_out(checkpoint, folder, kept):
     generator = StreamingGenerator.from_pretrained(checkpoint)
-    scenes = WorldScenes(held_out_starts(3, STEPS, 0), {"": generator}, SMALL_PROBE, folder)
+    scenes = WorldScenes(
+        held_out_starts(3, STEPS, 0), {"": generator}, SMALL_PROBE, folder, SMALL_DETECTOR
+    )
     frames = range(1 + 4 * STEPS)
     video, _, latents = roll_out_scenes(generator, scenes, STEPS, frames, seed=0, kept=kept)
     return generator, scenes, video, latents
@@ -64,7 +66,8 @@ def test_the_decoded_rollout_is_the_measured_one(checkpoint, tmp_path):
 
 def test_no_videos_unless_asked_for(checkpoint, tmp_path):
     lines = []
-    settings = dict(starts=1, seconds=2.0, probe=SMALL_PROBE, cache=tmp_path / "cache")
+    settings = dict(starts=1, seconds=2.0, probe=SMALL_PROBE, objects=SMALL_DETECTOR)
+    settings |= {"cache": tmp_path / "cache"}
     evaluate([checkpoint], tmp_path / "out", **settings, log=lines.append)
     assert not (tmp_path / "out" / "videos").exists()
     assert not any("video" in line for line in lines)
