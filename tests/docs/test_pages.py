@@ -17,6 +17,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 RUN_BY_OTHERS = {
     "docs/drop-in.md": "tests/kernels/test_drop_in.py",  # beside what the blocks replace
     "docs/data.md": "tests/docs/test_data_page.py",  # on clips and a model made for it
+    "docs/poses.md": "tests/aapt/runs/test_puppet.py",  # on a small model of the recipe
     "docs/play.md": "tests/aapt/serve/test_docs.py",  # beside a server, with its packages
     "docs/packages.md": "tests/build/test_hub.py",  # beside a layout that is built
 }

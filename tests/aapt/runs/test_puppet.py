@@ -16,6 +16,8 @@ from aapt.streaming.poses import load_poses
 from aapt.training.curriculum import constant
 from aapt.training.puppet_recipe import tiny_puppet
 
+from ...docs.test_pages import ROOT, blocks
+
 STEPS = 2
 
 
@@ -81,6 +83,16 @@ def test_the_checkpoint_follows_poses(trained):
         made.append(np.concatenate([stream.step(pose) for _, pose in zip(range(4), steps)]))
     assert made[0].shape == (16, 48, 48, 3) and not np.array_equal(*made)
     assert generator.sample_prompt == "wizard in a meadow" and len(generator.themes) == 6
+
+
+def test_the_page_runs(trained, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny-puppet").symlink_to(trained[0], target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "docs" / "poses.md", {"python"})
+    names = {}
+    exec(compile(block, "docs/poses.md", "exec"), names)
+    assert names["frames"].shape == (4, 48, 48, 3)
 
 
 def test_generate_takes_a_preset_or_a_file(trained, tmp_path, capfd):
