@@ -20,11 +20,12 @@ Streaming sees one frame at a time, gives the same numbers and costs the same at
     cache.advance()                                           # after the last layer
 
 `modulated_norm` and `bias_gelu` are what a block does between its products, in one launch each;
-`quantise_rows` makes the input of a product in 8 bits, and `modulated_norm_e4m3` and
-`bias_gelu_e4m3` do so in their own launch. `causal_conv3d` is the VAE's convolution, and
-`causal_conv3d_e4m3` that in 8 bits. Each function is a real torch op, `torch.ops.aapt.<name>`, that
-compiles without graph breaks. `use_backend` chooses the implementation of all ops, `backends` lists
-the choice. `patch` gives a diffusers Wan pipeline this attention.
+`quantise_rows` makes the input of a product in 8 bits; `modulated_norm_e4m3` and `bias_gelu_e4m3`
+round their results in their own launch. `causal_conv3d` is the VAE's convolution, and
+`causal_conv3d_e4m3` computes it in 8 bits. Each function is a real torch op,
+`torch.ops.aapt.<name>`, that compiles without graph breaks. `use_backend` chooses the
+implementation of all ops, `backends` lists the choice. `patch` gives a diffusers Wan pipeline this
+attention.
 """
 
 from . import _library

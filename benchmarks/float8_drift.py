@@ -21,6 +21,7 @@ from aapt.evaluate import metrics
 from aapt.evaluate.evaluation import cache_folder
 from aapt.evaluate.features import describe, feature_distance
 from aapt.evaluate.motion_probe import ProbeConfig
+from aapt.evaluate.object_detector import ObjectDetectorConfig
 from aapt.evaluate.scenes import roll_out_scenes
 from aapt.evaluate.video_frames import VideoFrames
 from aapt.evaluate.windows import drift_frames
@@ -71,7 +72,8 @@ VARIANTS = (  # the first is the one that the pixels of the others are compared 
 def scenes_of(generator: StreamingGenerator, worlds: int, seconds: int) -> WorldScenes:
     """Return the walks that every variant makes."""
     walks = held_out_starts(worlds, seconds * STEPS_PER_SECOND, seed=0)
-    return WorldScenes(walks, {MODEL: generator}, ProbeConfig(), cache_folder())
+    detector = ObjectDetectorConfig()
+    return WorldScenes(walks, {MODEL: generator}, ProbeConfig(), cache_folder(), detector)
 
 
 def stream(variant: Variant, worlds: int, seconds: int) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aapt.evaluate.breakdown import has_kernel
+from aapt.runs.build_stage import build_stage
 from aapt.runs.loop import RunOptions, parts
 from aapt.runs.parallel import Parallel
 from aapt.runs.plan import H100, plan
@@ -52,7 +53,7 @@ def operations(recipe: Recipe) -> Iterator[tuple[str, int]]:
             first = ["encoder", *made, name] if made else [name]
             run(recipe, Path(folder), first, workers=1, options=options, report=lambda line: None)
             worker = Run(recipe, Path(folder), options=options)
-            stage = worker.stage(config)
+            stage = build_stage(config, worker)
             with Counter() as counter:
                 for random, share in parts(stage, 0, stage.steps - 1, Parallel.single(), None):
                     stage.accumulate(worker.sets, random, stage.steps - 1, share)

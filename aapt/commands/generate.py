@@ -127,7 +127,7 @@ def generate(
     file {"fps": 24, "keypoints": [[[x, y], ...], ...]}. Each video frame has 14 points: head, neck,
     then shoulder, elbow and wrist of the right arm and of the left, then hip, knee and ankle of the
     right leg and of the left. x and y are shares of the image's width and height from the top left
-    corner; null stands for a hidden point. Poses that are shorter than the video are played
+    corner; null is a hidden point. Poses that are shorter than the video are played
     forwards and backwards in turn.
 
     \b

@@ -149,10 +149,10 @@ class Measurement:
         yaw_correlation, forward_correlation: Between commanded and realised motion.
         yaw_gain, forward_gain: Realised divided by commanded motion.
         yaw_response, forward_response: See `metrics.response_steps`, in video frames.
-        keypoint_distance: AKD: mean distance of detected from commanded keypoints, in pixels.
+        akd_to_pose: Mean distance of detected from commanded keypoints, in pixels.
         look_kept: Share of starts whose figure has the colours of its own look.
         fid, fvd: From the truth of the same window, if a network was given.
-        akd, missing_keypoints: See `pose_errors.keypoint_errors`, if a network was given.
+        akd_to_truth, missing_keypoints: See `pose_errors.keypoint_errors`, if a network was given.
         rotation_error, translation_error, cameras_found: See `pose_errors.camera_errors`, if a
             network was given.
     """
@@ -173,11 +173,11 @@ class Measurement:
     forward_gain: float | None = None
     yaw_response: int | None = None
     forward_response: int | None = None
-    keypoint_distance: float | None = None
+    akd_to_pose: float | None = None
     look_kept: float | None = None
     fid: float | None = None
     fvd: float | None = None
-    akd: float | None = None
+    akd_to_truth: float | None = None
     missing_keypoints: float | None = None
     rotation_error: float | None = None
     translation_error: float | None = None

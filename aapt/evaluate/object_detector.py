@@ -145,7 +145,7 @@ def overlaps(a: Tensor, b: Tensor) -> Tensor:
 
 def count_found(true: Boxes, found: Boxes) -> int:
     """Count the true objects that are found: boxes of one class with an intersection over union of
-    at least `MATCHED`. Each found object stands for one true object, the best pairs first."""
+    at least `MATCHED`. Each found object matches one true object, the best pairs first."""
     fit = overlaps(true.corners, found.corners)
     fit = fit.where(true.classes[:, None] == found.classes, 0)
     count = 0

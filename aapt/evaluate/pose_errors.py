@@ -53,7 +53,7 @@ class KeypointErrors:
 def keypoint_errors(made: Tensor, real: Tensor) -> dict[str, float | None]:
     """Compare keypoints (N, K, 3) of frames with those of the true frames.
 
-    Returns `akd`, the mean distance in pixels of keypoints that are detected in both, and
+    Returns `akd_to_truth`, the mean distance in pixels of keypoints that are detected in both, and
     `missing_keypoints`, the share of the truth's that are not detected in the video. None if there
     are none to compare.
     """
@@ -61,7 +61,7 @@ def keypoint_errors(made: Tensor, real: Tensor) -> dict[str, float | None]:
     both = wanted & seen
     distance = (made[..., :2] - real[..., :2]).double().norm(dim=-1)[both]
     return {
-        "akd": distance.mean().item() if len(distance) else None,
+        "akd_to_truth": distance.mean().item() if len(distance) else None,
         "missing_keypoints": (~seen)[wanted].double().mean().item() if wanted.any() else None,
     }
 

@@ -184,7 +184,7 @@ class PuppetScenes:
         commanded = self.points[:, list(window.frames)[1:], :, :2]
         found = self.detector[0].find(shown)
         return {
-            "keypoint_distance": keypoint_distance(found, commanded, self.height, self.width),
+            "akd_to_pose": keypoint_distance(found, commanded, self.height, self.width),
             "look_kept": look_kept(body_colours(shown, found), looks, self.looks),
             "theme_kept": metrics.theme_kept(palettes, places, self.places),
         }

@@ -27,7 +27,7 @@ class Control:
     def __post_init__(self):
         for name in ("yaw", "forward"):
             value = getattr(self, name)
-            if not (isinstance(value, Real) and math.isfinite(value) and abs(value) <= 1):
+            if not (isinstance(value, Real) and abs(value) <= 1):
                 raise ValueError(f"{name}: expected a number in [-1, 1], got {value!r}")
             object.__setattr__(self, name, float(value))
 

@@ -116,8 +116,8 @@ class Float8Linear(nn.Module):
 
 
 def on_tensor_cores(dtype: torch.dtype, weight: Tensor) -> bool:
-    """True where PyTorch multiplies inputs of this dtype and a weight in 8 bits: whole blocks,
-    bfloat16, on sm_90. The meta device stands for one, so that predictions see the product."""
+    """Return whether PyTorch multiplies inputs of this dtype and a weight in 8 bits: whole blocks,
+    bfloat16, on sm_90. The meta device counts as sm_90, so that predictions see the product."""
     if dtype != torch.bfloat16 or any(size % BLOCK for size in weight.shape):
         return False
     if weight.device.type == "cuda":

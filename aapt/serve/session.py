@@ -398,8 +398,9 @@ class Session:
         self._sent_at = time.perf_counter()
         self._turn = (self._turn + 1) % len(world.lanes)
         if self._turn == 0:
-            self._earliest = started + EARLY * self.period
-            self._due = max(self._due + self.period, self._earliest)
+            # Counted from when an early step was due, so that early steps in a row gain time once
+            self._earliest = max(started, self._due) + EARLY * self.period
+            self._due = max(self._due + self.period, started + EARLY * self.period)
         if len(world.walk.branches) > branches or made.step % world.history.every == 0:
             self._tell_tree()
         if followed and not lane.script:

@@ -219,7 +219,7 @@ def _read_pose(line: dict[str, Any]) -> Pose | None:
         return None
     try:
         return Pose(line["pose"])
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         said = str(error)
         raise ValueError(said if said.startswith("pose: ") else f"pose: {said}"[:160]) from None
 

@@ -94,6 +94,10 @@ def _read(name: str, path: Path) -> PoseScript:
         return PoseScript(name, *_parse(script))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except OverflowError:
+        raise ValueError(
+            f"{path}: keypoints: expected finite numbers, got a whole number beyond float64"
+        ) from None
 
 
 def _parse(script: Any) -> tuple[float, np.ndarray]:

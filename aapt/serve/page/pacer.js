@@ -14,6 +14,7 @@ export class Pacer {
   #queue = []; // {frame, due}
   #free = 0; // when the last queued frame has had its time
   #arrived = null;
+  #gained = 0; // milliseconds by which the newest pass came early for a key
 
   /** period: expected milliseconds between passes of `count` frames. */
   constructor(period, count) {
@@ -29,7 +30,8 @@ export class Pacer {
 
   /**
    * Queues the frames of a pass; with `urgent`, in place of all that is queued. A pass that came early
-   * for a key lasts longer by the time that it gained, because the next pass is not early.
+   * for a key lasts longer by the time that it gained, because the next pass is not early. Early
+   * passes in a row gain time once, as in session.py.
    */
   push(frames, now, urgent = false) {
     const gap = this.#arrived === null ? Infinity : now - this.#arrived;
@@ -40,9 +42,11 @@ export class Pacer {
       this.#free = now;
     }
     const start = Math.max(now, this.#free);
-    const gained = urgent ? Math.max(0, this.period - gap) : 0.5 * (now - start);
     const most = (1 - EARLY) * this.period;
-    const time = this.period + Math.max(-most, Math.min(most, gained));
+    const gained = Math.max(0, this.#gained + this.period - gap);
+    this.#gained = urgent ? Math.min(most, gained) : 0;
+    const hurry = urgent ? 0 : Math.min(most, 0.5 * (start - now));
+    const time = this.period + this.#gained - hurry;
     const spacing = time / this.count;
     frames.forEach((frame, index) => this.#queue.push({ frame, due: start + index * spacing }));
     this.#free = start + frames.length * spacing;
@@ -53,7 +57,7 @@ export class Pacer {
    * be, and at the soonest after `lead` milliseconds.
    */
   hasten(now, lead) {
-    const end = Math.max(this.#arrived + EARLY * this.period, now + lead);
+    const end = Math.max(this.#arrived + this.#gained + EARLY * this.period, now + lead);
     if (!this.#queue.length || end >= this.#free) return;
     const share = (end - now) / (this.#free - now);
     for (const slot of this.#queue) slot.due = now + share * (slot.due - now);
@@ -80,6 +84,7 @@ export class Pacer {
     this.#queue.length = 0;
     this.#free = 0;
     this.#arrived = null;
+    this.#gained = 0;
     this.period = this.nominal;
   }
 }

@@ -53,6 +53,7 @@ export class Player extends EventTarget {
   #promptSequence = 0;
   #waitingPrompt = null; // its sequence, until a frame honours it
   #controls = [{ yaw: 0, forward: 0 }, { yaw: 0, forward: 0 }]; // of the lanes
+  #steered = false; // controls drive the model, not its prompt alone
   #followHeard = false;
   #scrubbing = false; // from the first move until the server has sought
   #seekTimer = 0;
@@ -167,7 +168,8 @@ export class Player extends EventTarget {
     const sequence = this.#sendInput(lane, taps, time);
     if (moves) this.play();
     // A redo replaces queued frames; without it the server makes the next pass early.
-    if (this.playing && !this.redo && !this.split) this.stage.hasten(this.receipts.lastStep);
+    const early = this.#steered && !this.redo && !this.split;
+    if (this.playing && early) this.stage.hasten(this.receipts.lastStep);
     if (key && this.playing) this.receipts.pressed(sequence, time, key, lane);
   }
 
@@ -369,6 +371,7 @@ export class Player extends EventTarget {
 
   #welcomed(message) {
     this.stepSeconds = message.frames_per_step / message.fps;
+    this.#steered = message.driven_by === "camera";
     this.stage.configure(message);
     this.#emit("welcome", message);
     this.#opening = true;

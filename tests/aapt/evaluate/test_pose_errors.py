@@ -126,15 +126,15 @@ def test_keypoints_by_hand():
     real = torch.tensor([[[0.0, 0, 1], [10, 10, 0.9], [5, 5, 0.3], [7, 7, 0.1]]])
     made = torch.tensor([[[3.0, 4, 1], [10, 10, 0.5], [90, 90, 0.2], [0, 0, 1]]])
     found = keypoint_errors(made, real)
-    assert found["akd"] == pytest.approx(2.5)
+    assert found["akd_to_truth"] == pytest.approx(2.5)
     assert found["missing_keypoints"] == pytest.approx(1 / 3)
 
 
 def test_no_keypoints_are_no_distance():
     nobody = torch.zeros(2, 4, 3)
-    assert keypoint_errors(nobody, nobody) == {"akd": None, "missing_keypoints": None}
+    assert keypoint_errors(nobody, nobody) == {"akd_to_truth": None, "missing_keypoints": None}
     person = torch.ones(2, 4, 3)
-    assert keypoint_errors(nobody, person) == {"akd": None, "missing_keypoints": 1.0}
+    assert keypoint_errors(nobody, person) == {"akd_to_truth": None, "missing_keypoints": 1.0}
 
 
 def test_the_worlds_cameras_are_those_of_its_poses(tmp_path):
@@ -197,7 +197,7 @@ def test_keypoints_of_a_network(tmp_path):
     made[1, -1] = 0  # no one there
     found = network.measure(made, truth[:, 1:], Stub(), WINDOW)
     frames = FRAMES - 1
-    assert found["akd"] == pytest.approx(3 * (frames - 1) / (2 * frames - 1))
+    assert found["akd_to_truth"] == pytest.approx(3 * (frames - 1) / (2 * frames - 1))
     assert found["missing_keypoints"] == pytest.approx(1 / (2 * frames))
     assert network.measure(made, truth[:, 1:], Stub(steps=WINDOW.last - 1), WINDOW) == {}
 

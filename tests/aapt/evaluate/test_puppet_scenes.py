@@ -136,11 +136,11 @@ def test_the_truth_follows_its_own_poses(checkpoint, detector):
     video = torch.stack([puppet.render(list(window.frames)) for puppet in puppets])
     palettes = torch.zeros(6, 6)
     found = scenes.control_metrics(video, palettes, window)
-    assert found["keypoint_distance"] < 1.5 * detector[2]
+    assert found["akd_to_pose"] < 1.5 * detector[2]
     assert found["look_kept"] >= 0.5
     turned = video[[1, 2, 3, 4, 5, 0]]  # the figures of others
     other = scenes.control_metrics(turned, palettes, window)
-    assert other["keypoint_distance"] > 1.5 * found["keypoint_distance"]
+    assert other["akd_to_pose"] > 1.5 * found["akd_to_pose"]
     assert other["look_kept"] < found["look_kept"]
     channels = scenes.condition(generator)
     assert channels(1).shape == channels(8).shape == (6, 4, 1, 6, 6)
@@ -157,8 +157,8 @@ def test_an_evaluation_reports_akd_beside_the_detectors_own(checkpoint, detector
     assert written["detector_distance"] == pytest.approx(detector[2])
     window = report.windows[WINDOWS[0].name]
     truth, made = window["truth"], window[checkpoint.name]
-    assert truth.keypoint_distance < made.keypoint_distance
+    assert truth.akd_to_pose < made.akd_to_pose
     assert truth.theme_kept == 1 and made.yaw_gain is None
     columns = {column.header for column in report.table().columns}
-    assert {"AKD px", "look kept", "theme kept"} <= columns and "yaw gain" not in columns
+    assert {"AKD to pose px", "look kept", "theme kept"} <= columns and "yaw gain" not in columns
     assert "keypoint detector on held-out real figures" in report.table().caption

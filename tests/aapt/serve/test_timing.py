@@ -70,6 +70,18 @@ def test_a_changed_control_makes_the_next_step_early(session, clock):
     assert session.due() == pytest.approx(1000.0 + 2 * session.period)
 
 
+def test_controls_that_change_in_every_step_gain_a_quarter_of_a_period_once(session, clock):
+    """Each step a quarter earlier than the one before would leave the page without frames, for as
+    long, once the keys rest."""
+    for number in range(1, 7):
+        clock.now += 0.1 * session.period
+        press(session, number, yaw=1.0 if number % 2 else -1.0)
+        clock.now = session.due()
+        assert clock.now == pytest.approx(1000.0 + (number - 1 + EARLY) * session.period)
+        session.run()
+    assert session.due() == pytest.approx(1000.0 + 7 * session.period)
+
+
 def test_an_early_step_waits_for_more_keys_but_no_step_is_late_for_them(session, clock):
     session.period = 1.0
     session._due, session._earliest = 1001.0, 1000.75

@@ -117,6 +117,7 @@ def test_a_walk_replays_its_poses_bit_for_bit(generator, picture):
     ("field", "said"),
     [
         ({"pose": [[0.5]]}, r"line 2: pose: "),
+        ({"pose": [[[10**400, 0.5, 1]] * 14]}, "pose: int too large"),
         ({"pose": [[[0.5, 0.5, 2.0]] * 14]}, "pose: expected a visibility of 0 or 1"),
         ({"pose": [[[0.5, 0.5, 1]] * 14], "yaw": 0.0, "forward": 0.0}, "expected no yaw, forward"),
     ],
@@ -223,6 +224,10 @@ POINT = [0.5, 0.5]
         (
             json.dumps({"fps": 24, "keypoints": [[POINT] * 13 + [[1]]] * 2}),
             "or null for the left ankle in video frame 0",
+        ),
+        (
+            json.dumps({"fps": 24, "keypoints": [[POINT] * 13 + [[0, 10**400]]] * 2}),
+            "finite numbers, got a whole number beyond float64",
         ),
         (
             '{"fps": 24, "keypoints": ' + json.dumps([[POINT] * 13 + [[0.5, np.nan]]] * 2) + "}",

@@ -78,6 +78,33 @@ def test_a_key_brings_the_next_pass_early_and_no_frame_is_lost(page):
     assert gaps[:4].tolist() == [40] * 4 and gaps.min() >= 26 and gaps.max() <= 57
 
 
+def test_keys_in_four_passes_in_a_row_leave_no_gap_when_they_rest(page):
+    """The server gains 40 ms once, and gives it back after the last key."""
+    shown = page.tab.evaluate(
+        """async () => {
+            const { Pacer } = await import("/static/pacer.js");
+            const pacer = new Pacer(160, 4), shown = [];
+            const arrivals = [0, 160, 280, 440, 600, 760, 960, 1120];
+            for (let now = 0, next = 0; now < 1280; now += 1) {
+                if ([200, 300, 460, 620].includes(now)) pacer.hasten(now, 30);
+                if (now === arrivals[next]) {
+                    const step = next += 1;
+                    const frames = [0, 1, 2, 3].map((index) => ({ step, index }));
+                    pacer.push(frames, now, 3 <= step && step <= 6);
+                }
+                const frame = pacer.take(now);
+                if (frame) shown.push([now, frame.step, frame.index]);
+            }
+            return shown;
+        }"""
+    )
+    assert [place[1:] for place in shown] == [
+        [step, index] for step in range(1, 9) for index in range(4)
+    ]
+    gaps = np.diff([now for now, _, _ in shown])
+    assert gaps.min() >= 26 and gaps.max() <= 65
+
+
 def test_a_key_hastens_no_frame_past_the_end_of_the_pass_under_way(page):
     """The next pass takes at least `lead` milliseconds, so frames are shown until then."""
     due = page.tab.evaluate(
