@@ -37,6 +37,7 @@ class ModelConfig:
     sink_distance: Literal["absolute", "clamped"] = "absolute"
     recycle: bool = True  # False: "mmdit" recycles frame 0 alone (docs/method.md#12), "wan" none
     residual_head: bool = False  # v = x_t - x_prev - net instead of v = net
+    residual_map: bool = False  # a residual head with net + map(token of x_prev) for net
     output_clamp: float | None = None  # c: the one-step output is c tanh(x / c)
     block: Literal["mmdit", "wan"] = "mmdit"
     chunk: int = 1  # frames of a step
@@ -81,6 +82,8 @@ class ModelConfig:
             )
         if self.residual_head and not self.recycle:
             raise ValueError("residual_head: expected False without recycled frames, got True")
+        if self.residual_map and not self.residual_head:
+            raise ValueError("residual_map: expected False without a residual head, got True")
         if self.heads * self.head_dim != self.width:
             raise ValueError(
                 f"width: expected heads * head_dim = {self.heads * self.head_dim}, got {self.width}"

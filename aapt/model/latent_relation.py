@@ -3,8 +3,11 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+NOISE = 0.2  # deviation in whitened latents
 
 
 class LatentRelation(NamedTuple):
@@ -12,12 +15,15 @@ class LatentRelation(NamedTuple):
     pixels of video.
 
     A block of p x q fine latent pixels of c channels is p q c numbers, in the order of
-    `VideoTransformer.patchify`: rows, columns, channels.
+    `VideoTransformer.patchify`: rows, columns, channels. The change of a block from one frame to
+    the next is estimated as `up` of the coarse pixel's change plus `stay` of the block before:
+    detail that moves on does not stay.
     """
 
     down: Tensor  # (coarse channels, p q c): fine latents to coarse latents
     offset: Tensor  # (coarse channels,), added by `down`
-    up: Tensor  # (p q c, coarse channels): changes of coarse latents to changes of fine latents
+    up: Tensor  # (p q c, coarse channels)
+    stay: Tensor  # (p q c, p q c)
 
     @property
     def noise(self) -> Tensor:
@@ -32,7 +38,7 @@ class LatentRelation(NamedTuple):
 
         The embedding is of the coarse latents that `down` makes of the recycled block, of `noise`,
         and of the mean of the block's conditions. The head makes the changes that `up` makes of the
-        coarse head's.
+        coarse head's, and `residual_map` is `stay`.
         """
         weight, bias = tensors["transformer.video_in.weight"], "transformer.video_in.bias"
         coarse = len(self.down)
@@ -46,6 +52,7 @@ class LatentRelation(NamedTuple):
         tensors[bias] = tensors[bias] + recycled @ self.offset
         for name in ("transformer.video_out.weight", "transformer.video_out.bias"):
             tensors[name] = self.up @ tensors[name]
+        tensors["transformer.residual_map.weight"] = self.stay
 
 
 def fit_relation(coarse: Tensor, fine: Tensor) -> LatentRelation:
@@ -64,8 +71,14 @@ def fit_relation(coarse: Tensor, fine: Tensor) -> LatentRelation:
     pixels = rearrange(coarse, "b c t h w -> b t h w c").double()
     known = torch.cat([blocks, blocks.new_ones(*blocks.shape[:-1], 1)], dim=-1)
     down = _least_squares(known, pixels)
-    up = _least_squares(pixels.diff(dim=1), blocks.diff(dim=1))
-    return LatentRelation(down[:, :-1].float(), down[:, -1].float(), up.float())
+    before, wanted = blocks[:, :-1], blocks.diff(dim=1)
+    known = torch.cat([pixels.diff(dim=1), before], dim=-1).flatten(0, -2)
+    # As if the block had white noise. A map that trusts every detail amplifies a rollout's errors.
+    noise = NOISE * len(known) ** 0.5 * torch.eye(before.shape[-1]).to(known)
+    known = torch.cat([known, F.pad(noise, (pixels.shape[-1], 0))])
+    wanted = torch.cat([wanted.flatten(0, -2), torch.zeros_like(noise)])
+    up, stay = _least_squares(known, wanted).split([pixels.shape[-1], before.shape[-1]], dim=1)
+    return LatentRelation(*(x.float() for x in (down[:, :-1], down[:, -1], up, stay)))
 
 
 def _least_squares(known: Tensor, wanted: Tensor) -> Tensor:

@@ -54,9 +54,10 @@ class MMDiT(VideoTransformer):
         return shift, scale
 
     def output_parameters(self) -> Iterator[nn.Parameter]:
-        """Yields the parameters of the last norm's modulation and of the last layer."""
+        """Yields the parameters of the last norm's modulation and of the last layers."""
         yield from self.out_modulation.parameters()
         yield from self.video_out.parameters()
+        yield from self.residual_map.parameters()
 
     def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
         """Returns every block's text keys and values at time t; a stream needs them once per

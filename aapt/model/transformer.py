@@ -89,6 +89,11 @@ class VideoTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.positions = RotaryPositions(config)
+        self.residual_map = nn.Identity()
+        if config.residual_map:
+            numbers = config.latent_channels * config.patch_area
+            self.residual_map = nn.Linear(numbers, numbers, bias=False)
+            nn.init.zeros_(self.residual_map.weight)
         self.checkpoint_blocks = False
         self.context = Ulysses()
 
@@ -156,6 +161,16 @@ class VideoTransformer(nn.Module):
             p=p,
             q=q,
         )
+
+    def mapped(self, output: Tensor, recycled: Tensor | None) -> Tensor:
+        """Adds to the output what `residual_map` makes of the recycled frames, both
+        (B, latent_channels, T, H, W): with a residual head, how much of a frame stays."""
+        if not self.config.residual_map:
+            return output
+        (p, q), order = self.config.patch_shape, "b t h w (p q c)"
+        tokens = rearrange(recycled, f"b c t (h p) (w q) -> {order}", p=p, q=q)
+        kept = self.residual_map(tokens)
+        return output + rearrange(kept, f"{order} -> b c t (h p) (w q)", p=p, q=q)
 
     def features(
         self,
@@ -273,7 +288,8 @@ class VideoTransformer(nn.Module):
         """Returns the raw output (B, latent_channels, T, H, W); arguments as in `features`."""
         # The plain function: in a sharded model `self.features` would release the parameters.
         video, time, _ = VideoTransformer.features(self, x, recycled, condition, *args, **kwargs)
-        return self.unpatchify(Residual(video), self.output_modulation(time), x.shape[2:])
+        output = self.unpatchify(Residual(video), self.output_modulation(time), x.shape[2:])
+        return self.mapped(output, recycled)
 
     def step_constants(self, t: Tensor, size: Sequence[int]) -> StepConstants:
         """Computes what every step at time t, (B,) or (B, n), needs, for latents of `size` =
@@ -325,7 +341,8 @@ class VideoTransformer(nn.Module):
         if advance:
             for each in caches:
                 each.advance(frames)
-        return self.unpatchify(video, constants.out_modulation, x.shape[2:])
+        output = self.unpatchify(video, constants.out_modulation, x.shape[2:])
+        return self.mapped(output, recycled)
 
 
 def share_tokens(model: nn.Module, context: Ulysses) -> None:

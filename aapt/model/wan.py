@@ -260,9 +260,10 @@ class WanTransformer(VideoTransformer):
         return shift, scale
 
     def output_parameters(self) -> Iterator[nn.Parameter]:
-        """Yields the last norm's table and the parameters of the last layer."""
+        """Yields the last norm's table and the parameters of the last layers."""
         yield self.out_table
         yield from self.video_out.parameters()
+        yield from self.residual_map.parameters()
 
     def encode_text(self, text: Tensor, text_lens: Tensor, t: Tensor) -> KeysValues:
         """Returns every block's text keys and values, which are those of any time t."""

@@ -82,8 +82,10 @@ class WorldModel(nn.Module):
 
         relation: between the checkpoint's latents and this model's; None if both have one
         autoencoder. The tokens of a model with finer latents are the blocks of the relation, each
-        on one latent pixel of the checkpoint.
+        on one latent pixel of the checkpoint. ValueError for such a model without `residual_map`.
         """
+        if relation and not self.config.residual_map:
+            raise ValueError("residual_map: expected True for a model on other latents, got False")
         path = folder / "model.safetensors"
         with reading_config(folder):
             large = ModelConfig(**tuples(load_config(folder)["model"])).patch_shape

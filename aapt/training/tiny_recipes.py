@@ -287,6 +287,7 @@ def sharp_world() -> Recipe:
     return replace(
         world,
         name="sharp-world",
+        model=replace(world.model, residual_map=True),
         vae=tiny_fine(),
         autoencoder="vae-fine",
         grown="tiny-world",

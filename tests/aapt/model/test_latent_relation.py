@@ -8,7 +8,7 @@ import torch
 
 from aapt.checkpoint import save_config, save_module
 from aapt.model.config import ModelConfig
-from aapt.model.latent_relation import LatentRelation, fit_relation
+from aapt.model.latent_relation import NOISE, LatentRelation, fit_relation
 from aapt.model.world_model import WorldModel
 
 COARSE = ModelConfig(
@@ -26,16 +26,18 @@ COARSE = ModelConfig(
     patch=2,
     residual_head=True,
 )
-FINE = replace(COARSE, latent_channels=2, patch=(2, 3))  # blocks of 2 x 3 pixels of 2 channels
+FINE = replace(
+    COARSE, latent_channels=2, patch=(2, 3), residual_map=True
+)  # blocks of 2 x 3 pixels of 2 channels
 NUMBERS = 12  # of a block
 
 
-def planted(seed=0):
+def planted(seed=0, frames=6):
     """Fine latents whose blocks give coarse latents exactly: both, the map and its offset."""
     random = np.random.default_rng(seed)
     mixing = random.normal(size=(NUMBERS, NUMBERS))
     down, offset = random.normal(size=(3, NUMBERS)), random.normal(size=3)
-    clips, frames, rows, columns = 2, 6, 3, 4
+    clips, rows, columns = 2, 3, 4
     fine = np.empty((clips, 2, frames, 2 * rows, 3 * columns))
     coarse = np.empty((clips, 3, frames, rows, columns))
     for clip, frame, row, column in np.ndindex(clips, frames, rows, columns):
@@ -52,21 +54,38 @@ def test_the_planted_map_is_found():
     relation = fit_relation(coarse, fine)
     assert torch.allclose(relation.down.double(), down, atol=1e-5)
     assert torch.allclose(relation.offset.double(), offset, atol=1e-5)
-    # Changes of blocks are those that the coarse changes tell, and come back through the map.
-    assert torch.allclose(relation.down @ relation.up, torch.eye(3), atol=1e-4)
+    # A change of the coarse latents comes back through the map, and nothing else changes them.
+    assert torch.allclose(relation.down @ relation.up, torch.eye(3), atol=0.02)
+    assert (relation.down @ relation.stay).abs().max() < 0.02
 
 
-def test_the_way_up_is_the_best_for_changes():
-    coarse, fine, _, _ = planted()
-    up, changes = fit_relation(coarse, fine).up.double(), []
+def test_changes_are_estimated_with_the_least_error():
+    """Noise on the blocks is drawn here; the fit knows its deviation alone."""
+    coarse, fine, _, _ = planted(frames=60)
+    relation = fit_relation(coarse, fine)
+    pairs = []
     for row, column in np.ndindex(3, 4):
         block = fine[:, :, :, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
-        block = block.permute(0, 2, 3, 4, 1).flatten(2).diff(dim=1)
-        changes.append((coarse[..., row, column].transpose(1, 2).diff(dim=1), block))
-    known, wanted = (torch.cat(part).flatten(0, 1) for part in zip(*changes))
-    assert up.shape == (NUMBERS, 3)
-    # At the least squares the rest is orthogonal to what is known.
-    assert (known.T @ (wanted - known @ up.T)).abs().max() < 1e-4 * known.T.matmul(wanted).norm()
+        block = block.permute(0, 2, 3, 4, 1).flatten(2)
+        change = coarse[..., row, column].transpose(1, 2).diff(dim=1)
+        pairs.append((change, block[:, :-1], block.diff(dim=1)))
+    change, block, wanted = (torch.cat(part).flatten(0, 1) for part in zip(*pairs))
+    random = torch.Generator().manual_seed(0)
+    repeats = 40
+    noise = NOISE * torch.randn(repeats, *block.shape, generator=random, dtype=block.dtype)
+
+    def error(up, stay):
+        estimate = change @ up.double().T + (block + noise) @ stay.double().T
+        return (estimate - wanted).square().mean()
+
+    least = error(relation.up, relation.stay)
+    for _ in range(20):
+        moves = (torch.randn(x.shape, generator=random) for x in (relation.up, relation.stay))
+        up, stay = (
+            x + 0.1 * move for x, move in zip((relation.up, relation.stay), moves, strict=True)
+        )
+        assert least < error(up, stay)
+    assert least < 0.9 * error(relation.up, torch.zeros(NUMBERS, NUMBERS))
 
 
 def test_noise_stays_white():
@@ -103,7 +122,12 @@ def grown(tmp_path_factory):
     save_module(folder / "model.safetensors", world(COARSE, 0))
     save_config(folder, {"model": asdict(COARSE)})
     torch.manual_seed(2)
-    relation = LatentRelation(torch.randn(3, NUMBERS), torch.randn(3), torch.randn(NUMBERS, 3))
+    relation = LatentRelation(
+        torch.randn(3, NUMBERS),
+        torch.randn(3),
+        torch.randn(NUMBERS, 3),
+        torch.randn(NUMBERS, NUMBERS),
+    )
     fine, coarse = world(FINE, 1), world(replace(COARSE, patch=1), 1)
     fine.load_grown(folder, relation)
     coarse.load_grown(folder)
@@ -139,8 +163,42 @@ def test_a_block_changes_as_its_coarse_pixel_tells(grown):
     expected = coarse.transformer.video_out(features) @ relation.up.T
     assert torch.allclose(fine.transformer.video_out(features), expected, atol=1e-5)
     kept = {
-        name for name in fine.state_dict() if "video_in" not in name and "video_out" not in name
+        name
+        for name in fine.state_dict()
+        if not any(part in name for part in ("video_in", "video_out", "residual_map"))
     }
     assert kept
     for name in kept:
         assert torch.equal(fine.state_dict()[name], coarse.state_dict()[name]), name
+
+
+def test_what_stays_of_a_block_is_added_to_its_change(grown):
+    """The network's output with the map, in one pass and in steps, and without it."""
+    fine, _, relation = grown
+    plain = world(replace(FINE, residual_map=False), 1)
+    plain.load_state_dict({k: x for k, x in fine.state_dict().items() if "residual_map" not in k})
+    torch.manual_seed(4)
+    x, recycled, condition = torch.randn(3, 2, 2, 3, 4, 6)
+    text, lens = fine.text_encoder(["a", "b"])
+    t = torch.ones(2)
+    outputs = [model.transformer(x, recycled, condition, text, lens, t) for model in (fine, plain)]
+    added = blocks(outputs[0] - outputs[1])
+    assert torch.allclose(added, blocks(recycled) @ relation.stay.T, atol=1e-4)
+    cache = fine.transformer.new_cache(2, (4, 6), dtype=torch.float32)
+    for layer, (k, v) in enumerate(fine.transformer.encode_text(text, lens, t)):
+        cache.write_text(layer, k, v, lens)
+    for frame in range(3):
+        now = (part[:, :, frame : frame + 1] for part in (x, recycled, condition))
+        made = fine.transformer.step(*now, t, cache)
+        assert torch.allclose(made, outputs[0][:, :, frame : frame + 1], atol=1e-4)
+
+
+def test_a_model_on_other_latents_needs_the_map(grown, tmp_path):
+    _, _, relation = grown
+    model = world(replace(FINE, residual_map=False), 1)
+    with pytest.raises(
+        ValueError, match="residual_map: expected True for a model on other latents"
+    ):
+        model.load_grown(tmp_path, relation)
+    with pytest.raises(ValueError, match="residual_map: expected False without a residual head"):
+        replace(FINE, residual_head=False)
