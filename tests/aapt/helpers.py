@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import av
 import numpy as np
 import torch
 
@@ -83,6 +82,8 @@ def clips(count: int = 6, length: int = 9) -> LatentClips:
 
 def read_video(path) -> torch.Tensor:
     """The frames of a video file, uint8 (F, H, W, 3)."""
+    import av  # not on a machine that has PyTorch alone, where other helpers are used
+
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(frames))

@@ -405,8 +405,9 @@ def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
             2,
             "aapt: recipe: expected one of tiny-world, tiny-puppet, paper-8b, paper-8b-640, "
             "paper-8b-camera, paper-8b-pose, wan-1.3b, wan-1.3b-camera, wan-1.3b-one-step, "
-            "wan-1.3b-matched, wan-5b, pilot-40, pilot-80, pilot-160, pilot-160-fine, vae-light, "
-            "wan-light, vae-fine, got 'huge'; a recipe of your own is a file that ends with .toml",
+            "wan-1.3b-matched, wan-5b, pilot-40, pilot-80, pilot-160, pilot-160-fine, sharp-world, "
+            "vae-light, wan-light, vae-fine, got 'huge'; a recipe of your own is a file that ends "
+            "with .toml",
         ),
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (

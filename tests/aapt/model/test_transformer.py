@@ -161,7 +161,7 @@ def recurrent_frame(net, x, recycled, condition, index, words, text_lens, past) 
     for layer, block in enumerate(net.blocks):
         weights = block.video
         shared = weights.modulation(modulation)
-        _, normed = Residual(video).norm(*shared[:2])
+        _, normed = Residual(video).norm(*shared[:2], weights.qkv)
         q, k, v = weights.project(normed).unbind(2)
         past[index].append((norm_and_rotate(k, weights.k_norm, at.cos, at.sin), v))
         sink_cos, sink_sin = (at.cos, at.sin) if at.cos_sink is None else (at.cos_sink, at.sin_sink)

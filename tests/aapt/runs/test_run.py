@@ -266,7 +266,7 @@ def test_an_extension_continues_with_its_discriminator(trained, tmp_path):
     start = Inputs(weights=tmp_path / "none.safetensors")  # not read for a stage's networks
     made = Run(recipe, trained[0], inputs=start)
     kept = read_tensors(trained[0] / "adversarial" / "discriminator.safetensors")
-    discriminator = made.stage(again).discriminator.state_dict()
+    discriminator = build_stage(again, made).discriminator.state_dict()
     assert all(torch.equal(discriminator[name], tensor) for name, tensor in kept.items())
 
 
