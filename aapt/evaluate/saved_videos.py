@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoint import replacing
-from ..media.video import Mp4Writer
 from ..streaming.generator import StreamingGenerator
 from .scenes import TRUTH, Scenes
 from .video_frames import decode_stream
@@ -49,6 +48,8 @@ def save_videos(
 
 
 def _write(path: Path, video: Iterable[Tensor], like: StreamingGenerator) -> None:
+    from ..media.video import Mp4Writer  # evaluations without videos do without PyAV
+
     with (
         replacing(path) as partial,
         Mp4Writer(str(partial), like.height, like.width, like.fps, scale=1) as writer,
