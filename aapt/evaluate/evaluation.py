@@ -20,7 +20,7 @@ from ..media.figures import new_figure, path_labels, save_figure
 from ..streaming.generator import StreamingGenerator
 from .clip_scenes import ClipScenes
 from .drift_plot import plot_drift
-from .keypoints import DetectorConfig
+from .keypoints import KeypointDetectorConfig
 from .measure import MeasuredFrames, Measurement, Timeline, UserNetwork, measure, timeline
 from .motion_probe import ProbeConfig
 from .object_detector import ObjectDetectorConfig
@@ -55,7 +55,7 @@ def evaluate(
     keypoints: Path | None = None,
     camera_poses: Path | None = None,
     probe: ProbeConfig | None = None,
-    detector: DetectorConfig | None = None,
+    detector: KeypointDetectorConfig | None = None,
     objects: ObjectDetectorConfig | None = None,
     cache: Path | None = None,
     log: Callable[[str], None] = print,
@@ -102,7 +102,7 @@ def evaluate(
     scenes: Scenes
     if latents is None and any(generator.poses for generator in loaded.values()):
         puppets = held_out_puppets(starts, steps, seed, *sizes.pop())
-        given = detector or DetectorConfig(), cache or cache_folder()
+        given = detector or KeypointDetectorConfig(), cache or cache_folder()
         scenes = PuppetScenes(puppets, loaded, *given)
     elif latents is None:
         walks = held_out_starts(starts, steps, seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.tiny_puppet.clips import sample_puppet
 from ..data.tiny_puppet.looks import LOOKS
 from ..model.pose import POINTS
-from .network_cache import read_or_train
+from . import network_cache
 
 FIRST_SEED = 7_000_000  # of the detector's training figures: no other part of the project uses them
 HELD_OUT_SEED = 7_500_000  # of the figures that give its score
@@ -28,7 +28,7 @@ RIGHT = [n for n, name in enumerate(POINTS) if name.startswith("right")]
 
 
 @dataclass(frozen=True)
-class DetectorConfig:
+class KeypointDetectorConfig:
     """Settings of the detector's training."""
 
     clips: int = 800
@@ -142,7 +142,7 @@ def augment(images: Tensor, points: Tensor, random: torch.Generator) -> tuple[Te
 
 
 def train_detector(
-    config: DetectorConfig, height: int, width: int
+    config: KeypointDetectorConfig, height: int, width: int
 ) -> tuple[KeypointDetector, list[float]]:
     """Train a detector for images of `height` x `width`; equal arguments give equal detectors.
 
@@ -150,29 +150,20 @@ def train_detector(
     """
     random = torch.Generator().manual_seed(config.seed)
     images, points = figures(FIRST_SEED, config.clips, height, width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        detector = KeypointDetector(config.width)
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
-    )
-    for _ in range(config.steps):
+
+    def loss(detector: KeypointDetector) -> Tensor:
         chosen = torch.randint(len(images), (config.batch,), generator=random)
         shown, places = augment(images[chosen], points[chosen], random)
-        loss = heat_loss(detector(shown), places)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    detector.eval().requires_grad_(False)
-    images, points = figures(HELD_OUT_SEED, config.held_out_clips, height, width)
-    found = torch.cat([expected_places(detector(part)) for part in images.split(64)])
-    return detector, [keypoint_distance(found, points, height, width)]
+        return heat_loss(detector(shown), places)
+
+    detector = network_cache.train_network(lambda: KeypointDetector(config.width), config, loss)
+    unseen, true = figures(HELD_OUT_SEED, config.held_out_clips, height, width)
+    found = torch.cat([expected_places(detector(part)) for part in unseen.split(64)])
+    return detector, [keypoint_distance(found, true, height, width)]
 
 
 def load_detector(
-    folder: Path, config: DetectorConfig, height: int, width: int
+    folder: Path, config: KeypointDetectorConfig, height: int, width: int
 ) -> tuple[KeypointDetector, float]:
     """Read the detector and its own AKD from the cache `folder`, or train it and keep it there.
 
@@ -180,7 +171,7 @@ def load_detector(
     sample of the figures.
     """
     path = folder / f"keypoint-detector-{_fingerprint(config, height, width)}.safetensors"
-    detector, (score,) = read_or_train(
+    detector, (score,) = network_cache.read_or_train(
         path,
         "keypoint detector",
         lambda: KeypointDetector(config.width),
@@ -190,7 +181,7 @@ def load_detector(
     return detector, score
 
 
-def _fingerprint(config: DetectorConfig, height: int, width: int) -> str:
+def _fingerprint(config: KeypointDetectorConfig, height: int, width: int) -> str:
     """Hash everything that the trained detector depends on."""
     settings = {**asdict(config), "height": height, "width": width, "frames": CLIP_FRAMES}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

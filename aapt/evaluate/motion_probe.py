@@ -21,8 +21,8 @@ from ..clock import FRAMES_PER_LATENT
 from ..data.tiny_world.render import render
 from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, make_world, sample_trajectory
+from . import network_cache
 from .metrics import correlation
-from .network_cache import read_or_train
 
 FIRST_SEED = 5_000_000  # of the probe's training worlds: no other part of the project uses them
 HELD_OUT_SEED = 5_500_000  # of the worlds that give its quality
@@ -182,24 +182,17 @@ def train_probe(config: ProbeConfig, height: int, width: int) -> tuple[MotionPro
     random = torch.Generator().manual_seed(config.seed)
     seeds = range(FIRST_SEED, FIRST_SEED + config.clips)
     costs, controls = render_costs(seeds, height, width, config.shrink, random)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        probe = MotionProbe(height, width, config.shrink)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
-    )
-    for _ in range(config.steps):
+
+    def loss(probe: MotionProbe) -> Tensor:
         chosen = torch.randint(len(costs), (config.batch,), generator=random)
-        loss = (probe(costs[chosen]) - controls[chosen]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    probe.eval().requires_grad_(False)
+        return (probe(costs[chosen]) - controls[chosen]).square().mean()
+
+    probe = network_cache.train_network(
+        lambda: MotionProbe(height, width, config.shrink), config, loss
+    )
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + config.held_out_clips)
-    costs, controls = render_costs(seeds, height, width, config.shrink)
-    yaw, forward = (correlation(a, b) or 0.0 for a, b in zip(probe(costs).T, controls.T))
+    unseen, true = render_costs(seeds, height, width, config.shrink)
+    yaw, forward = (correlation(a, b) or 0.0 for a, b in zip(probe(unseen).T, true.T))
     return probe, ProbeQuality(yaw, forward)
 
 
@@ -217,7 +210,7 @@ def load_probe(
         probe, quality = train_probe(config, height, width)
         return probe, [quality.yaw, quality.forward]
 
-    probe, quality = read_or_train(
+    probe, quality = network_cache.read_or_train(
         path, "motion probe", lambda: MotionProbe(height, width, config.shrink), train, scores=2
     )
     return probe, ProbeQuality(*quality)

@@ -5,7 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,38 @@ from ..checkpoint import CheckpointError, fill_module, read_tensors, save_tensor
 
 QUALITY = "quality"  # the tensor of a network's own score in the cached file
 Network = TypeVar("Network", bound=nn.Module)
+
+
+class Training(Protocol):
+    """Settings of a small network's training."""
+
+    steps: int
+    learning_rate: float
+    seed: int
+
+
+def train_network(
+    new: Callable[[], Network], config: Training, loss: Callable[[Network], Tensor]
+) -> Network:
+    """Train a new network by AdamW, on one cycle of the learning rate.
+
+    new: makes the network; its weights depend on `config.seed` alone. loss: draws a batch and
+    returns the network's error on it. Returns the network, which learns no more.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = new()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
+    )
+    for _ in range(config.steps):
+        error = loss(network)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval().requires_grad_(False)
 
 
 def read_or_train(

@@ -20,7 +20,7 @@ from ..data.tiny_world.boxes import CLASSES, Boxes, object_boxes
 from ..data.tiny_world.render import render
 from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import make_world, sample_trajectory
-from .network_cache import read_or_train
+from . import network_cache
 
 FIRST_SEED = 7_000_000  # of the detector's training worlds: no other part of the project uses them
 HELD_OUT_SEED = 7_500_000  # of the worlds that give its quality
@@ -225,24 +225,15 @@ def train_detector(
     random = torch.Generator().manual_seed(config.seed)
     seeds = range(FIRST_SEED, FIRST_SEED + config.worlds)
     pictures, boxes = render_pictures(seeds, config.pictures, height, width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        detector = ObjectDetector(config.width)
     grid = -(-height // STRIDE), -(-width // STRIDE)
     classes, distances = (torch.stack(part) for part in zip(*(targets(b, *grid) for b in boxes)))
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
-    )
-    for _ in range(config.steps):
+
+    def loss(detector: ObjectDetector) -> Tensor:
         chosen = torch.randint(len(pictures), (config.batch,), generator=random)
         given = _images(pictures[chosen]), classes[chosen], distances[chosen]
-        loss = _loss(detector, *augment(*given, random))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    detector.eval().requires_grad_(False)
+        return _loss(detector, *augment(*given, random))
+
+    detector = network_cache.train_network(lambda: ObjectDetector(config.width), config, loss)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + config.held_out_worlds)
     return detector, _quality(detector, *render_pictures(seeds, config.pictures, height, width))
 
@@ -278,7 +269,7 @@ def load_detector(
         detector, quality = train_detector(config, height, width)
         return detector, [quality.recall, quality.precision]
 
-    detector, quality = read_or_train(
+    detector, quality = network_cache.read_or_train(
         path, "object detector", lambda: ObjectDetector(config.width), train, scores=2
     )
     return detector, DetectorQuality(*quality)

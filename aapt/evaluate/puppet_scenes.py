@@ -17,7 +17,7 @@ from ..model.pose import POINTS, draw_skeletons
 from ..streaming.generator import StreamingGenerator
 from ..vae.pixels import to_video
 from . import metrics
-from .keypoints import DetectorConfig, KeypointDetector, keypoint_distance, load_detector
+from .keypoints import KeypointDetector, KeypointDetectorConfig, keypoint_distance, load_detector
 from .scenes import AUTOENCODER, TRUTH, Timed
 from .video_frames import VideoFrames
 from .windows import Window
@@ -99,7 +99,7 @@ class PuppetScenes:
         self,
         puppets: Sequence[Puppet],
         generators: Mapping[str | Path, StreamingGenerator],
-        detector: DetectorConfig,
+        detector: KeypointDetectorConfig,
         cache: Path,
     ):
         for checkpoint, generator in generators.items():

@@ -235,7 +235,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_the_command_measures_with_both(tmp_path, capsys, monkeypatch):
-    """Of the truth the estimator's own error is shown, of the checkpoint all."""
+    """The truth has the estimator's own error, the checkpoint has all."""
     monkeypatch.setattr("aapt.evaluate.evaluation.ProbeConfig", lambda: SMALL_PROBE)
     monkeypatch.setattr("aapt.evaluate.evaluation.ObjectDetectorConfig", lambda: SMALL_DETECTOR)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -12,7 +12,7 @@ from aapt.checkpoint import save_config, save_module
 from aapt.data.tiny_puppet.looks import LOOKS
 from aapt.evaluate import evaluate
 from aapt.evaluate.keypoints import (
-    DetectorConfig,
+    KeypointDetectorConfig,
     augment,
     expected_places,
     figures,
@@ -30,7 +30,7 @@ from ..helpers import CAMERA, CONFIG
 from ..streaming.test_generator import VAE
 
 SIZE = 48
-BRIEF = DetectorConfig(clips=120, held_out_clips=12, steps=250, batch=16, width=24)
+BRIEF = KeypointDetectorConfig(clips=120, held_out_clips=12, steps=250, batch=16, width=24)
 
 
 @pytest.fixture(scope="module")
