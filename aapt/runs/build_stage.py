@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..model.discriminator import Discriminator
-from ..model.low_rank import LoRA
+from ..model.low_rank import LoRA, adapt
 from ..model.world_model import WorldModel
 from ..training.recipe import StageConfig
 from ..training.stages import Stage
@@ -39,6 +39,15 @@ class Networks(Protocol):
 
     def pixel_deviation(self) -> Tensor:
         """Return the deviation of pixels per unit of a latent channel, (C,)."""
+
+
+def restrict(discriminator: Discriminator, config: AdversarialConfig) -> None:
+    """Leave the weights of a discriminator that its stage trains: all, its heads, or its heads and
+    an adaptation of its trunk."""
+    if config.frozen_trunk:
+        discriminator.freeze_trunk()
+    elif config.discriminator_lora:
+        adapt(discriminator.world, config.discriminator_lora)
 
 
 def build_stage(config: StageConfig, networks: Networks) -> Stage:

@@ -30,7 +30,7 @@ from ..training.stages.distribution_matching import (
     DistributionMatching,
     DistributionMatchingConfig,
 )
-from .build_stage import build_stage
+from .build_stage import build_stage, restrict
 
 GIB = 2**30
 PER_CLIP = ("cache", "activations")  # memory that grows with the clips of a pass
@@ -265,10 +265,7 @@ class MetaNetworks:
     def discriminator(self, config: AdversarialConfig) -> Discriminator:
         world = self.network(config, config.discriminator_start)
         discriminator = Discriminator(world, config.judgement, config.pooling)
-        if config.frozen_trunk:
-            discriminator.freeze_trunk()
-        elif config.discriminator_lora:
-            adapt(world, config.discriminator_lora)
+        restrict(discriminator, config)
         return discriminator
 
     def pixel_deviation(self) -> Tensor:

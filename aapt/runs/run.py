@@ -42,7 +42,7 @@ from ..vae.folder import LIGHT, ORIGINAL, load_vae, lossless_dtype, save_vaes, v
 from ..vae.pixels import to_pixels
 from . import growth, light_decoder
 from .autoencoder import FIT_CLIPS
-from .build_stage import build_stage
+from .build_stage import build_stage, restrict
 from .clip_sets import ClipSets
 from .inputs import ANY_SET, Inputs, claim_vae, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
@@ -369,10 +369,7 @@ class Run:
             load_module(self.out / start / DISCRIMINATOR, discriminator)
         else:
             load_module(self.start(start), world)
-        if config.frozen_trunk:
-            discriminator.freeze_trunk()
-        elif config.discriminator_lora:
-            adapt(world, config.discriminator_lora)
+        restrict(discriminator, config)
         self.place(config, discriminator, world)
         return discriminator
 

@@ -317,7 +317,7 @@ def test_passes_of_distribution_matching_are_counted(guidance, scores):
 
 
 def test_distribution_matching_holds_three_networks():
-    """Of all updates those of the critic count; the teacher has no gradient."""
+    """The updates of the critic count; the teacher has no gradient."""
     plans = {each.workload.name: each for each in plan.plan(wan_1_3b_matched(), 8)}
     diffusion, matching = plans["diffusion"], plans["matching"]
     assert matching.workload.steps == 5 * 200

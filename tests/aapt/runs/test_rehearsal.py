@@ -103,7 +103,7 @@ def rehearse(out: Path, stages: list[str], seconds: float, kills: int, world: in
 
 
 def results(out: Path) -> dict[str, bytes | list]:
-    """What a finished run leaves: networks byte for byte, and metrics without their times.
+    """The files of a finished run: networks byte for byte, and metrics without their times.
 
     A rank whose peer was killed keeps the inputs of the update that failed; they are left out.
     """
