@@ -43,7 +43,7 @@ def test_the_offset_uses_the_range_of_the_weights():
 
 @pytest.mark.parametrize("use_hadamard", [False, True])
 def test_exact_ends_pay_where_they_weigh_a_half(use_hadamard):
-    """As text, first and newest frame may, which a cache with `past_dtype` does not round."""
+    """A cache with `past_dtype` does not round text, first and newest frame."""
     for name, most in (("both ends above all", 0.6), ("Gaussian", 1.0)):
         every, past = (
             lost(name, use_hadamard=use_hadamard, exact=share).error for share in (0, 1 / 16)

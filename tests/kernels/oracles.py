@@ -92,3 +92,11 @@ def hadamard_matrix(size):
     while len(result) < size:
         result = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), result)
     return result / size**0.5
+
+
+def round_to_e4m3(x):
+    """Round to 4 significant bits, 2^-9 at the finest and 448 at the most, ties to even."""
+    x = x.double().clamp(-448, 448)
+    exponent = torch.where(x == 0, torch.ones_like(x), x.abs()).log2().floor().clamp(min=-6)
+    unit = torch.exp2(exponent - 3)
+    return (x / unit).round() * unit

@@ -5,18 +5,10 @@ import torch
 
 from aapt_kernels import KVCache, cached_attention, kv_append
 
-from .oracles import attend, hadamard_matrix, rotate
+from .oracles import attend, hadamard_matrix, rotate, round_to_e4m3
 
 E4M3 = torch.float8_e4m3fn
 TEXT, LAYER = 5, 1
-
-
-def e4m3(x):
-    """Round to 4 significant bits, 2^-9 at the finest and 448 at the most, ties to even."""
-    x = x.double().clamp(-448, 448)
-    exponent = torch.where(x == 0, torch.ones_like(x), x.abs()).log2().floor().clamp(min=-6)
-    unit = torch.exp2(exponent - 3)
-    return (x / unit).round() * unit
 
 
 class Stream:
@@ -83,7 +75,7 @@ class Stream:
     def stored(self, k, v):
         """The past as the cache keeps it, keys turned back."""
         k, v = (
-            e4m3(x / scale[:, None]) * scale[:, None].double()
+            round_to_e4m3(x / scale[:, None]) * scale[:, None].double()
             for x, scale in zip((k.double() @ self.matrix, v.double()), self.scales, strict=True)
         )
         return k @ self.matrix, v

@@ -10,7 +10,7 @@ import torch
 from aapt_kernels import KVCache, cached_attention, kv_append, use_backend
 from aapt_kernels.backend import BackendError, interpreted, no_sim
 
-from .oracles import hadamard_matrix, rotate
+from .oracles import hadamard_matrix, rotate, round_to_e4m3
 
 BATCH, HEADS, HEAD_DIM, TEXT, TOKENS = 2, 3, 8, 4, 5
 NAMES = ["triton"] if interpreted() else ["reference", "cpu"]
@@ -24,14 +24,6 @@ STORES_BITS = pytest.mark.skipif(interpreted(), reason="Triton rounds q and the 
 def backend(request):
     with use_backend(request.param):
         yield request.param
-
-
-def e4m3(x):
-    """Round to 4 significant bits, 2^-9 at the finest and 448 at the most, ties to even."""
-    x = x.double().clamp(-448, 448)
-    exponent = torch.where(x == 0, torch.ones_like(x), x.abs()).log2().floor().clamp(min=-6)
-    unit = torch.exp2(exponent - 3)
-    return (x / unit).round() * unit
 
 
 class Stream:
@@ -82,7 +74,7 @@ class Stream:
         if self.scales is None:
             return x
         scale = self.scales[i][:, None].double()
-        return e4m3(x / scale) * scale
+        return round_to_e4m3(x / scale) * scale
 
     def append(self, frames, spoil=lambda x: x):
         """Append random frames; returns q, q_sink and what the history would be after it."""

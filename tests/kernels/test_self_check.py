@@ -127,7 +127,7 @@ def test_keys_that_change_the_scores_too_much_are_refused(backend):
 
 
 def test_nothing_is_known_of_zeros_and_of_nan():
-    """So the next call is checked too."""
+    """The next call is checked too."""
     stream = Stream()
     for value in (0.0, torch.nan):
         q, k, v = stream.frame()

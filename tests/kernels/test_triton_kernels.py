@@ -311,7 +311,7 @@ def test_attention(dtype, case, splits):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
 @pytest.mark.parametrize("case", CASES[1:5], ids=str)
 def test_attention_to_a_cache_of_float8(dtype, case, splits):
-    """As much is lost as q and the weights lose by themselves, rounded in float64."""
+    """The loss is that of q and the weights rounded in float64."""
     heads, head_dim, tokens, text, lens, sink, clamped, steps = case
     options = dict(text_tokens=text, tokens_per_frame=tokens, window_frames=2, sink_frames=sink)
     options |= dict(dtype=torch.float8_e4m3fn, compute_dtype=dtype, device=DEVICE)

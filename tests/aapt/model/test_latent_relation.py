@@ -9,7 +9,8 @@ import torch
 from aapt.checkpoint import save_config, save_module
 from aapt.model.config import ModelConfig
 from aapt.model.latent_relation import NOISE, LatentRelation, fit_relation
-from aapt.model.world_model import WorldModel
+
+from .test_growth import world
 
 COARSE = ModelConfig(
     width=16,
@@ -104,15 +105,6 @@ def test_latents_that_do_not_fit():
     for wrong in (fine[:1], fine[:, :, 1:], fine[..., 1:], fine[..., 1:, :]):
         with pytest.raises(ValueError, match=message):
             fit_relation(coarse, wrong)
-
-
-def world(config, seed):
-    """A model with every weight drawn."""
-    torch.manual_seed(seed)
-    model = WorldModel(config, None)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
