@@ -1,5 +1,8 @@
 """Devices and the precision of networks."""
 
+import os
+import platform
+import warnings
 from contextlib import AbstractContextManager
 
 import torch
@@ -46,7 +49,7 @@ def usable_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype
 
     None means bfloat16 on a CUDA device that multiplies it, and float32 elsewhere.
     TypeError for a dtype that networks do not have; ValueError, with the mend, for one that the
-    device does not multiply.
+    device does not multiply, and a warning for one that it multiplies slowly.
     """
     lacks = device.type == "cuda" and torch.cuda.get_device_capability(device) < BFLOAT16
     if dtype is None:
@@ -60,14 +63,41 @@ def usable_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype
             f"dtype: expected float16 or float32 on {device}, which is sm_{major}{minor} and does "
             "not multiply bfloat16, got bfloat16"
         )
+    if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
+        warnings.warn(
+            "dtype: this CPU has no instructions for bfloat16, which takes about 20 times as long "
+            "as float32",
+            stacklevel=3,
+        )
     return dtype
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Return the bytes of memory that a device has in all, None if the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:
     """Return a context of bfloat16 matrix products with float32 parameters.
 
+    On a CPU without instructions for them, products stay in float32: bfloat16 would take a hundred
+    times as long there.
+
     Code without gradients and code with gradients need a context each, because autocast keeps its
     casts of parameters for the whole context: a cast kept from the first would pass its gradient on
     too late, after FSDP has reduced the gradients.
     """
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return False for a CPU without instructions for products in bfloat16."""
+    if device.type != "cpu":
+        return True
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported()  # every processor with AMX has these, too
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

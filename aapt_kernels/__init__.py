@@ -41,12 +41,14 @@ from .layout import FrameLayout
 from .modulated_norm import modulated_norm, modulated_norm_e4m3
 from .qk_norm_rope import qk_norm_rope
 from .quantise_rows import quantise_rows
+from .self_check import SelfCheckError
 
 _library.load()
 
 __all__ = [
     "FrameLayout",
     "KVCache",
+    "SelfCheckError",
     "backends",
     "bias_gelu",
     "bias_gelu_e4m3",

@@ -56,7 +56,7 @@ class KVCache:
     call for a layer and a number of tokens of `kv_append`, `write_text` and `load_prefix` compares
     a sample of keys and values, as they are stored, with those given; the first call of
     `cached_attention` with a kernel that rounds queries and weights to float8 compares a sample of
-    rows with float32. RuntimeError names the head that loses too much, and what to do. A check
+    rows with float32. `SelfCheckError` names the head that loses too much, and what to do. A check
     waits for the device. It is left out in a captured or compiled step, so call each step once
     before. `recheck` asks for another check.
 
@@ -331,8 +331,8 @@ class KVCache:
 
         The copy holds the state alone; a copy that streams on gets a workspace of its own.
         """
-        twin = copy.copy(self)
         with torch.inference_mode(False), torch.no_grad():
+            twin = copy.copy(self)
             for name in self.tensors().keys() & vars(self).keys():
                 # With the strides of a float8 cache
                 setattr(twin, name, copy.deepcopy(getattr(self, name)))
@@ -341,6 +341,17 @@ class KVCache:
         twin.workspace = None
         twin.checked = set(self.checked)
         return twin
+
+    def __getstate__(self) -> tuple[dict, torch.dtype]:
+        # As bytes, because PyTorch writes float8 into a pickle and cannot read it
+        bits = {"k": as_bits(self.k), "v": as_bits(self.v)}
+        return vars(self) | bits, self.k.dtype
+
+    def __setstate__(self, state: tuple[dict, torch.dtype]) -> None:
+        values, dtype = state
+        vars(self).update(values)
+        if dtype in QUANTISED:
+            self.k, self.v = self.k.view(dtype), self.v.view(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the state by name, not copied: k, v, step, text_lens, for a float8

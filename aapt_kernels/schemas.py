@@ -76,7 +76,8 @@ CAUSAL_CONV3D = (
     "-> (Tensor out, Tensor state, Tensor active)",
     "causal_conv3d_e4m3(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? state, "
     "Tensor? norm_weight, float eps, bool silu, Tensor? residual, int[2] upsample, bool replicate, "
-    "bool pixels) -> (Tensor out, Tensor state)",
+    "bool pixels, Tensor? next_norm_weight, bool keep_out) "
+    "-> (Tensor out, Tensor state, Tensor active)",
     "causal_conv3d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? state, "
     "Tensor? norm_weight, float eps, bool silu, int[3] stride, int[2] upsample, bool replicate) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight)",

@@ -21,11 +21,25 @@ ROWS = 16  # of a sample, per head
 MOST_LOSS = 0.06
 
 
+class SelfCheckError(RuntimeError):
+    """Says which head of a float8 cache loses too much, and what to do.
+
+    loss: the message without the mend, which is for those who make the cache.
+    """
+
+    def __init__(self, loss: str, mend: str):
+        super().__init__(f"{loss}; {mend}")
+        self.loss, self.mend = loss, mend
+
+    def __reduce__(self):
+        return type(self), (self.loss, self.mend)
+
+
 def is_due(cache: KVCache, op: str, layer: int, x: Tensor) -> bool:
     """Return whether no call of an op with as many tokens as x (B, L, H, D) has been checked for
     this layer. A call in a captured or compiled step is not checked, because the check waits for
-    the device."""
-    if cache.k_scale is None or not cache.self_check or torch.compiler.is_compiling():
+    the device, nor one on the meta device, where no numbers are."""
+    if cache.k_scale is None or not cache.self_check or torch.compiler.is_compiling() or x.is_meta:
         return False
     if (op, layer, x.shape[1]) in cache.checked:
         return False
@@ -42,9 +56,9 @@ def check_stored(cache: KVCache, op: str, layer: int, length: int, stored, exact
     """Compare stored keys and values (B, L, H, D) with exact ones, of which the keys are not yet
     multiplied by the Hadamard matrix, head by head. Returns the errors of the keys.
 
-    Raises RuntimeError if the relative L2 error of a head is more than MOST_LOSS, and says whether
-    the scale is to blame or the code that has stored. A head that is zero or not finite says
-    nothing: the layer is then checked again in the next call.
+    Raises SelfCheckError if the relative L2 error of a head is more than MOST_LOSS, and says
+    whether the scale is to blame or the code that has stored. A head that is zero or not finite
+    says nothing: the layer is then checked again in the next call.
     """
     known, errors = [], []
     for name, found, x, scale in zip("kv", stored, exact, cache.scales(layer), strict=True):
@@ -61,7 +75,7 @@ def check_stored(cache: KVCache, op: str, layer: int, length: int, stored, exact
         known.append(counts)
         wrong = (counts & ~(found <= MOST_LOSS)).nonzero().flatten().tolist()
         if wrong:
-            raise RuntimeError(_message(name, op, layer, wrong[0], found, rounded))
+            raise _error(name, op, layer, wrong[0], found, rounded)
     if torch.stack(known).all():
         cache.checked.add((op, layer, length))
     return errors[0]
@@ -72,18 +86,18 @@ def norm(x: Tensor) -> Tensor:
     return x.square().sum((0, 1, 3)).sqrt()
 
 
-def _message(name: str, op: str, layer: int, head: int, found: Tensor, rounded: Tensor) -> str:
-    if rounded[head] <= MOST_LOSS:
-        mend = (
-            f"rounding loses {100 * float(rounded[head]):.1f} %, so the fault is in {op}: run it "
-            f'under use_backend("reference"), and report it'
-        )
-    else:
-        mend = (
-            f"set {name}_scale[{layer}, {head}] of the cache to the largest number of the head / "
-            f"448, or make the cache with dtype=torch.bfloat16"
-        )
-    return (
+def _error(
+    name: str, op: str, layer: int, head: int, found: Tensor, rounded: Tensor
+) -> SelfCheckError:
+    loss = (
         f"{op}: expected {name} as stored to be within {100 * MOST_LOSS:.0f} % of what was given, "
-        f"got {100 * float(found[head]):.1f} % in head {head} of layer {layer}; {mend}"
+        f"got {100 * float(found[head]):.1f} % in head {head} of layer {layer}"
     )
+    if rounded[head] <= MOST_LOSS:
+        loss += f"; rounding loses {100 * float(rounded[head]):.1f} %, so the fault is in {op}"
+        return SelfCheckError(loss, 'run it under use_backend("reference"), and report it')
+    mend = (
+        f"set {name}_scale[{layer}, {head}] of the cache to the largest number of the head / 448, "
+        f"or make the cache with dtype=torch.bfloat16"
+    )
+    return SelfCheckError(loss, mend)

@@ -20,15 +20,13 @@ from aapt.evaluate.world_scenes import held_out_starts, render_truth
 from aapt.vae import CausalVAE
 from aapt.vae.config import VAEConfig, light
 from aapt.vae.cost import Work, decoder_work
+from aapt.vae.float8 import ENDS, Float8Conv3d
 from aapt.vae.folder import LIGHT, ORIGINAL, load_vae
-from aapt.vae.layers import CausalConv3d, States
+from aapt.vae.layers import CausalConv3d
 from aapt.vae.pixels import to_pixels, to_video
-from aapt_kernels import causal_conv3d_e4m3
-from aapt_kernels.causal_conv3d.e4m3 import round_weight
 
 MODEL, SIZE = "tiny-world", (80, 128)
 STEPS = 12  # latent frames of a clip: two seconds
-ENDS = ("lapped", "conv_in", "conv_out")  # they read latents or make pixels
 RATE = 1100e12  # FP8 operations per second, as far below the chip's peak as BF16's 630e12
 
 
@@ -41,35 +39,9 @@ def layers_of(vae: CausalVAE) -> dict[str, CausalConv3d]:
 @contextmanager
 def in_e4m3(layers: Iterable[CausalConv3d]) -> Iterator[None]:
     """Compute these layers in 8 bits inside."""
-    rounded = {layer: round_weight(layer.weight) for layer in layers}
-
-    def forward(
-        layer: CausalConv3d,
-        x: Tensor,
-        stream: States,
-        residual: Tensor | None = None,
-        pixels: bool = False,
-        then: CausalConv3d | None = None,
-        keep_out: bool = True,
-    ) -> Tensor:
-        out, state = causal_conv3d_e4m3(
-            x,
-            *rounded[layer],
-            layer.bias,
-            state=stream.pop(),
-            norm_weight=layer.norm_weight,
-            eps=layer.eps,
-            silu=layer.silu,
-            residual=residual,
-            upsample=layer.upsample,
-            padding=layer.padding,
-            pixels=pixels,
-        )
-        stream.push(state)
-        return out
-
-    for layer in rounded:
-        layer.forward = forward.__get__(layer)
+    rounded = {layer: Float8Conv3d(layer).forward for layer in layers}
+    for layer, forward in rounded.items():
+        layer.forward = forward
     try:
         yield
     finally:

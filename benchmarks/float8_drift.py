@@ -6,11 +6,10 @@ the streams are, second by second, and how both drift from the rendered truth.
 Two streams whose numbers differ at all become two walks, so pixels alone do not tell whether one
 looks worse. The yardstick is bfloat16 with other noise: a precision that costs nothing is as far
 from the truth as that. In 8 bits are the linear layers of the blocks, and in one row the cache of
-keys and values too (scales of 1, which suit normed keys); all else is bfloat16.
+keys and values too; all else is bfloat16.
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,27 +41,19 @@ class Variant:
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     linear: bool = False  # linear layers of the blocks in e4m3
-    cache: bool = False  # keys and values in e4m3
+    cache: str = "model"  # see `StreamingGenerator.use_cache`
 
     def generator(self) -> StreamingGenerator:
         """Return the model in this precision."""
-        made = StreamingGenerator.from_pretrained(MODEL, "cpu", self.dtype)
-        transformer = made.model.transformer
+        made = StreamingGenerator.from_pretrained(MODEL, "cpu", self.dtype, cache=self.cache)
         if self.linear:
-            quantise_blocks(transformer)
-        if self.cache:
-            new_cache = transformer.new_cache
-
-            def new_float8_cache(batch: int, size: Sequence[int], *, dtype: torch.dtype):
-                return new_cache(batch, size, dtype=torch.float8_e4m3fn)
-
-            transformer.new_cache = new_float8_cache
+            quantise_blocks(made.model.transformer)
         return made
 
 
 VARIANTS = (  # the first is the one that the pixels of the others are compared with
     Variant("bfloat16"),
-    Variant("e4m3 linear and cache", linear=True, cache=True),
+    Variant("e4m3 linear and cache", linear=True, cache="float8"),
     Variant("bfloat16, other noise", seed=1),
     Variant("e4m3 linear", linear=True),
     Variant("float32", torch.float32),

@@ -10,25 +10,31 @@ gradient is split by the frame that asks. The "own" part reaches a token from it
 
 prints, per block, the mean cosine over clips, the number of clips in which it is negative, the
 cosine of the gradients of all clips together, and the norm of the later part over that of the own
-one. The loss is the squared error of student-forced rollouts against held-out walks. `random` is a
-model like the first one, with weights that training starts from.
+one. The loss is the squared error of student-forced rollouts against held-out walks, or with
+`--judge FILE` the adversarial loss of the discriminator in FILE, which an adversarial stage of
+`aapt train` leaves beside its weights. `random` is a model like the first one, with weights that
+training starts from.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aapt.checkpoint import load_module
 from aapt.environment import environment
 from aapt.evaluate.world_scenes import Start, held_out_starts, render_truth
+from aapt.model.discriminator import Discriminator
 from aapt.model.world_model import WorldModel
 from aapt.streaming.generator import StreamingGenerator
 from aapt.streaming.student import StudentRollout
 from aapt.training.forcing import parallel_pass
+from aapt.training.losses import generator_loss
 from aapt.vae.pixels import to_video
 
 RANDOM = "random"
@@ -166,7 +172,11 @@ def families(parts: Mapping[str, Parts]) -> dict[str, Parts]:
 
 
 def measure(
-    generator: StreamingGenerator, model: WorldModel, starts: Sequence[Start], seed: int
+    generator: StreamingGenerator,
+    model: WorldModel,
+    starts: Sequence[Start],
+    seed: int,
+    judge: Discriminator | None = None,
 ) -> dict[str, dict[str, Conflict]]:
     """Measure a model on walks, one at a time: conflicts by family, then by block and "all".
 
@@ -179,7 +189,7 @@ def measure(
     }
     layers = [layer for block in blocks for layer in block.values()]
     for number, start in enumerate(starts):
-        frames, asked = student_forced(generator, model, start, seed, number)
+        frames, asked = student_forced(generator, model, start, seed, number, judge)
         split = split_gradients(layers, frames, asked)
         groups = [split[at : at + len(LAYERS)] for at in range(0, len(split), len(LAYERS))]
         joined = [families(dict(zip(LAYERS, group, strict=True))) for group in groups]
@@ -194,11 +204,17 @@ def measure(
 
 
 def student_forced(
-    generator: StreamingGenerator, model: WorldModel, start: Start, seed: int, number: int
+    generator: StreamingGenerator,
+    model: WorldModel,
+    start: Start,
+    seed: int,
+    number: int,
+    judge: Discriminator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Roll a model out along a walk and compute the rollout again with gradient.
 
-    Returns the frames (1, C, T, h, w) and the gradient of their squared error against the walk.
+    Returns the frames (1, C, T, h, w) and the gradient of their loss: the squared error against the
+    walk, or the judge's relativistic loss.
     """
     truth = render_truth([start], range(len(start.poses)), generator.height, generator.width)
     with torch.no_grad():
@@ -209,9 +225,25 @@ def student_forced(
     rollout = StudentRollout(model.transformer, *conditions[1:], latents[:, :, :1])
     segment = rollout.roll(noise, conditions.condition)
     frames = parallel_pass(model.transformer, segment, *conditions[1:])
-    error = F.mse_loss(frames, latents[:, :, 1:])
-    (asked,) = torch.autograd.grad(error, frames, retain_graph=True)
+    if judge is None:
+        loss = F.mse_loss(frames, latents[:, :, 1:])
+    else:
+        time = torch.rand(1, generator=numbers)
+        words = judge.world.text_encoder([start.prompt])
+        on_real, on_fake = (
+            judge(x, torch.cat([latents[:, :, :1], x[:, :, :-1]], 2), conditions[0], *words, time)
+            for x in (latents[:, :, 1:], frames)
+        )
+        loss = generator_loss(on_real, on_fake, "relativistic")
+    (asked,) = torch.autograd.grad(loss, frames, retain_graph=True)
     return frames, asked
+
+
+def load_judge(file: Path, like: WorldModel) -> Discriminator:
+    """Load a discriminator with one logit per frame, of a model like `like`."""
+    judge = Discriminator(WorldModel(like.config, like.camera))
+    load_module(file, judge)
+    return judge.eval()
 
 
 def first_weights(like: WorldModel, seed: int) -> WorldModel:
@@ -234,17 +266,19 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=12, help="walks, each measured alone")
     parser.add_argument("--frames", type=int, default=16, help="latent frames of a walk")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judge", type=Path, metavar="FILE", help="weights of a discriminator")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     starts = held_out_starts(given.clips, given.frames, given.seed)
     load = StreamingGenerator.from_pretrained
     first = load(given.checkpoint, "cpu", torch.float32)
     random = first_weights(first.model, given.seed)
-    results = {given.checkpoint: measure(first, first.model, starts, given.seed)}
+    judge = given.judge and load_judge(given.judge, first.model)
+    results = {given.checkpoint: measure(first, first.model, starts, given.seed, judge)}
     for name in given.others:
         generator = first if name == RANDOM else load(name, "cpu", torch.float32)
         model = random if name == RANDOM else generator.model
-        results[name] = measure(generator, model, starts, given.seed)
+        results[name] = measure(generator, model, starts, given.seed, judge)
     if given.json:
         plain = {
             name: {

@@ -16,6 +16,7 @@ from .bench_methods import bench_methods
 from .shared import (
     MAX_GPUS,
     MODEL,
+    Cache,
     Device,
     Dtype,
     InputError,
@@ -52,6 +53,7 @@ def bench_stream(
         ),
     ] = None,
     fp8: Fp8 = False,
+    cache: Cache = "model",
     context: Annotated[
         int,
         typer.Option(
@@ -104,7 +106,8 @@ def bench_stream(
     if threads:
         torch.set_num_threads(threads)
     if predict:
-        generator = load_to_predict(model, size, fp8, device=device, dtype=dtype, graph=graph)
+        given = {"device": device, "dtype": dtype, "graph": graph, "cache": cache != "model"}
+        generator = load_to_predict(model, size, fp8, **given)
         with bad_input():
             predicted = parts.predict_parts(generator, predict, fp8, context).as_json()
         precision = "bfloat16 with linear layers and attention in e4m3" if fp8 else "bfloat16"
@@ -120,7 +123,7 @@ def bench_stream(
         parallel = ranks_of_torchrun(context, device=device, graph=graph)
         device = str(parallel.device)
     started = time.perf_counter()
-    generator = load_to_time(model, device, dtype, size, fp8)
+    generator = load_to_time(model, device, dtype, size, fp8, cache)
     load_seconds = time.perf_counter() - started
     if parallel:
         with bad_input():
@@ -143,7 +146,8 @@ def bench_stream(
                 for _ in range(speed.WARMUP_STEPS):
                     stream.step(control)
                 extras["breakdown"] = parts.measure_parts(stream, control, steps).as_json()
-    result = speed.bench_stream(generator, first_frame, prompt, steps)
+    with bad_input():
+        result = speed.bench_stream(generator, first_frame, prompt, steps)
     if parallel:
         parallel.wait()
         parallel.close()
@@ -159,7 +163,9 @@ def bench_stream(
         (
             "model",
             f"{model}: {result['width']} x {result['height']}, {result['dtype']} on "
-            f"{result['device']}" + (f" and {context - 1} others" if context > 1 else ""),
+            f"{result['device']}"
+            + (f" and {context - 1} others" if context > 1 else "")
+            + (f", cache {cache}" if cache != "model" else ""),
         ),
         ("first frames", f"{first['cold']:.0f} ms cold, {first['warm']:.0f} ms warm"),
         ("step", f"p50 {step['p50']:.1f} ms, p99 {step['p99']:.1f} ms, max {step['max']:.1f} ms"),
@@ -232,6 +238,7 @@ def bench_play(
 
     A client without a page presses keys at random times, decodes each frame and shows the four
     frames of a step evenly. A control is sampled once per step, unless redo makes a step again.
+    A model that follows poses is given motions in place of keys.
     Three seconds of video are not timed. With --browser the page itself is played on this machine,
     and the figures are those that it shows: from the key event to the painted frame.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .shared import (
+    Cache,
     Device,
     Dtype,
     Json,
@@ -27,6 +28,7 @@ def bench_methods(
     dtype: Dtype = None,
     size: Size = None,
     fp8: Fp8 = False,
+    cache: Cache = "model",
     predict: Annotated[
         str | None,
         typer.Option(metavar="GPU", help="Only predict for h100 or h200, in bfloat16."),
@@ -60,9 +62,10 @@ def bench_methods(
     if threads:
         torch.set_num_threads(threads)
     if predict:
-        generator = load_to_predict(model, size, fp8, device=device, dtype=dtype)
+        given = {"device": device, "dtype": dtype, "cache": cache != "model"}
+        generator = load_to_predict(model, size, fp8, **given)
     else:
-        generator = load_to_time(model, device, dtype, size, fp8)
+        generator = load_to_time(model, device, dtype, size, fp8, cache)
     with bad_input():
         decoders = generator, _original(model, generator)
         if predict:
@@ -74,6 +77,7 @@ def bench_methods(
         "width": generator.width,
         "height": generator.height,
         "fp8": fp8,
+        "cache": cache,
         **found,
         "published": [dataclasses.asdict(each) for each in PUBLISHED],
         **environment(),
@@ -103,6 +107,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["fp8"]:
         predicted = facts["how"].startswith("predicted")
         precision = f", linear layers{' and attention' if predicted else ''} in e4m3"
+    if facts["cache"] != "model":
+        precision += f", cache {facts['cache']}"
     rows = [
         ("model", f"{facts['model']}: {facts['width']} x {facts['height']}{precision}"),
         ("times", f"{facts['how']}; a latent frame is four video frames"),

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..placement import placement
 from .shared import (
+    Cache,
     Device,
     Dtype,
     Json,
@@ -66,6 +67,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    cache: Cache = "model",
     fid: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="TorchScript network of frames for FID."),
@@ -117,7 +119,7 @@ def evaluate(
     checkpoints = [checkpoint, *(baseline or [])]
     settings = dict(latents=latents, starts=starts, seconds=seconds, seed=seed, videos=videos)
     networks = dict(fid=fid, fvd=fvd, keypoints=keypoints, camera_poses=camera_poses)
-    settings |= networks
+    settings |= networks | {"cache": cache}
     with bad_input():
         settings |= placement(device, dtype, size)
         check_seconds("seconds", seconds)
@@ -156,6 +158,7 @@ def compare(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    cache: Cache = "model",
     as_json: Json = False,
 ):
     """Compare checkpoints with the first one, over several seeds, with 95 % confidence intervals.
@@ -173,7 +176,7 @@ def compare(
     from ..evaluate.compare import compare
     from ..media.figures import MissingLibrary
 
-    settings = dict(latents=latents, starts=starts, seconds=seconds, videos=videos)
+    settings = dict(latents=latents, starts=starts, seconds=seconds, videos=videos, cache=cache)
     with bad_input():
         settings |= placement(device, dtype, size)
         check_seconds("seconds", seconds)

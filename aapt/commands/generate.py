@@ -16,10 +16,12 @@ from rich import progress
 from rich.console import Console
 
 from .shared import (
+    CACHE_OPTION,
     MAX_SEED,
     MODEL,
     Device,
     Dtype,
+    InputError,
     Interrupted,
     Model,
     OutputError,
@@ -103,6 +105,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    cache: Annotated[str | None, CACHE_OPTION] = None,
     text_device: TextDevice = None,
 ):
     """Make a video from an image, a prompt and a control script.
@@ -112,9 +115,9 @@ def generate(
     written as they are made: after Ctrl-C or on a full disk the file plays as far as it got. A
     prompt that is longer than the model reads is cut, and the command says where.
 
-    --replay takes first frame and its size, prompts, controls and seed from an action log of aapt
-    serve. With the same build, device, precision and number of threads the video is the one that
-    was played, bit for bit; the command names the first step that differs.
+    --replay takes first frame and its size, prompts, controls, seed and cache from an action log of
+    aapt serve. With the same build, device, precision and number of threads the video is the one
+    that was played, bit for bit; the command names the first step that differs.
 
     \b
     Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
@@ -150,14 +153,15 @@ def generate(
     if replay or original or branch is not None:
         given = {"image": image, "prompt": prompt, "controls": controls}
         given |= {"pose": pose, "size": size}
-        _replay(replay, branch, original, given, model, (device, dtype), out, scale)
+        _replay(replay, branch, original, given, model, (device, dtype, cache), out, scale)
         return
     with bad_input():
         check_seconds("seconds", seconds)
         script, poses = load_controls(controls or "walk"), load_poses(pose or "show")
         start = load_image(image) if image else None
         output_kind(out)
-    generator = load(model, device, dtype, size, text_device=text_device)
+    options = {"text_device": text_device, "cache": cache or "model"}
+    generator = load(model, device, dtype, size, **options)
     step_seconds = generator.frames_per_step / generator.fps
     script = dataclasses.replace(script, step_seconds=step_seconds)
     if not generator.poses:
@@ -189,13 +193,17 @@ def _replay(
     original: bool,
     given: dict[str, Any],
     model: str,
-    place: tuple[str | None, str | None],
+    place: tuple[str | None, str | None, str | None],
     out: str,
     scale: int | None,
 ) -> None:
-    """Write the video of an action log, and say where it differs from what was played."""
+    """Write the video of an action log, and say where it differs from what was played.
+
+    place: device, precision and cache, each None for the default; that of the cache is the log's.
+    """
     from ..checkpoint import find_checkpoint
     from ..media.video import open_video, output_kind
+    from ..model.caches import check_same
     from ..streaming.actions import Replay, model_digest, read_walk
     from ..vae.folder import LIGHT, ORIGINAL
 
@@ -212,13 +220,16 @@ def _replay(
                 f"replay: expected a walk of {model} {digest[:12]}, got one of {walk.model} "
                 f"{walk.digest[:12]}; pass --model FOLDER"
             )
+        device, dtype, cache = place
+        check_same("replay", walk.cache, cache or walk.cache, "leave --cache away")
         branch = len(walk.branches) - 1 if branch is None else branch
         walk.check(branch, 0)
     size = None
     if walk.first_frame is not None:
         height, width, _ = walk.first_frame.shape
         size = f"{width}x{height}"
-    generator = load(model, *place, size, decoder=ORIGINAL if original else LIGHT)
+    options = {"decoder": ORIGINAL if original else LIGHT, "cache": walk.cache}
+    generator = load(model, device, dtype, size, **options)
     path = walk.path(branch, walk.branches[branch].end)
     with bad_input():
         stream = Replay(generator, walk)
@@ -258,7 +269,8 @@ def _open(generator, first_frame, prompt: str, seed: int, pose):
         say(f"aapt: {cut}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="prompt: ")  # already said
-        return generator.open(first_frame, prompt=prompt, seed=seed, pose=pose)
+        with bad_input():
+            return generator.open(first_frame, prompt=prompt, seed=seed, pose=pose)
 
 
 def _no_poses(pose: str | None) -> None:
@@ -295,7 +307,7 @@ class Played:
         total_frames: Video frames that were asked for.
         step_seconds: Latency of each step.
         elapsed: Seconds from the first frame to the closed output.
-        error: The error of the output that stopped it, if any.
+        error: The error that stopped it, if any: of the output, or what a float8 cache loses.
     """
 
     writer: Any
@@ -303,11 +315,13 @@ class Played:
     step_seconds: list[float]
     elapsed: float
     interrupted: bool
-    error: OSError | None
+    error: Exception | None
 
 
 def _play(stream, writer, controls, steps: int) -> Played:
     """Write frames as they are made, until the end, Ctrl-C or an output that is full."""
+    from ..model.caches import CacheError
+
     total = stream.generator.video_frames(steps, picture=len(stream.first_frame) > 0)
     latencies, error = [], None
     started = time.perf_counter()
@@ -325,7 +339,7 @@ def _play(stream, writer, controls, steps: int) -> Played:
                 show(writer.frames, latencies[-1])
         except KeyboardInterrupt:  # the second Ctrl-C
             interrupted.append(signal.SIGINT)
-        except OSError as problem:
+        except (OSError, CacheError) as problem:
             error = problem
         try:
             writer.close()
@@ -343,6 +357,8 @@ def _finish(played: Played) -> None:
     holds = f"{writer.out} holds {writer.frames} of {total} frames"
     if not writer.frames:
         holds = f"nothing was kept of {writer.out}"
+    if isinstance(played.error, ValueError):
+        raise InputError(f"{played.error}: {holds}")
     if played.error:
         raise OutputError(f"{writer.out}: {played.error.strerror or played.error}: {holds}")
     if played.interrupted:

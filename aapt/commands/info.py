@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Annotated, Any
 
 from ..placement import placement
 from .shared import (
+    CACHE_OPTION,
     MODEL,
     Device,
     Dtype,
@@ -24,12 +25,14 @@ def info(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    cache: Annotated[str | None, CACHE_OPTION] = None,
     as_json: Json = False,
 ):
     """Show the model, the backend that each op runs on and why none better, devices and versions.
 
     Without --device ops are shown for the CPU and, if any, the CUDA device. A CUDA device that is
-    not there is no error: the table says what is missing.
+    not there is no error: the table says what is missing. The line cache gives the memory of one
+    stream's keys and values under every name of --cache, or under the given one alone.
 
     \b
     Examples:
@@ -50,9 +53,10 @@ def info(
                 if not device.startswith("cuda"):
                     raise
                 missing = str(error)
-    generator = load(model, None, None, size)
+    generator = load(model, None, None, size, cache=cache or "model")
     facts = {
         "model": _model_facts(model, generator),
+        "cache_bytes": _cache_bytes(generator, cache, placed["device"], placed["dtype"]),
         "device": {"asked": device, "missing": missing},
         "driver": _driver(),
         "ops": _ops(generator, placed["device"], placed["dtype"]),
@@ -70,6 +74,8 @@ def info(
         ("window", f"the first {size['sink_frames']} and {size['window_frames']} latent frames"),
         ("prompts", "; ".join(size["prompts"])),
     ]
+    caches = ", ".join(f"{x} {n / 2**20:.2f} MiB" for x, n in facts["cache_bytes"].items())
+    rows.append(("cache", caches))
     if missing:
         rows.append(("missing", missing.removeprefix("device: ")))
     rows += [
@@ -128,6 +134,35 @@ def _ops(generator, device: str | None, dtype) -> list[dict[str, Any]]:
         for choice in backends(place, chosen, generator.model.config.head_dim):
             rows.append(choice._asdict() | {"dtype": name})
     return sorted(rows, key=lambda row: row["op"])
+
+
+def _cache_bytes(generator, name: str | None, device: str | None, dtype) -> dict[str, int]:
+    """Return the bytes of one stream's cache by name, of all that the model can have on the device
+    unless a name is given, in the precision that the model would have there."""
+    import torch
+
+    from ..device import usable_dtype
+    from ..model.caches import CACHES, CacheError
+    from ..streaming.cache_memory import cache_bytes
+
+    place = torch.device(device or "cpu")
+    if dtype is None:
+        no_gpu = place.type == "cuda" and not torch.cuda.is_available()
+        dtype = torch.bfloat16 if no_gpu else usable_dtype(None, place)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        place = torch.device("cpu")  # of a device that is not there nothing is known
+    if name is not None:
+        with bad_input():
+            generator.check_cache(name, place)
+        return {name: cache_bytes(generator, name, dtype)}
+    found = {}
+    for each in CACHES:
+        try:
+            generator.check_cache(each, place)
+        except CacheError:
+            continue
+        found[each] = cache_bytes(generator, each, dtype)
+    return found
 
 
 def _model_facts(name: str, generator) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import typer
 
 from .shared import (
     MODEL,
+    Cache,
     Device,
     Dtype,
     InputError,
@@ -44,6 +45,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    cache: Cache = "model",
     history: Annotated[
         int, typer.Option(metavar="MIB", min=0, help="Memory for the snapshots of each world.")
     ] = 256,
@@ -74,6 +76,8 @@ def serve(
 ):
     """Serve a page to play in: keys in, video out, with rewind, branches and recordings.
 
+    A model that follows poses is driven by the joints of a skeleton and by preset motions.
+
     Only this machine can connect unless --host says otherwise; then visitors also need a token,
     which is part of the address that is printed. Browsers hide gamepads from pages of other hosts
     without --tls. With --batch, worlds that are due at once share a pass: pixels are near those of
@@ -103,7 +107,7 @@ def serve(
     with bad_input():
         if tls:
             _check_tls(*tls)
-    generator = load(model, device, dtype, size, text_device=text_device)
+    generator = load(model, device, dtype, size, text_device=text_device, cache=cache)
     with bad_input():
         if gallery and not gallery.is_dir():
             raise ValueError(f"gallery: expected a folder of images, got {gallery}")

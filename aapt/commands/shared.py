@@ -45,6 +45,12 @@ TextDevice = Annotated[
         show_default="the model's device, left after each new prompt",
     ),
 ]
+CACHE_OPTION = typer.Option(
+    metavar="NAME",
+    help="Precision of keys and values: model, float8 or float8-past.",
+    show_default="model",
+)
+Cache = Annotated[str, CACHE_OPTION]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -188,8 +194,8 @@ def load(
     size: str | None = None,
     **options: Any,
 ):
-    """Load a StreamingGenerator; InputError if the checkpoint, the device, the precision or the
-    size cannot be used.
+    """Load a StreamingGenerator; InputError if the checkpoint, the device, the precision, the size
+    or the cache cannot be used.
 
     options: further ones of `StreamingGenerator.from_pretrained`.
     """

@@ -16,9 +16,11 @@ Fp8 = Annotated[
 ]
 
 
-def load_to_time(model: str, device: str | None, dtype: str | None, size: str | None, fp8: bool):
+def load_to_time(
+    model: str, device: str | None, dtype: str | None, size: str | None, fp8: bool, cache: str
+):
     """Load a checkpoint as `load` does, or build a preset with random weights; `fp8` rounds the
-    linear layers of their blocks."""
+    linear layers of their blocks, `cache` names the cache of streams."""
     from ..evaluate.random_weights import random_generator
     from ..model.float8 import quantise_blocks
     from ..model.presets import PRESETS
@@ -28,6 +30,8 @@ def load_to_time(model: str, device: str | None, dtype: str | None, size: str | 
             generator = random_generator(model, **placement(device, dtype, size))
     else:
         generator = load(model, device, dtype, size)
+    with bad_input():
+        generator.use_cache(cache)
     if fp8:
         quantise_blocks(generator.model.transformer)
     return generator

@@ -8,6 +8,7 @@ import typer
 from .shared import (
     MAX_SEED,
     RESUMES,
+    Cache,
     Device,
     Dtype,
     Interrupted,
@@ -60,13 +61,15 @@ def vbench(
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
+    cache: Cache = "model",
 ):
     """Write the videos that VBench-I2V reads: FOLDER/120/PROMPT-0.mp4 and so on.
 
     VBench itself measures them: give each folder of a length to its evaluation. Images are
     cropped around their centre to the model's size, so choose VBench's crop that is nearest to it.
     A shorter video is the beginning of the longer one of its number. Nothing steers a model that
-    takes controls. The same command resumes; one with another checkpoint or seed is rejected.
+    takes controls. The same command resumes; one with another checkpoint, seed or cache is
+    rejected.
 
     \b
     Examples:
@@ -82,7 +85,7 @@ def vbench(
         check_inputs(images=images, info=info)
         check_out_folder(out)
         cases = read_cases(images, info)
-    generator = load(checkpoint, device, dtype, size)
+    generator = load(checkpoint, device, dtype, size, cache=cache)
     lengths = dict.fromkeys(frames or LENGTHS)
     with bad_input():
         try:

@@ -33,6 +33,15 @@ class RenderedClip(Protocol):
 
 
 @dataclass(frozen=True)
+class FirstImage:
+    """An image to start from, of any size, with the name of its file and its prompt."""
+
+    name: str
+    image: Image.Image
+    prompt: str
+
+
+@dataclass(frozen=True)
 class RenderedData(ABC):
     """A set of clips to render. Clip i has seed `first_seed + i`.
 
@@ -72,8 +81,8 @@ class RenderedData(ABC):
         """Open the result of `encode`."""
 
     @abstractmethod
-    def sample_image(self) -> tuple[Image.Image, str]:
-        """An image to start from, of any size, and its prompt."""
+    def first_images(self) -> list[FirstImage]:
+        """Images to start from: a checkpoint's sample, then its gallery."""
 
 
 def render_clips(

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..model.ulysses import Ulysses
-from ..streaming.generator import Stream, StreamingGenerator
+from ..streaming.generator import StreamingGenerator
 from ..streaming.memory import StreamMemory
+from ..streaming.stream import Stream
 from ..vae.cost import Work, decoder_work
 
 LINEAR = "aten::linear"  # whole, because inference mode does not take it apart

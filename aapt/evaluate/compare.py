@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import write_json
 from ..media.figures import path_labels
+from ..model.caches import MODEL
 from .evaluation import evaluate
 from .report import COLUMNS, shown
 from .scenes import AUTOENCODER, TRUTH
@@ -29,7 +30,7 @@ COMPARISON = "comparison.json"
 # The settings that a report's measures depend on.
 MEASURED_BY = (
     *("starts", "seconds", "seed", "latents"),
-    *("fid", "fvd", "keypoints", "camera_poses"),
+    *("fid", "fvd", "keypoints", "camera_poses", "cache"),
 )
 
 
@@ -150,8 +151,9 @@ def _read(
     """Read a report; ValueError if it is of other checkpoints or settings."""
     try:
         report = json.loads(path.read_text())
+        report["settings"].setdefault("cache", MODEL)  # older reports have no other
         found = report["checkpoints"], dict(report["settings"])
-    except (ValueError, TypeError, KeyError):
+    except (AttributeError, ValueError, TypeError, KeyError):
         raise _other_report(path) from None
     wanted = {
         name: str(value) if isinstance(value, Path) else value

@@ -17,6 +17,7 @@ from ..clock import FRAMES_PER_LATENT
 from ..environment import environment
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..media.figures import new_figure, path_labels, save_figure
+from ..model.caches import MODEL
 from ..streaming.generator import StreamingGenerator
 from .clip_scenes import ClipScenes
 from .drift_plot import plot_drift
@@ -49,6 +50,7 @@ def evaluate(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     size: tuple[int, int] | None = None,
+    cache: str = MODEL,
     videos: int = 0,
     fid: Path | None = None,
     fvd: Path | None = None,
@@ -57,7 +59,7 @@ def evaluate(
     probe: ProbeConfig | None = None,
     detector: KeypointDetectorConfig | None = None,
     objects: ObjectDetectorConfig | None = None,
-    cache: Path | None = None,
+    network_cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Report:
     """Roll out checkpoints from held-out starts and measure them.
@@ -74,15 +76,15 @@ def evaluate(
         starts: Number of worlds or clips; six worlds show every theme.
         seconds: Length of a rollout. A window that ends later is left out.
         seed: Chooses worlds and walks, or clips, and noise.
-        device, dtype, size: Of the checkpoints, as `StreamingGenerator.from_pretrained` takes them;
-            metrics are computed on the CPU.
+        device, dtype, size, cache: Of the checkpoints, as `StreamingGenerator.from_pretrained`
+            takes them; metrics are computed on the CPU.
         videos: Number of starts whose rollouts and truth are saved, see `save_videos`; all if there
             are fewer starts.
         fid, fvd, keypoints, camera_poses: TorchScript files, see `PretrainedDistance`,
             `KeypointErrors` and `CameraErrors`.
         probe, detector, objects: How the motion probe, the keypoint detector and the object
             detector are trained; None for the defaults.
-        cache: Folder that keeps them for the next evaluation; None for the user's cache.
+        network_cache: Folder that keeps them for the next evaluation; None for the user's cache.
         log: Called with one line per finished part.
 
     Raises ValueError for settings or checkpoints that do not fit, OSError if `out` cannot be
@@ -92,7 +94,8 @@ def evaluate(
         raise ValueError(f"videos: expected 0 or more, got {videos}")
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
     load = StreamingGenerator.from_pretrained
-    loaded = {folder: load(folder, device, dtype, size) for folder in checkpoints}
+    placed = dict(device=device, dtype=dtype, size=size, cache=cache)
+    loaded = {folder: load(folder, **placed) for folder in checkpoints}
     generators = dict(zip(names, loaded.values(), strict=True))
     sizes = {(g.height, g.width) for g in generators.values()}
     if len(sizes) > 1:
@@ -102,12 +105,12 @@ def evaluate(
     scenes: Scenes
     if latents is None and any(generator.poses for generator in loaded.values()):
         puppets = held_out_puppets(starts, steps, seed, *sizes.pop())
-        given = detector or KeypointDetectorConfig(), cache or cache_folder()
+        given = detector or KeypointDetectorConfig(), network_cache or cache_folder()
         scenes = PuppetScenes(puppets, loaded, *given)
     elif latents is None:
         walks = held_out_starts(starts, steps, seed)
-        kept = probe or ProbeConfig(), cache or cache_folder(), objects or ObjectDetectorConfig()
-        scenes = WorldScenes(walks, loaded, *kept)
+        kept = probe or ProbeConfig(), network_cache or cache_folder()
+        scenes = WorldScenes(walks, loaded, *kept, objects or ObjectDetectorConfig())
     else:
         scenes = ClipScenes(latents, loaded, starts, seed)
     files = {"fid": fid, "fvd": fvd}
@@ -171,12 +174,14 @@ def cache_folder() -> Path:
 
 
 def _placed(generator: StreamingGenerator) -> dict[str, str]:
-    """Return the settings of a report that say where, in which precision and size models ran."""
+    """Return the settings of a report that say where, in which precision, size and cache models
+    ran."""
     weight = next(generator.model.parameters())
     return {
         "device": str(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "size": f"{generator.width}x{generator.height}",
+        "cache": generator.cache,
     }
 
 

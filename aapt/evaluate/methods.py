@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.caches import FLOAT8, FLOAT8_PAST, MODEL, CacheError, loss_is_said
 from ..model.flow import interpolate
 from ..model.transformer import StepConstants, VideoTransformer, clean
 from ..streaming.few_step import Moment
@@ -39,8 +40,9 @@ class Network:
         like, config = model.video_in.weight, model.config
         self.model = model
         self.cache = model.new_cache(1, size, dtype=like.dtype)
-        self.cache.k.normal_()
-        self.cache.v.normal_()
+        for x in (self.cache.k, self.cache.v):
+            for layer in x:  # one at a time, because float8 draws no numbers itself
+                layer.copy_(torch.randn_like(layer, dtype=like.dtype))
         self.cache.text_lens.fill_(config.text_tokens)
         self.cache.step.fill_(3 * self.cache.ring_frames)
 
@@ -62,7 +64,8 @@ class Network:
         frames, (time, told, constants) = x.shape[2], moment
         recycled = self.clean[:, :, :frames]
         driven = None if self.condition is None else self.condition[:, :, :frames]
-        output = self.model.step(x, recycled, driven, told, self.cache, constants, advance)
+        with loss_is_said():
+            output = self.model.step(x, recycled, driven, told, self.cache, constants, advance)
         return clean(self.model.config, output, x, recycled, time).to(x.dtype)
 
     def denoise(self, frames: int, steps: int) -> Tensor:
@@ -204,8 +207,14 @@ METHODS = (
 
 def networks(generator: StreamingGenerator) -> dict[bool, Network]:
     """Return the network with the model's window, and the one that sees CONTEXT frames, by
-    `Method.sees_context`. They share weights; ValueError for a window without room for a chunk."""
+    `Method.sees_context`. They share weights; ValueError for a window without room for a chunk, and
+    for a cache that takes one frame per step."""
     model, size = generator.model.transformer, generator.latent_size
+    if generator.cache == FLOAT8_PAST:
+        raise CacheError(
+            f"cache: expected {MODEL} or {FLOAT8} for methods of several frames per pass, got "
+            f"{FLOAT8_PAST}, which takes one"
+        )
     window = model.config.window(model.config.token_grid(*size))
     if window + 1 < CHUNK:
         raise ValueError(

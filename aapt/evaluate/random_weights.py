@@ -3,7 +3,7 @@ alone."""
 
 import torch
 
-from ..device import usable_device, usable_dtype
+from ..device import memory_of, usable_device, usable_dtype
 from ..model.presets import PRESETS
 from ..model.world_model import WorldModel
 from ..streaming.generator import StreamingGenerator
@@ -23,12 +23,13 @@ def random_generator(
     """Build a preset and its light decoder; on the meta device nothing is drawn.
 
     device, dtype, size: as `StreamingGenerator.from_pretrained` takes them, with the preset's own
-    size; ValueError as there.
+    size; ValueError as there, and if the weights alone are larger than the device's memory.
     """
     device = usable_device(device or "cpu")
     dtype = usable_dtype(dtype, device)
     with torch.device("meta"):
         model = WorldModel(PRESETS[name](), None).to(dtype)
+    _check_memory(name, model, device)
     model.to_empty(device=device)  # whole in the wanted precision, as 8 B weights have to be
     if device.type != "meta":
         numbers = torch.Generator(device).manual_seed(0)  # equal on ranks that share a stream
@@ -39,6 +40,16 @@ def random_generator(
     return StreamingGenerator(
         model, random_vae(_light(name), device, dtype), height=height, width=width
     )
+
+
+def _check_memory(name: str, model: WorldModel, device: torch.device) -> None:
+    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    memory = memory_of(device)
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"model: {name} has {needed / 1e9:.1f} GB of weights, {device} has "
+            f"{memory / 1e9:.1f} GB of memory; aapt bench stream --predict h100 needs no weights"
+        )
 
 
 def original_decoder(name: str, like: CausalVAE) -> CausalVAE:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..model.caches import loss_is_said
 from ..streaming.generator import StreamingGenerator
 from ..streaming.rollout import roll_out
 from .video_frames import VideoFrames, decode_chosen, latent_statistics
@@ -117,5 +118,6 @@ def roll_out_scenes(
             latents.append(latent[:kept].cpu())
             yield latent
 
-    video = decode_chosen(generator.vae, measured(), frames)
+    with loss_is_said():
+        video = decode_chosen(generator.vae, measured(), frames)
     return video, torch.cat(statistics, dim=1).cpu(), torch.cat(latents, dim=2)

@@ -12,7 +12,8 @@ import torch
 
 from ..cuda_driver import graph_nodes, write_dot
 from ..streaming.controls import load_controls
-from ..streaming.generator import Stream, StreamingGenerator
+from ..streaming.generator import StreamingGenerator
+from ..streaming.stream import Stream
 
 WARMUP_STEPS = 12  # past the window of any bundled model, so that its ring has wrapped
 
@@ -54,6 +55,7 @@ def bench_stream(
     return {
         "device": str(generator.device),
         "dtype": str(generator.vae.latent_mean.dtype).removeprefix("torch."),
+        "cache": generator.cache,
         "height": generator.height,
         "width": generator.width,
         "warmup_steps": WARMUP_STEPS,

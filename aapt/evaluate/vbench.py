@@ -13,6 +13,7 @@ from pathlib import Path
 from ..checkpoint import replacing, write_json
 from ..media.image import fit_image, load_image
 from ..media.video import Mp4Writer
+from ..model.caches import MODEL
 from ..streaming.generator import StreamingGenerator
 
 LENGTHS = (120, 1440)  # video frames
@@ -81,7 +82,8 @@ def write_videos(
 
     The videos of one index are one stream, of which a shorter video is the beginning. Nothing
     steers a model that takes controls. A video that is there is not made again, and none is ever
-    written in part. `seeds.json` holds the seed of every index, and the digest of the checkpoint.
+    written in part. `seeds.json` holds the seed of every index, the digest of the checkpoint, and
+    the name of the cache if it is not the model's.
 
     Args:
         model: Digest of the generator's checkpoint, see `model_digest`.
@@ -89,11 +91,16 @@ def write_videos(
         samples: Videos per case.
         seed: Of index 0; index i has `seed` + i.
 
-    ValueError for another seed or checkpoint than that of the videos in `out`.
+    ValueError for another seed, checkpoint or cache than that of the videos in `out`.
     """
     recorded = json.loads((out / SEEDS).read_text()) if (out / SEEDS).is_file() else {}
-    for name, key, ours in (("seed", "0", seed), ("checkpoint", "model", model)):
-        if (theirs := recorded.get(key, ours)) != ours:
+    cache = generator.cache
+    for name, key, ours, unsaid in (
+        ("seed", "0", seed, seed),
+        ("checkpoint", "model", model, model),
+        ("cache", "cache", cache, MODEL if recorded else cache),
+    ):
+        if (theirs := recorded.get(key, unsaid)) != ours:
             raise ValueError(
                 f"{name}: expected {theirs}, as for the videos in {out}, got {ours}; pass another "
                 "folder as --out"
@@ -101,7 +108,8 @@ def write_videos(
     for length in lengths:
         (out / str(length)).mkdir(parents=True, exist_ok=True)
     seeds = {str(index): seed + index for index in range(samples)}
-    write_json(out / SEEDS, recorded | seeds | {"model": model})
+    facts = {"model": model} if cache == MODEL else {"model": model, "cache": cache}
+    write_json(out / SEEDS, recorded | seeds | facts)
     for case in cases:
         for index in range(samples):
             paths = {length: out / str(length) / f"{case.prompt}-{index}.mp4" for length in lengths}

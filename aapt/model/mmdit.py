@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aapt_kernels import KVCache
 
+from .caches import fit_scales
 from .config import ModelConfig
 from .layers import Block
 from .transformer import KeysValues, TimeEmbedding, VideoTransformer
@@ -69,10 +70,18 @@ class MMDiT(VideoTransformer):
             pairs.append((k, v))
         return pairs
 
-    def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
-        """Returns an empty cache for latents of `size` = (height, width)."""
+    def new_cache(
+        self,
+        batch: int,
+        size: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> KVCache:
+        """Returns an empty cache for latents of `size` = (height, width), see
+        `VideoTransformer`."""
         config, grid = self.config, self.config.token_grid(*size)
-        return KVCache(
+        cache = KVCache(
             batch,
             config.depth,
             config.heads // self.context.size,
@@ -81,6 +90,8 @@ class MMDiT(VideoTransformer):
             tokens_per_frame=grid[0] * grid[1],
             window_frames=config.window(grid),
             sink_frames=config.sink_frames,
-            dtype=dtype,
-            device=self.video_in.weight.device,
+            device=device or self.video_in.weight.device,
+            **self.cache_choice.options(dtype, config.head_dim),
         )
+        fit_scales(cache, self.blocks, self.context)
+        return cache

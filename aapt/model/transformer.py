@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aapt_kernels import FrameLayout, KVCache
 
+from .caches import CacheChoice
 from .config import ModelConfig
 from .flow import to_clean
 from .layers import CacheStep, Residual
@@ -78,6 +79,9 @@ class VideoTransformer(nn.Module):
     (docs/method.md#2); elsewhere it carries latent frame i.
 
     A family has the layers below, the abstract methods, and blocks with `forward` and `step`.
+
+    Attributes:
+        cache_choice: The cache of streams that begin from now on; the model's precision unless set.
     """
 
     JOINT_TEXT: bool  # True if text tokens stand before the frames in one attention
@@ -96,6 +100,7 @@ class VideoTransformer(nn.Module):
             nn.init.zeros_(self.residual_map.weight)
         self.checkpoint_blocks = False
         self.context = Ulysses()
+        self.cache_choice = CacheChoice()
 
     def embed_text(self, text: Tensor, text_lens: Tensor) -> Tensor:
         """Turns text embeddings (B, text_tokens, text_width) into text tokens (B, L, width)."""
@@ -119,8 +124,18 @@ class VideoTransformer(nn.Module):
         prompt."""
         raise NotImplementedError
 
-    def new_cache(self, batch: int, size: Sequence[int], *, dtype: torch.dtype) -> KVCache:
-        """Returns an empty cache for latents of `size` = (height, width)."""
+    def new_cache(
+        self,
+        batch: int,
+        size: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> KVCache:
+        """Returns an empty cache for latents of `size` = (height, width), as `cache_choice` says.
+
+        dtype: of keys and values outside of the cache. device: the model's unless given.
+        """
         raise NotImplementedError
 
     def patchify(

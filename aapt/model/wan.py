@@ -17,6 +17,7 @@ from aapt_kernels import (
     qk_norm_rope,
 )
 
+from .caches import fit_scales
 from .config import ModelConfig
 from .layers import NORM_EPS, CacheStep, Residual, StreamWeights, attend_to_caches
 from .rope import Rotation
@@ -271,13 +272,22 @@ class WanTransformer(VideoTransformer):
         return [block.encode_text(words) for block in self.blocks]
 
     def new_cache(
-        self, batch: int, size: Sequence[int], *, dtype: torch.dtype, pinned: bool = True
+        self,
+        batch: int,
+        size: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        pinned: bool = True,
     ) -> TextBesideCache:
-        """Returns an empty cache for latents of `size` = (height, width). Without `pinned` its
-        window has the frames of the sink as well, and nothing stays visible for good."""
+        """Returns an empty cache for latents of `size` = (height, width), see `VideoTransformer`.
+
+        Without `pinned` its window has the frames of the sink as well, and nothing stays visible
+        for good.
+        """
         config, grid = self.config, self.config.token_grid(*size)
         sink, window = config.sink_frames, config.window(grid)
-        return TextBesideCache(
+        cache = TextBesideCache(
             batch,
             config.depth,
             config.heads // self.context.size,
@@ -286,6 +296,8 @@ class WanTransformer(VideoTransformer):
             tokens_per_frame=grid[0] * grid[1],
             window_frames=window if pinned else sink + window,
             sink_frames=sink if pinned else 0,
-            dtype=dtype,
-            device=self.video_in.weight.device,
+            device=device or self.video_in.weight.device,
+            **self.cache_choice.options(dtype, config.head_dim),
         )
+        fit_scales(cache, self.blocks, self.context)
+        return cache

@@ -22,7 +22,7 @@ from ..checkpoint import (
 from ..clock import FPS, FRAMES_PER_LATENT, SHEET_SECONDS
 from ..data.clips import ClipBatch, Clips, VideoClips
 from ..data.randomness import ClipRandom
-from ..data.rendered import render_clips
+from ..data.rendered import FirstImage, render_clips
 from ..data.stored_text import StoredText
 from ..device import mixed_precision
 from ..media.image import fit_image
@@ -464,7 +464,7 @@ class Run:
         save_module(folder / "model.safetensors", self.model(stage), torch.bfloat16)
         vaes = self.export_vae(stage, folder)
         height, width = self.export_size(stage, VAEConfig(**vaes[LIGHT]).space_factor)
-        prompt = self.export_sample(stage, folder, height, width)
+        sample, *gallery = self.export_images(stage, folder, height, width)
         save_config(
             folder,
             {
@@ -475,7 +475,8 @@ class Run:
                 "width": width,
                 "fps": self.fps(stage),
                 "prompts": data.prompts if data else [],
-                "sample": {"image": SAMPLE_IMAGE, "prompt": prompt},
+                "sample": sample,
+                **({"gallery": gallery} if gallery else {}),
                 "model": asdict(model),
                 "camera": recipe.camera and asdict(recipe.camera),
                 **({"poses": True} if data and data.poses else {}),
@@ -511,21 +512,29 @@ class Run:
             height, width = (pixels * tokens for tokens, pixels in sides)
         return height * space_factor, width * space_factor
 
-    def export_sample(self, stage: str, folder: Path, height: int, width: int) -> str:
-        """Write an image to start from, of the checkpoint's size, and return its prompt.
+    def export_images(
+        self, stage: str, folder: Path, height: int, width: int
+    ) -> list[dict[str, str]]:
+        """Write images to start from, of the checkpoint's size, and return their entries of
+        `config.json`, the sample's first.
 
-        For a model of the user's videos, it is the first frame of a clip.
+        A model of the user's videos has one, the first frame of a clip.
         """
         if self.recipe.data:
-            image, prompt = next(iter(self.recipe.data.values())).sample_image()
+            images = next(iter(self.recipe.data.values())).first_images()
         else:
             batch, vae = self.sample_clips(stage)
             with torch.no_grad():
                 video = vae.decode(batch.latents[:1, :, :1])
-            image, prompt = Image.fromarray(to_pixels(video)[0, 0].numpy()), batch.prompts[0]
-        pixels, _ = fit_image(image, height, width)
-        Image.fromarray(pixels).save(folder / SAMPLE_IMAGE)
-        return prompt
+            pixels = to_pixels(video)[0, 0].numpy()
+            images = [FirstImage("sample", Image.fromarray(pixels), batch.prompts[0])]
+        entries = []
+        for first in images:
+            name = SAMPLE_IMAGE if not entries else f"{first.name}.png"
+            pixels, _ = fit_image(first.image, height, width)
+            Image.fromarray(pixels).save(folder / name)
+            entries.append({"image": name, "prompt": first.prompt})
+        return entries
 
     def export_vae(self, stage: str, folder: Path) -> dict[str, dict]:
         """Write the autoencoder, and beside a light decoder's also the original one.

@@ -21,6 +21,7 @@ ARGUMENTS = (
     "--disable-sync",
     "--no-first-run",
 )
+MOTIONS = ("walk", "wave", "dance")  # of a model that follows poses, in place of keys
 KEYS = (("w",), ("w", "a"), ("w", "d"), ("a",), ("d",), ())
 WARMUP_SECONDS = 3.0
 OPENING_MS = 120_000  # until the page is ready, on a busy machine too
@@ -85,17 +86,22 @@ def _wait_state(page: Page, state: str) -> None:
 
 
 def _press_keys(page: Page, seconds: float) -> list[float]:
-    """Changes the held keys at random times; returns the frame rates that the page showed."""
+    """Changes the held keys, or the figure's motion, at random times; returns the frame rates that
+    the page showed."""
     draw, held, rates = random.Random(0), (), []
+    posed = page.get_attribute("body", "data-driven-by") == "pose"
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         page.wait_for_timeout(1e3 * draw.uniform(*BETWEEN))
-        keys = draw.choice([keys for keys in KEYS if keys != held])
-        for key in set(held) - set(keys):
-            page.keyboard.up(key)
-        for key in set(keys) - set(held):
-            page.keyboard.down(key)
-        held = keys
+        if posed:
+            page.click(f"#motions [value={draw.choice(MOTIONS)}]")
+        else:
+            keys = draw.choice([keys for keys in KEYS if keys != held])
+            for key in set(held) - set(keys):
+                page.keyboard.up(key)
+            for key in set(keys) - set(held):
+                page.keyboard.down(key)
+            held = keys
         rates.append(float(page.get_attribute("#hud", "data-fps")))
     for key in held:
         page.keyboard.up(key)

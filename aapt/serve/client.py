@@ -94,6 +94,23 @@ class Client:
         await self.send("input", sequence=self.sequence, **fields)
         return self.sequence
 
+    async def pose(
+        self,
+        points: list[tuple[float, float] | None] | None = None,
+        motion: str | None = None,
+        **fields: Any,
+    ) -> int:
+        """Sends the control of a figure, for a model that follows poses; returns its sequence.
+
+        points: 14 of (x, y), shares of the image's width and height from the top left corner, None
+        for a hidden one; the figure takes this pose and holds it. motion: one of
+        `welcome["figure"]["motions"]`, which loops.
+        """
+        self.sequence += 1
+        fields |= {"points": points, "motion": motion, "time": 1e3 * time.perf_counter()}
+        await self.send("pose", sequence=self.sequence, **fields)
+        return self.sequence
+
     async def receive(self) -> dict[str, Any] | Frames:
         """Waits for the next message. Refused for a fatal error."""
         message = await self.socket.recv()

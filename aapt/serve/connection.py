@@ -18,8 +18,8 @@ from .protocol import FrameHeader, Message, ProtocolError
 from .record import Recording
 from .saved import SavedWorld
 from .server import PlayServer, Upload
-from .session import Place, Session
-from .world import World, clamped
+from .session import Place, Session, control_of
+from .world import World, pose_of
 
 HELLO_SECONDS = 30.0
 UNREAD_SECONDS = 30.0  # a client that reads nothing for so long is dropped
@@ -201,8 +201,11 @@ class Connection:
 
     def _command(self, session: Session, message: protocol.ClientMessage) -> None:
         match message:
-            case protocol.Input():
-                session.put_input(message)
+            case protocol.Input() | protocol.PoseInput():
+                try:
+                    session.put_input(message)
+                except ValueError as error:
+                    self._refuse("unknown", str(error))
             case protocol.ChangePrompt():
                 session.post(session.prompt(message.sequence, message.text))
             case protocol.Play() | protocol.Pause():
@@ -216,7 +219,7 @@ class Connection:
             case protocol.Split(controls=None):
                 session.post(session.join())
             case protocol.Split():
-                controls = [c and clamped(c.yaw, c.forward) for c in message.controls]
+                controls = [given and control_of(given) for given in message.controls]
                 session.post(session.split(message.branch, message.step, controls), seek=True)
             case protocol.Reset():
                 session.post(session.reset(message.seed))
@@ -247,7 +250,9 @@ class Connection:
                 upload = None
                 if message.image.startswith("upload:"):
                     upload = self._uploaded("image", message.image, np.ndarray)
-                walk = self.server.walk(message.image, upload, message.prompt, message.seed)
+                pose = message.pose and pose_of(message.pose)
+                start = message.image, upload, message.prompt, message.seed
+                walk = self.server.walk(*start, pose)
                 place = Place(walk, 0, 0, walk.prompt)
         except ValueError as error:
             self._refuse("log" if message.log else "upload", str(error))

@@ -42,7 +42,8 @@ class Pacer:
 
 
 class Player:
-    """Presses keys at random times and notes when a frame first honours each."""
+    """Presses keys at random times, or chooses motions of a figure, and notes when a frame first
+    honours each."""
 
     def __init__(self, client: Client, seed: int = 0):
         self.client, self.random = client, random.Random(seed)
@@ -72,13 +73,16 @@ class Player:
         return self._figures(redo)
 
     async def _press(self) -> None:
-        last = None
+        client, last = self.client, None
+        send, controls = client.input, [{"yaw": yaw, "forward": forward} for yaw, forward in KEYS]
+        if figure := client.welcome["figure"]:
+            send, controls = client.pose, [{"motion": name} for name in figure["motions"]]
         while True:
             await asyncio.sleep(self.random.uniform(*BETWEEN))
-            yaw, forward = self.random.choice([key for key in KEYS if key != last])
-            last, now = (yaw, forward), time.perf_counter()
+            last = self.random.choice([control for control in controls if control != last])
+            now = time.perf_counter()
             shown = {"step": self.pacer.step, "frames": self.pacer.shown(now)}
-            sequence = await self.client.input(yaw, forward, shown=shown)
+            sequence = await send(**last, shown=shown)
             self.pressed[sequence] = now
 
     async def _show(self, message: Frames) -> None:

@@ -11,7 +11,19 @@ import struct
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from ..model.pose import FAR, POINTS
+from ..streaming.poses import PRESETS
 
 PROTOCOL = 1
 FORMATS = ("jpeg", "webp", "h264")  # the index of a format is its number in the header
@@ -23,6 +35,15 @@ Sequence = Annotated[int, Field(ge=0, lt=2**32)]
 Milliseconds = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**53, description="exact as a number of JavaScript")]
 Prompt = Annotated[str, Field(max_length=1000)]
+Share = Annotated[float, Field(ge=-FAR, le=1 + FAR, allow_inf_nan=False)]
+Point = Annotated[
+    tuple[Share, Share] | None,
+    Field(
+        description="shares of the image's width and height from the top left; outside the image "
+        "below 0 or above 1; null if hidden"
+    ),
+]
+Points = Annotated[list[Point], Field(min_length=len(POINTS), max_length=len(POINTS))]
 
 
 class Message(BaseModel):
@@ -36,6 +57,32 @@ class Deflections(Message):
 
     yaw: Deflection = 0.0
     forward: Deflection = 0.0
+
+
+class Figure(Message):
+    """The control of a figure: points to take and hold, or a motion of `welcome` to loop."""
+
+    points: Points | None = None
+    motion: Literal[PRESETS] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Figure":
+        if (self.points is None) == (self.motion is None):
+            raise ValueError("expected either points or motion")
+        return self
+
+
+def _kind(given: Any) -> str:
+    """The kind of a lane's control, so that an error is about the fields of that kind."""
+    posed = isinstance(given, Figure) or (
+        isinstance(given, dict) and not given.keys().isdisjoint(Figure.model_fields)
+    )
+    return "figure" if posed else "camera"
+
+
+LaneControl = Annotated[
+    Annotated[Deflections, Tag("camera")] | Annotated[Figure, Tag("figure")], Discriminator(_kind)
+]
 
 
 class Shown(Message):
@@ -57,13 +104,16 @@ class Hello(Message):
 
 class Open(Message):
     """Opens a world. `image` is "sample", a gallery name or the id of an upload. With `log`, the id
-    of an action log, the log is replayed and image, prompt and seed are ignored; with `saved`, the
-    id of a world saved on its way, from there on."""
+    of an action log, the log is replayed and image, prompt, seed and pose are ignored; with
+    `saved`, the id of a world saved on its way, from there on. `pose` is that of the figure in the
+    image, for a model that follows poses; without it the figure stands as in the first frame of
+    "still"."""
 
     type: Literal["open"]
     image: Annotated[str, Field(max_length=100)] = "sample"
     prompt: Prompt | None = None
     seed: Seed = 0
+    pose: Points | None = None
     log: Annotated[str, Field(max_length=100)] | None = None
     saved: Annotated[str, Field(max_length=100)] | None = None
 
@@ -77,6 +127,17 @@ class Input(Deflections):
     sequence: Sequence
     time: Annotated[Milliseconds, Field(description="of the client's clock; sent back")]
     taps: Deflections | None = None
+    shown: Shown | None = None
+
+
+class PoseInput(Figure):
+    """The control of a lane's figure, for a model that follows poses; a later message replaces it.
+    A step moves the figure from the pose it has towards this one, in its video frames."""
+
+    type: Literal["pose"]
+    lane: Annotated[int, Field(ge=0, le=1)] = 0
+    sequence: Sequence
+    time: Annotated[Milliseconds, Field(description="of the client's clock; sent back")]
     shown: Shown | None = None
 
 
@@ -135,7 +196,7 @@ class Split(Message):
     type: Literal["split"]
     branch: Sequence = 0
     step: Sequence = 0
-    controls: Annotated[list[Deflections | None], Field(min_length=2, max_length=2)] | None = None
+    controls: Annotated[list[LaneControl | None], Field(min_length=2, max_length=2)] | None = None
 
 
 class GetLog(Message):
@@ -168,6 +229,7 @@ ClientMessage = Annotated[
     Hello
     | Open
     | Input
+    | PoseInput
     | ChangePrompt
     | Play
     | Pause
@@ -206,6 +268,16 @@ class Limits(Message):
     keep_seconds: float
 
 
+class FigureFacts(Message):
+    """Names of what moves a figure: the points of a pose, and the motions. A limb is a pair of
+    points, with its colour in the skeleton that the model sees."""
+
+    points: list[str]
+    limbs: list[tuple[int, int]]
+    colours: Annotated[list[str], Field(description="#rrggbb")]
+    motions: list[str]
+
+
 class Welcome(Message):
     """The answer to hello. With `resumed` an "opened" follows without an open."""
 
@@ -214,7 +286,8 @@ class Welcome(Message):
     version: str
     model: str
     digest: str
-    driven_by: Literal["camera", "prompt"]
+    driven_by: Literal["camera", "pose", "prompt"]
+    figure: FigureFacts | None = None
     width: int
     height: int
     fps: int
@@ -260,6 +333,16 @@ class Opened(Message):
     step: int
     seed: int
     prompt: str
+
+
+class Posed(Message):
+    """The poses of a step's video frames, sent before the frames of a model that follows poses."""
+
+    type: Literal["posed"] = "posed"
+    lane: int
+    branch: int
+    step: int
+    poses: list[list[tuple[float, float] | None]]
 
 
 class BranchFacts(Message):
@@ -369,6 +452,7 @@ ServerMessage = Annotated[
     | Queued
     | Replaying
     | Opened
+    | Posed
     | Tree
     | Sought
     | State

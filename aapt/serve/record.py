@@ -75,7 +75,7 @@ class Recording:
         before = max(self.first - 1, 0)
         nearest = self.history.nearest(self.branch, before) if self.history else None
         with (
-            generator.open(walk.first_frame, walk.prompt, walk.seed) as stream,
+            generator.open(walk.first_frame, walk.prompt, walk.seed, pose=walk.pose) as stream,
             open_video(str(out), generator.height, generator.width, generator.fps) as video,
         ):
             start = nearest.step if nearest else 0

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from ..model.caches import CacheError
+
 QUANTUM = 0.005  # seconds granted per round
 log = logging.getLogger("aapt.serve")
 
@@ -33,6 +35,9 @@ def failing(flow: Flow) -> Iterator[None]:
     """Ends a flow if what is inside raises."""
     try:
         yield
+    except CacheError as error:  # whoever runs the server can choose another cache
+        log.warning("%s", error)
+        flow.fail(error)
     except Exception as error:
         log.exception("a slice failed")
         flow.fail(error)

@@ -14,9 +14,12 @@ import numpy as np
 
 from ..checkpoint import find_checkpoint, load_config
 from ..media.image import fit_image, load_image
+from ..model.caches import check_same
+from ..model.pose import LIMBS, POINTS, Pose, limb_colour
 from ..streaming.actions import Walk, load_walk, model_digest
 from ..streaming.controls import FORWARD_RANGE, YAW_RANGE
 from ..streaming.generator import StreamingGenerator
+from ..streaming.poses import PRESETS, load_poses
 from . import protocol
 from .batch import run_together
 from .images import encode_png, read_upload
@@ -26,7 +29,7 @@ from .saved import SavedWorld, read_saved
 from .scheduler import Scheduler
 from .session import Place, Session
 from .settings import Settings
-from .world import blank
+from .world import blank, driven_by
 
 TIDY_SECONDS = 0.5
 SWITCH_SECONDS = 0.0005  # longest time that the event loop waits for the generator thread
@@ -63,11 +66,7 @@ class PlayServer:
     """
 
     def __init__(self, generator: StreamingGenerator, name: str, settings: Settings):
-        if generator.driven_by == "channels":
-            raise ValueError(
-                "model: expected one that a camera or its prompt drives, got one driven by "
-                "condition channels, which StreamingGenerator's streams take"
-            )
+        self.driven_by = driven_by(generator)
         if settings.batch and generator.few_step:
             raise ValueError(
                 "batch: expected a model of one pass per frame, got a few-step model; leave it away"
@@ -117,9 +116,16 @@ class PlayServer:
         """Keeps a lost world for `keep_seconds`."""
         self.kept[token] = time.monotonic() + self.settings.keep_seconds, place
 
-    def walk(self, image: str, upload: np.ndarray | None, prompt: str | None, seed: int) -> Walk:
+    def walk(
+        self,
+        image: str,
+        upload: np.ndarray | None,
+        prompt: str | None,
+        seed: int,
+        pose: Pose | None = None,
+    ) -> Walk:
         """Returns a walk without steps from an uploaded image or one of the gallery. ValueError for
-        an image that is not there, or that the model cannot start from."""
+        an image that is not there, or an image or pose that the model cannot start from."""
         if upload is not None:
             pixels, default = upload, self.generator.sample_prompt
         elif image in self.gallery:
@@ -128,15 +134,21 @@ class PlayServer:
             raise ValueError("image: expected sample, a name of the gallery or the id of an upload")
         self.generator.check_first_frame(pixels)
         given = prompt if prompt is not None else default
-        return Walk(self.name, self.digest, pixels, given, seed)
+        if pose is None and self.driven_by == "pose":
+            pose = load_poses("still").first
+        self.generator.check_first_pose(pose)
+        cache = self.generator.cache
+        return Walk(self.name, self.digest, pixels, given, seed, pose=pose, cache=cache)
 
     def check_walk(self, walk: Walk) -> Walk:
-        """Returns a walk that was uploaded. ValueError if it is of another model."""
+        """Returns a walk that was uploaded. ValueError if it is of another model or cache."""
         if walk.digest != self.digest:
             raise ValueError(
                 f"log: expected a walk of {self.name} {self.digest[:12]}, "
                 f"got one of {walk.model[:40]} {walk.digest[:12]}"
             )
+        mend = f"start the server with --cache {walk.cache}"
+        check_same("log", self.generator.cache, walk.cache, mend)
         return walk
 
     def choose_format(self, formats: list[str]) -> str:
@@ -166,7 +178,20 @@ class PlayServer:
             raise ValueError(
                 f"walk: expected at most {self.settings.steps} steps, got {walk.steps}"
             )
+        if walk.digest == self.digest:
+            self._check_controls(walk)
         return walk
+
+    def _check_controls(self, walk: Walk) -> None:
+        """ValueError, with its place, for a pose or control that does not drive the model."""
+        self.generator.check_first_pose(walk.pose)
+        for number, branch in enumerate(walk.branches):
+            for index, step in enumerate(branch.steps, start=branch.start + 1):
+                try:
+                    for made in (step, *step.redone):
+                        self.generator.check_control(made.control)
+                except ValueError as error:
+                    raise ValueError(f"walk: branch {number}, step {index}: {error}") from None
 
     def welcome(self, token: str, resumed: bool, image_format: str) -> protocol.Welcome:
         """Returns the answer to a hello."""
@@ -176,7 +201,8 @@ class PlayServer:
             version=self.version,
             model=self.name,
             digest=self.digest,
-            driven_by=generator.driven_by,
+            driven_by=self.driven_by,
+            figure=figure_facts() if self.driven_by == "pose" else None,
             width=generator.width,
             height=generator.height,
             fps=generator.fps,
@@ -194,6 +220,14 @@ class PlayServer:
             batch=settings.batch,
             limits=protocol.Limits(**{name: getattr(settings, name) for name in names}),
         )
+
+
+def figure_facts() -> protocol.FigureFacts:
+    """Returns what a client needs to know of the figure that it drives."""
+    colours = ["#{:02x}{:02x}{:02x}".format(*limb_colour(n)) for n in range(len(LIMBS))]
+    return protocol.FigureFacts(
+        points=list(POINTS), limbs=list(LIMBS), colours=colours, motions=list(PRESETS)
+    )
 
 
 def read_gallery(

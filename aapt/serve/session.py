@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..model.caches import CacheError
 from ..model.conditioning import Control
 from ..streaming.actions import Branch, Step, Walk
+from ..streaming.figure import PoseGoal
 from ..streaming.history import History
 from ..streaming.snapshot import Snapshot
 from . import protocol
@@ -23,12 +25,12 @@ from .protocol import FrameHeader
 from .saved import SavedWorld, write_saved
 from .scheduler import Scheduler
 from .sender import Send, Sender
-from .world import Lane, Made, Pass, World, clamped
+from .world import Lane, Made, Pass, World, clamped, goal_of
 
 EARLY = 0.75  # shortest time between the starts of two steps of a stream, in periods
 SETTLE = 0.01  # seconds that a pass made for a changed control waits for further changes
 SMOOTHING = 0.2  # weight of the newest step in the mean time of a step
-LINES_PER_SLICE = 500
+LINES_PER_SLICE = 100
 LONG_REPLAY = 6  # steps from which on progress is told
 Job = Generator[None, None, None]
 
@@ -51,16 +53,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Sample:
-    """The visitor's input as a step uses it: keys held, keys tapped since the step before, and the
-    sequence and client's time of the message that they came with."""
+    """The visitor's input as a step uses it: keys held, or a figure's goal, keys tapped since the
+    step before, and the sequence and client's time of the message that they came with."""
 
-    held: Control = Control()
+    held: Control | PoseGoal = Control()
     taps: Control = Control()
     sequence: int = 0
     time: float = 0.0
 
     @property
-    def control(self) -> Control:
+    def control(self) -> Control | PoseGoal:
+        if isinstance(self.held, PoseGoal):
+            return self.held
         return Control(self.taps.yaw or self.held.yaw, self.taps.forward or self.held.forward)
 
 
@@ -124,14 +128,17 @@ class Session:
 
     # What a connection calls.
 
-    def put_input(self, message: protocol.Input) -> None:
-        """Replaces the state of the controls; taps are kept until a step takes them."""
-        held = clamped(message.yaw, message.forward)
+    def put_input(self, message: protocol.Input | protocol.PoseInput) -> None:
+        """Replaces the state of the controls; taps are kept until a step takes them. ValueError for
+        controls that do not drive the model."""
+        held = control_of(message)
+        tapped = message.taps if isinstance(message, protocol.Input) else None
+        self._check(message.type, held)
         with self._lock:
             before = self._inputs[message.lane]
             taps = before.taps
-            if message.taps:
-                new = clamped(message.taps.yaw, message.taps.forward)
+            if tapped:
+                new = control_of(tapped)
                 taps = Control(new.yaw or taps.yaw, new.forward or taps.forward)
             self._inputs[message.lane] = Sample(held, taps, message.sequence, message.time)
             self._shown, self._shown_at = message.shown, time.perf_counter()
@@ -142,6 +149,14 @@ class Session:
         if changed:
             self.touched = time.monotonic()
             self.scheduler.wake()
+
+    def _check(self, name: str, control: Control | PoseGoal) -> None:
+        """ValueError unless a control is of the model's kind: a goal for a model that follows
+        poses, else deflections, which a model that its prompt alone drives takes without effect."""
+        kind = self.world.driven_by
+        if isinstance(control, PoseGoal) != (kind == "pose"):
+            wanted = "points or a motion" if kind == "pose" else "yaw and forward"
+            raise ValueError(f"{name}: expected {wanted}, because this model is driven by {kind}")
 
     def post(self, job: Job, seek: bool = False, by_visitor: bool = True) -> None:
         """Adds a job. A seek replaces earlier seeks that are not finished. Without `by_visitor` the
@@ -236,8 +251,10 @@ class Session:
         self._tell_tree()
         self._tell_state()
 
-    def split(self, branch: int, step: int, controls: list[Control | None]) -> Job:
-        """Plays two lanes from a step."""
+    def split(self, branch: int, step: int, controls: list[Control | PoseGoal | None]) -> Job:
+        """Plays two lanes from a step. ValueError for controls that do not drive the model."""
+        for control in filter(None, controls):
+            self._check("split", control)
         playing = self._playing
         self._play(False)
         made, _ = yield from self._telling(self.world.split(branch, step))
@@ -309,7 +326,7 @@ class Session:
             return None
         with self._lock:
             changed, again = self._changed, self._wants_again
-        if changed is None or self.world.generator.driven_by != "camera":
+        if changed is None or self.world.driven_by == "prompt":
             return self._due
         settled = changed + SETTLE
         return min(self._due, settled if again else max(settled, self._earliest))
@@ -346,6 +363,8 @@ class Session:
             over = False
         except StopIteration:
             pass
+        except CacheError:  # the world cannot go on
+            raise
         except ValueError as error:
             self._refuse("unknown", str(error))
         finally:
@@ -355,7 +374,8 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         """Ends the session, because a step has failed; other sessions are as they were."""
-        self._refuse("failed", "the world has failed and is closed; open a new one")
+        said = "the world has failed and is closed; open a new one"
+        self._refuse("failed", str(error) if isinstance(error, CacheError) else said)
         self.end("failed")
 
     def end(self, reason: str) -> None:
@@ -415,7 +435,7 @@ class Session:
             now, last, self._wants_again = self._inputs[0], self._samples[0], False
         if len(world.lanes) > 1 or lane.before is None or lane.script:
             return
-        if world.generator.driven_by != "camera":  # nothing that has changed drives it
+        if world.driven_by == "prompt":  # nothing that has changed drives it
             return
         if now.held == last.held and now.taps == Control():  # only a tap has ended
             return
@@ -497,6 +517,12 @@ class Session:
             first_shown=first_shown,
             format=self._format,
         )
+        if pose := self.world.walk.pose_at(lane.branch, made.step):
+            poses = [
+                [(x, y) if seen else None for x, y, seen in frame] for frame in pose.points.tolist()
+            ]
+            posed = protocol.Posed(lane=number, branch=lane.branch, step=made.step, poses=poses)
+            self.send(posed)
         self._sender.send_frames(header, made.frames)
 
     def _tell_tree(self) -> None:
@@ -533,3 +559,10 @@ class Session:
     def _refuse(self, code: protocol.ErrorCode, message: str) -> None:
         line = " ".join(message.split())
         self.send(protocol.Error(code=code, message=line, fatal=False))
+
+
+def control_of(given: protocol.Deflections | protocol.Figure) -> Control | PoseGoal:
+    """Returns the control that a visitor gives."""
+    if isinstance(given, protocol.Figure):
+        return goal_of(given.points, given.motion)
+    return clamped(given.yaw, given.forward)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model.caches import MODEL, check_name
 from ..placement import placement
 
 
@@ -69,7 +70,8 @@ class Deployment:
 
     Attributes:
         model: A bundled model or a checkpoint folder.
-        placement: Device, dtype and size, as `StreamingGenerator.from_pretrained` takes them.
+        placement: Device, dtype, size and cache, as `StreamingGenerator.from_pretrained` takes
+            them.
         replicas: The most replicas.
         settings: Those of each replica.
     """
@@ -87,8 +89,9 @@ class Deployment:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Deployment":
         """Reads environment variables: AAPT_REPLICAS, and as options of `aapt serve` AAPT_MODEL,
-        AAPT_DEVICE, AAPT_DTYPE, AAPT_SIZE, AAPT_SESSIONS (worlds per replica), AAPT_BATCH (0 or 1)
-        and AAPT_TOKEN. ValueError, by the variable's name, for a value that means nothing."""
+        AAPT_DEVICE, AAPT_DTYPE, AAPT_SIZE, AAPT_CACHE, AAPT_SESSIONS (worlds per replica),
+        AAPT_BATCH (0 or 1) and AAPT_TOKEN. ValueError, by the variable's name, for a value that
+        means nothing."""
 
         def count(name: str, default: str) -> int:
             text = environment.get(name, default)
@@ -99,6 +102,7 @@ class Deployment:
         device = environment.get("AAPT_DEVICE", "cpu")
         try:
             placed = placement(device, environment.get("AAPT_DTYPE"), environment.get("AAPT_SIZE"))
+            placed["cache"] = check_name(environment.get("AAPT_CACHE", MODEL))
         except ValueError as error:
             name, _, reason = str(error).partition(":")
             raise ValueError(f"AAPT_{name.upper()}:{reason}") from None

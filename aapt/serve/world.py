@@ -8,15 +8,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from ..model.conditioning import Control
-from ..streaming.actions import Redone, Step, Walk, frames_crc, make, submit
+from ..model.pose import Pose
+from ..streaming.actions import Step, Walk, frames_crc, make, submit
 from ..streaming.controls import FORWARD_RANGE, YAW_RANGE
-from ..streaming.generator import Stream, StreamingGenerator
+from ..streaming.figure import PoseGoal, next_pose
+from ..streaming.generator import StreamingGenerator
 from ..streaming.history import History
+from ..streaming.skeletons import NOBODY
 from ..streaming.snapshot import Snapshot
+from ..streaming.stream import Stream
 from .saved import SavedWorld, load_saved
 from .settings import Settings
 
@@ -36,7 +41,7 @@ class Lane:
     branch: int
     step: int
     frames: np.ndarray
-    script: list[Control] = field(default_factory=list)
+    script: list[Control | Pose] = field(default_factory=list)
     before: Snapshot | None = None
     seeking: bool = False
 
@@ -74,6 +79,7 @@ class World:
 
     Attributes:
         walk: All steps so far.
+        driven_by: See `driven_by`.
         lanes: One stream, in a split two.
         prompt: The prompt of the next step.
         redo: Keep what a redo needs.
@@ -81,6 +87,7 @@ class World:
 
     def __init__(self, generator: StreamingGenerator, walk: Walk, settings: Settings):
         self.generator, self.walk, self.settings = generator, walk, settings
+        self.driven_by = driven_by(generator)
         self.redo = False
         self.prompt = walk.prompt
         self.lanes: list[Lane] = []
@@ -91,7 +98,8 @@ class World:
 
     def open(self) -> Made:
         """Opens the first frame, a blank one for a walk from its prompt alone."""
-        stream = self.generator.open(self.walk.first_frame, self.walk.prompt, self.walk.seed)
+        walk = self.walk
+        stream = self.generator.open(walk.first_frame, walk.prompt, walk.seed, pose=walk.pose)
         frames = stream.first_frame
         if not len(frames):
             frames = blank(self.generator)[None]
@@ -123,17 +131,30 @@ class World:
         """Returns branch and step of the first lane."""
         return self.lanes[0].branch, self.lanes[0].step
 
-    def control(self, lane: Lane, given: Control) -> Control | None:
+    def control(self, lane: Lane, given: Control | PoseGoal) -> Control | Pose | None:
         """Returns the control of a lane's next step, when the visitor's is `given`."""
-        if self.generator.driven_by != "camera":
-            return None
-        return lane.script[-1] if lane.script else given
+        if lane.script:
+            return lane.script[-1]
+        return self._control_after(lane.branch, lane.step, given)
 
-    def begin(self, lane: Lane, control: Control | None) -> Step:
+    def _control_after(
+        self, branch: int, step: int, given: Control | PoseGoal
+    ) -> Control | Pose | None:
+        """Returns the control of the step after a step, when the visitor's is `given`."""
+        if self.driven_by == "camera":
+            return given
+        if self.driven_by == "prompt":
+            return None
+        goal = given if isinstance(given, PoseGoal) else PoseGoal()
+        before = (self.walk.pose_at(branch, step) or NOBODY).points[-1]
+        generator = self.generator
+        rate = generator.frames_per_step, generator.fps
+        return next_pose(before, goal, step + 1, *rate, generator.width / generator.height)
+
+    def begin(self, lane: Lane, control: Control | Pose | None) -> Step:
         """Returns a lane's next step, which a pass makes and `finish` ends."""
-        yaw, forward = (control.yaw, control.forward) if control else (None, None)
         lane.before = lane.stream.snapshot() if self.redo else None
-        return Step(yaw, forward, self.prompt)
+        return Step(None, None, self.prompt).under(control)
 
     def finish(self, lane: Lane, step: Step, made: Pass) -> Made:
         """Ends a lane's next step: waits for its video frames and writes it to the walk."""
@@ -161,14 +182,15 @@ class World:
         lane.frames = made.pixels()
         return made.submitted - made.started, time.perf_counter() - made.submitted
 
-    def again(self, lane: Lane, control: Control, shown: int) -> Made:
-        """Makes a lane's last step again under another control; `shown` of its frames were
-        shown."""
+    def again(self, lane: Lane, given: Control | PoseGoal, shown: int) -> Made:
+        """Makes a lane's last step again, when the visitor's control is now `given`; `shown` of its
+        frames were shown."""
         steps = self.walk.branches[lane.branch].steps
         earlier = steps[-1]
         lane.stream.restore(lane.before)
-        redone = (*earlier.redone, Redone(earlier.yaw, earlier.forward, shown))
-        step = Step(control.yaw, control.forward, self.prompt, redone=redone)
+        redone = (*earlier.redone, earlier.redone_after(shown))
+        control = self._control_after(lane.branch, lane.step - 1, given)
+        step = Step(None, None, self.prompt, redone=redone).under(control)
         seconds = self._take(lane, self.submit(lane, step))
         steps[-1] = step._replace(crc=frames_crc(lane.frames))
         if (lane.branch, lane.step) in self.history:
@@ -252,9 +274,32 @@ class World:
         self.lanes = lanes
 
 
+def driven_by(generator: StreamingGenerator) -> Literal["camera", "pose", "prompt"]:
+    """Returns what a visitor drives a model by. ValueError for a model that takes other condition
+    channels."""
+    if generator.poses:
+        return "pose"
+    if generator.driven_by == "channels":
+        raise ValueError(
+            "model: expected one that a camera, poses or its prompt drives, got one driven by "
+            "condition channels, which StreamingGenerator's streams take"
+        )
+    return generator.driven_by
+
+
 def blank(generator: StreamingGenerator) -> np.ndarray:
     """Returns a grey picture, uint8 (height, width, 3), which stands where nothing is made yet."""
     return np.full((generator.height, generator.width, 3), 128, np.uint8)
+
+
+def goal_of(points: list[tuple[float, float] | None] | None, motion: str | None) -> PoseGoal:
+    """Returns the goal of a visitor's points, None for a hidden one, or motion."""
+    return PoseGoal(None if points is None else pose_of(points), motion)
+
+
+def pose_of(points: list[tuple[float, float] | None]) -> Pose:
+    """Returns the pose of one video frame from its points, None for a hidden one."""
+    return Pose([[(0, 0, 0) if point is None else (*point, 1) for point in points]])
 
 
 def clamped(yaw: float, forward: float) -> Control:

@@ -12,12 +12,14 @@ The first line names what the walk starts from; each later line is one step or o
 
 The first frame is null in a walk that starts from its prompt alone. A step of a model that follows
 poses has `pose` instead of `yaw` and `forward`, the points [x, y, visible] of each video frame; so
-has the first line, for the first frame, if a pose was given there. Steps follow the branch line
-above them, and branch 0 needs no line. `prompt` is written where it changes. `redone` lists earlier
-passes of that step as [yaw, forward, video frames shown]: they were made again when the control
-changed. `crc` is the CRC-32 of the step's video frames: a replay tells with it where another build
-or device first makes other bits. `together` is the number of streams that the step's pass was for,
-1 unless written: bits of a shared pass, and of the steps after, are not those of a stream alone.
+has the first line, for the first frame, if a pose was given there. The first line has `cache`, the
+name of the stream's cache, if that is not "model". Steps follow the branch line above them, and
+branch 0 needs no line. `prompt` is written where it changes. `redone` lists earlier passes of that
+step as [yaw, forward, video frames shown], or [pose, video frames shown]: they were made again when
+the control changed. `crc` is the CRC-32 of the step's video frames: a replay tells with it where
+another build or device first makes other bits. `together` is the number of streams that the step's
+pass was for, 1 unless written: bits of a shared pass, and of the steps after, are not those of a
+stream alone.
 """
 
 import base64
@@ -35,11 +37,13 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoint import file_digest
+from ..model.caches import MODEL, check_name, check_same
 from ..model.conditioning import Control
 from ..model.pose import Pose
 
 if TYPE_CHECKING:
-    from .generator import Stream, StreamingGenerator
+    from .generator import StreamingGenerator
+    from .stream import Stream
 
 FORMAT = 1
 MAX_PIXELS = 1 << 26  # of a first frame in a file
@@ -52,6 +56,21 @@ class Redone(NamedTuple):
     forward: float
     shown: int
 
+    @property
+    def control(self) -> Control:
+        return Control(self.yaw, self.forward)
+
+
+class RedonePose(NamedTuple):
+    """A pass under a pose that was made again, and how many of its video frames had been shown."""
+
+    pose: Pose
+    shown: int
+
+    @property
+    def control(self) -> Pose:
+        return self.pose
+
 
 class Step(NamedTuple):
     """One step: its control, the prompt in force, the CRC-32 of its video frames, earlier passes,
@@ -62,13 +81,25 @@ class Step(NamedTuple):
     forward: float | None
     prompt: str
     crc: int | None = None
-    redone: tuple[Redone, ...] = ()
+    redone: tuple[Redone | RedonePose, ...] = ()
     together: int = 1
     pose: Pose | None = None
 
     @property
     def control(self) -> Control | Pose | None:
         return self.pose if self.yaw is None else Control(self.yaw, self.forward)
+
+    def under(self, control: Control | Pose | None) -> "Step":
+        """Returns the step with another control."""
+        if isinstance(control, Control):
+            return self._replace(yaw=control.yaw, forward=control.forward, pose=None)
+        return self._replace(yaw=None, forward=None, pose=control)
+
+    def redone_after(self, shown: int) -> Redone | RedonePose:
+        """Returns the step as an earlier pass, of which `shown` video frames had been shown."""
+        if self.yaw is None:
+            return RedonePose(self.pose, shown)
+        return Redone(self.yaw, self.forward, shown)
 
 
 @dataclass
@@ -94,6 +125,7 @@ class Walk:
         prompt: The prompt before the first step.
         seed: The seed of all noise.
         pose: Of the first frame, if a pose was given.
+        cache: The name of the stream's cache.
     """
 
     model: str
@@ -103,6 +135,7 @@ class Walk:
     seed: int
     branches: list[Branch] = field(default_factory=lambda: [Branch(None, 0)])
     pose: Pose | None = None
+    cache: str = MODEL
 
     def copy(self) -> "Walk":
         """Returns a walk of its own with these steps."""
@@ -160,6 +193,13 @@ class Walk:
                 return self.branches[part].steps[last - first].prompt
         return self.prompt
 
+    def pose_at(self, branch: int, step: int) -> Pose | None:
+        """Returns the pose of a step's video frames, in step 0 that of the first frame, if any."""
+        for part, first, last in self.lineage(branch, step):
+            if first <= last:
+                return self.branches[part].steps[last - first].pose
+        return self.pose
+
     @property
     def steps(self) -> int:
         """Steps of all branches."""
@@ -182,6 +222,7 @@ class Walk:
                 "prompt": self.prompt,
                 "seed": self.seed,
                 **_pose_field(self.pose),
+                **({} if self.cache == MODEL else {"cache": self.cache}),
             }
         )
         for number, branch in enumerate(self.branches):
@@ -204,10 +245,16 @@ def _step_line(number: int, step: Step, before: str) -> dict[str, Any]:
     if step.crc is not None:
         line["crc"] = step.crc
     if step.redone:
-        line["redone"] = [list(earlier) for earlier in step.redone]
+        line["redone"] = [_redone_entry(earlier) for earlier in step.redone]
     if step.together > 1:
         line["together"] = step.together
     return line
+
+
+def _redone_entry(earlier: Redone | RedonePose) -> list[Any]:
+    if isinstance(earlier, RedonePose):
+        return [earlier.pose.points.tolist(), earlier.shown]
+    return list(earlier)
 
 
 def _pose_field(pose: Pose | None) -> dict[str, Any]:
@@ -215,10 +262,12 @@ def _pose_field(pose: Pose | None) -> dict[str, Any]:
 
 
 def _read_pose(line: dict[str, Any]) -> Pose | None:
-    if "pose" not in line:
-        return None
+    return _pose(line["pose"]) if "pose" in line else None
+
+
+def _pose(points: Any) -> Pose:
     try:
-        return Pose(line["pose"])
+        return Pose(points)
     except (OverflowError, TypeError, ValueError) as error:
         said = str(error)
         raise ValueError(said if said.startswith("pose: ") else f"pose: {said}"[:160]) from None
@@ -247,9 +296,13 @@ def load_walk(lines: Iterable[str]) -> Walk:
     return walk
 
 
-def _read_redone(earlier: Any) -> Redone:
-    if not (isinstance(earlier, list) and len(earlier) == 3 and isinstance(earlier[2], int)):
-        raise ValueError(f"redone: expected [yaw, forward, frames], got {earlier!r}"[:120])
+def _read_redone(earlier: Any, posed: bool) -> Redone | RedonePose:
+    """Reads an earlier pass of a step. posed: the step has a pose."""
+    length, fields = (2, "pose, frames") if posed else (3, "yaw, forward, frames")
+    if not (isinstance(earlier, list) and len(earlier) == length and isinstance(earlier[-1], int)):
+        raise ValueError(f"redone: expected [{fields}], got {earlier!r}"[:120])
+    if posed:
+        return RedonePose(_pose(earlier[0]), earlier[1])
     control = Control(*earlier[:2])
     return Redone(control.yaw, control.forward, earlier[2])
 
@@ -288,8 +341,8 @@ def _read_start(line: dict[str, Any]) -> Walk:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
     names = (_get(line, name, str) for name in ("model", "digest"))
-    pose = _read_pose(line)
-    return Walk(*names, first_frame, _get(line, "prompt", str), seed, pose=pose)
+    pose, cache = _read_pose(line), check_name(_get(line, "cache", str, MODEL))
+    return Walk(*names, first_frame, _get(line, "prompt", str), seed, pose=pose, cache=cache)
 
 
 def _read_picture(line: dict[str, Any]) -> np.ndarray | None:
@@ -333,9 +386,9 @@ def _read_step(walk: Walk, branch: int, line: dict[str, Any]) -> None:
         control = Control(yaw, forward)
         yaw, forward = control.yaw, control.forward
     pose = _read_pose(line)
-    if pose is not None and (yaw is not None or "redone" in line):
-        raise ValueError("pose: expected no yaw, forward and redone beside it, got some")
-    redone = [_read_redone(earlier) for earlier in _get(line, "redone", list, [])]
+    if pose is not None and yaw is not None:
+        raise ValueError("pose: expected no yaw and forward beside it, got some")
+    redone = [_read_redone(earlier, pose is not None) for earlier in _get(line, "redone", list, [])]
     prompt = _get(line, "prompt", str, walk.prompt_at(branch, end))
     crc = _get(line, "crc", int, None)
     together = _get(line, "together", int, 1)
@@ -384,10 +437,7 @@ def make_as_seen(stream: "Stream", step: Step) -> tuple[np.ndarray, np.ndarray]:
     shown: list[np.ndarray] = []
     for earlier in (*step.redone, None):
         stream.restore(snapshot)
-        control = (
-            step if earlier is None else step._replace(yaw=earlier.yaw, forward=earlier.forward)
-        )
-        frames = make(stream, control)
+        frames = make(stream, step if earlier is None else step.under(earlier.control))
         shown.extend(frames[len(shown) : len(frames) if earlier is None else earlier.shown])
     return frames, np.stack(shown)
 
@@ -401,9 +451,12 @@ class Replay:
         differing: Numbers of the steps whose video frames have another CRC-32.
         shared: Number of the first step whose pass was shared with other streams, None before one.
             CRC-32 are compared up to there: this stream, which is alone, makes near pixels after.
+
+    CacheError unless the generator's cache is that of the walk.
     """
 
     def __init__(self, generator: "StreamingGenerator", walk: Walk):
+        check_same("walk", generator.cache, walk.cache, f"choose the cache {walk.cache}")
         self.generator = generator
         self.differing: list[int] = []
         self.shared: int | None = None

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.caches import loss_is_said
 from ..model.conditioning import Control
 from ..model.pose import Pose
 from ..model.transformer import clean
-from .generator import Stream
+from .stream import Stream
 from .student import StudentRollout
 
 
@@ -53,7 +54,8 @@ def step_together(
         noise, recycled, condition = (
             None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True)
         )
-        latents = _infer([memory.rollout for memory in memories], noise, recycled, condition)
+        with loss_is_said():
+            latents = _infer([memory.rollout for memory in memories], noise, recycled, condition)
         return list(map(_finish, streams, latents.split(1)))
 
 

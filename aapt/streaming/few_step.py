@@ -108,7 +108,7 @@ class FewStepRollout:
             )
         config, chunk = self.model.config, self.model.config.chunk
         later = max(0, config.sink_frames - config.opening_frames)  # of the sink
-        seen = self.cache.ring_frames - chunk  # by the next chunk, besides the sink
+        seen = self.cache.window_frames + 1 - chunk  # by the next chunk, besides the sink
         sink = min(1, config.sink_frames) + math.ceil(later / chunk)
         return Past(math.ceil(seen / chunk), sink)
 

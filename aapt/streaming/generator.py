@@ -1,10 +1,7 @@
 """The streaming generator: a first frame and controls in, four video frames per step out."""
 
-import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +20,7 @@ from ..checkpoint import (
 )
 from ..clock import FPS
 from ..device import usable_device, usable_dtype
+from ..model.caches import MODEL, CacheChoice, check_cache, check_name
 from ..model.conditioning import Control
 from ..model.config import (
     CameraConfig,
@@ -38,10 +36,11 @@ from ..model.ulysses import Ulysses
 from ..model.umt5 import UMT5TextEncoder, UMT5Weights
 from ..model.world_model import WorldModel
 from ..vae import CausalVAE
+from ..vae.float8 import round_decoder
 from ..vae.folder import LIGHT, check_autoencoder, load_vae
 from .few_step import check_few_step
 from .memory import FewStepMemory, StreamMemory
-from .snapshot import Snapshot
+from .stream import Stream
 
 
 class StreamingGenerator:
@@ -137,6 +136,8 @@ class StreamingGenerator:
         size: tuple[int, int] | None = None,
         decoder: str = LIGHT,
         text_device: torch.device | str | None = None,
+        cache: str = MODEL,
+        decoder_dtype: str | None = None,
     ) -> "StreamingGenerator":
         """Loads a bundled model by name, or a checkpoint folder.
 
@@ -151,10 +152,16 @@ class StreamingGenerator:
                 another size (docs/method.md#4).
             decoder: LIGHT or ORIGINAL, see `aapt.vae.folder.load_vae`.
             text_device: Where UMT5 runs, if the model reads it, see `read_text`.
+            cache: Of streams: "model", "float8" or "float8-past", see `use_cache`.
+            decoder_dtype: "float8" for a decoder whose inner convolutions are in 8 bits, see
+                `aapt.vae.float8.round_decoder`; None for the precision `dtype`.
 
         CheckpointError says what was expected and what was found, ValueError why the device, the
-        precision or the size cannot be used, and what can.
+        precision, the size or the cache cannot be used, and what can.
         """
+        check_name(cache)
+        if decoder_dtype not in (None, "float8"):
+            raise ValueError(f"decoder_dtype: expected float8 or None, got {decoder_dtype!r}")
         folder = find_checkpoint(name)
         config = load_config(folder)
         device = usable_device(device or "cpu")
@@ -183,6 +190,9 @@ class StreamingGenerator:
             generator = cls(model, load_vae(folder, decoder, device, dtype), **picture)
         if size is not None:
             generator._resize(*size)
+        generator.use_cache(cache)
+        if decoder_dtype == "float8":
+            round_decoder(generator.vae)
         if "text" in config:
             generator.read_text(folder / config["text"], text_device)
         return generator
@@ -197,7 +207,37 @@ class StreamingGenerator:
         divides the heads.
         """
         share_tokens(self.model, context)
-        self._idle.clear()
+        self._idle = []
+
+    def use_cache(self, name: str, self_check: bool = True) -> None:
+        """Chooses the cache of the streams that are opened from now on (docs/method.md#16).
+
+        name: "model" for keys and values in the model's precision; "float8" for all of them in
+        e4m3; "float8-past" for the window in e4m3, while text, first and newest frame stay in the
+        model's precision. Open streams keep theirs, and cannot be forked if it is another.
+
+        self_check: False to leave out the check of a float8 cache in the first steps of a stream,
+        after which a CacheError says what the cache loses, if that is too much.
+
+        CacheError as `check_cache`.
+        """
+        self.check_cache(name)
+        self.model.transformer.cache_choice = CacheChoice(name, self_check)
+        self._idle = []  # what open streams give back goes to the list before
+
+    def check_cache(self, name: str, device: torch.device | None = None) -> None:
+        """CacheError for a name that no cache has, and for a model or a device that cannot have
+        this cache. device: that of the networks unless given."""
+        config = self.model.config
+        window = config.window(config.token_grid(*self.latent_size))
+        frames = max(config.chunk, config.opening_frames)
+        rolling = self.few_step and self.sampling.rolling
+        check_cache(name, config, window, device or self.device, frames, rolling)
+
+    @property
+    def cache(self) -> str:
+        """The name of the cache of new streams, see `use_cache`."""
+        return self.model.transformer.cache_choice.name
 
     def read_text(self, source: str | Path, text_device: torch.device | str | None = None) -> None:
         """Reads prompts with the UMT5 of a folder (`aapt.model.umt5`) from now on.
@@ -301,6 +341,14 @@ class StreamingGenerator:
                 known = "a Pose or " if self.poses else ""
                 raise ValueError(f"control: expected {known}condition channels {shape}, got {got}")
 
+    def check_first_pose(self, pose: Pose | None) -> None:
+        """ValueError unless a stream of this model may begin with `pose`, see `open`."""
+        if pose is None:
+            return
+        if not self.poses:
+            raise ValueError("pose: expected None, this model follows no poses, got a pose")
+        self._check_pose(pose, 1)
+
     def _check_pose(self, pose: Pose, frames: int) -> None:
         if len(pose.points) != frames:
             raise ValueError(
@@ -327,7 +375,7 @@ class StreamingGenerator:
         seed: int = 0,
         recache: bool = False,
         pose: Pose | None = None,
-    ) -> "Stream":
+    ) -> Stream:
         """Starts a stream from an image, or, with a few-step model, from the prompt alone.
 
         first_frame: uint8 (height, width, 3), exactly the model's size; None for a few-step model
@@ -347,10 +395,7 @@ class StreamingGenerator:
         self.check_first_frame(first_frame)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
-        if pose is not None:
-            if not self.poses:
-                raise ValueError(f"pose: expected None, this model follows no poses, got {pose!r}")
-            self._check_pose(pose, 1)
+        self.check_first_pose(pose)
         return Stream(self, first_frame, prompt, seed, recache, pose)
 
     def check_first_frame(self, first_frame: np.ndarray | None) -> None:
@@ -373,7 +418,7 @@ class StreamingGenerator:
                 f"got {first_frame.dtype} {first_frame.shape}"
             )
 
-    def _borrow_memory(self, stream: "Stream") -> tuple[StreamMemory, Callable[[], object]]:
+    def _borrow_memory(self, stream: Stream) -> tuple[StreamMemory, Callable[[], object]]:
         """Memory for as long as `stream` lives, and the call that gives it back earlier.
 
         One that an earlier stream has left is taken first, because a new one captures CUDA graphs.
@@ -392,184 +437,3 @@ class StreamingGenerator:
 
 def _nearest(length: int, multiple: int) -> int:
     return max(1, round(length / multiple)) * multiple
-
-
-class Stream:
-    """One video being made. Streams of one generator share nothing but weights.
-
-    A stream is used by one thread at a time; a second one gets a RuntimeError. After a step that
-    failed half way, and after `close`, `step` raises RuntimeError; `restore` mends the former.
-
-    Attributes:
-        generator: The `StreamingGenerator` that opened the stream.
-        first_frame: The first frame as the decoder shows it, uint8 (1, H, W, 3); (0, H, W, 3) in a
-            stream without a picture.
-        seed: The seed of all noise.
-        steps: Steps made so far, of one latent frame or a chunk each.
-    """
-
-    @torch.inference_mode()
-    def __init__(
-        self,
-        generator: StreamingGenerator,
-        first_frame: np.ndarray | None,
-        prompt: str,
-        seed: int,
-        recache: bool,
-        pose: Pose | None,
-    ):
-        self.generator, self.seed, self.steps = generator, seed, 0
-        self._lock, self._trouble = threading.Lock(), None
-        text, self._prompt = self._embed(prompt), prompt
-        latent = None
-        if first_frame is not None:
-            latent = generator.encode(np.asarray(first_frame)[None])[None]
-        self._memory, self._return = generator._borrow_memory(self)
-        self.first_frame = self._memory.start(latent, text, seed, recache, pose)
-
-    def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt: expected a string, got {prompt!r}")
-        encoder = self.generator.model.text_encoder
-        if said := encoder.cut(prompt):
-            warnings.warn(said, stacklevel=3)
-        negatives = self.generator.sampling.negatives if self.generator.few_step else ()
-        return encoder([prompt, *negatives])
-
-    @property
-    def prompt(self) -> str:
-        """The prompt in force. A new one changes the next steps; the past keeps what made it. In a
-        stream opened with `recache` the past is computed again (docs/method.md#2)."""
-        return self._prompt
-
-    @prompt.setter
-    @torch.inference_mode()
-    def prompt(self, prompt: str) -> None:
-        text = self._embed(prompt)
-        with self._changing():
-            self._memory.rollout.set_text(*text)
-            self._prompt = prompt
-
-    def step(self, control: Control | Pose | Tensor | None = None) -> np.ndarray:
-        """Makes the next latent frame in one forward pass and decodes it: uint8 (4, H, W, 3). A
-        few-step model makes a chunk of n latent frames in its passes: uint8 (4 n, H, W, 3), or
-        (1 + 4 (n - 1), H, W, 3) if it is the first of the video; without the picture if that is the
-        first frame of the chunk.
-
-        control: see `StreamingGenerator.check_control`. ValueError for another one, which changes
-        nothing.
-        """
-        return self.submit(control)()
-
-    @torch.inference_mode()
-    def submit(self, control: Control | Pose | Tensor | None = None) -> Callable[[], np.ndarray]:
-        """Starts a step, and returns the call that waits for its pixels: `step` is both at once.
-
-        On a CUDA device the next step may be submitted before the pixels of this one are taken, so
-        that the device never waits for the host. On a CPU the step is finished on return.
-        """
-        self.generator.check_control(control)
-        with self._changing():
-            pixels = self._memory.advance(control, first=self.steps == 0)
-            self.steps += 1
-        return pixels
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """One change of the stream by one thread. What fails inside leaves the stream closed."""
-        with self._held(), self._halfway():
-            yield
-
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """The hold of one thread on a whole stream. RuntimeError for another thread, and for a
-        stream that is closed or half way."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("stream: expected one thread at a time, got a second one")
-        try:
-            if self._trouble:
-                raise RuntimeError(f"stream: {self._trouble}")
-            yield
-        finally:
-            self._lock.release()
-
-    @contextmanager
-    def _halfway(self) -> Iterator[None]:
-        """A part of a change that leaves the stream closed if it fails."""
-        self._trouble = "a step failed half way; restore a snapshot or open a new stream"
-        yield
-        self._trouble = None
-
-    @torch.inference_mode()
-    def snapshot(self) -> Snapshot:
-        """Copies the whole state, between two steps. The stream does not change."""
-        with self._changing():
-            return self._memory.snapshot(self.seed, self.steps, self._prompt)
-
-    @torch.inference_mode()
-    def restore(self, snapshot: Snapshot) -> None:
-        """Returns to a snapshot of a stream of this generator. The same controls then make the same
-        bits on the same build and device (docs/method.md#17).
-
-        Also mends a stream whose last step failed. ValueError for a snapshot of another shape,
-        RuntimeError once the stream is closed.
-        """
-        if self._memory is None:
-            raise RuntimeError(f"stream: {self._trouble}")
-        self._memory.check(snapshot)
-        self._trouble = None
-        with self._changing():
-            self._memory.restore(snapshot)
-            self.seed, self.steps, self._prompt = snapshot.seed, snapshot.steps, snapshot.prompt
-
-    @torch.inference_mode()
-    def fork(self) -> "Stream":
-        """A second stream that starts where this one is; neither changes the other."""
-        snapshot = self.snapshot()
-        twin = object.__new__(Stream)
-        twin.generator, twin.first_frame = self.generator, self.first_frame.copy()
-        twin._lock, twin._trouble = threading.Lock(), None
-        twin._memory, twin._return = self.generator._borrow_memory(twin)
-        twin.restore(snapshot)
-        return twin
-
-    def __copy__(self) -> "Stream":
-        return self.fork()
-
-    def __deepcopy__(self, memo: dict) -> "Stream":
-        return self.fork()
-
-    def __reduce__(self):
-        raise TypeError("stream: cannot be pickled; pickle its snapshot() and restore() that")
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the stream's own tensors, in bytes; weights are shared."""
-        return 0 if self._memory is None else self._memory.bytes
-
-    def close(self) -> None:
-        """Frees the stream's memory. Safe to call twice."""
-        self._return()
-        self._memory = None
-        self._trouble = "closed; open a new one"
-
-    @property
-    def graph(self) -> torch.cuda.CUDAGraph | None:
-        """The step as a CUDA graph; None on a device without graphs, and once closed."""
-        return None if self._memory is None else self._memory.graph
-
-    @contextmanager
-    def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
-        """Runs each part of the steps made inside in the context `phase(name)`.
-
-        Parts are condition, noise, generate, decode and copy. On a CUDA device the operations of
-        these steps are launched one by one, not as a graph.
-        """
-        with self._memory.watched(phase):
-            yield
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()

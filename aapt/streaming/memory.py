@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.caches import MODEL, check_same, fit_scales, name_of, set_self_check
 from ..model.conditioning import Control, control_rays
 from ..model.config import FewStepConfig
 from ..model.pose import Pose
@@ -79,6 +80,9 @@ class StreamMemory:
 
     Poses are drawn and encoded before the graph runs, which is then not the whole step.
 
+    A graph cannot check what a float8 cache loses (docs/method.md#16). So the first steps of each
+    stream with one, up to the first that sees a frame of the window, are launched without a graph.
+
     Attributes:
         phase: Called with the name of each part of a step; the part runs in the context that it
             returns.
@@ -103,11 +107,16 @@ class StreamMemory:
             self.picture = vae.latent_mean.new_zeros((1, config.latent_channels, 1, *size))
             self.decoder = DecoderStates(vae, self.picture)
             pool = torch.cuda.graph_pool_handle() if on_gpu else None
+            # Steps of a capture have no prompt and no picture: what they lose says nothing
+            set_self_check(self.rollout.cache, False)
             self._show = capture(self._show_picture, device, pool)
             self._runs = {
                 name: capture(partial(self._run, name), device, pool) for name in self.chunks
             }
             self._reader = PixelReader(device)
+        set_self_check(self.rollout.cache, model.transformer.cache_choice.self_check)
+        self._unchecked = False  # until a step without a graph has seen a frame of the window
+        self.recheck()
         height, width = (side * vae.config.space_factor for side in size)
         self.skeletons = SkeletonEncoder(vae, height, width) if poses else None
         self._encoded: tuple[Tensor, ...] = ()  # by `skeletons` for the step under way
@@ -144,6 +153,13 @@ class StreamMemory:
         tensors += self.rollout.constants_bytes
         return tensors + past + self.rollout.cache.bytes + self.decoder.bytes
 
+    def recheck(self) -> None:
+        """Checks a float8 cache again in the next steps, unless its checks are off."""
+        cache = self.rollout.cache
+        if name_of(cache) != MODEL and cache.self_check:
+            cache.recheck()
+            self._unchecked = True
+
     @contextmanager
     def watched(self, phase: Callable[[str], AbstractContextManager]) -> Iterator[None]:
         """Runs the steps made inside without a graph, each part in the context `phase(name)`."""
@@ -177,6 +193,11 @@ class StreamMemory:
         self._reseed(seed)
         rollout = self.rollout
         rollout.cache.reset()
+        if name_of(rollout.cache) != MODEL:
+            # The stream before may have restored other scales, or had other weights
+            transformer = self.model.transformer
+            fit_scales(rollout.cache, transformer.blocks, transformer.context)
+        self.recheck()
         rollout.past = rollout.new_past() if recache else None
         rollout.set_text(*text)
         if latent is None:
@@ -236,19 +257,23 @@ class StreamMemory:
 
     @torch.no_grad()
     def advance(
-        self, control: Control | Pose | Tensor | None, first: bool
+        self, control: Control | Pose | Tensor | None, steps: int
     ) -> Callable[[], np.ndarray]:
         """Enqueues one step. Returns the call that waits for its pixels, uint8 (F, H, W, 3).
 
         control: a `Control`, a `Pose`, the channels (C', h, w) of one frame, or None, as the model
             takes it.
-        first: True for the first step of a stream.
+        steps: Steps that the stream has made before.
         On a CUDA device the next step may be enqueued before the pixels of this one are taken;
         those of the step before must have been.
         """
         self._take(control)
-        name, before = self._kind(first), self._before()
-        return self._end(name, before, self._runs[name]())
+        name, before = self._kind(first=steps == 0), self._before()
+        if not self._unchecked:
+            return self._end(name, before, self._runs[name]())
+        made = self._run(name)
+        self._unchecked = steps <= self.model.config.sink_frames
+        return self._end(name, before, made)
 
     @torch.no_grad()
     def prepare(
@@ -321,8 +346,12 @@ class StreamMemory:
             )
 
     def check(self, snapshot: Snapshot) -> None:
-        """ValueError unless the snapshot is of a stream of this model and size."""
+        """ValueError unless the snapshot is of a stream of this model, size and cache."""
+        ours, theirs = name_of(self.rollout.cache), name_of(snapshot.cache)
+        mend = f"restore it in a stream of cache {theirs}, see StreamingGenerator.use_cache"
+        check_same("snapshot", ours, theirs, mend)
         self.rollout.cache.check_twin(snapshot.cache)
+        self.decoder.check(snapshot.decoder)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..model.caches import MODEL, check_name, check_same, name_of
 from ..model.transformer import KVCache
 from .snapshot import Snapshot
 
@@ -31,7 +32,7 @@ def write_snapshot(snapshot: Snapshot, more: dict[str, Tensor], facts: dict[str,
     """Returns the file of a snapshot, with more tensors and facts of the caller in it."""
     tensors = {name: x.cpu().contiguous() for name, x in snapshot_tensors(snapshot).items()}
     own = {name: getattr(snapshot, name) for name in FACTS}
-    own["decoded"] = snapshot.decoder.frames
+    own |= {"decoded": snapshot.decoder.frames, "cache": name_of(snapshot.cache)}
     return safetensors.torch.save(tensors | more, {"snapshot": json.dumps(own), **facts})
 
 
@@ -51,18 +52,21 @@ def load_snapshot(like: Snapshot, tensors: dict[str, Tensor], facts: dict[str, s
     """Returns a snapshot made of a file's tensors and facts.
 
     like: a snapshot of the stream that it is for, which gives names, shapes and dtypes. ValueError
-    names the tensor that is missing or has another form, and what it should be.
+    names the tensor that is missing or has another form, and what it should be; CacheError the
+    cache, if it is another.
     """
     try:
         own = json.loads(facts["snapshot"])
         seed, steps, decoded = (int(own[name]) for name in ("seed", "steps", "decoded"))
-        prompt = str(own["prompt"])
+        prompt, name = str(own["prompt"]), str(own.get("cache", MODEL))
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             "snapshot: expected seed, steps, prompt and decoded in its facts"
         ) from None
     if min(seed, steps, decoded) < 0 or max(seed, steps, decoded) >= 2**63:
         raise ValueError(f"snapshot: expected counts below 2**63, got {seed, steps, decoded}")
+    mend = f"restore it in a stream of cache {check_name(name)}"
+    check_same("snapshot", name_of(like.cache), name, mend)
     with torch.inference_mode(False):
         cache = like.cache.clone()
         decoder = replace(
@@ -96,6 +100,12 @@ def _check_counters(cache: KVCache) -> None:
     step, lens = int(cache.step), cache.text_lens
     if not 0 <= step < MOST_STEPS:
         raise ValueError(f"snapshot: expected cache.step below {MOST_STEPS}, got {step}")
+    finished = max(0, step - cache.sink_frames)  # frames of the past
+    if cache.past is not None and int(cache.past.step) != finished:
+        raise ValueError(
+            f"snapshot: expected cache.past.step {finished} at step {step}, "
+            f"got {int(cache.past.step)}"
+        )
     if lens.min() < 0 or lens.max() > cache.text_tokens:
         raise ValueError(
             f"snapshot: expected cache.text_lens up to {cache.text_tokens}, got {lens.tolist()}"

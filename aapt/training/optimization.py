@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ..device import multiplies_bfloat16
 from ..model.world_model import WorldModel
 from .eight_bit import AdamW8, RMSprop8
 
@@ -48,8 +50,9 @@ class MuonAdamW:
 
     Both have one learning rate, because Muon's steps are scaled to AdamW's. In our runs a small
     model learnt as much in two updates as under AdamW in three (`benchmarks/LOG.md`). Muon
-    orthogonalises whole matrices, also if they are sharded. It does so in bfloat16, so updates on
-    several ranks differ from those on one rank by a few percent. AdamW's moments have `state_bits`.
+    orthogonalises whole matrices, also if they are sharded. It does so in bfloat16, if the device
+    multiplies that, so updates on several ranks differ from those on one rank by a few percent.
+    AdamW's moments have `state_bits`.
     """
 
     def __init__(
@@ -70,18 +73,29 @@ class MuonAdamW:
             torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             adamw(others, betas, weight_decay, state_bits),
         )
+        self.narrow = all(multiplies_bfloat16(matrix.device) for matrix in matrices)
 
     @property
     def param_groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
+        with nullcontext() if self.narrow else WithoutBfloat16():
+            for optimizer in self.optimizers:
+                optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
+
+
+class WithoutBfloat16(TorchFunctionMode):
+    """Copies in the same dtype for code that asks for bfloat16, as `torch.optim.Muon` does."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.bfloat16:
+            return args[0].clone()
+        return function(*args, **(kwargs or {}))
 
 
 def update(

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..data.tiny_puppet.clips import PuppetData
-from ..vae import tiny
+from ..vae import tiny, tiny_light
 from .corruption import Corruption
 from .curriculum import constant
 from .optimization import Schedule
@@ -27,6 +27,7 @@ def tiny_puppet() -> Recipe:
         reference_grid=(6, 6),
         latent_channels=CHANNELS,
         condition_channels=CHANNELS,
+        residual_map=True,
     )
     stages = world.stages
     diffusion = replace(
@@ -43,7 +44,7 @@ def tiny_puppet() -> Recipe:
     # The discriminator learns to look at the skeletons from real clips under others.
     adversarial = replace(
         stages["adversarial"],
-        steps=120,
+        steps=140,
         discriminator_warmup=40,
         corruption=Corruption(offset=0.6),
         palette=0.0,
@@ -60,16 +61,29 @@ def tiny_puppet() -> Recipe:
             "long-clips": PuppetData(
                 height=96, width=96, clips=600, latent_frames=33, first_seed=200_000
             ),
+            "minute-clips": PuppetData(
+                height=96, width=96, clips=60, latent_frames=289, first_seed=400_000
+            ),
         },
         decoder=replace(world.decoder, steps=900, video_frames=17),
+        light_decoder=replace(
+            world.light_decoder,
+            shape=replace(tiny_light(), latent_channels=CHANNELS),
+            schedule=Schedule(3e-3, warmup=50, decay="cosine"),
+            steps=900,
+            video_frames=17,
+            sharpening=0.5,
+            latent_noise=0.1,
+        ),
         stages={
             "diffusion": diffusion,
             "consistency": consistency,
-            "regression": replace(stages["regression"], steps=600),
+            "regression": replace(stages["regression"], steps=300),
             # Rollouts of five seconds, and offsets of the colours: look and place then have to come
-            # from the first frame and the prompt.
+            # from the first frame and the prompt. A place that stands still shows every error that
+            # is not corrected, so most updates are here.
             "long-regression": replace(
-                stages["long-regression"], steps=120, corruption=Corruption(offset=0.6)
+                stages["long-regression"], steps=600, corruption=Corruption(offset=0.6)
             ),
             "adversarial": adversarial,
             # Rollouts that leave their clips: poses turn back where the clip ends
@@ -84,6 +98,17 @@ def tiny_puppet() -> Recipe:
                 discriminator_warmup=10,
                 start="adversarial",
                 discriminator_start="adversarial",
+            ),
+            # Any five seconds of the first 45.
+            "final": replace(
+                adversarial,
+                clips="minute-clips",
+                lead_segments=30,
+                rows=40.0,
+                steps=60,
+                discriminator_warmup=10,
+                start="extension",
+                discriminator_start="extension",
             ),
         },
     )

@@ -22,6 +22,7 @@ from .tiny_recipes import (
     pilot_160,
     pilot_160_fine,
     sharp_world,
+    small_world,
     tiny_world,
     vae_fine,
     vae_light,
@@ -312,6 +313,7 @@ RECIPES = {
     "pilot-160": pilot_160,
     "pilot-160-fine": pilot_160_fine,
     "sharp-world": sharp_world,
+    "small-world": small_world,
 }
 LIGHT_RECIPES = {"vae-light": vae_light, "wan-light": wan_light}
 VAE_RECIPES = {"vae-fine": vae_fine}

@@ -103,26 +103,24 @@ class CausalConv3d(nn.Module):
         options = dict(norm_weight=self.norm_weight, eps=self.eps, silu=self.silu)
         if active is not None:
             x, options = active, dict(eps=self.eps)
-        fuses = then is not None and self._norms_for(then) and fuses_next_norm(x, self.weight)
+        fuses = then is not None and self._norms_for(then) and self._fuses_next_norm(x)
         if fuses:
             options |= dict(next_norm_weight=then.norm_weight, eps=then.eps, keep_out=keep_out)
-        out, state, *normed = causal_conv3d(
-            x,
-            self.weight,
-            self.bias,
-            state=stream.pop(),
-            residual=residual,
-            stride=self.stride,
-            upsample=self.upsample,
-            padding=self.padding,
-            pixels=pixels,
-            share_state=True,
-            **options,
-        )
+        given = dict(state=stream.pop(), residual=residual, pixels=pixels)
+        out, state, *normed = self._convolve(x, **given, **options)
         stream.push(state)
         if fuses:
             stream.active[then] = normed[0]
         return out
+
+    def _fuses_next_norm(self, x: Tensor) -> bool:
+        """True if the operator norms its output for the next layer in its own launch."""
+        return fuses_next_norm(x, self.weight)
+
+    def _convolve(self, x: Tensor, **options) -> tuple[Tensor | None, ...]:
+        """Runs the operator with the layer's own arguments and `options`."""
+        own = dict(stride=self.stride, upsample=self.upsample, padding=self.padding)
+        return causal_conv3d(x, self.weight, self.bias, share_state=True, **own, **options)
 
     def _subsample(self, x: Tensor, stream: States) -> Tensor:
         """Convolves one chunk with a stride in time.
@@ -141,8 +139,10 @@ class CausalConv3d(nn.Module):
         return out if past is None else last_frames(out, out.shape[2] - 1)
 
     def _norms_for(self, then: "CausalConv3d") -> bool:
-        """True if one epsilon serves both norms."""
+        """True if one epsilon serves both norms, and both layers have weights of one precision: one
+        in 8 bits rounds its input after the norm, so the norm is left to it."""
         same = self.norm_weight is None or self.eps == then.eps
+        same = same and then.weight.dtype == self.weight.dtype
         return then.norm_weight is not None and then.silu and same
 
     def needs(self, frames: int) -> int:

@@ -75,6 +75,16 @@ class DecoderSnapshot:
         """Memory of the states."""
         return sum(part.nbytes for part in self.states)
 
+    def __reduce__(self):
+        # As bytes, because PyTorch writes float8 into a pickle and cannot read it
+        bits = [x.view(torch.uint8) if x.itemsize == 1 else x for x in self.states]
+        return _unpickle, (self.frames, bits, [x.dtype for x in self.states])
+
+
+def _unpickle(frames: int, bits: list[Tensor], dtypes: list[torch.dtype]) -> DecoderSnapshot:
+    states = (x.view(dtype) for x, dtype in zip(bits, dtypes, strict=True))
+    return DecoderSnapshot(frames, tuple(states))
+
 
 class DecoderStates:
     """The states of one stream's convolutions, at fixed addresses.
@@ -107,6 +117,16 @@ class DecoderStates:
         """A copy of the states between two frames."""
         with torch.inference_mode(False):
             return DecoderSnapshot(self.frames, tuple(part.clone() for part in self.tensors))
+
+    def check(self, snapshot: DecoderSnapshot) -> None:
+        """ValueError unless the snapshot is of a stream of this shape and precision."""
+        ours, theirs = ([(x.shape, x.dtype) for x in y] for y in (self.tensors, snapshot.states))
+        for mine, other in zip(ours, theirs, strict=False):
+            if mine != other:
+                form = [f"{tuple(shape)} {dtype}" for shape, dtype in (mine, other)]
+                raise ValueError(f"decoder: expected a state {form[0]}, got {form[1]}")
+        if len(ours) != len(theirs):
+            raise ValueError(f"decoder: expected {len(ours)} states, got {len(theirs)}")
 
     @torch.no_grad()
     def restore(self, snapshot: DecoderSnapshot) -> None:
@@ -192,7 +212,9 @@ class DecoderStream:
         return self._states.snapshot()
 
     def restore(self, snapshot: DecoderSnapshot) -> None:
-        """Returns to a snapshot of a stream of this shape, in the memory that this one has."""
+        """Returns to a snapshot of a stream of this shape, in the memory that this one has.
+        ValueError for another shape or precision, which changes nothing."""
+        self._states.check(snapshot)
         self._states.restore(snapshot)
         self._whole = True
 

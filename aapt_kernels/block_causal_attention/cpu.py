@@ -6,15 +6,17 @@ tiles.
 
 A tile is a chunk of (batch, head) pairs times the rows of one frame, or of several if a frame is
 small. All its keys fit one softmax, whose probabilities are computed anew. Half precision is
-computed in float32: the products are bound by memory at these sizes, and the scores keep their
-accuracy. Every large temporary is scratch that all tiles share, because fresh pages cost more than
+computed in float32, whose scores keep their accuracy, and multiplied in bfloat16 if it came in
+that. Every large temporary is scratch that all tiles share, because fresh pages cost more than
 the arithmetic.
 
 Rows of several frames share keys that only some of them see. A weight of zero hides the others, but
 not NaN and infinity: if the inputs hold any, every frame gets a tile of its own.
 """
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,8 @@ from ..precision import dense, wide
 TILE_ROWS = 64  # rows up to which small frames are grouped
 MAX_TILE_ROWS = 512  # rows beyond which a frame is split
 TILE_SCORES = 1 << 19  # scores per tile: 2 MB in float32, so a tile stays in the cache
+
+PRECISION_LOCK = threading.Lock()
 
 
 class Tile(NamedTuple):
@@ -201,6 +205,25 @@ class Problem:
         return s
 
 
+@contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let the process multiply float32 matrices in bfloat16 if that is the dtype of the inputs.
+
+    oneDNN rounds the factors and sums in float32: twice as fast on a processor with AVX512-BF16,
+    and no different on one without. One thread at a time, because the setting is the process's.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    with PRECISION_LOCK:
+        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
 def is_dense(q: Tensor, q_sink: Tensor | None, layout: FrameLayout) -> bool:
     """Return whether the query is one frame that sees every key, the sink as any other."""
     if layout.text_tokens or layout.frames != 1 or q_sink is not None or q.numel() == 0:
@@ -277,7 +300,13 @@ def backward(dout, dlse, q, k, v, out, lse, text_lens, q_sink, *arguments):
     if dlse is None and is_dense(q, q_sink, layout):
         gradients = dense_backward(dout, q, k, v, out, lse, layout, scale, prefix_grad)
         return *gradients, q.new_empty(0)
-    problem = Problem(dout, q, k, v, text_lens, q_sink, arguments[:-1])
+    with products_of(q.dtype):
+        return tiled_backward(dout, dlse, q, k, v, text_lens, q_sink, arguments[:-1])
+
+
+def tiled_backward(dout, dlse, q, k, v, text_lens, q_sink, arguments) -> tuple[Tensor, ...]:
+    """Return dq, dk, dv and dq_sink; dq_sink is empty without a q_sink."""
+    problem = Problem(dout, q, k, v, text_lens, q_sink, arguments)
     dlse = None if dlse is None else dlse.to(problem.dtype).flatten(0, 1)[..., None]
     dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
     dq_sink = None if q_sink is None else torch.zeros_like(problem.q_sink)

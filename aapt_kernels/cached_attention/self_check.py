@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backend import choose
 from ..kv_cache import KVCache
-from ..self_check import sample
+from ..self_check import SelfCheckError, sample
 from . import ref
 
 # With q and the weights in E4M3, Gaussian inputs give 0.999, peaked scores 0.998, and keys whose
@@ -24,7 +24,7 @@ def check_attention(
     """Compare a sample of rows of `out` with float32 attention to the cache, head by head. q, k, v
     and the rest: arguments of the op.
 
-    Raises RuntimeError if the cosine of a head is below LEAST_COSINE, also for NaN. A head whose
+    Raises SelfCheckError if the cosine of a head is below LEAST_COSINE, also for NaN. A head whose
     exact rows are zero or not finite says nothing: the layer is then checked again in the next
     call.
     """
@@ -46,10 +46,10 @@ def check_attention(
     cosines, known = torch.stack(cosines), torch.stack(known)
     wrong = (known & ~(cosines >= LEAST_COSINE)).nonzero().flatten().tolist()
     if wrong:
-        raise RuntimeError(
+        raise SelfCheckError(
             f"cached_attention: expected a cosine of at least {LEAST_COSINE} with attention in "
-            f"float32, got {float(cosines[wrong[0]]):.4f} in head {wrong[0]} of layer {layer}; "
-            f"norm queries and keys, or make the cache with dtype=torch.bfloat16"
+            f"float32, got {float(cosines[wrong[0]]):.4f} in head {wrong[0]} of layer {layer}",
+            "norm queries and keys, or make the cache with dtype=torch.bfloat16",
         )
     if known.all():
         cache.checked.add(("cached_attention", layer, length))

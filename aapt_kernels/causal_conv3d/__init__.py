@@ -124,7 +124,9 @@ def causal_conv3d_e4m3(
     upsample: tuple[int, int] = (1, 1),
     padding: str = "zeros",
     pixels: bool = False,
-) -> tuple[Tensor, Tensor]:
+    next_norm_weight: Tensor | None = None,  # (out_channels,)
+    keep_out: bool = True,
+) -> tuple[Tensor | None, ...]:
     """Do `causal_conv3d` in 8 bits: round silu(rms_norm(x) * norm_weight) to float8_e4m3fn,
     multiply by e4m3 weights, sum in float32, and multiply each output channel by its scale
     (docs/method.md#9).
@@ -132,23 +134,40 @@ def causal_conv3d_e4m3(
     `causal_conv3d.e4m3.round_weight` makes weight and scales. The input has no scale: after a norm
     it is around 1, and what exceeds 448 in size becomes 448. x, bias, norm_weight, residual and the
     output share a dtype; the state is e4m3. Other arguments and results are those of
-    `causal_conv3d`, of which it has neither strides nor `next_norm_weight`. It has no gradient.
+    `causal_conv3d`, without strides. It has no gradient.
+
+    With `next_norm_weight` the third result, the x of the next convolution, is e4m3. x may be such
+    a result: it is multiplied as it is, without norm_weight and silu, and the output has the dtype
+    of the bias, which must be given.
 
     Triton needs sm_89 or later. Raises ValueError, TypeError or RuntimeError, naming the argument
     that does not fit, and NotImplementedError in forward-mode differentiation.
     """
     given = dict(x=x, bias=bias, norm_weight=norm_weight, residual=residual)
+    given["next_norm_weight"] = next_norm_weight
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     stored = {"weight": weight} if state is None else {"weight": weight, "state": state}
     check_no_grad("causal_conv3d_e4m3", given | {"weight_scale": weight_scale})
-    _check_shapes(x, weight, bias, state, norm_weight, residual, None, (1, 1, 1), upsample, padding)
+    optional = bias, state, norm_weight, residual, next_norm_weight
+    _check_shapes(x, weight, *optional, (1, 1, 1), upsample, padding)
     check_shape("weight_scale", weight_scale, weight.shape[:1], "this weight")
+    _check_next(x, weight, *optional, pixels, keep_out)
+    if x.dtype == e4m3.FORMAT:
+        stored["x"] = given.pop("x")
+        for name, fits in (
+            ("bias", bias is not None),
+            ("norm_weight", norm_weight is None),
+            ("silu", not silu),
+        ):
+            if not fits:
+                wanted = "a tensor" if name == "bias" else "none"
+                raise ValueError(f"{name}: expected {wanted} with x of {x.dtype}")
     check_dtype(given, [dtype for dtype in FLOATS if dtype != torch.float64])
     check_dtype(stored, [e4m3.FORMAT])
     check_dtype({"weight_scale": weight_scale}, [torch.float32])
     check_device(given | stored | {"weight_scale": weight_scale})
     check_no_tangent("causal_conv3d_e4m3", given)
-    return ops.causal_conv3d_e4m3.default(
+    out, new_state, active = ops.causal_conv3d_e4m3.default(
         x,
         weight,
         weight_scale,
@@ -161,12 +180,17 @@ def causal_conv3d_e4m3(
         upsample,
         padding == "replicate",
         pixels,
+        next_norm_weight,
+        keep_out,
     )
+    if next_norm_weight is None:
+        return out, new_state
+    return out if keep_out else None, new_state, active
 
 
-def fuses_next_norm(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `next_norm_weight` is cheaper than a norm before the next convolution: the
-    kernel that takes x norms in its epilogue, and there is no gradient to compute.
+def fuses_next_norm(x: Tensor, weight: Tensor, op: str = "causal_conv3d") -> bool:
+    """Return whether `next_norm_weight` of an op is cheaper than a norm before the next
+    convolution: the kernel that takes x norms in its epilogue, and there is no gradient to compute.
 
     Never under autocast, because another dtype than that of x then chooses the kernel.
     """
@@ -179,7 +203,7 @@ def fuses_next_norm(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.device.type == "meta":  # no backend: shapes alone
         return False
-    return choose("causal_conv3d", x) in ("cuda", "sim", "triton")
+    return choose(op, x) in ("cuda", "sim", "triton")
 
 
 def _check_next(
@@ -307,16 +331,22 @@ def _(
     upsample,
     replicate,
     pixels,
+    next_norm_weight,
+    keep_out,
 ):
-    def empty(channels, size, dtype):
+    def empty(wanted, channels, size, dtype):
+        if not wanted:
+            return x.new_empty(0)
         shape, memory = (x.shape[0], channels, *size), memory_format_of(x)
         return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
 
     size = out_size(x, (1, 1, 1), upsample, state is None)
     past = past_frames(weight.shape[2], upsample[0])
+    dtype = torch.uint8 if pixels else e4m3.out_dtype(x, bias)
     return (
-        empty(weight.shape[0], size, torch.uint8 if pixels else x.dtype),
-        empty(x.shape[1], (past, *x.shape[3:]), e4m3.FORMAT),
+        empty(keep_out, weight.shape[0], size, dtype),
+        empty(True, x.shape[1], (past, *x.shape[3:]), e4m3.FORMAT),
+        empty(next_norm_weight is not None, weight.shape[0], size, e4m3.FORMAT),
     )
 
 

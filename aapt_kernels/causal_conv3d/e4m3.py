@@ -36,7 +36,12 @@ def round_active(x: Tensor, norm_weight: Tensor | None, eps: float, silu: bool) 
     return prologue(x.float(), norm_weight, eps, silu).clamp(-LARGEST, LARGEST).to(FORMAT)
 
 
-def emulated(convolve: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def out_dtype(x: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Return the dtype of out: that of x, or of the bias if x is e4m3."""
+    return bias.dtype if x.dtype == FORMAT else x.dtype
+
+
+def emulated(convolve: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """Return the operator on top of an implementation of `causal_conv3d`."""
 
     def run(
@@ -52,8 +57,10 @@ def emulated(convolve: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple
         upsample,
         replicate,
         pixels,
+        next_norm_weight,
+        keep_out,
     ):
-        active = round_active(x, norm_weight, eps, silu).float()
+        active = (x if x.dtype == FORMAT else round_active(x, norm_weight, eps, silu)).float()
         state = None if state is None else state.float()
         options = None, [1, 1, 1], upsample, replicate, False, None, True, True
         out, state, _ = convolve(active, weight.float(), None, state, None, eps, False, *options)
@@ -62,6 +69,11 @@ def emulated(convolve: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple
             out = out + bias.view(1, -1, 1, 1, 1)
         if residual is not None:
             out = out + residual
-        return to_bytes(out) if pixels else out.to(x.dtype), state.to(FORMAT)
+        nothing = x.new_empty(0)
+        normed = nothing
+        if next_norm_weight is not None:
+            normed = round_active(out, next_norm_weight, eps, True)
+        out = to_bytes(out) if pixels else out.to(out_dtype(x, bias))
+        return out if keep_out else nothing, state.to(FORMAT), normed
 
     return run

@@ -16,7 +16,7 @@ from ..backend import capability_of
 from ..precision import as_bits
 from ..triton_rows import dense_or_none
 from ..triton_tiles import INTERPRETED, e4m3
-from .e4m3 import FORMAT, LARGEST
+from .e4m3 import FORMAT, LARGEST, out_dtype
 from .frames import frames_to_skip, memory_format_of, out_size, past_frames
 from .packed import PackedWeights
 
@@ -41,7 +41,7 @@ def limit(
     *_,
 ) -> str | None:
     """Return why the kernels do not take these arguments, None if they do."""
-    if x.dtype not in FLOATS or x.shape[1] > MAX_CHANNELS:
+    if x.dtype not in (*FLOATS, FORMAT) or x.shape[1] > MAX_CHANNELS:
         return (
             f"it takes float16, bfloat16 or float32 with at most {MAX_CHANNELS} input channels, "
             f"got {x.dtype} with {x.shape[1]}"
@@ -180,6 +180,7 @@ def causal_conv3d_kernel(
     REPLICATE: tl.constexpr,
     PIXELS: tl.constexpr,
     EPS: tl.constexpr,
+    LARGEST: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -188,8 +189,9 @@ def causal_conv3d_kernel(
 
     weight (KT, KH, KW, in_channels, out_channels) is dense; past has the strides of x but for the
     first three; residual, out and active share strides. `active` is out normed and activated, and
-    needs all output channels in one block. One of out and active may be None. `skipped`: frames of
-    [past | x], repeated, before the first that output frame 0 reads.
+    needs all output channels in one block. One of out and active may be None. LARGEST: the
+    largest number of e4m3 if active is e4m3, else None. `skipped`: frames of [past | x], repeated,
+    before the first that output frame 0 reads.
     """
     pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     channel = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -260,7 +262,10 @@ def causal_conv3d_kernel(
         mean = tl.sum(sums * sums, axis=1, keep_dims=True) / out_channels
         weights = tl.load(next_norm_weight + channel, mask=channel < out_channels, other=0)
         y = sums / tl.sqrt(mean + EPS) * weights.to(tl.float32)[None, :]
-        tl.store(active + at, y / (1 + tl.exp(-y)), mask=stored)
+        y = y / (1 + tl.exp(-y))
+        if LARGEST is not None:
+            y = e4m3(tl.where(tl.abs(y) > LARGEST, tl.where(y < 0, -LARGEST, LARGEST), y))
+        tl.store(active + at, y, mask=stored)
 
 
 def blocks_of(out_channels: int, in_channels: int, dtype: torch.dtype) -> dict:
@@ -347,7 +352,8 @@ def forward(
     keep_state,
     weight_scale=None,
 ):
-    """With `weight_scale` weight and state are e4m3, and so is what is multiplied."""
+    """With `weight_scale` weight and state are e4m3, and so are what is multiplied and the normed
+    output. x may then be e4m3, for an output of the dtype of the bias."""
     batch, channels, frames, height, width = x.shape
     out_channels, _, kt, kh, kw = weight.shape
     repeats, copies = upsample
@@ -366,11 +372,12 @@ def forward(
 
     nothing = x.new_empty(0)
     writes_out = keep_out or (norms and not in_epilogue)
-    out = output(torch.uint8 if pixels else x.dtype) if writes_out else None
-    normed = output(x.dtype) if in_epilogue else None
+    dtype = out_dtype(x, bias)
+    out = output(torch.uint8 if pixels else dtype) if writes_out else None
+    normed = output(FORMAT if rounds else dtype) if in_epilogue else None
     with torch.cuda.device_of(x):
         active = x.contiguous(memory_format=memory)
-        if norm_weight is not None or silu or rounds:
+        if norm_weight is not None or silu or (rounds and x.dtype != FORMAT):
             active = activate(x, norm_weight, eps, silu, rounds)
         new_state = nothing
         if keep_state:
@@ -398,7 +405,7 @@ def forward(
             residual,
             next_norm_weight,
             out,
-            normed,
+            None if normed is None else as_bits(normed),
             *active.stride(),
             *past_layout,
             *(out if writes_out else normed).stride(),
@@ -421,10 +428,11 @@ def forward(
             REPLICATE=replicate,
             PIXELS=pixels,
             EPS=eps,
+            LARGEST=LARGEST if rounds else None,
             **constants,
         )
         if norms and not in_epilogue:
-            normed = activate(out, next_norm_weight, eps, True)
+            normed = activate(out, next_norm_weight, eps, True, rounds)
     return out if keep_out else nothing, new_state, normed if norms else nothing
 
 
@@ -441,8 +449,10 @@ def forward_e4m3(
     upsample,
     replicate,
     pixels,
+    next_norm_weight,
+    keep_out,
 ):
-    out, state, _ = forward(
+    return forward(
         x,
         weight,
         bias,
@@ -455,9 +465,8 @@ def forward_e4m3(
         upsample,
         replicate,
         pixels,
-        None,
-        True,
+        next_norm_weight,
+        keep_out,
         True,
         weight_scale,
     )
-    return out, state

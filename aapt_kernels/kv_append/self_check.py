@@ -6,7 +6,7 @@ from torch import Tensor
 from ..kv_cache import KVCache
 from ..precision import as_bits, wide
 from ..qk_norm_rope.ref import normalise, rotate
-from ..self_check import check_stored, sample
+from ..self_check import SelfCheckError, check_stored, sample
 from .ref import cache_rows
 
 # Root mean square over the scores of a head, in nats: attention then has a cosine of 0.99 with the
@@ -29,7 +29,7 @@ def check_append(
     """Compare a sample of rows, as kv_append has stored them, with its arguments k and v (B, L, H,
     D), normalised and rotated here; and scores of its result q with those of exact keys.
 
-    Raises RuntimeError as `check_stored`, and if the scores of a head change by more than
+    Raises SelfCheckError as `check_stored`, and if the scores of a head change by more than
     MOST_CHANGE.
     """
     rows = sample(k.shape[1], k.device)
@@ -47,8 +47,8 @@ def check_append(
         mend = "with dtype=torch.bfloat16"
         if not cache.use_hadamard:
             mend = f"with use_hadamard=True or {mend}"
-        raise RuntimeError(
+        raise SelfCheckError(
             f"kv_append: expected rounded keys to change scores by at most {MOST_CHANGE}, got "
-            f"{float(changes[wrong[0]]):.2f} in head {wrong[0]} of layer {layer}; make the cache "
-            f"{mend}"
+            f"{float(changes[wrong[0]]):.2f} in head {wrong[0]} of layer {layer}",
+            f"make the cache {mend}",
         )

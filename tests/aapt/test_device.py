@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from aapt.device import usable_device, usable_dtype
+from aapt import device
+from aapt.device import mixed_precision, multiplies_bfloat16, usable_device, usable_dtype
 
 CUDA = torch.device("cuda", 0)
 
@@ -57,3 +58,40 @@ def test_precision_follows_the_device(monkeypatch, capability, default):
 def test_networks_have_floating_point_precision():
     with pytest.raises(TypeError, match="^dtype: expected one of float32, .*, got torch.int8$"):
         usable_dtype(torch.int8, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "machine, avx512_bf16, mkldnn, expected",
+    [
+        ("x86_64", True, True, True),
+        ("AMD64", False, True, False),  # AVX-512 without bfloat16: emulated
+        ("x86_64", False, False, False),
+        ("aarch64", False, True, True),
+        ("arm64", False, False, False),
+    ],
+)
+def test_a_cpu_multiplies_bfloat16_with_instructions_for_it(
+    monkeypatch, machine, avx512_bf16, mkldnn, expected
+):
+    monkeypatch.setattr(device.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: mkldnn)
+    assert multiplies_bfloat16(torch.device("cpu")) is expected
+    assert multiplies_bfloat16(CUDA)
+
+
+@pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_products_are_mixed_where_that_is_fast(monkeypatch, able, dtype):
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: able)
+    x = torch.randn(3, 4)
+    with mixed_precision(x.device):
+        assert (x @ x.T).dtype == dtype
+
+
+def test_slow_bfloat16_is_said(monkeypatch, recwarn):
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: True)
+    usable_dtype(torch.bfloat16, torch.device("cpu"))
+    assert not recwarn
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: False)
+    with pytest.warns(UserWarning, match="^dtype: this CPU has no instructions for bfloat16"):
+        assert usable_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16

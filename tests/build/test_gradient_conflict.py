@@ -6,6 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from aapt.checkpoint import BUNDLED, save_module
+from aapt.model.discriminator import Discriminator
+from aapt.model.world_model import WorldModel
+from aapt.streaming.generator import StreamingGenerator
+from aapt.training.losses import generator_loss
+
 ROOT = Path(__file__).parents[2]
 FRAMES = 5  # more than the window of the small model
 
@@ -122,6 +128,40 @@ def test_command_measures_the_bundled_model(conflict, monkeypatch, capsys):
     assert lines[0] == "tiny-world: 1 clips of 3 latent frames"
     assert [line.split()[0] for line in lines[3:]] == [*"123456", "all"]
     assert lines[8].split()[-4:] == ["-"] * 4  # nothing reads the MLP of the last block
+
+
+def test_a_judge_asks_by_its_logits(conflict, tmp_path):
+    """The gradient of the adversarial loss, against a step along it."""
+    generator = StreamingGenerator.from_pretrained(BUNDLED / "tiny-world", "cpu", torch.float32)
+    generator.model.requires_grad_(True)
+    torch.manual_seed(0)
+    file = tmp_path / "discriminator.safetensors"
+    save_module(file, Discriminator(WorldModel(generator.model.config, generator.model.camera)))
+    judge = conflict.load_judge(file, generator.model)
+    start = conflict.held_out_starts(1, 3, 0)[0]
+    frames, asked = conflict.student_forced(generator, generator.model, start, 0, 0, judge)
+    _, by_error = conflict.student_forced(generator, generator.model, start, 0, 0)
+    assert asked.shape == frames.shape == by_error.shape and asked.norm() > 0
+    losses = []
+    for step in (-0.05, 0.05):
+        moved = frames.detach() + step * asked / asked.norm()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conflict, "parallel_pass", lambda *_, x=moved: x.requires_grad_())
+            patch.setattr(conflict, "generator_loss", kept(losses))
+            conflict.student_forced(generator, generator.model, start, 0, 0, judge)
+    slope = (losses[1] - losses[0]) / 0.1
+    assert slope == pytest.approx(float(asked.norm()), rel=0.02)
+
+
+def kept(losses):
+    """The loss of the generator, which is noted in `losses` too."""
+
+    def loss(*arguments):
+        made = generator_loss(*arguments)
+        losses.append(float(made.detach()))
+        return made
+
+    return loss
 
 
 def test_frames_of_one_step_have_no_order(conflict, helpers):

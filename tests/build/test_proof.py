@@ -54,7 +54,7 @@ def test_a_page_shows_means_and_distances_over_seeds(proof, experiment):
     }
     text = proof.page(experiment, "small", results)
     assert text.startswith("# small\n\nIs it?\n")
-    assert "`python benchmarks/proof.py small --run RUN --seeds 0 2`" in text
+    assert "`python -m benchmarks.proof small --run RUN --seeds 0 2`" in text
     assert "6 held-out worlds of 60 s" in text
     assert "(a processor, threads: 1): evaluation 4.0 ± 1.0, plain 7.0." in text
     late = text.partition("## 55-60 s")[2].splitlines()
@@ -109,6 +109,15 @@ def test_minutes_add_up_over_calls_that_were_stopped(proof, tmp_path, monkeypatc
     assert json.loads((tmp_path / "minutes.json").read_text()) == {"short": 1.5}
 
 
+def test_results_of_several_machines_are_kept_by_seed(proof, tmp_path):
+    made = {seed: result(proof, 0.1 * seed, minutes={"plain": 2.0}) for seed in (10, 2)}
+    for seed, each in made.items():
+        longer = dataclasses.replace(each, report={**each.report, "timeline": [1.0] * 900})
+        proof.keep(longer, tmp_path / "small" / f"seed-{seed}.json")
+    found = proof.kept(tmp_path / "small")
+    assert list(found) == [2, 10] and found == made
+
+
 class FakeRun:
     def __init__(self, out):
         self.out, self.exported = out, []
@@ -161,7 +170,7 @@ def test_variants_differ_and_start_from_stages_that_exist(proof):
 def test_the_papers_stage_three_has_the_papers_switches(proof):
     """Only sizes, lengths, rates, numbers of updates and the average that suits them differ from
     `paper-8b`."""
-    ours, theirs = proof.as_written(), paper_8b()
+    ours, theirs = proof.EXPERIMENTS["as-written"](), paper_8b()
     assert ours.recipe.raw_starts
     for field in ("output_clamp", "residual_head", "sink_distance", "recycle"):
         assert getattr(ours.recipe.model, field) == getattr(theirs.model, field)
@@ -196,6 +205,6 @@ def test_pages_answer_the_questions_of_their_experiments(proof):
     for name, text in pages.items():
         head, _, reading = text.partition(proof.READING)
         assert head.startswith(f"# {name}\n\n{proof.EXPERIMENTS[name]().question}\n"), name
-        assert f"`python benchmarks/proof.py {name} --run RUN --seeds " in head
+        assert f"`python -m benchmarks.proof {name} --run RUN --seeds " in head
         assert proof.LEGEND in head
         assert reading.strip(), name

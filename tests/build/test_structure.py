@@ -47,11 +47,13 @@ MAY_IMPORT = {
 }
 IMPORT_KERNELS = {
     "aapt/commands/info.py",  # only asks which backends there are
+    "aapt/model/caches.py",  # which caches there are
     "aapt/model/float8.py",
     "aapt/model/layers.py",
     "aapt/model/mmdit.py",  # only makes the cache
     "aapt/model/transformer.py",  # only hands layout and cache to its layers
     "aapt/model/wan.py",
+    "aapt/vae/float8.py",
     "aapt/vae/layers.py",
     "aapt/vae/pixels.py",
 }

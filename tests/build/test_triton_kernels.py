@@ -270,10 +270,11 @@ def build_convolution(channels, copies, dtype, capability, float8=()):
         "REPLICATE": False,
         "PIXELS": False,
         "EPS": 1e-6,
+        "LARGEST": convolution.LARGEST if float8 else None,
     }
     if not float8:
         options["weight_scale"] = None
-    if float8 or outer > constants["BLOCK_OUT"]:  # else the next norm is in it
+    if outer > constants["BLOCK_OUT"]:  # else the next norm is in it
         options |= {"next_norm_weight": None, "active": None}
     compiled = build(
         convolution.causal_conv3d_kernel,
@@ -283,7 +284,7 @@ def build_convolution(channels, copies, dtype, capability, float8=()):
         warps,
         stages,
         divisible=("in_channels", "out_channels", "row_stride", "column_stride"),
-        others=dict.fromkeys(float8, "*fp8e4nv"),
+        others=dict.fromkeys(float8, "*fp8e4nv") | ({"active": "*u8"} if float8 else {}),
     )
     return constants, compiled
 

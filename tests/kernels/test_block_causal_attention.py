@@ -1,6 +1,7 @@
 """block_causal_attention against dense SDPA, FlexAttention, a float64 oracle and itself."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -205,6 +206,32 @@ def test_one_frame_that_sees_every_key(backend, monkeypatch, name, prefix_grad, 
             torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
         else:
             assert_error_ratio(ours, oracle, theirs, of)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_precision_of_the_process_is_as_before(monkeypatch, fails):
+    """The backward of bfloat16 narrows products for its own time, also if it fails."""
+    seen, whole = [], cpu.tiled_backward
+
+    def observed(*arguments):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        if fails:
+            raise MemoryError
+        return whole(*arguments)
+
+    monkeypatch.setattr(cpu, "tiled_backward", observed)
+    layout = LAYOUTS["odd"]
+    inputs = make_inputs(layout, dtype=torch.bfloat16)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(MemoryError) if fails else nullcontext():
+        differentiate(
+            lambda **leaves: block_causal_attention(**leaves, layout=layout, return_lse=True),
+            inputs,
+            ("q", "k", "v"),
+        )
+    assert seen == ["bf16"]
+    assert torch.backends.mkldnn.matmul.fp32_precision == before != "bf16"
+    torch.get_float32_matmul_precision()  # raises after a mixture of settings
 
 
 def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient(backend):

@@ -15,6 +15,7 @@ from aapt_kernels.causal_conv3d.e4m3 import round_weight
 from .test_quantise_rows import nearest
 
 E4M3 = torch.float8_e4m3fn
+ROUNDED = torch.ones(1, 3, 1, 2, 2).to(E4M3)
 NAMES = [n for n, case in CASES.items() if max(case.stride) == 1 and not case.next_norm]
 
 
@@ -89,6 +90,37 @@ def test_narrow_dtypes_round_once(backend, dtype):
     check(*make(CASES["chunk"], dtype), bound=2e-2)
 
 
+def check_next(inputs, options, bound, ties):
+    """Compare the normed output, and the convolution that reads it, with the oracle."""
+    x, out_channels = inputs[0], len(inputs[1])
+    numbers = torch.Generator().manual_seed(1)
+    norm_weight = 1 + 0.3 * torch.randn(out_channels, generator=numbers).to(x)
+    given = options | dict(next_norm_weight=norm_weight)
+    out, state, active = causal_conv3d_e4m3(*inputs, **given)
+    assert torch.equal(out, causal_conv3d_e4m3(*inputs, **options)[0])
+    assert active.dtype == E4M3 and active.stride() == out.stride()
+    exact, _ = oracle(*to_cpu(inputs, options))
+    wanted = nearest(active_of(exact.float(), norm_weight.cpu(), True).clamp(-448, 448))
+    wrong = active.double().cpu() != wanted
+    assert wrong.double().sum() <= ties * wrong.numel()
+    none, same, again = causal_conv3d_e4m3(*inputs, **given, keep_out=False)
+    assert none is None and torch.equal(same.float(), state.float())
+    assert torch.equal(again.float(), active.float())
+
+    weight = torch.randn(3, out_channels, 2, 3, 3, generator=numbers).to(x.device)
+    last = [active, *round_weight(weight), torch.ones(3).to(x)]
+    out, state = causal_conv3d_e4m3(*last)
+    expected, new_state = oracle(*to_cpu([active.float(), *last[1:]], {"upsample": (1, 1)}))
+    size = expected.abs().amax((0, 2, 3, 4), keepdim=True)
+    assert out.dtype == x.dtype and ((out.double().cpu() - expected).abs() <= bound * size).all()
+    assert torch.equal(state.double().cpu(), new_state)
+
+
+@pytest.mark.parametrize("name", ["chunk", "up-both", "flat-kernel"])
+def test_the_next_norm_is_rounded(backend, name):
+    check_next(*make(CASES[name]), bound=1e-4, ties=0.01)
+
+
 def test_chunks_are_the_whole_clip(backend):
     inputs, options = make(CASES["long"])
     del options["state"], options["residual"]
@@ -150,9 +182,14 @@ def test_weights_have_a_scale_for_each_output_channel():
 def test_it_is_a_torch_op(backend):
     (x, weight, scale, bias), options = make(CASES["up-both"])
     rest = options["state"], options["norm_weight"], 1e-6, True, None, [2, 2], False, False
-    arguments = (x, weight, scale, bias, *rest)
+    op = torch.ops.aapt.causal_conv3d_e4m3.default
+    norm_weight = torch.ones(len(weight))
     # Not test_schema, which multiplies the arguments: PyTorch multiplies no float8
-    opcheck(torch.ops.aapt.causal_conv3d_e4m3.default, arguments, test_utils="test_faketensor")
+    for more in ((None, True), (norm_weight, True), (norm_weight, False)):
+        arguments = (x, weight, scale, bias, *rest, *more)
+        opcheck(op, arguments, test_utils="test_faketensor")
+    rounded = (x.to(E4M3), *arguments[1:5], None, 1e-6, False, *rest[4:], norm_weight, False)
+    opcheck(op, rounded, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +211,19 @@ def test_it_is_a_torch_op(backend):
             "bias: causal_conv3d_e4m3 has no",
         ),
         (dict(padding="reflect"), ValueError, "padding: expected one of zeros, replicate"),
+        (dict(keep_out=False), ValueError, "keep_out: expected True without next_norm_weight"),
+        (dict(next_norm_weight=torch.ones(3)), ValueError, "next_norm_weight: expected (4,)"),
+        (dict(x=ROUNDED), ValueError, "bias: expected a tensor with x of torch.float8_e4m3fn"),
+        (
+            dict(x=ROUNDED, bias=torch.ones(4), norm_weight=torch.ones(3)),
+            ValueError,
+            "norm_weight: expected none with x of torch.float8_e4m3fn",
+        ),
+        (
+            dict(x=ROUNDED, bias=torch.ones(4), silu=True),
+            ValueError,
+            "silu: expected none with x of torch.float8_e4m3fn",
+        ),
     ],
 )
 def test_errors(change, error, words):

@@ -12,6 +12,7 @@ from aapt_kernels.causal_conv3d.e4m3 import round_weight
 from aapt_kernels.testing import assert_error_ratio
 
 from .test_causal_conv3d_e4m3 import check as check_e4m3
+from .test_causal_conv3d_e4m3 import check_next as check_next_e4m3
 from .test_causal_conv3d_e4m3 import make as make_e4m3
 
 pytest.importorskip("triton")
@@ -129,6 +130,12 @@ def test_e4m3(name, memory_format):
 def test_e4m3_after_norm_and_silu(name):
     inputs, options = make_e4m3(CASES[name], torch.bfloat16, DEVICE, LAST)
     check_e4m3(inputs, options, bound=2e-2, ties=0.01)
+
+
+@pytest.mark.parametrize("name", ["chunk", "up-both-start", "flat-kernel"])
+def test_e4m3_of_the_next_norm(name):
+    inputs, options = make_e4m3(CASES[name], torch.float32, DEVICE, LAST)
+    check_next_e4m3(inputs, options, bound=1e-2, ties=0.02)
 
 
 def test_e4m3_in_more_than_one_tile():

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from aapt_kernels import KVCache, kv_append, use_backend
+from aapt_kernels import KVCache, SelfCheckError, kv_append, use_backend
 from aapt_kernels.backend import _implementations
 from aapt_kernels.kv_append import ref
 
@@ -88,11 +88,12 @@ def test_a_planted_fault_shows(monkeypatch, fault):
     stream.cache.step.fill_(3)
     words = (
         rf"kv_append: expected {name} as stored to be within 6 % of what was given, got .* % in "
-        rf"head . of layer 1; rounding loses ..?\.. %, so the fault is in kv_append: run it under "
+        rf"head . of layer 1; rounding loses ..?\.. %, so the fault is in kv_append; run it under "
         rf'use_backend\("reference"\), and report it'
     )
-    with use_backend("reference"), pytest.raises(RuntimeError, match=words):
+    with use_backend("reference"), pytest.raises(SelfCheckError, match=words) as caught:
         stream.append()
+    assert caught.value.loss.endswith("so the fault is in kv_append")  # not in the model
 
 
 @pytest.mark.parametrize("use_hadamard", [False, True])

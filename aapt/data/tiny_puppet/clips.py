@@ -16,16 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from ...clock import FPS
-from ...model.pose import draw_skeletons
+from ...model.pose import POINTS, draw_skeletons
 from ...vae import CausalVAE
 from ...vae.pixels import to_video
 from ..clips import LatentClips
-from ..rendered import RenderedData, encoded
+from ..rendered import FirstImage, RenderedData, encoded
 from .looks import LOOKS
 from .motions import Body, keypoints, sample_body, sample_joints
+from .presets import preset
 from .render import PLACES, backdrop, render_puppet
 
-SAMPLE_SEED = 3  # of the image to start from
+FIRST_SEED = 3  # of the views behind the images to start from
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,18 @@ class PuppetData(RenderedData):
         phrasings = [(prompt_of(look, place),) for look, place in pairs]
         return LatentClips(tensors["latents"], tensors["skeletons"], phrasings)
 
-    def sample_image(self) -> tuple[Image.Image, str]:
-        """A figure that stands, of a seed that no clip has."""
-        size = {"height": self.height, "width": self.width}
-        puppet = sample_puppet(SAMPLE_SEED, 1, look=0, place=0, motion="still", **size)
-        return Image.fromarray(puppet.render()[0].numpy()), puppet.prompt
+    def first_images(self) -> list[FirstImage]:
+        """Each look in its place, standing as in the first frame of the preset `still`."""
+        points = np.ones((1, len(POINTS), 3))
+        points[:, :, :2] = preset("still")[0]
+        size = points, self.height, self.width
+        first = []
+        for look in range(len(LOOKS)):
+            place = look % len(PLACES)
+            puppet = Puppet(FIRST_SEED, look, place, Body(), np.ones(3), *size)
+            image = Image.fromarray(puppet.render()[0].numpy())
+            first.append(FirstImage(LOOKS[look].name, image, puppet.prompt))
+        return first
 
 
 def draw_looks(path: str | Path, moments: int = 6) -> None:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...checkpoint import BUNDLED
+from ...checkpoint import BUNDLED, load_config
 from ...vae import CausalVAE
 from ..clips import LatentClips
-from ..rendered import RenderedData, encoded
+from ..rendered import FirstImage, RenderedData, encoded
 from .render import render
 from .themes import THEMES
 from .world import make_world, sample_trajectory
@@ -98,9 +98,15 @@ class ProceduralData(RenderedData):
         phrasings = [THEMES[theme].prompts for theme in tensors["themes"].tolist()]
         return LatentClips(tensors["latents"], tensors["controls"], phrasings)
 
-    def sample_image(self) -> tuple[Image.Image, str]:
-        with Image.open(BUNDLED / "sample.png") as image:
-            return image.convert("RGB"), "desert dunes at sunset"
+    def first_images(self) -> list[FirstImage]:
+        """Those of the bundled model, one per theme."""
+        folder = BUNDLED / "tiny-world"
+        config, first = load_config(folder), []
+        for entry in (config["sample"], *config["gallery"]):
+            with Image.open(folder / entry["image"]) as image:
+                name = Path(entry["image"]).stem
+                first.append(FirstImage(name, image.convert("RGB"), entry["prompt"]))
+        return first
 
 
 def draw_themes(path: str | Path, moments: int = 6) -> None:

@@ -46,7 +46,7 @@ export class Hud {
     this.rows.share.textContent = step50 === null
       ? "–" : `${Math.round((100 * step50) / this.period)} % of ${Math.round(this.period)} ms`;
     this.rows.key.textContent = key50 === null
-      ? "press a key" : `${Math.round(key50)} / ${Math.round(key99)} ms`;
+      ? "no press yet" : `${Math.round(key50)} / ${Math.round(key99)} ms`;
     this.rows.queue.textContent = `${Math.round(queued)} ms${redone ? `, ${redone} redone` : ""}`;
     Object.assign(this.hud.dataset, {
       fps, step50, step99, key50, key99, redone, presses: keys.length, period: this.period,
@@ -66,7 +66,7 @@ export class Hud {
   obeyed(presses, frame) {
     for (const { key } of presses) this.caps.get(key)?.classList.add("obeyed");
     const { key, ms } = presses.at(-1);
-    const name = this.caps.has(key) ? key.toUpperCase() : "Stick";
+    const name = key[0].toUpperCase() + key.slice(1);
     const strong = document.createElement("b");
     strong.textContent = `${name} in ${Math.round(ms)} ms`;
     this.line.replaceChildren(strong, ` frame ${frame.index + 1} of step ${frame.step}`);

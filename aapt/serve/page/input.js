@@ -34,6 +34,7 @@ export class Input {
   #sentAt = 0;
   #trailing = 0;
   lanes = 1;
+  moves = true; // false for a model without a camera: only the buttons of a gamepad act
 
   constructor(surface, stick, { onChange, onButton }) {
     this.onChange = onChange;
@@ -64,7 +65,7 @@ export class Input {
   }
 
   #down(event) {
-    if (!(event.code in KEYS) || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!this.moves || !(event.code in KEYS) || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.closest?.(WRITTEN_IN)) return;
     if (event.code.startsWith("Arrow") && event.target.closest?.("[role=slider]")) return;
     event.preventDefault();
@@ -113,7 +114,7 @@ export class Input {
     let origin = null;
     const knob = stick.firstElementChild;
     surface.addEventListener("pointerdown", (event) => {
-      if (event.button || event.target.closest("button, a, .card")) return;
+      if (!this.moves || event.button || event.target.closest("button, a, .card")) return;
       surface.setPointerCapture(event.pointerId);
       surface.focus({ preventScroll: true });
       origin = { id: event.pointerId, x: event.clientX, y: event.clientY, moved: false };
@@ -155,14 +156,15 @@ export class Input {
     const pad = navigator.getGamepads().find((entry) => entry);
     if (!pad) {
       this.#pad = { yaw: 0, forward: 0 };
-      this.#tell(0);
+      if (this.moves) this.#tell(0);
       return;
     }
     const axis = (value) => (Math.abs(value) < PAD_DEAD ? 0 : value);
     const yaw = clamp(axis(pad.axes[0]) + axis(pad.axes[2] ?? 0), -1, 1), up = -axis(pad.axes[1]);
     const forward = up > 0 ? up : up * -BACK;
     const still = !this.#pad.yaw && !this.#pad.forward;
-    if (Math.abs(yaw - this.#pad.yaw) + Math.abs(forward - this.#pad.forward) > 0.02) {
+    const change = Math.abs(yaw - this.#pad.yaw) + Math.abs(forward - this.#pad.forward);
+    if (this.moves && change > 0.02) {
       this.#pad = { yaw, forward };
       this.#tellAnalog(0, still);
     }

@@ -5,17 +5,23 @@ import { decodableFormats } from "./decoding.js";
 import { saveFile, sharedWalk } from "./files.js";
 import { Hud } from "./hud.js";
 import { Input } from "./input.js";
-import { LANE_CONTROLS, Player } from "./player.js";
+import { Player } from "./player.js";
 import { ShareDialog } from "./sharing.js";
+import { Skeleton } from "./skeleton.js";
 import { Stage } from "./stage.js";
 import { read, write } from "./storage.js";
 import { Timeline } from "./timeline.js";
-import { LANE_KEYS, View } from "./view.js";
+import { View } from "./view.js";
 import { randomSeed, WorldDialog } from "./world.js";
 
 const HUD_MS = 250;
 const PAD_BUTTONS = { 0: "play", 1: "back", 3: "split", 9: "play" }; // of a standard gamepad
 const COLOURS = ["system", "dark", "light"];
+const STAGE_LABELS = {
+  camera: "The world. W, A, S, D or the arrow keys move. Press the question mark for all keys.",
+  pose: "The world. Tab goes to the joints of the figure, and the arrow keys move one. "
+    + "Press the question mark for all keys.",
+};
 let colours = "system";
 
 const $ = (id) => document.getElementById(id);
@@ -52,6 +58,11 @@ const input = new Input($("stage"), $("stick"), {
   onButton: (index) => actions[PAD_BUTTONS[index]]?.(),
 });
 
+const skeletons = [0, 1].map((lane) => new Skeleton($(`figure${lane}`), (moved) => {
+  player.pose({ lane, ...moved });
+  view.dropHint();
+}));
+
 const actions = {
   play: () => (player.playing ? player.pause() : player.play()),
   back: () => player.rewind(Math.max(1, Math.round(1 / player.stepSeconds))),
@@ -60,7 +71,7 @@ const actions = {
   next: () => timeline.stepBranch(1),
   live: () => player.scrub(player.future, player.branches.get(player.future)?.to_step ?? 0, true),
   replay: () => player.follow(),
-  split: () => (player.split ? player.endSplit(0) : player.startSplit([0, 3])),
+  split: () => (player.split ? player.endSplit(0) : player.startSplit()),
   keep0: () => player.endSplit(0),
   keep1: () => player.endSplit(1),
   redo: () => player.setRedo(!player.redo),
@@ -178,17 +189,58 @@ async function record() {
   }
 }
 
+// The figure of a model that follows poses.
+
+function fillMotions(motions) {
+  $("motions").replaceChildren(...["", ...motions].map((name) => {
+    const chip = Object.assign(document.createElement("button"), {
+      type: "button", className: "chip", value: name, textContent: name || "Hold",
+    });
+    chip.addEventListener("click", (event) => {
+      player.move(name || null, event.timeStamp);
+      view.dropHint();
+      if (event.detail) $("stage").focus();
+    });
+    return chip;
+  }));
+}
+
+function placeFigure(place) {
+  write("localStorage", "figure", place);
+  $("figure-place").value = place;
+  $("stage").dataset.figure = place;
+  for (const { svg } of skeletons) {
+    svg.toggleAttribute("hidden", !player.controls.posed || place === "hidden");
+  }
+}
+$("figure-place").addEventListener("change", ({ target }) => placeFigure(target.value));
+
+function showFigure({ figure, width, height }) {
+  input.moves = !figure;
+  $("stage").setAttribute("aria-label", figure ? STAGE_LABELS.pose : STAGE_LABELS.camera);
+  if (figure) {
+    for (const skeleton of skeletons) skeleton.configure(figure, width / height);
+    fillMotions(figure.motions);
+    if (read("localStorage", "figures") === null) showFigures(false, false); // they hide a raised hand
+  }
+  placeFigure(read("localStorage", "figure") ?? "over");
+}
+
 // Split screen.
 
 for (const lane of [0, 1]) {
   const choice = $(`control${lane}`);
-  const names = LANE_CONTROLS.map(([name]) => name);
-  names[0] = LANE_KEYS[lane];
-  choice.replaceChildren(...names.map((name, index) => new Option(name, index)));
   choice.addEventListener("change", () => {
     player.changeLane(lane, Number(choice.value));
     $("stage").focus();
   });
+}
+
+function fillLanes({ lanes, own }) {
+  for (const lane of [0, 1]) {
+    const names = [own[lane], ...lanes.slice(1).map(([name]) => name)];
+    $(`control${lane}`).replaceChildren(...names.map((name, index) => new Option(name, index)));
+  }
 }
 
 // Settings that stay.
@@ -202,8 +254,8 @@ function colour(name) {
   hud.draw(stage.backlog);
 }
 
-function showFigures(on) {
-  write("localStorage", "figures", on);
+function showFigures(on, keep = true) {
+  if (keep) write("localStorage", "figures", on);
   hud.show(on);
   $("figures").setAttribute("aria-pressed", on);
 }
@@ -224,6 +276,8 @@ player.addEventListener("welcome", ({ detail }) => {
   timeline.seconds = player.stepSeconds;
   hud.period = 1000 * player.stepSeconds;
   view.welcome(detail);
+  fillLanes(player.controls);
+  showFigure(detail);
   fillThemes(detail.prompts);
   worlds.fill(detail.gallery);
   if (detail.gallery.length && !detail.resumed && !player.branches.rows.length) {
@@ -231,6 +285,10 @@ player.addEventListener("welcome", ({ detail }) => {
   }
 });
 player.addEventListener("prompt", ({ detail }) => showPrompt(detail));
+player.addEventListener("pose", ({ detail }) => skeletons[detail.lane].show(detail.pose));
+player.addEventListener("control", ({ detail }) => {
+  if (player.controls.posed) skeletons[detail.lane].control(detail.control);
+});
 player.addEventListener("said", ({ detail }) => view.say(detail));
 player.addEventListener("obeyed", ({ detail }) => {
   hud.obeyed(detail.presses, detail.frame);
@@ -248,7 +306,8 @@ $("world").addEventListener("problem", ({ detail }) => view.say(detail));
 
 colour(read("localStorage", "colours") ?? "system");
 const figures = read("localStorage", "figures");
-showFigures(figures === null ? matchMedia("(min-width: 900px)").matches : figures === "true");
+if (figures === null) showFigures(matchMedia("(min-width: 900px)").matches, false);
+else showFigures(figures === "true");
 setInterval(() => hud.draw(stage.backlog), HUD_MS);
 if (brokenLink) {
   view.say("link: expected a whole shared walk, got a part of one; copy the whole link");

@@ -1,33 +1,24 @@
 // The state of a played world: what the server has said, what is asked of it, what is shown.
 
 import { Branches } from "./branches.js";
+import { CameraControls, controlsOf } from "./controls.js";
 import { FrameMemory } from "./frame_memory.js";
+import { PoseMemory } from "./pose_memory.js";
 import { RECORDING, SAVED } from "./protocol.js";
 import { Receipts } from "./receipts.js";
 
 const SEEK_QUIET_MS = 180; // a jump is asked for once the scrubbing rests
 const LOG_MS = 10_000; // how often log and snapshot are fetched, to go on at another server
 const LOG_LINE_MS = 20; // added for each of its lines
-const TURN = 0.6, AHEAD = 0.7;
-
-/** Controls that a half of a split screen can hold until a key of its own is pressed. */
-export const LANE_CONTROLS = [
-  ["keys", null],
-  ["ahead", { yaw: 0, forward: 1 }],
-  ["ahead and left", { yaw: -TURN, forward: AHEAD }],
-  ["ahead and right", { yaw: TURN, forward: AHEAD }],
-  ["turn left", { yaw: -TURN, forward: 0 }],
-  ["turn right", { yaw: TURN, forward: 0 }],
-  ["stand still", { yaw: 0, forward: 0 }],
-];
 
 /**
  * Plays one world over a connection.
  *
  * phase: connecting, opening, waiting (in line), ready (never played), playing, paused, lost, ended
  * or failed. Dispatches "change" after any change of state, "welcome" (detail: the message),
- * "obeyed" (detail: {presses, frame}), "said" (detail: a line to show) and "prompt" (detail: the
- * prompt in force, when it was not the player who changed it).
+ * "obeyed" (detail: {presses, frame}), "said" (detail: a line to show), "prompt" (detail: the prompt in
+ * force, unless the player changed it), "pose" (detail: {lane, pose}, of what is shown) and "control"
+ * (detail: {lane, control}, of a figure, unless a joint changed it).
  */
 export class Player extends EventTarget {
   phase = "connecting";
@@ -48,12 +39,16 @@ export class Player extends EventTarget {
   marks = [];
   branches = new Branches();
   memory = new FrameMemory();
+  poses = new PoseMemory();
+  controls = new CameraControls();
   receipts = new Receipts();
   #sequence = 0;
   #promptSequence = 0;
   #waitingPrompt = null; // its sequence, until a frame honours it
   #controls = [{ yaw: 0, forward: 0 }, { yaw: 0, forward: 0 }]; // of the lanes
   #steered = false; // controls drive the model, not its prompt alone
+  #posesShown = [null, null]; // of the lanes
+  #posedSince = false; // the player has moved the figure since a jump or a replay was asked for
   #followHeard = false;
   #scrubbing = false; // from the first move until the server has sought
   #seekTimer = 0;
@@ -141,6 +136,7 @@ export class Player extends EventTarget {
   pause() {
     if (!this.playing) return;
     this.phase = "paused";
+    if (this.following) this.#rest(this.poses.newest);
     this.following = false;
     this.connection.send({ type: "pause" });
     this.#fetchState();
@@ -157,13 +153,36 @@ export class Player extends EventTarget {
     this.#changed();
   }
 
-  /** Takes a change of a lane's control; `key` names a press, whose receipt is then waited for. */
+  /** Takes a change of a lane's camera; `key` names a press, whose receipt is then waited for. */
   steer({ lane, yaw, forward, taps, time, key }) {
-    if (!this.live) return;
-    this.#controls[lane] = { yaw, forward };
-    if (this.split) this.split.controls[lane] = 0; // keys take over
     const moves = Boolean(yaw || forward || taps);
-    if (this.following && moves) this.pause(); // the player takes over
+    this.#steer(lane, { yaw, forward }, { taps, time, key, moves });
+  }
+
+  /** Takes a pose of a lane's figure, from its joints; `key` names the joint. */
+  pose({ lane, points, time, key }) {
+    this.#steer(lane, { points }, { time, key, moves: true });
+  }
+
+  /** Loops a motion of the figure; null to hold the pose that is shown. */
+  move(motion, time = performance.now()) {
+    const control = motion ? { motion } : this.#held(0);
+    if (!control || !this.live) return;
+    this.#steer(0, control, { time, key: motion, moves: Boolean(motion) });
+    this.#emit("control", { lane: 0, control });
+  }
+
+  /** The motion that lane 0 loops, null while its figure holds a pose. */
+  get motion() {
+    return this.#controls[0]?.motion ?? null;
+  }
+
+  #steer(lane, control, { taps = null, time, key, moves }) {
+    if (!this.live) return;
+    this.#posedSince = true;
+    if (this.following && (moves || this.controls.posed)) this.pause(); // the player takes over
+    this.#controls[lane] = control;
+    if (this.split) this.split.controls[lane] = this.controls.indexOf(control);
     // The input goes out first, so that the first step already has it.
     const sequence = this.#sendInput(lane, taps, time);
     if (moves) this.play();
@@ -188,6 +207,7 @@ export class Player extends EventTarget {
     if (this.split) this.endSplit(0);
     this.pause();
     this.#scrubbing = true;
+    this.#posedSince = false;
     this.stage.cut();
     this.phase = "paused";
     this.head = { branch: this.branches.owner(branch, step), step };
@@ -197,6 +217,7 @@ export class Player extends EventTarget {
     clearTimeout(this.#seekTimer);
     if (done) this.#seekTimer = setTimeout(() => this.#flushSeek(), SEEK_QUIET_MS);
     this.#changed();
+    this.#showPose(0, this.poses.get(this.head.branch, step)?.at(-1));
     const bitmap = await this.memory.last(this.head.branch, step);
     if (bitmap && this.#scrubbing && this.head.step === step) this.stage.preview(0, bitmap);
     bitmap?.close();
@@ -218,27 +239,33 @@ export class Player extends EventTarget {
       this.following = true;
       this.#followHeard = false;
       this.phase = "playing";
+      this.#posedSince = false;
+      this.#emit("control", { lane: 0, control: { motion: "recorded" } });
     });
   }
 
-  /** Forks the world in two; `controls` are indices into LANE_CONTROLS. */
-  startSplit(controls) {
+  /** Forks the world in two, under the controls that a split begins with. */
+  startSplit() {
     if (!this.live) return;
+    const controls = this.controls.split(this.#controls[0]);
     this.#whenSought(() => {
       const { branch, step } = this.head;
       this.split = { branches: null, controls };
       this.stage.copy();
-      this.connection.send({
-        type: "split", branch, step, controls: controls.map((index) => LANE_CONTROLS[index][1]),
-      });
+      this.#posedSince = true; // both figures keep their goals
+      const given = controls.map((index) => this.controls.lanes[index][1]);
+      if (this.controls.posed) this.#controls[1] = given[1] ?? this.#controls[0];
+      this.connection.send({ type: "split", branch, step, controls: given });
+      this.#emit("control", { lane: 1, control: this.#controls[1] });
     });
   }
 
   /** Gives a half of the screen another control to hold. */
   changeLane(lane, index) {
     this.split.controls[lane] = index;
-    this.#controls[lane] = LANE_CONTROLS[index][1] ?? { yaw: 0, forward: 0 };
+    this.#controls[lane] = this.controls.lanes[index][1] ?? this.#held(lane) ?? this.#controls[lane];
     this.#sendInput(lane, null, performance.now());
+    this.#emit("control", { lane, control: this.#controls[lane] });
     this.#changed();
   }
 
@@ -250,11 +277,17 @@ export class Player extends EventTarget {
     this.split = null;
     this.stage.cut();
     this.connection.send({ type: "split", controls: null });
+    if (this.controls.posed) {
+      this.#controls[0] = this.#controls[keep];
+      this.#sendInput(0, null, performance.now());
+      this.#emit("control", { lane: 0, control: this.#controls[0] });
+    }
     if (kept !== undefined) {
       const step = this.branches.get(kept)?.to_step ?? this.head.step;
       this.head = { branch: kept, step };
       if (keep === 1) {
         this.scrub(kept, step, true);
+        this.#posedSince = true; // its figure keeps its goal
         if (playing) this.play();
       }
     }
@@ -311,6 +344,7 @@ export class Player extends EventTarget {
     this.stage.cut();
     this.branches.clear();
     this.memory.clear();
+    this.poses.clear();
     this.receipts.forgetPending();
     this.marks = [];
     this.split = null;
@@ -329,10 +363,33 @@ export class Player extends EventTarget {
   #sendInput(lane, taps, time) {
     this.#sequence += 1;
     const sequence = this.#sequence;
-    const message = { type: "input", lane, sequence, time, ...this.#controls[lane], taps };
+    const message = { ...this.controls.message(this.#controls[lane], taps), lane, sequence, time };
     const shown = this.redo && this.stage.shown;
     this.connection.send(shown ? { ...message, shown } : message);
     return sequence;
+  }
+
+  /** The control of a lane that lets go: no deflection, or the pose that is shown, null before one. */
+  #held(lane) {
+    if (!this.controls.posed) return { yaw: 0, forward: 0 };
+    const points = this.#posesShown[lane];
+    return points && { points };
+  }
+
+  /** After a jump or a replay: the figure holds the pose of a step, or goes on with its motion. */
+  #rest({ branch, step } = this.head) {
+    const points = this.poses.get(branch, step)?.at(-1);
+    if (!points || this.#posedSince) return;
+    const control = this.motion ? this.#controls[0] : { points };
+    this.#controls[0] = control;
+    this.#sendInput(0, null, performance.now());
+    this.#emit("control", { lane: 0, control });
+  }
+
+  #showPose(lane, pose) {
+    if (!pose) return;
+    this.#posesShown[lane] = pose;
+    this.#emit("pose", { lane, pose });
   }
 
   /** Acts now, or once the jump under way has ended. */
@@ -357,6 +414,7 @@ export class Player extends EventTarget {
       queued: () => { this.phase = "waiting"; this.place = message.place; },
       replaying: () => { this.progress = message; },
       opened: () => this.#opened(message),
+      posed: () => { if (!this.#opening) this.poses.put(message); },
       state: () => this.#stated(message),
       tree: () => { if (!this.#opening) this.branches.update(message); },
       sought: () => this.#sought(message),
@@ -371,7 +429,9 @@ export class Player extends EventTarget {
 
   #welcomed(message) {
     this.stepSeconds = message.frames_per_step / message.fps;
-    this.#steered = message.driven_by === "camera";
+    this.#steered = message.driven_by !== "prompt";
+    this.controls = controlsOf(message);
+    if (this.controls.posed) this.#controls = this.#controls.map(({ motion }) => ({ motion }));
     this.stage.configure(message);
     this.#emit("welcome", message);
     this.#opening = true;
@@ -388,7 +448,7 @@ export class Player extends EventTarget {
   #opened({ branch, step, seed, prompt }) {
     this.stage.cut();
     this.#opening = false;
-    this.#scrubbing = false;
+    this.#scrubbing = this.#posedSince = false;
     this.progress = null;
     this.head = { branch, step };
     this.future = branch;
@@ -416,6 +476,7 @@ export class Player extends EventTarget {
       this.#emit("prompt", prompt);
     }
     this.jump = { replayed, ms };
+    this.#rest(); // before what was to follow the jump
     for (const action of this.#afterSeek.splice(0)) action();
   }
 
@@ -431,6 +492,7 @@ export class Player extends EventTarget {
     this.#followHeard ||= following; // a state from before the request says nothing of it
     if (!this.following || !this.#followHeard) return;
     if (!playing) this.phase = "paused"; // the recorded controls have ended
+    if (!following) this.#rest(this.poses.newest);
     this.following = following;
   }
 
@@ -498,10 +560,12 @@ export class Player extends EventTarget {
   #received(frames) {
     if (this.#opening) return;
     const { branch, step, type, images } = frames;
+    frames.poses = this.poses.get(branch, step);
     this.memory.put(branch, step, type, images);
     this.branches.advance(branch, step);
     if (!frames.seek && !frames.first) this.receipts.stepped(frames);
     if (this.#scrubbing && (this.#seekTo || !frames.seek)) return; // made before this jump
+    if (frames.first || frames.seek) this.#rest(frames);
     this.stage.receive(frames, this.receipts.awaits(frames));
   }
 
@@ -512,6 +576,7 @@ export class Player extends EventTarget {
       this.head = { branch, step };
       if (this.playing) this.future = branch;
     }
+    this.#showPose(frame.lane, frame.pose);
     const presses = this.receipts.painted(frame, now);
     if (presses.length) {
       this.marks.push({ branch, step, kind: "key" });

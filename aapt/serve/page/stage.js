@@ -9,7 +9,8 @@ const LARGEST = 320; // pixels to which small frames are enlarged by a cubic fil
  * Paints frames on the canvases of two lanes.
  *
  * Calls `onPaint(frame, now)` after each painted frame; a frame is {lane, branch, step, index, input,
- * prompt, bitmap}. Frames of a seek are painted at once, the others at an even pace.
+ * prompt, pose, bitmap}, with the pose of a figure or null. Frames of a seek are painted at once, the
+ * others at an even pace.
  */
 export class Stage {
   #order = Promise.resolve(); // decodes end in the order of arrival
@@ -118,6 +119,7 @@ export class Stage {
 
 async function decode(message) {
   const bitmaps = await decodeImages(message.images, message.type);
-  const { lane, branch, step, input, prompt } = message;
-  return bitmaps.map((bitmap, index) => ({ lane, branch, step, index, input, prompt, bitmap }));
+  const { lane, branch, step, input, prompt, poses } = message;
+  return bitmaps.map((bitmap, index) => (
+    { lane, branch, step, index, input, prompt, pose: poses?.[index] ?? null, bitmap }));
 }

@@ -1,6 +1,5 @@
 // Shows the player's state: the status, the card over the image, buttons, the past.
 
-import { LANE_CONTROLS } from "./player.js";
 import { clock, COLOURS } from "./timeline.js";
 
 const TOAST_MS = 4200;
@@ -29,9 +28,6 @@ const ENDED = {
 
 const BUTTONS = { idle: "Wake it", moved: "Start another" };
 
-/** The keys of the halves of a split screen. */
-export const LANE_KEYS = ["W A S D", "arrow keys"];
-
 const $ = (id) => document.getElementById(id);
 
 export class View {
@@ -54,7 +50,8 @@ export class View {
     const { player } = this;
     const { phase } = player;
     document.body.dataset.state = phase;
-    const status = phase === "playing" && player.following ? "Replaying your keys" : STATUS[phase];
+    const replaying = `Replaying your ${player.controls.posed ? "poses" : "keys"}`;
+    const status = phase === "playing" && player.following ? replaying : STATUS[phase];
     setText($("status"), status);
     const end = player.head.step + Math.max(0, player.stepsLeft);
     setText($("clock").firstElementChild, clock(player.head.step * player.stepSeconds));
@@ -62,6 +59,7 @@ export class View {
     Object.assign($("stage").dataset, player.head);
     this.#showButtons();
     this.#showSplit();
+    this.#showMotion();
     this.#showPast();
     this.#showCard();
     $("hint").hidden = phase !== "ready" || this.#hinted;
@@ -114,7 +112,7 @@ export class View {
   }
 
   #showSplit() {
-    const { split } = this.player;
+    const { player } = this, { split } = player;
     $("second").hidden = !split;
     $("tag0").hidden = !split;
     $("split-bar").hidden = !split;
@@ -126,9 +124,20 @@ export class View {
       if (document.activeElement !== choice) choice.value = split.controls[lane];
       const tag = $(`tag${lane}`), colour = `c${(split.branches?.[lane] ?? lane) % COLOURS}`;
       const index = split.controls[lane];
-      setText(tag, `${"AB"[lane]}  ${index ? LANE_CONTROLS[index][0] : LANE_KEYS[lane]}`);
+      const { lanes, own } = player.controls;
+      setText(tag, `${"AB"[lane]}  ${index ? lanes[index][0] : own[lane]}`);
       tag.className = `tag ${colour}`;
       $(`swatch${lane}`).className = `swatch ${colour}`;
+    }
+  }
+
+  #showMotion() {
+    const { player } = this;
+    $("motion-bar").hidden = !player.controls.posed;
+    $("motions").hidden = Boolean(player.split);
+    for (const chip of $("motions").children) {
+      chip.disabled = !player.live;
+      chip.setAttribute("aria-pressed", chip.value === (player.motion ?? ""));
     }
   }
 

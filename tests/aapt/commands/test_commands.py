@@ -71,7 +71,8 @@ def test_all_options_reach_the_stream(generator, capsys):
     (stream,) = generator.streams
     assert (stream.prompt, stream.seed) == ("a desert", 7)
     assert stream.controls == [(-1, 0)] * 3 + [(0, -0.4)] * 3
-    assert generator.options == {"device": None, "dtype": None, "size": None, "text_device": None}
+    nothing = {"device": None, "dtype": None, "size": None, "text_device": None}
+    assert generator.options == nothing | {"cache": "model"}
     assert np.abs(stream.first_frame.astype(int) - (1, 2, 3)).max() <= 2
     assert decode("a.mp4")[0].shape == (80, 128, 3)
     said = capsys.readouterr().err.splitlines()
@@ -116,6 +117,7 @@ def test_a_place_that_a_model_cannot_have_is_one_line(tiny_world, tmp_path, caps
         (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, got int8"),
         (["--size", "736"], "size: expected WIDTHxHEIGHT such as 128x80, got 736"),
         (["--size", "0x80"], "size: expected WIDTHxHEIGHT such as 128x80, got 0x80"),
+        (["--cache", "fp8"], "cache: expected one of model, float8, float8-past, got 'fp8'"),
         (["--size", "130x80"], "expected multiples of 16, got 80 x 130; 80 x 128 is near"),
     ]:
         assert run(*command, *options) == 2, options
@@ -406,8 +408,8 @@ def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
             "aapt: recipe: expected one of tiny-world, tiny-puppet, paper-8b, paper-8b-640, "
             "paper-8b-camera, paper-8b-pose, wan-1.3b, wan-1.3b-camera, wan-1.3b-one-step, "
             "wan-1.3b-matched, wan-5b, pilot-40, pilot-80, pilot-160, pilot-160-fine, sharp-world, "
-            "vae-light, wan-light, vae-fine, got 'huge'; a recipe of your own is a file that ends "
-            "with .toml",
+            "small-world, vae-light, wan-light, vae-fine, got 'huge'; a recipe of your own is a "
+            "file that ends with .toml",
         ),
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (

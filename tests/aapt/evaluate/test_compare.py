@@ -69,7 +69,8 @@ def test_differences_are_taken_seed_by_seed(evaluated, tmp_path):
     assert set(means["truth"]) == {"sharpness"}  # one seed alone has an FVD
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert saved["means"]["4-6 s"]["a"]["sharpness"]["mean"] == pytest.approx(3.5)
-    assert saved["settings"] == {"starts": 16, "seconds": 60.0, "seeds": [0, 1, 2, 3]}
+    wanted = {"starts": 16, "seconds": 60.0, "cache": "model", "seeds": [0, 1, 2, 3]}
+    assert saved["settings"] == wanted
     table = found.table()
     assert [column.header for column in table.columns] == ["window", "source", "sharpness"]
     cells = list(table.columns[2].cells)
@@ -98,6 +99,17 @@ def test_a_report_of_another_seed_or_none_at_all_is_refused(evaluated, tmp_path)
         report.write_text(content)
         with pytest.raises(ValueError, match=words):
             compare(["a", "b"], tmp_path, [0, 1], log=silent)
+
+
+def test_reports_of_another_cache_are_refused(evaluated, tmp_path):
+    """A report that names no cache is one of the model's."""
+    compare(["a", "b"], tmp_path / "model", [0, 1], log=silent)
+    compare(["a", "b"], tmp_path / "model", [0, 1], log=silent, cache="model")
+    compare(["a", "b"], tmp_path / "float8", [0, 1], log=silent, cache="float8")
+    assert evaluated == [0, 1, 0, 1]
+    for folder, cache in (("model", "float8"), ("float8", "model"), ("float8", "float8-past")):
+        with pytest.raises(ValueError, match="expected a report of these checkpoints and settings"):
+            compare(["a", "b"], tmp_path / folder, [0, 1], log=silent, cache=cache)
 
 
 @pytest.mark.parametrize(

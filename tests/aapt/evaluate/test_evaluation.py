@@ -350,7 +350,7 @@ def evaluation(checkpoint, tmp_path_factory):
         videos=1,
         probe=SMALL_PROBE,
         objects=SMALL_DETECTOR,
-        cache=folder / "cache" / "aapt",
+        network_cache=folder / "cache" / "aapt",
         log=lines.append,
     )
     return report, folder, lines
@@ -506,6 +506,7 @@ def test_the_command_prints_json(checkpoint, evaluation, tmp_path, capsys, monke
         "device": "cpu",
         "dtype": "float32",
         "size": "64x32",
+        "cache": "model",
     }
     other = printed["timelines"][checkpoint.name]["palette_error"]
     assert other not in [line.palette_error for line in before.timelines.values()]

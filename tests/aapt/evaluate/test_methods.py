@@ -72,6 +72,21 @@ def test_a_run_makes_the_passes_that_its_line_counts(network, method):
     assert seen.frames == [n for n in PASSES[method.name] for _ in range(CONFIG.depth)]
 
 
+def test_a_float8_cache_runs_every_method_and_a_float8_past_none():
+    model, vae = build()
+    generator = StreamingGenerator(model, vae, height=HEIGHT, width=WIDTH)
+    generator.use_cache("float8")
+    made = networks(generator)
+    for method in METHODS:
+        cache = made[method.sees_context].cache
+        assert cache.k.dtype == torch.float8_e4m3fn and cache.k.float().std() > 0.5
+        assert method.run(made[method.sees_context]).isfinite().all()
+    generator.use_cache("float8-past")
+    expected = "^cache: expected model or float8 for methods of several frames per pass, got "
+    with pytest.raises(ValueError, match=expected + "float8-past, which takes one$"):
+        networks(generator)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_the_ring_advances_by_the_frames_that_stay(network, method):
     before = int(network.cache.step)

@@ -151,7 +151,7 @@ def test_the_truth_follows_its_own_poses(checkpoint, detector):
 
 
 def test_an_evaluation_reports_akd_beside_the_detectors_own(checkpoint, detector, tmp_path):
-    settings = {"starts": 2, "seconds": 2.0, "detector": BRIEF, "cache": detector[0]}
+    settings = {"starts": 2, "seconds": 2.0, "detector": BRIEF, "network_cache": detector[0]}
     report = evaluate([checkpoint], tmp_path, **settings, log=lambda line: None)
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["detector_distance"] == pytest.approx(detector[2])

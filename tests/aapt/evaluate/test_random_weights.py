@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from aapt.device import memory_of
+from aapt.evaluate import random_weights
 from aapt.evaluate.breakdown import predict_parts
 from aapt.evaluate.random_weights import SIZES, original_decoder, random_generator
 from aapt.model.presets import PRESETS, aapt_2b, aapt_8b, aapt_small
@@ -41,6 +43,16 @@ def test_aapt_2b_is_predicted_at_60_fps_at_720p():
     products = 2 * 3600 * 20 * 12 * 2048**2 / 700e12
     attention = 4 * 3600 * (512 + 8 * 3600) * 2048 * 20 / 600e12
     assert 1e3 * (products + attention) < step < 1e3 * (products + attention) + 25
+
+
+def test_weights_beyond_the_memory_are_refused_before_they_are_drawn(monkeypatch):
+    monkeypatch.setattr(random_weights, "memory_of", lambda device: 10_000_000_000)
+    message = (
+        r"^model: aapt-8b has (3\d\.\d) GB of weights, cpu has 10\.0 GB of memory; .*--predict"
+    )
+    with pytest.raises(ValueError, match=message):
+        random_generator("aapt-8b", "cpu", torch.float32)
+    assert memory_of(torch.device("cpu")) > 1e9 and memory_of(torch.device("meta")) is None
 
 
 def test_a_preset_streams_with_random_weights():

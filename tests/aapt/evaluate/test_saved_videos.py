@@ -67,7 +67,7 @@ def test_the_decoded_rollout_is_the_measured_one(checkpoint, tmp_path):
 def test_no_videos_unless_asked_for(checkpoint, tmp_path):
     lines = []
     settings = dict(starts=1, seconds=2.0, probe=SMALL_PROBE, objects=SMALL_DETECTOR)
-    settings |= {"cache": tmp_path / "cache"}
+    settings |= {"network_cache": tmp_path / "cache"}
     evaluate([checkpoint], tmp_path / "out", **settings, log=lines.append)
     assert not (tmp_path / "out" / "videos").exists()
     assert not any("video" in line for line in lines)

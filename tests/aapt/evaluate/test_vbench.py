@@ -17,6 +17,7 @@ class Counting:
     """A model whose video frame n is grey at 2 n + seed; the first is its image."""
 
     height, width, fps = HEIGHT, WIDTH, 24
+    cache = "model"
 
     def __init__(self):
         self.opened = []
@@ -118,6 +119,20 @@ def test_videos_are_those_of_one_checkpoint(tmp_path):
     (out / "seeds.json").write_text('{"0": 0}')  # of an older version
     write_videos(Counting(), cases, out, model="b", **given)
     assert json.loads((out / "seeds.json").read_text()) == {"0": 0, "model": "b"}
+
+
+def test_videos_are_those_of_one_cache(tmp_path):
+    cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
+    given = {"model": "a", "lengths": (1,), "samples": 1, "log": lambda line: None}
+    other = Counting()
+    other.cache = "float8"
+    for first, second, folder in ((Counting(), other, "one"), (other, Counting(), "two")):
+        write_videos(first, cases, out / folder, **given)
+        words = f"^cache: expected {first.cache}, as for the videos in .*, got {second.cache}; pass"
+        with pytest.raises(ValueError, match=words):
+            write_videos(second, cases, out / folder, **given)
+        write_videos(first, cases, out / folder, **given)
+    assert json.loads((out / "two" / "seeds.json").read_text())["cache"] == "float8"
 
 
 def test_a_stream_that_fails_leaves_no_video(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The first weights of a recipe that grows from a bundled generator."""
 
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from aapt.training.recipes import RECIPES, vae_fine
 from aapt.training.stages.decoder import fit_linear
 from aapt.vae.folder import ORIGINAL, load_vae
 
+KEPT = Path(__file__).parents[3] / "benchmarks/starts/sharp-world.safetensors"
 CLIPS = ProceduralData(height=16, width=32, clips=8, latent_frames=9)
 
 
@@ -79,3 +82,15 @@ def test_one_autoencoder_needs_no_relation(tmp_path, monkeypatch):
     assert split < theirs.keys()
     for name in theirs.keys() - split:
         assert torch.equal(ours[name], theirs[name].float()), name
+
+
+def test_the_kept_weights_start_the_adversarial_stage(tmp_path, fine):
+    """docs/training.md copies them to where that stage looks for its start."""
+    start = tmp_path / "more-regression" / "weights.safetensors"
+    start.parent.mkdir()
+    shutil.copy(KEPT, start)
+    recipe = RECIPES["sharp-world"]()
+    assert recipe.stages["adversarial"].start == start.parent.name
+    model = Run(recipe, tmp_path, inputs=Inputs(vae=fine)).starting_model(start.parent.name)
+    for name, tensor in read_tensors(KEPT).items():
+        assert torch.equal(model.state_dict()[name], tensor.float()), name

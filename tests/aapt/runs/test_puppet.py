@@ -40,8 +40,13 @@ def small_recipe():
         **dict.fromkeys(("regression", "long-regression"), brief),
         # later segments leave their clips, whose poses then turn back
         **dict.fromkeys(("adversarial", "extension"), brief | {"discriminator_warmup": 1}),
+        "final": brief | {"discriminator_warmup": 1, "lead_segments": 1},
     }
-    lengths = {"clips": {"latent_frames": 6, "video_clips": 2}, "long-clips": {"latent_frames": 10}}
+    lengths = {
+        "clips": {"latent_frames": 6, "video_clips": 2},
+        "long-clips": {"latent_frames": 10},
+        "minute-clips": {"latent_frames": 12},
+    }
     return replace(
         recipe,
         model=model,
@@ -50,6 +55,7 @@ def small_recipe():
             for name, data in recipe.data.items()
         },
         decoder=replace(recipe.decoder, video_frames=9, steps=STEPS),
+        light_decoder=replace(recipe.light_decoder, video_frames=9, steps=STEPS),
         stages={name: replace(stage, **small[name]) for name, stage in recipe.stages.items()},
     )
 

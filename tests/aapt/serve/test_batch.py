@@ -1,5 +1,7 @@
 """Sessions stepped in one pass: near a run alone, marked in their logs, failing alone."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
@@ -21,9 +23,16 @@ from .test_play import get_log, opened, step_to  # noqa: E402
 @pytest.fixture
 def sessions(generator, picture):
     """Three sessions being played, at steps 0, 1 and 2, whose slices the test runs."""
+    with playing(generator, picture) as made:
+        yield made
+
+
+@contextmanager
+def playing(generator, picture):
+    """Makes the three sessions of `sessions` for this generator, and closes them."""
     made = []
     for number, prompt in enumerate(("ab", "cd", "ab")):
-        walk = Walk("small", "5e0c", picture, prompt, seed=number)
+        walk = Walk("small", "5e0c", picture, prompt, seed=number, cache=generator.cache)
         world = World(generator, walk, Settings())
         session = Session(world, Scheduler(), Metrics(), lambda message, lane: None, "jpeg")
         session.post(session.resume(session.place))

@@ -251,24 +251,37 @@ def test_another_prompt_in_the_past_replays_the_controls(serve, talk, generator)
     video(generator, walk, 1)
 
 
+async def held_for_redo(client, running):
+    """Makes at least three steps of a world with redo and holds the next one back. Returns the
+    frames by step, and the session."""
+    await opened(client)
+    await client.send("redo", on=True)
+    made = await step_to(client, 3)
+    session = next(iter(running.play.sessions.values()))
+    session._seen = lambda *_: session._shown.frames  # as if no time passed since
+    session._earliest = session._due = 1e9  # the next step is far away
+    session._playing = True
+    return made, session
+
+
+async def redone(client, last):
+    """Waits for the frames of step `last`, made again after two were shown, by the first input."""
+    again = await client.frames()
+    assert again.header.flags == REDO and again.header.step == last
+    assert again.header.first_shown == 2 and again.header.input == 1
+    return again
+
+
 def test_a_redo_makes_the_last_step_again(serve, talk, generator, monkeypatch):
     """The control changes while frames of the last step are not shown: only those change."""
     running = serve()
 
     async def conversation():
         async with await Client.connect(running.url) as client:
-            await opened(client)
-            await client.send("redo", on=True)
-            made = await step_to(client, 3)
-            session = next(iter(running.play.sessions.values()))
-            session._seen = lambda *_: session._shown.frames  # as if no time passed since
+            made, session = await held_for_redo(client, running)
             last = max(made)
-            session._earliest = session._due = 1e9  # the next step is far away
-            session._playing = True
             await client.input(yaw=1.0, shown={"step": last, "frames": 2})
-            again = await client.frames()
-            assert again.header.flags == REDO and again.header.step == last
-            assert again.header.first_shown == 2 and again.header.input == 1
+            again = await redone(client, last)
             # All of it is shown: nothing is made again
             await client.input(yaw=-1.0, shown={"step": last, "frames": 4})
             session._due = 0.0

@@ -94,12 +94,12 @@ def test_the_schema_names_every_message_and_the_header():
         side: set(described[side]["discriminator"]["mapping"]) for side in ("client", "server")
     }
     assert types["client"] == {
-        *("hello", "open", "input", "prompt", "play", "pause", "reset", "redo", "seek", "follow"),
-        *("split", "log", "save", "record", "ping"),
+        *("hello", "open", "input", "pose", "prompt", "play", "pause", "reset", "redo", "seek"),
+        *("follow", "split", "log", "save", "record", "ping"),
     }
     assert types["server"] == {
-        *("welcome", "queued", "replaying", "opened", "tree", "sought", "state", "split", "log"),
-        *("uploaded", "pong", "error", "ended"),
+        *("welcome", "queued", "replaying", "opened", "posed", "tree", "sought", "state", "split"),
+        *("log", "uploaded", "pong", "error", "ended"),
     }
     last = described["binary"]["header"][-1]
     assert last["offset"] + last["bytes"] == described["binary"]["header_bytes"] == 64

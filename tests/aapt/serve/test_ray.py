@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 from pathlib import Path
@@ -22,8 +23,14 @@ from .test_play import encoded, get_log, opened, video  # noqa: E402
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """A port that stays free while Ray starts.
+
+    The system hands out ports from 32768 up, Ray's workers take 10002 to 19999.
+    """
+    for port in random.sample(range(20000, 32768), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise RuntimeError("no free port among 100 between 20000 and 32767")
 
 
 @pytest.fixture

@@ -119,7 +119,12 @@ def test_a_walk_replays_its_poses_bit_for_bit(generator, picture):
         ({"pose": [[0.5]]}, r"line 2: pose: "),
         ({"pose": [[[10**400, 0.5, 1]] * 14]}, "pose: int too large"),
         ({"pose": [[[0.5, 0.5, 2.0]] * 14]}, "pose: expected a visibility of 0 or 1"),
-        ({"pose": [[[0.5, 0.5, 1]] * 14], "yaw": 0.0, "forward": 0.0}, "expected no yaw, forward"),
+        ({"pose": [[[0.5, 0.5, 1]] * 14], "yaw": 0.0, "forward": 0.0}, "expected no yaw and forw"),
+        (
+            {"pose": [[[0.5, 0.5, 1]] * 14], "redone": [[0.0, 1.0, 2]]},
+            r"redone: expected \[pose",
+        ),
+        ({"pose": [[[0.5, 0.5, 1]] * 14], "redone": [[[[0.5]], 2]]}, "line 2: pose: "),
     ],
 )
 def test_a_bad_pose_in_a_walk_is_named(picture, field, said):

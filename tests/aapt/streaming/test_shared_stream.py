@@ -13,9 +13,11 @@ from .test_generator import HEIGHT, WIDTH, build
 PICTURE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def make() -> StreamingGenerator:
+def make(cache: str = "model") -> StreamingGenerator:
     model, vae = build()
-    return StreamingGenerator(model.double(), vae.double(), height=HEIGHT, width=WIDTH)
+    generator = StreamingGenerator(model.double(), vae.double(), height=HEIGHT, width=WIDTH)
+    generator.use_cache(cache)
+    return generator
 
 
 def walk(generator: StreamingGenerator) -> np.ndarray:
@@ -30,9 +32,9 @@ def walk(generator: StreamingGenerator) -> np.ndarray:
     return np.concatenate(frames)
 
 
-def shared(context: int) -> np.ndarray:
+def shared(context: int, cache: str) -> np.ndarray:
     parallel = Parallel.from_environment(context)
-    generator = make()
+    generator = make(cache)
     generator.open(PICTURE, "ab").close()  # its memory has all heads
     generator.share_tokens(parallel.context)
     frames = walk(generator)
@@ -40,9 +42,10 @@ def shared(context: int) -> np.ndarray:
     return frames
 
 
-def test_two_ranks_make_the_frames_of_one():
-    expected = walk(make())
-    for frames in ranks.run(2, shared, 2):
+@pytest.mark.parametrize("cache", ["model", "float8-past"])
+def test_two_ranks_make_the_frames_of_one(cache):
+    expected = walk(make(cache))
+    for frames in ranks.run(2, shared, 2, cache):
         assert frames.shape == expected.shape == (24, HEIGHT, WIDTH, 3)
         # Sums in another order may round a pixel the other way
         assert np.abs(frames.astype(int) - expected.astype(int)).max() <= 1

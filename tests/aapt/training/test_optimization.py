@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from aapt.training.optimization import MovingAverage, Schedule, update
+from aapt.training import optimization
+from aapt.training.optimization import MovingAverage, MuonAdamW, Schedule, update
 
 
 def test_warmup_is_linear():
@@ -105,6 +106,36 @@ def averaged(values: list[float], decay: float, **options) -> float:
 
 
 VALUES = [5.0, 1.0, -2.0, 0.5, 3.0, 3.0, -1.0]
+
+
+def orthogonalised(x, steps=5):
+    """Newton and Schulz's iteration as Muon has it, in float64."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    x = x.double() / x.double().norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("able, bound", [(True, 5e-2), (False, 1e-5)])
+def test_muon_leaves_bfloat16_where_a_cpu_lacks_it(monkeypatch, able, bound):
+    monkeypatch.setattr(optimization, "multiplies_bfloat16", lambda _: able)
+    model = nn.Module()
+    model.transformer = nn.Module()
+    model.transformer.blocks = nn.ModuleList([nn.Linear(24, 16, bias=False)])
+    model.head = nn.Linear(2, 2)  # for AdamW
+    weight = model.transformer.blocks[0].weight
+    before, gradient = weight.detach().clone(), torch.randn(16, 24)
+    optimizer = MuonAdamW(model, (0.9, 0.95), weight_decay=0.0)
+    weight.grad = gradient.clone()
+    update(optimizer, 0.5, [weight], None)
+    # Of AdamW's size: 0.2 times the root of the larger side
+    expected = orthogonalised(gradient) * 0.5 * 0.2 * math.sqrt(24)
+    moved = (before - weight.detach()).double()
+    error = float((moved - expected).norm() / expected.norm())
+    assert error < bound
+    assert (error > 1e-5) is able  # bfloat16 is told from float32
 
 
 def test_moving_average_is_exponential():

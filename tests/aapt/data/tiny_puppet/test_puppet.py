@@ -199,4 +199,16 @@ def test_the_sheet_has_a_row_per_look(tmp_path):
     draw_looks(tmp_path / "sheet.png", moments=2)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (2 * 96, len(LOOKS) * 96)
-    assert clips_module.SAMPLE_SEED < PuppetData(1, 1, 1, 1).first_seed
+
+
+def test_every_look_stands_in_a_place_of_its_own_to_start_from():
+    first = PuppetData(96, 96, 1, 1).first_images()
+    assert [image.name for image in first] == [look.name for look in LOOKS]
+    assert {image.prompt for image in first} == {prompt_of(i, i) for i in range(len(LOOKS))}
+    pixels = np.stack([np.asarray(image.image) for image in first]).astype(int)
+    assert pixels.shape == (len(LOOKS), 96, 96, 3)
+    points = np.array(preset("still")[0]) * 96
+    head = pixels[:, int(points[0, 1]), int(points[0, 0])]
+    corner = pixels[:, 2, 2]
+    assert (np.abs(head - corner).sum(axis=1) > 60).all()  # a head, not the place behind it
+    assert clips_module.FIRST_SEED < PuppetData(1, 1, 1, 1).first_seed

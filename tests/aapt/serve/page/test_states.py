@@ -122,7 +122,10 @@ def test_the_page_is_measured_with_its_own_figures(browser, tiny_world, redo):
     """`aapt bench play --browser`"""
     from aapt.serve.browser import play_page
 
-    found = play_page(browser, tiny_world.address, 3.0, redo)
+    for seconds in (3.0, 15.0, 60.0):  # a busy machine has rarely time to redo a step
+        found = play_page(browser, tiny_world.address, seconds, redo)
+        if found["redone"] or not redo:
+            break
     assert found["redo"] == redo and found["keys"] >= 3 and found["fps"] > 0
     assert found["redone"] > 0 if redo else found["redone"] == 0
     assert found["period_ms"] == pytest.approx(4000 / 24)
