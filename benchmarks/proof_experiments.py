@@ -114,8 +114,12 @@ def from_scratch(
     """
     recipe = small_world() if small else tiny_world()
     changed = replace(recipe.camera, **camera or {}), replace(recipe.model, **model)
-    brief = constant("clips", frames=10, batch=8, steps=500 if small else 1000)
     stages = recipe.stages
+    brief = (
+        stages["diffusion"].curriculum
+        if small
+        else constant("clips", frames=10, batch=8, steps=1000)
+    )
     second = replace(stages["consistency"], start="brief-diffusion", forcing=forcing)
     variants = {
         "brief-diffusion": replace(stages["diffusion"], curriculum=brief, forcing=forcing),
@@ -222,19 +226,19 @@ def baselines() -> Experiment:
 
 
 def without_discriminator() -> Experiment:
-    """The last stage, and the same stage with a discriminator that the generator does not hear."""
-    recipe = tiny_world()
-    final = recipe.stages["final"]
+    """Two segments of whole clips, with all errors against the real clip, with either part alone."""
+    both = plain(segments=2, whole_clips=True, regression=1.0, palette=5.0, rows=40.0)
     return Experiment(
-        "Does the adversarial loss of the last stage do anything that its errors against the real "
-        "clip, of latents and of rows, do not do alone?",
+        "Does the adversarial loss do anything that errors against the real clip, of latents, of "
+        "frames' mean colours and of rows', do not do alone?",
         {
-            "final": final,
-            "errors-alone": replace(final, adversarial=0.0),
-            "adversarial-alone": replace(final, regression=0.0, rows=0.0),
+            "both": both,
+            "errors-alone": replace(both, adversarial=0.0),
+            "adversarial-alone": replace(both, regression=0.0, palette=0.0, rows=0.0),
         },
-        recipe,
-        beside=("further-adversarial",),
+        small_world(),
+        beside=("regression",),
+        **SHORT,
     )
 
 
