@@ -226,7 +226,7 @@ def baselines() -> Experiment:
 
 
 def without_discriminator() -> Experiment:
-    """Two segments of whole clips, with all errors against the real clip, with either part alone."""
+    """Two segments of whole clips: the adversarial loss and the errors, and either alone."""
     both = plain(segments=2, whole_clips=True, regression=1.0, palette=5.0, rows=40.0)
     return Experiment(
         "Does the adversarial loss do anything that errors against the real clip, of latents, of "

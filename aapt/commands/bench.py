@@ -261,12 +261,14 @@ def bench_play(
     try:
         url = url or _address(server)
         if browser:
-            results = measure_in_browser(urlsplit(url).netloc, seconds)
+            parts = urlsplit(url)
+            page = parts._replace(scheme=parts.scheme.replace("ws", "http"), path="/")
+            results = measure_in_browser(page.geturl(), seconds)
         else:
             results = asyncio.run(measure(url, seconds))
     except OSError as error:
         raise InputError(f"url: cannot connect to {url}: {error}") from None
-    except RuntimeError as error:  # no browser
+    except RuntimeError as error:  # no browser, or no world
         raise InputError(str(error)) from None
     finally:
         if server:

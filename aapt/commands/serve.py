@@ -107,8 +107,6 @@ def serve(
     with bad_input():
         if tls:
             _check_tls(*tls)
-    generator = load(model, device, dtype, size, text_device=text_device, cache=cache)
-    with bad_input():
         if gallery and not gallery.is_dir():
             raise ValueError(f"gallery: expected a folder of images, got {gallery}")
         settings = Settings(
@@ -120,8 +118,10 @@ def serve(
             gallery=gallery,
             batch=batch,
         )
-        app = create_app(generator, model, settings)
     listener = _listen(host, port)
+    generator = load(model, device, dtype, size, text_device=text_device, cache=cache)
+    with bad_input():
+        app = create_app(generator, model, settings)
     config = uvicorn.Config(
         app,
         log_level="warning",

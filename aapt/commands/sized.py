@@ -22,9 +22,12 @@ def load_to_time(
     """Load a checkpoint as `load` does, or build a preset with random weights; `fp8` rounds the
     linear layers of their blocks, `cache` names the cache of streams."""
     from ..evaluate.random_weights import random_generator
+    from ..model.caches import check_name
     from ..model.float8 import quantise_blocks
     from ..model.presets import PRESETS
 
+    with bad_input():
+        check_name(cache)
     if model in PRESETS:
         with bad_input():
             generator = random_generator(model, **placement(device, dtype, size))

@@ -134,8 +134,8 @@ def fit_scales(cache: KVCache, blocks: Iterable[torch.nn.Module], context: Ulyss
     values; does nothing for another cache, nor for one on the meta device.
 
     The norm of keys bounds them, and the bound is stored as 448, the largest of e4m3. Values have
-    no bound: those of a normed input of independent channels are stored at VALUE_SIZE, a hundred
-    times below what e4m3 cuts and above what it stores with fewer digits, so an estimate is enough.
+    no bound. Their scale is an estimate, for a normed input of independent channels. It stores them
+    at VALUE_SIZE, a hundred times below the largest number, so it need not be exact.
     """
     part = cache if cache.past is None else cache.past
     if part.k_scale is None or part.k_scale.is_meta:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from .latency import BETWEEN
 
@@ -43,21 +43,26 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def measure_in_browser(address: str, seconds: float) -> list[dict[str, Any]]:
-    """Plays `seconds` seconds without redo and as many with it; returns both figures.
+def measure_in_browser(url: str, seconds: float) -> list[dict[str, Any]]:
+    """Plays the page at `url` for `seconds` seconds without redo and as many with it; returns both
+    figures.
 
-    address: of the server, HOST:PORT. The page itself measures, from a key event to the painted
-    frame that first honours it, and the figures are those that it shows. RuntimeError without a
-    browser.
+    The page itself measures, from a key event to the painted frame that first honours it, and the
+    figures are those that it shows. RuntimeError without a browser, and for a page that does not
+    play.
     """
     with chromium() as browser:
-        return [play_page(browser, address, seconds, redo) for redo in (False, True)]
+        try:
+            return [play_page(browser, url, seconds, redo) for redo in (False, True)]
+        except Error as error:
+            reason = error.message.splitlines()[0]
+            raise RuntimeError(f"browser: the page at {url} does not play: {reason}") from None
 
 
-def play_page(browser: Browser, address: str, seconds: float, redo: bool) -> dict[str, Any]:
-    """Plays the page of a server in a new tab, with or without redo, and returns its figures."""
+def play_page(browser: Browser, url: str, seconds: float, redo: bool) -> dict[str, Any]:
+    """Plays a page in a new tab, with or without redo, and returns its figures."""
     page = browser.new_page(viewport={"width": 1280, "height": 860})
-    page.goto(f"http://{address}/")
+    page.goto(url)
     _wait_state(page, "ready")
     if page.get_attribute("#figures", "aria-pressed") != "true":
         page.click("#figures")
@@ -70,6 +75,10 @@ def play_page(browser: Browser, address: str, seconds: float, redo: bool) -> dic
     rates = _press_keys(page, seconds)
     found = page.evaluate("({...document.getElementById('hud').dataset})")
     page.close()
+    if not rates or found["key50"] == "null":
+        raise RuntimeError(
+            f"seconds: expected frames and honoured keys in {seconds:g} s, got none; use more"
+        )
     return {
         "redo": redo,
         "fps": median(rates),
@@ -102,8 +111,8 @@ def _press_keys(page: Page, seconds: float) -> list[float]:
             for key in set(keys) - set(held):
                 page.keyboard.down(key)
             held = keys
-        rates.append(float(page.get_attribute("#hud", "data-fps")))
+        rates.append(page.get_attribute("#hud", "data-fps"))
     for key in held:
         page.keyboard.up(key)
     page.wait_for_timeout(1e3)  # the last presses are honoured
-    return rates
+    return [float(rate) for rate in rates if rate != "null"]

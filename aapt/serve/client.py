@@ -23,12 +23,10 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True)
 class Frames:
-    """A message of video frames: its header, the encoded images, and when it came, in seconds of
-    `time.perf_counter`."""
+    """A message of video frames: its header and the encoded images."""
 
     header: FrameHeader
     images: list[bytes]
-    arrived: float
 
     def pixels(self) -> np.ndarray:
         """Decodes the images, uint8 (count, H, W, 3)."""
@@ -115,7 +113,7 @@ class Client:
         """Waits for the next message. Refused for a fatal error."""
         message = await self.socket.recv()
         if isinstance(message, bytes):
-            return Frames(*read_frames(message), time.perf_counter())
+            return Frames(*read_frames(message))
         text = json.loads(message)
         self.texts.append(text)
         if text["type"] == "error" and text["fatal"]:

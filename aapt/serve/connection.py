@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -23,9 +24,13 @@ from .world import World, pose_of
 
 HELLO_SECONDS = 30.0
 UNREAD_SECONDS = 30.0  # a client that reads nothing for so long is dropped
+SLOWEST = 1 << 16  # bytes per second that a client may take for a large file
 MAX_EARLY = 64
 T = TypeVar("T")
 CLOSE_CODE = 1008  # "policy violation", after a fatal error
+# Ends of a connection that are no failures; RuntimeError is Starlette's for a closed one.
+LOSSES = (WebSocketDisconnect, asyncio.TimeoutError, RuntimeError)
+log = logging.getLogger("aapt.serve")
 
 
 class Bucket:
@@ -72,7 +77,9 @@ class Connection:
                 self.entering.cancel()
             for task in (reader, sender):
                 task.cancel()
-            await asyncio.gather(reader, sender, return_exceptions=True)
+            for end in await asyncio.gather(reader, sender, return_exceptions=True):
+                if isinstance(end, Exception) and not isinstance(end, LOSSES):
+                    log.error("a connection has failed", exc_info=end)
             if self.recording:
                 self.recording.cancel()
             await self._leave(keep=True)
@@ -89,8 +96,10 @@ class Connection:
     def _put(self, message: Message | bytes, lane: int | None) -> None:
         self.outbox.put(message, lane)
         if isinstance(message, protocol.Ended):
-            self._leave(keep=message.reason == "moved")
-            self.token = secrets.token_urlsafe(16)  # the old one may be in other hands
+            moved = message.reason == "moved"
+            self._leave(keep=moved)
+            if moved:  # the old token is in other hands
+                self.token = secrets.token_urlsafe(16)
 
     async def _send(self) -> None:
         while True:
@@ -99,7 +108,7 @@ class Connection:
                 sending = self.websocket.send_bytes(message)
             else:
                 sending = self.websocket.send_text(message)
-            await asyncio.wait_for(sending, UNREAD_SECONDS)
+            await asyncio.wait_for(sending, UNREAD_SECONDS + len(message) / SLOWEST)
 
     async def _end(self, code: protocol.ErrorCode, message: str) -> None:
         """Tells a fatal error in one line and closes."""
@@ -291,6 +300,7 @@ class Connection:
         """Sends a video; called on the generator thread."""
         if isinstance(video, Exception):
             line = "the video could not be made"
+            self.server.metrics.errors.labels("record").inc()
             self.deliver(protocol.Error(code="record", message=line, fatal=False))
             return
         header = FrameHeader(branch, last, count=1, kind=protocol.RECORDING)
@@ -306,9 +316,19 @@ class Connection:
     async def _wait_and_enter(self, place: Place) -> None:
         await self._leave(keep=False)
         server = self.server
-        await server.line.enter(lambda number: self.outbox.put(protocol.Queued(place=number)))
-        world = World(server.generator, place.walk, server.settings)
-        session = Session(world, server.scheduler, server.metrics, self.deliver, self.format)
+        try:
+            await server.line.enter(lambda number: self.outbox.put(protocol.Queued(place=number)))
+        except asyncio.CancelledError:
+            server.keep(self.token, place)
+            raise
+        try:
+            world = World(server.generator, place.walk, server.settings)
+            session = Session(world, server.scheduler, server.metrics, self.deliver, self.format)
+        except Exception:
+            server.line.leave()
+            log.exception("a world could not be opened")
+            self._refuse("failed", "the world could not be opened; the server's log says why")
+            return
         self.session = server.sessions[self.token] = session
         session.post(session.resume(place))
         for message in self.early:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import websockets
 
 from . import protocol
-from .client import Client, Frames
+from .client import Client, Frames, Refused
 
 KEYS = [(0.0, 1.0), (0.6, 1.0), (-0.6, 1.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 0.0)]
 BETWEEN = (0.25, 0.75)  # seconds between two key events
@@ -65,6 +66,8 @@ class Player:
         try:
             while len(self.arrivals) < steps:
                 message = await client.receive()
+                if isinstance(message, dict) and message["type"] == "ended":
+                    raise Refused(f"the server has ended the world: {message['reason']}")
                 if isinstance(message, Frames) and not message.header.flags & protocol.SEEK:
                     await self._show(message)
         finally:
@@ -122,11 +125,19 @@ class Player:
 
 
 async def measure(url: str, seconds: float) -> list[dict[str, Any]]:
-    """Plays `seconds` of video without redo and as much with it; returns both figures."""
-    results = []
-    for redo in (False, True):
-        async with await Client.connect(url) as client:
-            await client.send("open", image="sample", seed=0)
-            await client.text("opened")
-            results.append(await Player(client).play(seconds, redo))
-    return results
+    """Plays `seconds` of video without redo and as much with it; returns both figures. Refused if
+    the server opens no world, or ends it."""
+    try:
+        return [await _play(url, seconds, redo) for redo in (False, True)]
+    except websockets.WebSocketException as error:
+        raise Refused(f"url: the server at {url} does not play: {error}") from None
+
+
+async def _play(url: str, seconds: float, redo: bool) -> dict[str, Any]:
+    async with await Client.connect(url) as client:
+        gallery = client.welcome["gallery"]
+        await client.send("open", image=gallery[0]["name"] if gallery else "sample", seed=0)
+        answer = await client.text("opened", "error")
+        if answer["type"] == "error":
+            raise Refused(answer["message"])
+        return await Player(client).play(seconds, redo)

@@ -54,13 +54,9 @@ class Scheduler:
     Args:
         together: Runs a slice of each of several flows at once. With it, all flows whose step is
             due join the flow whose turn it is, and the time is divided equally among them.
-
-    Attributes:
-        idle_seconds: Time in which no flow was due.
     """
 
     def __init__(self, together: Callable[[Sequence[Flow]], None] | None = None):
-        self.idle_seconds = 0.0
         self._together = together
         self._order: deque[Flow] = deque()
         self._credit: dict[Flow, float] = {}
@@ -133,7 +129,6 @@ class Scheduler:
                 if ready := {flow for flow, at in due.items() if at <= now}:
                     return self._joined(self._next(ready), ready)
                 self._changed.wait(min(due.values()) - now if due else None)
-                self.idle_seconds += time.perf_counter() - now
         return []
 
     def _joined(self, flow: Flow, ready: set[Flow]) -> list[Flow]:

@@ -50,7 +50,7 @@ class Sender:
             self._encode(header, frames)
             return
         with self._lock:
-            if self._waiting >= MAX_WAITING:
+            if self._waiting >= MAX_WAITING and not header.flags:  # a jump's frame is its last
                 self.dropped += 1
                 return
             self._waiting += 1

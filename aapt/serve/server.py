@@ -6,9 +6,10 @@ import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -46,8 +47,8 @@ def package_version() -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """A start that the server offers: the pixels (H, W, 3) of its first frame, None to start from
-    the prompt alone, its picture as PNG, and its prompt."""
+    """A start on offer. pixels: first frame (H, W, 3), None for the prompt alone. png: its image.
+    prompt: its prompt."""
 
     pixels: np.ndarray | None
     png: bytes
@@ -113,8 +114,13 @@ class PlayServer:
         self.metrics.waiting.set(line.waiting)
 
     def keep(self, token: str, place: Place) -> None:
-        """Keeps a lost world for `keep_seconds`."""
+        """Keeps a lost world for `keep_seconds`. As many as may be open keep their snapshots; an
+        older one will be replayed."""
         self.kept[token] = time.monotonic() + self.settings.keep_seconds, place
+        self.kept.move_to_end(token)
+        for old in list(self.kept)[: -self.settings.sessions]:
+            until, place = self.kept[old]
+            self.kept[old] = until, replace(place, snapshot=None, frames=None)
 
     def walk(
         self,
@@ -210,7 +216,9 @@ class PlayServer:
             format=image_format,
             prompts=list(generator.themes),
             gallery=[
-                protocol.Picture(name=name, url=f"gallery/{name}", prompt=start.prompt)
+                protocol.Picture(
+                    name=name, url=f"gallery/{quote(name, safe='')}", prompt=start.prompt
+                )
                 for name, start in self.gallery.items()
             ],
             ranges={"yaw": YAW_RANGE, "forward": FORWARD_RANGE},

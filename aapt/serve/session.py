@@ -37,9 +37,9 @@ Job = Generator[None, None, None]
 
 @dataclass(frozen=True)
 class Place:
-    """The state of a visitor's world. An open one has its history. A closed one may have the
-    snapshot and the video frames of its last step, or a saved world on its way; else it is replayed
-    up to there."""
+    """The state of a visitor's world. An open world has its history. A closed world may have a
+    snapshot with the video frames of its last step, or a saved world of an earlier step. Otherwise
+    it is replayed up to `step`."""
 
     walk: Walk
     branch: int
@@ -261,6 +261,7 @@ class Session:
         with self._lock:
             given = self._inputs[0]
             self._inputs = [replace(given, held=control or given.held) for control in controls]
+        self._turn = 0
         branches = [lane.branch for lane in self.world.lanes]
         self.send(protocol.SplitAnswer(branches=branches, branch=branches[0]))
         for lane in self.world.lanes:
@@ -367,6 +368,10 @@ class Session:
             raise
         except ValueError as error:
             self._refuse("unknown", str(error))
+            lanes = self.world.lanes
+            if lanes and lanes[0].seeking:  # it replaced a jump: back to where that began
+                with self._lock:
+                    self._jobs.insert(1, (self.seek(*self.world.place()), True))
         finally:
             with self._lock:
                 if over and self._jobs and self._jobs[0] is entry:
@@ -454,9 +459,9 @@ class Session:
         self._send_frames(lane, made, protocol.REDO, first_shown=first)
 
     def _seen(self, step: int, count: int, at: float) -> int:
-        """Returns how many of the `count` frames of a step, the last one, are shown at a time, in
-        seconds of `time.perf_counter`: of an even pace since the page last said what it shows, and
-        none before they were sent. All of them if the page has not said anything."""
+        """Estimates how many of the last step's `count` frames the page has shown at time `at`, in
+        seconds of `time.perf_counter`. Assumes an even pace since the page's last message. Returns
+        `count` if the page has sent none."""
         with self._lock:
             shown, shown_at = self._shown, self._shown_at
         if shown is None or shown.step > step:
@@ -468,7 +473,8 @@ class Session:
 
     def _play(self, on: bool) -> None:
         if on and not self._playing:
-            self._due, self._turn = time.perf_counter(), 0
+            self._due = time.perf_counter()
+            self._turn %= max(1, len(self.world.lanes))  # after a pause the other lane goes on
         if not on:
             for lane in self.world.lanes:
                 lane.script = []
@@ -485,6 +491,7 @@ class Session:
                 return stop.value, total
             if total > LONG_REPLAY and done % LONG_REPLAY == 0:
                 self.send(protocol.Replaying(done=done, total=total))
+            self.touched = time.monotonic()  # a visitor who waits is not idle
             yield
 
     # Messages.
@@ -557,6 +564,7 @@ class Session:
         self.send(state)
 
     def _refuse(self, code: protocol.ErrorCode, message: str) -> None:
+        self.metrics.errors.labels(code).inc()
         line = " ".join(message.split())
         self.send(protocol.Error(code=code, message=line, fatal=False))
 

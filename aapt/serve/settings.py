@@ -1,5 +1,6 @@
 """Settings of a server: limits of its visitors, and of a deployment of many servers."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Settings:
         record_steps: Most steps of one recording.
         quality: Of JPEG and WebP, 1 to 100.
         h264_above: Video of more rows is sent as H.264 to clients that take it.
-        token: Visitors must give it, if there is one.
+        token: Visitors must give it, if there is one: letters, digits and . _ ~ -.
         hosts: Names by which the server may be called; empty for any.
         origins: Origins of other sites whose pages may connect.
         gallery: Folder of more first frames, if any.
@@ -62,6 +63,9 @@ class Settings:
             least = 0 if name == "history_mib" else 1
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        # It stands in an address and in a cookie, and an empty one would let everybody in.
+        if self.token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]+", self.token):
+            raise ValueError("token: expected letters, digits and . _ ~ -, got none or others")
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,17 @@ class Deployment:
                 raise ValueError(f"{name}: expected a number of at least 1, got {text}")
             return int(text)
 
-        device = environment.get("AAPT_DEVICE", "cpu")
-        try:
-            placed = placement(device, environment.get("AAPT_DTYPE"), environment.get("AAPT_SIZE"))
-            placed["cache"] = check_name(environment.get("AAPT_CACHE", MODEL))
-        except ValueError as error:
-            name, _, reason = str(error).partition(":")
-            raise ValueError(f"AAPT_{name.upper()}:{reason}") from None
+        device, sessions = environment.get("AAPT_DEVICE", "cpu"), count("AAPT_SESSIONS", "4")
         batch = environment.get("AAPT_BATCH", "0")
         if batch not in ("0", "1"):
             raise ValueError(f"AAPT_BATCH: expected 0 or 1, got {batch}")
-        settings = Settings(
-            sessions=count("AAPT_SESSIONS", "4"),
-            token=environment.get("AAPT_TOKEN"),
-            batch=batch == "1",
-        )
+        try:
+            placed = placement(device, environment.get("AAPT_DTYPE"), environment.get("AAPT_SIZE"))
+            placed["cache"] = check_name(environment.get("AAPT_CACHE", MODEL))
+            token = environment.get("AAPT_TOKEN")
+            settings = Settings(sessions=sessions, token=token, batch=batch == "1")
+        except ValueError as error:
+            name, _, reason = str(error).partition(":")
+            raise ValueError(f"AAPT_{name.upper()}:{reason}") from None
         model = environment.get("AAPT_MODEL", "tiny-world")
         return cls(model, placed, count("AAPT_REPLICAS", "2"), settings)

@@ -222,7 +222,9 @@ class World:
                 return step
         nearest = self.history.nearest(branch, step)
         if nearest is None or not self.lanes:
+            before = self.place() if self.lanes else (0, 0)
             self.open()
+            self.lanes[0].branch, self.lanes[0].step = before  # until the seek has ended
         if nearest is None:
             return 0
         lane = self.lanes[0]

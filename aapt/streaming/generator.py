@@ -216,8 +216,8 @@ class StreamingGenerator:
         e4m3; "float8-past" for the window in e4m3, while text, first and newest frame stay in the
         model's precision. Open streams keep theirs, and cannot be forked if it is another.
 
-        self_check: False to leave out the check of a float8 cache in the first steps of a stream,
-        after which a CacheError says what the cache loses, if that is too much.
+        self_check: True to check a float8 cache in the first steps of a stream; a CacheError then
+        says what the cache loses, if that is too much.
 
         CacheError as `check_cache`.
         """

@@ -10,6 +10,7 @@ from aapt_kernels.causal_conv3d.e4m3 import round_weight
 
 from .autoencoder import CausalVAE
 from .layers import CausalConv3d, SeparateUpsample
+from .stream import forget_forms
 
 ENDS = ("conv_in", "conv_out", "lapped", "projection")  # they read latents or make pixels
 
@@ -51,8 +52,8 @@ def round_decoder(vae: CausalVAE) -> None:
     """Replaces the inner convolutions of a decoder by their 8-bit form. Those that read latents or
     make pixels keep their precision, and so does Wan's upsampling in time.
 
-    ValueError for a decoder that has no norms, whose numbers no scale fits, for one in float64, and
-    for one that is rounded already.
+    ValueError for three decoders: one without norms (no scale fits its numbers), one in float64,
+    and one that is already rounded.
     """
     if vae.config.decoder != "residual":
         raise ValueError(
@@ -69,3 +70,4 @@ def round_decoder(vae: CausalVAE) -> None:
         for name, layer in module.named_children():
             if isinstance(layer, CausalConv3d) and layer not in kept:
                 setattr(module, name, Float8Conv3d(layer))
+    forget_forms(vae)

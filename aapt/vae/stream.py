@@ -63,6 +63,11 @@ def _state_forms(vae: CausalVAE, latent: Tensor) -> tuple[Tensor, ...]:
     return known[form]
 
 
+def forget_forms(vae: CausalVAE) -> None:
+    """Forgets what states of a decoder look like, because its layers have changed."""
+    _forms.pop(vae, None)
+
+
 @dataclass(frozen=True)
 class DecoderSnapshot:
     """A copy of a decoder's state: frames decoded so far, and one tensor per convolution."""

@@ -28,7 +28,6 @@ export class Branches {
   advance(id, step) {
     const branch = this.#byId.get(id);
     if (branch && step > branch.to_step) branch.to_step = step;
-    return Boolean(branch);
   }
 
   get(id) {

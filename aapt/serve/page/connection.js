@@ -7,7 +7,7 @@ const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 
 /**
  * Dispatches "message" (detail: a parsed text message), "frames" and "file" (detail: a parsed binary
- * message), "lost" (detail: {retryAt, attempt}) and "up".
+ * message) and "lost" (detail: {retryAt}).
  */
 export class Connection extends EventTarget {
   #socket = null;
@@ -48,7 +48,6 @@ export class Connection extends EventTarget {
     this.#socket = socket;
     socket.onopen = () => {
       this.send({ type: "hello", protocol: PROTOCOL, resume: this.token, formats: this.formats });
-      this.#emit("up");
     };
     socket.onmessage = ({ data }) => {
       if (socket === this.#socket) this.#receive(data);
@@ -112,7 +111,7 @@ export class Connection extends EventTarget {
     const delay = RETRY_MS[Math.min(this.#attempt, RETRY_MS.length - 1)];
     this.#attempt += 1;
     this.#timer = setTimeout(() => this.connect(), delay);
-    this.#emit("lost", { retryAt: performance.now() + delay, attempt: this.#attempt });
+    this.#emit("lost", { retryAt: performance.now() + delay });
   }
 
   #emit(name, detail) {

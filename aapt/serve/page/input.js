@@ -114,7 +114,7 @@ export class Input {
     let origin = null;
     const knob = stick.firstElementChild;
     surface.addEventListener("pointerdown", (event) => {
-      if (!this.moves || event.button || event.target.closest("button, a, .card")) return;
+      if (origin || !this.moves || event.button || event.target.closest("button, a, .card")) return;
       surface.setPointerCapture(event.pointerId);
       surface.focus({ preventScroll: true });
       origin = { id: event.pointerId, x: event.clientX, y: event.clientY, moved: false };

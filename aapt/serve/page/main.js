@@ -21,6 +21,7 @@ const STAGE_LABELS = {
   camera: "The world. W, A, S, D or the arrow keys move. Press the question mark for all keys.",
   pose: "The world. Tab goes to the joints of the figure, and the arrow keys move one. "
     + "Press the question mark for all keys.",
+  prompt: "The world. P goes to its prompt. Press the question mark for all keys.",
 };
 let colours = "system";
 
@@ -76,12 +77,12 @@ const actions = {
   keep1: () => player.endSplit(1),
   redo: () => player.setRedo(!player.redo),
   record,
-  share: async () => sharing.open(await player.fetchLog()),
+  share: async () => sharing.open(await player.backup.fetchLog()),
   new: () => worlds.open(player.prompt, player.seed),
   help: () => $("keyhelp").showModal(),
   figures: () => showFigures($("hud").hidden),
   full: () => (document.fullscreenElement
-    ? document.exitFullscreen() : $("stage").requestFullscreen()),
+    ? document.exitFullscreen() : $("stage").requestFullscreen?.()),
   theme: () => colour(COLOURS[(COLOURS.indexOf(colours) + 1) % COLOURS.length]),
 };
 
@@ -99,7 +100,8 @@ for (const name of Object.keys(actions)) {
 }
 
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  // Keys that steer go by their place; on some keyboards they have the letters of shortcuts.
+  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.closest("input, textarea, select, dialog")) return;
   if (event.key === " " && event.target.closest("button, a, label")) return;
   if (event.key.toLowerCase() === "p") {
@@ -107,20 +109,22 @@ addEventListener("keydown", (event) => {
     $("prompt").select();
     return;
   }
-  const name = SHORTCUTS[event.key.toLowerCase()];
+  const name = event.code === "KeyZ" ? "back" : SHORTCUTS[event.key.toLowerCase()];
   if (!name || (event.repeat && name !== "back")) return;
   event.preventDefault();
   actions[name](event);
 });
 
-// A hidden page pauses.
-let hiddenWhilePlaying = false;
+$("full").hidden = !document.fullscreenEnabled; // as on phones
+
+// A hidden page pauses, and goes on when it is seen again.
+let goOn = null;
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) {
-    hiddenWhilePlaying = player.playing;
+    goOn = player.following ? () => player.follow() : player.playing ? () => player.play() : null;
     player.pause();
-  } else if (hiddenWhilePlaying) {
-    player.play();
+  } else {
+    goOn?.();
   }
 });
 
@@ -215,9 +219,9 @@ function placeFigure(place) {
 }
 $("figure-place").addEventListener("change", ({ target }) => placeFigure(target.value));
 
-function showFigure({ figure, width, height }) {
+function showFigure({ figure, driven_by: driver, width, height }) {
   input.moves = !figure;
-  $("stage").setAttribute("aria-label", figure ? STAGE_LABELS.pose : STAGE_LABELS.camera);
+  $("stage").setAttribute("aria-label", STAGE_LABELS[driver]);
   if (figure) {
     for (const skeleton of skeletons) skeleton.configure(figure, width / height);
     fillMotions(figure.motions);

@@ -38,7 +38,7 @@ export class Pacer {
     if (gap < 3 * this.nominal) this.period += SMOOTHING * (gap - this.period);
     this.#arrived = now;
     if (urgent || this.backlog(now) > STALL_PERIODS * this.period) {
-      this.#queue.length = 0;
+      this.#drop();
       this.#free = now;
     }
     const start = Math.max(now, this.#free);
@@ -68,23 +68,40 @@ export class Pacer {
   replace(frames) {
     const remade = new Map(frames.map((frame) => [`${frame.step}:${frame.index}`, frame]));
     for (const slot of this.#queue) {
-      const frame = remade.get(`${slot.frame.step}:${slot.frame.index}`);
-      if (frame) slot.frame = frame;
+      const key = `${slot.frame.step}:${slot.frame.index}`;
+      const frame = remade.get(key);
+      if (!frame) continue;
+      close([slot.frame]);
+      slot.frame = frame;
+      remade.delete(key);
     }
+    close([...remade.values()]); // their places are shown already
   }
 
   /** The newest frame that is due, null if none is. Frames it overtakes are never shown. */
   take(now) {
     let frame = null;
-    while (this.#queue.length && this.#queue[0].due <= now) frame = this.#queue.shift().frame;
+    while (this.#queue.length && this.#queue[0].due <= now) {
+      if (frame) close([frame]);
+      frame = this.#queue.shift().frame;
+    }
     return frame;
   }
 
   clear() {
-    this.#queue.length = 0;
+    this.#drop();
     this.#free = 0;
     this.#arrived = null;
     this.#gained = 0;
     this.period = this.nominal;
   }
+
+  #drop() {
+    close(this.#queue.splice(0).map(({ frame }) => frame));
+  }
+}
+
+/** Frees the images of frames that are not shown. */
+export function close(frames) {
+  for (const { bitmap } of frames) bitmap?.close();
 }

@@ -1,5 +1,6 @@
 // The state of a played world: what the server has said, what is asked of it, what is shown.
 
+import { Backup } from "./backup.js";
 import { Branches } from "./branches.js";
 import { CameraControls, controlsOf } from "./controls.js";
 import { FrameMemory } from "./frame_memory.js";
@@ -8,8 +9,6 @@ import { RECORDING, SAVED } from "./protocol.js";
 import { Receipts } from "./receipts.js";
 
 const SEEK_QUIET_MS = 180; // a jump is asked for once the scrubbing rests
-const LOG_MS = 10_000; // how often log and snapshot are fetched, to go on at another server
-const LOG_LINE_MS = 20; // added for each of its lines
 
 /**
  * Plays one world over a connection.
@@ -56,12 +55,11 @@ export class Player extends EventTarget {
   #afterSeek = [];
   #resumePlaying = false;
   #opening = true; // messages are of the world before
-  #sample = false; // the world asked for is the sample's
+  #first = "sample"; // the start of a new world
+  #sample = false; // the world asked for is of that start
+  #behind = false; // the server has the world before until it opens the one asked for
   #walk = null; // an action log to open in place of an image
-  #log = null; // lines of the last fetched log
-  #saved = null; // the last snapshot, a Blob
   #recorded = null; // {resolve, reject} of the recording under way
-  #logWaiters = [];
 
   constructor(connection, stage, { walk }) {
     super();
@@ -74,7 +72,7 @@ export class Player extends EventTarget {
     connection.addEventListener("file", ({ detail }) => this.#filed(detail));
     connection.addEventListener("lost", ({ detail }) => this.#lost(detail));
     if (walk) connection.token = null;
-    this.#keepLog();
+    this.backup = new Backup(connection, () => this.playing);
   }
 
   get playing() {
@@ -91,10 +89,11 @@ export class Player extends EventTarget {
     return (this.branches.get(this.future)?.to_step ?? this.head.step) - this.head.step;
   }
 
-  open({ image = "sample", prompt = null, seed = 0, log = null, saved = null }) {
+  open({ image = this.#first, prompt = null, seed = 0, log = null, saved = null }) {
+    this.#behind = this.live;
     this.#leaveWorld();
     this.phase = "opening";
-    this.#sample = image === "sample" && !log;
+    this.#sample = image === this.#first && !log;
     const wish = log ? { log, saved } : { image, prompt, seed };
     this.connection.send({ type: "open", ...wish });
     this.#changed();
@@ -118,7 +117,7 @@ export class Player extends EventTarget {
   again() {
     if (this.phase === "ended") {
       this.connection.token = null;
-      if (this.problem !== "idle" && this.problem !== "shutdown") this.#log = null;
+      if (this.problem !== "idle") this.backup.log = null;
     }
     this.phase = "connecting";
     this.connection.connect();
@@ -139,7 +138,7 @@ export class Player extends EventTarget {
     if (this.following) this.#rest(this.poses.newest);
     this.following = false;
     this.connection.send({ type: "pause" });
-    this.#fetchState();
+    this.backup.fetch();
     this.receipts.forgetPending();
     this.#changed();
   }
@@ -155,8 +154,7 @@ export class Player extends EventTarget {
 
   /** Takes a change of a lane's camera; `key` names a press, whose receipt is then waited for. */
   steer({ lane, yaw, forward, taps, time, key }) {
-    const moves = Boolean(yaw || forward || taps);
-    this.#steer(lane, { yaw, forward }, { taps, time, key, moves });
+    this.#steer(lane, { yaw, forward }, { taps, time, key, moves: Boolean(key) });
   }
 
   /** Takes a pose of a lane's figure, from its joints; `key` names the joint. */
@@ -178,7 +176,10 @@ export class Player extends EventTarget {
   }
 
   #steer(lane, control, { taps = null, time, key, moves }) {
-    if (!this.live) return;
+    if (!this.live) {
+      this.#controls[lane] = control;
+      return;
+    }
     this.#posedSince = true;
     if (this.following && (moves || this.controls.posed)) this.pause(); // the player takes over
     this.#controls[lane] = control;
@@ -300,12 +301,6 @@ export class Player extends EventTarget {
     this.#changed();
   }
 
-  /** Fetches the action log; resolves to its lines. */
-  fetchLog() {
-    this.connection.send({ type: "log" });
-    return new Promise((resolve) => this.#logWaiters.push(resolve));
-  }
-
   startRecording() {
     this.recording = { branch: this.head.branch, from: this.head.step };
     this.#changed();
@@ -321,25 +316,14 @@ export class Player extends EventTarget {
   }
 
   /** Fetches a video of steps as they were shown; resolves to the bytes of an MP4. */
-  fetchRecording({ branch, from, to }) {
+  async fetchRecording({ branch, from, to }) {
+    if (this.#recorded) throw new Error("record: expected one video at a time; wait for the first");
     this.connection.send({ type: "record", branch, first: from, last: to });
     return new Promise((resolve, reject) => { this.#recorded = { resolve, reject }; });
   }
 
-  /** Fetches what another server would need. */
-  #fetchState() {
-    this.connection.send({ type: "log" });
-    this.connection.send({ type: "save" });
-  }
-
-  /** Fetches the state now and then while the world is played. */
-  #keepLog() {
-    if (this.playing) this.#fetchState();
-    setTimeout(() => this.#keepLog(), LOG_MS + LOG_LINE_MS * (this.#log?.length ?? 0));
-  }
-
   #leaveWorld() {
-    this.#saved = null;
+    this.backup.saved = null;
     this.#opening = true;
     this.stage.cut();
     this.branches.clear();
@@ -347,17 +331,22 @@ export class Player extends EventTarget {
     this.poses.clear();
     this.receipts.forgetPending();
     this.marks = [];
-    this.split = null;
     this.recording = null;
+    this.#forgetSteps();
+    this.future = 0;
+    this.head = { branch: 0, step: 0 };
+  }
+
+  /** Forgets the split, the replay and the jump under way. */
+  #forgetSteps() {
+    this.split = null;
     this.progress = null;
     this.following = false;
-    this.future = 0;
     this.#scrubbing = false;
     this.#afterSeek = [];
     this.#waitingPrompt = null;
     clearTimeout(this.#seekTimer);
     this.#seekTo = null;
-    this.head = { branch: 0, step: 0 };
   }
 
   #sendInput(lane, taps, time) {
@@ -419,7 +408,7 @@ export class Player extends EventTarget {
       tree: () => { if (!this.#opening) this.branches.update(message); },
       sought: () => this.#sought(message),
       split: () => this.#splitAnswered(message),
-      log: () => this.#logged(message.lines),
+      log: () => this.backup.logged(message.lines),
       error: () => this.#failed(message),
       ended: () => this.#ended(message.reason),
     }[message.type];
@@ -431,6 +420,7 @@ export class Player extends EventTarget {
     this.stepSeconds = message.frames_per_step / message.fps;
     this.#steered = message.driven_by !== "prompt";
     this.controls = controlsOf(message);
+    this.#first = message.gallery[0]?.name ?? "sample";
     if (this.controls.posed) this.#controls = this.#controls.map(({ motion }) => ({ motion }));
     this.stage.configure(message);
     this.#emit("welcome", message);
@@ -438,8 +428,8 @@ export class Player extends EventTarget {
     this.phase = "opening";
     if (message.resumed) return;
     // Another server does not know the token: it gets the world's log and snapshot.
-    const walk = this.#walk ?? (this.#log && new Blob([`${this.#log.join("\n")}\n`]));
-    const saved = this.#walk ? null : this.#saved;
+    const walk = this.#walk ?? this.backup.walk;
+    const saved = this.#walk ? null : this.backup.saved;
     this.#walk = null;
     if (walk) this.openWalk(walk, saved);
     else this.open({});
@@ -447,7 +437,7 @@ export class Player extends EventTarget {
 
   #opened({ branch, step, seed, prompt }) {
     this.stage.cut();
-    this.#opening = false;
+    this.#opening = this.#behind = false;
     this.#scrubbing = this.#posedSince = false;
     this.progress = null;
     this.head = { branch, step };
@@ -457,6 +447,8 @@ export class Player extends EventTarget {
     this.#emit("prompt", prompt);
     this.connection.send({ type: "log" });
     if (this.redo) this.connection.send({ type: "redo", on: true });
+    const { yaw, forward } = this.#controls[0];
+    if (yaw || forward) this.#sendInput(0, null, performance.now()); // keys that are still held
     const keepsPlaying = this.phase === "playing"; // a reset keeps playing what played
     this.phase = keepsPlaying ? "playing" : step ? "paused" : "ready";
     if (this.#resumePlaying) {
@@ -500,16 +492,11 @@ export class Player extends EventTarget {
     this.phase = "ended";
     this.problem = reason;
     this.stage.cut();
-    if (reason !== "shutdown") this.connection.refuse();
-  }
-
-  #logged(lines) {
-    this.#log = lines;
-    for (const resolve of this.#logWaiters.splice(0)) resolve(lines);
+    this.connection.refuse();
   }
 
   #filed({ kind, images: [bytes] }) {
-    if (kind === SAVED) this.#saved = new Blob([bytes]);
+    if (kind === SAVED) this.backup.saved = new Blob([bytes]);
     if (kind === RECORDING) {
       this.#recorded?.resolve(bytes);
       this.#recorded = null;
@@ -533,16 +520,21 @@ export class Player extends EventTarget {
     this.problem = message;
   }
 
-  /** Says why something was refused; if it was a world, opens the sample's in its place. */
+  /** Says why something was refused; if it was a world, goes back to the one before, or the first. */
   #refused(message) {
     this.#emit("said", message);
     if (this.live) return;
+    if (this.#behind) {
+      this.#behind = false;
+      this.connection.connect();
+      return;
+    }
     if (this.#sample) {
       this.phase = "failed";
       this.problem = message;
       return;
     }
-    this.#log = null;
+    this.backup.log = null;
     this.open({});
   }
 
@@ -550,6 +542,7 @@ export class Player extends EventTarget {
     this.#resumePlaying ||= this.playing;
     this.#recorded?.reject(new Error("record: expected a video, but the connection was lost"));
     this.#recorded = null;
+    this.#forgetSteps();
     this.phase = "lost";
     this.retryAt = retryAt;
     this.stage.cut();

@@ -1,7 +1,7 @@
 // Decodes the frames that arrive, paces them and paints them, in one lane or two.
 
 import { decodeImages } from "./decoding.js";
-import { Pacer } from "./pacer.js";
+import { close, Pacer } from "./pacer.js";
 
 const LARGEST = 320; // pixels to which small frames are enlarged by a cubic filter; the page's is linear
 
@@ -62,12 +62,17 @@ export class Stage {
     const decoded = decode(message);
     this.#order = this.#order.then(async () => {
       const frames = await decoded;
-      if (epoch !== this.#epoch) return;
+      if (epoch !== this.#epoch) {
+        close(frames);
+        return;
+      }
       const { pacer } = this.lanes[message.lane];
       if (message.first || message.seek) {
-        this.#paint(frames.at(-1), performance.now());
+        this.#paint(frames.pop(), performance.now());
+        close(frames);
       } else if (message.redo) {
-        pacer.replace(frames.slice(message.firstShown));
+        close(frames.splice(0, message.firstShown));
+        pacer.replace(frames);
       } else {
         pacer.push(frames, performance.now(), urgent);
         this.#run();

@@ -11,7 +11,8 @@ export const COLOURS = 6; // of branches, in the style sheet
  * end with `done`. `preview(branch, step)` resolves to a bitmap for the image under the pointer.
  */
 export class Timeline {
-  #drag = null;
+  #drag = null; // {branch, step} under the pointer that is down
+  #scrubbed = false; // by this drag
   #drawn = 0;
   #hover = 0;
   #unit = 1;
@@ -173,10 +174,12 @@ export class Timeline {
   #followPointer() {
     const { element } = this;
     element.addEventListener("pointerdown", (event) => {
-      if (event.button || !(this.#drag = this.#at(event))) return;
+      if (this.#drag || event.button || !(this.#drag = this.#at(event))) return;
       element.setPointerCapture(event.pointerId);
       this.#unpeek();
-      this.onScrub(this.#drag.branch, this.#drag.step, false);
+      // A finger may only scroll the page: it scrubs once it moves here or lifts.
+      this.#scrubbed = event.pointerType !== "touch";
+      if (this.#scrubbed) this.onScrub(this.#drag.branch, this.#drag.step, false);
     });
     element.addEventListener("pointermove", (event) => {
       const at = this.#at(event);
@@ -188,6 +191,7 @@ export class Timeline {
       // A drag stays in its branch, however the hand wanders.
       const end = this.branches.get(this.#drag.branch)?.to_step ?? at.step;
       this.#drag.step = clamp(this.#stepAt(event), end);
+      this.#scrubbed = true;
       this.onScrub(this.#drag.branch, this.#drag.step, false);
     });
     const end = () => {
@@ -197,7 +201,10 @@ export class Timeline {
       this.onScrub(branch, step, true);
     };
     element.addEventListener("pointerup", end);
-    element.addEventListener("pointercancel", end);
+    element.addEventListener("pointercancel", () => {
+      if (this.#scrubbed) end();
+      this.#drag = null;
+    });
     element.addEventListener("pointerleave", () => this.#unpeek());
   }
 

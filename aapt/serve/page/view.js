@@ -21,7 +21,6 @@ const STATUS = {
 const ENDED = {
   idle: ["The world went to sleep", "Nobody played for a while, so its place was given away. It can be rebuilt from your keys."],
   moved: ["Played elsewhere", "This world continues in another tab or on another device."],
-  shutdown: ["The server is closing", "It may be back in a moment."],
   limit: ["The end of the world", "A world has a last step, and this one has reached it."],
   failed: ["The world broke", "A step failed, and the server has closed the world."],
 };

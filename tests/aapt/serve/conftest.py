@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
+import random
 import socket
 import threading
 
@@ -13,10 +15,22 @@ from PIL import Image
 from aapt import StreamingGenerator
 from aapt.checkpoint import save_config, save_module
 
+from ...progress import Progress
 from ..helpers import CAMERA
 from ..streaming.test_generator import HEIGHT, VAE, WIDTH, build
 
-HANGS = 300  # seconds after which a conversation counts as stuck
+HANGS = 1800  # seconds after which a conversation counts as stuck, on the busiest machine too
+
+
+def free_port():
+    """A port that stays free until it is listened on.
+
+    The system hands out ports from 32768 up, Ray's workers take 10002 to 19999.
+    """
+    for port in random.sample(range(20000, 32768), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise RuntimeError("no free port among 100 between 20000 and 32767")
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +79,11 @@ class Running:
         listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            app, log_level="warning", ws_per_message_deflate=False, timeout_graceful_shutdown=5
+            app,
+            log_level="warning",
+            ws_per_message_deflate=False,
+            ws_ping_interval=None,  # a client that is starved answers late
+            timeout_graceful_shutdown=5,
         )
         self.server = uvicorn.Server(config)
         started = threading.Event()
@@ -110,6 +128,14 @@ def talk():
     """Runs a conversation with a server."""
 
     def run(conversation):
-        return asyncio.run(asyncio.wait_for(conversation, HANGS))
+        return asyncio.run(asyncio.wait_for(watched(conversation), HANGS))
 
     return run
+
+
+async def watched(conversation):
+    """Awaits a conversation. AssertionError once neither it nor a server does any work."""
+    task, progress = asyncio.ensure_future(conversation), Progress(os.getpid())
+    while not (await asyncio.wait({task}, timeout=5))[0]:
+        progress.check()
+    return task.result()

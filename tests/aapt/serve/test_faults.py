@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+from aapt.serve import connection  # noqa: E402
 from aapt.serve.client import Client, Frames, Refused  # noqa: E402
+from aapt.serve.scheduler import QUANTUM  # noqa: E402
 from aapt.streaming.actions import Replay  # noqa: E402
 
 from .test_play import encoded, get_log, opened, step_to  # noqa: E402
@@ -26,9 +28,14 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def kept(running):
+    """True while a lost world is kept that will be forgotten at once."""
+    return running.play.kept and not running.play.settings.keep_seconds
+
+
 async def settled(running):
     """Waits until all worlds are closed."""
-    while running.play.sessions or running.play.line.taken:
+    while running.play.sessions or running.play.line.taken or kept(running):
         await asyncio.sleep(0.01)
 
 
@@ -81,17 +88,16 @@ async def oversize(running):
 async def flood(running):
     client = await Client.connect(running.url)
     await opened(client)
-    with pytest.raises(Refused, match="messages: expected (at most 240 per second|a client that)"):
+    with pytest.raises(Refused, match="messages: expected (at most 20 per second|a client that)"):
         for _ in range(5000):
             await client.send("ping", time=0)
-            if client.sequence % 100 == 0:
-                await asyncio.sleep(0)
+            await asyncio.sleep(0)
         await client.text("never")
 
 
 async def slow(running, over):
     """Reads nothing until the others have finished; then its frames are soon of the present."""
-    client = await Client.connect(running.url, max_queue=1)
+    client = await Client.connect(running.url, max_queue=1, ping_interval=None)
     await opened(client)
     await client.send("play")
     await over.wait()
@@ -101,8 +107,9 @@ async def slow(running, over):
     client.socket.transport.abort()
 
 
-def test_eight_visitors_and_their_faults(serve, talk, generator):
-    running = serve(sessions=8, messages_per_second=240)
+def test_eight_visitors_and_their_faults(serve, talk, generator, monkeypatch):
+    monkeypatch.setattr(connection, "UNREAD_SECONDS", 1e6)  # the slow one may be slow
+    running = serve(sessions=8, messages_per_second=20)
     steps = 30
 
     async def conversation():
@@ -129,20 +136,22 @@ def test_eight_visitors_and_their_faults(serve, talk, generator):
 
 
 def test_worlds_that_are_played_at_once_get_equal_shares(serve, talk):
-    """Each gets as much of the device's time on a machine that cannot keep the pace."""
+    """Each gets as much of the device's time on a machine that cannot keep the pace, up to a slice
+    and what a turn may save."""
     running = serve(sessions=4)
-    spent = [0.0] * 4
+    spent, slices = [0.0] * 4, []
 
     def timed(number, run):
         def run_and_time():
             started = time.perf_counter()
             run()
-            spent[number] += time.perf_counter() - started
+            slices.append(time.perf_counter() - started)
+            spent[number] += slices[-1]
 
         return run_and_time
 
     async def conversation():
-        clients = [await Client.connect(running.url) for _ in range(4)]
+        clients = [await Client.connect(running.url, ping_interval=None) for _ in range(4)]
         for seed, client in enumerate(clients):
             await opened(client, seed=seed)
         sessions = list(running.play.sessions.values())
@@ -164,7 +173,8 @@ def test_worlds_that_are_played_at_once_get_equal_shares(serve, talk):
         return shares
 
     shares = talk(conversation())
-    assert max(shares) - min(shares) <= 0.1 * max(shares)
+    owed = 2 * (max(slices) + QUANTUM)
+    assert max(shares) - min(shares) <= owed + 0.1 * max(shares)
 
 
 def test_two_hundred_opens_and_closes_leave_nothing(serve, talk):
@@ -194,6 +204,16 @@ def test_two_hundred_opens_and_closes_leave_nothing(serve, talk):
     assert not running.play.scheduler._order and not running.play.scheduler._credit
 
 
+async def step_time(client, count=100):
+    """Milliseconds of a step: a low percentile of the next ones, without the machine's pauses."""
+    spent = []
+    while len(spent) < count:
+        message = await client.receive()
+        if isinstance(message, Frames):
+            spent.append(message.header.model_ms)
+    return float(np.percentile(spent, 10))
+
+
 @pytest.mark.parametrize("name", ["small-world", "tiny-world"])
 def test_a_long_walk_neither_grows_nor_slows(serve, talk, name):
     """Memory and time of a step have no slope over five minutes' worth of steps."""
@@ -202,25 +222,29 @@ def test_a_long_walk_neither_grows_nor_slows(serve, talk, name):
     count, part = 1800, 300  # five minutes at 24 fps, and the length of a sample
 
     async def conversation():
-        memory, seconds = [], []
-        async with await Client.connect(running.url) as client:
+        memory = []
+        async with await Client.connect(running.url, ping_interval=None) as client:
             await opened(client)
             session = next(iter(running.play.sessions.values()))
             session.period = 0.0
             await client.input(forward=1.0)
             await client.send("play")
             for end in range(part, count + 1, part):
-                spent = []
                 while session.place.step < end:
-                    message = await client.receive()
-                    if isinstance(message, Frames):
-                        spent.append(message.header.model_ms)
+                    await client.receive()
                 memory.append(resident())
-                seconds.append(float(np.percentile(spent, 10)))
+            async with await Client.connect(running.url, ping_interval=None) as other:
+                await opened(other)
+                fresh = running.play.sessions[other.welcome["token"]]
+                fresh.period = 0.0
+                await other.send("play")
+                while fresh.place.step < 20:  # the window is full
+                    await other.receive()
+                seconds = await asyncio.gather(step_time(client), step_time(other))
         await settled(running)
         return memory, seconds
 
-    memory, seconds = talk(conversation())
+    memory, (old, new) = talk(conversation())
     # A step of the log takes about 300 bytes, a leaked latent frame 15 kB. The allocator's arenas
     # grow by jumps, hence the median of all slopes.
     slopes = [
@@ -228,7 +252,7 @@ def test_a_long_walk_neither_grows_nor_slows(serve, talk, name):
         for start, end in itertools.combinations(range(1, len(memory)), 2)
     ]
     assert np.median(slopes) < part * 4000
-    assert min(seconds[-2:]) < 1.5 * min(seconds[:2])
+    assert old < 1.5 * new
 
 
 def test_a_half_open_handshake_holds_no_place(serve, talk):

@@ -224,9 +224,9 @@ def test_a_split_plays_two_motions_from_one_past(serve, talk, generator):
             await client.text("split")
             past = [await client.frames(), await client.frames()]
             assert past[0].images == past[1].images
-            await step_to(client, 40, lane=1)
+            reached = max(await step_to(client, 40, lane=1))
             await client.pose(shares(STILL), lane=1)
-            await step_to(client, 70, lane=1)
+            await step_to(client, reached + 30, lane=1)
             return await get_log(client)
 
     walk = talk(conversation())

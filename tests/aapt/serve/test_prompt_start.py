@@ -23,8 +23,11 @@ from .test_play import encoded, get_log, opened, step_to, video  # noqa: E402
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A model whose first chunk has 9 video frames and whose later ones have 12."""
-    path = tmp_path_factory.mktemp("world") / "few-step"
+    return save(tmp_path_factory.mktemp("world") / "few-step")
+
+
+def save(path):
+    """Saves a model whose first chunk has 9 video frames and whose later ones have 12."""
     path.mkdir()
     generator = build(*FORMS[1])
     save_module(path / "model.safetensors", generator.model)

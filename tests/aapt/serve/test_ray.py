@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -19,18 +17,8 @@ import websockets  # noqa: E402
 
 from aapt.serve.client import Client  # noqa: E402
 
-from .test_play import encoded, get_log, opened, video  # noqa: E402
-
-
-def free_port():
-    """A port that stays free while Ray starts.
-
-    The system hands out ports from 32768 up, Ray's workers take 10002 to 19999.
-    """
-    for port in random.sample(range(20000, 32768), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise RuntimeError("no free port among 100 between 20000 and 32767")
+from .conftest import free_port  # noqa: E402
+from .test_play import encoded, get_log, video  # noqa: E402
 
 
 @pytest.fixture
@@ -70,6 +58,18 @@ def replicas():
     return found
 
 
+async def placed(address, **fields):
+    """Opens a world on a replica with a free place: Ray may choose a full one, or a dead one."""
+    while True:
+        with contextlib.suppress(websockets.WebSocketException, OSError):
+            client = await Client.connect(address)
+            await client.send("open", image="sample", **fields)
+            if (await client.text("opened", "queued"))["type"] == "opened":
+                return client
+            await client.socket.close()
+        await asyncio.sleep(0.1)
+
+
 def test_a_replica_that_dies_leaves_the_others_as_they_are(address, talk, generator):
     async def to(client, step):
         made = {}
@@ -80,9 +80,8 @@ def test_a_replica_that_dies_leaves_the_others_as_they_are(address, talk, genera
 
     async def conversation():
         # One place per replica: two worlds are open at once only on two replicas
-        clients = [await Client.connect(address) for _ in range(2)]
-        for seed, client in enumerate(clients):
-            await opened(client, seed=seed)
+        clients = [await placed(address, seed=seed) for seed in range(2)]
+        for client in clients:
             await client.send("play")
             await to(client, 5)
         running = replicas()
@@ -96,8 +95,8 @@ def test_a_replica_that_dies_leaves_the_others_as_they_are(address, talk, genera
         await clients[survivor].send("pause")
         walk = await get_log(clients[survivor])
         await clients[survivor].socket.close()
-        async with await Client.connect(address) as client:
-            await opened(client)  # there is a place again
+        async with await placed(address):  # there is a place again
+            pass
         return survivor, results[survivor], walk
 
     survivor, made, walk = talk(conversation())

@@ -45,6 +45,8 @@ def test_a_replica_takes_the_options_of_the_command():
         ("AAPT_CACHE", "fp8", "expected one of model, float8, float8-past, got 'fp8'"),
         ("AAPT_SESSIONS", "0", "expected a number of at least 1, got 0"),
         ("AAPT_REPLICAS", "two", "expected a number of at least 1, got two"),
+        ("AAPT_TOKEN", "", "expected letters, digits and . _ ~ -, got none or others"),
+        ("AAPT_TOKEN", "a&b", "expected letters, digits and . _ ~ -, got none or others"),
         ("AAPT_BATCH", "2", "expected 0 or 1, got 2"),
         ("AAPT_BATCH", "yes", "expected 0 or 1, got yes"),
     ],

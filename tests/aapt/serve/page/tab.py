@@ -12,6 +12,20 @@ from aapt.serve.protocol import FRAMES, read_frames
 
 QUIET = 120.0  # seconds without any progress after which a wait has failed
 SIZE = (128, 80)  # of the bundled model's frames
+SENT = """
+  window.sent = [];
+  const send = WebSocket.prototype.send;
+  WebSocket.prototype.send = function (data) {
+    if (typeof data === "string") window.sent.push(data);
+    send.call(this, data);
+  };
+"""
+SAID = """
+  window.said = [];
+  const line = document.getElementById("status");
+  new MutationObserver(() => window.said.push(line.textContent))
+    .observe(line, {childList: true, characterData: true, subtree: true});
+"""
 
 
 class Tab:
@@ -20,7 +34,7 @@ class Tab:
     Attributes:
         tab: The tab of Playwright.
         frames: (header, images) of every binary message, in the order of arrival.
-        sent: Messages of the page.
+        texts: Text messages of the server, in the order of arrival.
         faults: Lines that the browser wrote to its console, and exceptions.
         hosts: Hosts that were asked for anything.
     """
@@ -28,7 +42,8 @@ class Tab:
     def __init__(self, browser, address, *, link="", **options):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}} | options)
         self.tab = self.context.new_page()
-        self.frames, self.sent, self.faults, self.hosts = [], [], [], set()
+        self.frames, self.texts, self.faults, self.hosts = [], [], [], set()
+        self.tab.add_init_script(SENT)
         self.tab.on("websocket", self._listen)
         self.tab.on("console", lambda message: self.faults.append(message.text))
         self.tab.on("pageerror", lambda error: self.faults.append(str(error)))
@@ -37,17 +52,19 @@ class Tab:
 
     def _listen(self, websocket):
         websocket.on("framereceived", self._received)
-        websocket.on("framesent", self._sent)
-
-    def _sent(self, payload):
-        if isinstance(payload, str):
-            self.sent.append(json.loads(payload))
 
     def _received(self, payload):
-        if isinstance(payload, bytes):
+        if isinstance(payload, str):
+            self.texts.append(json.loads(payload))
+        else:
             header, images = read_frames(payload)
             if header.kind == FRAMES:
                 self.frames.append((header, images))
+
+    @property
+    def sent(self):
+        """Messages of the page since it was loaded."""
+        return [json.loads(text) for text in self.tab.evaluate("window.sent")]
 
     @property
     def state(self):
@@ -93,13 +110,24 @@ class Tab:
             self.tab.keyboard.up(key)
 
     def pause(self):
+        """Pauses, and waits until all frames that were made have arrived and are painted."""
+        count = len(self.texts)
         if self.state == "playing":
             self.tab.keyboard.press("Space")
+            self.wait(lambda: any(self.stopped(text) for text in self.texts[count:]), "a pause")
         self.wait_state("paused")
-        count = -1  # frames that were on their way
-        while count != len(self.frames):
-            count = len(self.frames)
-            self.tab.wait_for_timeout(400)
+        places = [(header.branch, header.step) for header, _ in self.frames if header.lane == 0]
+        self.wait(lambda: self.place == places[-1], f"step {places[-1]}")
+
+    @staticmethod
+    def stopped(text):
+        return text["type"] == "state" and not text["playing"]
+
+    def replay(self, words):
+        """Plays what is recorded after the playhead, and waits until the page has said so."""
+        self.tab.evaluate(SAID)
+        self.tab.click("#replay")
+        self.wait(lambda: words in self.tab.evaluate("window.said"), words)
 
     def picture(self, lane=0):
         """The image on a canvas: uint8 (80, 128, 3)."""

@@ -175,7 +175,6 @@ def written(page, name):
 
 def honoured(page, steps):
     """Plays on until a number of steps has honoured the last pose of the page; pauses."""
-    page.tab.wait_for_timeout(100)  # what the page has just sent is known here
     last = poses(page)[-1]["sequence"]
     page.wait(lambda: page.frames[-1][0].input >= last, "the last pose")
     page.wait_step(page.frames[-1][0].step + steps)
@@ -308,8 +307,7 @@ def test_recorded_poses_are_replayed_and_their_end_is_held(page, puppet):
     end = page_end(page)
     page.seek(1)
     page.tab.click("#themes button:has-text('cd')")
-    page.tab.click("#replay")
-    page.wait(lambda: page.text("status") == "Replaying your poses")
+    page.replay("Replaying your poses")
     page.wait_state("paused")
     found, branch, step = walk(puppet)
     assert (branch, step) == (1, end)
@@ -336,7 +334,6 @@ def test_a_replay_ends_when_the_player_takes_over(page, taken):
     else:
         page.tab.click("#motions button:has-text('hold')")
         page.wait_state("paused")
-    page.tab.wait_for_timeout(100)  # what the page has just sent is known here
     goal = poses(page)[-1]["points"]
     box = page.tab.locator("#figure0").bounding_box()
     x, y = centre(page, "left wrist")

@@ -1,7 +1,6 @@
 """The page in every state and on every screen: waiting, lost, ended; a phone; by keyboard alone."""
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,13 @@ import pytest
 
 from aapt.serve.protocol import REDO
 
-from ..conftest import HANGS
+from ..conftest import HANGS, free_port
 
 
 @pytest.fixture
 def command():
     """Starts `aapt serve` on a port of its own, as a process that can be killed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
 
     def start():
         process = subprocess.Popen(
@@ -53,6 +50,8 @@ def test_a_restarted_server_gets_the_world_back(command, open_page):
     page.pause()
     page.wait(lambda: page.images(0, page.step), "frames")
     place, last = page.place, page.images(*page.place)
+    logs = [text["lines"] for text in page.texts if text["type"] == "log"]
+    assert len(logs[-1]) > place[1]  # the page has what it will go on with
     process.kill()
     process.wait()
     page.wait_state("lost")
@@ -86,7 +85,10 @@ def test_a_visitor_without_a_place_waits_and_is_told(open_page, serve):
 
 
 def test_an_idle_world_ends_and_starts_again(open_page, serve):
-    page = open_page(serve(idle_seconds=1.0)).wait_state("ended")
+    running = serve()
+    page = open_page(running).wait_state("ready")
+    next(iter(running.play.sessions.values())).touched = float("-inf")
+    page.wait_state("ended")
     assert page.text("card-title") == "The world went to sleep"
     page.tab.click("#card-button")
     page.wait_state("ready")
@@ -99,21 +101,26 @@ def test_a_refused_walk_is_told_and_the_sample_opens(open_page, tiny_world):
 
 def test_figures_are_those_of_the_frames(page):
     page.show_figures()
-    for key in "wawdw":
+
+    def figures():
+        return page.tab.evaluate("({...document.getElementById('hud').dataset})")
+
+    for count, key in enumerate("wawdw", start=1):
         page.hold(key, until=page.step + 3)
+        page.wait(lambda count=count: int(figures()["presses"]) == count, "the receipt")
     page.pause()
-    figures = page.wait(lambda: page.tab.evaluate("({...document.getElementById('hud').dataset})"))
     times = [
         header.model_ms + header.pixels_ms + header.encode_ms
         for header, _ in page.frames
         if header.step and not header.flags & ~REDO
     ]
-    assert float(figures["step50"]) == pytest.approx(np.percentile(times, 50), rel=0.35)
-    assert float(figures["step99"]) <= max(times) + 0.01
-    assert int(figures["presses"]) == 5
-    assert 0 < float(figures["key50"]) <= float(figures["key99"])
+    middle = np.percentile(times, 50, method="inverted_cdf")
+    page.wait(lambda: abs(float(figures()["step50"]) - middle) < 0.01, "the figures of all steps")
+    shown = figures()
+    assert float(shown["step99"]) <= max(times) + 0.01
+    assert 0 < float(shown["key50"]) <= float(shown["key99"])
     # A frame honours a key no sooner than the fastest step is made.
-    assert float(figures["key50"]) > min(times) / 2
+    assert float(shown["key50"]) > min(times) / 2
     assert page.tab.query_selector_all("#tree .keys-honoured")
 
 
@@ -123,8 +130,8 @@ def test_the_page_is_measured_with_its_own_figures(browser, tiny_world, redo):
     from aapt.serve.browser import play_page
 
     for seconds in (3.0, 15.0, 60.0):  # a busy machine has rarely time to redo a step
-        found = play_page(browser, tiny_world.address, seconds, redo)
-        if found["redone"] or not redo:
+        found = play_page(browser, f"http://{tiny_world.address}/", seconds, redo)
+        if found["keys"] >= 3 and (found["redone"] or not redo):
             break
     assert found["redo"] == redo and found["keys"] >= 3 and found["fps"] > 0
     assert found["redone"] > 0 if redo else found["redone"] == 0
