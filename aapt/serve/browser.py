@@ -62,6 +62,7 @@ def measure_in_browser(url: str, seconds: float) -> list[dict[str, Any]]:
 def play_page(browser: Browser, url: str, seconds: float, redo: bool) -> dict[str, Any]:
     """Plays a page in a new tab, with or without redo, and returns its figures."""
     page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page.set_default_timeout(OPENING_MS)
     page.goto(url)
     _wait_state(page, "ready")
     if page.get_attribute("#figures", "aria-pressed") != "true":
@@ -91,7 +92,7 @@ def play_page(browser: Browser, url: str, seconds: float, redo: bool) -> dict[st
 
 
 def _wait_state(page: Page, state: str) -> None:
-    page.wait_for_selector(f'body[data-state="{state}"]', timeout=OPENING_MS)
+    page.wait_for_selector(f'body[data-state="{state}"]')
 
 
 def _press_keys(page: Page, seconds: float) -> list[float]:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from aapt.serve.protocol import FRAMES, read_frames
 
+from ..conftest import HANGS
+
 QUIET = 120.0  # seconds without any progress after which a wait has failed
 SIZE = (128, 80)  # of the bundled model's frames
 SENT = """
@@ -41,6 +43,7 @@ class Tab:
 
     def __init__(self, browser, address, *, link="", **options):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}} | options)
+        self.context.set_default_timeout(1000 * HANGS)
         self.tab = self.context.new_page()
         self.frames, self.texts, self.faults, self.hosts = [], [], [], set()
         self.tab.add_init_script(SENT)
