@@ -7,6 +7,10 @@ SOURCES := aapt aapt_kernels tests benchmarks docs examples tools setup.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# A file of tests per process at a time, in the order of tests/conftest.py.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	--durations=20 --junitxml=build/$@.xml
+
 .PHONY: demo build test test-all test-serve lint docs bench gpu wheels hub clean
 
 demo: $(VENV)/.installed
@@ -19,17 +23,17 @@ build: $(VENV)/.installed
 
 test: lint
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow" $(NO_SERVER)
+	$(PYTEST) -m "not slow" $(NO_SERVER)
 
 test-all: lint
 	@echo "== tests, full sweeps included"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(NO_SERVER)
+	$(PYTEST) $(NO_SERVER)
 
 # In a browser without a window; without chromium these tests are skipped.
 NO_SERVER := --ignore=tests/aapt/serve
 test-serve: $(VENV)/.serve
 	@echo "== tests of the page and its server"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/aapt/serve
+	$(PYTEST) tests/aapt/serve
 
 lint: $(VENV)/.installed
 	@echo "== lint: ruff and clang-format"

@@ -24,7 +24,7 @@ MOST_LOSS = 0.06
 class SelfCheckError(RuntimeError):
     """Says which head of a float8 cache loses too much, and what to do.
 
-    loss: the message without the mend, which is for those who make the cache.
+    loss: what is lost, and where. mend: what those who make the cache can do. The message is both.
     """
 
     def __init__(self, loss: str, mend: str):

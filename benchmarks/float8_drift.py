@@ -35,7 +35,7 @@ SPANS = ((3, 6), (56, 60))  # seconds, both included, over which drift is measur
 
 @dataclass(frozen=True)
 class Variant:
-    """A precision of the model; seed: of the noise."""
+    """Precision of the model. seed: seed of the noise."""
 
     name: str
     dtype: torch.dtype = torch.bfloat16

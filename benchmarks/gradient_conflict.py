@@ -288,10 +288,12 @@ def main() -> None:
             for name, found in results.items()
         }
         settings = {"clips": given.clips, "frames": given.frames, "seed": given.seed}
+        settings["judge"] = given.judge and str(given.judge)
         print(json.dumps({**settings, "results": plain, **environment()}, indent=2))
         return
     for name, found in results.items():
-        print(f"\n{name}: {given.clips} clips of {given.frames} latent frames")
+        loss = f"adversarial loss of {given.judge}" if given.judge else "squared error"
+        print(f"\n{name}: {given.clips} clips of {given.frames} latent frames, {loss}")
         print(f"{'block':6}" + "".join(f"{family:^34}" for family in FAMILIES))
         print(" " * 6 + f"{'cosine':>9}{'< 0':>7}{'together':>10}{'ratio':>8}" * len(FAMILIES))
         for block in found[FAMILIES[0]]:

@@ -9,6 +9,7 @@ result keeps it.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -123,17 +124,28 @@ def _measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Resu
     return Result(json.loads(report.read_text()), read(out / MINUTES), read(speeds))
 
 
-def keep(result: Result, path: Path) -> None:
-    """Write what the page needs of a seed's result."""
+def keep(experiment: Experiment, result: Result, path: Path) -> None:
+    """Writes what the page needs of a seed's result, and of which experiment it is."""
     report = {part: result.report[part] for part in ("settings", "environment", "windows")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(replace(result, report=report)))
+    write_json(path, {"experiment": digest(experiment), **asdict(replace(result, report=report))})
 
 
-def kept(folder: Path) -> dict[int, Result]:
-    """Read the results of all seeds, by seed."""
-    numbered = sorted((int(path.stem.removeprefix("seed-")), path) for path in folder.iterdir())
-    return {seed: Result(**json.loads(path.read_text())) for seed, path in numbered}
+def kept(experiment: Experiment, folder: Path) -> dict[int, Result]:
+    """Reads the results of all seeds, by seed. ValueError for one of another experiment."""
+    found = {}
+    for path in folder.glob("seed-*.json"):
+        result = json.loads(path.read_text())
+        if result.pop("experiment") != digest(experiment):
+            raise ValueError(f"{path}: expected a seed of this experiment as it is now; remove it")
+        found[int(path.stem.removeprefix("seed-"))] = Result(**result)
+    return dict(sorted(found.items()))
+
+
+def digest(experiment: Experiment) -> str:
+    """Names what is trained and measured, whatever the question says."""
+    facts = asdict(experiment) | {"question": None}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -172,8 +184,7 @@ def speed(folder: Path, frames: int = 20) -> tuple[int, float]:
 def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> str:
     """Formats the result in Markdown: means over seeds, and the largest deviation of a seed."""
     seeds = " ".join(map(str, results))
-    first = next(iter(results.values())).report
-    settings, machine = first["settings"], first["environment"]
+    settings = next(iter(results.values())).report["settings"]
     small = bool(experiment.recipe.autoencoder)
     lines = [
         f"# {name}",
@@ -187,13 +198,13 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
         "",
         LEGEND,
     ]
-    parts = dict.fromkeys(part for result in results.values() for part in result.minutes)
-    if parts:
-        taken = {
-            part: [r.minutes[part] for r in results.values() if part in r.minutes] for part in parts
-        }
+    by_machine = machines(results.values())
+    for machine, measured in by_machine.items():
+        parts = dict.fromkeys(part for result in measured for part in result.minutes)
+        taken = {part: [r.minutes[part] for r in measured if part in r.minutes] for part in parts}
         shown = ", ".join(f"{part} {spread(minutes, '{:.1f}')}" for part, minutes in taken.items())
-        lines += ["", f"CPU minutes ({machine['cpu']}, threads: {machine['threads']}): {shown}."]
+        if shown:
+            lines += ["", f"CPU minutes ({machine}): {shown}."]
     sources = (*experiment.beside, *experiment.variants, *experiment.samplings)
     for window in experiment.windows:
         lines += ["", f"## {window}", "", *heading(title for title, _, _ in COLUMNS)]
@@ -202,13 +213,23 @@ def page(experiment: Experiment, name: str, results: Mapping[int, Result]) -> st
             cells = (spread([each[field] for each in found], form) for _, field, form in COLUMNS)
             lines += [f"| {source} | " + " | ".join(cells) + " |"]
     if experiment.samplings or experiment.timed:
-        lines += ["", "## Cost per latent frame, one stream without its decoder", ""]
-        lines += heading(("forward passes", "CPU ms"))
-        for source in sources:
-            passes, taken = zip(*(result.speeds[source] for result in results.values()))
-            lines += [f"| {source} | {passes[0]} | {spread(taken, '{:.1f}')} |"]
+        lines += ["", "## Cost per latent frame, one stream without its decoder"]
+        for machine, measured in by_machine.items():
+            lines += ["", *heading(("forward passes", f"CPU ms ({machine})"))]
+            for source in sources:
+                passes, taken = zip(*(result.speeds[source] for result in measured))
+                lines += [f"| {source} | {passes[0]} | {spread(taken, '{:.1f}')} |"]
     lines += ["", f"![Drift over time]({name}-drift.png)", "", f"![Frames]({name}-sheet.jpg)"]
     return "\n".join(lines) + "\n"
+
+
+def machines(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Groups results by processor and threads, because their times are not of one kind."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        facts = result.report["environment"]
+        found.setdefault(f"{facts['cpu']}, threads: {facts['threads']}", []).append(result)
+    return found
 
 
 def heading(titles: Iterable[str]) -> list[str]:
@@ -244,7 +265,9 @@ def publish(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--run", type=Path, required=True, help="folder of `aapt train tiny-world`")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="folder that the experiment starts from"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/proof"))
     parser.add_argument("--docs", type=Path, default=Path("docs/proof"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/proof"))
@@ -254,8 +277,9 @@ def main() -> None:
     experiment = EXPERIMENTS[name]()
     folders = {seed: given.out / name / f"seed-{seed}" for seed in given.seeds}
     for seed, out in folders.items():
-        keep(measure(experiment, seed, given.run, out), given.results / name / f"seed-{seed}.json")
-    results = kept(given.results / name)
+        result = measure(experiment, seed, given.run, out)
+        keep(experiment, result, given.results / name / f"seed-{seed}.json")
+    results = kept(experiment, given.results / name)
     publish(experiment, name, results, folders[given.seeds[0]] / "evaluation", given.docs)
 
 

@@ -1,7 +1,7 @@
 """The experiments of the proof: what is asked, and what is trained to answer it.
 
 Those on the bundled world start from stages of `aapt train tiny-world`, the others from stages of
-`aapt train small-world`, a fifth of its size. The small ones are measured at five seconds only.
+`aapt train small-world`, a third of its weights at 80x48, measured at five seconds only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -110,7 +110,8 @@ def from_scratch(
     **model: object,
 ) -> Experiment:
     """All stages in brief, for a model with other inputs than the recipe's; under diffusion forcing
-    the first two. camera, model: fields that differ from the recipe's. small: On the small world.
+    the first two. camera, model: fields that differ from the recipe's. small: True for the small
+    world.
     """
     recipe = small_world() if small else tiny_world()
     changed = replace(recipe.camera, **camera or {}), replace(recipe.model, **model)
@@ -281,7 +282,7 @@ def one_thing(question: str, **changes: Mapping) -> Experiment:
     """The base of `stage_three` on the small world, and variants that each change some fields."""
     variants = {name.replace("_", "-"): plain(**fields) for name, fields in changes.items()}
     return Experiment(
-        f"{question} Every line below `base` changes one thing of it.",
+        f"{question} Every line below `base` changes of it what the line's name says.",
         {"base": plain(), **variants},
         small_world(),
         beside=("regression",),

@@ -9,6 +9,22 @@ import pytest
 import torch
 
 
+# Files that take minutes come first, so that no process is left with one at the end.
+LONG = (
+    "tests/kernels/test_triton_interpreter.py",
+    "tests/sim/test_cached_bugs.py",
+    "tests/sim/test_append_bugs.py",
+    "tests/docs/test_post_training_page.py",
+    "tests/aapt/runs/test_rehearsal.py",
+    "tests/aapt/runs/test_parallel_stages.py",
+    "tests/aapt/runs/test_growth.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 def pytest_configure(config):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     share = max(1, (os.cpu_count() or 1) // workers)

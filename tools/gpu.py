@@ -39,7 +39,7 @@ from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 
-from gpu_parts import PARTS, PATIENCE, Group
+from gpu_parts import PARTS, Group
 from gpu_results import (
     GOOD,
     ROOT,
@@ -156,7 +156,7 @@ def groups_of(options: argparse.Namespace) -> tuple[Group, ...]:
             return replace(group, options=given)
         # On a CPU shapes have other names, and deadlines say nothing.
         cases = tuple(dict.fromkeys(map(function_of, group.cases)))
-        return replace(group, cases=cases, options=given, seconds=inf, patience=PATIENCE)
+        return replace(group, cases=cases, options=given, seconds=inf, patience=inf)
 
     return tuple(map(complete, groups))
 
@@ -224,7 +224,8 @@ def main(arguments: list[str]) -> int:
     except Refusal as refusal:
         print(f"make gpu: {refusal}", file=sys.stderr)
         return 2
-    return run(options, begun + (options.seconds or PARTS[options.part].seconds))
+    seconds = options.seconds or (inf if options.dry_run else PARTS[options.part].seconds)
+    return run(options, begun + seconds)
 
 
 def stop(signum, frame):

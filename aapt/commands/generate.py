@@ -153,7 +153,8 @@ def generate(
     if replay or original or branch is not None:
         given = {"image": image, "prompt": prompt, "controls": controls}
         given |= {"pose": pose, "size": size}
-        _replay(replay, branch, original, given, model, (device, dtype, cache), out, scale)
+        place = device, dtype, cache, text_device
+        _replay(replay, branch, original, given, model, place, out, scale)
         return
     with bad_input():
         check_seconds("seconds", seconds)
@@ -193,13 +194,14 @@ def _replay(
     original: bool,
     given: dict[str, Any],
     model: str,
-    place: tuple[str | None, str | None, str | None],
+    place: tuple[str | None, ...],
     out: str,
     scale: int | None,
 ) -> None:
     """Write the video of an action log, and say where it differs from what was played.
 
-    place: device, precision and cache, each None for the default; that of the cache is the log's.
+    place: device, precision, cache and the text encoder's device, each None for the default; that
+    of the cache is the log's.
     """
     from ..checkpoint import find_checkpoint
     from ..media.video import open_video, output_kind
@@ -220,7 +222,7 @@ def _replay(
                 f"replay: expected a walk of {model} {digest[:12]}, got one of {walk.model} "
                 f"{walk.digest[:12]}; pass --model FOLDER"
             )
-        device, dtype, cache = place
+        device, dtype, cache, text_device = place
         check_same("replay", walk.cache, cache or walk.cache, "leave --cache away")
         branch = len(walk.branches) - 1 if branch is None else branch
         walk.check(branch, 0)
@@ -229,6 +231,7 @@ def _replay(
         height, width, _ = walk.first_frame.shape
         size = f"{width}x{height}"
     options = {"decoder": ORIGINAL if original else LIGHT, "cache": walk.cache}
+    options["text_device"] = text_device
     generator = load(model, device, dtype, size, **options)
     path = walk.path(branch, walk.branches[branch].end)
     with bad_input():

@@ -5,10 +5,10 @@ its own. Backward, which that attention has for a lone frame that sees every key
 tiles.
 
 A tile is a chunk of (batch, head) pairs times the rows of one frame, or of several if a frame is
-small. All its keys fit one softmax, whose probabilities are computed anew. Half precision is
-computed in float32, whose scores keep their accuracy, and multiplied in bfloat16 if it came in
-that. Every large temporary is scratch that all tiles share, because fresh pages cost more than
-the arithmetic.
+small. All its keys fit one softmax, whose probabilities are computed anew. The backward computes
+half precision in float32; factors of its products are rounded to bfloat16 if the inputs are
+bfloat16 (`products_of`). Every large temporary is scratch that all tiles share, because fresh pages
+cost more than the arithmetic.
 
 Rows of several frames share keys that only some of them see. A weight of zero hides the others, but
 not NaN and infinity: if the inputs hold any, every frame gets a tile of its own.
@@ -207,10 +207,11 @@ class Problem:
 
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Let the process multiply float32 matrices in bfloat16 if that is the dtype of the inputs.
+    """Multiply float32 matrices in bfloat16 inside, if that is the dtype of the inputs.
 
     oneDNN rounds the factors and sums in float32: twice as fast on a processor with AVX512-BF16,
-    and no different on one without. One thread at a time, because the setting is the process's.
+    and no different on one without. The setting is the process's: one backward at a time has it,
+    and float32 products of other threads are rounded meanwhile.
     """
     if dtype != torch.bfloat16:
         yield

@@ -154,14 +154,13 @@ def causal_conv3d_e4m3(
     _check_next(x, weight, *optional, pixels, keep_out)
     if x.dtype == e4m3.FORMAT:
         stored["x"] = given.pop("x")
-        for name, fits in (
-            ("bias", bias is not None),
-            ("norm_weight", norm_weight is None),
-            ("silu", not silu),
+        for name, fits, wanted, got in (
+            ("bias", bias is not None, "a tensor", "none"),
+            ("norm_weight", norm_weight is None, "none", "a tensor"),
+            ("silu", not silu, "False", "True"),
         ):
             if not fits:
-                wanted = "a tensor" if name == "bias" else "none"
-                raise ValueError(f"{name}: expected {wanted} with x of {x.dtype}")
+                raise ValueError(f"{name}: expected {wanted} with x of {x.dtype}, got {got}")
     check_dtype(given, [dtype for dtype in FLOATS if dtype != torch.float64])
     check_dtype(stored, [e4m3.FORMAT])
     check_dtype({"weight_scale": weight_scale}, [torch.float32])
@@ -192,7 +191,8 @@ def fuses_next_norm(x: Tensor, weight: Tensor, op: str = "causal_conv3d") -> boo
     """Return whether `next_norm_weight` of an op is cheaper than a norm before the next
     convolution: the kernel that takes x norms in its epilogue, and there is no gradient to compute.
 
-    Never under autocast, because another dtype than that of x then chooses the kernel.
+    op: causal_conv3d or causal_conv3d_e4m3. Never under autocast, because another dtype than that
+    of x then chooses the kernel.
     """
     out_channels = weight.shape[0]
     if autocasts(x.device):

@@ -41,11 +41,10 @@ def limit(
     *_,
 ) -> str | None:
     """Return why the kernels do not take these arguments, None if they do."""
-    if x.dtype not in (*FLOATS, FORMAT) or x.shape[1] > MAX_CHANNELS:
-        return (
-            f"it takes float16, bfloat16 or float32 with at most {MAX_CHANNELS} input channels, "
-            f"got {x.dtype} with {x.shape[1]}"
-        )
+    if x.dtype not in (*FLOATS, FORMAT):
+        return f"it takes float16, bfloat16, float32 or {FORMAT}, got {x.dtype}"
+    if x.shape[1] > MAX_CHANNELS:
+        return f"it takes at most {MAX_CHANNELS} input channels, got {x.shape[1]}"
     if weight is None:
         return None
     sizes = [x.shape[1:], (weight.shape[0], *out_size(x, stride, upsample, state is None))]
@@ -352,8 +351,9 @@ def forward(
     keep_state,
     weight_scale=None,
 ):
-    """With `weight_scale` weight and state are e4m3, and so are what is multiplied and the normed
-    output. x may then be e4m3, for an output of the dtype of the bias."""
+    """weight_scale: (out_channels,) float32, or None. If given, weight, state and the normed output
+    are e4m3; x is e4m3 or is rounded here, and with an e4m3 x the output has the dtype of the bias.
+    """
     batch, channels, frames, height, width = x.shape
     out_channels, _, kt, kh, kw = weight.shape
     repeats, copies = upsample

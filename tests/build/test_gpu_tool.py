@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from gpu_results import Results, format_figures, format_summary, slug
 from gpu_watch import run_group
 
 from aapt_kernels.testing import time_by_turns
+
+from ..progress import wait_until
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "gpu.py"
@@ -171,9 +172,7 @@ def test_a_run_that_is_ended_ends_its_cases(tmp_path):
     case.write_text(program)
     command = [sys.executable, TOOL, "--part", "calibrate", "--dry-run", "--out", tmp_path, case]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (pid.exists() and pid.read_text().endswith(".")):
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: pid.exists() and pid.read_text().endswith("."), process)
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):

@@ -109,13 +109,30 @@ def test_minutes_add_up_over_calls_that_were_stopped(proof, tmp_path, monkeypatc
     assert json.loads((tmp_path / "minutes.json").read_text()) == {"short": 1.5}
 
 
-def test_results_of_several_machines_are_kept_by_seed(proof, tmp_path):
+def test_results_of_several_machines_are_kept_by_seed(proof, experiment, tmp_path):
     made = {seed: result(proof, 0.1 * seed, minutes={"plain": 2.0}) for seed in (10, 2)}
     for seed, each in made.items():
         longer = dataclasses.replace(each, report={**each.report, "timeline": [1.0] * 900})
-        proof.keep(longer, tmp_path / "small" / f"seed-{seed}.json")
-    found = proof.kept(tmp_path / "small")
+        proof.keep(experiment, longer, tmp_path / "small" / f"seed-{seed}.json")
+    found = proof.kept(experiment, tmp_path / "small")
     assert list(found) == [2, 10] and found == made
+    asked = dataclasses.replace(experiment, question="Is it so?")
+    assert proof.kept(asked, tmp_path / "small") == made
+    changed = dataclasses.replace(experiment, starts=7)
+    with pytest.raises(ValueError, match="seed-.*: expected a seed of this experiment as it is"):
+        proof.kept(changed, tmp_path / "small")
+
+
+def test_times_of_several_machines_are_told_apart(proof, experiment):
+    speeds = {"plain": (1, 2.0), "sampled": (16, 40.0)}
+    here, there = (
+        result(proof, 0.8, minutes={"plain": taken}, speeds=speeds) for taken in (2.0, 6.0)
+    )
+    there.report["environment"] = {"cpu": "another", "threads": 2}
+    text = proof.page(experiment, "small", {0: here, 1: there})
+    assert "CPU minutes (a processor, threads: 1): plain 2.0." in text
+    assert "CPU minutes (another, threads: 2): plain 6.0." in text
+    assert text.count("| forward passes | CPU ms (") == 2
 
 
 class FakeRun:

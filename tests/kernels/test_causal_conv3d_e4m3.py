@@ -222,7 +222,7 @@ def test_it_is_a_torch_op(backend):
         (
             dict(x=ROUNDED, bias=torch.ones(4), silu=True),
             ValueError,
-            "silu: expected none with x of torch.float8_e4m3fn",
+            "silu: expected False with x of torch.float8_e4m3fn",
         ),
     ],
 )

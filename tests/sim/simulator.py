@@ -5,7 +5,8 @@ import fcntl
 import hashlib
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,7 @@ def build(
     """
     digest = hash_of([Path(__file__), *RUNTIME, *HEADERS, *sources, *headers])
     library = folder / f"lib{name}-{digest}.so"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one test process builds for all
+    with locked(folder / f"{name}.lock"):
         if library.exists():
             return library
         for old in folder.glob(f"lib{name}-*.so"):
@@ -56,12 +56,23 @@ def build(
     return library
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock among test processes, so that one of them builds for all."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def compile_once(folder: Path, source: Path, headers: Sequence[Path] = ()) -> str:
     """Compiles a source, unless its object exists; returns the path of the object."""
     digest = hash_of([Path(__file__), *HEADERS, *headers, source])
-    target = folder / f"{source.stem}-{source.suffix[1:]}-{digest}.o"
-    if not target.exists():
-        for old in folder.glob(f"{source.stem}-{source.suffix[1:]}-*.o"):
+    stem = f"{source.stem}-{source.suffix[1:]}"
+    target = folder / f"{stem}-{digest}.o"
+    with locked(folder / f"{stem}.lock"):
+        if target.exists():
+            return str(target)
+        for old in folder.glob(f"{stem}-*.o"):
             old.unlink()
         flags = INSTRUMENT if source.suffix == ".cu" else []
         command = [*COMPILE, *flags, "-c", str(source), "-o", str(target)]

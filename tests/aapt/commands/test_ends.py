@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from aapt import __main__ as entry
 from aapt.commands.app import main
 from aapt.runs import run as runs
 
+from ...progress import children, wait_until
 from .fake_generator import script
 
 COMMAND = [sys.executable, "-m", "aapt"]
@@ -174,12 +174,6 @@ def test_ctrl_c_within_an_exec_keeps_the_code(tmp_path):
     assert (done.returncode, done.stderr) == (130, "aapt: interrupted\n")
 
 
-def children(pid):
-    """List the processes whose parent is `pid`."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return list(map(int, file.read().split()))
-
-
 def test_ctrl_c_on_a_terminal_reaches_workers_without_a_word(tmp_path):
     """A terminal sends it to the whole group; workers that are starting must not print traces."""
     process = subprocess.Popen(
@@ -188,9 +182,8 @@ def test_ctrl_c_on_a_terminal_reaches_workers_without_a_word(tmp_path):
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    while len(children(process.pid)) < 3:  # two workers, and Python's resource tracker
-        assert process.poll() is None
-        time.sleep(0.02)
+    # Two workers, and Python's resource tracker
+    wait_until(lambda: len(children(process.pid)) >= 3, process)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()[0].decode()
     assert process.returncode == 130
