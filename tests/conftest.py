@@ -8,7 +8,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-
 # Files that take minutes come first, so that no process is left with one at the end.
 LONG = (
     "tests/kernels/test_triton_interpreter.py",
