@@ -226,9 +226,24 @@ def baselines() -> Experiment:
     )
 
 
+def camera_of_the_recipe(question: str) -> Experiment:
+    """The last variant of `from_scratch`, from the small world's own first stages."""
+    return Experiment(
+        question,
+        {"student": plain(start="consistency")},
+        small_world(),
+        beside=("diffusion", "consistency"),
+        **SHORT,
+    )
+
+
+def with_errors() -> AdversarialConfig:
+    """Two segments of whole clips, with every error against the real clip."""
+    return plain(segments=2, whole_clips=True, regression=1.0, palette=5.0, rows=40.0)
+
+
 def without_discriminator() -> Experiment:
-    """Two segments of whole clips: the adversarial loss and the errors, and either alone."""
-    both = plain(segments=2, whole_clips=True, regression=1.0, palette=5.0, rows=40.0)
+    both = with_errors()
     return Experiment(
         "Does the adversarial loss do anything that errors against the real clip, of latents, of "
         "frames' mean colours and of rows', do not do alone?",
@@ -293,9 +308,9 @@ def one_thing(question: str, **changes: Mapping) -> Experiment:
 def five_minutes() -> Experiment:
     return Experiment(
         "Do five minutes hold, the controls included?",
-        {},
-        tiny_world(),
-        beside=("regression", "further-adversarial", "final"),
+        {"base": plain(), "with-errors": with_errors()},
+        small_world(),
+        beside=("regression",),
         starts=6,
         seconds=300.0,
         windows=("4-6 s", "55-60 s", "175-180 s", "295-300 s"),
@@ -328,7 +343,7 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
     "no-recycling": partial(
         from_scratch, f"{RECYCLING} Recycled: no.", recycle=False, residual_head=False
     ),
-    "camera": partial(from_scratch, f"{CAMERA} Origin and direction.", small=True),
+    "camera": partial(camera_of_the_recipe, f"{CAMERA} Origin and direction."),
     "camera-moment": partial(
         from_scratch, f"{CAMERA} Moment and direction.", {"rays": "moment"}, small=True
     ),

@@ -283,9 +283,15 @@ def sharp_world() -> Recipe:
     """
     world = tiny_world()
     stages = world.stages
-    # The discriminator of four times the tokens wins soon: half the rate, twice the penalty.
+    # The discriminator of four times the tokens wins soon: half the rate, twice the penalty. Few
+    # segments with a loss after a lead of any length: twice the updates in the same time, and far
+    # frames are learnt from as often as near ones.
     adversarial = replace(
-        stages["further-adversarial"], discriminator_schedule=Schedule(1e-4), penalty=40.0
+        stages["further-adversarial"],
+        discriminator_schedule=Schedule(1e-4),
+        penalty=40.0,
+        lead_segments=4,
+        segments=2,
     )
     return replace(
         world,
@@ -310,28 +316,30 @@ def sharp_world() -> Recipe:
             "more-regression": replace(
                 stages["further-regression"], steps=600, start="further-regression"
             ),
-            # Few segments with a loss after a lead of any length: twice the updates in the same
-            # time, and far frames are learnt from as often as near ones.
             "adversarial": replace(
                 adversarial,
-                lead_segments=4,
-                segments=2,
-                steps=480,
+                steps=220,
                 discriminator_warmup=40,
                 start="more-regression",
                 discriminator_start="more-regression",
+            ),
+            "further-adversarial": replace(
+                adversarial,
+                steps=300,
+                discriminator_warmup=10,
+                start="adversarial",
+                discriminator_start="adversarial",
             ),
             "final": replace(
                 adversarial,
                 clips="minute-clips",
                 lead_segments=16,
-                segments=2,
                 steps=160,
                 discriminator_warmup=0,
                 palette=0.0,
                 rows=40.0,
-                start="adversarial",
-                discriminator_start="adversarial",
+                start="further-adversarial",
+                discriminator_start="further-adversarial",
             ),
         },
     )

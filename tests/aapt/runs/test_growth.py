@@ -20,7 +20,7 @@ from aapt.training.recipes import RECIPES, vae_fine
 from aapt.training.stages.decoder import fit_linear
 from aapt.vae.folder import ORIGINAL, load_vae
 
-KEPT = Path(__file__).parents[3] / "benchmarks/starts/sharp-world.safetensors"
+KEPT = Path(__file__).parents[3] / "benchmarks/starts/sharp-world"
 CLIPS = ProceduralData(height=16, width=32, clips=8, latent_frames=9)
 
 
@@ -84,13 +84,15 @@ def test_one_autoencoder_needs_no_relation(tmp_path, monkeypatch):
         assert torch.equal(ours[name], theirs[name].float()), name
 
 
-def test_the_kept_weights_start_the_adversarial_stage(tmp_path, fine):
+def test_the_kept_weights_start_the_next_stage(tmp_path, fine):
     """docs/training.md copies them to where that stage looks for its start."""
-    start = tmp_path / "more-regression" / "weights.safetensors"
-    start.parent.mkdir()
-    shutil.copy(KEPT, start)
+    shutil.copytree(KEPT, tmp_path, dirs_exist_ok=True)
+    (kept,) = KEPT.iterdir()
     recipe = RECIPES["sharp-world"]()
-    assert recipe.stages["adversarial"].start == start.parent.name
-    model = Run(recipe, tmp_path, inputs=Inputs(vae=fine)).starting_model(start.parent.name)
-    for name, tensor in read_tensors(KEPT).items():
-        assert torch.equal(model.state_dict()[name], tensor.float()), name
+    following = recipe.stages["further-adversarial"]
+    assert following.start == following.discriminator_start == kept.name
+    run_ = Run(recipe, tmp_path, inputs=Inputs(vae=fine))
+    model, judge = run_.starting_model(kept.name), run_.discriminator(following)
+    for file, made in (("weights", model), ("discriminator", judge)):
+        for name, tensor in read_tensors(kept / f"{file}.safetensors").items():
+            assert torch.equal(made.state_dict()[name], tensor.float()), (file, name)
