@@ -26,6 +26,7 @@ from PIL import Image
 from aapt.checkpoint import load_config, save_config, write_json
 from aapt.evaluate import evaluate
 from aapt.lock import folder_lock
+from aapt.media.contact_sheet import GAP, LINE
 from aapt.runs.run import Run
 from aapt.streaming.generator import StreamingGenerator
 from aapt.streaming.rollout import roll_out
@@ -41,7 +42,7 @@ LEGEND = (
     "theme. Yaw, forward: correlation of realised with commanded motion. Yaw gain: realised over "
     "commanded turn."
 )
-SHEET_WIDTH = 960
+SHEET_WIDTH, SHEET_WORLDS = 960, 6  # a world of each theme
 COLUMNS = (
     ("latent deviation", "latent_deviation", "{:.2f}"),
     ("sharpness", "sharpness", "{:.2f}"),
@@ -258,6 +259,9 @@ def publish(
     path.write_text(page(experiment, name, results) + mark + reading)
     shutil.copyfile(out / "drift.png", docs / f"{name}-drift.png")
     with Image.open(out / "sheet.png") as sheet:
+        head = LINE + GAP
+        share = min(1, SHEET_WORLDS / experiment.starts)
+        sheet = sheet.crop((0, 0, sheet.width, head + round(share * (sheet.height - head))))
         sheet.thumbnail((SHEET_WIDTH, sheet.height))
         sheet.save(docs / f"{name}-sheet.jpg")
 

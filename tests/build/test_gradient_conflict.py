@@ -125,7 +125,7 @@ def test_command_measures_the_bundled_model(conflict, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", command)
     conflict.main()
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0] == "tiny-world: 1 clips of 3 latent frames"
+    assert lines[0] == "tiny-world: 1 clips of 3 latent frames, squared error"
     assert [line.split()[0] for line in lines[3:]] == [*"123456", "all"]
     assert lines[8].split()[-4:] == ["-"] * 4  # nothing reads the MLP of the last block
 
