@@ -339,13 +339,13 @@ def test_a_model_that_starts_from_its_prompt_opens_and_plays(open_page, tmp_path
         running.stop()
 
 
-def test_a_refused_walk_leaves_the_world_that_is_played(page, open_page, tmp_path, checkpoint):
+def test_a_refused_walk_leaves_the_world_that_is_played(page, tiny_world):
     """A walk of another model is dropped on the page."""
     page.hold("w", until=4)
     page.pause()
     place = page.place
-    other = StreamingGenerator.from_pretrained(checkpoint)
-    start = np.zeros((other.height, other.width, 3), np.uint8)
+    generator = tiny_world.play.generator
+    start = np.zeros((generator.height, generator.width, 3), np.uint8)
     walk = Walk("other", "0" * 64, start, "ab", 0)
     page.tab.evaluate(
         """(text) => {
