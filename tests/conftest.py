@@ -11,12 +11,12 @@ import torch
 # Files that take minutes come first, so that no process is left with one at the end.
 LONG = (
     "tests/kernels/test_triton_interpreter.py",
-    "tests/sim/test_cached_bugs.py",
-    "tests/sim/test_append_bugs.py",
-    "tests/docs/test_post_training_page.py",
-    "tests/aapt/runs/test_rehearsal.py",
+    "tests/aapt/runs/test_run.py",
+    "tests/build/test_triton_kernels.py",
+    "tests/kernels/test_block_causal_attention_sm90.py",
     "tests/aapt/runs/test_parallel_stages.py",
-    "tests/aapt/runs/test_growth.py",
+    "tests/docs/test_post_training_page.py",
+    "tests/sim/test_cached_bugs.py",
 )
 
 

@@ -12,6 +12,8 @@ from .broken import check_broken_frame, differentiate, make_tensors, normal
 NAMES = ["triton"] if interpreted() else ["reference", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16] if interpreted() else [torch.float32, torch.float64]
 BAD = [torch.nan] if interpreted() else [torch.nan, torch.inf, -torch.inf]
+# The interpreter takes seconds for each
+ALONE = [pytest.param((x,), marks=[pytest.mark.slow] * interpreted()) for x in "vk"]
 LAYOUTS = {
     "tiny frames": FrameLayout(5, 3, 12, 2),
     "frames of less than a tile": FrameLayout(5, 23, 6, 1, sink_frames=2),
@@ -44,7 +46,7 @@ def test_padded_text(name, dtype, clamped, bad):
 
 
 @pytest.mark.parametrize("bad", BAD[:2])
-@pytest.mark.parametrize("names", [("q", "k", "v"), ("v",), ("k",), ("dout",)], ids=str)
+@pytest.mark.parametrize("names", [("q", "k", "v"), *ALONE, ("dout",)], ids=str)
 @pytest.mark.parametrize("clamped", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[:1])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
