@@ -170,7 +170,7 @@ def test_bfloat16_is_no_further_from_float64(pipeline_folder):
                 (x.double() - wanted).square().mean()
                 for x in (ours.embed(prompt), padded[: len(wanted)])
             ]
-            assert errors[0] <= 2 * errors[1]  # of squares; processors sum in other orders
+            assert errors[0] <= 1.2 * errors[1]
 
 
 def test_each_prompt_is_encoded_once(pipeline_folder, monkeypatch):

@@ -170,7 +170,7 @@ def test_no_farther_from_float64_than_diffusers(dtype):
             theirs(x, 1000 * t, text).sample,
         )
     ]
-    assert errors[0] < 1.5 * errors[1]  # processors sum in other orders
+    assert errors[0] < 1.1 * errors[1]
 
 
 def whole_chunks(net, cache, layer) -> list[Tensor]:

@@ -260,6 +260,19 @@ def test_a_split_plays_two_controls_from_one_past(serve, talk, generator):
         video(generator, walk, branch)  # asserts the bits of every step
 
 
+async def followed_under_another_prompt(client):
+    """Goes back to step 3 and plays what was recorded under "cd"; returns the walk."""
+    await client.send("seek", branch=0, step=3)
+    await client.text("sought")
+    await client.send("prompt", sequence=1, text="cd")
+    await client.send("follow", branch=0)
+    while not (await client.text("state"))["following"]:
+        pass
+    while (await client.text("state"))["playing"]:
+        pass
+    return await get_log(client)
+
+
 def test_another_prompt_in_the_past_replays_the_controls(serve, talk, generator):
     async def conversation():
         async with await Client.connect(serve().url) as client:
@@ -267,15 +280,7 @@ def test_another_prompt_in_the_past_replays_the_controls(serve, talk, generator)
             await client.input(yaw=0.25, forward=1.0)
             await step_to(client, 8)
             await client.input()
-            await client.send("seek", branch=0, step=3)
-            await client.text("sought")
-            await client.send("prompt", sequence=1, text="cd")
-            await client.send("follow", branch=0)
-            while not (await client.text("state"))["following"]:
-                pass
-            while (await client.text("state"))["playing"]:
-                pass
-            return await get_log(client)
+            return await followed_under_another_prompt(client)
 
     walk = talk(conversation())
     end = walk.branches[0].end

@@ -23,6 +23,7 @@ from ..streaming.test_poses import build  # noqa: E402
 from .pose_checkpoint import pose_checkpoint  # noqa: E402
 from .test_play import (  # noqa: E402
     encoded,
+    followed_under_another_prompt,
     get_log,
     held_for_redo,
     opened,
@@ -198,15 +199,7 @@ def test_recorded_poses_are_played_under_another_prompt(serve, talk, generator):
             await client.pose(motion="walk")
             await step_to(client, 8)
             await client.pose(motion="still")
-            await client.send("seek", branch=0, step=3)
-            await client.text("sought")
-            await client.send("prompt", sequence=1, text="cd")
-            await client.send("follow", branch=0)
-            while not (await client.text("state"))["following"]:
-                pass
-            while (await client.text("state"))["playing"]:
-                pass
-            return await get_log(client)
+            return await followed_under_another_prompt(client)
 
     walk = talk(conversation())
     assert np.array_equal(poses_of(walk, 0), poses_of(walk, 1))

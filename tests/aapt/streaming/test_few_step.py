@@ -95,7 +95,7 @@ def test_half_precision_is_no_farther_from_float64_than_the_plain_cache():
         exact = FewStepRollout(net.double(), *exact_text, SIZE, FOUR)
         expected = torch.cat([exact.step(each.double()) for each in drawn], dim=2)
     errors = [(torch.cat(each, dim=2).double() - expected).abs().mean() for each in (ours, theirs)]
-    assert 0 < errors[0] < 1.5 * errors[1]
+    assert 0 < errors[0] < 1.2 * errors[1]
 
 
 def test_times_need_float32():

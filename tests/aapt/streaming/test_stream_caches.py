@@ -166,7 +166,7 @@ def test_streams_step_together(generator, picture):
         pixels = [call() for call in step_together(together, [control] * 3)]
         for ours, stream in zip(pixels, alone, strict=True):
             # Products sum in another order, and a number near the middle may round the other way
-            assert psnr(ours, stream.step(control)) > 35
+            assert psnr(ours, stream.step(control)) > 45
     assert [int(cache_of(stream).step) for stream in together] == [4, 7, 4]
 
 

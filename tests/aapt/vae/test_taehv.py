@@ -118,7 +118,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_published_decoder(shape, t
     ours = (load_vae(path, dtype=torch.bfloat16).decode(latent)[0].transpose(0, 1) + 1) / 2
     errors = [(x.double() - exact).square().mean().sqrt() for x in (ours, theirs)]
     # Our pixels are in [-1, 1], so the last bias is near -1, where bfloat16 is coarser than near 0
-    assert errors[0] <= 1.5 * errors[1]
+    assert errors[0] <= 1.25 * errors[1]
 
 
 def test_with_the_encoder_of_wan(shape, path, tmp_path):

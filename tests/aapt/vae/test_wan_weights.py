@@ -64,8 +64,7 @@ def statistics(theirs):
 
 
 def assert_as_close(actual, plain, exact, factor):
-    """No further from float64 than diffusers is in the same precision, within a factor: processors
-    sum in other orders."""
+    """No further from float64 than diffusers is in the same precision, within a factor."""
     errors = [(x.double() - exact).square().mean().sqrt() for x in (actual, plain)]
     assert errors[0] <= factor * errors[1] + 1e-9 * exact.abs().max()
 
@@ -124,10 +123,13 @@ def test_decoding_equals_diffusers(theirs, ours, plan):
     assert (video.clamp(-1, 1) - exact).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("dtype, factor", [(torch.float32, 4.0), (torch.bfloat16, 1.5)])
+# In float32 oneDNN convolves ours by another algorithm on AVX-512: 1.56, and 1.26 on AVX2
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 2.0), (torch.bfloat16, 1.0)])
 def test_no_further_from_float64_than_diffusers(theirs, ours, dtype, factor):
     mean, std = statistics(theirs)
-    video, latent = video_of(theirs, 5, 3, 2), torch.randn(1, theirs.config.z_dim, 2, 3, 2)
+    # Several, because the error of one is a matter of the order in which a processor sums
+    video = torch.cat([video_of(theirs, 5, 3, 2) for _ in range(8)])
+    latent = torch.randn(8, theirs.config.z_dim, 2, 3, 2)
     plain, exact = (encoded(theirs, video, kind) for kind in (dtype, torch.float64))
     actual = in_precision(ours, dtype).encode(video.to(dtype))
     assert_as_close(actual, (plain.double() - mean) / std, (exact - mean) / std, factor)
