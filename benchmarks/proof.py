@@ -145,8 +145,15 @@ def kept(experiment: Experiment, folder: Path) -> dict[int, Result]:
 
 def digest(experiment: Experiment) -> str:
     """Names what is trained and measured, whatever the question says."""
-    facts = asdict(experiment) | {"question": None}
+    facts = set_fields(asdict(experiment) | {"question": None})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def set_fields(facts):
+    """Leaves out what is off (None, False, 0 or empty), so that a new switch changes no name."""
+    if isinstance(facts, Mapping):
+        return {name: set_fields(value) for name, value in facts.items() if value}
+    return [set_fields(value) for value in facts] if isinstance(facts, list | tuple) else facts
 
 
 @contextmanager

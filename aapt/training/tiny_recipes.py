@@ -323,10 +323,15 @@ def sharp_world() -> Recipe:
                 start="more-regression",
                 discriminator_start="more-regression",
             ),
+            # Tokens that span the borders of the generator's see the cells; a third of the
+            # rollouts with a loss begin at the start of the walk.
             "further-adversarial": replace(
                 adversarial,
                 steps=300,
-                discriminator_warmup=10,
+                discriminator_warmup=20,
+                shifted=True,
+                lead_segments=2,
+                average=0.99,
                 start="adversarial",
                 discriminator_start="adversarial",
             ),
@@ -336,6 +341,8 @@ def sharp_world() -> Recipe:
                 lead_segments=16,
                 steps=160,
                 discriminator_warmup=0,
+                shifted=True,
+                average=0.99,
                 palette=0.0,
                 rows=40.0,
                 start="further-adversarial",

@@ -123,6 +123,16 @@ def test_results_of_several_machines_are_kept_by_seed(proof, experiment, tmp_pat
         proof.kept(changed, tmp_path / "small")
 
 
+def test_a_new_switch_that_is_off_leaves_results_valid(proof, experiment):
+    @dataclasses.dataclass(frozen=True)
+    class Later(type(experiment)):
+        switch: bool = False
+
+    later = Later(**{f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)})
+    assert proof.digest(later) == proof.digest(experiment)
+    assert proof.digest(dataclasses.replace(later, switch=True)) != proof.digest(experiment)
+
+
 def test_times_of_several_machines_are_told_apart(proof, experiment):
     speeds = {"plain": (1, 2.0), "sampled": (16, 40.0)}
     here, there = (

@@ -82,6 +82,9 @@ class AdversarialConfig:
             is shown (paper), False if only frames with a loss.
         noised: True if the discriminator is shown frames mixed with noise up to its time t, as
             stage 1 is, and not clean frames (One-Forcing).
+        shifted: True if the discriminator is shown frames moved by part of a token, which leave at
+            one border and come back at the other, so that its tokens span the borders of the
+            generator's (ours).
         alpha: Smoothing constant of RMSProp.
         average: Decay of the generator's moving average; None for none. The average is exported,
             and a later stage starts from it.
@@ -133,6 +136,7 @@ class AdversarialConfig:
     penalized: Penalized = "both"
     perturb_known: bool = True
     noised: bool = False
+    shifted: bool = False
     alpha: float = 0.9
     discriminator_warmup: int = 0
     average: float | None = 0.995
@@ -276,6 +280,11 @@ class Shown:
         """Mix all frames with noise up to the time t (B,) of their clip."""
         noise = random.normal(*self.latents.shape[1:])
         return replace(self, latents=interpolate(self.latents, noise, t))
+
+    def shifted(self, by: tuple[int, int]) -> "Shown":
+        """Move all frames by rows and columns of latent pixels, around the borders."""
+        real = None if self.real is None else self.real.roll(by, (-2, -1))
+        return replace(self, latents=self.latents.roll(by, (-2, -1)), real=real)
 
 
 class Adversarial:
@@ -446,6 +455,10 @@ class Adversarial:
             targets: Real frames to compare them with; None for no error against the clip.
         """
         t = random.uniform()
+        if self.config.shifted:
+            rows, columns = map(int, random.shared.integers(self.model.config.patch_shape))
+            real, fakes = real.shifted((rows, columns)), fakes.shifted((rows, columns))
+            mismatched = mismatched and mismatched.shifted((rows, columns))
         if self.config.noised:
             real, fakes = real.noised(t, random), fakes.noised(t, random)
             mismatched = mismatched and mismatched.noised(t, random)
