@@ -70,17 +70,21 @@ def generate(
             show_default="show",
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Length of the video.")] = 10.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Length of the video.", show_default="10"),
+    ] = None,
     model: Model = MODEL,
     seed: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
             min=0,
             max=MAX_SEED,
             help="Same seed, same video, on the same machine with the same number of threads.",
+            show_default="0",
         ),
-    ] = 0,
+    ] = None,
     scale: Annotated[
         int | None,
         typer.Option(
@@ -115,9 +119,9 @@ def generate(
     written as they are made: after Ctrl-C or on a full disk the file plays as far as it got. A
     prompt that is longer than the model reads is cut, and the command says where.
 
-    --replay takes first frame and its size, prompts, controls, seed and cache from an action log of
-    aapt serve. With the same build, device, precision and number of threads the video is the one
-    that was played, bit for bit; the command names the first step that differs.
+    --replay takes first frame and its size, prompts, controls, length, seed and cache from an
+    action log of aapt serve. With the same build, device, precision and number of threads the
+    video is the one that was played, bit for bit; the command names the first step that differs.
 
     \b
     Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
@@ -152,10 +156,11 @@ def generate(
 
     if replay or original or branch is not None:
         given = {"image": image, "prompt": prompt, "controls": controls}
-        given |= {"pose": pose, "size": size}
+        given |= {"pose": pose, "seconds": seconds, "seed": seed, "size": size}
         place = device, dtype, cache, text_device
         _replay(replay, branch, original, given, model, place, out, scale)
         return
+    seconds = 10.0 if seconds is None else seconds
     with bad_input():
         check_seconds("seconds", seconds)
         script, poses = load_controls(controls or "walk"), load_poses(pose or "show")
@@ -180,7 +185,7 @@ def generate(
             if note:
                 say(f"{image or 'sample'}: {note}")
         first = poses and poses.first
-        stream = _open(generator, first_frame, prompt_of(generator, prompt), seed, first)
+        stream = _open(generator, first_frame, prompt_of(generator, prompt), seed or 0, first)
         try:
             writer = open_video(out, generator.height, generator.width, generator.fps, scale)
         except OSError as error:

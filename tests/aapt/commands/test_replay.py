@@ -128,6 +128,8 @@ def test_a_redo_is_shown_as_it_was(played, tmp_path):
         (("--branch", "9"), "branch: expected a number below 2, got 9"),
         (("--prompt", "x"), "prompt: expected none with --replay, the action log has its own"),
         (("--controls", "walk"), "controls: expected none with --replay"),
+        (("--seconds", "10"), "seconds: expected none with --replay"),
+        (("--seed", "0"), "seed: expected none with --replay"),
         (("--model", "tiny-world"), "replay: expected a walk of tiny-world "),
     ],
 )
