@@ -139,13 +139,13 @@ def load_angles(
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Load cos and sin of each row's token; None without tables."""
-    if cos is not None:
-        column, mask, _ = half_masks(active, HEAD_DIM, WIDTH)
-        at = token[:, None] * (HEAD_DIM // 2) + column
-        cos = tl.load(cos + at, mask=mask, other=0).to(WIDE)
-        sin = tl.load(sin + at, mask=mask, other=0).to(WIDE)
-    return cos, sin
+    """Load cos and sin of each row's token."""
+    column, mask, _ = half_masks(active, HEAD_DIM, WIDTH)
+    at = token[:, None] * (HEAD_DIM // 2) + column
+    return (
+        tl.load(cos + at, mask=mask, other=0).to(WIDE),
+        tl.load(sin + at, mask=mask, other=0).to(WIDE),
+    )
 
 
 @triton.jit

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import write_json
+from ..lock import folder_lock
 from ..media.figures import path_labels
 from ..model.caches import MODEL
-from .evaluation import evaluate
+from ..streaming.generator import StreamingGenerator
+from .evaluation import checkpoint_digests, evaluate, placed
 from .report import COLUMNS, shown
 from .scenes import AUTOENCODER, TRUTH
 
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
 # is a little wide.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 COMPARISON = "comparison.json"
-# The settings that a report's measures depend on.
+# The settings that a report's measures depend on, and those of them that depend on the machine.
 MEASURED_BY = (
     *("starts", "seconds", "seed", "latents"),
     *("fid", "fvd", "keypoints", "camera_poses", "cache"),
 )
+PLACED = ("device", "dtype", "size")
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ def compare(
         seeds: Two or more different seeds.
         settings: Further arguments of `evaluate`.
 
-    ValueError for fewer checkpoints or seeds, for a report of other checkpoints or other settings,
-    and as `evaluate` raises.
+    ValueError for fewer checkpoints or seeds, for a report of other checkpoints, weights or
+    settings, and as `evaluate` raises; FolderInUse while another process works in `out`.
     """
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
     if len(names) < 2:
@@ -130,37 +133,62 @@ def compare(
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         got = ", ".join(map(str, seeds)) or "none"
         raise ValueError(f"seed: expected two or more different seeds, got {got}")
-    reports = []
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        return _compare(checkpoints, out, seeds, log, settings)
+
+
+def _compare(
+    checkpoints: Sequence[str | Path],
+    out: Path,
+    seeds: Sequence[int],
+    log: Callable[[str], None],
+    settings: Mapping[str, Any],
+) -> Comparison:
+    names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
+    paths = {seed: out / f"seed-{seed}" / "report.json" for seed in seeds}
+    missing = [seed for seed in seeds if not paths[seed].is_file()]
+    wanted = {name: settings[name] for name in MEASURED_BY if name in settings}
+    where = {name: settings.get(name) for name in PLACED}
+    # Reports of another machine can be compared here, and completed with the same settings alone.
+    if missing or any(value is not None for value in where.values()):
+        cache = settings.get("cache", MODEL)
+        wanted |= placed(StreamingGenerator.from_pretrained(checkpoints[0], **where, cache=cache))
+    made_of = dict(zip(names, map(str, checkpoints))), checkpoint_digests(checkpoints)
+
+    def read(seed: int) -> dict[str, Any]:
+        return _read(paths[seed], *made_of, wanted | {"seed": seed})
+
+    # What is there is read before the first evaluation, which may take hours.
+    reports = {seed: read(seed) for seed in seeds if seed not in missing}
+    for seed in missing:
+        log(f"seed {seed}")
+        evaluate(checkpoints, paths[seed].parent, seed=seed, log=log, **settings)
+        reports[seed] = read(seed)
     for seed in seeds:
-        path = out / f"seed-{seed}" / "report.json"
-        if not path.is_file():
-            log(f"seed {seed}")
-            evaluate(checkpoints, path.parent, seed=seed, log=log, **settings)
-        wanted = settings | {"seed": seed}
-        reports.append(_read(path, dict(zip(names, map(str, checkpoints))), wanted))
-        if _shared(reports[-1]) != _shared(reports[0]):
-            raise _other_report(path)
-    comparison = _compared(reports, names, seeds)
+        if _shared(reports[seed]) != _shared(reports[seeds[0]]):
+            raise _other_report(paths[seed])
+    comparison = _compared([reports[seed] for seed in seeds], names, seeds)
     write_json(out / COMPARISON, asdict(comparison))
     return comparison
 
 
 def _read(
-    path: Path, checkpoints: Mapping[str, str], settings: Mapping[str, Any]
+    path: Path,
+    checkpoints: Mapping[str, str],
+    digests: Mapping[str, str],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Read a report; ValueError if it is of other checkpoints or settings."""
+    """Read a report; ValueError if it is of other checkpoints, weights or settings."""
     try:
         report = json.loads(path.read_text())
-        report["settings"].setdefault("cache", MODEL)  # older reports have no other
-        found = report["checkpoints"], dict(report["settings"])
+        made_of, made_by = (report["checkpoints"], report["digests"]), dict(report["settings"])
     except (AttributeError, ValueError, TypeError, KeyError):
         raise _other_report(path) from None
     wanted = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in settings.items()
-        if name in MEASURED_BY
+        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
     }
-    if found[0] != checkpoints or any(found[1].get(name) != x for name, x in wanted.items()):
+    if made_of != (checkpoints, digests) or any(made_by.get(n) != x for n, x in wanted.items()):
         raise _other_report(path)
     return report
 
@@ -172,8 +200,8 @@ def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_report(path: Path) -> ValueError:
     return ValueError(
-        f"{path}: expected a report of these checkpoints and settings, got another; pass another "
-        "folder as --out"
+        f"{path}: expected a report of these checkpoints, their weights and settings, got another; "
+        "pass another folder as --out"
     )
 
 

@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import replacing
+from ..checkpoint import find_checkpoint, replacing
 from ..clock import FRAMES_PER_LATENT
 from ..environment import environment
+from ..lock import folder_lock
 from ..media.contact_sheet import SHOWN_ROWS, contact_sheet
 from ..media.figures import new_figure, path_labels, save_figure
 from ..model.caches import MODEL
+from ..streaming.actions import model_digest
 from ..streaming.generator import StreamingGenerator
 from .clip_scenes import ClipScenes
 from .drift_plot import plot_drift
@@ -87,16 +89,17 @@ def evaluate(
         network_cache: Folder that keeps them for the next evaluation; None for the user's cache.
         log: Called with one line per finished part.
 
-    Raises ValueError for settings or checkpoints that do not fit, OSError if `out` cannot be
-    written.
+    Raises ValueError for settings or checkpoints that do not fit, FolderInUse while another process
+    works in `out`, OSError if it cannot be written.
     """
     if videos < 0:
         raise ValueError(f"videos: expected 0 or more, got {videos}")
     names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
     load = StreamingGenerator.from_pretrained
-    placed = dict(device=device, dtype=dtype, size=size, cache=cache)
-    loaded = {folder: load(folder, **placed) for folder in checkpoints}
+    where = dict(device=device, dtype=dtype, size=size, cache=cache)
+    loaded = {folder: load(folder, **where) for folder in checkpoints}
     generators = dict(zip(names, loaded.values(), strict=True))
+    digests = checkpoint_digests(checkpoints)
     sizes = {(g.height, g.width) for g in generators.values()}
     if len(sizes) > 1:
         raise ValueError(f"checkpoints: expected one image size, got {sizes}")
@@ -126,37 +129,48 @@ def evaluate(
     schedule = Schedule(steps, scenes.steps, fps)
 
     out.mkdir(parents=True, exist_ok=True)
-    parts, cell = PartTimes(log), generators[names[0]].vae.config.space_factor
-    shown, statistics, timelines, rollouts = _make_videos(
-        generators, scenes, schedule, seed, parts, cell, videos
-    )
-    if videos:
-        with parts("videos"):
-            paths = save_videos(out, scenes, generators, rollouts, seed)
-        size = sum(path.stat().st_size for path in paths)
-        log(f"{len(paths)} videos of {size / 2**20:.1f} MiB in {out / FOLDER}")
-    with parts("metrics"):
-        measured = {
-            window.name: _measure_window(place, window, shown, statistics, scenes, networks, cell)
-            for place, window in enumerate(schedule.windows)
-        }
-    found = scenes.object_fields(generators[names[0]], shown, parts)
-    given = {"latents": latents, **files}
-    report = Report(
-        checkpoints={name: str(folder) for name, folder in zip(names, checkpoints)},
-        settings={"starts": starts, "seconds": seconds, "seed": seed}
-        | _placed(next(iter(generators.values())))
-        | {kind: str(path) for kind, path in given.items() if path},
-        windows=measured,
-        timelines=timelines,
-        seconds_taken=parts.seconds,
-        environment=environment(),
-        **found,
-        **scenes.report_fields(shown[TRUTH], schedule.windows[-1]),
-    )
-    rows = {name: shown[name] for name in (*generators, TRUTH)}
-    _write(report, _sheet(scenes, rows, schedule), out)
+    with folder_lock(out):
+        parts = PartTimes(log)
+        shown, statistics, timelines, rollouts = _make_videos(
+            generators, scenes, schedule, seed, parts, videos
+        )
+        if videos:
+            with parts("videos"):
+                paths = save_videos(out, scenes, generators, rollouts, seed)
+            taken = sum(path.stat().st_size for path in paths)
+            log(f"{len(paths)} videos of {taken / 2**20:.1f} MiB in {out / FOLDER}")
+        with parts("metrics"):
+            measured = {
+                window.name: _measure_window(
+                    place, window, shown, statistics, scenes, networks, _cells(generators)
+                )
+                for place, window in enumerate(schedule.windows)
+            }
+        found = scenes.object_fields(generators[names[0]], shown, parts)
+        given = {"latents": latents, **files}
+        report = Report(
+            checkpoints={name: str(folder) for name, folder in zip(names, checkpoints)},
+            digests=digests,
+            settings={"starts": starts, "seconds": seconds, "seed": seed}
+            | placed(generators[names[0]])
+            | {kind: str(path) for kind, path in given.items() if path},
+            windows=measured,
+            timelines=timelines,
+            seconds_taken=parts.seconds,
+            environment=environment(),
+            **found,
+            **scenes.report_fields(shown[TRUTH], schedule.windows[-1]),
+        )
+        rows = {name: shown[name] for name in (*generators, TRUTH)}
+        _write(report, _sheet(scenes, rows, schedule), out)
     return report
+
+
+def checkpoint_digests(checkpoints: Sequence[str | Path]) -> dict[str, str]:
+    """Return the `model_digest` of each checkpoint, by its name in a report."""
+    names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
+    folders = map(find_checkpoint, checkpoints)
+    return {name: model_digest(folder) for name, folder in zip(names, folders, strict=True)}
 
 
 def cache_folder() -> Path:
@@ -173,7 +187,7 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"aapt-{os.getuid()}"
 
 
-def _placed(generator: StreamingGenerator) -> dict[str, str]:
+def placed(generator: StreamingGenerator) -> dict[str, str]:
     """Return the settings of a report that say where, in which precision, size and cache models
     ran."""
     weight = next(generator.model.parameters())
@@ -229,22 +243,21 @@ def _make_videos(
     schedule: Schedule,
     seed: int,
     parts: PartTimes,
-    cell: int,
     kept: int,
 ) -> tuple[Videos, Statistics, dict[str, Timeline], dict[str, Tensor]]:
     """Make the truth and every checkpoint's rollout.
 
     Returns by source: the video frames that are measured, the statistics of latents in each window,
     the measurements of each second, and the latents of the first `kept` rollouts. The autoencoder
-    has video frames alone. cell: see `MeasuredFrames`.
+    has video frames alone.
     """
     first = next(iter(generators.values()))
     videos, real = scenes.truth(first, schedule.true_frames, schedule.windows, parts)
     true_seconds = schedule.true_seconds
     # The truth has statistics of windows alone: their mean is taken for every second.
     mean = torch.cat(real, dim=1).mean(dim=1, keepdim=True).expand(-1, len(true_seconds), -1)
-    fps = schedule.fps
-    truth = _each_second(videos[TRUTH], true_seconds, cell, fps)
+    fps, cells = schedule.fps, _cells(generators)
+    truth = _each_second(videos[TRUTH], true_seconds, cells[TRUTH], fps)
     statistics, timelines = {TRUTH: real}, {TRUTH: timeline(truth, truth, true_seconds, mean)}
     seconds, latents = schedule.drift_seconds, {}
     for name, generator in generators.items():
@@ -253,10 +266,17 @@ def _make_videos(
                 generator, scenes, schedule.steps, schedule.frames, seed, kept
             )
         statistics[name] = [made[:, window.first : window.last + 1] for window in schedule.windows]
-        made = made[:, [fps * second // FRAMES_PER_LATENT for second in seconds]]
-        shown = _each_second(videos[name], seconds, cell, fps)
+        made = made[:, [math.ceil(fps * second / FRAMES_PER_LATENT) for second in seconds]]
+        shown = _each_second(videos[name], seconds, cells[name], fps)
         timelines[name] = timeline(shown, truth, seconds, made)
     return videos, statistics, timelines, latents
+
+
+def _cells(generators: Mapping[str, StreamingGenerator]) -> dict[str, int]:
+    """Return the width in pixels of a latent pixel, by source; the truth has that of the first
+    checkpoint."""
+    cells = {name: generator.vae.config.space_factor for name, generator in generators.items()}
+    return {TRUTH: next(iter(cells.values())), AUTOENCODER: next(iter(cells.values())), **cells}
 
 
 def _each_second(
@@ -272,15 +292,14 @@ def _measure_window(
     statistics: Statistics,
     scenes: Scenes,
     networks: Sequence[UserNetwork],
-    cell: int,
+    cells: Mapping[str, int],
 ) -> dict[str, Measurement]:
     """Measure every source in the window with the number `place`.
 
-    cell: see `MeasuredFrames`. If the truth ends before the window does, nothing is measured of the
-    truth.
+    cells: see `_cells`. If the truth ends before the window does, nothing is measured of the truth.
     """
     truth = videos[TRUTH][shifted_inside(window.frames, scenes.steps)][:, 1:]
-    real = MeasuredFrames.of(truth, cell)
+    real = MeasuredFrames.of(truth, cells[TRUTH])
     found = {}
     for name, video in videos.items():
         if name == TRUTH and window.last > scenes.steps:
@@ -288,7 +307,8 @@ def _measure_window(
             continue
         latents = statistics[name][place] if name in statistics else None
         compared = [network for network in networks if network.of_truth or name != TRUTH]
-        found[name] = measure(video[window.frames], real, latents, scenes, window, compared)
+        given = video[window.frames], real, latents, scenes, window, compared
+        found[name] = measure(*given, cell=cells[name])
     return found
 
 

@@ -99,13 +99,15 @@ def measure(
     scenes: Scenes,
     window: Window,
     networks: Sequence[UserNetwork] = (),
+    cell: int | None = None,
 ) -> Measurement:
     """Measure one window of a source of videos, uint8 (starts, 1 + 4 T, H, W, 3).
 
     The first video frame only serves to read the motion of the second; the truth comes without it.
     latents: `latent_statistics` (starts, T, 2) of the window; None if the source has no latents.
+    cell: Width in pixels of the source's latent pixels; None for that of the truth.
     """
-    found = MeasuredFrames.of(video[:, 1:], truth.cell)
+    found = MeasuredFrames.of(video[:, 1:], cell or truth.cell)
     given: dict[str, float | None] = {}
     for network in networks:
         given |= network.measure(video, truth.video, scenes, window)

@@ -47,7 +47,9 @@ class Report:
 
     Attributes:
         checkpoints: Path or name of each checkpoint, by source.
-        settings: Starts, seconds, seed, device, and the files and folders that were given.
+        digests: `model_digest` of each checkpoint, by source.
+        settings: Starts, seconds, seed, device, precision, size, cache, and the files and folders
+            that were given.
         windows: By window, then by source (truth, autoencoder of the first, checkpoints).
         timelines: By source: the truth up to its end, and every checkpoint.
         seconds_taken: Wall time of each part of the work.
@@ -66,6 +68,7 @@ class Report:
     """
 
     checkpoints: dict[str, str]
+    digests: dict[str, str]
     settings: dict[str, Any]
     windows: dict[str, dict[str, Measurement]]
     timelines: dict[str, Timeline]

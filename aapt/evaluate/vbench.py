@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import replacing, write_json
+from ..lock import folder_lock
 from ..media.image import fit_image, load_image
 from ..media.video import Mp4Writer
 from ..model.caches import MODEL
 from ..streaming.generator import StreamingGenerator
+from .evaluation import placed
 
 LENGTHS = (120, 1440)  # video frames
 SAMPLES = 5  # videos per image and prompt
@@ -82,8 +84,8 @@ def write_videos(
 
     The videos of one index are one stream, of which a shorter video is the beginning. Nothing
     steers a model that takes controls. A video that is there is not made again, and none is ever
-    written in part. `seeds.json` holds the seed of every index, the digest of the checkpoint, and
-    the name of the cache if it is not the model's.
+    written in part. `seeds.json` holds the seed of every index, the digest of the checkpoint, the
+    size, the precision, and the name of the cache if it is not the model's.
 
     Args:
         model: Digest of the generator's checkpoint, see `model_digest`.
@@ -91,13 +93,32 @@ def write_videos(
         samples: Videos per case.
         seed: Of index 0; index i has `seed` + i.
 
-    ValueError for another seed, checkpoint or cache than that of the videos in `out`.
+    ValueError for another seed, checkpoint, size, precision or cache than that of the videos in
+    `out`; FolderInUse while another process works there.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        _write_missing(generator, cases, out, model, lengths, samples, seed, log)
+
+
+def _write_missing(
+    generator: StreamingGenerator,
+    cases: Sequence[Case],
+    out: Path,
+    model: str,
+    lengths: Sequence[int],
+    samples: int,
+    seed: int,
+    log: Callable[[str], None],
+) -> None:
     recorded = json.loads((out / SEEDS).read_text()) if (out / SEEDS).is_file() else {}
-    cache = generator.cache
+    where = placed(generator)
+    cache, size, dtype = where["cache"], where["size"], where["dtype"]
     for name, key, ours, unsaid in (
         ("seed", "0", seed, seed),
         ("checkpoint", "model", model, model),
+        ("size", "size", size, size),
+        ("dtype", "dtype", dtype, dtype),
         ("cache", "cache", cache, MODEL if recorded else cache),
     ):
         if (theirs := recorded.get(key, unsaid)) != ours:
@@ -108,7 +129,8 @@ def write_videos(
     for length in lengths:
         (out / str(length)).mkdir(parents=True, exist_ok=True)
     seeds = {str(index): seed + index for index in range(samples)}
-    facts = {"model": model} if cache == MODEL else {"model": model, "cache": cache}
+    facts = {"model": model, "size": size, "dtype": dtype}
+    facts |= {} if cache == MODEL else {"cache": cache}
     write_json(out / SEEDS, recorded | seeds | facts)
     for case in cases:
         for index in range(samples):

@@ -164,7 +164,11 @@ def kv_append_kernel(
     k_at = offsets(batch, token, head, k_batch_stride, k_token_stride, k_head_stride)
     q_low, q_high = load_halves(q, q_at, active, HEAD_DIM, WIDTH)
     k_low, k_high = load_halves(k, k_at, active, HEAD_DIM, WIDTH)
-    c, s = load_angles(cos, sin, token, active, HEAD_DIM, WIDTH, WIDE)
+    c, s = None, None
+    if cos is not None:
+        c, s = None, None
+        if cos is not None:
+            c, s = load_angles(cos, sin, token, active, HEAD_DIM, WIDTH, WIDE)
     key = first_key(frame, text_tokens, tokens_per_frame, ring_frames, sink_frames)
     key += token % tokens_per_frame
 

@@ -23,19 +23,14 @@ TYPES = {
 
 @triton.jit
 def load_rows(x, batch, at, batch_stride, row_stride, column, mask, WIDE: tl.constexpr):
-    """Load rows (batch, at) of x (B, L or G, D) in the precision of the computation; None for
-    None."""
-    if x is not None:
-        offset = batch.to(tl.int64) * batch_stride + at.to(tl.int64) * row_stride
-        x = tl.load(x + offset[:, None] + column, mask=mask, other=0).to(WIDE)
-    return x
+    """Load rows (batch, at) of x (B, L or G, D) in the precision of the computation."""
+    offset = batch.to(tl.int64) * batch_stride + at.to(tl.int64) * row_stride
+    return tl.load(x + offset[:, None] + column, mask=mask, other=0).to(WIDE)
 
 
 @triton.jit
 def load_vector(x, column, WIDTH: tl.constexpr, WIDE: tl.constexpr):
-    if x is not None:
-        x = tl.load(x + column, mask=column < WIDTH, other=0).to(WIDE)
-    return x
+    return tl.load(x + column, mask=column < WIDTH, other=0).to(WIDE)
 
 
 @triton.jit
@@ -104,13 +99,23 @@ def modulated_norm_kernel(
     mask = (row < rows)[:, None] & (column < WIDTH)
     out = row.to(tl.int64)[:, None] * WIDTH + column
 
-    # Load everything before the first use
+    # Load everything before the first use. Triton 3.6 lets no function return None, so what may be
+    # missing is told apart here.
     r = load_rows(x, batch, token, x_batch_stride, x_row_stride, column, mask, WIDE)
-    u = load_rows(update, batch, token, update_batch_stride, update_row_stride, column, mask, WIDE)
-    g = load_rows(gate, batch, group, gate_batch_stride, gate_row_stride, column, mask, WIDE)
-    s = load_rows(scale, batch, group, scale_batch_stride, scale_row_stride, column, mask, WIDE)
-    b = load_rows(shift, batch, group, shift_batch_stride, shift_row_stride, column, mask, WIDE)
-    w, c = load_vector(weight, column, WIDTH, WIDE), load_vector(bias, column, WIDTH, WIDE)
+    w, c = None, None
+    if update is not None:
+        u = load_rows(
+            update, batch, token, update_batch_stride, update_row_stride, column, mask, WIDE
+        )
+    if gate is not None:
+        g = load_rows(gate, batch, group, gate_batch_stride, gate_row_stride, column, mask, WIDE)
+    if scale is not None:
+        s = load_rows(scale, batch, group, scale_batch_stride, scale_row_stride, column, mask, WIDE)
+        b = load_rows(shift, batch, group, shift_batch_stride, shift_row_stride, column, mask, WIDE)
+    if weight is not None:
+        w = load_vector(weight, column, WIDTH, WIDE)
+    if bias is not None:
+        c = load_vector(bias, column, WIDTH, WIDE)
 
     if update is not None:
         if gate is not None:
@@ -196,7 +201,11 @@ def modulated_norm_backward_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < WIDTH
     at = tl.full((1,), 0, tl.int32) + group
-    w, c = load_vector(weight, column, WIDTH, WIDE), load_vector(bias, column, WIDTH, WIDE)
+    w, c = None, None
+    if weight is not None:
+        w = load_vector(weight, column, WIDTH, WIDE)
+    if bias is not None:
+        c = load_vector(bias, column, WIDTH, WIDE)
     gate_sum = tl.zeros((ROWS, COLUMNS), WIDE)
     shift_sum = tl.zeros((ROWS, COLUMNS), WIDE)
     scale_sum = tl.zeros((ROWS, COLUMNS), WIDE)

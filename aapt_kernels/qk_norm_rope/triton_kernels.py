@@ -69,7 +69,11 @@ def qk_norm_rope_kernel(
     k_at = offsets(batch, token, head, k_batch_stride, k_token_stride, k_head_stride)
     q_low, q_high = load_halves(q, q_at, active, HEAD_DIM, WIDTH)
     k_low, k_high = load_halves(k, k_at, active, HEAD_DIM, WIDTH)
-    c, s = load_angles(cos, sin, token, active, HEAD_DIM, WIDTH, WIDE)
+    c, s = None, None
+    if cos is not None:
+        c, s = None, None
+        if cos is not None:
+            c, s = load_angles(cos, sin, token, active, HEAD_DIM, WIDTH, WIDE)
 
     k_low, k_high = normalise(
         k_low, k_high, k_weight, head, heads, EPS, HEAD_DIM, WIDTH, ACROSS, WIDE
@@ -207,7 +211,9 @@ def qk_norm_rope_backward_kernel(
     for block in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
         batch, token, head, active, out = locate(block, rows, length, heads, HEAD_DIM, ROWS, ACROSS)
 
-        c, s = load_angles(cos, sin, token, active, HEAD_DIM, WIDTH, WIDE)
+        c, s = None, None
+        if cos is not None:
+            c, s = load_angles(cos, sin, token, active, HEAD_DIM, WIDTH, WIDE)
         low, high = load_halves(dk, out, active, HEAD_DIM, WIDTH)
         low, high = rotate_back(low.to(WIDE), high.to(WIDE), c, s)
         at = offsets(batch, token, head, k_batch_stride, k_token_stride, k_head_stride)

@@ -8,9 +8,17 @@ import pytest
 from aapt.checkpoint import write_json
 from aapt.commands.app import main
 from aapt.evaluate.compare import Comparison, Interval, compare
+from aapt.lock import FolderInUse, folder_lock
 
 WORLDS = {0: 1.0, 1: 2.0, 2: 6.0, 3: 5.0}  # what a seed's worlds add to every checkpoint
 GAINS = {"a": 0.0, "b": 0.2}
+
+HERE = {"device": "cpu", "dtype": "float32", "size": "128x80", "cache": "model"}
+WEIGHTS = {}  # by path, where they are not the first
+
+
+def digests(checkpoints):
+    return {Path(path).name: WEIGHTS.get(str(path), "first") for path in checkpoints}
 
 
 @pytest.fixture
@@ -32,13 +40,19 @@ def evaluated(monkeypatch):
         given = {name: str(value) for name, value in settings.items() if value is not None}
         report = {
             "checkpoints": {Path(path).name: str(path) for path in checkpoints},
-            "settings": {"starts": starts, "seconds": seconds, "seed": seed} | given,
+            "digests": digests(checkpoints),
+            "settings": {"starts": starts, "seconds": seconds, "seed": seed} | HERE | given,
             "windows": {"4-6 s": measured},
         }
         out.mkdir(parents=True)
         write_json(out / "report.json", report)
 
-    monkeypatch.setattr("aapt.evaluate.compare.evaluate", evaluate)
+    def load(checkpoint, **where):
+        return HERE | {name: str(value) for name, value in where.items() if value is not None}
+
+    for name, stub in (("evaluate", evaluate), ("checkpoint_digests", digests), ("placed", dict)):
+        monkeypatch.setattr(f"aapt.evaluate.compare.{name}", stub)
+    monkeypatch.setattr("aapt.evaluate.compare.StreamingGenerator.from_pretrained", load)
     return seeds
 
 
@@ -69,8 +83,7 @@ def test_differences_are_taken_seed_by_seed(evaluated, tmp_path):
     assert set(means["truth"]) == {"sharpness"}  # one seed alone has an FVD
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert saved["means"]["4-6 s"]["a"]["sharpness"]["mean"] == pytest.approx(3.5)
-    wanted = {"starts": 16, "seconds": 60.0, "cache": "model", "seeds": [0, 1, 2, 3]}
-    assert saved["settings"] == wanted
+    assert saved["settings"] == {"starts": 16, "seconds": 60.0, "seeds": [0, 1, 2, 3]} | HERE
     table = found.table()
     assert [column.header for column in table.columns] == ["window", "source", "sharpness"]
     cells = list(table.columns[2].cells)
@@ -82,19 +95,44 @@ def test_reports_that_are_there_are_read(evaluated, tmp_path):
     compare(["a", "b"], tmp_path, [0, 1], log=silent)
     more = compare(["a", "b"], tmp_path, [0, 1, 2], log=silent)
     assert evaluated == [0, 1, 2] and isinstance(more, Comparison)
-    other = "seed-0/report.json: expected a report of these checkpoints and settings, got another"
+    other = "seed-0/report.json: expected a report of these checkpoints, .* got another"
     with pytest.raises(ValueError, match=other):
         compare(["a", "other/b"], tmp_path, [0, 1], log=silent)
     with pytest.raises(ValueError, match=other):
         compare(["a", "b"], tmp_path, [0, 1], starts=3, log=silent)
-    with pytest.raises(ValueError, match="seed-3/report.json: .*pass another folder as --out"):
-        compare(["a", "b"], tmp_path, [0, 3], dtype="bfloat16", log=silent)
+    for where in ({"dtype": "bfloat16"}, {"device": "cuda"}, {"size": "256x160"}):
+        with pytest.raises(ValueError, match=f"{other}; pass another folder as --out"):
+            compare(["a", "b"], tmp_path, [0, 3], **where, log=silent)
+    assert evaluated == [0, 1, 2]  # refused before seed 3 was evaluated
+
+
+def test_reports_of_other_weights_are_refused(evaluated, tmp_path, monkeypatch):
+    """A checkpoint that was trained again keeps its path, and has other weights."""
+    compare(["a", "b"], tmp_path, [0, 1], log=silent)
+    monkeypatch.setitem(WEIGHTS, "b", "second")
+    with pytest.raises(ValueError, match="expected a report of these checkpoints, their weights"):
+        compare(["a", "b"], tmp_path, [0, 1, 2], log=silent)
+    assert evaluated == [0, 1]
+
+
+def test_reports_of_another_machine_are_compared_and_not_completed(evaluated, tmp_path):
+    compare(["a", "b"], tmp_path, [0, 1], log=silent, device="cuda:0")
+    compare(["a", "b"], tmp_path, [0, 1], log=silent)
+    with pytest.raises(ValueError, match="seed-0/report.json: expected a report of these"):
+        compare(["a", "b"], tmp_path, [0, 1, 2], log=silent)
+    assert evaluated == [0, 1]
+
+
+def test_two_comparisons_never_work_in_one_folder(evaluated, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(FolderInUse):
+        compare(["a", "b"], tmp_path, [0, 1], log=silent)
+    assert not evaluated
 
 
 def test_a_report_of_another_seed_or_none_at_all_is_refused(evaluated, tmp_path):
     compare(["a", "b"], tmp_path, [0, 1], log=silent)
     report = tmp_path / "seed-1" / "report.json"
-    words = "seed-1/report.json: expected a report of these checkpoints and settings, got another"
+    words = "seed-1/report.json: expected a report of these checkpoints, .*, got another"
     for content in ((tmp_path / "seed-0" / "report.json").read_text(), "[]", "{}", "{"):
         report.write_text(content)
         with pytest.raises(ValueError, match=words):
@@ -102,13 +140,12 @@ def test_a_report_of_another_seed_or_none_at_all_is_refused(evaluated, tmp_path)
 
 
 def test_reports_of_another_cache_are_refused(evaluated, tmp_path):
-    """A report that names no cache is one of the model's."""
     compare(["a", "b"], tmp_path / "model", [0, 1], log=silent)
     compare(["a", "b"], tmp_path / "model", [0, 1], log=silent, cache="model")
     compare(["a", "b"], tmp_path / "float8", [0, 1], log=silent, cache="float8")
     assert evaluated == [0, 1, 0, 1]
     for folder, cache in (("model", "float8"), ("float8", "model"), ("float8", "float8-past")):
-        with pytest.raises(ValueError, match="expected a report of these checkpoints and settings"):
+        with pytest.raises(ValueError, match="expected a report of these checkpoints, .*"):
             compare(["a", "b"], tmp_path / folder, [0, 1], log=silent, cache=cache)
 
 

@@ -5,12 +5,15 @@ import json
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from aapt.commands.app import main
 from aapt.evaluate.vbench import Case, read_cases, write_videos
+from aapt.lock import FolderInUse, folder_lock
 
 HEIGHT, WIDTH = 32, 48
+FACTS = {"model": "a", "size": "48x32", "dtype": "float32"}
 
 
 class Counting:
@@ -19,8 +22,9 @@ class Counting:
     height, width, fps = HEIGHT, WIDTH, 24
     cache = "model"
 
-    def __init__(self):
+    def __init__(self, dtype=torch.float32):
         self.opened = []
+        self.model = torch.nn.Linear(1, 1, dtype=dtype)
 
     def still(self):
         return "still"
@@ -77,7 +81,7 @@ def test_every_length_is_the_beginning_of_one_stream(tmp_path):
     }
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files == names | {"seeds.json"}
-    assert json.loads((out / "seeds.json").read_text()) == {"0": 30, "1": 31, "model": "a"}
+    assert json.loads((out / "seeds.json").read_text()) == {"0": 30, "1": 31} | FACTS
     assert generator.opened == [(p, s) for p in ("a boat", "a hut.") for s in (30, 31)]
     for length in (6, 13):
         found = greys(out / str(length) / "a boat-1.mp4")
@@ -102,11 +106,11 @@ def test_seeds_are_those_of_the_videos(tmp_path):
     given = {"model": "a", "lengths": (1,), "log": print}
     for samples in (2, 1):
         write_videos(Counting(), cases, out, samples=samples, seed=4, **given)
-        assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5, "model": "a"}
+        assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5} | FACTS
     words = "^seed: expected 4, as for the videos in .*, got 7; pass another folder as --out"
     with pytest.raises(ValueError, match=words):
         write_videos(Counting(), cases, out, samples=2, seed=7, **given)
-    assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5, "model": "a"}
+    assert json.loads((out / "seeds.json").read_text()) == {"0": 4, "1": 5} | FACTS
 
 
 def test_videos_are_those_of_one_checkpoint(tmp_path):
@@ -118,7 +122,7 @@ def test_videos_are_those_of_one_checkpoint(tmp_path):
         write_videos(Counting(), cases, out, model="b", **given)
     (out / "seeds.json").write_text('{"0": 0}')  # of an older version
     write_videos(Counting(), cases, out, model="b", **given)
-    assert json.loads((out / "seeds.json").read_text()) == {"0": 0, "model": "b"}
+    assert json.loads((out / "seeds.json").read_text()) == {"0": 0} | FACTS | {"model": "b"}
 
 
 def test_videos_are_those_of_one_cache(tmp_path):
@@ -133,6 +137,30 @@ def test_videos_are_those_of_one_cache(tmp_path):
             write_videos(second, cases, out / folder, **given)
         write_videos(first, cases, out / folder, **given)
     assert json.loads((out / "two" / "seeds.json").read_text())["cache"] == "float8"
+
+
+def test_videos_are_of_one_size_and_precision(tmp_path):
+    """An interrupted call at another size would leave VBench a mixture to score."""
+    cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
+    given = {"model": "a", "lengths": (1,), "log": lambda line: None}
+    write_videos(Counting(), cases, out, samples=1, **given)
+    wide = Counting()
+    wide.width = 2 * WIDTH
+    for name, other, words in (
+        ("size", wide, "expected 48x32, as for the videos in .*, got 96x32"),
+        ("dtype", Counting(torch.bfloat16), "expected float32, as for .*, got bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {words}; pass another folder as --out"):
+            write_videos(other, cases, out, samples=2, **given)
+    assert {path.name for path in (out / "1").iterdir()} == {"a-0.mp4"}
+
+
+def test_two_calls_never_write_into_one_folder(tmp_path):
+    cases, out = [Case("a", grey_image(tmp_path / "a.png"))], tmp_path / "out"
+    out.mkdir()
+    with folder_lock(out), pytest.raises(FolderInUse):
+        write_videos(Counting(), cases, out, model="a", log=print)
+    assert not list(out.iterdir())
 
 
 def test_a_stream_that_fails_leaves_no_video(tmp_path, monkeypatch):
