@@ -66,8 +66,8 @@ class KVCache:
     which `advance` rounds as it ends the step.
 
     workspace: memory that the kernels of cached_attention reuse in every call, int32 for sm_90a,
-    float32 for Triton; None where neither runs or none is needed, and in a clone before its first
-    call. So all calls on one cache belong on one stream of the device.
+    float32 for Triton, where a step of one frame fits in it; None where neither runs, and in a
+    clone before its first call. So all calls on one cache belong on one stream of the device.
 
     A cache serves inside and outside of inference mode, wherever it was made. Sizes are integers
     of any kind; TypeError or ValueError, by name, for another.
@@ -190,12 +190,13 @@ class KVCache:
         self.use_hadamard = bool(use_hadamard)
 
     def _new_workspace(self) -> Tensor | None:
-        sizes = (self.tokens_per_frame, self.ring_frames - 1)
+        sizes = [self.tokens_per_frame]
         kernels = kernels_of(self.k.device)
         head_dims = (128,) if self.k.dtype in QUANTISED else (64, 128)
         fits = self.compute_dtype == torch.bfloat16 and self.k.shape[-1] in head_dims
         if kernels is not None and fits:
             make = kernels.cached_attention_workspace
+            sizes.append(self.ring_frames - 1)
         elif obstacle("cached_attention", "triton", self.k.device):
             return None
         else:
@@ -343,9 +344,10 @@ class KVCache:
         return twin
 
     def __getstate__(self) -> tuple[dict, torch.dtype]:
-        # As bytes, because PyTorch writes float8 into a pickle and cannot read it
+        # As bytes, because PyTorch writes float8 into a pickle and cannot read it. Memory for the
+        # kernels and what was checked are this device's.
         bits = {"k": as_bits(self.k), "v": as_bits(self.v)}
-        return vars(self) | bits, self.k.dtype
+        return vars(self) | bits | {"workspace": None, "checked": set()}, self.k.dtype
 
     def __setstate__(self, state: tuple[dict, torch.dtype]) -> None:
         values, dtype = state

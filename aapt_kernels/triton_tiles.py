@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .backend import interpreted
 
+MOST_HEADS = 65535  # batch entries times heads: programs along the second and third axis of a grid
 FLOAT8_CAPABILITY = (8, 9)  # the first that converts to float8_e4m3fn, and multiplies it
 LOG2_E = 1.4426950408889634
 INTERPRETED = tl.constexpr(interpreted())

@@ -117,7 +117,11 @@ def against(request, benchmark, capsys, mode, device, record_property):
         }
         result = compare(ours, rivals | ceilings, device, turns, work or Work())
         result["ceilings"] = {name: result["peers"].pop(name) for name in ceilings}
-        benchmark.pedantic(lambda: wait_for(ours, device), rounds=5, iterations=1, warmup_rounds=1)
+
+        def finish_another():  # so that a launch meets an empty queue
+            wait_for(ours, device)
+
+        benchmark.pedantic(ours, setup=finish_another, rounds=5, iterations=1, warmup_rounds=1)
         if benchmark.enabled:
             result["ours"]["host_us"] = 1e6 * benchmark.stats.stats.median
         record_property("result", result)

@@ -17,7 +17,7 @@ A part takes at most 9 minutes. Each case is written to <gpu>/<commit>-<part>.js
 page printed last is kept beside it as <commit>-<part>.txt. Further arguments go to pytest; files or
 folders among them replace the part's own selection:
 
-    python tools/gpu.py --part kernels benchmarks/bench_kv_append.py -k "24 heads"
+    python tools/gpu.py --part kernels benchmarks/bench_kv_append.py -k "24 and heads"
     python tools/gpu.py --part kernels --dry-run     # on a CPU, cases cut down: checks this tool
 
 Exit status: 0 all passed, 1 a case failed, 2 this machine or these arguments will not do.
@@ -102,8 +102,11 @@ def check(options: argparse.Namespace) -> None:
     if capability != (9, 0):
         given = f"{torch.cuda.get_device_name()} with {capability}"
         raise Refusal(f"expected a device with compute capability 9.0, got {given}")
-    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
-        raise Refusal("no nvcc on PATH or in CUDA_HOME: the sm_90a kernels cannot be built")
+    if shutil.which("nvcc") is None and "CUDA_HOME" in os.environ:
+        # Whatever this process starts finds it too
+        os.environ["PATH"] += os.pathsep + str(Path(os.environ["CUDA_HOME"]) / "bin")
+    if shutil.which("nvcc") is None:
+        raise Refusal("no nvcc on PATH or in CUDA_HOME/bin: the sm_90a kernels cannot be built")
     driver, compiler = cuda_of_driver(), cuda_of_nvcc()
     if driver and compiler and driver < compiler:
         words = f"the driver runs CUDA {driver}, nvcc builds for CUDA {compiler}"

@@ -8,12 +8,17 @@ QUARTER_HOUR = 540.0  # of `first`: leaves time to start the machine and to repe
 PATIENCE = 120.0  # for a case, its compilations included
 
 CACHED = "tests/kernels/test_cached_attention_sm90.py"
+CACHED_E4M3 = "tests/kernels/test_cached_attention_e4m3.py"
 TRAINING = "tests/kernels/test_block_causal_attention_sm90.py"
 CONV = "tests/kernels/test_causal_conv3d_sm90.py"
 APPEND = "tests/kernels/test_kv_append_sm90.py"
 APPEND_E4M3 = "tests/kernels/test_kv_append_e4m3.py"
 TRITON = "tests/kernels/test_triton_kernels.py"
 TRITON_CONV = "tests/kernels/test_causal_conv3d_triton.py"
+TRITON_FUSED = "tests/kernels/test_triton_fused.py"
+E4M3 = (APPEND_E4M3, CACHED_E4M3, "tests/kernels/test_past_dtype.py")
+E4M3 += ("tests/kernels/test_self_check.py",)
+SHIFTED_SLABS = "tests/kernels/test_shifted_slabs.py"
 GRAPHS = "tests/aapt/vae/test_stream.py::test_graphs_on_a_device"
 STEP_GRAPH = "tests/aapt/streaming/test_memory.py::test_a_step_on_a_device_is_one_graph"
 CHUNK_GRAPHS = "tests/aapt/streaming/test_memory.py::test_a_chunk_on_a_device_is_one_graph"
@@ -90,6 +95,9 @@ FIRST = (
         f"{TRITON}::test_attention[dtype0-(2, 32, 60, 4, (4, 4), 1, False, [0, 3, 5])-None]",
         f"{TRITON}::test_training_attention[dtype0-(FrameLayout(text_tokens=5, ",
         f"{TRITON_CONV}::test_error_is_at_most_twice_plain_pytorch[chunk-channels last-dtype0]",
+        f"{TRITON_FUSED}::test_modulated_norm[dtype0-2-6-192-2-gated update]",
+        f"{TRITON_FUSED}::test_bias_gelu[dtype0-shape0]",
+        f"{CACHED_E4M3}::test_ring_cold_filling_and_wrapped[cuda-True-9]",
         seconds=60,
     ),
     quick("graphs of a stream", f"{GRAPHS}[light-dtype0]", STEP_GRAPH, GRAPHS, seconds=45),
@@ -117,21 +125,21 @@ FIRST = (
     quick("the bundled model", f"{BENCH_STREAM}::test_bundled_model", seconds=45),
     quick(
         "the other quick tests",
-        *(CACHED, CONV, APPEND, APPEND_E4M3, TRAINING),
+        *(CACHED, CONV, APPEND, *E4M3, TRAINING),
         seconds=150,
         options=("-m", "not slow"),
         turns=True,
     ),
     quick(
         "the other quick tests of Triton",
-        *(TRITON, TRITON_CONV),
+        *(TRITON, TRITON_FUSED, TRITON_CONV),
         seconds=inf,
         options=("-m", "not slow"),
         turns=True,
     ),
 )
 
-WORLDS_SECONDS = 570.0  # stages resume, so a rented machine can be given back in between
+WORLDS_SECONDS = 540.0  # stages resume, so a rented machine can be given back in between
 BENCH_WORLDS = "benchmarks/bench_worlds.py"
 
 PARTS = {
@@ -157,7 +165,13 @@ PARTS = {
     "test": Part(
         "the tests that need the GPU, full sweeps included",
         (
-            Group("kernels", (CACHED, CONV, APPEND, TRAINING, TRITON, TRITON_CONV), turns=True),
+            Group(
+                "kernels",
+                (CACHED, CONV, APPEND, TRAINING, *E4M3, TRITON, TRITON_FUSED, TRITON_CONV),
+                turns=True,
+            ),
+            # In a process of its own: it sets the environment for the extension
+            Group("the convolution's plan B", (SHIFTED_SLABS,)),
             Group("graphs of a stream", (GRAPHS, STEP_GRAPH, CHUNK_GRAPHS)),
         ),
         modules=("einops", "safetensors"),

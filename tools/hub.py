@@ -23,7 +23,7 @@ PACKAGE = ROOT / "aapt_kernels"
 HUB = ROOT / "build" / "hub"
 LIBRARY = "lib/libaapt_sm90.so"
 STABLE_ABI, CUDA = "211", "130"  # of the compiled library: PyTorch 2.11, CUDA 13.0
-NOT_SHIPPED = ("lib", "__pycache__", "_sim*", "triton_sweep.py")
+NOT_SHIPPED = ("lib", "__pycache__", "_sim*")
 VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 NAMESPACE = f"aapt_hub_{VERSION.replace('.', '_')}"
 

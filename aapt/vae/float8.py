@@ -39,8 +39,8 @@ class Float8Conv3d(CausalConv3d):
             self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
         return self
 
-    def _fuses_next_norm(self, x: Tensor) -> bool:
-        return fuses_next_norm(x, self.weight, "causal_conv3d_e4m3")
+    def _fuses_next_norm(self, x: Tensor, *others: Tensor | None) -> bool:
+        return fuses_next_norm(x, self.weight, *others, op="causal_conv3d_e4m3")
 
     def _convolve(self, x: Tensor, **options) -> tuple[Tensor | None, ...]:
         own = dict(upsample=self.upsample, padding=self.padding)

@@ -103,7 +103,13 @@ class CausalConv3d(nn.Module):
         options = dict(norm_weight=self.norm_weight, eps=self.eps, silu=self.silu)
         if active is not None:
             x, options = active, dict(eps=self.eps)
-        fuses = then is not None and self._norms_for(then) and self._fuses_next_norm(x)
+        fuses = (
+            then is not None
+            and self._norms_for(then)
+            and self._fuses_next_norm(
+                x, self.bias, options.get("norm_weight"), residual, then.norm_weight
+            )
+        )
         if fuses:
             options |= dict(next_norm_weight=then.norm_weight, eps=then.eps, keep_out=keep_out)
         given = dict(state=stream.pop(), residual=residual, pixels=pixels)
@@ -113,9 +119,9 @@ class CausalConv3d(nn.Module):
             stream.active[then] = normed[0]
         return out
 
-    def _fuses_next_norm(self, x: Tensor) -> bool:
+    def _fuses_next_norm(self, x: Tensor, *others: Tensor | None) -> bool:
         """True if the operator norms its output for the next layer in its own launch."""
-        return fuses_next_norm(x, self.weight)
+        return fuses_next_norm(x, self.weight, *others)
 
     def _convolve(self, x: Tensor, **options) -> tuple[Tensor | None, ...]:
         """Runs the operator with the layer's own arguments and `options`."""

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import FrameLayout
-from ..triton_tiles import LOG2_E, dot, load_rows, zero_or_nan
+from ..triton_tiles import LOG2_E, MOST_HEADS, dot, load_rows, zero_or_nan
 from .triton_backward import keys_backward_kernel, queries_backward_kernel, stats_kernel
 from .triton_mask import INTEGERS, hide, text_length, visible_tiles
 from .triton_sweep import store_rows, sweep
@@ -48,6 +48,8 @@ def limit(q: Tensor, *_) -> str | None:
 
     They pad a head_dim to the next of 32, 64 and 128; float32 with 128 would not fit the registers.
     """
+    if q.shape[0] * q.shape[2] > MOST_HEADS:
+        return f"it takes at most {MOST_HEADS} batch entries times heads, got {tuple(q.shape)}"
     most = 64 if q.dtype == torch.float32 else 128
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= most:
         return None

@@ -67,7 +67,8 @@ def cached_attention(
         # The op counts the queries' own frame, which is not in the past; it sees one at least
         step = (past.step - 1).clamp(min=0)
         if past.signs is not None:  # exact, so that what they lack is in the scale
-            q, scale = q @ past.signs, scale * q.shape[-1] ** -0.5
+            with torch.autocast(q.device.type, enabled=False):  # q keeps its dtype
+                q, scale = q @ past.signs, scale * q.shape[-1] ** -0.5
         out, lse = merge(out, lse, *_attend(q, None, past, layer, step, scale), past.step > 0)
     return (out, lse) if return_lse else out
 

@@ -23,7 +23,15 @@ from ..checks import cache_limit
 from ..kv_cache import QUANTISED
 from ..precision import as_bits
 from ..triton_rows import multiprocessors
-from ..triton_tiles import FLOAT8_CAPABILITY, LOG2_E, dot, load_rows, narrow_e4m3, to_e4m3
+from ..triton_tiles import (
+    FLOAT8_CAPABILITY,
+    LOG2_E,
+    MOST_HEADS,
+    dot,
+    load_rows,
+    narrow_e4m3,
+    to_e4m3,
+)
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
@@ -396,6 +404,8 @@ def merge_kernel(
 def limit(q: Tensor, k_cache: Tensor | None = None, *_) -> str | None:
     """Return why the kernel does not take q and the cache, None if it does. It pads a head_dim to
     the next of 32, 64 and 128."""
+    if q.shape[0] * q.shape[2] > MOST_HEADS:
+        return f"it takes at most {MOST_HEADS} batch entries times heads, got {tuple(q.shape)}"
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= MAX_HEAD_DIM:
         if k_cache is None or k_cache.dtype not in QUANTISED:
             return cache_limit(q, k_cache)
@@ -474,21 +484,21 @@ def plan_of(queries: int, k_cache: Tensor) -> Plan:
     return Plan(config, row_tiles, choose_splits(row_tiles * batch * heads, key_tiles, programs))
 
 
-def workspace(k_cache: Tensor, tokens_per_frame: int, window_frames: int) -> Tensor | None:
-    """Return memory for the parts of any call on a layer k_cache (batch, capacity, heads,
-    head_dim), float32; None if the kernel does not take this cache or never splits its keys."""
+def workspace(k_cache: Tensor, tokens_per_frame: int) -> Tensor | None:
+    """Return memory for the parts of a step of one frame, float32, empty if it does not split its
+    keys. A longer step splits them seldom, and allocates its own. None if the kernel does not take
+    this cache.
+
+    k_cache: One layer, (batch, capacity, heads, head_dim).
+    """
     if k_cache.shape[-1] > MAX_HEAD_DIM:
         return None
     if float8_limit(k_cache) if k_cache.dtype in QUANTISED else limit(k_cache):
         return None
     batch, _, heads, head_dim = k_cache.shape
-    words = 0
-    for frames in range(1, window_frames + 2):
-        queries = frames * tokens_per_frame
-        splits = plan_of(queries, k_cache).splits
-        if splits > 1:
-            words = max(words, splits * batch * heads * queries * (head_dim + 1))
-    return k_cache.new_zeros(words, dtype=torch.float32) if words else None
+    splits = plan_of(tokens_per_frame, k_cache).splits
+    words = splits * batch * heads * tokens_per_frame * (head_dim + 1) if splits > 1 else 0
+    return k_cache.new_empty(words, dtype=torch.float32)
 
 
 def split_workspace(memory: Tensor | None, splits: int, lse: Tensor, head_dim: int):

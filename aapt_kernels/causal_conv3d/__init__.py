@@ -187,17 +187,21 @@ def causal_conv3d_e4m3(
     return out if keep_out else None, new_state, active
 
 
-def fuses_next_norm(x: Tensor, weight: Tensor, op: str = "causal_conv3d") -> bool:
+def fuses_next_norm(
+    x: Tensor, weight: Tensor, *others: Tensor | None, op: str = "causal_conv3d"
+) -> bool:
     """Return whether `next_norm_weight` of an op is cheaper than a norm before the next
     convolution: the kernel that takes x norms in its epilogue, and there is no gradient to compute.
 
-    op: causal_conv3d or causal_conv3d_e4m3. Never under autocast, because another dtype than that
-    of x then chooses the kernel.
+    others: the op's further tensors that may require one, `next_norm_weight` among them. op:
+    causal_conv3d or causal_conv3d_e4m3. Never under autocast, because another dtype than that of x
+    then chooses the kernel.
     """
     out_channels = weight.shape[0]
     if autocasts(x.device):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    given = [tensor for tensor in (x, weight, *others) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
     if out_channels > MAX_NORMED_CHANNELS or out_channels % 8:
         return False

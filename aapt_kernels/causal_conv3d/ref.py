@@ -84,7 +84,7 @@ def causal_conv3d_backward(
     replicate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight, bias and norm_weight, the last empty without a norm, by
-    differentiation."""
+    differentiation. Those of x and weight have the strides that compiled code expects."""
 
     def forward(x, weight, bias, norm_weight):
         options = eps, silu, None, stride, upsample, replicate, False, None, True, True
@@ -94,6 +94,15 @@ def causal_conv3d_backward(
     bias = weight.new_zeros(len(weight))
     if norm_weight is None:
         _, pullback = torch.func.vjp(lambda *args: forward(*args, None), x, weight, bias)
-        return *pullback(dout), x.new_empty(0)
-    _, pullback = torch.func.vjp(forward, x, weight, bias, norm_weight)
-    return pullback(dout)
+        dx, dweight, dbias = pullback(dout)
+        dnorm_weight = x.new_empty(0)
+    else:
+        _, pullback = torch.func.vjp(forward, x, weight, bias, norm_weight)
+        dx, dweight, dbias, dnorm_weight = pullback(dout)
+    return stored_like(dx, x), stored_like(dweight, weight), dbias, dnorm_weight
+
+
+def stored_like(gradient: Tensor, x: Tensor) -> Tensor:
+    """Return a gradient with the strides of `torch.empty_like(x)`, copied if it has others."""
+    wanted = torch.empty_like(x)
+    return gradient if gradient.stride() == wanted.stride() else wanted.copy_(gradient)

@@ -43,7 +43,9 @@ def aligned_frames(x: Tensor | None, apart: bool = False) -> Tensor | None:
     if x is None:
         return None
     entries = x[:1] if apart else x
-    whole = not apart or x.stride(0) % max(x[:1, :, :1].numel(), 1) == 0
+    # NOTE: entries of an expanded batch are 0 apart, which no tensor map takes
+    pitch = x.stride(0) if len(x) > 1 else 0
+    whole = not apart or len(x) == 1 or (pitch > 0 and pitch % max(x[0, :, :1].numel(), 1) == 0)
     fits = whole and entries.is_contiguous(memory_format=torch.channels_last_3d)
     if fits and x.data_ptr() % ALIGNMENT == 0:
         return x

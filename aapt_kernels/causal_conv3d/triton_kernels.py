@@ -7,6 +7,8 @@ read from the state in place. Sums run in one order, whatever the chunk. Upsampl
 into the weights.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 from ..backend import capability_of
 from ..precision import as_bits
 from ..triton_rows import dense_or_none
-from ..triton_tiles import INTERPRETED, e4m3
+from ..triton_tiles import FLOAT8_CAPABILITY, INTERPRETED, e4m3
 from .e4m3 import FORMAT, LARGEST, out_dtype
 from .frames import frames_to_skip, memory_format_of, out_size, past_frames
 from .packed import PackedWeights
@@ -23,7 +25,6 @@ from .packed import PackedWeights
 ROWS = 32  # pixels that a program activates
 MAX_CHANNELS = 2048
 MAX_SPAN = 2**31 - 1
-FLOAT8_CAPABILITY = (8, 9)  # the first that multiplies e4m3
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -50,6 +51,9 @@ def limit(
     sizes = [x.shape[1:], (weight.shape[0], *out_size(x, stride, upsample, state is None))]
     if state is not None:
         sizes.append(state.shape[1:])
+    pixels = max(x.shape[0] * math.prod(size[1:]) for size in sizes)
+    if pixels > MAX_SPAN:
+        return f"it takes fewer than 2^31 pixels in all frames, got {pixels}; take fewer frames"
     memory = memory_format_of(x)
     most = max(frame_span(*size, memory) for size in sizes)
     if most > MAX_SPAN:

@@ -35,7 +35,8 @@ struct VisibleKeys : KeyIntervals<kKeyTile, kGroup> {
     const int frames = static_cast<int>(made < capacity ? made : capacity);
     const int sinks = frames < params.sink_frames ? frames : params.sink_frames;
     const int64_t given = params.text_lens[batch];
-    const int length = static_cast<int>(given < params.text_tokens ? given : params.text_tokens);
+    const int length =
+        given < 0 ? 0 : static_cast<int>(given < params.text_tokens ? given : params.text_tokens);
     const int end = params.text_tokens + frames * params.tokens_per_frame;
     text = {params.text_tokens - length, params.text_tokens};
     sink = {text.end, text.end};

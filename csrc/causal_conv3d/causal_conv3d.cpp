@@ -176,9 +176,11 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv3d(Tensor x, Tensor packed, Option
   const int64_t past = (kt - 1 + upsample[0] - 1) / upsample[0];
   const int64_t outputs = batch * upsample[0] * frames * upsample[1] * upsample[1] * height * width;
   // Pixels and tiles are counted with 32 bits
-  STD_TORCH_CHECK(frames >= 1 && outputs * std::max(out_channels, in_channels) <
-                                     int64_t{256} * std::numeric_limits<int32_t>::max(),
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(frames >= 1 && outputs * std::max(out_channels, in_channels) < 256 * kMost,
                   "x: expected one frame or more, and fewer than 2^39 outputs");
+  STD_TORCH_CHECK(std::max(outputs, batch * (frames + past) * height * width) < kMost,
+                  "x: expected fewer than 2^31 pixels");
   CausalConv3dParams params{};
   check_frames("x", x, x, {batch, in_channels, frames, height, width});
   if (state) {

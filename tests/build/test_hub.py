@@ -1,6 +1,7 @@
 """The package in the layout of the `kernels` library: loaded beside the installed one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,20 @@ def test_the_variant_for_cpus_is_loaded_by_kernels_and_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "aapt_hub_0_1_0.block_causal_attention" in done.stdout
+
+
+def test_every_triton_kernel_of_a_variant_is_imported(tmp_path):
+    """A module that is not shipped would be missed at the first launch alone."""
+    pytest.importorskip("triton")
+    _, folder = hub.write_hub(tmp_path / "hub", [])
+    (folder.parent / "variant").symlink_to(folder, target_is_directory=True)
+    modules = sorted(path.parent.name for path in folder.glob("*/triton_kernels.py"))
+    assert len(modules) >= 7
+    program = "".join(f"import variant.{module}.triton_kernels\n" for module in modules)
+    environment = os.environ | {"PYTHONPATH": str(folder.parent), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_variants_have_their_own_namespace_and_nothing_of_a_checkout(tmp_path):

@@ -116,6 +116,12 @@ def test_several_frames(kernel, schedule, frames, sink_frames, pinned, step):
     ).check()
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_negative_length_of_text_is_none(kernel, schedule, pinned):
+    schedule(multiprocessors=2, seed=1)
+    Case(kernel, tokens=60, step=1, text_tokens=5, text_lens=[-3], pinned=pinned).check()
+
+
 def test_a_workspace_is_left_as_it_was_found(kernel, schedule):
     """Calls of any number of frames, cut into shares, count their parts from zero."""
     schedule(multiprocessors=5, seed=1)

@@ -323,6 +323,20 @@ def test_next_norm_has_no_gradient(name):
         causal_conv3d(x, weight, bias, **options)
 
 
+@pytest.mark.parametrize("upsample", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("weight_memory", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+def test_gradients_are_stored_like_their_tensors(memory, weight_memory, upsample):
+    """As the fake kernel promises: compiled code refuses a gradient with other strides."""
+    x = torch.randn(1, 3, 2, 4, 5).to(memory_format=memory)
+    weight = torch.randn(4, 3, 2, 3, 3).to(memory_format=weight_memory)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight)]
+    with use_backend("reference"):
+        out, _ = causal_conv3d(x, weight, None, upsample=upsample)
+        for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+            assert gradient.stride() == torch.empty_like(leaf).stride()
+
+
 def test_mixed_dtypes_and_gradient_in_state_are_refused():
     (x, weight, bias), options = make_inputs(CASES["chunk"], torch.float32)
     with pytest.raises(TypeError, match="weight: expected torch.float32 like x, got torch.bfl"):
@@ -357,3 +371,16 @@ def test_triton_rejects_frames_whose_offsets_would_wrap():
     assert why(7, channels=(96, 96), upsample=(1, 2)) is not None
     assert why(1, channels=(1024, 8), state=3) is not None  # the state's
     assert why(1, channels=(1024, 8), state=2) is None
+
+
+def test_triton_rejects_more_pixels_than_it_counts():
+    pytest.importorskip("triton")
+    from aapt_kernels.causal_conv3d.triton_kernels import limit
+
+    def why(batch):
+        x = torch.empty(batch, 8, 1, 720, 1280, device="meta")
+        rest = (None, None, None, 1e-6, False, None, (1, 1, 1), (1, 1))
+        return limit(x, x.new_empty(8, 8, 1, 3, 3), *rest)
+
+    assert why(2330) is None
+    assert why(2331).startswith("it takes fewer than 2^31 pixels in all frames, got 2148249600")

@@ -214,6 +214,16 @@ def test_a_view_serves_as_state(kernel, frames):
     assert torch.equal(torch.cat(outs, dim=2), whole) and torch.equal(state, last)
 
 
+def test_an_expanded_state_serves(kernel):
+    """Entries of an expanded batch share their memory, 0 apart."""
+    case = Case((2, 2, 3), (16, 8), batch=2, kernel=(3, 1, 1), state=True)
+    (x, weight, bias), options = make(case, kernel)
+    state = options.pop("state")[:1].expand(2, -1, -1, -1, -1)
+    out, _ = causal_conv3d(x, weight, bias, state=state, **options)
+    wanted, _ = causal_conv3d(x, weight, bias, state=state.contiguous(), **options)
+    assert torch.equal(out, wanted)
+
+
 def test_frozen_weights_are_packed_once(kernel):
     """A change in place packs again, to the same address; a trained weight is packed in every
     call."""
@@ -321,6 +331,20 @@ def test_limits_name_themselves(kernel, change, words):
 def test_sweep(kernel, schedule, case, seed):
     schedule(multiprocessors=(1, 4, 9, 17)[seed], seed=seed, tma=seed % 3, wgmma=seed % 2 * 2)
     check(case, kernel, seed)
+
+
+@pytest.mark.parametrize("learnt", ["bias", "norm_weight", "residual", "next_norm_weight"])
+def test_no_norm_ahead_of_a_gradient(kernel, learnt):
+    """A decoder of which a part is trained norms where the gradient can follow."""
+    weight = torch.zeros(64, 64, 1, 1, 1, dtype=torch.bfloat16, device=kernel)
+    x = torch.zeros(1, 64, 1, 2, 2, dtype=torch.bfloat16, device=kernel).to(memory_format=LAST)
+    others = {name: torch.ones(64, device=kernel) for name in ("bias", "next_norm_weight")}
+    others |= {"norm_weight": None, "residual": None}
+    assert fuses_next_norm(x, weight, *others.values())
+    others[learnt] = torch.ones(64, device=kernel, requires_grad=True)
+    assert not fuses_next_norm(x, weight, *others.values())
+    with torch.no_grad():
+        assert fuses_next_norm(x, weight, *others.values())
 
 
 def test_autocast_hides_the_dtype_that_a_kernel_would_take(kernel):

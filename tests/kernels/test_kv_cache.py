@@ -1,5 +1,6 @@
 """KVCache on its own, and what kv_append and cached_attention refuse."""
 
+import pickle
 import re
 
 import pytest
@@ -32,6 +33,18 @@ def test_capacity_is_text_sink_and_ring():
     assert cache.capacity == TEXT + (2 + WINDOW + 1) * TOKENS
     assert cache.k.shape == cache.v.shape == (2, 2, cache.capacity, 1, 2)
     assert cache.step.shape == () and cache.step.dtype == torch.int64
+
+
+def test_what_is_pickled_is_the_state_alone():
+    """Memory for the kernels and their checks are those of a device, which another may not have."""
+    cache = make_cache()
+    append(cache, 2.0)
+    cache.workspace, cache.checked = torch.zeros(9), {("cached_attention", 0, 3)}
+    read = pickle.loads(pickle.dumps(cache))
+    assert read.workspace is None and read.checked == set()
+    assert cache.workspace is not None and cache.checked
+    for name, x in cache.tensors().items():
+        assert torch.equal(read.tensors()[name], x)
 
 
 def test_text_fills_the_end_of_its_slot():

@@ -25,6 +25,16 @@ def test_the_past_is_rounded_and_nothing_else(backend, window, sink, use_hadamar
     assert int(stream.cache.past.step) == 2 * window + 2
 
 
+def test_autocast_does_not_choose_the_dtype_of_a_turned_query(backend):
+    """The cache does, as for the newest frame."""
+    stream = Stream(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            (out, lse), (exact, exact_lse), _ = stream.step()
+            torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+            torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("use_hadamard", [False, True])
 def test_kernels_lose_what_the_emulation_loses(kernel, schedule, use_hadamard, pinned):

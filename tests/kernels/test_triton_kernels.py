@@ -393,15 +393,17 @@ def test_parts_are_kept_in_the_workspace_of_the_cache(frames):
     workspace = cache.workspace.fill_(float("nan"))
     out = cached_attention(q, cache, 1)
     written = ~workspace.isnan()
-    assert written.any()
-    too_small, of_another_kernel = workspace[: written.sum() - 1], workspace.int()
+    assert written.any() == (frames == 1)  # a longer step allocates its own
+    too_small, of_another_kernel = workspace[: max(0, written.sum() - 1)], workspace.int()
     for cache.workspace in (None, too_small, of_another_kernel):
         assert torch.equal(cached_attention(q, cache, 1), out)
 
 
 def test_a_cache_whose_keys_are_never_split_needs_no_workspace():
     cache = make_cache(1, 1, 1, 16, torch.float32)
-    assert attention_kernels.plan_of(1, cache.k[1]).splits == 1 and cache.workspace is None
+    assert attention_kernels.plan_of(1, cache.k[1]).splits == 1
+    assert cache.workspace.numel() == 0
+    assert cache.ready_workspace() is cache.workspace  # asked once, not in every call
 
 
 # text, tokens, frames, window, sinks, past; head_dim, lens, clamped, prefix_grad
