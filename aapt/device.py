@@ -29,6 +29,13 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device: cannot use {device}: {reason}; cpu always works") from None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is full: of Python, of a CUDA device, or PyTorch's
+    of the host, which is a plain RuntimeError."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
+
+
 def _no_cuda(device: torch.device) -> str | None:
     """Return why there is no such CUDA device, and what to do; None if there is one."""
     if torch.version.cuda is None:

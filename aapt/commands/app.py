@@ -74,7 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError as error:
             say(f"aapt: {reason(error, 'standard output')}")
             return 1
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            from ..device import is_out_of_memory  # PyTorch is slow to import
+
+            if not is_out_of_memory(error):
+                raise
             say("aapt: out of memory")
             return 1
         except Interrupted as how:

@@ -136,9 +136,10 @@ def bench_stream(
             image = load_image(generator.sample_image())
         first_frame, _ = fit_image(image, generator.height, generator.width)
     prompt, extras = prompt_of(generator, None), {}
+    with bad_input():
+        result = speed.bench_stream(generator, first_frame, prompt, steps)  # cold: before others
     if breakdown or graph:
         with bad_input(), generator.open(first_frame, prompt) as stream:
-            # First, because they refuse some devices
             if graph:
                 extras["graph"] = speed.describe_graph(stream, graph)
             if breakdown:
@@ -146,8 +147,6 @@ def bench_stream(
                 for _ in range(speed.WARMUP_STEPS):
                     stream.step(control)
                 extras["breakdown"] = parts.measure_parts(stream, control, steps).as_json()
-    with bad_input():
-        result = speed.bench_stream(generator, first_frame, prompt, steps)
     if parallel:
         parallel.wait()
         parallel.close()
@@ -257,7 +256,7 @@ def bench_play(
             from ..serve.browser import measure_in_browser
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
-    server = None if url else _start_server(model)
+    given_url, server = url, None if url else _start_server(model)
     try:
         url = url or _address(server)
         if browser:
@@ -274,12 +273,13 @@ def bench_play(
         if server:
             server.terminate()
             server.wait()
-    facts = {"model": model, "seconds": seconds, "browser": browser, "play": results}
+    played = {"server": url} if given_url else {"model": model}
+    facts = {**played, "seconds": seconds, "browser": browser, "play": results}
     facts |= environment()
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    rows = [("model", model), ("client", "page in Chromium" if browser else "without a page")]
+    rows = [*played.items(), ("client", "page in Chromium" if browser else "without a page")]
     for result in results:
         key, step, period = result["key_to_pixel_ms"], result["step_ms"], result["period_ms"]
         name = "with redo" if result["redo"] else "without redo"

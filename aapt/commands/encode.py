@@ -177,6 +177,8 @@ def encode(
             min_score=min_score,
         )
         rank = _rank()
+        if text_device and text is None:
+            raise ValueError("text_device: expected with --text only; add --text")
         if rank and device == "cuda":
             device = f"cuda:{rank.local}"
         place = usable_device(device)

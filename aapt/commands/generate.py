@@ -328,8 +328,6 @@ class Played:
 
 def _play(stream, writer, controls, steps: int) -> Played:
     """Write frames as they are made, until the end, Ctrl-C or an output that is full."""
-    from ..model.caches import CacheError
-
     total = stream.generator.video_frames(steps, picture=len(stream.first_frame) > 0)
     latencies, error = [], None
     started = time.perf_counter()
@@ -347,7 +345,7 @@ def _play(stream, writer, controls, steps: int) -> Played:
                 show(writer.frames, latencies[-1])
         except KeyboardInterrupt:  # the second Ctrl-C
             interrupted.append(signal.SIGINT)
-        except (OSError, CacheError) as problem:
+        except (OSError, ValueError) as problem:  # a full disk, a log of another model's steps
             error = problem
         try:
             writer.close()

@@ -23,6 +23,8 @@ from .shared import (
     say,
 )
 
+LESS_MEMORY = f"{RESUMES}, and takes less with --clips-at-once 1 or --checkpoint-blocks"
+
 
 def train(
     recipe: Annotated[
@@ -198,6 +200,7 @@ def train(
       aapt generate --model runs/tiny-world/tiny-world --out walk.mp4
     """
     from ..checkpoint import CheckpointError
+    from ..device import is_out_of_memory
     from ..runs import autoencoder, light_decoder, run
     from ..runs.dry_run import dry_run as try_stages
     from ..runs.inputs import Inputs
@@ -210,7 +213,7 @@ def train(
     for_light = {"videos": videos, "perceptual": perceptual}
     for_worlds = {"stage": stage, "latents": latents, "weights": weights, "plan": plan}
     for_worlds |= {"discriminator_weights": discriminator_weights}
-    for_worlds |= {"memory": memory, "dry_run": dry_run}
+    for_worlds |= {"memory": memory, "dry_run": dry_run, "checkpoint_blocks": checkpoint_blocks}
     with bad_input():
         made = load_recipe(recipe, settings or ())
         light, world = isinstance(made, LightRecipe), isinstance(made, Recipe)
@@ -227,6 +230,11 @@ def train(
             raise ValueError("dry_run: expected none with --plan, which trains nothing")
         if dry_run and stage:
             raise ValueError("stage: expected none with --dry-run, which tries every stage")
+        if plan:
+            given = dict(stage=stage, out=out, latents=latents, weights=weights)
+            given |= dict(discriminator_weights=discriminator_weights, vae=vae, videos=videos)
+            for name in (name for name, value in given.items() if value):
+                raise ValueError(f"{name}: expected none with --plan, which trains nothing")
         if gpus and not plan:
             raise ValueError("gpus: expected with --plan only; add --plan")
         if plan:
@@ -269,16 +277,16 @@ def train(
     except OSError as error:
         raise OutputError(reason(error)) from None
     except (TrainingError, CheckpointError) as error:
-        raise OutputError(str(error)) from None
+        full = error.__cause__ is not None and is_out_of_memory(error.__cause__)
+        raise OutputError(f"{error}; {LESS_MEMORY}" if full else str(error)) from None
     except ValueError as error:  # the folder holds another recipe, clips are missing, ...
         raise InputError(str(error)) from None
-    except MemoryError:
-        raise OutputError(
-            f"out of memory; {RESUMES}, and takes less with --clips-at-once 1 or "
-            "--checkpoint-blocks"
-        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutputError(f"out of memory; {LESS_MEMORY}") from None
     except KeyboardInterrupt:
-        raise Interrupted(RESUMES) from None
+        raise Interrupted("nothing was kept" if dry_run else RESUMES) from None
     finally:
         if parallel:
             parallel.close()

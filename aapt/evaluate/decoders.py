@@ -15,7 +15,7 @@ from ..data.videos.buckets import Bucket
 from ..data.videos.pixel_clips import video_clips
 from ..media.figures import MissingLibrary
 from ..vae import CausalVAE
-from ..vae.folder import LIGHT, ORIGINAL, load_vae
+from ..vae.folder import LIGHT, ORIGINAL, is_foreign, load_vae
 from ..vae.pixels import to_pixels, to_video
 from . import metrics
 from .world_scenes import held_out_starts, render_truth
@@ -54,7 +54,7 @@ def compare_decoders(
     for one.
     """
     vaes = {"decoder": load_vae(checkpoint, LIGHT)}
-    if ORIGINAL in load_config(find_checkpoint(checkpoint)):
+    if not is_foreign(checkpoint) and ORIGINAL in load_config(find_checkpoint(checkpoint)):
         vaes = {"original": load_vae(checkpoint, ORIGINAL), "light": vaes["decoder"]}
     for vae in vaes.values():
         vae.eval().requires_grad_(False)
@@ -177,7 +177,7 @@ def time_alternating(
 
 
 def _own_size(checkpoint: str | Path) -> Bucket:
-    config = load_config(find_checkpoint(checkpoint))
+    config = {} if is_foreign(checkpoint) else load_config(find_checkpoint(checkpoint))
     if "width" not in config:
         raise ValueError(
             f"size: expected WIDTHxHEIGHT, got none, and {checkpoint} has no size; pass --size WxH"

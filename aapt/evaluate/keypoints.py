@@ -19,7 +19,7 @@ from ..data.tiny_puppet.looks import LOOKS
 from ..model.pose import POINTS
 from . import network_cache
 
-FIRST_SEED = 7_000_000  # of the detector's training figures: no other part of the project uses them
+FIRST_SEED = 7_000_000  # of the detector's training figures, which are no others'
 HELD_OUT_SEED = 7_500_000  # of the figures that give its score
 CLIP_FRAMES = 3  # latent frames of a training clip
 SPACING = 4  # video frames between two that are used

@@ -22,7 +22,7 @@ from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import make_world, sample_trajectory
 from . import network_cache
 
-FIRST_SEED = 7_000_000  # of the detector's training worlds: no other part of the project uses them
+FIRST_SEED = 7_000_000  # of the detector's training worlds, which are no others'
 HELD_OUT_SEED = 7_500_000  # of the worlds that give its quality
 WALK_STEPS = 24  # latent frames between two pictures of a world
 GROUPS = 4  # of channels that are normed together

@@ -42,6 +42,8 @@ def output_kind(out: str) -> Kind:
 
 
 def _file_kind(out: str) -> Kind:
+    if not out:
+        raise ValueError("out: expected a path, got an empty one; ./ is this folder")
     path = Path(out)
     kind: Kind
     if out.endswith("/") or path.is_dir() or (not path.suffix and not path.exists()):

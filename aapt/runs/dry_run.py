@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ..lock import FolderInUse, folder_lock
 from ..training.curriculum import Curriculum
 from ..training.recipe import Recipe, StageConfig
-from .loop import RunOptions
+from .loop import RECIPE, RunOptions
 from .monitor import METRICS, read_metrics
 from .parallel import Parallel
 from .run import run
@@ -29,7 +30,8 @@ def dry_run(
 
     Models, batches and rollouts have their full size, and stages hand their weights on, so errors
     and a lack of memory show. No sheets are drawn. Results are made in a folder beside `out`, and
-    are removed. Every rank calls it.
+    are removed. Every rank calls it. ValueError if another dry run is in that folder, or something
+    else.
 
     Args:
         report: Called with a line per stage.
@@ -38,9 +40,9 @@ def dry_run(
     out = out.absolute()  # "." has no name of its own
     folder = out.with_name(f"{out.name}.dry-run")
     brief = replace(options, save_every=1, sample_every=None)
-    if parallel.main:  # left by a dry run that was killed
-        shutil.rmtree(folder, ignore_errors=True)
-    parallel.agree(None)
+    trouble = parallel.agree(_clear(folder) if parallel.main else None)
+    if trouble:
+        raise ValueError(trouble)
     try:
         given = {"report": _quiet, "parallel": parallel, "options": brief}
         run(shortened(recipe), folder, **given, **arguments)
@@ -56,6 +58,20 @@ def dry_run(
     finally:
         if parallel.main:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(folder: Path) -> str | None:
+    """Remove what a dry run left that was killed; return why not if that is not what is there."""
+    if not folder.is_dir():
+        return None
+    if any(folder.iterdir()) and not (folder / RECIPE).is_file():
+        return f"{folder}: expected what a dry run left, got something else; move it away"
+    try:
+        with folder_lock(folder):
+            shutil.rmtree(folder)
+    except FolderInUse as error:
+        return str(error)
+    return None
 
 
 def shortened(recipe: Recipe) -> Recipe:

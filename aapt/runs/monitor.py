@@ -31,7 +31,7 @@ class Monitor:
 
     >>> with Monitor(folder, "adversarial", steps=1000, start_step=200) as monitor:
     ...     for step in range(200, 1000):
-    ...         monitor.update(step, stage.step(clips, random, step))
+    ...         monitor.update(step, {"loss": 0.5})
 
     Args:
         folder: Folder of `metrics.jsonl`. Lines of update `start_step` and later are cut off,
@@ -67,6 +67,8 @@ class Monitor:
         self._times = deque([self._begun], maxlen=RATE_UPDATES + 1)
         self._said = -math.inf
         self._alarms = Alarms()
+        for line in read_metrics(self.path):  # what a resumed run is compared with
+            self._alarms.update(line)
         columns = (
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=20),

@@ -235,13 +235,16 @@ def options(stage: str, plans: Iterable[Plan]) -> str | None:
 
 def meta_stages(recipe: Recipe) -> dict[str, Stage]:
     """Build every stage on the meta device, where tensors take no memory."""
-    return {name: meta_stage(recipe, config) for name, config in recipe.stages.items()}
+    return {name: meta_stage(recipe, name) for name in recipe.stages}
 
 
-def meta_stage(recipe: Recipe, config: StageConfig) -> Stage:
-    """Build a stage on the meta device."""
-    with torch.device("meta"):
-        return build_stage(config, MetaNetworks(recipe))
+def meta_stage(recipe: Recipe, name: str) -> Stage:
+    """Build a stage on the meta device. ValueError names the stage whose numbers do not fit."""
+    try:
+        with torch.device("meta"):
+            return build_stage(recipe.stages[name], MetaNetworks(recipe))
+    except ValueError as error:
+        raise ValueError(f"stages.{name}.{error}") from None
 
 
 @dataclass(frozen=True)

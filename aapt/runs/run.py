@@ -47,6 +47,7 @@ from .clip_sets import ClipSets
 from .inputs import ANY_SET, Inputs, claim_vae, read_record, weights_file
 from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
+from .plan import meta_stage
 from .samples import DIFFUSION_SAMPLES, SAMPLES, LatentStatistics, measures, sample_sheet
 
 SAMPLE_IMAGE = "sample.png"  # in a checkpoint's folder
@@ -158,9 +159,10 @@ class Run:
     def check(self, stages: Sequence[str]) -> None:
         """Check, before the first stage runs, everything that would stop a later one.
 
-        ValueError for a missing result of an earlier stage, for clips that are missing or too
-        short, for clips with another kind of motion than the model is conditioned on, for latents
-        of several autoencoders or rates, and for batches that the ranks cannot share.
+        ValueError for a missing result of an earlier stage, for numbers that a stage does not take,
+        for clips that are missing or too short, for clips with another kind of motion than the
+        model is conditioned on, for latents of several autoencoders or rates, and for batches that
+        the ranks cannot share.
         """
         encoded = self.encoded_sets(self.recipe.stages)
         if self.recipe.model.text_encoder == "umt5":
@@ -182,6 +184,7 @@ class Run:
                         f"stage {name}: expected the result of {before} in {self.out}, got none; "
                         f"train {before} first"
                     )
+            meta_stage(self.recipe, name)
             for batch in config.batches:
                 self.parallel.clips(batch)
             if config.offload and self.parallel.mesh is None:
@@ -396,7 +399,7 @@ class Run:
         self.parallel.shard(network, kept, config.offload)
 
     def pixel_deviation(self) -> Tensor:
-        """Deviation of pixels per unit of a latent channel, (C,); ones for a given autoencoder."""
+        """Deviation of pixels per unit of a latent channel, (C,); ones without an autoencoder."""
         if self.recipe.vae is None:
             return torch.ones(self.recipe.model.latent_channels, device=self.parallel.device)
         return self.vae("encoder").pixel_deviation().to(self.parallel.device)

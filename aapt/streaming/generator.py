@@ -157,7 +157,8 @@ class StreamingGenerator:
                 `aapt.vae.float8.round_decoder`; None for the precision `dtype`.
 
         CheckpointError says what was expected and what was found, ValueError why the device, the
-        precision, the size or the cache cannot be used, and what can.
+        precision, the size or the cache cannot be used, and what can; also for the `text_device` of
+        a model that reads no UMT5.
         """
         check_name(cache)
         if decoder_dtype not in (None, "float8"):
@@ -195,6 +196,10 @@ class StreamingGenerator:
             round_decoder(generator.vae)
         if "text" in config:
             generator.read_text(folder / config["text"], text_device)
+        elif text_device is not None:
+            raise ValueError(
+                f"text_device: expected none for a model that reads no UMT5, got {text_device}"
+            )
         return generator
 
     def share_tokens(self, context: Ulysses) -> None:

@@ -129,8 +129,9 @@ class Stream:
 
     @torch.inference_mode()
     def snapshot(self) -> Snapshot:
-        """Copies the whole state, between two steps. The stream does not change."""
-        with self._changing():
+        """Copies the whole state, between two steps. The stream does not change, also if there is no
+        memory for the copy."""
+        with self._held():
             return self._memory.snapshot(self.seed, self.steps, self._prompt)
 
     @torch.inference_mode()
@@ -183,7 +184,8 @@ class Stream:
             self._memory.recheck()
 
     def close(self) -> None:
-        """Frees the stream's memory. Safe to call twice."""
+        """Gives the stream's memory to the next stream that its generator opens. Safe to call
+        twice."""
         self._return()
         self._memory = None
         self._trouble = "closed; open a new one"

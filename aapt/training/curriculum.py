@@ -1,6 +1,7 @@
 """A curriculum as data: sets of clips, lengths, batches and updates (docs/method.md#6)."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..data.clips import ClipBatch, Clips, FirstFrame
@@ -25,6 +26,14 @@ class Source:
     shortest: int | None = None
     weight: float = 1.0
     first_frame: FirstFrame = "always"
+
+    def __post_init__(self):
+        if self.frames < 1:
+            raise ValueError(f"frames: expected 1 or more, got {self.frames}")
+        if self.shortest is not None and not 1 <= self.shortest <= self.frames:
+            raise ValueError(f"shortest: expected 1 to {self.frames} frames, got {self.shortest}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight: expected a finite number above 0, got {self.weight}")
 
     def length(self, random: ClipRandom) -> int:
         """Draw the frames of an update's windows after the first, alike on all ranks."""
@@ -54,6 +63,14 @@ class Phase:
         return sets[source.clips].sample(random, source.length(random), source.first_frame)
 
 
+def longest(needs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the most frames that is asked of each set, from names of sets with frames."""
+    most: dict[str, int] = {}
+    for name, frames in needs:
+        most[name] = max(frames, most.get(name, 0))
+    return most
+
+
 def draw_source(sources: Sequence[Source], random: ClipRandom) -> Source:
     """Draw the source of an update's clips, by weight and alike on all ranks."""
     total = sum(source.weight for source in sources)
@@ -74,11 +91,8 @@ class Curriculum:
     @property
     def needs(self) -> dict[str, int]:
         """Frames after the first that the longest clips of each set must have at least."""
-        needs: dict[str, int] = {}
-        for phase in self.phases:
-            for source in phase.sources:
-                needs[source.clips] = max(source.frames, needs.get(source.clips, 0))
-        return needs
+        sources = (source for phase in self.phases for source in phase.sources)
+        return longest((source.clips, source.frames) for source in sources)
 
     @property
     def batches(self) -> set[int]:

@@ -18,7 +18,7 @@ from ...model.low_rank import LoRA
 from ...model.world_model import Conditions, WorldModel
 from ...streaming.student import Segment, StudentRollout, frames_of
 from ..corruption import Corruption
-from ..curriculum import Source, draw_source
+from ..curriculum import Source, draw_source, longest
 from ..forcing import parallel_pass, teacher_forced_logits
 from ..later_motion import LaterMotion
 from ..losses import (
@@ -167,7 +167,7 @@ class AdversarialConfig:
 
     @property
     def needs(self) -> dict[str, int]:
-        return {source.clips: self.needed(source.frames) for source in self.sources}
+        return longest((source.clips, self.needed(source.frames)) for source in self.sources)
 
     def needed(self, length: int) -> int:
         """Frames after the first that clips must have for segments of `length` frames."""

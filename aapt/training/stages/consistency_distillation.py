@@ -66,6 +66,8 @@ class ConsistencyConfig:
         return self.curriculum.batches
 
     def __post_init__(self):
+        if self.times < 1:
+            raise ValueError(f"times: expected 1 or more, got {self.times}")
         if self.distance not in ("pseudo_huber", "squared"):
             raise ValueError(
                 f"distance: expected 'pseudo_huber' or 'squared', got {self.distance!r}"

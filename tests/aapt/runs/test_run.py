@@ -19,6 +19,7 @@ from aapt import Control, StreamingGenerator
 from aapt.checkpoint import read_tensors
 from aapt.device import mixed_precision
 from aapt.model.config import FewStepConfig, SamplingConfig
+from aapt.model.low_rank import LoRA
 from aapt.runs import run as run_module
 from aapt.runs import sheets
 from aapt.runs.build_stage import build_stage
@@ -103,6 +104,16 @@ def test_every_stage_leaves_its_result(trained):
     assert not list(out.glob("*/states"))
     assert (out / "regression" / "samples-2.png").is_file()
     assert "generator" not in metrics[0] and "generator" in metrics[1]
+
+
+def test_numbers_that_a_later_stage_does_not_take_are_said_first(tmp_path):
+    """Not when that stage begins, which may be after days."""
+    recipe = small_recipe()
+    for name, change in (("adversarial", {"state_bits": 16}), ("diffusion", {"lora": LoRA(2)})):
+        changed = dataclasses.replace(recipe.stages[name], **change)
+        other = dataclasses.replace(recipe, stages=recipe.stages | {name: changed})
+        with pytest.raises(ValueError, match=f"^stages.{name}.(state_bits|muon): expected"):
+            Run(other, tmp_path / name).check([*recipe.stages])
 
 
 def test_the_checkpoint_streams(trained):

@@ -185,6 +185,13 @@ def test_the_discriminator_is_shown_frames_moved_by_part_of_a_token():
     assert moved[1].arguments[0].requires_grad
 
 
+def test_the_longest_source_says_what_a_set_needs():
+    """Also if a shorter one of the same set comes after it."""
+    sources = Source("clips", 6), Source("clips", 3), Source("others", 4)
+    stage = adversarial_stage(clips=sources, segment_frames=None, whole_clips=False)
+    assert stage.config.needs == {"clips": 6, "others": 4}
+
+
 def test_clips_that_teacher_forced_frames_continue_move_too():
     x = latents(5)
     shown = Shown(x, Conditions(None, torch.empty(0), torch.empty(0)), real=x).shifted((1, 0))

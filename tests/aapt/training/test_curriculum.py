@@ -47,3 +47,18 @@ def test_one_update_draws_from_one_source():
 def test_the_start_of_a_window_is_the_sources_choice(sources, starts):
     batch = Phase(1, 100, sources).sample({"clips": clips(length=7)}, draws(100))
     assert {start for _, start in batch.windows} == starts
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"frames": 0}, "frames: expected 1 or more, got 0"),
+        ({"shortest": 5}, "shortest: expected 1 to 4 frames, got 5"),
+        ({"shortest": 0}, "shortest: expected 1 to 4 frames, got 0"),
+        ({"weight": 0.0}, "weight: expected a finite number above 0, got 0.0"),
+        ({"weight": float("inf")}, "weight: expected a finite number above 0, got inf"),
+    ],
+)
+def test_windows_that_cannot_be_drawn(change, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        Source(**{"clips": "clips", "frames": 4} | change)

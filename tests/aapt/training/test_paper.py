@@ -26,6 +26,7 @@ OFF = {  # our switches for small models (docs/method.md#12)
     "rows": 0,
     "adversarial": 1,
     "noised": False,
+    "shifted": False,
     "frozen_trunk": False,
     "discriminator_lora": None,
 }
@@ -209,8 +210,8 @@ def test_the_optimizers_have_these_numbers():
     """The stages build them around a smaller model."""
     small = dataclasses.replace(CONFIG, condition_channels=0)
     recipe = dataclasses.replace(paper_8b(), model=small)
-    for name, config in recipe.stages.items():
-        for network, part in plan.meta_stage(recipe, config).trained.items():
+    for name in recipe.stages:
+        for network, part in plan.meta_stage(recipe, name).trained.items():
             (group,) = part.optimizer.param_groups
             if name in ("diffusion", "consistency"):
                 assert type(part.optimizer) is torch.optim.AdamW and part.average is None
@@ -226,5 +227,5 @@ def test_heads_of_the_discriminator():
     """They follow blocks 16, 26 and 36 of 36 (docs/method.md#12)."""
     model = dataclasses.replace(CONFIG, condition_channels=0, depth=aapt_8b().depth)
     recipe = dataclasses.replace(paper_8b(), model=model)
-    stage = plan.meta_stage(recipe, recipe.stages["adversarial"])
+    stage = plan.meta_stage(recipe, "adversarial")
     assert [tap + 1 for tap in stage.discriminator.taps] == [16, 26, 36]
