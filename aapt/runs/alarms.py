@@ -35,7 +35,7 @@ class Alarms:
 
     >>> alarms = Alarms()
     >>> for step in range(steps):
-    ...     for text in alarms.update({"accuracy": 0.5, "generator_gradient": 3.0}):
+    ...     for text in alarms.update(metrics[step]):
     ...         print(text)
     """
 

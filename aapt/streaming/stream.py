@@ -129,8 +129,8 @@ class Stream:
 
     @torch.inference_mode()
     def snapshot(self) -> Snapshot:
-        """Copies the whole state, between two steps. The stream does not change, also if there is no
-        memory for the copy."""
+        """Copies the whole state, between two steps. The stream does not change, even if memory
+        ends."""
         with self._held():
             return self._memory.snapshot(self.seed, self.steps, self._prompt)
 

@@ -333,6 +333,29 @@ def test_numbers_too_large_end_in_one_line_and_2(tmp_path, capsys):
         assert message in said and said.count("\n") == 1, said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "tiny-world", "--plan", "--stage", "final"], "stage: expected none with --plan"),
+        (["train", "tiny-world", "--plan", "--weights", "x"], "weights: expected none with --plan"),
+        (["train", "vae-light", "--checkpoint-blocks"], "checkpoint_blocks: expected none for"),
+        (["generate", "--text-device", "cpu", "--out", "a.mp4"], "text_device: expected none for"),
+        (
+            ["encode", ".", "--text-device", "cpu", "--out", "o"],
+            "text_device: expected with --text",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_prompt_that_is_cut_is_said(generator, capsys):
     prompt = "a calm cinematic wide shot of snowy peaks"
     assert run("generate", "--seconds", 0.2, "--prompt", prompt, "--out", "a.mp4") == 0

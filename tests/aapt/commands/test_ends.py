@@ -8,11 +8,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import aapt
 from aapt import __main__ as entry
 from aapt.commands.app import main
 from aapt.runs import run as runs
+from aapt.runs.loop import TrainingError
 
 from ...progress import children, wait_until
 from .fake_generator import script
@@ -108,9 +110,18 @@ def test_warnings_are_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "aapt: one and two\n"
 
 
-def test_memory_that_ends_is_one_line(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=["Python", "host", "device"],
+)
+def test_memory_that_ends_is_one_line(monkeypatch, tmp_path, capsys, error):
     def full(*_, **__):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(runs, "run", full)
     assert main(["train", "tiny-world", "--out", str(tmp_path)]) == 1
@@ -121,6 +132,26 @@ def test_memory_that_ends_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("aapt.streaming.generator.StreamingGenerator.from_pretrained", full)
     assert main(["info"]) == 1
     assert capsys.readouterr().err == "aapt: out of memory\n"
+
+
+def test_an_update_without_memory_says_what_takes_less(monkeypatch, tmp_path, capsys):
+    def full(*_, **__):
+        raise TrainingError("adversarial: step 3: no memory") from torch.OutOfMemoryError()
+
+    monkeypatch.setattr(runs, "run", full)
+    assert main(["train", "tiny-world", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("aapt: adversarial: step 3: no memory; the same command resumes, and ")
+    assert "takes less with --clips-at-once 1" in said
+
+
+def test_other_errors_of_pytorch_are_no_lack_of_memory(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("aapt.streaming.generator.StreamingGenerator.from_pretrained", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["info"])
 
 
 def test_ctrl_c_in_train_says_how_to_resume(monkeypatch, tmp_path, capsys):

@@ -102,6 +102,19 @@ def test_a_replay_does_not_compare_shared_passes(played, tmp_path, capfd, first)
     assert "differs" not in said
 
 
+def test_a_log_with_a_step_of_another_model_keeps_what_was_made_before(played, tmp_path, capfd):
+    folder, log, videos = played
+    lines = log.read_text().splitlines()
+    step = json.loads(lines[2])
+    lines[2] = json.dumps({key: step[key] for key in step if key not in ("yaw", "forward")})
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("\n".join(lines))
+    assert replay((folder, changed, videos), tmp_path / "out", "--branch", "0") == 2
+    said = capfd.readouterr().err
+    assert "control: expected a Control, got None" in said and "Traceback" not in said
+    assert len(list((tmp_path / "out").iterdir())) == 5
+
+
 def test_the_original_decoder_shows_the_same_walk(played, tmp_path, capfd):
     assert replay(played, tmp_path / "out", "--original") == 0
     video = read(tmp_path / "out")

@@ -6,6 +6,7 @@ import os
 import pwd
 import tempfile
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,6 +268,18 @@ def test_measuring_the_truth_finds_no_fault(checkpoint, tmp_path):
     swapped = measure(truth.flip(0), real, None, scenes, window)
     assert swapped.theme_kept == 0.0 and swapped.palette_error > 0.05
     assert swapped.sharpness == pytest.approx(1.0) and swapped.psnr < 25
+
+
+def test_a_seam_is_that_of_the_sources_own_cells():
+    """Cells of 8 pixels, beside a first checkpoint whose cells have 4."""
+    levels = torch.arange(WIDTH).div(8, rounding_mode="floor") % 2 * 40 + torch.arange(WIDTH) % 2
+    video = levels.to(torch.uint8)[:, None].expand(1, 9, HEIGHT, WIDTH, 3)
+    scenes = SimpleNamespace(steps=0, control_metrics=lambda *_: {})
+    truth, window = MeasuredFrames.of(video[:, 1:], 4), WINDOWS[0]
+    given = video, truth, None, scenes, window
+    found = {cell: measure(*given, cell=cell) for cell in (None, 4, 8)}
+    assert found[None].seam == found[4].seam == seam(video, 4)
+    assert found[8].seam == seam(video, 8) > 2 * found[4].seam
 
 
 def test_latent_statistics_by_hand():

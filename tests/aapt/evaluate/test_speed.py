@@ -43,6 +43,21 @@ def open_stream():
     return generator.open(np.zeros((HEIGHT, WIDTH, 3), np.uint8), "ab")
 
 
+def test_one_stream_is_open_while_its_memory_is_measured():
+    """The second takes over what the first has left, as a next visitor's does."""
+    generator = open_stream().generator
+    made, opened = generator.open, []
+
+    def open_one(*arguments, **options):
+        assert all(stream.bytes == 0 for stream in opened)
+        opened.append(made(*arguments, **options))
+        return opened[-1]
+
+    generator.open = open_one
+    found = speed.bench_stream(generator, np.zeros((HEIGHT, WIDTH, 3), np.uint8), "ab", steps=2)
+    assert len(opened) == 2 and set(found["first_frame_ms"]) == {"cold", "warm"}
+
+
 def test_a_captured_step_is_described(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "capture", capture)
     monkeypatch.setattr(speed, "graph_nodes", lambda raw: {"kernel": raw})

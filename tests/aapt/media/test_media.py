@@ -318,6 +318,7 @@ def test_impossible_outputs_are_said_in_one_line(tmp_path):
         (tmp_path / (300 * "a"), "cannot write .*aaa: File name too long"),
         (tmp_path / "file" / "a.mp4", "expected a path in a folder that exists"),
         (tmp_path / "pipe.mp4", "expected a file, got .*pipe.mp4: a pipe or a device"),
+        ("", "expected a path, got an empty one; ./ is this folder"),
     ]:
         with pytest.raises(ValueError, match=message):
             output_kind(str(out))

@@ -126,6 +126,21 @@ def test_measures_are_those_of_whole_tensors():
     assert still["motion"] == still["late_motion"] == 0
 
 
+def test_a_resumed_run_is_compared_with_its_beginning(tmp_path, capsys):
+    """A gradient that fell before the interruption has fallen."""
+
+    def metrics(gradient):
+        return {"accuracy": 0.8, "discriminator": 0.4, "generator_gradient": gradient}
+
+    with Monitor(tmp_path, "adversarial", steps=2 * WINDOW) as monitor:
+        for step in range(WINDOW):
+            monitor.update(step, metrics(1.0))
+    with Monitor(tmp_path, "adversarial", steps=2 * WINDOW, start_step=WINDOW) as monitor:
+        for step in range(WINDOW, 2 * WINDOW):
+            monitor.update(step, metrics(0.01))
+    assert "gradient" in (tmp_path / "alarms.txt").read_text()
+
+
 def test_alarms_are_printed_and_kept(tmp_path, capsys):
     with Monitor(tmp_path, "adversarial", steps=2 * WINDOW) as monitor:
         for step in range(2 * WINDOW):

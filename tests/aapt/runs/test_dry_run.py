@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from aapt.commands.app import main
+from aapt.lock import folder_lock
 from aapt.runs.dry_run import dry_run, duration, shortened, shortened_stage, stage_seconds
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
@@ -68,6 +69,22 @@ def test_a_stage_that_fails_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="consistency: step 1"):
         dry_run(recipe, Path(), report=print, **ALONE)
     assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def test_what_a_killed_dry_run_left_is_removed_and_nothing_else(tmp_path):
+    left = tmp_path / "run.dry-run"
+    left.mkdir()
+    (left / "recipe.json").write_text("{}")
+    with folder_lock(left), pytest.raises(ValueError, match="expected a folder in use by no other"):
+        dry_run(short_recipe(), tmp_path / "run", report=print, **ALONE)
+    (left / "recipe.json").rename(left / "diary.txt")
+    with pytest.raises(
+        ValueError, match="run.dry-run: expected what a dry run left, got something"
+    ):
+        dry_run(short_recipe(), tmp_path / "run", report=print, **ALONE)
+    (left / "diary.txt").rename(left / "recipe.json")
+    dry_run(short_recipe(), tmp_path / "run", report=lambda line: None, **ALONE)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("make", [tiny_world, paper_8b])

@@ -71,6 +71,19 @@ def test_a_branch_is_a_stream_of_its_own(generator, picture, branch):
     assert not np.array_equal(play(twin, WALK[:1]), turned[:4])
 
 
+def test_a_snapshot_that_fails_leaves_the_stream_as_it_was(generator, picture, monkeypatch):
+    stream, other = (generator.open(picture, "ab", seed=0) for _ in range(2))
+
+    def full(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(stream._memory), "snapshot", full)
+        with pytest.raises(MemoryError):
+            stream.snapshot()
+    assert np.array_equal(play(stream, WALK), play(other, WALK))
+
+
 def test_a_stream_is_not_pickled(generator, picture):
     with pytest.raises(TypeError, match=r"stream: cannot be pickled; pickle its snapshot\(\)"):
         pickle.dumps(generator.open(picture, "ab"))
