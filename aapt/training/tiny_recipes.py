@@ -413,7 +413,7 @@ def vae_fine() -> VAERecipe:
     minutes.
 
     Noise on the latents stands for a generator's errors, as in `vae_light`. A generator errs by
-    token, which shows as a grid of 8x8 pixels if the decoder has seen little noise.
+    token, which shows as a grid of 8x8 pixels if the decoder has not seen such noise.
     """
     light = vae_light()
     return VAERecipe(
@@ -431,5 +431,6 @@ def vae_fine() -> VAERecipe:
             sharpening=1.1,
             fit_noise=0.03,
             latent_noise=0.2,
+            token_noise=1.0,
         ),
     )

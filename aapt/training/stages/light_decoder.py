@@ -5,7 +5,7 @@ works with the light one. The light decoder learns to reconstruct the clip, and 
 original decoder on the same latents.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -29,6 +29,7 @@ from ..losses import (
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen
 
+TOKEN = 2  # latent pixels along each side of a generator's token
 LAPPED_RATE = 0.1  # learning rate of a lapped map, as a share of the network's
 # Fields that may differ from the original's, because no encoder reads them
 LIGHTER = {"decoder_channels", "decoder_blocks", "latent_projection", "lapped"}
@@ -72,6 +73,8 @@ class LightDecoderConfig:
             lapped map expects.
         latent_noise: Greatest strength of white noise on the latents, in deviations, drawn for each
             clip from 0 to this. The decoder so learns to clean a generator's errors.
+        token_noise: Strength, as a share of the white noise, of noise that is one for all latent
+            pixels of a token: a generator errs by token, and the decoder so learns to hide it.
         average: Decay of the moving average that is exported.
         max_norm: Norm to which gradients are clipped.
     """
@@ -92,6 +95,7 @@ class LightDecoderConfig:
     adversary: PatchAdversary | None = None
     fit_noise: float = 0.06
     latent_noise: float = 0.4
+    token_noise: float = 0.0
     average: float = 0.995
     max_norm: float = 1.0
 
@@ -112,6 +116,18 @@ def light_vae_for(original: CausalVAE, shape: VAEConfig) -> CausalVAE:
     fitting = {n: x for n, x in theirs.items() if n in weights and weights[n].shape == x.shape}
     light.load_state_dict(weights | fitting)
     return light.to(original.latent_mean.device)
+
+
+def generator_noise(random: ClipRandom, shape: Sequence[int], by_token: float) -> Tensor:
+    """Draw noise (clips, *shape) for latents of `shape` (C, T, H, W): white, plus `by_token` times
+    noise that is one for all latent pixels of a token."""
+    noise = random.normal(*shape)
+    if not by_token:
+        return noise
+    *_, height, width = shape
+    tokens = random.normal(*shape[:2], -(-height // TOKEN), -(-width // TOKEN))
+    tokens = tokens.repeat_interleave(TOKEN, -2).repeat_interleave(TOKEN, -1)
+    return noise + by_token * tokens[..., :height, :width]
 
 
 class LightDecoderTraining:
@@ -154,7 +170,7 @@ class LightDecoderTraining:
         video = sets[config.clips].sample(random, config.video_frames)
         with mixed_precision(video.device), torch.no_grad():
             latent = self.original.encode(video)
-            noise = random.normal(*latent.shape[1:])
+            noise = generator_noise(random, latent.shape[1:], config.token_noise)
             latent = latent + per_clip(config.latent_noise * random.uniform()) * noise
             target = self.original.decode(latent).float() if config.imitation else None
         with mixed_precision(video.device):

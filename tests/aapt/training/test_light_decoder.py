@@ -16,6 +16,7 @@ from aapt.training.stages.light_decoder import (
     LightDecoderTraining,
     PatchAdversary,
     PatchDiscriminator,
+    generator_noise,
     light_vae_for,
 )
 from aapt.vae import CausalVAE, VAEConfig, light, lighter, original, wan
@@ -238,6 +239,17 @@ def test_latents_are_as_noisy_as_asked(monkeypatch):
     strengths = (shown[0].float() - clean).std(dim=(1, 2, 3, 4))
     # Rounding of bfloat16 networks is below the least noise that is drawn here.
     assert (strengths < 0.55).all() and strengths.max() > 0.05
+
+
+def test_noise_by_token_is_one_for_its_latent_pixels():
+    shape = (16, 5, 7, 9)  # tokens at the end are cut
+    white = generator_noise(draws(4), shape, 0.0)
+    assert torch.equal(white, draws(4).normal(*shape))
+    tokens = generator_noise(draws(4), shape, 0.5) - white
+    assert tokens.std().item() == pytest.approx(0.5, abs=0.02)
+    whole = tokens[..., :6, :8].unflatten(-1, (4, 2)).unflatten(-3, (3, 2))
+    torch.testing.assert_close(whole, whole[..., :1, :, :1].expand_as(whole), rtol=0, atol=1e-6)
+    assert (tokens[..., 2:, :] - tokens[..., :-2, :]).std() > 0.5
 
 
 def test_the_discriminator_learns_what_is_real():
