@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "streaming": {"checkpoint", "clock", "device", "model", "vae"},
     "training": {"data", "device", "model", "streaming", "torchscript", "vae"},
     "evaluate": {
-        *({*GROUND} - {"placement"}),
+        *({*GROUND, "lock"} - {"placement"}),
         *("data", "media", "model", "streaming", "vae"),
     },
     "runs": {
