@@ -189,3 +189,27 @@ def test_files_stay_readable():
     ]
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_no_triton_function_may_return_none():
+    """Triton 3.6, which PyTorch 2.11 brings, refuses such a function inside a kernel."""
+    found, functions = [], 0
+    for path in python_files("aapt_kernels"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or not any(
+                "triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list
+            ):
+                continue
+            functions += 1
+            parts = list(ast.walk(function))
+            missing = {
+                ast.unparse(part.left)
+                for part in parts
+                if isinstance(part, ast.Compare) and ast.unparse(part.comparators[0]) == "None"
+            }
+            values = [part.value for part in parts if isinstance(part, ast.Return)]
+            values += [x for value in values if isinstance(value, ast.Tuple) for x in value.elts]
+            returned = {value.id for value in values if isinstance(value, ast.Name)}
+            found += [f"{path.name}: {function.name} returns {x}" for x in missing & returned]
+    assert functions > 40
+    assert found == []
