@@ -19,6 +19,8 @@ from ..vae import CausalVAE
 from ..vae.pixels import to_video
 from .clips import LatentClips
 
+CHUNK = 4  # clips that a process renders before it is asked again
+
 
 class RenderedClip(Protocol):
     """A rendered clip of n latent frames; each kind of set adds its motion.
@@ -88,15 +90,19 @@ class RenderedData(ABC):
 def render_clips(
     data: RenderedData, workers: int, count: int | None = None
 ) -> Iterator[RenderedClip]:
-    """Render the first `count` clips in order, by default all, with `workers` processes."""
+    """Render the first `count` clips in order, by default all, with `workers` processes; a few in
+    this one, because a process takes seconds to start."""
     count = data.clips if count is None else count
     seeds = range(data.first_seed, data.first_seed + count)
+    if count <= CHUNK:
+        yield from map(data.clip, seeds)
+        return
     # Fork would copy the locks of torch's threads in an unknown state.
     spawn = multiprocessing.get_context("spawn")
     with ExitStack() as ended:
         with _interrupts_delayed():
             pool = ended.enter_context(spawn.Pool(workers, initializer=_single_thread))
-        yield from pool.imap(data.clip, seeds, chunksize=4)
+        yield from pool.imap(data.clip, seeds, chunksize=CHUNK)
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from .parallel import Parallel
 from .run import run
 
 UPDATES = 2  # of each phase, one after a discriminator's warm-up: the last is timed
+WARM = 1  # updates where an earlier stage of the kind has warmed the machine up
 CLIPS = 2  # of a set that the recipe renders
 
 
@@ -50,7 +51,8 @@ def dry_run(
             return
         total = 0.0
         for name, config in recipe.stages.items():
-            seconds = stage_seconds(config, folder / name / METRICS)
+            metrics = folder / name / METRICS
+            seconds = stage_seconds(config, metrics, warm(recipe, name))
             updates = sum(steps for steps, _ in timed(config))
             report(f"{name}: works; {updates} updates take {duration(seconds)}")
             total += seconds
@@ -85,43 +87,59 @@ def shortened(recipe: Recipe) -> Recipe:
         data=data,
         decoder=recipe.decoder and replace(recipe.decoder, steps=UPDATES),
         light_decoder=recipe.light_decoder and replace(recipe.light_decoder, steps=UPDATES),
-        stages={name: shortened_stage(config) for name, config in recipe.stages.items()},
+        stages={
+            name: shortened_stage(config, warm(recipe, name))
+            for name, config in recipe.stages.items()
+        },
     )
 
 
-def shortened_stage(config: StageConfig) -> StageConfig:
-    """A stage with UPDATES updates of each phase; of a discriminator that is warmed up first, the
-    first is its own.
+def warm(recipe: Recipe, name: str) -> bool:
+    """Return whether a stage of this kind comes before."""
+    names = list(recipe.stages)
+    kinds = [type(recipe.stages[before]) for before in names[: names.index(name)]]
+    return type(recipe.stages[name]) in kinds
+
+
+def shortened_stage(config: StageConfig, warm: bool = False) -> StageConfig:
+    """A stage with UPDATES updates of each phase, WARM if it is `warm`; of a discriminator that is
+    warmed up first, the first is its own, but for a stage that is warm.
 
     Of several critic updates per update of a generator two are left.
     """
+    updates = WARM if warm else UPDATES
     if hasattr(config, "curriculum"):
-        phases = (replace(phase, steps=UPDATES) for phase in config.curriculum.phases)
+        phases = (replace(phase, steps=updates) for phase in config.curriculum.phases)
         return replace(config, curriculum=Curriculum(tuple(phases)))
     if getattr(config, "discriminator_warmup", 0):
-        return replace(config, discriminator_warmup=1, steps=UPDATES - 1)
+        return replace(config, discriminator_warmup=updates - 1, steps=1)
     if hasattr(config, "critic_updates"):
         config = replace(config, critic_updates=min(config.critic_updates, 2))
-    return replace(config, steps=UPDATES)
+    return replace(config, steps=updates)
 
 
-def timed(config: StageConfig) -> Iterator[tuple[int, int]]:
-    """Yield the updates of each phase, and which update of the shortened stage is timed for it."""
+def timed(config: StageConfig, warm: bool = False) -> Iterator[tuple[int, int]]:
+    """Yield the updates of each phase, and which update of the shortened stage is timed for it.
+
+    In a stage that is warm, an update of both networks stands for those of a discriminator alone,
+    which take less.
+    """
+    updates = WARM if warm else UPDATES
     if getattr(config, "critic_updates", 1) > 1:  # of the critic alone, and of both
-        yield config.steps * (config.critic_updates - 1), 2 * UPDATES - 2
-        yield config.steps, 2 * UPDATES - 1
+        yield config.steps * (config.critic_updates - 1), 2 * updates - 2
+        yield config.steps, 2 * updates - 1
         return
     if warmup := getattr(config, "discriminator_warmup", 0):
         yield warmup, 0
     phases = config.curriculum.phases if hasattr(config, "curriculum") else [config]
     for index, phase in enumerate(phases, 1):
-        yield phase.steps, index * UPDATES - 1
+        yield phase.steps, index * updates - 1
 
 
-def stage_seconds(config: StageConfig, metrics: Path) -> float:
+def stage_seconds(config: StageConfig, metrics: Path, warm: bool = False) -> float:
     """Seconds of all updates of a stage, from the metrics of the shortened one."""
     ends = [0.0, *(line["seconds"] for line in read_metrics(metrics))]
-    return sum(steps * (ends[index + 1] - ends[index]) for steps, index in timed(config))
+    return sum(steps * (ends[index + 1] - ends[index]) for steps, index in timed(config, warm))
 
 
 def duration(seconds: float) -> str:

@@ -92,17 +92,18 @@ def test_only_updates_and_clips_are_fewer(make):
     recipe = make()
     brief = shortened(recipe)
     assert brief.stages.keys() == recipe.stages.keys() and brief.data.keys() == recipe.data.keys()
+    kinds = set()
     for name, config in recipe.stages.items():
-        short = brief.stages[name]
+        short, updates = brief.stages[name], 1 if type(config) in kinds else 2
+        kinds.add(type(config))
         if hasattr(config, "curriculum"):
-            assert [phase.steps for phase in short.curriculum.phases] == [2] * len(
-                config.curriculum.phases
-            )
+            assert {phase.steps for phase in short.curriculum.phases} == {updates}
+            assert len(short.curriculum.phases) == len(config.curriculum.phases)
             assert dataclasses.replace(short, curriculum=config.curriculum) == config
         else:
             warmup = getattr(config, "discriminator_warmup", None)
             back = {"steps": config.steps} | ({"discriminator_warmup": warmup} if warmup else {})
-            assert short.steps + bool(warmup) == 2
+            assert short.steps + (short.discriminator_warmup if warmup else 0) == updates
             assert dataclasses.replace(short, **back) == config
     assert (
         dataclasses.replace(
@@ -134,6 +135,23 @@ def test_the_second_update_of_each_phase_is_timed(config, seconds, expected, tmp
     updates = getattr(made, "curriculum", made).steps + getattr(made, "discriminator_warmup", 0)
     updates *= getattr(made, "critic_updates", 1)
     assert updates == len(seconds)
+
+
+@pytest.mark.parametrize(
+    ("config", "seconds", "expected"),
+    [
+        (paper_8b().stages["consistency"], [9], 5_000 * 9),
+        (tiny_world().stages["extension"], [4], (40 + 160) * 4),  # an upper bound
+        (MATCHING, [9, 19], 200 * (4 * 9 + 10)),
+    ],
+)
+def test_the_only_update_of_a_stage_that_is_warm_is_timed(config, seconds, expected, tmp_path):
+    lines = [json.dumps({"step": step, "seconds": end}) for step, end in enumerate(seconds)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert stage_seconds(config, tmp_path / "metrics.jsonl", warm=True) == expected
+    short = shortened_stage(config, warm=True)
+    if hasattr(config, "discriminator_warmup"):
+        assert (short.steps, short.discriminator_warmup) == (1, 0)
 
 
 def test_times_have_fitting_units():
