@@ -50,8 +50,12 @@ def test_a_restarted_server_gets_the_world_back(command, open_page):
     page.pause()
     page.wait(lambda: page.images(0, page.step), "frames")
     place, last = page.place, page.images(*page.place)
-    logs = [text["lines"] for text in page.texts if text["type"] == "log"]
-    assert len(logs[-1]) > place[1]  # the page has what it will go on with
+
+    def logged():
+        logs = [text["lines"] for text in page.texts if text["type"] == "log"]
+        return logs and len(logs[-1]) > place[1]
+
+    page.wait(logged, "the log")  # the page has what it will go on with
     process.kill()
     process.wait()
     page.wait_state("lost")
