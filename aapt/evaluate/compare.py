@@ -135,17 +135,17 @@ def compare(
         raise ValueError(f"seed: expected two or more different seeds, got {got}")
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
-        return _compare(checkpoints, out, seeds, log, settings)
+        return _compare(checkpoints, names, out, seeds, log, settings)
 
 
 def _compare(
     checkpoints: Sequence[str | Path],
+    names: Sequence[str],
     out: Path,
     seeds: Sequence[int],
     log: Callable[[str], None],
     settings: Mapping[str, Any],
 ) -> Comparison:
-    names = path_labels(checkpoints, taken=(TRUTH, AUTOENCODER))
     paths = {seed: out / f"seed-{seed}" / "report.json" for seed in seeds}
     missing = [seed for seed in seeds if not paths[seed].is_file()]
     wanted = {name: settings[name] for name in MEASURED_BY if name in settings}

@@ -52,7 +52,7 @@ def dry_run(
         total = 0.0
         for name, config in recipe.stages.items():
             metrics = folder / name / METRICS
-            seconds = stage_seconds(config, metrics, warm(recipe, name))
+            seconds = stage_seconds(config, metrics, is_warm(recipe, name))
             updates = sum(steps for steps, _ in timed(config))
             report(f"{name}: works; {updates} updates take {duration(seconds)}")
             total += seconds
@@ -88,13 +88,13 @@ def shortened(recipe: Recipe) -> Recipe:
         decoder=recipe.decoder and replace(recipe.decoder, steps=UPDATES),
         light_decoder=recipe.light_decoder and replace(recipe.light_decoder, steps=UPDATES),
         stages={
-            name: shortened_stage(config, warm(recipe, name))
+            name: shortened_stage(config, is_warm(recipe, name))
             for name, config in recipe.stages.items()
         },
     )
 
 
-def warm(recipe: Recipe, name: str) -> bool:
+def is_warm(recipe: Recipe, name: str) -> bool:
     """Return whether a stage of this kind comes before."""
     names = list(recipe.stages)
     kinds = [type(recipe.stages[before]) for before in names[: names.index(name)]]

@@ -200,8 +200,9 @@ def fuses_next_norm(
     out_channels = weight.shape[0]
     if autocasts(x.device):
         return False
-    given = [tensor for tensor in (x, weight, *others) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, *others)
+    ):
         return False
     if out_channels > MAX_NORMED_CHANNELS or out_channels % 8:
         return False

@@ -44,8 +44,8 @@ def aligned_frames(x: Tensor | None, apart: bool = False) -> Tensor | None:
         return None
     entries = x[:1] if apart else x
     # NOTE: entries of an expanded batch are 0 apart, which no tensor map takes
-    pitch = x.stride(0) if len(x) > 1 else 0
-    whole = not apart or len(x) == 1 or (pitch > 0 and pitch % max(x[0, :, :1].numel(), 1) == 0)
+    pitch, frame = x.stride(0), max(x[:1, :, :1].numel(), 1)
+    whole = not apart or len(x) < 2 or (pitch > 0 and pitch % frame == 0)
     fits = whole and entries.is_contiguous(memory_format=torch.channels_last_3d)
     if fits and x.data_ptr() % ALIGNMENT == 0:
         return x

@@ -327,7 +327,7 @@ def test_next_norm_has_no_gradient(name):
 @pytest.mark.parametrize("weight_memory", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
 def test_gradients_are_stored_like_their_tensors(memory, weight_memory, upsample):
-    """As the fake kernel promises: compiled code refuses a gradient with other strides."""
+    """Compiled code takes the strides from the fake kernel, and refuses a gradient with others."""
     x = torch.randn(1, 3, 2, 4, 5).to(memory_format=memory)
     weight = torch.randn(4, 3, 2, 3, 3).to(memory_format=weight_memory)
     leaves = [tensor.requires_grad_() for tensor in (x, weight)]
