@@ -74,6 +74,7 @@ def tiny_puppet() -> Recipe:
             video_frames=17,
             sharpening=0.5,
             latent_noise=0.1,
+            token_noise=1.0,
         ),
         stages={
             "diffusion": diffusion,
