@@ -27,6 +27,7 @@ from aapt.checkpoint import load_config, save_config, write_json
 from aapt.evaluate import evaluate
 from aapt.lock import folder_lock
 from aapt.media.contact_sheet import GAP, LINE
+from aapt.runs.inputs import Inputs
 from aapt.runs.run import Run
 from aapt.streaming.generator import StreamingGenerator
 from aapt.streaming.rollout import roll_out
@@ -111,7 +112,8 @@ def measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Resul
 def _measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Result:
     recipe = replace(experiment.recipe, seed=seed)
     recipe = replace(recipe, stages={**recipe.stages, **experiment.variants})
-    run = Run(recipe, out, workers=1)
+    weights, minutes = train_before(experiment, seed, shared, out)
+    run = Run(recipe, out, workers=1, inputs=Inputs(weights=weights))
     train(experiment, run, shared)
     folders = export(experiment, run)
     report, speeds = out / "evaluation" / "report.json", out / "speeds.json"
@@ -122,7 +124,24 @@ def _measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Resu
             evaluate(list(folders.values()), report.parent, **settings, log=say)
     if (experiment.samplings or experiment.timed) and not speeds.is_file():
         write_json(speeds, {name: speed(folder) for name, folder in folders.items()})
-    return Result(json.loads(report.read_text()), read(out / MINUTES), read(speeds))
+    return Result(json.loads(report.read_text()), minutes | read(out / MINUTES), read(speeds))
+
+
+def train_before(
+    experiment: Experiment, seed: int, shared: Path, out: Path
+) -> tuple[Path | None, Mapping[str, float]]:
+    """Trains `experiment.before`; returns its weights and CPU minutes."""
+    if not experiment.before:
+        return None, {}
+    recipe = replace(experiment.before, seed=seed)
+    (stage,) = recipe.stages
+    folder = out.parents[1] / recipe.name / out.name
+    first = replace(experiment, recipe=replace(recipe, stages={}), variants=recipe.stages)
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        run = Run(recipe, folder, workers=1)
+        train(first, run, shared)
+    return run.result(stage), {f"{recipe.name} {stage}": read(folder / MINUTES)[stage]}
 
 
 def keep(experiment: Experiment, result: Result, path: Path) -> None:

@@ -33,6 +33,8 @@ class Experiment:
         starts, seconds: worlds per evaluation, and length of each video.
         windows: windows of the evaluation that the page shows.
         timed: True to measure passes and time per frame; always with `samplings`.
+        before: recipe of one stage, trained first, whose weights `recipe` starts from. Experiments
+            with equal ones share them.
     """
 
     question: str
@@ -44,6 +46,7 @@ class Experiment:
     seconds: float = 60.0
     windows: tuple[str, ...] = ("4-6 s", "55-60 s")
     timed: bool = False
+    before: Recipe | None = None
 
 
 SHORT = {"seconds": 6.0, "windows": ("4-6 s",)}  # of experiments on the small world
@@ -237,6 +240,36 @@ def camera_of_the_recipe(question: str) -> Experiment:
     )
 
 
+def new_columns(start: str) -> Experiment:
+    """A diffusion model that nothing has controlled gets the camera's channels, and is measured
+    early and late in its further training."""
+    recipe = small_world()
+    diffusion = recipe.stages["diffusion"]
+    without = replace(recipe.model, condition_channels=0)
+    brief = replace(
+        diffusion,
+        curriculum=constant("clips", frames=10, batch=8, steps=60),
+        schedule=Schedule(diffusion.schedule.learning_rate, warmup=20),
+        average=0.95,
+    )
+    later = replace(
+        brief, curriculum=constant("clips", frames=10, batch=8, steps=240), start="60-updates"
+    )
+    return Experiment(
+        f"{CAMERA} Columns of new channels begin {start}.",
+        {"60-updates": brief, "300-updates": later},
+        replace(recipe, new_channels=start, stages={}),
+        before=replace(
+            recipe,
+            name="small-world-uncontrolled",
+            camera=None,
+            model=without,
+            stages={"diffusion": diffusion},
+        ),
+        **SHORT,
+    )
+
+
 def with_errors() -> AdversarialConfig:
     """Two segments of whole clips, with every error against the real clip."""
     return plain(segments=2, whole_clips=True, regression=1.0, palette=5.0, rows=40.0)
@@ -353,6 +386,14 @@ EXPERIMENTS: Mapping[str, Callable[[], Experiment]] = {
         {"origin_deviation": 1.0, "direction_deviation": 1.0},
         small=True,
     ),
+    "camera-first-frame": partial(
+        from_scratch,
+        f"{CAMERA} Origin and direction, relative to the first frame.",
+        {"relative_to_first": True, "origin_deviation": 0.45, "direction_deviation": 0.28},
+        small=True,
+    ),
+    "camera-random-start": partial(new_columns, "random"),
+    "camera-zero-start": partial(new_columns, "zero"),
     "stage-three": stage_three,
     "stage-three-unclamped": stage_three_unclamped,
     "many-segments": many_segments,

@@ -102,6 +102,11 @@ class LatentShards:
             )
         if self.encoding["motion"] == "camera" and camera is None:
             raise ValueError(f"camera: expected a CameraConfig for the trajectories of {folder}")
+        if camera is not None and camera.relative_to_first:
+            raise ValueError(
+                "relative_to_first: expected False, because a clip's lens is folded into poses "
+                "relative to the frame before, got True"
+            )
         if camera is not None and self.encoding["motion"] != "camera":
             raise DataError(
                 f"{folder}: expected clips with camera motion, got {self.encoding['motion']}"

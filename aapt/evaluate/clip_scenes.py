@@ -13,7 +13,7 @@ from ..data.videos.buckets import Bucket
 from ..streaming.generator import StreamingGenerator
 from ..streaming.rollout import starting_over
 from ..vae.folder import ORIGINAL, load_vae, vae_digest
-from .scenes import TRUTH, Timed, followed
+from .scenes import TRUTH, Timed
 from .video_frames import VideoFrames, decode_chosen, decode_stream, latent_statistics
 from .windows import Window, windows_at
 

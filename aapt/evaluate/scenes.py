@@ -80,15 +80,6 @@ class Scenes(Protocol):
         """Return the fields of a `Report` about the truth; `window` is the last."""
 
 
-def followed(poses: Tensor) -> Tensor:
-    """Chain camera-to-previous-camera transforms (B, F, 4, 4): cameras (B, 1 + F, 4, 4) relative to
-    the one before the first, in float64."""
-    cameras = [torch.eye(4, dtype=torch.float64).expand(len(poses), 4, 4)]
-    for pose in poses.double().unbind(1):
-        cameras.append(cameras[-1] @ pose)
-    return torch.stack(cameras, dim=1)
-
-
 @torch.inference_mode()
 def roll_out_scenes(
     generator: StreamingGenerator,

@@ -16,14 +16,14 @@ from ..data.tiny_world.boxes import object_boxes
 from ..data.tiny_world.render import render
 from ..data.tiny_world.themes import THEMES
 from ..data.tiny_world.world import FORWARD_STEP, YAW_STEP, World, make_world, sample_trajectory
-from ..model.conditioning import control_rays, relative_poses
+from ..model.conditioning import control_rays, followed, relative_poses
 from ..streaming.generator import StreamingGenerator
 from ..vae.pixels import to_pixels, to_video
 from . import metrics
 from .kept_objects import SECONDS, measure_objects
 from .motion_probe import MotionProbe, ProbeConfig, ProbeQuality, load_probe
 from .object_detector import ObjectDetectorConfig, load_detector
-from .scenes import AUTOENCODER, TRUTH, Timed, followed
+from .scenes import AUTOENCODER, TRUTH, Timed
 from .video_frames import VideoFrames, latent_statistics, precision
 from .windows import Window
 
@@ -180,7 +180,9 @@ class WorldScenes:
         controls, camera = self.controls.to(generator.device), generator.model.camera
 
         def rays(step: int) -> Tensor:
-            return control_rays(controls[:, step - 1 : step], camera, *generator.latent_size)
+            begun = 0 if camera.relative_to_first else step - 1
+            made = control_rays(controls[:, begun:step], camera, *generator.latent_size)
+            return made[:, :, -1:]
 
         return rays
 

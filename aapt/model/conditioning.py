@@ -57,6 +57,18 @@ def trajectory_poses(cameras: Tensor) -> Tensor:
     return torch.linalg.solve(cameras[..., :-1, :, :], cameras[..., 1:, :, :])
 
 
+def followed(poses: Tensor) -> Tensor:
+    """Chains camera-to-previous-camera transforms.
+
+    poses: (B, F, 4, 4). Returns cameras (B, 1 + F, 4, 4) relative to the one before the first, in
+    float64.
+    """
+    cameras = [torch.eye(4, dtype=torch.float64, device=poses.device).expand(len(poses), 4, 4)]
+    for pose in poses.double().unbind(1):
+        cameras.append(cameras[-1] @ pose)
+    return torch.stack(cameras, dim=1)
+
+
 def through_lens(
     poses: Tensor, lens: Tensor, camera: CameraConfig, height: int, width: int
 ) -> Tensor:
@@ -82,9 +94,11 @@ def through_lens(
 
 
 def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) -> Tensor:
-    """Returns rays through latent-pixel centres, relative to the previous video frame.
+    """Returns rays through latent-pixel centres, relative to the previous video frame; with
+    `relative_to_first`, to the video frame before the first of `poses`.
 
-    poses: (B, T, frames, 4, 4), the relative pose of each video frame of each latent frame.
+    poses: (B, T, frames, 4, 4), of each video frame of each latent frame the pose relative to the
+    video frame before.
     Returns (B, 6 frames, T, height, width): per video frame the ray's origin, or its moment, and
     its direction less that of a resting camera. A resting camera gives zeros, and both parts have
     about unit deviation. The moment is origin x direction, with the whole direction.
@@ -93,6 +107,8 @@ def camera_rays(poses: Tensor, camera: CameraConfig, height: int, width: int) ->
         raise ValueError(
             f"poses: expected (batch, time, {camera.frames}, 4, 4), got {tuple(poses.shape)}"
         )
+    if camera.relative_to_first:
+        poses = followed(poses.flatten(1, 2))[:, 1:].unflatten(1, poses.shape[1:3]).to(poses)
     half = math.tan(camera.field_of_view / 2)
     pixel = 2 * half / width  # square latent pixels
     x = (torch.arange(width, device=poses.device) + 0.5 - width / 2) * pixel

@@ -306,6 +306,9 @@ class CameraConfig:
     full deflection. The ray channels are divided by the two deviations, which brings them to about
     unit deviation. `frames` is the time factor of the autoencoder. `rays` says what stands for a
     ray's place: its origin, or its moment (Plücker coordinates, for comparison).
+
+    `relative_to_first` measures poses from the frame that a clip begins with, not from the frame
+    before: for comparison, in clips of one segment. Such a model cannot be streamed.
     """
 
     field_of_view: float  # horizontal, radians
@@ -315,6 +318,7 @@ class CameraConfig:
     direction_deviation: float
     frames: int = 4  # video frames per latent frame
     rays: Literal["origin", "moment"] = "origin"
+    relative_to_first: bool = False
 
     def __post_init__(self):
         if self.rays not in ("origin", "moment"):

@@ -390,12 +390,17 @@ class StreamingGenerator:
 
         ValueError for another size, for a pose of a model that follows none, for an image unless
         the model `takes_picture`, for `recache` in a model that is rolling or has no refresh pass,
-        and for a diffusion model.
+        for a diffusion model, and for one whose rays are relative to the first frame.
         """
         if isinstance(self.sampling, SamplingConfig):
             raise ValueError(
                 f"model: expected one forward pass per frame to stream, got a diffusion model of "
                 f"{self.sampling.passes}; `aapt eval` rolls it out"
+            )
+        if self.model.camera and self.model.camera.relative_to_first:
+            raise ValueError(
+                "model: expected rays relative to the frame before, got relative to the first, whose "
+                "values grow without bound; `aapt eval` rolls it out"
             )
         self.check_first_frame(first_frame)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:

@@ -306,6 +306,9 @@ class Adversarial:
             raise ValueError(
                 f"mismatch: expected 0 for a model that nothing controls, got {config.mismatch}"
             )
+        several = config.lead_segments + config.segments > 1
+        if model.camera and model.camera.relative_to_first and several:
+            raise ValueError("relative_to_first: expected False for several segments, got True")
         self.config = config
         self.model = model
         self.pixel_deviation = pixel_deviation
