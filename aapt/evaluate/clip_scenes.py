@@ -10,6 +10,7 @@ from torch import Tensor
 from ..clock import FRAMES_PER_LATENT
 from ..data.latent_shards import LatentShards, read_index
 from ..data.videos.buckets import Bucket
+from ..model.conditioning import followed
 from ..streaming.generator import StreamingGenerator
 from ..streaming.rollout import starting_over
 from ..vae.folder import ORIGINAL, load_vae, vae_digest

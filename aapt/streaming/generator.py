@@ -399,8 +399,8 @@ class StreamingGenerator:
             )
         if self.model.camera and self.model.camera.relative_to_first:
             raise ValueError(
-                "model: expected rays relative to the frame before, got relative to the first, whose "
-                "values grow without bound; `aapt eval` rolls it out"
+                "model: expected rays relative to the frame before, got relative to the first, "
+                "whose values grow without bound; `aapt eval` rolls it out"
             )
         self.check_first_frame(first_frame)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:

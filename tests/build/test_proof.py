@@ -154,6 +154,37 @@ class FakeRun:
         save_config(folder, {"stage": stage, "sampling": None})
 
 
+@pytest.mark.parametrize("start", ["random", "zero"])
+def test_what_comes_before_is_trained_once_for_all(proof, tmp_path, monkeypatch, start):
+    experiment = proof.EXPERIMENTS[f"camera-{start}-start"]()
+    trained = []
+
+    class Run(FakeRun):
+        def __init__(self, recipe, out, workers):
+            super().__init__(out)
+            self.recipe = recipe
+
+        def claim(self):
+            assert self.recipe.camera is None and self.recipe.model.condition_channels == 0
+
+        def result(self, stage):
+            return self.out / stage / "weights.safetensors"
+
+        def run(self, stage):
+            trained.append(stage)
+            self.result(stage).parent.mkdir()
+            self.result(stage).touch()
+
+    monkeypatch.setattr(proof, "Run", Run)
+    given = 3, tmp_path / "shared"
+    places = [tmp_path / name / "seed-3" for name in ("camera-zero-start", "camera-random-start")]
+    weights, minutes = proof.train_before(experiment, *given, places[0])
+    assert weights == tmp_path / "small-world-uncontrolled/seed-3/diffusion/weights.safetensors"
+    assert list(minutes) == ["small-world-uncontrolled diffusion"]
+    assert proof.train_before(experiment, *given, places[1])[0] == weights and len(trained) == 1
+    assert proof.train_before(proof.EXPERIMENTS["camera"](), *given, places[1]) == (None, {})
+
+
 def test_one_stage_is_sampled_in_several_ways(proof, experiment, tmp_path):
     run = FakeRun(tmp_path)
     for _ in range(2):  # a second call finds everything there

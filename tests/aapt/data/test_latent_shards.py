@@ -110,6 +110,10 @@ def test_poses_belong_to_the_latent_after_and_have_the_models_lens(tmp_path):
     assert batch.motion.shape == (50, 3, 4, 4, 4)
     moves = batch.motion[..., 0, 3]
     torch.testing.assert_close(moves, batch.latents[:, 0, 1:, 0, 0, None].expand(-1, -1, 4))
+    with pytest.raises(
+        ValueError, match="relative_to_first: expected False, because a clip's lens"
+    ):
+        LatentShards(tmp_path, camera=dataclasses.replace(CAMERA, relative_to_first=True))
     with pytest.raises(ValueError, match="camera: expected a CameraConfig for the trajectories"):
         LatentShards(tmp_path)
 

@@ -37,6 +37,7 @@ from aapt.evaluate.video_frames import VideoFrames, latent_statistics
 from aapt.evaluate.windows import WINDOWS, Schedule, drift_frames, shifted_inside
 from aapt.evaluate.world_scenes import WorldScenes, held_out_starts, render_truth
 from aapt.media.contact_sheet import contact_sheet
+from aapt.model.conditioning import control_rays
 from aapt.model.config import CameraConfig, ModelConfig, SamplingConfig
 from aapt.model.world_model import WorldModel
 from aapt.streaming.generator import StreamingGenerator
@@ -211,6 +212,19 @@ def test_a_rollout_is_what_a_user_of_the_stream_would_see(checkpoint, tmp_path):
         frames.append(stream.step(Control(yaw, forward)))
     expected = torch.from_numpy(np.concatenate(frames))
     assert (found.pixels[1].int() - expected.int()).abs().max() <= 1
+
+
+def test_rays_relative_to_the_first_frame_are_rolled_out_and_not_streamed(checkpoint, tmp_path):
+    generator = StreamingGenerator.from_pretrained(checkpoint)
+    generator.model.camera = replace(generator.model.camera, relative_to_first=True)
+    starts = held_out_starts(2, 3, seed=0)
+    scenes = WorldScenes(starts, {checkpoint: generator}, SMALL_PROBE, tmp_path, SMALL_DETECTOR)
+    condition, size = scenes.condition(generator), generator.latent_size
+    whole = control_rays(scenes.controls, generator.model.camera, *size)
+    for step in (1, 2, 3):
+        torch.testing.assert_close(condition(step), whole[:, :, step - 1 : step])
+    with pytest.raises(ValueError, match="relative to the first, whose values grow without bound"):
+        generator.open(np.zeros((HEIGHT, WIDTH, 3), np.uint8), starts[0].prompt)
 
 
 def test_a_diffusion_checkpoint_is_sampled_as_it_says(checkpoint, tmp_path):

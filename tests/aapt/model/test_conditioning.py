@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aapt.data.tiny_world import world
-from aapt.model.conditioning import Control, camera_rays, control_rays, relative_poses
+from aapt.model.conditioning import Control, camera_rays, control_rays, followed, relative_poses
 from aapt.model.config import CameraConfig
 from aapt.model.rope import RotaryPositions
 from aapt.model.text import BEGIN, ByteTextEncoder, prompt_bytes, prompt_cut
@@ -70,6 +70,20 @@ def test_moments_are_origins_times_directions():
     assert control_rays(torch.zeros(1, 2, 2), replace(CAMERA, rays="moment"), 4, 6).abs().max() == 0
     with pytest.raises(ValueError, match="rays: expected 'origin' or 'moment', got 'line'"):
         replace(CAMERA, rays="line")
+
+
+def test_rays_relative_to_the_first_frame_are_those_of_the_way_walked():
+    controls = torch.tensor([[[0.3, 0.8], [-1.0, 0.5], [0.7, 1.0]]]).double()
+    first = replace(WORLD_CAMERA, relative_to_first=True)
+    found = control_rays(controls, first, 2, 4)
+    cameras = followed(world.relative_poses(world.integrate(controls[0], (1.0, -2.0, 0.4)))[None])
+    expected = camera_rays(cameras[:, 1:].unflatten(1, (3, 4)), WORLD_CAMERA, 2, 4)
+    torch.testing.assert_close(found, expected)
+    walked = cameras[0, -1, :3, 3]
+    torch.testing.assert_close(found[0, -6:-3, -1, 0, 0], walked)
+    plain = control_rays(controls, WORLD_CAMERA, 2, 4)
+    torch.testing.assert_close(found[:, :6, :1], plain[:, :6, :1])  # the first video frame
+    assert (found[:, :, 1:] - plain[:, :, 1:]).abs().amax() > 0.1
 
 
 def test_rays_refuse_other_frame_counts():

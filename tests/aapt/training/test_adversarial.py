@@ -17,7 +17,7 @@ from aapt.training.corruption import Corruption
 from aapt.training.optimization import Schedule
 from aapt.training.stages.adversarial import Adversarial, AdversarialConfig, Shown
 
-from ..helpers import CONFIG, clips, draws
+from ..helpers import CAMERA, CONFIG, clips, draws
 from ..runs.counting import (
     adversarial_stage,
     assert_drives,
@@ -264,6 +264,19 @@ def test_a_model_without_conditions(made_segments):
         Adversarial(
             dataclasses.replace(config, mismatch=1.0), worlds[0], stage.discriminator, torch.ones(4)
         )
+
+
+def test_rays_relative_to_the_first_frame_need_rollouts_of_one_segment():
+    camera = dataclasses.replace(CAMERA, relative_to_first=True)
+    worlds = [WorldModel(CONFIG, camera) for _ in "gd"]
+    given = {"generator_schedule": Schedule(1e-3), "discriminator_schedule": Schedule(1e-3)}
+    config = AdversarialConfig("clips", 1, 2, segment_frames=3, **given)
+    judge = Discriminator(worlds[1])
+    assert train(Adversarial(config, worlds[0], judge, torch.ones(4)), 1)
+    for several in ({"segments": 2}, {"lead_segments": 1}):
+        with pytest.raises(ValueError, match="relative_to_first: expected False for several"):
+            changed = dataclasses.replace(config, **several)
+            Adversarial(changed, worlds[0], judge, torch.ones(4))
 
 
 def test_segments_of_drawn_lengths(made_segments):

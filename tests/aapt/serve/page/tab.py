@@ -97,6 +97,10 @@ class Tab:
             assert time.monotonic() - moved < QUIET, f"{of or condition}: nothing happens in {now}"
         return value
 
+    def painted(self):
+        """Waits until the browser has painted the page as it is now."""
+        self.tab.screenshot()
+
     def wait_state(self, *states):
         self.wait(lambda: self.state in states, f"a state of {states}")
         return self

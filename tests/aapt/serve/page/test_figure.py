@@ -385,6 +385,7 @@ def test_a_figure_is_dragged_by_touch_on_a_phone(open_page, puppet):
     size = {"width": 360, "height": 740}
     page = open_page(puppet, viewport=size, has_touch=True, is_mobile=True).wait_state("ready")
     assert page.tab.evaluate("document.documentElement.scrollWidth") <= 360
+    page.painted()  # a browser scrolls until it has painted what takes the touch instead
     x, y = centre(page, "left wrist")
     touch = page.context.new_cdp_session(page.tab)
     for kind, points in (
@@ -394,6 +395,7 @@ def test_a_figure_is_dragged_by_touch_on_a_phone(open_page, puppet):
         ("touchEnd", []),
     ):
         touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.painted()
     page.wait_step(3)
     moved = np.array(poses(page)[-1]["points"])
     assert moved[7, 1] < STILL[7, 1] - 0.03

@@ -153,6 +153,7 @@ def test_a_phone_shows_all_and_is_steered_by_touch(open_page, tiny_world):
     for button in page.tab.query_selector_all("main button:visible, header button:visible"):
         box = button.bounding_box()
         assert min(box["width"], box["height"]) >= 32, button.get_attribute("id")
+    page.painted()  # a browser scrolls until it has painted what takes the touch instead
     box = page.tab.locator("#stage").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     touch = page.context.new_cdp_session(page.tab)
@@ -162,6 +163,7 @@ def test_a_phone_shows_all_and_is_steered_by_touch(open_page, tiny_world):
         ("touchMove", [{"x": x + 10, "y": y - 70}]),
     ):
         touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": point})
+        page.painted()
     page.wait_step(4)
     assert page.tab.is_visible("#stick")
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
