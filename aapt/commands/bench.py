@@ -32,6 +32,7 @@ from .shared import (
 )
 from .sized import Fp8, load_to_predict, load_to_time, ranks_of_torchrun
 
+STEPS = 60
 bench = typer.Typer(help="Measure speed on this machine.")
 bench.command("methods")(bench_methods)
 
@@ -39,7 +40,9 @@ bench.command("methods")(bench_methods)
 @bench.command("stream")
 def bench_stream(
     model: Model = MODEL,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps.")] = 60,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=f"Timed steps. [default: {STEPS}]")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
@@ -107,6 +110,7 @@ def bench_stream(
         torch.set_num_threads(threads)
     if predict:
         given = {"device": device, "dtype": dtype, "graph": graph, "cache": cache != "model"}
+        given["steps"] = steps
         generator = load_to_predict(model, size, fp8, **given)
         with bad_input():
             predicted = parts.predict_parts(generator, predict, fp8, context).as_json()
@@ -118,6 +122,7 @@ def bench_stream(
         else:
             table([("model", shown), *breakdown_rows(predicted)])
         return
+    steps = steps or STEPS
     parallel = None
     if context > 1:
         parallel = ranks_of_torchrun(context, device=device, graph=graph)

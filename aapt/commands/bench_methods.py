@@ -20,10 +20,14 @@ from .shared import (
 )
 from .sized import Fp8, load_to_predict, load_to_time
 
+ROUNDS = 5
+
 
 def bench_methods(
     model: Model = "aapt-small",
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Timed rounds.")] = 5,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=f"Timed rounds. [default: {ROUNDS}]")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     size: Size = None,
@@ -62,7 +66,7 @@ def bench_methods(
     if threads:
         torch.set_num_threads(threads)
     if predict:
-        given = {"device": device, "dtype": dtype, "cache": cache != "model"}
+        given = {"device": device, "dtype": dtype, "cache": cache != "model", "rounds": rounds}
         generator = load_to_predict(model, size, fp8, **given)
     else:
         generator = load_to_time(model, device, dtype, size, fp8, cache)
@@ -71,7 +75,7 @@ def bench_methods(
         if predict:
             found = predict_methods(*decoders, predict, fp8)
         else:
-            found = measure_methods(*decoders, rounds)
+            found = measure_methods(*decoders, rounds or ROUNDS)
     facts = {
         "model": model,
         "width": generator.width,

@@ -54,7 +54,7 @@ def load_to_predict(model: str, size: str | None, fp8: bool, **given):
 
     with bad_input():
         for name in (name for name, value in given.items() if value):
-            raise ValueError(f"{name}: expected none with --predict, which runs on no device")
+            raise ValueError(f"{name}: expected none with --predict, which times nothing")
         size = placement(None, None, size)["size"]
         make = random_generator if model in PRESETS else StreamingGenerator.from_pretrained
         generator = make(model, "meta", torch.bfloat16, size)

@@ -1,6 +1,7 @@
 """Pixels from the device to the host, beside the next step."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from ..vae.pixels import to_array
 class PixelReader:
     """Copies pixels into two pinned buffers in turn, on a stream of its own.
 
-    So the device can work on the next step while the host takes the pixels of the last one. On a
-    CPU the pixels are copied at once.
+    So the device can work on the next step while the host takes the pixels of the last one. Pixels
+    that nobody has taken when their buffer comes round are copied out of it then. On a CPU the
+    pixels are copied at once.
     """
 
     def __init__(self, device: torch.device):
         self._buffers: dict[torch.Size, list[Tensor]] = {}  # a pair for each shape
+        self._takes: dict[int, Callable[[], np.ndarray]] = {}  # the last of each buffer
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def read(self, pixels: Tensor) -> Callable[[], np.ndarray]:
@@ -27,6 +30,8 @@ class PixelReader:
             frames = to_array(pixels).copy()
             return lambda: frames
         buffer = self._buffer(pixels)
+        if before := self._takes.get(buffer.data_ptr()):
+            before()
         current = torch.cuda.current_stream(pixels.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -34,10 +39,12 @@ class PixelReader:
             done = self._stream.record_event()
         current.wait_event(done)  # the next step overwrites the pixels
 
+        @cache
         def take() -> np.ndarray:
             done.synchronize()
             return to_array(buffer).copy()
 
+        self._takes[buffer.data_ptr()] = take
         return take
 
     def _buffer(self, pixels: Tensor) -> Tensor:

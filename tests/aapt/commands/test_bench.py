@@ -56,8 +56,9 @@ def test_bench_methods(capsys):
     assert facts["published"][0]["source"] == "arXiv 2506.09350, Table 4"
     assert run("bench", "methods", "--predict", "h200", "--fp8") == 0
     assert "aapt-small: 256 x 160, linear layers and attention in e4m3\n" in capsys.readouterr().out
-    assert run("bench", "methods", "--predict", "h200", "--device", "cuda") == 2
-    assert "device: expected none with --predict" in capsys.readouterr().err
+    for name, given in (("device", "cuda"), ("rounds", 5)):
+        assert run("bench", "methods", "--predict", "h200", f"--{name}", given) == 2
+        assert f"{name}: expected none with --predict" in capsys.readouterr().err
 
 
 def bench_on_a_rank(context: int, *more: str) -> tuple[int, str, str]:

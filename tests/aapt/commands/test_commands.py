@@ -575,6 +575,7 @@ def test_bench_stream_says_what_a_prediction_and_a_graph_need(tiny_world, tmp_pa
     for options, message in [
         (["--predict", "h300"], "predict: expected one of h100, h200, got h300"),
         (["--predict", "h100", "--device", "cuda"], "device: expected none with --predict"),
+        (["--predict", "h100", "--steps", 60], "steps: expected none with --predict"),
         (["--graph", tmp_path / "step.dot"], "graph: expected a CUDA device, where a step is one"),
     ]:
         assert run("bench", "stream", *options) == 2

@@ -255,6 +255,9 @@ def test_a_step_on_a_device_is_one_graph(picture):
     allocated = torch.cuda.memory_allocated()
     assert np.array_equal(play(stream, WALK), video)
     assert torch.cuda.memory_allocated() == allocated
+    stream.restore(snapshot)
+    pending = [stream.submit(control) for control in WALK]  # more than there are buffers
+    assert np.array_equal(np.concatenate([take() for take in pending]), video)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
