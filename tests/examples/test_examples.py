@@ -10,6 +10,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
+    "dance": ["--seconds", "0.5"],
     "kernels_alone": [],
     "many_streams": ["--seconds", "0.5"],
     "post_training": ["--clips", "2", "--updates", "1"],
@@ -40,6 +41,13 @@ def test_walk(run):
     assert out == "walk.gif: 13 frames\n"
     with Image.open(folder / "walk.gif") as video:
         assert (video.size, video.n_frames) == ((128, 80), 13)
+
+
+def test_dance(run):
+    out, folder = run("dance")
+    assert out == "dance.gif: 13 frames\n"
+    with Image.open(folder / "dance.gif") as video:
+        assert (video.size, video.n_frames) == ((96, 96), 13)
 
 
 def test_prompt_change(run):
