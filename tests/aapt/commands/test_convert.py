@@ -105,7 +105,10 @@ def test_json_is_the_configuration(source, capsys):
         (["none.pt"], "none.pt: expected a file of weights or a folder with one, which is missing"),
         (["w.pt", "--kind", "wan"], f"kind: expected one of {', '.join(KINDS)}, got 'wan'"),
         (["w.pt", "--out", "w.pt"], "out: expected a folder that can be written, got w.pt: "),
-        (["w.pt", "--vae", "none"], "none: expected a checkpoint folder or one of tiny-world"),
+        (
+            ["w.pt", "--vae", "none"],
+            "none: expected a checkpoint folder or one of tiny-puppet, tiny-world",
+        ),
         (["w.pt", "--vae", "tiny-world"], "vae: expected 4 latent channels, as the model has, got"),
     ],
 )

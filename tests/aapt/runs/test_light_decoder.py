@@ -256,7 +256,10 @@ def test_wan(movies, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vae": "nowhere"}, "nowhere: expected a checkpoint folder or one of tiny-world"),
+        (
+            {"vae": "nowhere"},
+            "nowhere: expected a checkpoint folder or one of tiny-puppet, tiny-world",
+        ),
         ({"videos": "nowhere"}, "videos: expected a folder, a .tar or a video, got nowhere"),
         ({"perceptual": "nowhere"}, "perceptual: expected a TorchScript file, got nowhere"),
         ({"recipe": small_recipe(shape=tiny())}, r"encoder_channels: expected \(4, 8, 8\)"),

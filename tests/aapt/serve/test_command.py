@@ -66,7 +66,10 @@ def test_another_host_gets_a_token_and_tls(command, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--model", "none"), "none: expected a checkpoint folder or one of tiny-world"),
+        (
+            ("--model", "none"),
+            "none: expected a checkpoint folder or one of tiny-puppet, tiny-world",
+        ),
         (("--gallery", "none"), "gallery: expected a folder of images, got none"),
         (
             ("--tls", "none", "none"),
