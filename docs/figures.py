@@ -41,7 +41,7 @@ def main() -> None:
     size = {"height": generator.height, "width": generator.width}
     looks = PuppetData(**size, clips=1, latent_frames=1).first_images()
     videos = [film(generator, first) for first in looks]
-    rows = [np.concatenate(videos[n : n + COLUMNS], axis=2) for n in range(0, 6, COLUMNS)]
+    rows = [np.concatenate(videos[n : n + COLUMNS], axis=2) for n in range(0, len(videos), COLUMNS)]
     whole = np.concatenate(rows, axis=1)
     some = np.concatenate(whole[:: len(whole) // 6])
     palette = Image.fromarray(some).quantize(COLOURS)

@@ -41,7 +41,8 @@ bench.command("methods")(bench_methods)
 def bench_stream(
     model: Model = MODEL,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"Timed steps. [default: {STEPS}]")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Timed steps.", show_default=str(STEPS)),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -26,7 +26,8 @@ ROUNDS = 5
 def bench_methods(
     model: Model = "aapt-small",
     rounds: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"Timed rounds. [default: {ROUNDS}]")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Timed rounds.", show_default=str(ROUNDS)),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -11,8 +11,6 @@ from aapt.evaluate.puppet_scenes import held_out_puppets
 from aapt.evaluate.world_scenes import held_out_starts, render_truth
 
 STEPS = 8  # 1.3 seconds
-
-
 FIGURES = ["tiny-puppet"]
 
 
