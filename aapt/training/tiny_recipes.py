@@ -276,7 +276,7 @@ def pilot_160_fine() -> Recipe:
 
 
 def sharp_world() -> Recipe:
-    """The next bundled model: 160 tokens per frame on the latents of `vae-fine`.
+    """The bundled world of sharper pictures: 160 tokens per frame on the latents of `vae-fine`.
 
     It grows from the bundled generator, so that no diffusion stage is needed. Counts of updates are
     for one CPU core, which takes about three seconds for an update of the regression.
@@ -306,7 +306,7 @@ def sharp_world() -> Recipe:
             "clips": replace(world.data["clips"], clips=900, video_clips=0),
             "long-clips": replace(world.data["long-clips"], clips=600),
             "longer-clips": replace(world.data["longer-clips"], clips=400),
-            "minute-clips": replace(world.data["minute-clips"], clips=80),
+            "minute-clips": replace(world.data["minute-clips"], clips=240, latent_frames=81),
         },
         stages={
             "regression": replace(stages["regression"], steps=220, start=None),
@@ -318,35 +318,25 @@ def sharp_world() -> Recipe:
             ),
             "adversarial": replace(
                 adversarial,
-                steps=220,
+                steps=200,
                 discriminator_warmup=40,
                 start="more-regression",
                 discriminator_start="more-regression",
             ),
-            # Tokens that span the borders of the generator's see the cells; a third of the
-            # rollouts with a loss begin at the start of the walk.
+            # Noised frames in place of penalties, and less regression: rollouts stay filled.
             "further-adversarial": replace(
                 adversarial,
-                steps=300,
-                discriminator_warmup=20,
-                shifted=True,
-                lead_segments=2,
-                average=0.99,
+                clips="minute-clips",
+                penalized="none",
+                noised=True,
+                lead_segments=6,
+                average=0.985,
+                corruption=Corruption(offset=1.2, clip_chance=0.3),
+                regression=0.3,
+                steps=110,
+                discriminator_warmup=30,
                 start="adversarial",
                 discriminator_start="adversarial",
-            ),
-            "final": replace(
-                adversarial,
-                clips="minute-clips",
-                lead_segments=16,
-                steps=160,
-                discriminator_warmup=0,
-                shifted=True,
-                average=0.99,
-                palette=0.0,
-                rows=40.0,
-                start="further-adversarial",
-                discriminator_start="further-adversarial",
             ),
         },
     )
@@ -428,9 +418,9 @@ def vae_fine() -> VAERecipe:
             steps=700,
             video_frames=17,
             seams=0.4,
-            sharpening=1.1,
+            sharpening=0.4,
             fit_noise=0.03,
-            latent_noise=0.2,
+            latent_noise=0.3,
             token_noise=1.0,
         ),
     )

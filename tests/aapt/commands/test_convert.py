@@ -107,7 +107,7 @@ def test_json_is_the_configuration(source, capsys):
         (["w.pt", "--out", "w.pt"], "out: expected a folder that can be written, got w.pt: "),
         (
             ["w.pt", "--vae", "none"],
-            "none: expected a checkpoint folder or one of tiny-puppet, tiny-world",
+            "none: expected a checkpoint folder or one of sharp-world, tiny-puppet, tiny-world",
         ),
         (["w.pt", "--vae", "tiny-world"], "vae: expected 4 latent channels, as the model has, got"),
     ],

@@ -258,7 +258,7 @@ def test_wan(movies, tmp_path):
     [
         (
             {"vae": "nowhere"},
-            "nowhere: expected a checkpoint folder or one of tiny-puppet, tiny-world",
+            "nowhere: expected a checkpoint folder or one of sharp-world, tiny-puppet, tiny-world",
         ),
         ({"videos": "nowhere"}, "videos: expected a folder, a .tar or a video, got nowhere"),
         ({"perceptual": "nowhere"}, "perceptual: expected a TorchScript file, got nowhere"),

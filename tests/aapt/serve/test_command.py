@@ -68,7 +68,7 @@ def test_another_host_gets_a_token_and_tls(command, tmp_path):
     [
         (
             ("--model", "none"),
-            "none: expected a checkpoint folder or one of tiny-puppet, tiny-world",
+            "none: expected a checkpoint folder or one of sharp-world, tiny-puppet, tiny-world",
         ),
         (("--gallery", "none"), "gallery: expected a folder of images, got none"),
         (
