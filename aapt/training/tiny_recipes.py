@@ -399,7 +399,7 @@ def vae_light() -> LightRecipe:
 
 
 def vae_fine() -> VAERecipe:
-    """An autoencoder with cells of 4x4 pixels for the next world, made on one CPU core in ten
+    """The autoencoder of `sharp-world`, with cells of 4x4 pixels, made on one CPU core in ten
     minutes.
 
     Noise on the latents stands for a generator's errors, as in `vae_light`. A generator errs by
