@@ -95,7 +95,11 @@ def test_training_starts_from_the_map_in_closed_form(tmp_path):
     clips = VideoClips((sample_clip(seed, **size).video for seed in seeds), CLIPS)
     vae = fitted(recipe, clips, tmp_path / "again" / "weights.safetensors")
     videos = to_video(clips.videos)
-    vae.fit_lapped(videos.split(1), recipe.decoder.fit_noise, partial(sharpened, amount=recipe.decoder.sharpening))
+    vae.fit_lapped(
+        videos.split(1),
+        recipe.decoder.fit_noise,
+        partial(sharpened, amount=recipe.decoder.sharpening),
+    )
     error = (made.decode(made.encode(videos)) - vae.decode(vae.encode(videos))).abs().mean()
     assert error < 0.01  # of weights rounded to bfloat16
     assert torch.equal(
