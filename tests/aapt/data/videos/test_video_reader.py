@@ -1,6 +1,7 @@
 """Decoding: times, orientation, streams, fields, colours, and damaged files."""
 
 import io
+import os
 from fractions import Fraction
 from itertools import groupby, pairwise
 
@@ -293,8 +294,26 @@ CONTAINERS = [
 ]
 
 
+def scheduling() -> tuple[int, int] | None:
+    """Policy and priority of this thread, where the system has such."""
+    if not hasattr(os, "sched_getparam"):
+        return None
+    return os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+
+
+@pytest.fixture
+def usual_priority():
+    """SVT-AV1 makes the thread that encodes a real-time one, if it may. Without this the tests that
+    follow, and the processes they start, would take the cores from everything else."""
+    before = scheduling()
+    yield
+    if scheduling() != before:
+        policy, priority = before
+        os.sched_setscheduler(0, policy, os.sched_param(priority))
+
+
 @pytest.mark.parametrize("container, codec", CONTAINERS)
-def test_containers_and_codecs(container, codec):
+def test_containers_and_codecs(container, codec, usual_priority):
     found, error = read(video(corners(12, 96, 128), codec=codec, container=container))
     assert error is None and [picture.index for picture in found] == list(range(12))
     assert {seen_corners(p.pixels(*p.size)) for p in found} == {"RGBW"}
