@@ -20,7 +20,6 @@ from PIL import Image
 
 from aapt.checkpoint import BUNDLED
 from aapt.commands.app import main
-from aapt.commands.shared import MODEL
 from aapt.commands.train import folders_by_set
 from aapt.media.video import WholeFile
 from aapt.runs.inputs import Inputs
@@ -100,7 +99,7 @@ def test_device_precision_and_size_reach_the_model(generator, monkeypatch, comma
     assert run(*command, *options) == (0 if command[0] == "generate" else 2)
     placed = {"device": "cuda:1", "dtype": torch.float16, "size": (416, 736)}
     ((name, given),) = loaded
-    assert name == MODEL and placed.items() <= given.items()
+    assert name == "tiny-world" and placed.items() <= given.items()
 
 
 @pytest.mark.parametrize(
@@ -109,10 +108,10 @@ def test_device_precision_and_size_reach_the_model(generator, monkeypatch, comma
         ["generate", "--out", "a.mp4"],
         ["bench", "stream"],
         ["info"],
-        ["eval", MODEL, "--out", "out"],
+        ["eval", "tiny-world", "--out", "out"],
     ],
 )
-def test_a_place_that_a_model_cannot_have_is_one_line(bundled, tmp_path, capsys, command):
+def test_a_place_that_a_model_cannot_have_is_one_line(tiny_world, tmp_path, capsys, command):
     for options, message in [
         (["--device", "disk"], "device: expected cpu, cuda or cuda:N, got disk"),
         (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, got int8"),
@@ -126,7 +125,7 @@ def test_a_place_that_a_model_cannot_have_is_one_line(bundled, tmp_path, capsys,
         assert message in said and said.count("\n") == 1, said
 
 
-def test_a_machine_without_cuda_says_what_to_do(bundled, tmp_path, capsys, monkeypatch):
+def test_a_machine_without_cuda_says_what_to_do(tiny_world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert run("generate", "--device", "cuda", "--out", tmp_path / "a.mp4") == 2
     said = capsys.readouterr().err
@@ -134,7 +133,7 @@ def test_a_machine_without_cuda_says_what_to_do(bundled, tmp_path, capsys, monke
     assert said.endswith(" is built without CUDA; install a build with CUDA, or take cpu\n")
 
 
-def test_a_video_of_another_size_and_precision(bundled, tmp_path):
+def test_a_video_of_another_size_and_precision(tiny_world, tmp_path):
     options = ["--seconds", 0.2, "--size", "160x96", "--dtype", "bfloat16"]
     assert run("generate", *options, "--out", tmp_path / "a") == 0
     (first, *others) = sorted((tmp_path / "a").iterdir())
@@ -455,12 +454,12 @@ def test_help_names_every_preset(capsys):
 
 
 @pytest.fixture
-def bundled():
-    if not (BUNDLED / MODEL / "config.json").is_file():
+def tiny_world():
+    if not (BUNDLED / "tiny-world" / "config.json").is_file():
         pytest.skip("the bundled model is not in this checkout")
 
 
-def test_bundled_model_makes_the_same_video_twice(bundled, tmp_path):
+def test_bundled_model_makes_the_same_video_twice(tiny_world, tmp_path):
     for name in ("a", "b"):
         assert run("generate", "--seconds", 1, "--out", tmp_path / name) == 0
     pictures = [
@@ -472,10 +471,10 @@ def test_bundled_model_makes_the_same_video_twice(bundled, tmp_path):
     assert np.abs(pictures[0][0].astype(int) - pictures[0][24]).mean() > 2  # the walk moves
 
 
-def test_info(bundled, capsys):
+def test_info(tiny_world, capsys):
     assert run("info") == 0
     table = capsys.readouterr().out
-    assert MODEL in table and "block_causal_attention" in table and "cpu on cpu" in table
+    assert "tiny-world" in table and "block_causal_attention" in table and "cpu on cpu" in table
     assert run("info", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"]["parameters"]["model"] > 0
@@ -483,7 +482,7 @@ def test_info(bundled, capsys):
     assert facts["versions"]["torch"] and facts["threads"] >= 1
 
 
-def test_info_of_another_device_says_what_is_missing(bundled, capsys, monkeypatch):
+def test_info_of_another_device_says_what_is_missing(tiny_world, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert run("info", "--device", "cuda", "--json") == 0
@@ -497,7 +496,7 @@ def test_info_of_another_device_says_what_is_missing(bundled, capsys, monkeypatc
     assert "none on cuda in bfloat16  cuda: no CUDA device; triton: " in table
 
 
-def test_info_asks_the_backends_for_their_reasons(bundled, capsys, monkeypatch):
+def test_info_asks_the_backends_for_their_reasons(tiny_world, capsys, monkeypatch):
     """An H100 in the place of no device: float32 is too much for the sm_90a kernels alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -522,7 +521,7 @@ def test_info_asks_the_backends_for_their_reasons(bundled, capsys, monkeypatch):
     assert chosen["float32"]["causal_conv3d"][0] == "triton"
 
 
-def test_info_shows_what_the_driver_says(bundled, capsys, monkeypatch):
+def test_info_shows_what_the_driver_says(tiny_world, capsys, monkeypatch):
     from aapt import cuda_driver
 
     facts = dict(l2_bytes=50 << 20, persisting_l2_bytes=32 << 20, clock_mhz=1980)
@@ -548,7 +547,7 @@ def test_info_shows_what_the_driver_says(bundled, capsys, monkeypatch):
     assert "pip install 'aapt[cuda]'" in capsys.readouterr().out
 
 
-def test_bench_stream(bundled, capsys):
+def test_bench_stream(tiny_world, capsys):
     assert run("bench", "stream", "--steps", 2) == 0
     assert "2 steps of 4 frames, decoding included" in capsys.readouterr().out
     assert run("bench", "stream", "--steps", 3, "--json") == 0
@@ -559,20 +558,20 @@ def test_bench_stream(bundled, capsys):
     assert facts["fps"] == pytest.approx(24 * facts["real_time"]) and facts["cpu"]
 
 
-def test_bench_stream_shows_the_parts_of_a_step(bundled, capsys):
+def test_bench_stream_shows_the_parts_of_a_step(tiny_world, capsys):
     assert run("bench", "stream", "--steps", 1, "--breakdown") == 0
     table = capsys.readouterr().out
     assert "parts of a step  measured on cpu\n" in table and "for each of 6 blocks" in table
     assert run("bench", "stream", "--predict", "h100", "--size", "160x96") == 0
     table = capsys.readouterr().out
-    assert f"{MODEL}: 160 x 96, bfloat16" in table
+    assert "tiny-world: 160 x 96, bfloat16" in table
     assert "predicted for h100: nothing was measured" in table
     assert run("bench", "stream", "--predict", "h200", "--json") == 0
     found = json.loads(capsys.readouterr().out)["breakdown"]
     assert found["how"] == "predicted for h200" and found["step"] > found["parts"]["products"]
 
 
-def test_bench_stream_says_what_a_prediction_and_a_graph_need(bundled, tmp_path, capsys):
+def test_bench_stream_says_what_a_prediction_and_a_graph_need(tiny_world, tmp_path, capsys):
     for options, message in [
         (["--predict", "h300"], "predict: expected one of h100, h200, got h300"),
         (["--predict", "h100", "--device", "cuda"], "device: expected none with --predict"),
