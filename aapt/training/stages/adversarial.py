@@ -82,9 +82,6 @@ class AdversarialConfig:
             is shown (paper), False if only frames with a loss.
         noised: True if the discriminator is shown frames mixed with noise up to its time t, as
             stage 1 is, and not clean frames (One-Forcing).
-        shifted: True if the discriminator is shown frames moved by part of a token, which leave at
-            one border and come back at the other, so that its tokens span the borders of the
-            generator's (ours).
         alpha: Smoothing constant of RMSProp.
         average: Decay of the generator's moving average; None for none. The average is exported,
             and a later stage starts from it.
@@ -104,6 +101,8 @@ class AdversarialConfig:
             motion from real frames under their own, and so learns to look at the controls (ours).
         regression: Weight of a squared error against the real clip, in the generator's loss (ours,
             for small models).
+        regression_segments: The first segments of a rollout in which `regression` counts; None for
+            all. What comes into view later cannot be foretold, and its mean is an empty frame.
         palette: Weight of the error between the mean colours of frames, in the same way.
         rows: Weight of the error between the mean colours of rows, in the same way.
         lora: Adaptation of the generator; None to train all of its weights.
@@ -136,7 +135,6 @@ class AdversarialConfig:
     penalized: Penalized = "both"
     perturb_known: bool = True
     noised: bool = False
-    shifted: bool = False
     alpha: float = 0.9
     discriminator_warmup: int = 0
     average: float | None = 0.995
@@ -149,6 +147,7 @@ class AdversarialConfig:
     corruption: Corruption | None = None
     mismatch: float = 0.0
     regression: float = 0.0
+    regression_segments: int | None = None
     palette: float = 0.0
     rows: float = 0.0
     lora: LoRA | None = None
@@ -164,6 +163,11 @@ class AdversarialConfig:
             return self.clips
         lengths = self.segment_frames, self.shortest_segment
         return (Source(self.clips, *lengths, first_frame=self.first_frame),)
+
+    def regression_of(self, segment: int) -> float:
+        """Weight of the regression in a segment of a rollout, counted from its start."""
+        last = self.regression_segments
+        return self.regression if last is None or segment < last else 0.0
 
     @property
     def needs(self) -> dict[str, int]:
@@ -210,8 +214,8 @@ class AdversarialConfig:
                 raise ValueError(
                     f"{name}: expected a finite number of at least 0, got {getattr(self, name)}"
                 )
-        for name in ("discriminator_warmup", "lead_segments"):
-            if getattr(self, name) < 0:
+        for name in ("discriminator_warmup", "lead_segments", "regression_segments"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if isinstance(self.clips, str) == (self.segment_frames is None):
             raise ValueError(
@@ -280,11 +284,6 @@ class Shown:
         """Mix all frames with noise up to the time t (B,) of their clip."""
         noise = random.normal(*self.latents.shape[1:])
         return replace(self, latents=interpolate(self.latents, noise, t))
-
-    def shifted(self, by: tuple[int, int]) -> "Shown":
-        """Move all frames by rows and columns of latent pixels, around the borders."""
-        real = None if self.real is None else self.real.roll(by, (-2, -1))
-        return replace(self, latents=self.latents.roll(by, (-2, -1)), real=real)
 
 
 class Adversarial:
@@ -408,7 +407,8 @@ class Adversarial:
             targets = batch.targets[:, :, place] if whole == lead + config.segments else None
             mismatched = self.mismatched(clips, reals, random) if config.mismatch else None
             part = self.train_on_segment(
-                reals, fakes, mismatched, fake, targets, random, step, share / config.segments
+                *(reals, fakes, mismatched, fake, targets, config.regression_of(index)),
+                *(random, step, share / config.segments),
             )
             for name, value in part.items():
                 metrics[name] = metrics.get(name, 0.0) + value / config.segments
@@ -438,7 +438,9 @@ class Adversarial:
         real = replace(real, real=batch.latents)
         continued = torch.cat([batch.recycled[:, :, :1], fake], dim=2)
         fakes = replace(real, latents=continued)
-        return self.train_on_segment(real, fakes, None, fake, batch.targets, random, step, share)
+        return self.train_on_segment(
+            real, fakes, None, fake, batch.targets, config.regression, random, step, share
+        )
 
     def train_on_segment(
         self,
@@ -447,6 +449,7 @@ class Adversarial:
         mismatched: Shown | None,
         fake: Tensor,
         targets: Tensor | None,
+        regression: float,
         random: ClipRandom,
         step: int,
         share: float,
@@ -456,12 +459,9 @@ class Adversarial:
         Args:
             fake: The new frames of the segment (B, C, T, H, W), with gradient.
             targets: Real frames to compare them with; None for no error against the clip.
+            regression: Weight of the error of latents.
         """
         t = random.uniform()
-        if self.config.shifted:
-            rows, columns = map(int, random.shared.integers(self.model.config.patch_shape))
-            real, fakes = real.shifted((rows, columns)), fakes.shifted((rows, columns))
-            mismatched = mismatched and mismatched.shifted((rows, columns))
         if self.config.noised:
             real, fakes = real.noised(t, random), fakes.noised(t, random)
             mismatched = mismatched and mismatched.noised(t, random)
@@ -475,7 +475,7 @@ class Adversarial:
                     "palette": frame_mean_error(*compared),
                     "rows": row_mean_error(*compared),
                 }
-            metrics |= self.train_generator(on_real, fakes, errors, t, share)
+            metrics |= self.train_generator(on_real, fakes, errors, regression, t, share)
         return metrics
 
     def shown(
@@ -558,6 +558,7 @@ class Adversarial:
         on_real: Tensor,
         fakes: Shown,
         errors: Mapping[str, Tensor],
+        regression: float,
         t: Tensor,
         share: float,
     ) -> dict[str, float]:
@@ -570,7 +571,7 @@ class Adversarial:
             losses = {"generator": generator_loss(on_real, on_fake, config.loss), **errors}
             weights = {
                 "generator": config.adversarial,
-                "error": config.regression,
+                "error": regression,
                 "palette": config.palette,
                 "rows": config.rows,
             }

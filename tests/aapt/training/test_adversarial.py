@@ -197,15 +197,21 @@ def test_one_adversarial_update_goes_the_right_way(moving, penalty):
         assert gaps[1] < gaps[0]
 
 
-def test_regression_pulls_the_generator_to_the_clip():
-    """Regression adds its weighted gradient to that of the adversarial loss.
+@pytest.mark.parametrize("regression_segments, frames", [(None, 6), (1, 3), (0, 0)])
+def test_regression_pulls_the_generator_to_the_clip(regression_segments, frames):
+    """Regression adds its weighted gradient to that of the adversarial loss, in the first segments
+    alone if so configured.
 
     The generator overshoots in channel 0 alone, whose weight is 1.5, and is pushed back there.
     """
     gradients = []
     for weight in (0.0, 2.0):
         stage = adversarial_stage(
-            counting_model(1.25, 1.0, 1.0, 1.0), batch=4, segments=2, regression=weight
+            counting_model(1.25, 1.0, 1.0, 1.0),
+            batch=4,
+            segments=2,
+            regression=weight,
+            regression_segments=regression_segments,
         )
         bias = stage.model.transformer.video_out.bias
         stage.trained["generator"].optimizer.register_step_pre_hook(
@@ -213,7 +219,7 @@ def test_regression_pulls_the_generator_to_the_clip():
         )
         train(stage, 1, counting_clips())
     # Recycled frames are detached, so steps are independent: the derivative of 1.5 (0.25 n)^2 / 4.
-    expected = 2.0 * 1.5 / 4 * 2 * sum(0.25 * n for n in range(1, 7)) / 6
+    expected = 2.0 * 1.5 / 4 * 2 * sum(0.25 * n for n in range(1, frames + 1)) / 6
     difference = gradients[1] - gradients[0]
     torch.testing.assert_close(difference, torch.tensor([expected, 0, 0, 0]), rtol=0.02, atol=0.02)
 

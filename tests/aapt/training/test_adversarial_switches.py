@@ -1,7 +1,6 @@
 """Switches of stage 3: what each changes in the discriminator's inputs and in the losses."""
 
 import dataclasses
-import itertools
 import math
 
 import pytest
@@ -9,9 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from aapt.data.clips import LatentClips
-from aapt.model.world_model import Conditions
 from aapt.training.curriculum import Source
-from aapt.training.stages.adversarial import Shown
 
 from ..helpers import PROMPTS, SIZE, clips, controls, draws, latents
 from ..runs.counting import (
@@ -167,35 +164,11 @@ def test_the_discriminator_is_shown_noised_frames():
     assert not torch.equal(real, misled) and not torch.equal(real, fake)
 
 
-def test_the_discriminator_is_shown_frames_moved_by_part_of_a_token():
-    """Real and fake frames move alike, around the borders, and gradients come back."""
-    plain, moved = [], []
-    for calls_of, shifted in ((plain, False), (moved, True)):
-        stage = adversarial_stage(segments=12, whole_clips=False, penalized="none", shifted=shifted)
-        with recording(stage) as calls:
-            train(stage, 1)
-        calls_of.extend(calls)
-    found, offsets = set(), list(itertools.product(range(2), range(2)))  # tokens are 2x2
-    for kept, rolled in zip(plain, moved, strict=True):
-        x, previous = kept.arguments[:2]
-        (by,) = [by for by in offsets if torch.equal(x.roll(by, (-2, -1)), rolled.arguments[0])]
-        assert torch.equal(previous.roll(by, (-2, -1)), rolled.arguments[1])
-        found.add(by)
-    assert found == set(offsets)
-    assert moved[1].arguments[0].requires_grad
-
-
 def test_the_longest_source_says_what_a_set_needs():
     """Also if a shorter one of the same set comes after it."""
     sources = Source("clips", 6), Source("clips", 3), Source("others", 4)
     stage = adversarial_stage(clips=sources, segment_frames=None, whole_clips=False)
     assert stage.config.needs == {"clips": 6, "others": 4}
-
-
-def test_clips_that_teacher_forced_frames_continue_move_too():
-    x = latents(5)
-    shown = Shown(x, Conditions(None, torch.empty(0), torch.empty(0)), real=x).shifted((1, 0))
-    assert torch.equal(shown.latents, x.roll(1, -2)) and torch.equal(shown.real, shown.latents)
 
 
 def test_all_frames_have_a_token_frame():

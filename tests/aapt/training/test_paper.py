@@ -22,11 +22,11 @@ OFF = {  # our switches for small models (docs/method.md#12)
     "corruption": None,
     "mismatch": 0,
     "regression": 0,
+    "regression_segments": None,
     "palette": 0,
     "rows": 0,
     "adversarial": 1,
     "noised": False,
-    "shifted": False,
     "frozen_trunk": False,
     "discriminator_lora": None,
 }
