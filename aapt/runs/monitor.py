@@ -7,6 +7,7 @@ reads.
 
 import json
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from .alarms import Alarms
 
 METRICS = "metrics.jsonl"
 ALARMS = "alarms.txt"
+ALARM = re.compile(rb"\S+ (\d+): alarm: .*\n")  # updates made when it was said
 SECONDS_BETWEEN_LINES = 30.0  # in a log file; a terminal shows every update
 RATE_UPDATES = 50  # updates in the mean that is shown as the rate
 
@@ -34,8 +36,9 @@ class Monitor:
     ...         monitor.update(step, {"loss": 0.5})
 
     Args:
-        folder: Folder of `metrics.jsonl`. Lines of update `start_step` and later are cut off,
-            because a resumed run makes these updates again. Seconds continue from the last line.
+        folder: Folder of `metrics.jsonl` and `alarms.txt`. Lines of update `start_step` and later
+            are cut off, because a resumed run makes these updates again. Seconds continue from the
+            last line.
         name: Name of the stage.
         steps: Updates of the whole stage.
         start_step: The first update of this run.
@@ -62,6 +65,7 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._earlier_seconds = truncate_metrics(self.path, self.start_step)
+        truncate_alarms(self.path.parent / ALARMS, self.start_step)
         self._file = self.path.open("a")
         self._begun = time.perf_counter()
         self._times = deque([self._begun], maxlen=RATE_UPDATES + 1)
@@ -151,6 +155,20 @@ def truncate_metrics(path: Path, step: int) -> float:
     with path.open("ab") as file:
         file.truncate(kept[-1][1] if kept else 0)
     return kept[-1][0]["seconds"] if kept else 0.0
+
+
+def truncate_alarms(path: Path, step: int) -> None:
+    """Cut off the alarms of update `step` and later."""
+    if not path.is_file():
+        return
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        said = ALARM.match(line)
+        if not said or int(said[1]) > step:
+            break
+        end += len(line)
+    with path.open("ab") as file:
+        file.truncate(end)
 
 
 def _lines(path: Path) -> list[tuple[dict[str, float], int]]:

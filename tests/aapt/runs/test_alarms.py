@@ -151,3 +151,23 @@ def test_alarms_are_printed_and_kept(tmp_path, capsys):
     assert still.startswith("adversarial 40: alarm: the samples hardly move: 0.00")
     error = capsys.readouterr().err
     assert chance in error and still in error
+
+
+def test_alarms_of_updates_that_are_made_again_are_cut_off(tmp_path, capsys):
+    """A state holds 30 updates of a run that was killed as it said another alarm."""
+    file = tmp_path / "alarms.txt"
+    with Monitor(tmp_path, "adversarial", steps=60) as monitor:
+        for step in range(30):
+            monitor.update(step, AT_CHANCE)
+        monitor.sheet(29, SAMPLES | {"motion": 0.0})
+        kept = file.read_text()
+        assert kept.count("alarm") == 2 and "adversarial 30:" in kept
+        monitor.sheet(39, SAMPLES | {"late_deviation": 0.0})
+    later = file.read_text()
+    assert later.startswith(kept) and later != kept
+    with file.open("a") as lines:
+        lines.write("adversarial 40: al")
+    with Monitor(tmp_path, "adversarial", steps=60, start_step=30):
+        assert file.read_text() == kept
+    with Monitor(tmp_path, "adversarial", steps=60):
+        assert file.read_text() == ""
