@@ -20,7 +20,8 @@ import pytest
 from aapt.data.tiny_world.rendered_clips import ProceduralData
 from aapt.runs.loop import RunOptions
 from aapt.runs.parallel import Parallel
-from aapt.runs.run import DISCRIMINATOR, run, stage_names
+from aapt.runs.run import DISCRIMINATOR, run
+from aapt.runs.stage_order import stage_names
 from aapt.training.curriculum import constant
 from aapt.training.recipe import Recipe
 from aapt.training.tiny_recipes import on_a_gpu, tiny_world

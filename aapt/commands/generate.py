@@ -225,16 +225,14 @@ def _replay(
         if walk.digest != digest:
             raise ValueError(
                 f"replay: expected a walk of {model} {digest[:12]}, got one of {walk.model} "
-                f"{walk.digest[:12]}; pass --model FOLDER"
+                f"{walk.digest[:12]}; pass --model {walk.model}, or its folder"
             )
         device, dtype, cache, text_device = place
         check_same("replay", walk.cache, cache or walk.cache, "leave --cache away")
         branch = len(walk.branches) - 1 if branch is None else branch
         walk.check(branch, 0)
-    size = None
-    if walk.first_frame is not None:
-        height, width, _ = walk.first_frame.shape
-        size = f"{width}x{height}"
+    drawn = walk.size if walk.first_frame is None else walk.first_frame.shape[:2]
+    size = drawn and f"{drawn[1]}x{drawn[0]}"
     options = {"decoder": ORIGINAL if original else LIGHT, "cache": walk.cache}
     options["text_device"] = text_device
     generator = load(model, device, dtype, size, **options)

@@ -206,6 +206,7 @@ def train(
     from ..runs.inputs import Inputs
     from ..runs.loop import RunOptions, TrainingError
     from ..runs.parallel import Parallel
+    from ..runs.stage_order import check_stages
     from ..training.recipe import LightRecipe, Recipe, VAERecipe
     from ..training.recipe_file import load_recipe
     from ..training.savings import with_switches
@@ -225,7 +226,7 @@ def train(
                 raise ValueError(f"{name}: expected none for the recipe {made.name}, got {value}")
         made = with_switches(made, memory or ()) if world else made
         if world:
-            run.check_stages(made, stage or ())
+            check_stages(made, stage or ())
         if dry_run and plan:
             raise ValueError("dry_run: expected none with --plan, which trains nothing")
         if dry_run and stage:

@@ -32,7 +32,10 @@ def read_runs(paths: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
     files = []
     for path in map(Path.absolute, paths):
         found = [path] if path.is_file() else sorted(path.glob(METRICS))
-        found = found or sorted(path.glob(f"*/{METRICS}"))
+        if not found:
+            stages = sorted(path.glob(f"*/{METRICS}"))
+            # One whose first update is under way has none yet
+            found = [stage for stage in stages if stage.stat().st_size] or stages
         if not found:
             raise ValueError(f"{path}: expected a folder or file of metrics, got none")
         files += found

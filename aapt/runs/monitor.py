@@ -21,7 +21,7 @@ from .alarms import Alarms
 
 METRICS = "metrics.jsonl"
 ALARMS = "alarms.txt"
-ALARM = re.compile(rb"\S+ (\d+): alarm: .*\n")  # updates made when it was said
+ALARM = re.compile(rb".*? (\d+): alarm: .*\n")  # updates made when it was said
 SECONDS_BETWEEN_LINES = 30.0  # in a log file; a terminal shows every update
 RATE_UPDATES = 50  # updates in the mean that is shown as the rate
 

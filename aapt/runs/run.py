@@ -31,7 +31,7 @@ from ..model.discriminator import Discriminator
 from ..model.low_rank import LoRA, adapt, merged
 from ..model.umt5 import UMT5TextEncoder
 from ..model.world_model import WorldModel
-from ..training.recipe import Recipe, StageConfig, stages_before
+from ..training.recipe import Recipe, StageConfig
 from ..training.stages import Stage
 from ..training.stages.adversarial import Adversarial, AdversarialConfig
 from ..training.stages.consistency_distillation import ConsistencyConfig
@@ -49,26 +49,11 @@ from .loop import RunOptions, claim, drop_states, locked, stored_recipe, train
 from .parallel import Parallel
 from .plan import meta_stage
 from .samples import DIFFUSION_SAMPLES, SAMPLES, LatentStatistics, measures, sample_sheet
+from .stage_order import check_stages, stage_names, stages_needed
 
 SAMPLE_IMAGE = "sample.png"  # in a checkpoint's folder
 DISCRIMINATOR = "discriminator.safetensors"  # in an adversarial stage's folder
 RAW = "raw.safetensors"  # the last weights of a stage whose result is their average
-
-
-def stage_names(recipe: Recipe) -> list[str]:
-    """All stages of a recipe in order; those of the autoencoder and the data come first."""
-    made = ["encoder", *recipe.data, "decoder"] if recipe.decoder else [*recipe.data]
-    light = [light_decoder.STAGE] if recipe.light_decoder else []
-    grown = [growth.STAGE] if recipe.grown else []
-    return [*made, *light, *grown, *recipe.stages]
-
-
-def check_stages(recipe: Recipe, stages: Iterable[str]) -> None:
-    """Raise ValueError for a name of no stage of a recipe."""
-    names = stage_names(recipe)
-    for stage in stages:
-        if stage not in names:
-            raise ValueError(f"stage: expected one of {', '.join(names)}, got {stage!r}")
 
 
 class Run:
@@ -178,12 +163,6 @@ class Run:
         digests, rates = {}, {}
         for name in self.unfinished(stages):
             config = self.recipe.stages[name]
-            for before in set(stages_before(config).values()) - {None, *stages}:
-                if not (self.result(before).is_file() and self.start(before).is_file()):
-                    raise ValueError(
-                        f"stage {name}: expected the result of {before} in {self.out}, got none; "
-                        f"train {before} first"
-                    )
             meta_stage(self.recipe, name)
             for batch in config.batches:
                 self.parallel.clips(batch)
@@ -206,6 +185,26 @@ class Run:
                         f"first for stage {name}, got at most {has}"
                     )
         Inputs.check_one_encoding(digests, rates)
+        self.check_order(stages)
+
+    def check_order(self, stages: Sequence[str]) -> None:
+        """Check that the results that each of `stages` needs are there, or made before it."""
+        made = set()
+        for name in stages:
+            if not self.result(name).is_file():
+                for before in stages_needed(self.recipe, name, self.inputs.weights is not None):
+                    if before not in made and not self.has_result(before):
+                        raise ValueError(
+                            f"stage {name}: expected the result of {before} in {self.out}, got "
+                            f"none; train {before} first"
+                        )
+            made.add(name)
+
+    def has_result(self, stage: str) -> bool:
+        """Return whether a stage has left all that later stages take."""
+        left = [self.result(stage)]
+        left += [self.start(stage)] if stage in self.recipe.stages else []
+        return all(file.is_file() for file in left)
 
     def check_text(self) -> None:
         """Check that the clips' captions have embeddings of the width that the model reads."""

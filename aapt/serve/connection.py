@@ -160,9 +160,13 @@ class Connection:
         """Reads an upload and tells its id, or why it is refused."""
         try:
             upload = await self.server.read_upload(data)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.server.metrics.errors.labels("upload").inc()
-            self.outbox.put(protocol.Uploaded(error=" ".join(str(error).split())))
+            said = " ".join(str(error).split())
+            if isinstance(error, OSError):
+                log.exception("an upload could not be kept")
+                said = "upload: the server cannot take one now; its log says why"
+            self.outbox.put(protocol.Uploaded(error=said))
             return
         number = "upload:" + secrets.token_urlsafe(9)
         self.uploads[number] = upload
@@ -323,14 +327,15 @@ class Connection:
             raise
         try:
             world = World(server.generator, place.walk, server.settings)
-            session = Session(world, server.scheduler, server.metrics, self.deliver, self.format)
+            flow = server.scheduler, server.metrics
+            session = Session(world, place, *flow, self.deliver, self.format)
         except Exception:
             server.line.leave()
             log.exception("a world could not be opened")
             self._refuse("failed", "the world could not be opened; the server's log says why")
             return
         self.session = server.sessions[self.token] = session
-        session.post(session.resume(place))
+        session.post(session.resume())
         for message in self.early:
             self._command(session, message)
 

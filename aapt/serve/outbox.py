@@ -40,7 +40,7 @@ class Outbox:
     @property
     def full(self) -> bool:
         """True if so much is unsent that the client must have stopped reading."""
-        size = sum(len(item) for item, _ in self._items)
+        size = sum(len(item) for item, _ in self._items if isinstance(item, str))
         return len(self._items) > MAX_TEXTS or size > MAX_TEXT_BYTES
 
     async def get(self) -> str | bytes:

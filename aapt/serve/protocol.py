@@ -29,6 +29,7 @@ PROTOCOL = 1
 FORMATS = ("jpeg", "webp", "h264")  # the index of a format is its number in the header
 FRAMES, RECORDING, SAVED = 0, 1, 2  # kinds of binary messages
 FIRST, REDO, SEEK = 1, 2, 4  # flags of the header
+MAX_NAME = 255  # characters of a gallery name, which is a file's
 
 Deflection = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Sequence = Annotated[int, Field(ge=0, lt=2**32)]
@@ -110,7 +111,7 @@ class Open(Message):
     "still"."""
 
     type: Literal["open"]
-    image: Annotated[str, Field(max_length=100)] = "sample"
+    image: Annotated[str, Field(max_length=MAX_NAME)] = "sample"
     prompt: Prompt | None = None
     seed: Seed = 0
     pose: Points | None = None

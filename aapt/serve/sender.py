@@ -73,7 +73,10 @@ class Sender:
         header = replace(header, count=len(images), encode_ms=took)
         self._send(header.message(images), header.lane)
 
-    def close(self) -> None:
-        """Ends the thread, after what waits is sent."""
-        if self._thread:
-            self._thread.shutdown(wait=False)
+    def close(self, closed: Callable[[], None]) -> None:
+        """Ends the thread, after what waits is sent; `closed` is called then."""
+        if not self._thread:
+            closed()
+            return
+        self._thread.submit(closed)
+        self._thread.shutdown(wait=False)

@@ -67,6 +67,7 @@ class PlayServer:
     """
 
     def __init__(self, generator: StreamingGenerator, name: str, settings: Settings):
+        generator.check_streams()
         self.driven_by = driven_by(generator)
         if settings.batch and generator.few_step:
             raise ValueError(
@@ -143,16 +144,22 @@ class PlayServer:
         if pose is None and self.driven_by == "pose":
             pose = load_poses("still").first
         self.generator.check_first_pose(pose)
-        cache = self.generator.cache
-        return Walk(self.name, self.digest, pixels, given, seed, pose=pose, cache=cache)
+        generator = self.generator
+        drawn = dict(size=(generator.height, generator.width)) if pixels is None else {}
+        like = dict(pose=pose, cache=generator.cache, **drawn)
+        return Walk(self.name, self.digest, pixels, given, seed, **like)
 
     def check_walk(self, walk: Walk) -> Walk:
-        """Returns a walk that was uploaded. ValueError if it is of another model or cache."""
+        """Returns a walk that was uploaded. ValueError if it is of another model, size or cache."""
         if walk.digest != self.digest:
             raise ValueError(
                 f"log: expected a walk of {self.name} {self.digest[:12]}, "
                 f"got one of {walk.model[:40]} {walk.digest[:12]}"
             )
+        size = self.generator.height, self.generator.width
+        if walk.size not in (None, size):
+            (height, width), (rows, columns) = size, walk.size
+            raise ValueError(f"log: expected video of {width}x{height}, got {columns}x{rows}")
         mend = f"start the server with --cache {walk.cache}"
         check_same("log", self.generator.cache, walk.cache, mend)
         return walk
@@ -180,10 +187,9 @@ class PlayServer:
     def _read_walk(self, data: bytes) -> Walk:
         walk = load_walk(data.decode(errors="replace").splitlines())
         self.generator.check_first_frame(walk.first_frame)
-        if walk.steps > self.settings.steps:
-            raise ValueError(
-                f"walk: expected at most {self.settings.steps} steps, got {walk.steps}"
-            )
+        for name, given in (("steps", walk.steps), ("branches", len(walk.branches))):
+            if given > (most := getattr(self.settings, name)):
+                raise ValueError(f"walk: expected at most {most} {name}, got {given}")
         if walk.digest == self.digest:
             self._check_controls(walk)
         return walk

@@ -4,6 +4,7 @@ The connection's thread leaves input and jobs; the generator thread takes them s
 flow of the scheduler.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -33,6 +34,7 @@ SMOOTHING = 0.2  # weight of the newest step in the mean time of a step
 LINES_PER_SLICE = 100
 LONG_REPLAY = 6  # steps from which on progress is told
 Job = Generator[None, None, None]
+log = logging.getLogger("aapt.serve")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Session:
 
     Args:
         world: The world, not yet open.
+        place: Where it stands once `resume` has opened it.
         send: Takes a message, and the lane of frames, None for a message that must arrive; called
             from the generator thread and that of the encoder.
         image_format: "jpeg", "webp" or "h264".
@@ -90,6 +93,7 @@ class Session:
     def __init__(
         self,
         world: World,
+        place: Place,
         scheduler: Scheduler,
         metrics: Metrics,
         send: Send,
@@ -106,7 +110,7 @@ class Session:
         self.touched = time.monotonic()  # when the visitor last did something
         self.ended: str | None = None  # why the server ended it
         self.bytes = 0  # of streams and snapshots
-        self.place = Place(world.walk, 0, 0, world.prompt)
+        self.place = place
         self._lock = threading.Lock()
         self._inputs = [Sample(), Sample()]  # by lane
         self._shown: protocol.Shown | None = None
@@ -173,7 +177,7 @@ class Session:
 
     def close(self, closed: Callable[[Place], None]) -> None:
         """Frees the world's memory after the slice under way; `closed` then gets the place where
-        the world stood, on the generator thread."""
+        the world stood, on the thread that sends."""
         with self._lock:
             self._closing = True
             self._jobs = deque([(self._close(closed), False)])
@@ -181,9 +185,10 @@ class Session:
 
     # Jobs of the generator thread.
 
-    def resume(self, place: Place) -> Job:
-        """Opens a world where it stood."""
-        world, at = self.world, (place.branch, place.step)
+    def resume(self) -> Job:
+        """Opens the world at its place."""
+        world, place = self.world, self.place
+        at = place.branch, place.step
         if place.snapshot:
             made = world.resume(*at, place.prompt, place.snapshot, place.frames)
         else:
@@ -255,6 +260,9 @@ class Session:
         """Plays two lanes from a step. ValueError for controls that do not drive the model."""
         for control in filter(None, controls):
             self._check("split", control)
+        made, most = len(self.world.walk.branches), self.world.settings.branches
+        if made + len(controls) > most:
+            raise ValueError(f"split: expected at most {most} branches, got {made} and two more")
         playing = self._playing
         self._play(False)
         made, _ = yield from self._telling(self.world.split(branch, step))
@@ -305,18 +313,28 @@ class Session:
         yield
 
     def _close(self, closed: Callable[[Place], None]) -> Job:
-        world, place = self.world, replace(self.place, history=None)
         self._playing = False
-        lane = world.lanes[0] if world.lanes else None
-        if lane and not lane.seeking and self.ended != "failed":
-            place = replace(place, snapshot=lane.stream.snapshot(), frames=lane.frames)
-        world.close()
+        place = replace(self.place, history=None)
+        try:
+            place = self._with_snapshot(place)
+        except Exception:  # out of memory, say: the world is replayed when it is resumed
+            log.exception("the snapshot of a closed world could not be taken")
+        self.world.close()
         self.scheduler.remove(self)
-        self._sender.close()
         self.metrics.dropped.inc(self._sender.dropped)
-        closed(place)
+        self._sender.close(lambda: closed(place))
         return
         yield
+
+    def _with_snapshot(self, place: Place) -> Place:
+        """Adds the snapshot of a world that stands at its place. One that has failed is replayed
+        from its beginning."""
+        lane = self.world.lanes[0] if self.world.lanes else None
+        if self.ended == "failed":
+            return replace(place, snapshot=None, frames=None)
+        if lane is None or lane.seeking:
+            return place
+        return replace(place, snapshot=lane.stream.snapshot(), frames=lane.frames)
 
     # The flow.
 
@@ -351,9 +369,10 @@ class Session:
         self.settle()
 
     def settle(self) -> None:
-        """Publishes where the world stands, at the end of a slice."""
+        """Publishes where the world stands, at the end of a slice; on the way to a step it stands
+        where it did before."""
         world = self.world
-        if world.lanes:
+        if world.lanes and not world.lanes[0].seeking:
             self.place = Place(world.walk, *world.place(), world.prompt, history=world.history)
         self.bytes = world.bytes()
 
@@ -394,11 +413,12 @@ class Session:
         self.send(protocol.Ended(reason=reason))
 
     def begin(self) -> Turn | None:
-        """Begins a step: samples the visitor's input. None at the limit of steps, which ends the
-        session."""
+        """Begins a step: samples the visitor's input. None at the limit of steps or branches, which
+        ends the session."""
         started = time.perf_counter()
         world, lane = self.world, self.world.lanes[self._turn]
-        if world.walk.steps >= world.settings.steps:
+        walk, settings = world.walk, world.settings
+        if walk.steps >= settings.steps or len(walk.branches) > settings.branches:
             self.end("limit")
             return None
         with self._lock:

@@ -25,7 +25,7 @@ class Settings:
         message_bytes, messages_per_second: Largest message of a client, and its steady rate; bursts
             may have twice the messages of a second.
         save_bytes: Largest snapshot that a client is given.
-        steps: Most steps of a world.
+        steps, branches: Most steps and branches of a world. Work per step grows with the branches.
         record_steps: Most steps of one recording.
         quality: Of JPEG and WebP, 1 to 100.
         h264_above: Video of more rows is sent as H.264 to clients that take it.
@@ -49,6 +49,7 @@ class Settings:
     messages_per_second: float = 240.0
     save_bytes: int = 8 << 20
     steps: int = 50_000
+    branches: int = 1_000
     record_steps: int = 3_600
     quality: int = 88
     h264_above: int = 480
@@ -59,7 +60,7 @@ class Settings:
     batch: bool = False
 
     def __post_init__(self):
-        for name in ("sessions", "history_mib", "uploads", "steps", "record_steps"):
+        for name in ("sessions", "history_mib", "uploads", "steps", "branches", "record_steps"):
             least = 0 if name == "history_mib" else 1
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")

@@ -126,6 +126,8 @@ class Walk:
         seed: The seed of all noise.
         pose: Of the first frame, if a pose was given.
         cache: The name of the stream's cache.
+        size: Height and width of the video of a stream from the prompt alone; None for those of the
+            first frame, and for logs that do not say it.
     """
 
     model: str
@@ -136,6 +138,7 @@ class Walk:
     branches: list[Branch] = field(default_factory=lambda: [Branch(None, 0)])
     pose: Pose | None = None
     cache: str = MODEL
+    size: tuple[int, int] | None = None
 
     def copy(self) -> "Walk":
         """Returns a walk of its own with these steps."""
@@ -223,6 +226,7 @@ class Walk:
                 "seed": self.seed,
                 **_pose_field(self.pose),
                 **({} if self.cache == MODEL else {"cache": self.cache}),
+                **({} if self.size is None else {"size": self.size}),
             }
         )
         for number, branch in enumerate(self.branches):
@@ -342,7 +346,17 @@ def _read_start(line: dict[str, Any]) -> Walk:
         raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
     names = (_get(line, name, str) for name in ("model", "digest"))
     pose, cache = _read_pose(line), check_name(_get(line, "cache", str, MODEL))
-    return Walk(*names, first_frame, _get(line, "prompt", str), seed, pose=pose, cache=cache)
+    like = dict(pose=pose, cache=cache, size=_read_size(line))
+    return Walk(*names, first_frame, _get(line, "prompt", str), seed, **like)
+
+
+def _read_size(line: dict[str, Any]) -> tuple[int, int] | None:
+    given = line.get("size")
+    if given is None:
+        return None
+    if not isinstance(given, list) or [type(x) for x in given] != [int, int] or min(given) < 1:
+        raise ValueError(f"size: expected [height, width], got {given!r}"[:120])
+    return tuple(given)
 
 
 def _read_picture(line: dict[str, Any]) -> np.ndarray | None:

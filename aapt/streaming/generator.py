@@ -390,8 +390,18 @@ class StreamingGenerator:
 
         ValueError for another size, for a pose of a model that follows none, for an image unless
         the model `takes_picture`, for `recache` in a model that is rolling or has no refresh pass,
-        for a diffusion model, and for one whose rays are relative to the first frame.
+        and as `check_streams`.
         """
+        self.check_streams()
+        self.check_first_frame(first_frame)
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
+        self.check_first_pose(pose)
+        return Stream(self, first_frame, prompt, seed, recache, pose)
+
+    def check_streams(self) -> None:
+        """ValueError for a diffusion model, and for a model whose rays are relative to the first
+        frame: neither can stream."""
         if isinstance(self.sampling, SamplingConfig):
             raise ValueError(
                 f"model: expected one forward pass per frame to stream, got a diffusion model of "
@@ -402,11 +412,6 @@ class StreamingGenerator:
                 "model: expected rays relative to the frame before, got relative to the first, "
                 "whose values grow without bound; `aapt eval` rolls it out"
             )
-        self.check_first_frame(first_frame)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
-        self.check_first_pose(pose)
-        return Stream(self, first_frame, prompt, seed, recache, pose)
 
     def check_first_frame(self, first_frame: np.ndarray | None) -> None:
         """ValueError unless a stream of this model may begin with `first_frame`, see `open`."""

@@ -575,8 +575,9 @@ class Adversarial:
                 "palette": config.palette,
                 "rows": config.rows,
             }
-            total = sum(weights[name] * loss for name, loss in losses.items() if weights[name])
-            (share * total).backward()
+            weighed = [weights[name] * loss for name, loss in losses.items() if weights[name]]
+            if weighed:  # none without an adversarial loss beyond `regression_segments`
+                (share * sum(weighed)).backward()
         return {name: loss.item() for name, loss in losses.items()}
 
     def update(self, step: int) -> dict[str, float]:

@@ -44,8 +44,10 @@ def test_generate_and_replay(folder, tmp_path, capsys):
     arguments = ["--model", str(folder), "--scale", "1"]
     assert main(["generate", *arguments, "--seconds", "3", "--out", str(out)]) == 0
     assert len(list(out.glob("*.png"))) == 9 + 3 * 12
-    walk = Walk("few-step", model_digest(folder), None, "ab", seed=3)
-    with StreamingGenerator.from_pretrained(folder).open(None, "ab", 3) as stream:
+    size = HEIGHT + 16, WIDTH + 16  # of the server, not the checkpoint's
+    walk = Walk("few-step", model_digest(folder), None, "ab", seed=3, size=size)
+    larger = StreamingGenerator.from_pretrained(folder, size=size)
+    with larger.open(None, "ab", 3) as stream:
         for number in range(4):
             step = Step(None, None, "ab" if number < 2 else "cde")
             walk.append(0, number, step._replace(crc=frames_crc(make(stream, step))))
@@ -54,7 +56,10 @@ def test_generate_and_replay(folder, tmp_path, capsys):
     again = tmp_path / "again"
     assert main(["generate", *arguments, "--replay", str(log), "--out", str(again)]) == 0
     assert "4 steps, each bit for bit as it was played" in capsys.readouterr().err
-    assert len(list(again.glob("*.png"))) == 9 + 3 * 12
+    pictures = list(again.glob("*.png"))
+    assert len(pictures) == 9 + 3 * 12
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (size[1], size[0])
 
 
 def test_commands_that_time_and_describe(folder, capsys):

@@ -89,6 +89,8 @@ def test_runs_are_named_by_the_ends_of_their_paths(tmp_path):
     one = read_runs([tmp_path / "first" / "diffusion"])
     assert list(one) == ["diffusion"] and len(one["diffusion"]) == 3
     assert list(read_runs([tmp_path / "second"])) == ["adversarial", "diffusion"]
+    write(tmp_path / "second" / "regression", [])  # its first update is under way
+    assert list(read_runs([tmp_path / "second"])) == ["adversarial", "diffusion"]
     file = tmp_path / "second" / "diffusion" / "metrics.jsonl"
     assert list(read_runs([tmp_path / "first", file])) == ["first/diffusion", "second/diffusion"]
     with pytest.raises(ValueError, match="expected different paths, got .*first/diff"):

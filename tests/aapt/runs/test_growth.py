@@ -15,7 +15,8 @@ from aapt.model.world_model import WorldModel
 from aapt.runs import growth
 from aapt.runs.inputs import Inputs
 from aapt.runs.loop import RunOptions
-from aapt.runs.run import Run, run, stage_names
+from aapt.runs.run import Run, run
+from aapt.runs.stage_order import stage_names
 from aapt.training.recipes import RECIPES, vae_fine
 from aapt.training.stages.decoder import fit_linear
 from aapt.vae.folder import ORIGINAL, load_vae

@@ -11,7 +11,8 @@ from aapt import StreamingGenerator
 from aapt.checkpoint import load_config, read_tensors
 from aapt.commands.app import main
 from aapt.runs.loop import RunOptions
-from aapt.runs.run import run, stage_names
+from aapt.runs.run import run
+from aapt.runs.stage_order import stage_names
 from aapt.streaming.poses import load_poses
 from aapt.training.curriculum import constant
 from aapt.training.puppet_recipe import tiny_puppet

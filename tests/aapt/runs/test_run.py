@@ -26,10 +26,12 @@ from aapt.runs.build_stage import build_stage
 from aapt.runs.inputs import Inputs
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
-from aapt.runs.run import DIFFUSION_SAMPLES, Run, run, stage_names
+from aapt.runs.run import DIFFUSION_SAMPLES, Run, run
 from aapt.runs.samples import sample_sheet
+from aapt.runs.stage_order import stage_names
 from aapt.training.curriculum import constant
 from aapt.training.optimization import Schedule
+from aapt.training.recipe_file import load_recipe
 from aapt.training.recipes import tiny_world, wan_1_3b_matched
 from aapt.training.savings import with_switches
 
@@ -381,3 +383,45 @@ def test_every_network_of_a_stage_is_offloaded(offload, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "made", "message"),
+    [
+        (["diffusion"], [], "stage diffusion: expected the result of encoder in .*; train encoder"),
+        (["diffusion"], ["encoder"], "expected the result of clips in .*; train clips first"),
+        (["clips"], [], "stage clips: expected the result of encoder"),
+        (["decoder"], [], "stage decoder: expected the result of encoder"),
+        (["light-decoder"], ["encoder"], "stage light-decoder: expected the result of decoder"),
+        (["clips", "encoder"], [], "stage clips: expected the result of encoder"),
+        (["clips", "encoder"], ["encoder"], None),
+        (["encoder", "clips", "consistency"], [], "consistency: expected the result of diffusion"),
+        (["encoder", "clips", "diffusion", "consistency"], [], None),
+        (STAGES, [], None),
+        (STAGES[::-1], [], "stage final: expected the result of"),
+        (STAGES[::-1], STAGES, None),
+    ],
+)
+def test_results_that_a_stage_needs_are_there_or_made_before_it(tmp_path, stages, made, message):
+    run_ = Run(small_recipe(), tmp_path)
+    for stage in made:
+        run_.result(stage).parent.mkdir()
+        run_.result(stage).touch()
+        if stage in run_.recipe.stages:
+            run_.start(stage).touch()
+    if message is None:
+        run_.check(stages)
+        return
+    with pytest.raises(ValueError, match=message):
+        run_.check(stages)
+    assert made or not any(tmp_path.iterdir())
+
+
+def test_a_grown_model_needs_its_start_or_weights(tmp_path):
+    recipe = load_recipe("pilot-160")
+    for name in ("clips", "regression"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "clips" / "weights.safetensors").touch()
+    with pytest.raises(ValueError, match="stage regression: expected the result of growth in"):
+        Run(recipe, tmp_path).check_order(["regression"])
+    Run(recipe, tmp_path, inputs=Inputs(weights=tmp_path)).check_order(["regression"])

@@ -1,6 +1,7 @@
 """The web side: who may connect, uploads, health and figures; no path of the machine anywhere."""
 
 import asyncio
+import errno
 import io
 import json
 import zlib
@@ -148,6 +149,23 @@ def test_bombs_and_unknown_files_are_refused_and_the_world_goes_on(serve, talk, 
             assert "\n" not in str(error.value)
             await client.send("play")
             assert (await client.frames()).images
+
+    talk(conversation())
+
+
+def test_an_upload_on_a_full_disk_is_refused_and_the_connection_goes_on(serve, talk, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret/place")
+
+    monkeypatch.setattr("aapt.serve.images.tempfile.NamedTemporaryFile", full)
+
+    async def conversation():
+        async with await Client.connect(serve().url) as client:
+            words = "upload: the server cannot take one now; its log says why"
+            with pytest.raises(ValueError, match=f"^{words}$"):
+                await client.upload(picture_bytes((64, 48)))
+            await client.send("open")
+            await client.text("opened")
 
     talk(conversation())
 

@@ -12,7 +12,7 @@ from aapt.serve.batch import run_together  # noqa: E402
 from aapt.serve.client import Client  # noqa: E402
 from aapt.serve.metrics import Metrics  # noqa: E402
 from aapt.serve.scheduler import Scheduler  # noqa: E402
-from aapt.serve.session import Sample, Session  # noqa: E402
+from aapt.serve.session import Place, Sample, Session  # noqa: E402
 from aapt.serve.settings import Settings  # noqa: E402
 from aapt.serve.world import World  # noqa: E402
 from aapt.streaming.actions import Replay, Walk  # noqa: E402
@@ -34,8 +34,10 @@ def playing(generator, picture):
     for number, prompt in enumerate(("ab", "cd", "ab")):
         walk = Walk("small", "5e0c", picture, prompt, seed=number, cache=generator.cache)
         world = World(generator, walk, Settings())
-        session = Session(world, Scheduler(), Metrics(), lambda message, lane: None, "jpeg")
-        session.post(session.resume(session.place))
+        place = Place(world.walk, 0, 0, world.prompt)
+        flow = Scheduler(), Metrics()
+        session = Session(world, place, *flow, lambda message, lane: None, "jpeg")
+        session.post(session.resume())
         session.post(session.play(True))
         for _ in range(2 + number):
             session.run()

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from aapt.serve.line import Line  # noqa: E402
-from aapt.serve.outbox import MAX_FRAMES, MAX_TEXTS, Outbox  # noqa: E402
-from aapt.serve.protocol import Pong  # noqa: E402
+from aapt.serve.outbox import MAX_FRAMES, MAX_TEXT_BYTES, MAX_TEXTS, Outbox  # noqa: E402
+from aapt.serve.protocol import Pong, Uploaded  # noqa: E402
 
 
 async def settle():
@@ -75,4 +75,13 @@ def test_an_outbox_that_nobody_empties_is_full():
     for number in range(MAX_TEXTS + 1):
         assert not outbox.full
         outbox.put(Pong(time=number))
+    assert outbox.full
+
+
+def test_a_file_that_waits_is_no_sign_of_a_client_that_has_stopped_reading():
+    outbox = Outbox()
+    outbox.put(bytes(MAX_TEXT_BYTES + 1))
+    assert not outbox.full
+    for _ in range(2):
+        outbox.put(Uploaded(error="x" * (MAX_TEXT_BYTES // 2)))
     assert outbox.full

@@ -67,6 +67,7 @@ def test_a_world_begins_blank_and_plays_its_prompt(serve, talk, generator):
     first, made, sought, walk = talk(conversation())
     assert first.header.flags == FIRST
     assert first.images == encoded(np.full((1, HEIGHT, WIDTH, 3), 128, np.uint8))
+    assert walk.size == (HEIGHT, WIDTH)
     assert walk.first_frame is None and walk.steps == max(made) >= 6
     alone = {step: encoded(frames) for step, frames in video(generator, walk).items()}
     assert len(alone[1]) == 9 and len(alone[2]) == 12
@@ -84,3 +85,12 @@ def test_a_picture_is_refused_before_the_world_opens(serve):
         play.walk("", picture, "ab", 0)
     with pytest.raises(ValueError, match="image: expected sample, a name of the gallery"):
         play.walk("sample", None, "ab", 0)
+
+
+def test_a_walk_of_another_size_is_refused(serve):
+    play = serve().play
+    walk = play.walk("prompt", None, "ab", 0)
+    assert play.check_walk(walk) is walk
+    assert play.check_walk(dataclasses.replace(walk, size=None))  # of an older log
+    with pytest.raises(ValueError, match=f"log: expected video of {WIDTH}x{HEIGHT}, got 96x64"):
+        play.check_walk(dataclasses.replace(walk, size=(64, 96)))

@@ -26,6 +26,7 @@ def test_messages_are_read():
     split = parse(message(type="split", branch=0, step=4, controls=[None, {"yaw": -1}]))
     assert split.controls[0] is None and split.controls[1].yaw == -1
     assert parse(message(type="open")).image == "sample"
+    assert len(parse(message(type="open", image="x" * 255)).image) == 255  # a file's longest name
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,7 @@ def test_messages_are_read():
         (message(**{**INPUT, "sequence": 2**32}), "input.sequence: Input should be less"),
         (message(**{**INPUT, "time": float("inf")}), "input.time: Input should be a finite"),
         (message(type="prompt", sequence=0, text="x" * 1001), "prompt.text: String should have"),
+        (message(type="open", image="x" * 256), "open.image: String should have at most 255"),
         (message(type="open", seed=2**53), "open.seed: Input should be less"),
         (message(type="split", controls=[None]), "split.controls: List should have at least 2"),
     ],

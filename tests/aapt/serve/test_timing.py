@@ -10,7 +10,7 @@ from aapt.serve import protocol  # noqa: E402
 from aapt.serve.metrics import Metrics  # noqa: E402
 from aapt.serve.scheduler import Scheduler  # noqa: E402
 from aapt.serve.server import SWITCH_SECONDS  # noqa: E402
-from aapt.serve.session import EARLY, SETTLE, Session  # noqa: E402
+from aapt.serve.session import EARLY, SETTLE, Place, Session  # noqa: E402
 from aapt.serve.settings import Settings  # noqa: E402
 from aapt.serve.world import World  # noqa: E402
 from aapt.streaming.actions import Walk  # noqa: E402
@@ -39,8 +39,9 @@ def clock(monkeypatch):
 def session(generator, picture, clock):
     """A session that has made its first step at second 1000, whose slices the test runs."""
     world = World(generator, Walk("small", "5e0c", picture, "ab", seed=0), Settings())
-    session = Session(world, Scheduler(), Metrics(), lambda message, lane: None, "jpeg")
-    session.post(session.resume(session.place))
+    place = Place(world.walk, 0, 0, world.prompt)
+    session = Session(world, place, Scheduler(), Metrics(), lambda message, lane: None, "jpeg")
+    session.post(session.resume())
     session.post(session.play(True))
     while session._jobs:
         session.run()

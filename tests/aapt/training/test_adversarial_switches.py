@@ -215,6 +215,17 @@ def test_a_discriminator_that_only_watches():
         assert torch.equal(first, second)
 
 
+def test_a_segment_without_any_loss_moves_nothing():
+    """With regression in first segments alone, and nothing else, a later one has no loss."""
+    stage = adversarial_stage(
+        adversarial=0.0, regression=1.0, regression_segments=0, penalized="none"
+    )
+    before = [p.clone() for p in stage.model.parameters()]
+    (metrics,) = train(stage, 1)
+    assert all(map(torch.equal, before, stage.model.parameters()))
+    assert metrics["error"] > 0
+
+
 def test_an_update_draws_from_one_of_several_sources(made_segments):
     """All its segments come from that source, with the source's lengths and starts."""
     sources = Source("small", 4, shortest=3, weight=2.0), Source("large", 2, first_frame="never")
@@ -268,6 +279,7 @@ def test_an_update_draws_from_one_of_several_sources(made_segments):
         ),
         ({"segment_frames": None}, "segment_frames: expected frames per segment beside the name"),
         ({"clips": (Source("clips", 3),)}, "and none beside sources, got 3"),
+        ({"regression_segments": -1}, "regression_segments: expected at least 0, got -1"),
         ({"adversarial": 0.0}, "adversarial: expected more than 0, or a weight of regression"),
         *(
             ({name: bad}, f"{name}: expected a finite number of at least 0, got {bad}")
