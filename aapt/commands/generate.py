@@ -122,6 +122,7 @@ def generate(
     --replay takes first frame and its size, prompts, controls, length, seed and cache from an
     action log of aapt serve. With the same build, device, precision and number of threads the
     video is the one that was played, bit for bit; the command names the first step that differs.
+    The log of a model other than tiny-world needs --model.
 
     \b
     Presets: walk, still, forward, back, turn-left, turn-right, look-around, circle, zigzag,
@@ -144,7 +145,7 @@ def generate(
       printf '2 w\\n1 wd\\n2 w\\n' > path.txt && aapt generate --controls path.txt --out path.gif
       aapt generate --seconds 5 --out frames/
       aapt generate --model runs/mine/mine --device cuda --size 736x416 --out large.mp4
-      aapt generate --model runs/tiny-puppet/tiny-puppet --pose dance --out dance.mp4
+      aapt generate --model tiny-puppet --pose dance --out dance.mp4
       aapt generate --replay walk.jsonl --original --out walk.mp4
       aapt generate --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 128x80 \\
         -framerate 24 -
@@ -208,7 +209,7 @@ def _replay(
     place: device, precision, cache and the text encoder's device, each None for the default; that
     of the cache is the log's.
     """
-    from ..checkpoint import find_checkpoint
+    from ..checkpoint import find_checkpoint, load_config
     from ..media.video import open_video, output_kind
     from ..model.caches import check_same
     from ..streaming.actions import Replay, model_digest, read_walk
@@ -220,13 +221,15 @@ def _replay(
         for name in (name for name, value in given.items() if value is not None):
             raise ValueError(f"{name}: expected none with --replay, the action log has its own")
         output_kind(out)
-        walk = read_walk(log)
-        digest = model_digest(find_checkpoint(model))
+        walk, folder = read_walk(log), find_checkpoint(model)
+        digest = model_digest(folder)
         if walk.digest != digest:
             raise ValueError(
                 f"replay: expected a walk of {model} {digest[:12]}, got one of {walk.model} "
                 f"{walk.digest[:12]}; pass --model {walk.model}, or its folder"
             )
+        if original and ORIGINAL not in load_config(folder):
+            raise ValueError(f"original: expected a model with two decoders, {model} has one")
         device, dtype, cache, text_device = place
         check_same("replay", walk.cache, cache or walk.cache, "leave --cache away")
         branch = len(walk.branches) - 1 if branch is None else branch

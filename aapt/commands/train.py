@@ -81,8 +81,9 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|FOLDER",
-            help="The autoencoder of a pilot or a light decoder: a checkpoint, or diffusers' Wan.",
-            show_default="tiny-world; wan-light and pilot-160-fine need one",
+            help="The autoencoder of sharp-world, a pilot, small-world or a light decoder: a "
+            "bundled model, a checkpoint, or diffusers' Wan.",
+            show_default="tiny-world; sharp-world, pilot-160-fine and wan-light need one",
         ),
     ] = None,
     videos: Annotated[
@@ -189,12 +190,13 @@ def train(
       aapt train tiny-world --sample-every 100 && aapt plot runs/tiny-world/diffusion --out d.png
       aapt train tiny-world --dry-run
       aapt train --plan paper-8b --gpus 256
-      aapt train --plan paper-8b-640 --gpus 4 --memory eight-bit --memory lora=64
+      aapt train --plan paper-8b-640 --gpus 8 --memory eight-bit --memory lora=64
       aapt train foxes.toml --set stages.adversarial.steps=800 --latents clips/ --weights wan-start
       torchrun --nproc-per-node 8 -m aapt train paper-8b-640 --checkpoint-blocks --context 8 \\
         --clips-at-once 1 --latents clips/ --weights b.safetensors
       aapt train vae-light && aapt eval-vae runs/vae-light/vae-light
       aapt train vae-fine && aapt eval-vae runs/vae-fine/vae-fine
+      aapt train sharp-world --vae runs/vae-fine/vae-fine
       aapt train pilot-160-fine --vae runs/vae-fine/vae-fine
       aapt train wan-light --vae Wan2.1/vae --videos videos/ --perceptual vgg16.pt
       aapt generate --model runs/tiny-world/tiny-world --out walk.mp4

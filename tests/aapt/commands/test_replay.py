@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from aapt import StreamingGenerator
-from aapt.checkpoint import save_config, save_module
+from aapt.checkpoint import find_checkpoint, save_config, save_module
 from aapt.commands.app import main
 from aapt.streaming.actions import Redone, Step, Walk, frames_crc, make, model_digest
 from aapt.vae import CausalVAE
@@ -120,6 +120,20 @@ def test_the_original_decoder_shows_the_same_walk(played, tmp_path, capfd):
     video = read(tmp_path / "out")
     assert video.shape == played[2][1].shape and not np.array_equal(video, played[2][1])
     assert "bit for bit" not in capfd.readouterr().err
+
+
+def test_a_model_of_one_decoder_has_no_original(tmp_path, capfd):
+    picture = np.zeros((80, 128, 3), np.uint8)
+    walk = Walk("sharp-world", model_digest(find_checkpoint("sharp-world")), picture, "ab", 5)
+    log = tmp_path / "walk.jsonl"
+    log.write_text("\n".join(walk.lines("0")))
+    out = tmp_path / "out"
+    assert main(["generate", "--replay", str(log), "--out", str(out)]) == 2
+    assert "; pass --model sharp-world, or its folder" in capfd.readouterr().err
+    model = ["--model", "sharp-world", "--original"]
+    assert main(["generate", "--replay", str(log), *model, "--out", str(out)]) == 2
+    words = "aapt: original: expected a model with two decoders, sharp-world has one"
+    assert words in capfd.readouterr().err and not out.exists()
 
 
 def test_a_redo_is_shown_as_it_was(played, tmp_path):
