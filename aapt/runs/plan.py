@@ -8,6 +8,7 @@ its operations; tensors that exist only while it runs are taken as half of them.
 import functools
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -311,7 +312,12 @@ def latent_size(recipe: Recipe, clips: str) -> tuple[int, int]:
     if clips in recipe.data:
         data, factor = recipe.data[clips], recipe.vae.space_factor
         return data.height // factor, data.width // factor
-    width, height = map(int, clips.split("x"))
+    named = re.fullmatch(r"(\d+)x(\d+)", clips)
+    if not named:
+        raise ValueError(
+            f"plan: expected encoded clips in a set named by its size, such as 640x352, got {clips}"
+        )
+    width, height = int(named[1]), int(named[2])
     return height // recipe.space_factor, width // recipe.space_factor
 
 

@@ -357,6 +357,10 @@ def test_numbers_that_cannot_be_planned_are_refused():
         plan.plan(paper_8b(), 7)
     with pytest.raises(ValueError, match="gpus: expected at least 1, got 0"):
         plan.plan(tiny_world(), 0)
+    with pytest.raises(
+        ValueError, match="plan: expected encoded clips in a set named .* got foxes"
+    ):
+        plan.latent_size(paper_8b(), "foxes")
 
 
 def by_stage(recipe, *switches: str) -> dict[str, plan.Plan]:
