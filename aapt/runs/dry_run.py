@@ -44,6 +44,7 @@ def dry_run(
     trouble = parallel.agree(_clear(folder) if parallel.main else None)
     if trouble:
         raise ValueError(trouble)
+    left = folder if parallel.main else None
     try:
         given = {"report": _quiet, "parallel": parallel, "options": brief}
         run(shortened(recipe), folder, **given, **arguments)
@@ -57,9 +58,12 @@ def dry_run(
             report(f"{name}: works; {updates} updates take {duration(seconds)}")
             total += seconds
         report(f"all stages: {duration(total)}, without clips, autoencoder and samples")
+    except FolderInUse:  # another one has begun in the meantime: the folder is its
+        left = None
+        raise
     finally:
-        if parallel.main:
-            shutil.rmtree(folder, ignore_errors=True)
+        if left:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _clear(folder: Path) -> str | None:

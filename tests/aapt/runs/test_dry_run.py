@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aapt.commands.app import main
-from aapt.lock import folder_lock
+from aapt.lock import FolderInUse, folder_lock
 from aapt.runs.dry_run import dry_run, duration, shortened, shortened_stage, stage_seconds
 from aapt.runs.loop import RunOptions, TrainingError
 from aapt.runs.parallel import Parallel
@@ -85,6 +85,16 @@ def test_what_a_killed_dry_run_left_is_removed_and_nothing_else(tmp_path):
     (left / "diary.txt").rename(left / "recipe.json")
     dry_run(short_recipe(), tmp_path / "run", report=lambda line: None, **ALONE)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_that_another_has_overtaken_leaves_its_folder(tmp_path, monkeypatch):
+    """Both found nothing there."""
+    folder = tmp_path / "run.dry-run"
+    monkeypatch.setattr("aapt.runs.dry_run._clear", lambda folder: None)
+    with folder_lock(folder), pytest.raises(FolderInUse):
+        (folder / "recipe.json").write_text("{}")
+        dry_run(short_recipe(), tmp_path / "run", report=print, **ALONE)
+    assert (folder / "recipe.json").is_file()
 
 
 @pytest.mark.parametrize("make", [tiny_world, paper_8b])

@@ -357,9 +357,7 @@ def test_numbers_that_cannot_be_planned_are_refused():
         plan.plan(paper_8b(), 7)
     with pytest.raises(ValueError, match="gpus: expected at least 1, got 0"):
         plan.plan(tiny_world(), 0)
-    with pytest.raises(
-        ValueError, match="plan: expected encoded clips in a set named .* got foxes"
-    ):
+    with pytest.raises(ValueError, match="plan: expected encoded clips in a set .* got foxes"):
         plan.latent_size(paper_8b(), "foxes")
 
 
