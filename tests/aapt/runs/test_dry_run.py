@@ -90,9 +90,10 @@ def test_what_a_killed_dry_run_left_is_removed_and_nothing_else(tmp_path):
 def test_a_dry_run_that_another_has_overtaken_leaves_its_folder(tmp_path, monkeypatch):
     """Both found nothing there."""
     folder = tmp_path / "run.dry-run"
+    folder.mkdir()
+    (folder / "recipe.json").write_text("{}")
     monkeypatch.setattr("aapt.runs.dry_run._clear", lambda folder: None)
     with folder_lock(folder), pytest.raises(FolderInUse):
-        (folder / "recipe.json").write_text("{}")
         dry_run(short_recipe(), tmp_path / "run", report=print, **ALONE)
     assert (folder / "recipe.json").is_file()
 
