@@ -293,6 +293,31 @@ def sharp_world() -> Recipe:
         lead_segments=4,
         segments=2,
     )
+    further = replace(
+        adversarial,
+        clips="minute-clips",
+        penalized="none",
+        noised=True,
+        lead_segments=6,
+        average=0.985,
+        corruption=Corruption(offset=1.2, clip_chance=0.3),
+        regression=0.3,
+        steps=110,
+        discriminator_warmup=30,
+        start="adversarial",
+        discriminator_start="adversarial",
+    )
+    extension = replace(
+        further,
+        batch=4,
+        regression=1.0,
+        regression_segments=2,
+        rows=5.0,
+        average=0.99,
+        discriminator_warmup=10,
+        start="further-adversarial",
+        discriminator_start="further-adversarial",
+    )
     return replace(
         world,
         name="sharp-world",
@@ -307,6 +332,7 @@ def sharp_world() -> Recipe:
             "long-clips": replace(world.data["long-clips"], clips=600),
             "longer-clips": replace(world.data["longer-clips"], clips=400),
             "minute-clips": replace(world.data["minute-clips"], clips=240, latent_frames=81),
+            "far-clips": replace(world.data["minute-clips"], clips=130, latent_frames=145),
         },
         stages={
             "regression": replace(stages["regression"], steps=220, start=None),
@@ -324,19 +350,21 @@ def sharp_world() -> Recipe:
                 discriminator_start="more-regression",
             ),
             # Noised frames in place of penalties, and less regression: rollouts stay filled.
-            "further-adversarial": replace(
-                adversarial,
-                clips="minute-clips",
-                penalized="none",
-                noised=True,
-                lead_segments=6,
+            "further-adversarial": further,
+            # Twice the clips, and regression where the clip can be foretold alone.
+            "extension": extension,
+            # Rollouts of 24 seconds, and the discriminator at twice the rate: far frames fill.
+            "final": replace(
+                extension,
+                clips="far-clips",
+                lead_segments=16,
+                discriminator_schedule=Schedule(2e-4),
+                palette=5.0,
+                rows=0.0,
                 average=0.985,
-                corruption=Corruption(offset=1.2, clip_chance=0.3),
-                regression=0.3,
-                steps=110,
-                discriminator_warmup=30,
-                start="adversarial",
-                discriminator_start="adversarial",
+                steps=150,
+                start="extension",
+                discriminator_start="extension",
             ),
         },
     )

@@ -21,7 +21,7 @@ from aapt.training.recipes import RECIPES, vae_fine
 from aapt.training.stages.decoder import fit_linear
 from aapt.vae.folder import ORIGINAL, load_vae
 
-KEPT = Path(__file__).parents[3] / "benchmarks/starts/sharp-world"
+KEPT = Path(__file__).parents[3] / "benchmarks/starts/sharp-world/final/discriminator.safetensors"
 CLIPS = ProceduralData(height=16, width=32, clips=8, latent_frames=9)
 
 
@@ -85,15 +85,18 @@ def test_one_autoencoder_needs_no_relation(tmp_path, monkeypatch):
         assert torch.equal(ours[name], theirs[name].float()), name
 
 
-def test_the_kept_weights_start_the_next_stage(tmp_path, fine):
-    """docs/training.md copies them to where that stage looks for its start."""
-    shutil.copytree(KEPT, tmp_path, dirs_exist_ok=True)
-    (kept,) = KEPT.iterdir()
+def test_the_bundled_world_can_be_trained_on(tmp_path, fine):
+    """docs/training.md copies its weights and its discriminator to where the last stage starts."""
     recipe = RECIPES["sharp-world"]()
-    following = recipe.stages["further-adversarial"]
-    assert following.start == following.discriminator_start == kept.name
+    last = recipe.stages["final"]
+    files = {"weights": find_checkpoint("sharp-world") / "model.safetensors", "discriminator": KEPT}
+    assert last.start == last.discriminator_start == "extension"
+    (tmp_path / last.start).mkdir()
+    for name, file in files.items():
+        shutil.copy(file, tmp_path / last.start / f"{name}.safetensors")
     run_ = Run(recipe, tmp_path, inputs=Inputs(vae=fine))
-    model, judge = run_.starting_model(kept.name), run_.discriminator(following)
-    for file, made in (("weights", model), ("discriminator", judge)):
-        for name, tensor in read_tensors(kept / f"{file}.safetensors").items():
-            assert torch.equal(made.state_dict()[name], tensor.float()), (file, name)
+    run_.check_order(["far-clips", "final"])
+    made = {"weights": run_.starting_model(last.start), "discriminator": run_.discriminator(last)}
+    for file, network in made.items():
+        for name, tensor in read_tensors(files[file]).items():
+            assert torch.equal(network.state_dict()[name], tensor.float()), (file, name)
