@@ -437,8 +437,8 @@ def test_train_says_what_is_wrong_in_one_line(tmp_path, capsys):
         (["tiny-world", "--stage", "x"], 2, "aapt: stage: expected one of encoder, clips,"),
         (
             ["tiny-world", "--stage", "diffusion"],
-            1,
-            "expected a safetensors file, which is missing",
+            2,
+            "aapt: stage diffusion: expected the result of encoder in ",
         ),
     ]:
         assert run("train", *arguments, "--out", tmp_path) == code
