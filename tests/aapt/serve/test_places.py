@@ -1,4 +1,4 @@
-"""What is kept of a world that closes, whenever that is, and what it leaves to the next one."""
+"""What is kept of a world that closes before, in or after its replay, and its limit of branches."""
 
 import threading
 from dataclasses import replace
