@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..model.discriminator import Discriminator
@@ -50,6 +51,13 @@ def restrict(discriminator: Discriminator, config: AdversarialConfig) -> None:
         adapt(discriminator.world, config.discriminator_lora)
 
 
+@torch.no_grad()
+def move_halfway(model: WorldModel, other: WorldModel) -> None:
+    """Give a model the mean of its weights and those of another."""
+    for parameter, target in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.lerp_(target, 0.5)
+
+
 def build_stage(config: StageConfig, networks: Networks) -> Stage:
     """Build a stage with new networks. A generator that rolls out keeps its parameters gathered
     (docs/method.md#11)."""
@@ -71,5 +79,8 @@ def build_stage(config: StageConfig, networks: Networks) -> Stage:
         case AdversarialConfig():
             student = config.forcing == "student"
             model = networks.network(config, config.start, config.lora, rolls_out=student)
+            if config.halfway_to:
+                other = networks.network(config, config.halfway_to, config.lora, rolls_out=student)
+                move_halfway(model, other)
             discriminator = networks.discriminator(config)
             return Adversarial(config, model, discriminator, networks.pixel_deviation())

@@ -28,7 +28,9 @@ STARTS = ("start", "discriminator_start", "teacher")  # fields that name a stage
 
 def stages_before(config: StageConfig) -> dict[str, str | None]:
     """Return the stages that a stage takes weights from, by field; None for the run's start."""
-    return {field: getattr(config, field) for field in STARTS if hasattr(config, field)}
+    before = {field: getattr(config, field) for field in STARTS if hasattr(config, field)}
+    halfway_to = getattr(config, "halfway_to", None)
+    return before | ({"halfway_to": halfway_to} if halfway_to else {})
 
 
 @dataclass(frozen=True)

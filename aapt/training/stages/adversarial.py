@@ -13,7 +13,6 @@ from ...data.clips import Clips, FirstFrame
 from ...data.randomness import ClipRandom
 from ...device import mixed_precision
 from ...model.discriminator import Discriminator, Judgement, Pooling
-from ...model.flow import interpolate
 from ...model.low_rank import LoRA
 from ...model.world_model import Conditions, WorldModel
 from ...streaming.student import Segment, StudentRollout, frames_of
@@ -31,6 +30,7 @@ from ..losses import (
     row_mean_error,
 )
 from ..optimization import MovingAverage, Schedule, Trained, frozen, learning, rmsprop
+from ..shown import Shown
 
 Penalized = Literal["both", "real", "none"]
 Layout = Literal["targets", "all"]
@@ -71,8 +71,12 @@ class AdversarialConfig:
         lead_segments: Greatest number of segments that are rolled out, without a loss, before the
             first segment with one; drawn for each update from 0 to this. Late failures can so be
             learnt from cheaply (ours).
+        lead_power: Power of the uniform number in [0, 1) that the lead is drawn with: 1 draws all
+            leads equally often, 2 short ones more often.
         start, discriminator_start: The stages whose weights generator and discriminator start from;
             None for the run's start.
+        halfway_to: Another stage; the generator starts from the mean of its weights and those of
+            `start`. Stages of one descent have a mean that works (arXiv 2203.05482).
         loss: "relativistic" (paper) or "non-saturating".
         adversarial: Weight of the generator's adversarial loss; with 0 the discriminator only
             watches, which shows what the errors against the real clip reach alone.
@@ -99,6 +103,8 @@ class AdversarialConfig:
             forcing, of all recycled frames.
         mismatch: Weight of a loss by which the discriminator tells real frames under another clip's
             motion from real frames under their own, and so learns to look at the controls (ours).
+        mismatched_gain: Share of these clips whose motion is their own, made faster or slower: a
+            generator that turns too little is then told from one that turns elsewhere.
         regression: Weight of a squared error against the real clip, in the generator's loss (ours,
             for small models).
         regression_segments: The first segments of a rollout in which `regression` counts; None for
@@ -126,8 +132,10 @@ class AdversarialConfig:
     first_frame: FirstFrame = "always"
     whole_clips: bool = False
     lead_segments: int = 0
+    lead_power: float = 1.0
     start: str | None = "consistency"
     discriminator_start: str | None = "diffusion"
+    halfway_to: str | None = None
     loss: GanLoss = "relativistic"
     adversarial: float = 1.0
     penalty: float = 1000.0
@@ -146,6 +154,7 @@ class AdversarialConfig:
     discriminator_layout: Layout = "targets"
     corruption: Corruption | None = None
     mismatch: float = 0.0
+    mismatched_gain: float = 0.0
     regression: float = 0.0
     regression_segments: int | None = None
     palette: float = 0.0
@@ -214,6 +223,13 @@ class AdversarialConfig:
                 raise ValueError(
                     f"{name}: expected a finite number of at least 0, got {getattr(self, name)}"
                 )
+        if not 0 < self.lead_power < math.inf:
+            raise ValueError(f"lead_power: expected a finite number above 0, got {self.lead_power}")
+        if not 0 <= self.mismatched_gain <= bool(self.mismatch):
+            raise ValueError(
+                "mismatched_gain: expected 0 to 1, and 0 without mismatch, "
+                f"got {self.mismatched_gain}"
+            )
         for name in ("discriminator_warmup", "lead_segments", "regression_segments"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -253,39 +269,6 @@ class AdversarialConfig:
             )
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Frames that the discriminator is shown.
-
-    Attributes:
-        latents: (B, C, 1 + T, H, W): the frame before the first, then the T frames that get logits.
-        conditions: Conditions of the T frames.
-        known: Number of frames, the first of the T, that carry no loss.
-        real: Clips that teacher-forced frames continue, each frame separately; None for frames
-            that follow each other.
-    """
-
-    latents: Tensor
-    conditions: Conditions
-    known: int = 0
-    real: Tensor | None = None
-
-    def detach(self) -> "Shown":
-        return replace(self, latents=self.latents.detach())
-
-    def perturbed(self, deviation: float, random: ClipRandom, spare_known: bool) -> "Shown":
-        """Draw all frames from N(x, deviation), or, to `spare_known`, those with a loss alone."""
-        noise = deviation * random.normal(*self.latents.shape[1:])
-        if spare_known:
-            noise[:, :, : 1 + self.known] = 0
-        return replace(self, latents=self.latents + noise)
-
-    def noised(self, t: Tensor, random: ClipRandom) -> "Shown":
-        """Mix all frames with noise up to the time t (B,) of their clip."""
-        noise = random.normal(*self.latents.shape[1:])
-        return replace(self, latents=interpolate(self.latents, noise, t))
-
-
 class Adversarial:
     """Trains a generator on its own rollouts against a discriminator with one logit per frame.
 
@@ -304,6 +287,11 @@ class Adversarial:
         if config.mismatch and not model.config.condition_channels:
             raise ValueError(
                 f"mismatch: expected 0 for a model that nothing controls, got {config.mismatch}"
+            )
+        if config.mismatched_gain and not model.camera:
+            raise ValueError(
+                "mismatched_gain: expected 0 for a model that no camera controls, "
+                f"got {config.mismatched_gain}"
             )
         several = config.lead_segments + config.segments > 1
         if model.camera and model.camera.relative_to_first and several:
@@ -354,7 +342,7 @@ class Adversarial:
         config, model = self.config, self.model
         clips = clips.part(random, config.needed(length))
         further = length - config.overlap_frames  # new frames of a later segment
-        lead = int(random.shared.integers(config.lead_segments + 1))
+        lead = int((config.lead_segments + 1) * random.shared.random() ** config.lead_power)
         whole = lead + config.segments if config.whole_clips else 1
         batch = clips.sample(random, length + (whole - 1) * further, first_frame)
         precision = mixed_precision(random.device)
@@ -487,9 +475,16 @@ class Adversarial:
         return Shown(latents, Conditions(channels, *words), known)
 
     def mismatched(self, clips: Clips, real: Shown, random: ClipRandom) -> Shown:
-        """Real frames under the motion of other clips."""
+        """Real frames under the motion of other clips, or under their own at another speed."""
         frames, *size = real.latents.shape[2:]
         other = self.model.channels(clips.sample(random, frames - 1, "never").motion, size)
+        if self.config.mismatched_gain:
+            own = random.uniform(1, 1, 1, 1) < self.config.mismatched_gain
+            faster = random.uniform(1, 1, 1, 1) < 0.5
+            octaves = 0.4 + 0.6 * random.uniform(1, 1, 1, 1)
+            # Rays less those at rest are about linear in a small motion.
+            moved = real.conditions.condition * 2 ** torch.where(faster, octaves, -octaves)
+            other = torch.where(own, moved, other)
         return replace(real, conditions=real.conditions._replace(condition=other))
 
     def logits(self, shown: Shown, t: Tensor) -> Tensor:

@@ -331,6 +331,34 @@ def test_a_stage_starts_from_the_last_weights_and_the_average_is_exported(latent
     torch.testing.assert_close(handed_on[moved], average[moved])
 
 
+def test_a_stage_starts_halfway_between_two_others(latents, tmp_path):
+    """A stage that does not learn hands on the mean of two stages' weights."""
+    stages = dict(recipe().stages)
+    still = {"generator_schedule": Schedule(0.0), "discriminator_schedule": Schedule(0.0)}
+    mean = dataclasses.replace(
+        stages["adversarial"],
+        start="adversarial",
+        discriminator_start="adversarial",
+        halfway_to="diffusion",
+        **still,
+    )
+    made, out = recipe(stages={**stages, "mean": mean}), tmp_path / "run"
+    train(out, latents, made=made)
+    first, second, handed_on = (
+        read_tensors(out / stage / "weights.safetensors")
+        for stage in ("diffusion", "adversarial", "mean")
+    )
+    assert not torch.equal(
+        first["transformer.video_in.weight"], second["transformer.video_in.weight"]
+    )
+    for name, weight in handed_on.items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
+    (out / "diffusion" / "weights.safetensors").unlink()
+    (out / "mean" / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match="stage mean: expected the result of diffusion in"):
+        train(out, latents, stages=["mean"], made=made)
+
+
 def test_a_model_with_conditions_starts_from_one_without(tmp_path):
     """Conditions of zero make it compute what the other model computes (docs/method.md#10)."""
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ from aapt.model.discriminator import Discriminator
 from aapt.model.world_model import WorldModel
 from aapt.training.corruption import Corruption
 from aapt.training.optimization import Schedule
-from aapt.training.stages.adversarial import Adversarial, AdversarialConfig, Shown
+from aapt.training.shown import Shown
+from aapt.training.stages.adversarial import Adversarial, AdversarialConfig
 
 from ..helpers import CAMERA, CONFIG, clips, draws
 from ..runs.counting import (
@@ -272,6 +273,17 @@ def test_a_model_without_conditions(made_segments):
         )
 
 
+def test_motion_at_another_speed_needs_rays():
+    """Other channels, such as a drawn pose, have no speed to scale."""
+    worlds = [WorldModel(CONFIG, None) for _ in "gd"]
+    given = {"generator_schedule": Schedule(1e-3), "discriminator_schedule": Schedule(1e-3)}
+    config = AdversarialConfig(
+        "clips", 1, 2, segment_frames=3, mismatch=1.0, mismatched_gain=0.5, **given
+    )
+    with pytest.raises(ValueError, match="mismatched_gain: expected 0 for a model that no camera"):
+        Adversarial(config, worlds[0], Discriminator(worlds[1]), torch.ones(4))
+
+
 def test_rays_relative_to_the_first_frame_need_rollouts_of_one_segment():
     camera = dataclasses.replace(CAMERA, relative_to_first=True)
     worlds = [WorldModel(CONFIG, camera) for _ in "gd"]
@@ -328,6 +340,19 @@ def test_lead_segments_are_rolled_out_without_a_loss(made_segments):
             place += new
         assert metrics["error"] == pytest.approx(sum(errors) / 2, rel=1e-3)
     assert leads == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("power", "shares"), [(1.0, (1 / 3,) * 3), (2.0, (0.58, 0.24, 0.18))])
+def test_short_leads_are_drawn_more_often(made_segments, power, shares):
+    stage = adversarial_stage(
+        counting_model(*[1.25] * 4), batch=1, lead_segments=2, lead_power=power
+    )
+    counts = [0, 0, 0]
+    for seed in range(100):
+        made_segments.clear()
+        train(stage, 1, counting_clips(), seed=seed)
+        counts[made_segments[0].start_frame // 3] += 1
+    assert counts == pytest.approx([100 * share for share in shares], abs=15)
 
 
 def test_a_lead_is_not_corrupted(monkeypatch):

@@ -52,6 +52,30 @@ def test_the_discriminator_is_shown_motion_that_does_not_fit():
     assert metrics["mismatch"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_motion_that_does_not_fit_is_also_the_own_at_another_speed(share):
+    """A share of the clips is shown under its own rays times 1/2 to 3/4, or 4/3 to 2."""
+    batch = 64
+    stage = adversarial_stage(
+        counting_model(*[1.0] * 4),
+        batch=batch,
+        penalized="none",
+        mismatch=1.0,
+        mismatched_gain=share,
+    )
+    with recording(stage) as calls:
+        train(stage, 1, counting_clips(length=9))
+    own, _, shown = (x.flatten(1) for x in calls[0].arguments[2].float().chunk(3))
+    gains = (own * shown).sum(1) / own.square().sum(1)
+    scaled = ((shown - gains[:, None] * own).abs() <= 0.01 * own.abs().amax(1, True)).all(1)
+    scaled &= (gains - 1).abs() > 0.01  # another window of a short clip may coincide
+    of_own = gains[scaled]
+    assert abs(scaled.float().mean() - share) < 0.2
+    assert (of_own < 1).any() and (of_own > 1).any()
+    octaves = of_own.log2().abs()
+    assert octaves.min() > 0.38 and octaves.max() < 1.02
+
+
 def test_motion_that_does_not_fit_needs_a_frame_more():
     """Mismatched motion starts at frame 1 or later, so `needs` counts one more frame."""
     stage = adversarial_stage(counting_model(*[1.0] * 4), mismatch=1.0)
@@ -288,6 +312,13 @@ def test_an_update_draws_from_one_of_several_sources(made_segments):
         ),
         ({"palette": -1.0}, "palette: expected a finite number of at least 0, got -1.0"),
         ({"rows": -1.0}, "rows: expected a finite number of at least 0, got -1.0"),
+        ({"lead_power": 0.0}, "lead_power: expected a finite number above 0, got 0.0"),
+        ({"lead_power": math.inf}, "lead_power: expected a finite number above 0, got inf"),
+        ({"mismatched_gain": 0.5}, "mismatched_gain: expected 0 to 1, and 0 without mismatch"),
+        (
+            {"mismatch": 1.0, "mismatched_gain": 1.5},
+            "mismatched_gain: expected 0 to 1, and 0 without mismatch, got 1.5",
+        ),
         ({"lead_segments": -1}, "lead_segments: expected at least 0, got -1"),
         ({"discriminator_warmup": -1}, "discriminator_warmup: expected at least 0, got -1"),
         ({"pooling": "maximum"}, "pooling: expected 'query' or 'average', got 'maximum'"),

@@ -16,11 +16,14 @@ WIDE, LARGE, SMALL = "736x416", "1280x720", "640x352"
 TALL = "720x1280"
 OFF = {  # our switches for small models (docs/method.md#12)
     "whole_clips": False,
+    "halfway_to": None,
     "lead_segments": 0,
+    "lead_power": 1,
     "discriminator_warmup": 0,  # one update of the discriminator to one of the generator
     "max_norm": None,
     "corruption": None,
     "mismatch": 0,
+    "mismatched_gain": 0,
     "regression": 0,
     "regression_segments": None,
     "palette": 0,

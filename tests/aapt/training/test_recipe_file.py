@@ -158,6 +158,11 @@ STAGES = "diffusion, consistency, regression, adversarial, extension"
             r"got 'regression'$",
         ),
         (
+            "[stages.adversarial]\nhalfway_to = 'second'",
+            r"stages\.adversarial\.halfway_to: expected a stage before it \(diffusion, .*"
+            r"got 'second'$",
+        ),
+        (
             "[stages.second]\nlike = 'adversarial'\ndiscriminator_start = 'third'",
             r"stages\.second\.discriminator_start: expected a stage before it \(diffusion, .*"
             r"extension\), got 'third'$",
