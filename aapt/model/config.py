@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -327,3 +327,11 @@ class CameraConfig:
     @property
     def channels(self) -> int:
         return 6 * self.frames
+
+    def asking(self, turns: float, walks: float) -> "CameraConfig":
+        """The camera whose rays ask for `turns` times each turn and `walks` times each walk."""
+        return replace(
+            self,
+            direction_deviation=self.direction_deviation / turns,
+            origin_deviation=self.origin_deviation / walks,
+        )

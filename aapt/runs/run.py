@@ -480,7 +480,7 @@ class Run:
                 "sample": sample,
                 **({"gallery": gallery} if gallery else {}),
                 "model": asdict(model),
-                "camera": recipe.camera and asdict(recipe.camera),
+                "camera": recipe.camera and asdict(recipe.played_camera),
                 **({"poses": True} if data and data.poses else {}),
                 **vaes,
                 **((read_record(self.out).get("weights") or {}).get("checkpoint", {})),

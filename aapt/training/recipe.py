@@ -1,5 +1,6 @@
 """The kinds of recipe: all numbers of a training run."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,8 @@ class Recipe:
             start do not have: "random" as a new layer's (docs/method.md#10), or "zero", with which
             the model computes at first what it computed without them.
         space_factor: Pixels per latent pixel of encoded clips.
+        motion_asked: Factors of the turns and of the walks that the exported model is asked for.
+            A small generator moves less than it is asked to (the gains of `aapt eval`).
     """
 
     name: str
@@ -73,8 +76,18 @@ class Recipe:
     space_factor: int = 8
     autoencoder: str | None = None
     grown: str | None = None
+    motion_asked: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def played_camera(self) -> CameraConfig | None:
+        """The camera of the exported model."""
+        return self.camera and self.camera.asking(*self.motion_asked)
 
     def __post_init__(self):
+        if not all(0 < factor < math.inf for factor in self.motion_asked):
+            raise ValueError(
+                f"motion_asked: expected finite numbers above 0, got {self.motion_asked}"
+            )
         for name, stage in self.stages.items():
             if self.model.block == "wan" and not getattr(stage, "discriminator_recycled", True):
                 raise ValueError(

@@ -318,6 +318,27 @@ def sharp_world() -> Recipe:
         start="further-adversarial",
         discriminator_start="further-adversarial",
     )
+    final = replace(
+        extension,
+        clips="far-clips",
+        lead_segments=16,
+        discriminator_schedule=Schedule(2e-4),
+        palette=5.0,
+        rows=0.0,
+        average=0.985,
+        steps=150,
+        start="extension",
+        discriminator_start="extension",
+    )
+    near = replace(
+        final,
+        lead_power=2.0,
+        mismatched_gain=0.5,
+        steps=100,
+        start="more-regression",
+        halfway_to="final",
+        discriminator_start="final",
+    )
     return replace(
         world,
         name="sharp-world",
@@ -354,17 +375,20 @@ def sharp_world() -> Recipe:
             # Twice the clips, and regression where the clip can be foretold alone.
             "extension": extension,
             # Rollouts of 24 seconds, and the discriminator at twice the rate: far frames fill.
-            "final": replace(
-                extension,
-                clips="far-clips",
-                lead_segments=16,
-                discriminator_schedule=Schedule(2e-4),
-                palette=5.0,
-                rows=0.0,
-                average=0.985,
-                steps=150,
-                start="extension",
-                discriminator_start="extension",
+            "final": final,
+            # The clear first second and the walks of regression, filled again.
+            "near": near,
+            # What fills the minute and what follows the controls, at a lower rate.
+            "together": replace(
+                near,
+                generator_schedule=Schedule(2e-5, warmup=5),
+                discriminator_schedule=Schedule(1e-4),
+                average=0.97,
+                discriminator_warmup=5,
+                steps=40,
+                start="near",
+                halfway_to="final",
+                discriminator_start="near",
             ),
         },
     )

@@ -30,6 +30,17 @@ def test_standing_still_is_zero():
     assert control_rays(torch.zeros(1, 2, 2), CAMERA, 4, 6).abs().max() == 0
 
 
+def test_a_camera_asks_for_more_motion():
+    """Turns are in the directions of rays, walks in their origins."""
+    controls = torch.tensor([[[0.3, 0.8], [-1.0, 0.4]]])
+    rays, more = (
+        control_rays(controls, camera, 4, 6).unflatten(1, (-1, 2, 3))
+        for camera in (WORLD_CAMERA, WORLD_CAMERA.asking(turns=1.5, walks=2.0))
+    )
+    torch.testing.assert_close(more, rays * torch.tensor([2.0, 1.5])[:, None, None, None, None])
+    assert rays.abs().amax(dim=(0, 1, 3, 4, 5, 6)).min() > 0
+
+
 def test_rays_of_one_pixel_by_hand():
     yaw = 0.25
     controls = torch.tensor([[[yaw, 0.5]]]).double()

@@ -136,6 +136,17 @@ def test_an_exported_stage_says_how_it_is_sampled(trained, tmp_path):
     assert StreamingGenerator.from_pretrained(folder).sampling is None
 
 
+def test_a_model_that_moves_too_little_is_exported_to_be_asked_for_more(trained, tmp_path):
+    recipe = dataclasses.replace(small_recipe(), motion_asked=(1.25, 1.5))
+    made = Run(recipe, trained[0]).export("final", tmp_path)
+    camera = StreamingGenerator.from_pretrained(made).model.camera
+    assert camera.direction_deviation == pytest.approx(0.014 / 1.25)
+    assert camera.origin_deviation == pytest.approx(0.021 / 1.5)
+    for factors in ((0.0, 1.0), (1.0, float("inf"))):
+        with pytest.raises(ValueError, match="motion_asked: expected finite numbers above 0, got"):
+            dataclasses.replace(recipe, motion_asked=factors)
+
+
 def test_a_model_without_a_reference_grid_is_exported_at_the_size_of_its_clips(trained, tmp_path):
     recipe = small_recipe()
     model = dataclasses.replace(recipe.model, reference_grid=None)
