@@ -52,10 +52,10 @@ def restrict(discriminator: Discriminator, config: AdversarialConfig) -> None:
 
 
 @torch.no_grad()
-def move_halfway(model: WorldModel, other: WorldModel) -> None:
-    """Give a model the mean of its weights and those of another."""
+def mix(model: WorldModel, other: WorldModel, share: float) -> None:
+    """Move the weights of a model by `share` of the way to those of another."""
     for parameter, target in zip(model.parameters(), other.parameters(), strict=True):
-        parameter.lerp_(target, 0.5)
+        parameter.lerp_(target, share)
 
 
 def build_stage(config: StageConfig, networks: Networks) -> Stage:
@@ -79,8 +79,8 @@ def build_stage(config: StageConfig, networks: Networks) -> Stage:
         case AdversarialConfig():
             student = config.forcing == "student"
             model = networks.network(config, config.start, config.lora, rolls_out=student)
-            if config.halfway_to:
-                other = networks.network(config, config.halfway_to, config.lora, rolls_out=student)
-                move_halfway(model, other)
+            if config.mixed_with:
+                other = networks.network(config, config.mixed_with, config.lora, rolls_out=student)
+                mix(model, other, config.mixed_share)
             discriminator = networks.discriminator(config)
             return Adversarial(config, model, discriminator, networks.pixel_deviation())

@@ -30,8 +30,8 @@ STARTS = ("start", "discriminator_start", "teacher")  # fields that name a stage
 def stages_before(config: StageConfig) -> dict[str, str | None]:
     """Return the stages that a stage takes weights from, by field; None for the run's start."""
     before = {field: getattr(config, field) for field in STARTS if hasattr(config, field)}
-    halfway_to = getattr(config, "halfway_to", None)
-    return before | ({"halfway_to": halfway_to} if halfway_to else {})
+    mixed_with = getattr(config, "mixed_with", None)
+    return before | ({"mixed_with": mixed_with} if mixed_with else {})
 
 
 @dataclass(frozen=True)

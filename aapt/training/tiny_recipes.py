@@ -336,7 +336,7 @@ def sharp_world() -> Recipe:
         mismatched_gain=0.5,
         steps=100,
         start="more-regression",
-        halfway_to="final",
+        mixed_with="final",
         discriminator_start="final",
     )
     return replace(
@@ -379,7 +379,7 @@ def sharp_world() -> Recipe:
             "final": final,
             # Between the clear first second of regression and the filled minute, then filled again.
             "near": near,
-            # No update: the mean alone. 40 updates more, at a lower rate, made it worse.
+            # No update: the mean alone. Forty more from the plain mean made it worse.
             "together": replace(
                 near,
                 generator_schedule=Schedule(0.0),
@@ -389,7 +389,8 @@ def sharp_world() -> Recipe:
                 discriminator_warmup=0,
                 steps=1,
                 start="near",
-                halfway_to="final",
+                mixed_with="final",
+                mixed_share=0.75,
                 discriminator_start="near",
             ),
         },

@@ -75,8 +75,9 @@ class AdversarialConfig:
             leads equally often, 2 short ones more often.
         start, discriminator_start: The stages whose weights generator and discriminator start from;
             None for the run's start.
-        halfway_to: Another stage; the generator starts from the mean of its weights and those of
-            `start`. Stages of one descent have a mean that works (arXiv 2203.05482).
+        mixed_with: Another stage; the generator starts from the weighted mean of its weights and
+            those of `start`. Stages of one descent have a mean that works (arXiv 2203.05482).
+        mixed_share: The weight of `mixed_with` in this mean, 0 to 1.
         loss: "relativistic" (paper) or "non-saturating".
         adversarial: Weight of the generator's adversarial loss; with 0 the discriminator only
             watches, which shows what the errors against the real clip reach alone.
@@ -135,7 +136,8 @@ class AdversarialConfig:
     lead_power: float = 1.0
     start: str | None = "consistency"
     discriminator_start: str | None = "diffusion"
-    halfway_to: str | None = None
+    mixed_with: str | None = None
+    mixed_share: float = 0.5
     loss: GanLoss = "relativistic"
     adversarial: float = 1.0
     penalty: float = 1000.0
@@ -223,6 +225,8 @@ class AdversarialConfig:
                 raise ValueError(
                     f"{name}: expected a finite number of at least 0, got {getattr(self, name)}"
                 )
+        if not 0 <= self.mixed_share <= 1:
+            raise ValueError(f"mixed_share: expected 0 to 1, got {self.mixed_share}")
         if not 0 < self.lead_power < math.inf:
             raise ValueError(f"lead_power: expected a finite number above 0, got {self.lead_power}")
         if not 0 <= self.mismatched_gain <= bool(self.mismatch):

@@ -17,11 +17,12 @@ from aapt.runs.inputs import Inputs
 from aapt.runs.loop import RunOptions
 from aapt.runs.run import Run, run
 from aapt.runs.stage_order import stage_names
+from aapt.training.recipe_file import load_recipe
 from aapt.training.recipes import RECIPES, vae_fine
 from aapt.training.stages.decoder import fit_linear
 from aapt.vae.folder import ORIGINAL, load_vae
 
-KEPT = Path(__file__).parents[3] / "benchmarks/starts/sharp-world/final/discriminator.safetensors"
+KEPT = Path(__file__).parents[3] / "benchmarks/starts/sharp-world/near/discriminator.safetensors"
 CLIPS = ProceduralData(height=16, width=32, clips=8, latent_frames=9)
 
 
@@ -86,17 +87,17 @@ def test_one_autoencoder_needs_no_relation(tmp_path, monkeypatch):
 
 
 def test_the_bundled_world_can_be_trained_on(tmp_path, fine):
-    """docs/training.md copies its weights and its discriminator to where the last stage starts."""
-    recipe = RECIPES["sharp-world"]()
-    last = recipe.stages["final"]
+    """docs/training.md copies its weights and its discriminator to where `near` starts."""
+    recipe = load_recipe("sharp-world", ["stages.near.start=final", "stages.together=none"])
+    near = recipe.stages["near"]
     files = {"weights": find_checkpoint("sharp-world") / "model.safetensors", "discriminator": KEPT}
-    assert last.start == last.discriminator_start == "extension"
-    (tmp_path / last.start).mkdir()
+    assert near.start == near.mixed_with == near.discriminator_start == "final"
+    (tmp_path / "final").mkdir()
     for name, file in files.items():
-        shutil.copy(file, tmp_path / last.start / f"{name}.safetensors")
+        shutil.copy(file, tmp_path / "final" / f"{name}.safetensors")
     run_ = Run(recipe, tmp_path, inputs=Inputs(vae=fine))
-    run_.check_order(["far-clips", "final"])
-    made = {"weights": run_.starting_model(last.start), "discriminator": run_.discriminator(last)}
+    run_.check_order(["far-clips", "near"])
+    made = {"weights": run_.starting_model(near.start), "discriminator": run_.discriminator(near)}
     for file, network in made.items():
         for name, tensor in read_tensors(files[file]).items():
             assert torch.equal(network.state_dict()[name], tensor.float()), (file, name)

@@ -331,15 +331,16 @@ def test_a_stage_starts_from_the_last_weights_and_the_average_is_exported(latent
     torch.testing.assert_close(handed_on[moved], average[moved])
 
 
-def test_a_stage_starts_halfway_between_two_others(latents, tmp_path):
-    """A stage that does not learn hands on the mean of two stages' weights."""
+def test_a_stage_starts_between_two_others(latents, tmp_path):
+    """A stage that does not learn hands on the weighted mean of two stages' weights."""
     stages = dict(recipe().stages)
     still = {"generator_schedule": Schedule(0.0), "discriminator_schedule": Schedule(0.0)}
     mean = dataclasses.replace(
         stages["adversarial"],
         start="adversarial",
         discriminator_start="adversarial",
-        halfway_to="diffusion",
+        mixed_with="diffusion",
+        mixed_share=0.25,
         **still,
     )
     made, out = recipe(stages={**stages, "mean": mean}), tmp_path / "run"
@@ -352,7 +353,7 @@ def test_a_stage_starts_halfway_between_two_others(latents, tmp_path):
         first["transformer.video_in.weight"], second["transformer.video_in.weight"]
     )
     for name, weight in handed_on.items():
-        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
+        torch.testing.assert_close(weight, 0.25 * first[name] + 0.75 * second[name])
     (out / "diffusion" / "weights.safetensors").unlink()
     (out / "mean" / "weights.safetensors").unlink()
     with pytest.raises(ValueError, match="stage mean: expected the result of diffusion in"):

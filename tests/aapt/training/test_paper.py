@@ -16,7 +16,8 @@ WIDE, LARGE, SMALL = "736x416", "1280x720", "640x352"
 TALL = "720x1280"
 OFF = {  # our switches for small models (docs/method.md#12)
     "whole_clips": False,
-    "halfway_to": None,
+    "mixed_with": None,
+    "mixed_share": 0.5,
     "lead_segments": 0,
     "lead_power": 1,
     "discriminator_warmup": 0,  # one update of the discriminator to one of the generator

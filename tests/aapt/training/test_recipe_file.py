@@ -158,8 +158,8 @@ STAGES = "diffusion, consistency, regression, adversarial, extension"
             r"got 'regression'$",
         ),
         (
-            "[stages.adversarial]\nhalfway_to = 'second'",
-            r"stages\.adversarial\.halfway_to: expected a stage before it \(diffusion, .*"
+            "[stages.adversarial]\nmixed_with = 'second'",
+            r"stages\.adversarial\.mixed_with: expected a stage before it \(diffusion, .*"
             r"got 'second'$",
         ),
         (
