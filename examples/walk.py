@@ -1,4 +1,4 @@
-"""Walk through the bundled world and write an animation: `python examples/walk.py`.
+"""Walk through a bundled world and write an animation: `python examples/walk.py`.
 
 One latent frame per step, four video frames each, made in one forward pass.
 """
@@ -13,11 +13,12 @@ from aapt import Control, StreamingGenerator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny-world", help="a bundled world or a folder")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--out", default="walk.gif")
     options = parser.parse_args()
 
-    generator = StreamingGenerator.from_pretrained("tiny-world")
+    generator = StreamingGenerator.from_pretrained(options.model)
     first_frame = np.asarray(Image.open(generator.sample_image()).convert("RGB"))
     stream = generator.open(first_frame, prompt=generator.sample_prompt, seed=0)
     video = list(stream.first_frame)  # uint8 (height, width, 3) each
