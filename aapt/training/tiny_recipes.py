@@ -389,8 +389,7 @@ def sharp_world() -> Recipe:
                 discriminator_warmup=0,
                 steps=1,
                 start="near",
-                mixed_with="final",
-                mixed_share=0.75,
+                mixed_share=0.75,  # of `final`
                 discriminator_start="near",
             ),
         },

@@ -1,4 +1,4 @@
-"""What is kept of a world that closes before, in or after its replay, and its limit of branches."""
+"""What is kept of a world: when it closes, around its replay, and how many branches."""
 
 import threading
 from dataclasses import replace
