@@ -337,6 +337,7 @@ def sharp_world() -> Recipe:
         steps=100,
         start="more-regression",
         mixed_with="final",
+        mixed_share=0.5,
         discriminator_start="final",
     )
     return replace(
@@ -379,15 +380,11 @@ def sharp_world() -> Recipe:
             "final": final,
             # Between the clear first second of regression and the filled minute, then filled again.
             "near": near,
-            # No update: the mean alone. Forty more from the plain mean made it worse.
+            # The mean alone. Forty updates from the plain mean made it worse.
             "together": replace(
                 near,
-                generator_schedule=Schedule(0.0),
-                discriminator_schedule=Schedule(0.0),
-                lead_segments=0,
-                average=None,
+                steps=0,
                 discriminator_warmup=0,
-                steps=1,
                 start="near",
                 mixed_share=0.75,  # of `final`
                 discriminator_start="near",

@@ -52,8 +52,8 @@ class AdversarialConfig:
     Attributes:
         clips: Name of the set that real clips come from; or sources, of which each update draws
             one. The frames of a source are those of a segment.
-        steps: Updates of the generator. The discriminator makes `discriminator_warmup` updates
-            alone before them.
+        steps: Updates of the generator; 0 for a stage that only mixes (`mixed_with`). The
+            discriminator makes `discriminator_warmup` updates alone before them.
         batch: Clips per update.
         segment_frames: Frames per segment, which the discriminator sees at once; None for sources,
             which say so themselves.
@@ -77,7 +77,7 @@ class AdversarialConfig:
             None for the run's start.
         mixed_with: Another stage; the generator starts from the weighted mean of its weights and
             those of `start`. Stages of one descent have a mean that works (arXiv 2203.05482).
-        mixed_share: The weight of `mixed_with` in this mean, 0 to 1.
+        mixed_share: The weight of `mixed_with` in this mean, up to 1.
         loss: "relativistic" (paper) or "non-saturating".
         adversarial: Weight of the generator's adversarial loss; with 0 the discriminator only
             watches, which shows what the errors against the real clip reach alone.
@@ -137,7 +137,7 @@ class AdversarialConfig:
     start: str | None = "consistency"
     discriminator_start: str | None = "diffusion"
     mixed_with: str | None = None
-    mixed_share: float = 0.5
+    mixed_share: float = 0.0
     loss: GanLoss = "relativistic"
     adversarial: float = 1.0
     penalty: float = 1000.0
@@ -227,6 +227,8 @@ class AdversarialConfig:
                 )
         if not 0 <= self.mixed_share <= 1:
             raise ValueError(f"mixed_share: expected 0 to 1, got {self.mixed_share}")
+        if self.mixed_share and not self.mixed_with:
+            raise ValueError(f"mixed_share: expected 0 without mixed_with, got {self.mixed_share}")
         if not 0 < self.lead_power < math.inf:
             raise ValueError(f"lead_power: expected a finite number above 0, got {self.lead_power}")
         if not 0 <= self.mismatched_gain <= bool(self.mismatch):
@@ -234,7 +236,7 @@ class AdversarialConfig:
                 "mismatched_gain: expected 0 to 1, and 0 without mismatch, "
                 f"got {self.mismatched_gain}"
             )
-        for name in ("discriminator_warmup", "lead_segments", "regression_segments"):
+        for name in ("steps", "discriminator_warmup", "lead_segments", "regression_segments"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if isinstance(self.clips, str) == (self.segment_frames is None):

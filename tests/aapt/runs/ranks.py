@@ -19,13 +19,14 @@ from ...progress import Progress
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["torch._dynamo", "aapt.runs.state", "tests.aapt.helpers"])
+KILLS = {signal.SIGKILL, signal.SIGPROF}  # with which tests end a rank
 
 
 def run(world: int, function: Callable, *arguments) -> list:
     """Return the result of `function(*arguments)` of every rank, or the signal that ended the rank.
 
-    A rank that raises fails the test, unless another rank was killed, which breaks the connection
-    between them. Ranks may take any time, as long as one of them works.
+    A rank that raises or crashes fails the test, unless a test's own signal ended another rank,
+    which breaks the connection between them. Ranks may take any time, as long as one of them works.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +58,9 @@ def run(world: int, function: Callable, *arguments) -> list:
         for process in processes:
             process.kill()
             process.join()
-    if not any(isinstance(result, signal.Signals) for result in results.values()):
+    ended = {rank: r for rank, r in results.items() if isinstance(r, signal.Signals)}
+    if not KILLS & set(ended.values()):
+        assert not ended, f"ranks ended by a signal: {ended}"
         for rank, result in results.items():
             assert not isinstance(result, Failure), f"rank {rank}: {result}"
     return [results[rank] for rank in range(world)]

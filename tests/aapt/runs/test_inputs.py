@@ -332,16 +332,16 @@ def test_a_stage_starts_from_the_last_weights_and_the_average_is_exported(latent
 
 
 def test_a_stage_starts_between_two_others(latents, tmp_path):
-    """A stage that does not learn hands on the weighted mean of two stages' weights."""
+    """A stage without updates hands on the weighted mean of two stages' weights."""
     stages = dict(recipe().stages)
-    still = {"generator_schedule": Schedule(0.0), "discriminator_schedule": Schedule(0.0)}
     mean = dataclasses.replace(
         stages["adversarial"],
+        steps=0,
+        discriminator_warmup=0,
         start="adversarial",
         discriminator_start="adversarial",
         mixed_with="diffusion",
         mixed_share=0.25,
-        **still,
     )
     made, out = recipe(stages={**stages, "mean": mean}), tmp_path / "run"
     train(out, latents, made=made)

@@ -313,6 +313,7 @@ def test_an_update_draws_from_one_of_several_sources(made_segments):
         ({"palette": -1.0}, "palette: expected a finite number of at least 0, got -1.0"),
         ({"rows": -1.0}, "rows: expected a finite number of at least 0, got -1.0"),
         ({"mixed_share": 1.5}, "mixed_share: expected 0 to 1, got 1.5"),
+        ({"mixed_share": 0.5}, "mixed_share: expected 0 without mixed_with, got 0.5"),
         ({"lead_power": 0.0}, "lead_power: expected a finite number above 0, got 0.0"),
         ({"lead_power": math.inf}, "lead_power: expected a finite number above 0, got inf"),
         ({"mismatched_gain": 0.5}, "mismatched_gain: expected 0 to 1, and 0 without mismatch"),
@@ -321,6 +322,7 @@ def test_an_update_draws_from_one_of_several_sources(made_segments):
             "mismatched_gain: expected 0 to 1, and 0 without mismatch, got 1.5",
         ),
         ({"lead_segments": -1}, "lead_segments: expected at least 0, got -1"),
+        ({"steps": -1}, "steps: expected at least 0, got -1"),
         ({"discriminator_warmup": -1}, "discriminator_warmup: expected at least 0, got -1"),
         ({"pooling": "maximum"}, "pooling: expected 'query' or 'average', got 'maximum'"),
         (

@@ -17,7 +17,7 @@ TALL = "720x1280"
 OFF = {  # our switches for small models (docs/method.md#12)
     "whole_clips": False,
     "mixed_with": None,
-    "mixed_share": 0.5,
+    "mixed_share": 0.0,
     "lead_segments": 0,
     "lead_power": 1,
     "discriminator_warmup": 0,  # one update of the discriminator to one of the generator
