@@ -110,7 +110,8 @@ def measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Resul
 
 
 def _measure(experiment: Experiment, seed: int, shared: Path, out: Path) -> Result:
-    recipe = replace(experiment.recipe, seed=seed)
+    # Each generator shows its own gains
+    recipe = replace(experiment.recipe, seed=seed, motion_asked=(1.0, 1.0))
     recipe = replace(recipe, stages={**recipe.stages, **experiment.variants})
     weights, minutes = train_before(experiment, seed, shared, out)
     run = Run(recipe, out, workers=1, inputs=Inputs(weights=weights))

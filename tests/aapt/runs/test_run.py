@@ -147,6 +147,12 @@ def test_a_model_that_moves_too_little_is_exported_to_be_asked_for_more(trained,
             dataclasses.replace(recipe, motion_asked=factors)
 
 
+@pytest.mark.parametrize("name", ["tiny-world", "sharp-world"])
+def test_a_bundled_world_has_the_camera_of_its_recipe(name):
+    camera = StreamingGenerator.from_pretrained(name).model.camera
+    assert camera == load_recipe(name).played_camera
+
+
 def test_a_model_without_a_reference_grid_is_exported_at_the_size_of_its_clips(trained, tmp_path):
     recipe = small_recipe()
     model = dataclasses.replace(recipe.model, reference_grid=None)
