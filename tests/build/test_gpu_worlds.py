@@ -83,8 +83,10 @@ def test_too_much_to_send_back(folder, tmp_path, monkeypatch):
 
 def test_larger_batches_keep_all_else():
     given, made = tiny_world(), on_a_gpu(tiny_world(), clips=4, updates=0.5)
-    assert replace(made, stages=given.stages, decoder=given.decoder, light_decoder=None) == replace(
-        given, light_decoder=None
+    assert made.motion_asked == (1.0, 1.0)
+    changed = {"motion_asked": (1.0, 1.0), "light_decoder": None}
+    assert replace(made, stages=given.stages, decoder=given.decoder, **changed) == replace(
+        given, **changed
     )
     phase = made.stages["diffusion"].curriculum.phases[0]
     assert (phase.batch, phase.steps) == (32, 1500)
