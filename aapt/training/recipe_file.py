@@ -121,9 +121,9 @@ def _check_amounts(place: str, stage: StageConfig) -> None:
 def _amounts(stage: StageConfig) -> Iterator[tuple[str, int]]:
     """Yield what a stage must have at least one of, by name."""
     phases = stage.curriculum.phases if hasattr(stage, "curriculum") else (stage,)
-    mixes = bool(getattr(stage, "mixed_with", None))
     for phase in phases:
-        yield "steps", phase.steps + mixes  # a stage may mix weights and make no update
+        if not getattr(stage, "mixed_with", None):  # which may mix alone and make no update
+            yield "steps", phase.steps
         yield "batch", phase.batch
     yield "segments", getattr(stage, "segments", 1)
     for frames in stage.needs.values():

@@ -77,7 +77,7 @@ class AdversarialConfig:
             None for the run's start.
         mixed_with: Another stage; the generator starts from the weighted mean of its weights and
             those of `start`. Stages of one descent have a mean that works (arXiv 2203.05482).
-        mixed_share: The weight of `mixed_with` in this mean, up to 1.
+        mixed_share: The weight of `mixed_with` in this mean, 0 to 1.
         loss: "relativistic" (paper) or "non-saturating".
         adversarial: Weight of the generator's adversarial loss; with 0 the discriminator only
             watches, which shows what the errors against the real clip reach alone.
