@@ -327,9 +327,11 @@ def test_a_replay_ends_when_the_player_takes_over(page, taken):
     page.tab.click("#replay")
     page.wait_step(6)
     if taken == "joint":
+        said = len(page.texts)
         page.tab.focus("#figure0 [aria-label='left wrist']")
         page.tab.keyboard.press("Shift+ArrowUp")
-        page.wait_state("playing")
+        # The joint pauses the replay and plays on: that pause is not the one waited for below
+        page.wait(lambda: any(text.get("playing") for text in page.texts[said:]), "the takeover")
         page.pause()
     else:
         page.tab.click("#motions button:has-text('hold')")
