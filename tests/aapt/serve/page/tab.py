@@ -22,6 +22,15 @@ SENT = """
     send.call(this, data);
   };
 """
+COUNTED = """
+  window.WebSocket = class extends WebSocket {
+    constructor(...given) {
+      super(...given);
+      // The name of a tab outlives a reload
+      this.addEventListener("message", () => { window.name = Number(window.name) + 1; });
+    }
+  };
+"""
 SAID = """
   window.said = [];
   const line = document.getElementById("status");
@@ -46,7 +55,8 @@ class Tab:
         self.context.set_default_timeout(1000 * HANGS)
         self.tab = self.context.new_page()
         self.frames, self.texts, self.faults, self.hosts = [], [], [], set()
-        self.tab.add_init_script(SENT)
+        self.heard = 0  # messages of the server
+        self.tab.add_init_script(SENT + COUNTED)
         self.tab.on("websocket", self._listen)
         self.tab.on("console", lambda message: self.faults.append(message.text))
         self.tab.on("pageerror", lambda error: self.faults.append(str(error)))
@@ -57,6 +67,7 @@ class Tab:
         websocket.on("framereceived", self._received)
 
     def _received(self, payload):
+        self.heard += 1
         if isinstance(payload, str):
             self.texts.append(json.loads(payload))
         else:
@@ -69,14 +80,24 @@ class Tab:
         """Messages of the page since it was loaded."""
         return [json.loads(text) for text in self.tab.evaluate("window.sent")]
 
+    def _ask(self, expression):
+        """A value of the page, once all that the page has heard until then has arrived here too."""
+        value, heard = self.tab.evaluate(f"[{expression}, Number(window.name)]")
+        asked = time.monotonic()
+        while self.heard < heard:
+            self.tab.wait_for_timeout(5)
+            late = time.monotonic() - asked
+            assert late < QUIET, f"expected {heard} messages as the page has, got {self.heard}"
+        return value
+
     @property
     def state(self):
-        return self.tab.evaluate("document.body.dataset.state")
+        return self._ask("document.body.dataset.state")
 
     @property
     def place(self):
         """(branch, step) of the picture that is shown."""
-        shown = self.tab.evaluate("({...document.getElementById('stage').dataset})")
+        shown = self._ask("({...document.getElementById('stage').dataset})")
         return int(shown.get("branch", 0)), int(shown.get("step", 0))
 
     @property
