@@ -28,6 +28,9 @@ def address(checkpoint, monkeypatch):
     from aapt.serve.ray import build
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray starts its processes at a niceness of 15 and gives up one that takes longer than 5 s
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as Ray does in a replica of one CPU: other threads, other bits
     port = free_port()
