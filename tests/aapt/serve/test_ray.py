@@ -28,7 +28,7 @@ def address(checkpoint, monkeypatch):
     from aapt.serve.ray import build
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray starts its processes at a niceness of 15 and gives up one that takes longer than 5 s
+    # Ray starts its processes at a niceness of 15 and gives up a proxy that is not ready in 5 s
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     threads = torch.get_num_threads()

@@ -55,7 +55,7 @@ class Tab:
         self.context.set_default_timeout(1000 * HANGS)
         self.tab = self.context.new_page()
         self.frames, self.texts, self.faults, self.hosts = [], [], [], set()
-        self.heard = 0  # messages of the server
+        self._heard = 0  # messages of the server
         self.tab.add_init_script(SENT + COUNTED)
         self.tab.on("websocket", self._listen)
         self.tab.on("console", lambda message: self.faults.append(message.text))
@@ -67,7 +67,7 @@ class Tab:
         websocket.on("framereceived", self._received)
 
     def _received(self, payload):
-        self.heard += 1
+        self._heard += 1
         if isinstance(payload, str):
             self.texts.append(json.loads(payload))
         else:
@@ -84,10 +84,10 @@ class Tab:
         """A value of the page, once all that the page has heard until then has arrived here too."""
         value, heard = self.tab.evaluate(f"[{expression}, Number(window.name)]")
         asked = time.monotonic()
-        while self.heard < heard:
+        while self._heard < heard:
             self.tab.wait_for_timeout(5)
             late = time.monotonic() - asked
-            assert late < QUIET, f"expected {heard} messages as the page has, got {self.heard}"
+            assert late < QUIET, f"expected {heard} messages as the page has, got {self._heard}"
         return value
 
     @property

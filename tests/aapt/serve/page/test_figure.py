@@ -332,6 +332,7 @@ def test_a_replay_ends_when_the_player_takes_over(page, taken):
         page.tab.keyboard.press("Shift+ArrowUp")
         # The joint pauses the replay and plays on: that pause is not the one waited for below
         page.wait(lambda: any(text.get("playing") for text in page.texts[said:]), "the takeover")
+        page.wait_state("playing")
         page.pause()
     else:
         page.tab.click("#motions button:has-text('hold')")
